@@ -1,0 +1,176 @@
+# The bridge to Python: entry points that take NumPy arrays as they lie in memory. Only flat vectors cross; NumPy's
+# C-ordered (samples, features) is Julia's (features, samples), so nothing is transposed and nothing copied.
+module ImplicitRNNPythonCallExt
+
+using ImplicitRNN
+using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, loss_and_gradient!, optimizer_state,
+    output_size, restore_optimizer_state!
+using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyis, pybuiltins
+
+"""
+    entry_points()
+
+A Python dictionary of functions, the whole of what Python calls. Handles are integers; `release` frees one.
+"""
+function entry_points()
+    points = pydict()
+    for f in (compile, solve, gradient, trainer, train, state, restore, release, alive)
+        points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
+    end
+    return points
+end
+
+# --- handles --------------------------------------------------------------------------------------------------
+
+const HANDLES = Dict{Int, Any}()
+const LAST_HANDLE = Ref(0)
+
+function keep(object)
+    HANDLES[LAST_HANDLE[] += 1] = object
+    return LAST_HANDLE[]
+end
+held(handle::Py) = HANDLES[pyconvert(Int, handle)]
+
+function release(handle::Py)
+    delete!(HANDLES, pyconvert(Int, handle))
+    return nothing
+end
+
+alive() = length(HANDLES)
+
+# --- arrays ---------------------------------------------------------------------------------------------------
+
+"A one-dimensional contiguous NumPy array of element type T, writeable or not."
+struct NumPy{T}
+    array::Py
+end
+
+"""
+    borrow(f, arrays::NumPy...)
+
+Call `f` with plain vectors on the memory of the arrays, with the GIL released. The vectors are valid within `f` only.
+References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
+"""
+function borrow(f, arrays::Vararg{NumPy, N}) where {N}
+    views = map(view_of, arrays)
+    try
+        return GC.@preserve views begin
+            vectors = map(v -> unsafe_wrap(Array, v.ptr, length(v)), views)
+            GIL.@unlock f(vectors...)
+        end
+    finally
+        foreach(v -> (pydel!(v.handle); pydel!(v.py)), views)
+    end
+end
+
+function view_of(x::NumPy{T}) where {T}
+    v = PyArray{T, 1, false, true, T}(x.array)
+    only(v.strides) == sizeof(T) || length(v) < 2 || error("the bridge takes contiguous arrays only")
+    return v
+end
+
+columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) ÷ rows))
+
+# --- problems -------------------------------------------------------------------------------------------------
+
+struct Session{T, P <: Problem{T}}
+    problem::P
+    workspace::Workspace{T}
+end
+Session(problem::Problem) = Session(problem, Workspace(problem))
+
+options(x::Py) = pyconvert(Dict{Symbol, Any}, x)
+pairs_of(x::Py) = [Int(first(p)) => Int(last(p)) for p in pyconvert(Vector{Vector{Int}}, x)]
+
+"`compile(description) -> (handle, number of parameters)`: the problem that a Python dictionary describes."
+function compile(d::Py)
+    T = pyconvert(String, d["dtype"]) == "float32" ? Float32 : Float64
+    layers = [
+        Layer(pyconvert(Int, l["neurons"]), pyconvert(String, l["activation"]); lateral = pyconvert(Bool, l["lateral"]))
+            for l in d["layers"]
+    ]
+    constraint = getproperty(ImplicitRNN.CONSTRAINTS, Symbol(pyconvert(String, d["constraint"]["name"])))
+    net = Network{T}(
+        pyconvert(Int, d["inputs"]), layers;
+        feedback = pairs_of(d["feedback"]), skips = pairs_of(d["skips"]),
+        input_skips = pyconvert(Vector{Int}, d["input_skips"]),
+        outputs = pyconvert(Union{Int, Vector{Int}}, d["outputs"]),
+        constraint = constraint(pyconvert(Vector{Float64}, d["constraint"]["values"])...),
+    )
+    solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
+    adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
+    loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"])))
+    return keep(Session(Problem(net; solver, adjoint, loss))), length(net)
+end
+
+"""
+`solve(handle, p, X, start, outs)` with `outs = (state, status, iterations, residual, rate, bound)` filled in; `start`
+may be None.
+"""
+solve(handle::Py, p::Py, X::Py, start::Py, outs::Py) = solve(held(handle)::Session, p, X, start, outs)
+function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
+    net = s.problem.net
+    warm = !pyis(start, pybuiltins.None)
+    state, status, iterations = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2])
+    first_iterate = warm ? NumPy{T}(start) : NumPy{T}(outs[0])
+    measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
+    borrow(NumPy{T}(p), NumPy{T}(X), first_iterate, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
+        N = neurons(net)
+        solution = Solution{T}(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
+        equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
+    end
+    return nothing
+end
+
+reinterpret_status(x::Vector{Int8}) = unsafe_wrap(Array, Ptr{Status}(pointer(x)), length(x))
+
+"`gradient(handle, p, X, Y, g) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written to `g`."
+gradient(handle::Py, p::Py, X::Py, Y::Py, g::Py) = gradient(held(handle)::Session, p, X, Y, g)
+function gradient(s::Session{T}, p::Py, X::Py, Y::Py, g::Py) where {T}
+    net = s.problem.net
+    loss, quality = borrow(NumPy{T}(p), NumPy{T}(X), NumPy{T}(Y), NumPy{T}(g)) do p, X, Y, g
+        loss_and_gradient!(g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)))
+    end
+    return loss, quality.unconverged, quality.residual, quality.adjoint_residual
+end
+
+# --- training -------------------------------------------------------------------------------------------------
+
+"`trainer(problem handle, description) -> handle`."
+function trainer(handle::Py, d::Py)
+    rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
+    return keep(
+        Trainer(
+            (held(handle)::Session).problem, rule;
+            nets = pyconvert(Int, d["nets"]), clip = pyconvert(Float64, d["clip"]), batch_size = pyconvert(Int, d["batch_size"]),
+        )
+    )
+end
+
+"`train(handle, batch_size, arrays)` with arrays = (P, X, Y, order, rates, losses, unconverged), see `train!`."
+train(handle::Py, batch_size::Py, arrays::Py) = train(held(handle)::Trainer, pyconvert(Int, batch_size), arrays)
+function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
+    net = t.problem.net
+    types = (NumPy{T}, NumPy{T}, NumPy{T}, NumPy{Int64}, NumPy{Float64}, NumPy{Float64}, NumPy{Int64})
+    borrow(map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(7)))...) do P, X, Y, order, rates, losses, unconverged
+        nets = length(P) ÷ length(net)
+        samples = length(X) ÷ net.inputs
+        epochs = length(losses) ÷ nets
+        train!(
+            t, columns(P, length(net)), columns(X, net.inputs), columns(Y, output_size(net)), columns(order, samples),
+            batch_size, rates, columns(losses, epochs), columns(unconverged, epochs),
+        )
+    end
+    return nothing
+end
+
+"`state(handle)`: the optimiser's state as a list of numbers."
+state(handle::Py) = Py(optimizer_state(held(handle)::Trainer)).to_numpy()
+
+"`restore(handle, numbers)`: the inverse of `state`."
+function restore(handle::Py, numbers::Py)
+    borrow(v -> restore_optimizer_state!(held(handle)::Trainer, v), NumPy{Float64}(numbers))
+    return nothing
+end
+
+end

@@ -1,0 +1,39 @@
+"""
+Implicit recurrent networks: networks for stationary inputs with lateral and feedback connections, whose
+state is the equilibrium of `z = f(W x + R z + b)` and whose gradient comes from the implicit function theorem.
+After S. Sanokowski, Implicit recurrent networks, arXiv 2010.10564 (2020).
+
+Samples are columns: `X` is features × samples.
+"""
+module ImplicitRNN
+
+using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
+using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
+using LinearAlgebra
+using NLsolve: NLsolve, nlsolve
+using Optimisers: Optimisers
+
+export Network, Layer, neurons
+export Free, Perron, InfNorm, Spectral, Monotone
+export Picard, NLsolver
+export Implicit
+export MSE
+export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, Equilibrium
+export Trainer, train!
+
+include("activations.jl")
+include("constraints.jl")
+include("network.jl")
+include("weights.jl")
+include("factorization.jl")
+include("solvers/columns.jl")
+include("solvers/picard.jl")
+include("solvers/nlsolve.jl")
+include("adjoint.jl")
+include("losses.jl")
+include("equilibrium.jl")
+include("gradient.jl")
+include("implicit.jl")
+include("training.jl")
+
+end

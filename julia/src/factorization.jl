@@ -1,0 +1,106 @@
+# LU with partial pivoting for the small matrices I - D R of one sample: LAPACK's call overhead is many
+# times the work below a few dozen rows.
+
+"Up to this many rows the LU factorisation is our own; LAPACK's above."
+const SMALL_LU = 24
+
+"""
+    lu_factor!(A, pivots)
+
+Factor `A` (n × n) in place, PA = LU. Returns false where a pivot is zero or not finite.
+"""
+function lu_factor!(A::Matrix{T}, pivots::Vector{Int}) where {T}
+    n = size(A, 1)
+    n > SMALL_LU && return lapack_factor!(A, pivots)
+    @inbounds for k in 1:n
+        pivot = k
+        largest = abs(A[k, k])
+        for i in (k + 1):n
+            a = abs(A[i, k])
+            a > largest && ((pivot, largest) = (i, a))
+        end
+        pivots[k] = pivot
+        (largest > 0 && isfinite(largest)) || return false
+        if pivot != k
+            for j in 1:n
+                A[k, j], A[pivot, j] = A[pivot, j], A[k, j]
+            end
+        end
+        inverse = inv(A[k, k])
+        @simd for i in (k + 1):n
+            A[i, k] *= inverse
+        end
+        for j in (k + 1):n
+            a = A[k, j]
+            @simd for i in (k + 1):n
+                A[i, j] = muladd(-A[i, k], a, A[i, j])
+            end
+        end
+    end
+    return true
+end
+
+function lapack_factor!(A, pivots)
+    all(isfinite, A) || return false
+    _, ipiv, info = LAPACK.getrf!(A)
+    copyto!(pivots, ipiv)
+    return info == 0
+end
+
+"Solve A x = b in place, given the factors of `lu_factor!`."
+function lu_solve!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
+    n = size(A, 1)
+    @inbounds for k in 1:n
+        p = pivots[k]
+        x[k], x[p] = x[p], x[k]
+    end
+    @inbounds for k in 1:n
+        a = x[k]
+        @simd for i in (k + 1):n
+            x[i] = muladd(-A[i, k], a, x[i])
+        end
+    end
+    @inbounds for k in n:-1:1
+        x[k] /= A[k, k]
+        a = x[k]
+        @simd for i in 1:(k - 1)
+            x[i] = muladd(-A[i, k], a, x[i])
+        end
+    end
+    return x
+end
+
+"Solve Aᵀ x = b in place, given the factors of `lu_factor!`."
+function lu_solve_transposed!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
+    n = size(A, 1)
+    @inbounds for k in 1:n
+        a = x[k]
+        @simd for i in 1:(k - 1)
+            a -= A[i, k] * x[i]
+        end
+        x[k] = a / A[k, k]
+    end
+    @inbounds for k in n:-1:1
+        a = x[k]
+        @simd for i in (k + 1):n
+            a -= A[i, k] * x[i]
+        end
+        x[k] = a
+    end
+    @inbounds for k in n:-1:1
+        p = pivots[k]
+        x[k], x[p] = x[p], x[k]
+    end
+    return x
+end
+
+"A = I - D R with D = diag(d): the negative Jacobian of the residual."
+function residual_jacobian!(A::Matrix{T}, d, R::Matrix{T}) where {T}
+    @inbounds for j in axes(R, 2)
+        @simd for i in axes(R, 1)
+            A[i, j] = -d[i] * R[i, j]
+        end
+        A[j, j] += one(T)
+    end
+    return A
+end

@@ -1,0 +1,51 @@
+# The training gradient: loss and its gradient with respect to all parameters.
+
+"""
+    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Picard(), adjoint = Implicit())
+
+The loss of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
+gradient with respect to the parameters `p`.
+"""
+function loss_and_gradient(net::Network{T}, p, X, Y; loss = MSE(), solver = Picard(), adjoint = Implicit()) where {T}
+    problem = Problem(net; loss, solver, adjoint)
+    g = zeros(T, length(net))
+    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y)
+    return value, g
+end
+
+"""
+Summary of the solves behind a gradient: samples that did not converge, the worst residual of the forward
+solves and of the adjoint (NaN where an adjoint system was singular).
+"""
+struct Quality
+    unconverged::Int
+    residual::Float64
+    adjoint_residual::Float64
+end
+
+function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    size(Y) == (output_size(net), B) || throw(
+        DimensionMismatch("targets are $(size(Y)), but $(output_size(net)) outputs for $B samples were expected")
+    )
+    unpack!(ws.weights, net, p)
+    clear!(ws.gradient)
+    value, unconverged, residual, adjoint_residual = 0.0, 0, 0.0, 0.0
+    for first_sample in 1:ws.width:B
+        samples = first_sample:min(first_sample + ws.width - 1, B)
+        m = length(samples)
+        tile = view(X, :, samples)
+        forward!(ws, problem, tile)
+        read_out!(ws, net, m)
+        value += loss_gradient!(ws.GY, problem.loss, ws.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
+        backward!(ws, problem, tile)
+        for j in 1:m
+            unconverged += ws.outcome.status[j] != CONVERGED
+            residual = worse(ws.outcome.residual[j], residual)
+            adjoint_residual = worse(ws.adjoint_residual[j], adjoint_residual)
+        end
+    end
+    pack_gradient!(g, net, ws.gradient, ws.weights)
+    return value, Quality(unconverged, residual, adjoint_residual)
+end

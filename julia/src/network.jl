@@ -1,0 +1,180 @@
+# A network: its layers, the connections that exist, the stages in which its equilibrium is found, and the
+# layout of its parameters in one flat vector.
+
+"""
+    Layer(neurons, activation = :tanh; lateral = true)
+
+A layer of `neurons` neurons; `lateral` says whether they are connected among themselves.
+"""
+struct Layer
+    neurons::Int
+    activation::Activation
+    lateral::Bool
+    function Layer(neurons::Integer, f = :tanh; lateral::Bool = true)
+        neurons > 0 || throw(ArgumentError("a layer needs at least one neuron, got $neurons"))
+        return new(neurons, activation(f), lateral)
+    end
+end
+
+"""
+    Connection
+
+A block of weights that exists: from layer `from` (0 is the input) to layer `to`, rows × cols, stored
+column by column behind `offset` in the parameter vector.
+"""
+struct Connection
+    to::Int
+    from::Int
+    rows::UnitRange{Int}      # neurons of the state
+    cols::UnitRange{Int}      # neurons of the state, or input features when from == 0
+    offset::Int
+end
+
+"""
+    Stage
+
+Neighbouring layers whose equilibrium has to be found together: a strongly connected component of the
+graph of layers. `rows` are its neurons in the state. A stage that is not `recurrent` (one layer without
+lateral connections) is evaluated in one step, so a feed-forward net is solved exactly, layer by layer.
+"""
+struct Stage{F <: Activation}
+    rows::UnitRange{Int}
+    recurrent::Bool
+    has_input::Bool
+    activation::F
+    slopes::Vector{Float64}                # bound on |f′|, per neuron
+    connections::Vector{Connection}        # which end in this stage
+    scales::UnitRange{Int}                 # of its learnt scales in the parameter vector, maybe empty
+end
+
+"""
+    Network{T}(inputs, layers; feedback = false, skips = [], input_skips = [], outputs, constraint = Perron())
+
+An implicit recurrent network: the state `z` of all neurons is an equilibrium of `z = f(W x + R z + b)`.
+
+- `inputs`: number of features of `x`.
+- `layers`: a vector of [`Layer`](@ref); layer l feeds layer l + 1.
+- `feedback`: `true` for connections from every later to every earlier layer, or pairs `later => earlier`.
+- `skips`: pairs `earlier => later` of feed-forward connections that pass over a layer.
+- `input_skips`: layers other than the first that see the input as well.
+- `outputs`: a number of outputs `y = C z_last + d`, or a vector of neurons of the state.
+- `constraint`: what is promised of the recurrent weights, see [`Constraint`](@ref).
+
+`length(net)` is the number of parameters, `neurons(net)` that of neurons.
+"""
+struct Network{T <: AbstractFloat, C <: Constraint}
+    inputs::Int
+    layers::Vector{Layer}
+    constraint::C
+    stages::Vector{Stage}
+    readout::Vector{Int}       # neurons of the state which the output reads
+    outputs::Int               # linear outputs; 0 when the output is the read neurons themselves
+    bias::Int                  # offsets in the parameter vector
+    weights_out::Int
+    parameters::Int
+end
+
+neurons(net::Network) = last(last(net.stages).rows)
+Base.length(net::Network) = net.parameters
+Base.eltype(::Network{T}) where {T} = T
+output_size(net::Network) = net.outputs > 0 ? net.outputs : length(net.readout)
+
+Network(args...; kwargs...) = Network{Float64}(args...; kwargs...)
+
+function Network{T}(
+        inputs::Integer, layers::AbstractVector{Layer}; feedback = false, skips = [], input_skips = [],
+        outputs, constraint::Constraint = Perron(),
+    ) where {T}
+    inputs > 0 || throw(ArgumentError("a network needs at least one input, got $inputs"))
+    isempty(layers) && throw(ArgumentError("a network needs at least one layer"))
+    ends = cumsum(layer.neurons for layer in layers)
+    rows = [(stop - layer.neurons + 1):stop for (stop, layer) in zip(ends, layers)]
+
+    pairs_back = feedback_pairs(feedback, length(layers))
+    offset = 0
+    connections = Connection[]
+    connect!(to, from, cols) = begin
+        push!(connections, Connection(to, from, rows[to], cols, offset))
+        offset += length(rows[to]) * length(cols)
+    end
+    for to in sort!(unique!([1; collect(Int, input_skips)]))
+        checkindex(Bool, eachindex(layers), to) || throw(ArgumentError("no layer $to for an input skip"))
+        connect!(to, 0, 1:inputs)
+    end
+    for to in eachindex(layers), from in eachindex(layers)
+        exists = from == to ? layers[to].lateral :
+            from > to ? (from => to) in pairs_back :
+            from == to - 1 || (from => to) in skips
+        exists && connect!(to, from, rows[from])
+    end
+
+    bias = offset
+    offset += last(ends)
+    stages = Stage[]
+    for members in strong_components(pairs_back, length(layers))
+        recurrent = length(members) > 1 || layers[first(members)].lateral
+        span = first(rows[first(members)]):last(rows[last(members)])
+        scales = recurrent && has_scales(constraint) ? ((offset + 1):(offset + length(span))) : 1:0
+        offset += length(scales)
+        incoming = filter(c -> c.to in members, connections)
+        slopes = reduce(vcat, fill(slope_bound(layers[l].activation), layers[l].neurons) for l in members)
+        push!(
+            stages, Stage(
+                span, recurrent, any(c -> c.from == 0, incoming),
+                stage_activation(layers[members]), slopes, incoming, scales,
+            )
+        )
+    end
+
+    weights_out = offset
+    if outputs isa Integer
+        outputs > 0 || throw(ArgumentError("a readout needs at least one output, got $outputs"))
+        readout = collect(last(rows))
+        offset += outputs * length(readout) + outputs
+        count = Int(outputs)
+    else
+        readout = collect(Int, outputs)
+        isempty(readout) && throw(ArgumentError("the list of output neurons is empty"))
+        all(in(1:last(ends)), readout) ||
+            throw(ArgumentError("output neurons $readout are not all among the $(last(ends)) neurons"))
+        count = 0
+    end
+    return Network{T, typeof(constraint)}(
+        inputs, layers, constraint, stages, readout, count, bias, weights_out, offset
+    )
+end
+
+function feedback_pairs(feedback, layers)
+    feedback === false && return Pair{Int, Int}[]
+    feedback === true && return [j => i for j in 2:layers for i in 1:(j - 1)]
+    for (from, to) in feedback
+        1 <= to < from <= layers || throw(
+            ArgumentError("feedback $from => $to does not lead from a later to an earlier of the $layers layers")
+        )
+    end
+    return collect(Pair{Int, Int}, feedback)
+end
+
+# Layer l always feeds layer l + 1, so feedback j => i closes the cycle i..j: components are intervals.
+function strong_components(pairs_back, layers)
+    components = UnitRange{Int}[]
+    first_layer = 1
+    while first_layer <= layers
+        last_layer = first_layer
+        while true
+            reach = maximum((j for (j, i) in pairs_back if i <= last_layer), init = last_layer)
+            reach > last_layer || break
+            last_layer = reach
+        end
+        push!(components, first_layer:last_layer)
+        first_layer = last_layer + 1
+    end
+    return components
+end
+
+function stage_activation(layers)
+    all(layer -> layer.activation == first(layers).activation, layers) && return first(layers).activation
+    ends = cumsum(layer.neurons for layer in layers)
+    ranges = Tuple((stop - layer.neurons + 1):stop for (stop, layer) in zip(ends, layers))
+    return Piecewise(ranges, Tuple(layer.activation for layer in layers))
+end

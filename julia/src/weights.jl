@@ -1,0 +1,134 @@
+# The weights of a network as dense matrices per stage, unpacked from the flat parameter vector; gradients
+# take the same shape and are packed back.
+
+"""
+    StageWeights{T}
+
+What drives one stage of n neurons: `z = f(input x + feed z_before + recurrent z + bias)`. The same struct
+holds gradients. `raw` and `scales` are the parameters behind `recurrent`, see [`constrain!`](@ref).
+"""
+struct StageWeights{T}
+    input::Matrix{T}          # n × d, or n × 0
+    feed::Matrix{T}           # n × neurons of the stages before
+    raw::Matrix{T}            # n × n, or 0 × 0
+    recurrent::Matrix{T}
+    bias::Vector{T}
+    scales::Vector{T}
+    stretch::Vector{T}        # exp.(scales)
+    row_sum::Vector{T}
+    row_factor::Vector{T}
+end
+
+function StageWeights{T}(stage::Stage, inputs::Int) where {T}
+    n = length(stage.rows)
+    m = stage.recurrent ? n : 0
+    return StageWeights{T}(
+        zeros(T, n, stage.has_input ? inputs : 0), zeros(T, n, first(stage.rows) - 1), zeros(T, m, m), zeros(T, m, m),
+        zeros(T, n), zeros(T, length(stage.scales)), ones(T, m), zeros(T, m), zeros(T, m),
+    )
+end
+
+"""
+    Weights(net, T = eltype(net))
+
+All weights of `net`: one [`StageWeights`](@ref) per stage, and the readout `y = C z_read + d`.
+"""
+struct Weights{T}
+    stages::Vector{StageWeights{T}}
+    C::Matrix{T}
+    d::Vector{T}
+end
+
+function Weights(net::Network{V}, ::Type{T} = V) where {V, T}
+    stages = [StageWeights{T}(stage, net.inputs) for stage in net.stages]
+    return Weights{T}(stages, zeros(T, net.outputs, net.outputs > 0 ? length(net.readout) : 0), zeros(T, net.outputs))
+end
+
+# Where a connection's block lies: the matrix of its stage, and the block's rows and columns in it.
+function target(w::StageWeights, stage::Stage, c::Connection)
+    start = first(stage.rows)
+    rows = (first(c.rows) - start + 1):(last(c.rows) - start + 1)
+    c.from == 0 && return w.input, rows, c.cols
+    last(c.cols) < start && return w.feed, rows, c.cols
+    return w.raw, rows, (first(c.cols) - start + 1):(last(c.cols) - start + 1)
+end
+
+"""
+    unpack!(w::Weights, net, p)
+
+Fill `w` from the parameter vector `p` and apply the constraint.
+"""
+function unpack!(w::Weights, net::Network, p::AbstractVector)
+    length(p) == length(net) ||
+        throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(p))"))
+    for (stage, ws) in zip(net.stages, w.stages)
+        for c in stage.connections
+            matrix, rows, cols = target(ws, stage, c)
+            offset = c.offset
+            for j in cols
+                copyto_column!(matrix, rows, j, p, offset)
+                offset += length(rows)
+            end
+        end
+        copyto!(ws.bias, 1, p, net.bias + first(stage.rows), length(stage.rows))
+        copyto!(ws.scales, 1, p, first(stage.scales), length(stage.scales))
+        stage.recurrent && constrain!(ws, net.constraint, stage.slopes)
+    end
+    copyto!(w.C, 1, p, net.weights_out + 1, length(w.C))
+    copyto!(w.d, 1, p, net.weights_out + length(w.C) + 1, length(w.d))
+    return w
+end
+
+@inline function copyto_column!(matrix, rows, j, p, offset)
+    @inbounds @simd for i in eachindex(rows)
+        matrix[rows[i], j] = p[offset + i]
+    end
+    return
+end
+
+"""
+    pack_gradient!(g, net, G::Weights, w::Weights)
+
+The flat gradient `g` from the gradients `G` with respect to the weights in force, through the constraint.
+"""
+function pack_gradient!(g::AbstractVector, net::Network, G::Weights, w::Weights)
+    for (stage, Gs, ws) in zip(net.stages, G.stages, w.stages)
+        stage.recurrent && constrain_pullback!(Gs, net.constraint, ws, stage.slopes)
+        for c in stage.connections
+            matrix, rows, cols = target(Gs, stage, c)
+            offset = c.offset
+            for j in cols
+                @inbounds @simd for i in eachindex(rows)
+                    g[offset + i] = matrix[rows[i], j]
+                end
+                offset += length(rows)
+            end
+        end
+        copyto!(g, net.bias + first(stage.rows), Gs.bias, 1, length(Gs.bias))
+        copyto!(g, first(stage.scales), Gs.scales, 1, length(Gs.scales))
+    end
+    copyto!(g, net.weights_out + 1, G.C, 1, length(G.C))
+    copyto!(g, net.weights_out + length(G.C) + 1, G.d, 1, length(G.d))
+    return g
+end
+
+function clear!(G::Weights)
+    for s in G.stages
+        foreach(array -> fill!(array, 0), (s.input, s.feed, s.recurrent, s.bias))
+    end
+    fill!(G.C, 0)
+    fill!(G.d, 0)
+    return G
+end
+
+function add!(G::Weights, H::Weights)
+    for (a, b) in zip(G.stages, H.stages)
+        a.input .+= b.input
+        a.feed .+= b.feed
+        a.recurrent .+= b.recurrent
+        a.bias .+= b.bias
+    end
+    G.C .+= H.C
+    G.d .+= H.d
+    return G
+end

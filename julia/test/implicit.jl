@@ -1,0 +1,28 @@
+for net in (one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.9)), layered(; feedback = true), layered(; feedback = false))
+    p, X, Y = parameters(net), samples(net, 4), targets(net, 4)
+    state = Equilibrium(net; solver = Picard(tol = 1.0e-14, max_iterations = 10_000))
+    read(p) = (w = unpack!(Weights(net, eltype(p)), net, p); (w.C, w.d))
+    last_rows = net.readout
+
+    # C and d enter the loss outside the equilibrium; we differentiate through the state only and compare those entries.
+    C, d = read(p)
+    loss(p, X) = sum(abs2, C * state(p, X)[last_rows, :] .+ d .- Y) / length(Y)
+    inner = 1:net.weights_out
+
+    @testset "ImplicitFunction and our own kernels agree to 1e-12" begin
+        _, g = loss_and_gradient(net, p, X, Y; solver = Picard(tol = 1.0e-14, max_iterations = 10_000))
+        zygote = Zygote.gradient(loss, p, X)
+        @test relative_error(zygote[1][inner], g[inner]) < 1.0e-12
+        @test relative_error(vec(zygote[2]), finite_difference(x -> loss(p, reshape(x, size(X))), vec(X))) < 1.0e-8
+    end
+    @testset "forward mode agrees with reverse mode" begin
+        forward = ForwardDiff.gradient(q -> loss(q, X), p)
+        reverse = Zygote.gradient(q -> loss(q, X), p)[1]
+        @test relative_error(forward, reverse) < 1.0e-11
+    end
+end
+
+@testset "an unconverged equilibrium is not differentiated" begin
+    net = one_layer()
+    @test_throws "did not reach an equilibrium" Equilibrium(net; solver = Picard(max_iterations = 1))(parameters(net), samples(net, 2))
+end

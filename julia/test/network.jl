@@ -1,0 +1,37 @@
+@testset "only existing weights are parameters" begin
+    net = Network(3, [Layer(4), Layer(5; lateral = false)]; outputs = 2, constraint = Free())
+    @test length(net) == 4 * 3 + 4 * 4 + 5 * 4 + 9 + 2 * 5 + 2
+    @test length(net.stages) == 2
+    @test [stage.recurrent for stage in net.stages] == [true, false]
+end
+
+@testset "feedback joins layers into one stage" begin
+    layers = [Layer(2), Layer(3), Layer(4), Layer(5)]
+    stages(feedback) = [stage.rows for stage in Network(1, layers; feedback, outputs = 1).stages]
+    @test stages(false) == [1:2, 3:5, 6:9, 10:14]
+    @test stages(true) == [1:14]
+    @test stages([3 => 2]) == [1:2, 3:9, 10:14]
+    @test stages([2 => 1, 4 => 3]) == [1:5, 6:14]
+    @test stages([3 => 1, 4 => 2]) == [1:14]
+end
+
+@testset "a feed-forward net is evaluated exactly, layer by layer" begin
+    net = Network(3, [Layer(4; lateral = false), Layer(5, :sigmoid; lateral = false)]; outputs = 1)
+    p, X = parameters(net), samples(net, 7)
+    w = unpack!(Weights(net), net, p)
+    first_layer = tanh.(w.stages[1].input * X .+ w.stages[1].bias)
+    second_layer = 1 ./ (1 .+ exp.(-(w.stages[2].feed * first_layer .+ w.stages[2].bias)))
+    solution = equilibrium(net, p, X)
+    @test solution.state ≈ [first_layer; second_layer] rtol = 1.0e-14
+    @test all(==(1), solution.iterations)
+    @test all(<(1.0e-14), solution.bound)
+end
+
+@testset "bad topologies are refused" begin
+    @test_throws "at least one neuron" Layer(0)
+    @test_throws "at least one layer" Network(2, Layer[]; outputs = 1)
+    @test_throws "from a later to an earlier" Network(2, [Layer(2), Layer(2)]; outputs = 1, feedback = [1 => 2])
+    @test_throws "output neurons" Network(2, [Layer(2)]; outputs = [3])
+    @test_throws DimensionMismatch equilibrium(one_layer(), zeros(3), zeros(3, 2))
+    @test_throws "takes 3 features" equilibrium(one_layer(), zeros(length(one_layer())), zeros(2, 2))
+end

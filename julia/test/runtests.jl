@@ -1,0 +1,15 @@
+using Aqua, ForwardDiff, ImplicitRNN, LinearAlgebra, Random, Test, Zygote
+using ImplicitRNN: ACTIVATIONS, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
+
+include("fixtures.jl")
+
+@testset "ImplicitRNN" begin
+    @testset "Package quality" begin
+        Aqua.test_all(ImplicitRNN; persistent_tasks = false)
+    end
+    for file in ("activations", "constraints", "network", "solvers", "gradients", "implicit", "training")
+        @testset "$file" begin
+            include("$file.jl")
+        end
+    end
+end

@@ -1,0 +1,55 @@
+"""Implicit recurrent networks: stationary inputs, lateral and feedback connections, exact equilibria and gradients.
+
+The output of a network is the equilibrium of ``z = f(W x + R z + b)``, its gradient comes from the implicit function
+theorem (S. Sanokowski, arXiv 2010.10564). A Julia engine does the work; where no Julia can be had, a NumPy engine
+does. Importing this module starts nothing.
+"""
+
+from importlib import metadata
+
+from implicit_rnn.engines import get_engine
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError, EngineWarning, ModelFileError
+from implicit_rnn.network import Network
+from implicit_rnn.options import (
+    SGD,
+    Adam,
+    Free,
+    Implicit,
+    Momentum,
+    Nesterov,
+    NLsolve,
+    Perron,
+    Picard,
+)
+from implicit_rnn.serialization import load
+from implicit_rnn.solution import Solution, Status
+from implicit_rnn.topology import Layer
+from implicit_rnn.training import Run, fit_many
+
+__version__ = metadata.version("implicit-rnn")
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "ConvergenceError",
+    "ConvergenceWarning",
+    "EngineError",
+    "EngineWarning",
+    "Free",
+    "Implicit",
+    "Layer",
+    "ModelFileError",
+    "Momentum",
+    "NLsolve",
+    "Nesterov",
+    "Network",
+    "Perron",
+    "Picard",
+    "Run",
+    "Solution",
+    "Status",
+    "__version__",
+    "fit_many",
+    "get_engine",
+    "load",
+]

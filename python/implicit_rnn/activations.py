@@ -1,0 +1,60 @@
+"""The activations by name: value, slope and the bound on the slope which the constraints use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Activation:
+    """f(s), f′(s) given s and z = f(s), and sup |f′|."""
+
+    value: Callable[[Array], Array]
+    slope: Callable[[Array, Array], Array]
+    slope_bound: float
+
+
+def _logistic(s: Array) -> Array:
+    e = np.exp(-np.abs(s))
+    return np.where(s < 0, e, 1) / (1 + e)
+
+
+def _softplus(s: Array) -> Array:
+    return np.maximum(s, 0) + np.log1p(np.exp(-np.abs(s)))
+
+
+def _silu_slope(s: Array, z: Array) -> Array:
+    p = _logistic(s)
+    return p + z * (1 - p)
+
+
+_GELU_C, _GELU_Q = 0.7978845608028654, 0.044715
+
+
+def _gelu(s: Array) -> Array:
+    return s / 2 * (1 + np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s)))
+
+
+def _gelu_slope(s: Array, z: Array) -> Array:
+    t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
+    return (1 + t) / 2 + s / 2 * (1 - t * t) * _GELU_C * (1 + 3 * _GELU_Q * s * s)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "tanh": Activation(np.tanh, lambda s, z: 1 - z * z, 1.0),
+    "sigmoid": Activation(_logistic, lambda s, z: z * (1 - z), 0.25),
+    "softplus": Activation(_softplus, lambda s, z: _logistic(s), 1.0),
+    "relu": Activation(lambda s: np.maximum(s, 0), lambda s, z: (s > 0).astype(s.dtype), 1.0),
+    "elu": Activation(
+        lambda s: np.where(s > 0, s, np.expm1(np.minimum(s, 0))), lambda s, z: np.where(s > 0, 1, z + 1), 1.0
+    ),
+    "gelu": Activation(_gelu, _gelu_slope, 1.1289930687),
+    "silu": Activation(lambda s: s * _logistic(s), _silu_slope, 1.0998393202),
+    "identity": Activation(lambda s: s, lambda s, z: np.ones_like(s), 1.0),
+}
+"""The activation of each name; gelu is in its tanh form, silu is also called swish."""

@@ -1,0 +1,106 @@
+"""The command implicit-rnn."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from implicit_rnn.engines import ENGINES
+from implicit_rnn.errors import ConvergenceError, EngineError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (EngineError, ConvergenceError, ValueError, OSError, MemoryError) as error:
+        print(f"implicit-rnn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("implicit-rnn: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="implicit-rnn", description="Implicit recurrent networks.")
+    parser.add_argument("--version", action="version", version=metadata.version("implicit-rnn"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    xor = commands.add_parser("xor", help="one layer learns XOR: table, figure and JSON")
+    xor.add_argument("--neurons", type=_positive, nargs="+", default=[1, 2, 3, 4], metavar="N")
+    xor.add_argument(
+        "--constraint", choices=("none", "free", "perron"), nargs="+", default=["none", "free", "perron"],
+        help="of the lateral connections; none: no lateral connections",
+    )
+    xor.add_argument("--seeds", type=_positive, help="nets per entry (200 on the Julia engine, 10 on the NumPy engine)")
+    xor.add_argument("--out", type=Path, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)")
+    _common(xor)
+    xor.set_defaults(run=_xor)
+
+    doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    setup = commands.add_parser("setup", help="prepare and precompile a Julia environment, once")
+    setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
+    setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
+    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl")
+    setup.set_defaults(run=_setup)
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--engine", choices=ENGINES, help="default: IMPLICIT_RNN_ENGINE, else auto")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1")
+    return value
+
+
+def _xor(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from implicit_rnn.engines import get_engine
+    from implicit_rnn.experiments import xor
+
+    engine = get_engine(options.engine)
+    seeds = options.seeds or xor.DEFAULT_SEEDS[engine.name]
+    fewer = " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
+    print(f"implicit-rnn: {engine.name} engine, {seeds} seeds per entry{fewer}", file=sys.stderr)
+    with tqdm(total=len(options.neurons) * len(options.constraint), unit="entry", disable=None) as bar:
+        result = xor.run(
+            options.neurons, options.constraint, seeds, engine.name, report=lambda cell: bar.update() and None
+        )
+    files = xor.save(result, options.out)
+    print(json.dumps(result.as_dict()) if options.json else xor.table(result))
+    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from implicit_rnn import environment
+
+    report = environment.diagnose()
+    print(json.dumps(report, indent=2) if options.json else environment.describe(report))
+    return 0 if report["ok"] else 1
+
+
+def _setup(options: argparse.Namespace) -> int:
+    from implicit_rnn import environment
+
+    prepared = environment.setup(options.julia, options.project, options.cuda)
+    print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,61 @@
+"""The engines and the choice between them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import warnings
+
+from implicit_rnn.engines.base import Engine, Problem, Program, Quality, Trainer
+from implicit_rnn.errors import EngineError, EngineWarning
+
+__all__ = ["ENGINES", "Engine", "Problem", "Program", "Quality", "Trainer", "get_engine"]
+
+ENGINES = ("auto", "julia", "numpy")
+
+_lock = threading.Lock()
+_engines: dict[str, Engine] = {}
+
+
+def get_engine(name: str | None = None) -> Engine:
+    """The engine of that name, started at its first use.
+
+    ``None`` reads IMPLICIT_RNN_ENGINE, else means "auto": the Julia engine, or the NumPy engine with one warning
+    that says why the Julia engine cannot be had. Raises ``ValueError`` for an unknown name and ``EngineError`` if
+    "julia" was asked for and cannot be had, or if the environment's settings contradict each other.
+    """
+    chosen = check_engine(name)
+    with _lock:
+        if chosen not in _engines:
+            _engines[chosen] = _make(chosen)
+        return _engines[chosen]
+
+
+def check_engine(name: str | None) -> str:
+    """The name of an engine, checked; ``None`` stands for IMPLICIT_RNN_ENGINE, else "auto"."""
+    chosen = os.environ.get("IMPLICIT_RNN_ENGINE", "auto") if name is None else name
+    if chosen not in ENGINES:
+        origin = "IMPLICIT_RNN_ENGINE" if name is None else "engine"
+        raise ValueError(f"{origin} is {chosen!r}; expected one of {', '.join(map(repr, ENGINES))}")
+    return chosen
+
+
+def _make(name: str) -> Engine:
+    from implicit_rnn import julia_runtime
+    from implicit_rnn.engines.julia import JuliaEngine
+    from implicit_rnn.engines.numpy import NumpyEngine
+
+    if name == "numpy":
+        return _engines.get("numpy") or NumpyEngine()
+    if name == "julia":
+        return _engines.get("julia") or JuliaEngine()
+    julia_runtime.explicit_environment()  # a contradiction is an error, not a reason to fall back
+    try:
+        return _engines.setdefault("julia", JuliaEngine())
+    except EngineError as error:
+        warnings.warn(
+            f"using the NumPy engine, which is slower: {error}. Silence this with IMPLICIT_RNN_ENGINE=numpy",
+            EngineWarning,
+            stacklevel=4,
+        )
+        return _engines.setdefault("numpy", NumpyEngine())

@@ -1,0 +1,90 @@
+"""The small protocol between the Python API and an engine.
+
+All arrays are C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into
+arrays the caller allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from implicit_rnn.options import Adjoint, Optimizer, Solver
+from implicit_rnn.solution import Solution
+from implicit_rnn.topology import Topology
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A topology with all that is chosen about its solution and its training: what an engine compiles."""
+
+    topology: Topology
+    dtype: str
+    solver: Solver
+    adjoint: Adjoint
+    loss: str
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Summary of the solves behind a gradient."""
+
+    unconverged: int
+    """Samples that did not reach their equilibrium."""
+    residual: float
+    """Worst relative residual of the forward solves."""
+    adjoint_residual: float
+    """Worst relative residual of the adjoint systems, NaN where one was singular."""
+
+
+class Trainer(Protocol):
+    """The state of a training run of one or more nets."""
+
+    def train(
+        self,
+        P: np.ndarray,
+        X: np.ndarray,
+        Y: np.ndarray,
+        order: np.ndarray,
+        batch_size: int,
+        rates: np.ndarray,
+        losses: np.ndarray,
+        unconverged: np.ndarray,
+    ) -> None:
+        """Train for len(order) epochs.
+
+        P (nets, parameters) is updated in place; row e of order (epochs, samples) int64 gives the samples of epoch e in
+        their order; rates (steps,) float64 are the learning rates. Filled in: losses (nets, epochs) float64, the mean
+        over the steps, each before its update, and unconverged (nets, epochs) int64. A net whose loss or gradient is
+        no longer finite stops where it is; its losses are NaN from there on.
+        """
+
+    def state(self) -> np.ndarray:
+        """The optimiser's state as one float64 vector, the same on every engine."""
+
+    def restore(self, state: np.ndarray) -> None:
+        """The inverse of ``state``."""
+
+
+class Program(Protocol):
+    """A compiled problem."""
+
+    def solve(self, p: np.ndarray, X: np.ndarray, z0: np.ndarray | None, out: Solution) -> None:
+        """Equilibria for X (B, inputs) and the parameters p, from the start z0 (B, N) or zero."""
+
+    def gradient(self, p: np.ndarray, X: np.ndarray, Y: np.ndarray, g: np.ndarray) -> tuple[float, Quality]:
+        """The loss against Y (B, outputs); its gradient goes to g (parameters,)."""
+
+    def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> Trainer:
+        """A trainer of ``nets`` nets; ``clip`` bounds the Euclidean norm of a gradient."""
+
+
+class Engine(Protocol):
+    """Something that can compile problems."""
+
+    name: str
+
+    def compile(self, problem: Problem) -> Program:
+        """Prepare a problem; cheap, and to be repeated at will."""

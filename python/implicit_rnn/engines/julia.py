@@ -1,0 +1,133 @@
+"""The Julia engine: hands NumPy arrays to ImplicitRNN.jl as they lie in memory."""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from implicit_rnn import julia_runtime
+from implicit_rnn.engines.base import Problem, Quality
+from implicit_rnn.errors import EngineError
+from implicit_rnn.options import Option, Optimizer
+from implicit_rnn.solution import Solution
+
+Array = np.ndarray
+
+
+class JuliaEngine:
+    """See ``engines.base.Engine``. Creating it starts Julia; raises EngineError where that is not possible."""
+
+    name = "julia"
+
+    def __init__(self) -> None:
+        julia_runtime.entry_points()
+
+    def compile(self, problem: Problem) -> JuliaProgram:
+        return JuliaProgram(problem)
+
+
+_released: deque[int] = deque()
+"""Handles of collected objects: garbage is collected on any thread, so they are released at the next call."""
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """Call an entry point of the Julia side; its errors arrive as EngineError."""
+    points = julia_runtime.entry_points()
+    with julia_runtime.LOCK:
+        while _released:
+            points["release"](_released.popleft())
+        try:
+            return points[name](*arguments)
+        except Exception as error:
+            if type(error).__name__ != "JuliaError":
+                raise
+            raise EngineError(julia_runtime.first_line(error), str(error)) from None
+
+
+class _Handle:
+    """An object on the Julia side, released with its owner."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        weakref.finalize(self, _released.append, number).atexit = False
+
+
+class JuliaProgram:
+    """See ``engines.base.Program``."""
+
+    def __init__(self, problem: Problem) -> None:
+        number, parameters = call("compile", _describe(problem))
+        self._handle = _Handle(number)
+        if parameters != problem.topology.parameters:
+            raise EngineError(
+                f"the Julia side counts {parameters} parameters, Python {problem.topology.parameters}; the package is damaged"
+            )
+
+    def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
+        arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
+        call("solve", self._handle.number, p, X.reshape(-1), None if z0 is None else z0.reshape(-1), arrays)
+
+    def gradient(self, p: Array, X: Array, Y: Array, g: Array) -> tuple[float, Quality]:
+        loss, *quality = call("gradient", self._handle.number, p, X.reshape(-1), Y.reshape(-1), g)
+        return loss, Quality(*quality)
+
+    def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> JuliaTrainer:
+        description = {
+            "name": optimizer.name.lower(),
+            "options": optimizer.options(),
+            "nets": nets,
+            "clip": clip,
+            "batch_size": batch_size,
+        }
+        return JuliaTrainer(_Handle(call("trainer", self._handle.number, description)))
+
+
+class JuliaTrainer:
+    """See ``engines.base.Trainer``."""
+
+    def __init__(self, handle: _Handle) -> None:
+        self._handle = handle
+
+    def train(
+        self,
+        P: Array,
+        X: Array,
+        Y: Array,
+        order: Array,
+        batch_size: int,
+        rates: Array,
+        losses: Array,
+        unconverged: Array,
+    ) -> None:
+        arrays = tuple(array.reshape(-1) for array in (P, X, Y, order + 1, rates, losses, unconverged))
+        call("train", self._handle.number, batch_size, arrays)
+
+    def state(self) -> Array:
+        return np.array(call("state", self._handle.number))
+
+    def restore(self, state: Array) -> None:
+        call("restore", self._handle.number, np.ascontiguousarray(state, np.float64))
+
+
+def _describe(problem: Problem) -> dict[str, Any]:
+    topology = problem.topology
+    outputs = topology.outputs
+    return topology.description() | {
+        "dtype": problem.dtype,
+        "feedback": [[j + 1, i + 1] for j, i in topology.feedback],
+        "skips": [[a + 1, b + 1] for a, b in topology.skips],
+        "input_skips": [layer + 1 for layer in topology.input_skips],
+        "outputs": outputs if isinstance(outputs, int) else [neuron + 1 for neuron in outputs],
+        "constraint": {"name": topology.constraint.name, "values": list(topology.constraint.options().values())},
+        "solver": _option(problem.solver),
+        "adjoint": _option(problem.adjoint),
+        "loss": problem.loss,
+    }
+
+
+def _option(option: Option) -> dict[str, Any]:
+    return {"name": option.name, "options": option.options()}
+

@@ -1,0 +1,39 @@
+"""Every error and warning of the package that is not a plain ValueError, TypeError or MemoryError."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from implicit_rnn.solution import Solution
+
+
+class EngineError(RuntimeError):
+    """An engine cannot be used, or failed.
+
+    ``julia_traceback`` holds Julia's own backtrace where the failure came from Julia, else ``None``.
+    """
+
+    def __init__(self, message: str, julia_traceback: str | None = None) -> None:
+        super().__init__(message)
+        self.julia_traceback = julia_traceback
+
+
+class EngineWarning(UserWarning):
+    """The Julia engine could not be had and the NumPy engine is used instead."""
+
+
+class ConvergenceError(RuntimeError):
+    """Samples did not reach an equilibrium; ``solution`` (where there is one) says which and how far they came."""
+
+    def __init__(self, message: str, solution: Solution | None = None) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+class ConvergenceWarning(UserWarning):
+    """As ConvergenceError, for ``on_failure="warn"``."""
+
+
+class ModelFileError(ValueError):
+    """A file is not a model this version can read."""

@@ -1,0 +1,1 @@
+"""The experiments of the paper, with protocols that can be repeated."""

@@ -1,0 +1,316 @@
+"""Network: an implicit recurrent network with its parameters, solved and differentiated by an engine."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from implicit_rnn import options, serialization, training
+from implicit_rnn.engines import Engine, Problem, Program, Quality, check_engine, get_engine
+from implicit_rnn.engines import constraints as numpy_constraints
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
+from implicit_rnn.options import Adjoint, Constraint, Implicit, Perron, Picard, Solver
+from implicit_rnn.solution import Solution
+from implicit_rnn.topology import INPUT, Layer, Topology
+from implicit_rnn.validation import as_samples, as_targets
+
+Array = np.ndarray
+
+
+class Network:
+    """An implicit recurrent network for stationary inputs.
+
+    The state z stacks all N neurons of all layers and is the equilibrium of ``z = f(W x + R z + b)``; the output is a
+    linear readout ``y = C z_last + d`` of the last layer, or the values of chosen neurons. Layers count from 0; layer l
+    feeds layer l + 1.
+
+    Parameters
+    ----------
+    inputs
+        Number of features of a sample.
+    layers
+        ``Layer`` objects; a number stands for ``Layer(number)``.
+    feedback
+        ``True`` for connections from every later to every earlier layer, or pairs (later, earlier).
+    skips
+        Pairs (earlier, later) of feed-forward connections that pass over a layer.
+    input_skips
+        Layers other than the first that see the input as well.
+    outputs
+        A number of outputs for the linear readout, or a list of neurons of the state that are the output.
+    constraint
+        What is promised of the recurrent weights: ``Perron(kappa)`` (one equilibrium, always reached) or ``Free()``.
+    dtype
+        "float64" or "float32".
+    seed
+        Of the initial parameters: W ~ N(0, 1/inputs), feed-forward weights N(0, 1/n), recurrent weights N(0, 0.09/n),
+        C ~ N(0, 1/n), biases 0.
+    engine
+        "julia", "numpy", or "auto" for Julia where it can be had. ``None`` reads IMPLICIT_RNN_ENGINE. It starts at the
+        first use.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range or of the wrong kind; the message says what was expected.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        layers: Sequence[Layer | int],
+        *,
+        outputs: int | Sequence[int],
+        feedback: bool | Iterable[tuple[int, int]] = False,
+        skips: Iterable[tuple[int, int]] = (),
+        input_skips: Iterable[int] = (),
+        constraint: Constraint | str = Perron(),  # noqa: B008 (frozen)
+        dtype: str = "float64",
+        seed: int | None = None,
+        engine: str | None = None,
+    ) -> None:
+        constraint = options.choose(Constraint, constraint, "constraint")  # type: ignore[type-abstract]
+        topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
+        self._set_up(topology, dtype, engine)
+        self._initialise(np.random.default_rng(seed))
+
+    def _set_up(self, topology: Topology, dtype: str, engine: str | None) -> None:
+        if dtype not in ("float64", "float32"):
+            raise ValueError(f"dtype is {dtype!r}; expected 'float64' or 'float32'")
+        check_engine(engine)
+        self.topology = topology
+        self.dtype = np.dtype(dtype)
+        self._engine_name = engine
+        self._programs: dict[Problem, Program] = {}
+        self._parameters = np.zeros(topology.parameters, self.dtype)
+        self._weights = MappingProxyType(topology.views(self._parameters))
+
+    @classmethod
+    def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None) -> Network:
+        """A network of that topology with all parameters zero."""
+        net = cls.__new__(cls)
+        net._set_up(topology, dtype, engine)
+        return net
+
+    def _initialise(self, rng: np.random.Generator) -> None:
+        for block in self.topology.blocks:
+            if len(block.shape) == 2:
+                recurrent = block.source != INPUT and block.source >= block.to
+                gain = 0.3 if recurrent else 1.0
+                self._weights[block.name][...] = rng.standard_normal(block.shape) * (gain / np.sqrt(block.shape[1]))
+
+    # --- parameters --------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> Array:
+        """(P,) all parameters: the memory itself, in which engines read and write.
+
+        A write counts at the next call. Assigning an array copies its values.
+        """
+        return self._parameters
+
+    @parameters.setter
+    def parameters(self, values: ArrayLike) -> None:
+        array = np.asarray(values)
+        if array.shape != self._parameters.shape:
+            raise ValueError(f"parameters has shape {array.shape}; expected {self._parameters.shape}")
+        self._parameters[...] = array
+
+    @property
+    def weights(self) -> Mapping[str, Array]:
+        """Views of ``parameters`` by name: W, R, b, C, d and, under ``Perron``, the scales a.
+
+        With several layers W[l], R[to,from] and a[layers] name the blocks. Under a constraint the R blocks are the raw
+        weights; ``recurrent_weights`` has those in force.
+        """
+        return self._weights
+
+    def named(self, flat: ArrayLike) -> dict[str, Array]:
+        """Views of a flat vector (P,), such as a gradient, by the names of ``weights``."""
+        array = np.asarray(flat)
+        if array.shape != self._parameters.shape:
+            raise ValueError(f"the vector has shape {array.shape}; expected {self._parameters.shape}")
+        return self.topology.views(array)
+
+    @property
+    def recurrent_weights(self) -> Array:
+        """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal."""
+        from implicit_rnn.engines.numpy import slope_bounds
+
+        R = np.zeros((self.topology.neurons, self.topology.neurons), self.dtype)
+        for block in self.topology.blocks:
+            if block.source != INPUT:
+                R[self.topology.rows[block.to], self.topology.rows[block.source]] = self._weights[block.name]
+        for stage in self.topology.stages:
+            if stage.recurrent:
+                scales = stage.scales.view(self._parameters[None]) if stage.scales else np.empty((1, 0))
+                raw = R[stage.rows, stage.rows][None]
+                slopes = slope_bounds(self.topology, stage)
+                R[stage.rows, stage.rows] = numpy_constraints.apply(self.topology.constraint, raw, scales, slopes)[0]
+        return R
+
+    @property
+    def input_weights(self) -> Array:
+        """(N, inputs) the matrix W; zero where no connection exists."""
+        W = np.zeros((self.topology.neurons, self.topology.inputs), self.dtype)
+        for block in self.topology.blocks:
+            if block.name.startswith("W"):
+                W[self.topology.rows[block.to]] = self._weights[block.name]
+        return W
+
+    # --- solving -----------------------------------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, started if it was not."""
+        return get_engine(self._engine_name)
+
+    def equilibrium(
+        self,
+        X: ArrayLike,
+        *,
+        solver: Solver | str = Picard(),  # noqa: B008
+        z0: ArrayLike | None = None,
+        on_failure: str = "raise",
+    ) -> Solution:
+        """The equilibria for the samples X (B, inputs), from the start ``z0`` (B, N), by default zero.
+
+        ``on_failure`` says what happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the
+        solution, "warn", or "ignore". Raises ``ValueError``/``TypeError`` for bad input, ``MemoryError`` for more than
+        the machine can hold.
+        """
+        x = self._samples("X", X)
+        start = None if z0 is None else as_samples("z0", z0, self.topology.neurons, self.dtype, "neurons")
+        if start is not None and len(start) != len(x):
+            raise ValueError(f"z0 has {len(start)} samples, X has {len(x)}")
+        options.check_on_failure(on_failure)
+        solution = Solution.empty(len(x), self.topology.neurons, self.dtype)
+        self.program(solver).solve(self._parameters, x, start, solution)
+        if failure := solution.failure():
+            _report(on_failure, failure, self.topology.constraint, solution)
+        return solution
+
+    def predict(self, X: ArrayLike, *, solver: Solver | str = Picard(), on_failure: str = "raise") -> Array:  # noqa: B008
+        """The outputs (B, outputs) for the samples X (B, inputs); arguments and errors as in ``equilibrium``."""
+        return self.read_out(self.equilibrium(X, solver=solver, on_failure=on_failure).state)
+
+    def read_out(self, state: Array) -> Array:
+        """The outputs (B, outputs) of states (B, N)."""
+        if self.topology.linear_readout:
+            return np.asarray(state[:, self.topology.rows[-1]] @ self._weights["C"].T + self._weights["d"])
+        return state[:, list(self.topology.outputs)]  # type: ignore[arg-type]
+
+    def loss_and_gradient(
+        self,
+        X: ArrayLike,
+        Y: ArrayLike,
+        *,
+        loss: str = "mse",
+        solver: Solver | str = Picard(),  # noqa: B008
+        adjoint: Adjoint | str = Implicit(),  # noqa: B008
+        on_failure: str = "raise",
+    ) -> tuple[float, Array]:
+        """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
+
+        The gradient has the layout of ``parameters``; ``named`` views it by name. Errors as in ``equilibrium``; samples
+        without an equilibrium make the gradient meaningless and are reported according to ``on_failure``.
+        """
+        x = self._samples("X", X)
+        y = as_targets("Y", Y, len(x), self.topology.output_size, self.dtype)
+        options.check_on_failure(on_failure)
+        gradient = np.empty_like(self._parameters)
+        value, quality = self.program(solver, adjoint, loss).gradient(self._parameters, x, y, gradient)
+        if failure := _gradient_failure(quality, len(x)):
+            _report(on_failure, failure, self.topology.constraint, None)
+        return value, gradient
+
+    def fit(self, X: ArrayLike, Y: ArrayLike, **settings: Any) -> training.Run:
+        """Train on X (B, inputs) and Y (B, outputs); see ``training.fit_many`` for all settings.
+
+        >>> run = net.fit(X, Y, optimizer=Adam(1e-2), epochs=300, batch_size=100, validation=(Xv, Yv))
+        """
+        return training.fit_many([self], X, Y, **settings)[0]
+
+    def program(
+        self, solver: Solver | str = Picard(), adjoint: Adjoint | str = Implicit(), loss: str = "mse"  # noqa: B008
+    ) -> Program:
+        """The compiled problem behind the calls above."""
+        problem = Problem(
+            self.topology,
+            self.dtype.name,
+            options.choose(Solver, solver, "solver"),  # type: ignore[type-abstract]
+            options.choose(Adjoint, adjoint, "adjoint"),  # type: ignore[type-abstract]
+            options.check_loss(loss),
+        )
+        if problem not in self._programs:
+            self._programs[problem] = self.engine.compile(problem)
+        return self._programs[problem]
+
+    def _samples(self, name: str, X: ArrayLike) -> Array:
+        return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
+
+    # --- the rest ----------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the network to a safetensors file; the file appears whole or not at all."""
+        serialization.save(self, path)
+
+    def summary(self) -> str:
+        """Layers, connections and parameter counts as a table."""
+        lines = [f"{'block':<12} {'shape':>12} {'parameters':>12}"]
+        lines += [f"{b.name:<12} {' x '.join(map(str, b.shape)):>12} {b.size:>12}" for b in self.topology.blocks]
+        lines.append(f"{'total':<12} {'':>12} {self.topology.parameters:>12}")
+        return "\n".join([repr(self), *lines])
+
+    def __repr__(self) -> str:
+        layers = ", ".join(
+            f"{layer.neurons} {layer.activation}{' lateral' if layer.lateral else ''}" for layer in self.topology.layers
+        )
+        constraint = self.topology.constraint
+        return (
+            f"Network({self.topology.inputs} inputs, [{layers}], {self.topology.output_size} outputs, {constraint}, "
+            f"{self.topology.parameters} parameters, {self.dtype.name})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "topology": self.topology,
+            "dtype": self.dtype.name,
+            "engine": self._engine_name,
+            "parameters": self._parameters,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._set_up(state["topology"], state["dtype"], state["engine"])
+        self._parameters[...] = state["parameters"]
+
+
+def _gradient_failure(quality: Quality, samples: int) -> str | None:
+    if quality.unconverged:
+        return (
+            f"{quality.unconverged} of {samples} samples did not reach an equilibrium (largest relative residual "
+            f"{quality.residual:.2g}), so the gradient is not that of the loss"
+        )
+    if not quality.adjoint_residual < 1e-3:
+        return (
+            f"the adjoint system was solved to a relative residual of {quality.adjoint_residual:.2g} only, so the gradient "
+            "is not that of the loss: the equilibrium is at or near a point where it ceases to exist"
+        )
+    return None
+
+
+def _report(on_failure: str, failure: str, constraint: Constraint, solution: Solution | None) -> None:
+    remedy = "raise max_iterations, loosen tol or damp the solver"
+    if not constraint.unique:
+        remedy += "; constraint=Perron() guarantees one equilibrium that is always reached"
+    message = f"{failure}. Remedies: {remedy}"
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=3)

@@ -1,0 +1,151 @@
+"""Figures of networks and runs. Matplotlib is imported at the first use; every function draws into given axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from implicit_rnn.network import Network
+    from implicit_rnn.training import Run
+
+Array = np.ndarray
+
+POSITIVE, NEGATIVE, NEUTRAL = "#c8442d", "#2b6cb0", "#4a5568"
+
+
+def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float = 1.5, points: int = 121) -> None:
+    """The first output of a net with two inputs over the plane, with samples X (B, 2) marked by the sign of Y (B,)."""
+    grid = np.linspace(-reach, reach, points)
+    plane = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
+    surface = net.predict(plane, on_failure="ignore")[:, 0].reshape(points, points)
+    image = ax.imshow(
+        surface, origin="lower", extent=(-reach, reach, -reach, reach), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="bilinear"
+    )
+    ax.contour(grid, grid, surface, levels=[0], colors="black", linewidths=1, linestyles="--")
+    for sign, marker, label in ((1, "o", "target +"), (-1, "s", "target −")):
+        chosen = np.sign(np.ravel(Y)) == sign
+        ax.scatter(*X[chosen].T, marker=marker, s=80, c="white", edgecolors="black", linewidths=1.5, label=label, zorder=3)
+    ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04, label="output")
+    ax.set(xlabel="$x_1$", ylabel="$x_2$", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
+
+
+def loss_curve(run: Run, ax: Axes) -> None:
+    """Training and validation loss against the epoch, on a logarithmic scale."""
+    ax.semilogy(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training")
+    if len(run.validation_loss):
+        ax.semilogy(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
+        ax.legend(frameon=False)
+    ax.set(xlabel="epoch", ylabel="loss")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
+    """The graph of a net's weights: inputs at the left, a column of neurons per layer, outputs at the right.
+
+    Width shows the size of a weight, colour its sign; under a constraint the weights in force are drawn. ``labels``
+    writes the numbers beside the arrows, by default in nets of up to four neurons.
+    """
+    places = _places(net)
+    labels = net.topology.neurons <= 4 if labels is None else labels
+    W, R = net.input_weights, net.recurrent_weights
+    largest = max(np.abs(W).max(), np.abs(R).max(), 1e-12)
+    for to, source in zip(*np.nonzero(W), strict=True):
+        _arrow(ax, places[("x", source)], places[("z", to)], W[to, source], largest, labels, 0.0)
+    for to, source in zip(*np.nonzero(R), strict=True):
+        if to == source:
+            _loop(ax, places[("z", to)], R[to, to], largest, labels)
+        else:
+            same_column = places[("z", to)][0] == places[("z", source)][0]
+            backwards = places[("z", to)][0] < places[("z", source)][0]
+            _arrow(ax, places[("z", source)], places[("z", to)], R[to, source], largest, labels, 0.35 if same_column or backwards else 0.0)
+    read = range(net.topology.rows[-1].start, net.topology.neurons)
+    outputs = read if net.topology.linear_readout else net.topology.outputs
+    for (kind, k), (x, y) in places.items():
+        face = "#edf2f7" if kind == "x" else "#fefcbf" if k in outputs else "white"  # type: ignore[operator]
+        ax.scatter(x, y, s=620, c=face, edgecolors="black", zorder=3)
+        ax.text(x, y, f"${kind}_{{{k + 1}}}$", ha="center", va="center", zorder=4)
+    xs, ys = np.array(list(places.values())).T
+    ax.set(xlim=(xs.min() - 0.4, xs.max() + 0.6), ylim=(ys.min() - 0.7, ys.max() + 0.8))
+    ax.set_aspect("equal")
+    ax.axis("off")
+
+
+def _places(net: Network) -> dict[tuple[str, int], tuple[float, float]]:
+    def column(count: int) -> Array:
+        return np.linspace(1, -1, count) * min(1.0, 0.5 * count) if count > 1 else np.zeros(1)
+
+    places = {("x", k): (0.0, float(y)) for k, y in enumerate(column(net.topology.inputs))}
+    for layer, rows in enumerate(net.topology.rows):
+        ys = column(rows.stop - rows.start)
+        places |= {("z", rows.start + k): (2.0 * (layer + 1), float(y)) for k, y in enumerate(ys)}
+    return places
+
+
+def _style(weight: float, largest: float) -> dict[str, object]:
+    return {
+        "color": POSITIVE if weight > 0 else NEGATIVE,
+        "linewidth": 0.5 + 3 * abs(weight) / largest,
+        "alpha": 0.35 + 0.65 * abs(weight) / largest,
+    }
+
+
+def _arrow(
+    ax: Axes, start: tuple[float, float], end: tuple[float, float], weight: float, largest: float, labels: bool, bend: float
+) -> None:
+    ax.annotate(
+        "",
+        end,
+        start,
+        arrowprops={
+            "arrowstyle": "-|>",
+            "shrinkA": 14,
+            "shrinkB": 14,
+            "connectionstyle": f"arc3,rad={bend}",
+            **_style(weight, largest),
+        },
+    )
+    if labels:
+        a, b = np.array(start), np.array(end)
+        across = np.array([(b - a)[1], -(b - a)[0]])
+        middle = a + (0.5 if bend else 0.3) * (b - a) + (0.5 * bend + (0.09 if bend else 0.06)) * across
+        _label(ax, middle[0], middle[1], weight)
+
+
+def _loop(ax: Axes, place: tuple[float, float], weight: float, largest: float, labels: bool) -> None:
+    x, y = place
+    up = 1 if y >= 0 else -1
+    ax.annotate(
+        "",
+        (x + 0.12, y + 0.1 * up),
+        (x - 0.12, y + 0.1 * up),
+        arrowprops={
+            "arrowstyle": "-|>",
+            "shrinkA": 6,
+            "shrinkB": 6,
+            "connectionstyle": f"arc3,rad={-1.9 * up}",
+            **_style(weight, largest),
+        },
+    )
+    if labels:
+        _label(ax, x, y + 0.48 * up, weight)
+
+
+def _label(ax: Axes, x: float, y: float, weight: float) -> None:
+    ax.text(
+        x,
+        y,
+        f"{weight:.2f}",
+        fontsize=8,
+        ha="center",
+        va="center",
+        zorder=5,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+    )
+
+

@@ -1,0 +1,83 @@
+"""Networks as safetensors files: the weights by name, the topology as JSON in the metadata."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from implicit_rnn.errors import ModelFileError
+from implicit_rnn.topology import Topology
+
+if TYPE_CHECKING:
+    from implicit_rnn.network import Network
+
+FORMAT = "implicit-rnn"
+FORMAT_VERSION = 1
+
+
+def save(net: Network, path: str | Path) -> None:
+    """Write ``net`` to ``path``, atomically: temporary file, fsync, rename."""
+    target = Path(path)
+    metadata = {
+        "format": FORMAT,
+        "format_version": str(FORMAT_VERSION),
+        "topology": json.dumps(net.topology.description()),
+        "dtype": net.dtype.name,
+    }
+    tensors = {name: np.ascontiguousarray(weight) for name, weight in net.weights.items()}
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(descriptor)
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path, engine: str | None = None) -> Network:
+    """The network that ``Network.save`` wrote to ``path``.
+
+    Raises ``FileNotFoundError``, and ``ModelFileError`` for a file that is no model, is truncated or was written by a
+    later format version.
+    """
+    from implicit_rnn.network import Network
+
+    source = Path(path)
+    if not source.is_file():
+        raise FileNotFoundError(f"no model file {source}")
+    try:
+        with safe_open(source, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise ModelFileError(f"{source} is no safetensors file, or a truncated one: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")
+    version = metadata.get("format_version", "")
+    if not version.isdigit() or int(version) > FORMAT_VERSION:
+        raise ModelFileError(
+            f"{source} has format version {version or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
+            "pip install --upgrade implicit-rnn"
+        )
+    try:
+        topology = Topology.from_description(json.loads(metadata["topology"]))
+        net = Network.from_topology(topology, metadata["dtype"], engine)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{source} describes no network this version knows: {error}") from error
+    expected = {name: weight.shape for name, weight in net.weights.items()}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    if expected != found:
+        raise ModelFileError(f"{source} has the weights {found}, but its topology needs {expected}")
+    for name, tensor in tensors.items():
+        net.weights[name][...] = tensor
+    return net

@@ -1,0 +1,71 @@
+"""The result of a solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+
+
+class Status(IntEnum):
+    """How the solve of one sample ended."""
+
+    CONVERGED = 0
+    MAX_ITERATIONS = 1
+    DIVERGED = 2
+    NON_FINITE = 3
+    UNSTABLE = 4
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The equilibria of a batch of B samples, as plain NumPy arrays."""
+
+    state: np.ndarray
+    """(B, N) the state z of all neurons; of unconverged samples the last finite iterate."""
+    status: np.ndarray
+    """(B,) ``Status`` of each sample."""
+    iterations: np.ndarray
+    """(B,) evaluations of f, the most of any stage."""
+    residual: np.ndarray
+    """(B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √N), the worst of any stage."""
+    rate: np.ndarray
+    """(B,) quotient of the last two residuals: the contraction observed."""
+    bound: np.ndarray
+    """(B,) certified bound on max |z - z*|, NaN where the constraint gives none."""
+
+    @classmethod
+    def empty(cls, samples: int, neurons: int, dtype: np.dtype) -> Solution:
+        """A solution whose arrays an engine will fill."""
+        return cls(
+            np.empty((samples, neurons), dtype),
+            np.empty(samples, np.int8),
+            np.empty(samples, np.int32),
+            *(np.empty(samples) for _ in range(3)),
+        )
+
+    @property
+    def converged(self) -> np.ndarray:
+        """(B,) whether each sample reached its equilibrium."""
+        return self.status == Status.CONVERGED
+
+    def failure(self) -> str | None:
+        """A sentence on the samples that did not converge, or None where all did."""
+        failed = ~self.converged
+        if not failed.any():
+            return None
+        kinds = ", ".join(
+            f"{count} {Status(code).name.lower()}" for code, count in zip(*np.unique(self.status[failed], return_counts=True))
+        )
+        worst = np.max(self.residual[failed])
+        return (
+            f"{failed.sum()} of {len(failed)} samples did not reach an equilibrium ({kinds}; largest relative residual "
+            f"{worst:.2g}, first sample {np.flatnonzero(failed)[0]})"
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"Solution({self.state.shape[0]} samples of {self.state.shape[1]} neurons, {self.converged.sum()} converged, "
+            f"iterations up to {self.iterations.max()}, residual up to {self.residual.max():.2g})"
+        )

@@ -1,0 +1,279 @@
+"""Layers, the connections that exist between them, and where each weight lies in the flat parameter vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from implicit_rnn.activations import ACTIVATIONS
+from implicit_rnn.options import Constraint, Perron, from_description
+
+INPUT = -1
+"""The source of a connection that comes from the input."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of ``neurons`` neurons; ``lateral`` says whether they are connected among themselves.
+
+    Raises ``ValueError`` for a number of neurons below one and for an unknown activation.
+    """
+
+    neurons: int
+    activation: str = "tanh"
+    lateral: bool = True
+
+    def __post_init__(self) -> None:
+        _check_count("neurons", self.neurons)
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One weight array: its name, its shape and the place of its first number in the parameter vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    to: int = INPUT
+    source: int = INPUT
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape))
+
+    def view(self, flat: np.ndarray) -> np.ndarray:
+        """The block in ``flat`` (..., parameters), not copied; matrices are stored column by column."""
+        part = flat[..., self.offset : self.offset + self.size]
+        if len(self.shape) == 1:
+            return part
+        rows, columns = self.shape
+        return np.swapaxes(part.reshape(*flat.shape[:-1], columns, rows), -1, -2)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers whose equilibrium has to be found together: a strongly connected component of the layers' graph.
+
+    A stage that is not recurrent is evaluated in one step, so feed-forward nets are solved exactly.
+    """
+
+    layers: range
+    rows: slice
+    recurrent: bool
+    blocks: tuple[Block, ...]
+    scales: Block | None
+
+    @property
+    def neurons(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """The structure of a network; what each argument means stands at ``Network``."""
+
+    inputs: int
+    layers: tuple[Layer, ...]
+    feedback: tuple[tuple[int, int], ...]
+    skips: tuple[tuple[int, int], ...]
+    input_skips: tuple[int, ...]
+    outputs: int | tuple[int, ...]
+    constraint: Constraint = field(default_factory=Perron)
+
+    @classmethod
+    def build(
+        cls,
+        inputs: int,
+        layers: Sequence[Layer | int],
+        feedback: bool | Iterable[tuple[int, int]],
+        skips: Iterable[tuple[int, int]],
+        input_skips: Iterable[int],
+        outputs: int | Sequence[int],
+        constraint: Constraint,
+    ) -> Topology:
+        """A checked topology; layers count from 0."""
+        _check_count("inputs", inputs)
+        if isinstance(layers, Layer | int) or not isinstance(layers, Iterable):
+            raise TypeError(f"layers is {layers!r}; expected a list of Layer")
+        stack = tuple(_as_layer(layer) for layer in layers)
+        if not stack:
+            raise ValueError("layers is empty; a network needs at least one Layer")
+        pairs_back = _feedback_pairs(feedback, len(stack))
+        forward = tuple(sorted((int(a), int(b)) for a, b in skips))
+        for a, b in forward:
+            if not 0 <= a < b - 1 < len(stack) - 1:
+                raise ValueError(f"skips has {(a, b)}; expected pairs (earlier, later) of layers that are not neighbours")
+        extra = tuple(sorted({int(layer) for layer in input_skips}))
+        if any(not 1 <= layer < len(stack) for layer in extra):
+            raise ValueError(f"input_skips is {extra}; expected layers from 1 to {len(stack) - 1}")
+        neurons = sum(layer.neurons for layer in stack)
+        return cls(int(inputs), stack, pairs_back, forward, extra, _as_outputs(outputs, neurons), constraint)
+
+    # --- sizes -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def rows(self) -> tuple[slice, ...]:
+        """The neurons of each layer in the state."""
+        ends = np.cumsum([0, *(layer.neurons for layer in self.layers)])
+        return tuple(slice(int(a), int(b)) for a, b in pairwise(ends))
+
+    @property
+    def neurons(self) -> int:
+        """N, all neurons of all layers."""
+        return int(self.rows[-1].stop)
+
+    @property
+    def linear_readout(self) -> bool:
+        """Whether the output is C z + d of the last layer, not chosen neurons."""
+        return isinstance(self.outputs, int)
+
+    @property
+    def output_size(self) -> int:
+        return self.outputs if isinstance(self.outputs, int) else len(self.outputs)
+
+    @cached_property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(block.size for block in self.blocks)
+
+    # --- layout ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """All weight arrays in their order in the parameter vector."""
+        return self._layout[0]
+
+    @cached_property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages in the order in which they are solved."""
+        return self._layout[1]
+
+    def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """The weight arrays by name, as views of ``flat`` (parameters,)."""
+        return {block.name: block.view(flat) for block in self.blocks}
+
+    @cached_property
+    def _layout(self) -> tuple[tuple[Block, ...], tuple[Stage, ...]]:
+        blocks: list[Block] = []
+        single = len(self.layers) == 1
+
+        def add(name: str, shape: tuple[int, ...], to: int = INPUT, source: int = INPUT) -> Block:
+            offset = blocks[-1].offset + blocks[-1].size if blocks else 0
+            blocks.append(Block(name, shape, offset, to, source))
+            return blocks[-1]
+
+        for to in (0, *self.input_skips):
+            add("W" if single else f"W[{to}]", (self.layers[to].neurons, self.inputs), to)
+        for to, layer in enumerate(self.layers):
+            for source, other in enumerate(self.layers):
+                if self._connected(to, source):
+                    add("R" if single else f"R[{to},{source}]", (layer.neurons, other.neurons), to, source)
+        weights = tuple(blocks)
+        add("b", (self.neurons,))
+        stages = []
+        for layers in self._components():
+            rows = slice(self.rows[layers[0]].start, self.rows[layers[-1]].stop)
+            recurrent = len(layers) > 1 or self.layers[layers[0]].lateral
+            scales = None
+            if recurrent and isinstance(self.constraint, Perron):
+                name = "a" if single else f"a[{','.join(map(str, layers))}]"
+                scales = add(name, (rows.stop - rows.start,))
+            stages.append(Stage(layers, rows, recurrent, tuple(b for b in weights if b.to in layers), scales))
+        if isinstance(self.outputs, int):
+            add("C", (self.outputs, self.layers[-1].neurons))
+            add("d", (self.outputs,))
+        return tuple(blocks), tuple(stages)
+
+    def _connected(self, to: int, source: int) -> bool:
+        if to == source:
+            return self.layers[to].lateral
+        if source > to:
+            return (source, to) in self.feedback
+        return source == to - 1 or (source, to) in self.skips
+
+    def _components(self) -> list[range]:
+        # Layer l always feeds layer l + 1, so feedback from j to i closes the cycle i..j: components are intervals.
+        components = []
+        first = 0
+        while first < len(self.layers):
+            last = first
+            while (reach := max((j for j, i in self.feedback if i <= last), default=last)) > last:
+                last = reach
+            components.append(range(first, last + 1))
+            first = last + 1
+        return components
+
+    # --- description -------------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """The topology as plain data, from which ``from_description`` makes an equal one."""
+        return {
+            "inputs": self.inputs,
+            "layers": [
+                {"neurons": layer.neurons, "activation": layer.activation, "lateral": layer.lateral}
+                for layer in self.layers
+            ],
+            "feedback": [list(pair) for pair in self.feedback],
+            "skips": [list(pair) for pair in self.skips],
+            "input_skips": list(self.input_skips),
+            "outputs": self.outputs if isinstance(self.outputs, int) else list(self.outputs),
+            "constraint": {"name": self.constraint.name, "options": self.constraint.options()},
+        }
+
+    @classmethod
+    def from_description(cls, data: Mapping[str, Any]) -> Topology:
+        """The inverse of ``description``; ``ValueError``, ``TypeError`` or ``KeyError`` for anything else."""
+        constraint = from_description(Constraint, data["constraint"]["name"], data["constraint"]["options"])
+        return cls.build(
+            data["inputs"],
+            [Layer(**layer) for layer in data["layers"]],
+            [(int(a), int(b)) for a, b in data["feedback"]],
+            [(int(a), int(b)) for a, b in data["skips"]],
+            data["input_skips"],
+            data["outputs"],
+            constraint,
+        )
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _as_layer(layer: Layer | int) -> Layer:
+    if isinstance(layer, Layer):
+        return layer
+    if isinstance(layer, int) and not isinstance(layer, bool):
+        return Layer(layer)
+    raise TypeError(f"layers has {layer!r}; expected a Layer or a number of neurons")
+
+
+def _feedback_pairs(feedback: bool | Iterable[tuple[int, int]], layers: int) -> tuple[tuple[int, int], ...]:
+    if isinstance(feedback, bool):
+        return tuple((j, i) for j in range(1, layers) for i in range(j)) if feedback else ()
+    pairs = tuple(sorted((int(j), int(i)) for j, i in feedback))
+    for j, i in pairs:
+        if not 0 <= i < j < layers:
+            raise ValueError(f"feedback has {(j, i)}; expected pairs (later, earlier) of the layers 0 to {layers - 1}")
+    return pairs
+
+
+def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, ...]:
+    if isinstance(outputs, int | np.integer):
+        _check_count("outputs", outputs)
+        return int(outputs)
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs is {outputs!r}; expected a number of outputs or a list of neurons")
+    chosen = tuple(int(neuron) for neuron in outputs)
+    if not chosen or any(not 0 <= neuron < neurons for neuron in chosen):
+        raise ValueError(f"outputs is {list(chosen)}; expected neurons from 0 to {neurons - 1}, at least one")
+    return chosen
