@@ -173,4 +173,18 @@ function restore(handle::Py, numbers::Py)
     return nothing
 end
 
+# --- compiled ahead -------------------------------------------------------------------------------------------
+
+for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
+    hasmethod(f, arguments) && precompile(f, arguments)
+end
+precompile(entry_points, ())
+precompile(solve, ntuple(_ -> Py, 5))
+precompile(gradient, ntuple(_ -> Py, 5))
+for problem in ImplicitRNN.common_problems()
+    session = Session{eltype(problem.net), typeof(problem)}
+    precompile(solve, (session, Py, Py, Py, Py))
+    precompile(gradient, (session, Py, Py, Py, Py))
+end
+
 end

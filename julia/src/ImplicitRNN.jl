@@ -9,14 +9,16 @@ module ImplicitRNN
 
 using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
+using KrylovKit: eigsolve, linsolve
 using LinearAlgebra
 using NLsolve: NLsolve, nlsolve
 using Optimisers: Optimisers
+using PrecompileTools: @compile_workload, @setup_workload
 
 export Network, Layer, neurons
 export Free, Perron, InfNorm, Spectral, Monotone
-export Picard, NLsolver
-export Implicit
+export Auto, Picard, Anderson, Newton, Chord, NLsolver
+export Implicit, JacobianFree, Unrolled
 export MSE
 export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, Equilibrium
 export Trainer, train!
@@ -28,12 +30,17 @@ include("weights.jl")
 include("factorization.jl")
 include("solvers/columns.jl")
 include("solvers/picard.jl")
+include("solvers/anderson.jl")
+include("solvers/stability.jl")
+include("solvers/newton.jl")
 include("solvers/nlsolve.jl")
+include("solvers/auto.jl")
 include("adjoint.jl")
 include("losses.jl")
 include("equilibrium.jl")
 include("gradient.jl")
 include("implicit.jl")
 include("training.jl")
+include("precompile.jl")
 
 end

@@ -1,22 +1,25 @@
 # The adjoint of an equilibrium: λ with (I - RᵀD) λ = ∂L/∂z*, D = diag f′(s*), from which every gradient
-# follows (Almeida 1987, Pineda 1987): ∂L/∂s = D λ.
+# follows (Almeida 1987, Pineda 1987): ∂L/∂s = D λ. It is itself a fixed point, λ = ∂L/∂z* + RᵀD λ.
 
 """
     Adjoint
 
-How the gradient passes through an equilibrium: [`Implicit`](@ref).
+How the gradient passes through an equilibrium: [`Implicit`](@ref), [`JacobianFree`](@ref) or [`Unrolled`](@ref).
 """
 abstract type Adjoint end
 
 """
     Implicit(; linear_solver = :auto, tol = nothing, max_iterations = 200)
 
-The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*` solved to the relative residual `tol`, per sample.
+The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to the residual `tol` relative to ‖λ‖.
 
 - `:lu`: one LU factorisation of `I - D R` per sample; exact.
-- `:neumann`: `λ ← g + RᵀDλ`, one product for all samples an iteration; samples that do not converge are
-  solved by LU.
-- `:auto`: `:lu` up to $(SMALL_LU) neurons a stage, `:neumann` above.
+- `:neumann`: `λ ← g + RᵀDλ`, one product for all samples an iteration.
+- `:anderson`: the same with [`Anderson`](@ref) acceleration.
+- `:gmres`: GMRES of KrylovKit.jl, sample by sample.
+- `:auto`: `:lu` up to $(SMALL_LU) neurons a stage, above it `:neumann` as long as that is fast, then `:anderson`.
+
+Samples which an iterative method leaves unsolved are solved by LU.
 """
 struct Implicit <: Adjoint
     linear_solver::Symbol
@@ -24,125 +27,141 @@ struct Implicit <: Adjoint
     max_iterations::Int
     function Implicit(; linear_solver = :auto, tol = nothing, max_iterations = 200)
         linear_solver = Symbol(linear_solver)
-        linear_solver in (:auto, :lu, :neumann) ||
-            throw(ArgumentError("unknown linear solver :$linear_solver; choose auto, lu or neumann"))
+        linear_solver in (:auto, :lu, :neumann, :anderson, :gmres) || throw(
+            ArgumentError("unknown linear solver :$linear_solver; choose auto, lu, neumann, anderson or gmres")
+        )
         check_options(tol, max_iterations)
         return new(linear_solver, tol, max_iterations)
     end
 end
 
-const ADJOINTS = (; Implicit)
+"""
+    JacobianFree()
+
+λ = ∂L/∂z*, the inverse of I - RᵀD replaced by the identity (Fung et al., AAAI 2022): cheap, and not the gradient.
+"""
+struct JacobianFree <: Adjoint end
 
 """
-    AdjointColumns{T}(n, width)
+    Unrolled(steps)
 
-Buffers of the adjoint of one stage, a sample per column: slopes `D`, right-hand side `G`, the solution `Λ`
-and the product `RᵀDΛ`; `A` and `pivots` serve the factorisation of one sample.
+Backpropagation through `steps` Picard iterations from zero (BPTT). It is the exact gradient of that many steps, whether
+or not they reach an equilibrium; the forward solver is not used, and memory grows with the steps.
 """
-mutable struct AdjointColumns{T}
-    D::Matrix{T}
-    G::Matrix{T}
-    Λ::Matrix{T}
-    E::Matrix{T}
-    P::Matrix{T}
-    const A::Matrix{T}
-    const pivots::Vector{Int}
-    const b::Vector{T}
-    const sample::Vector{Int}
-    active::Int
+struct Unrolled <: Adjoint
+    steps::Int
+    function Unrolled(steps)
+        steps > 0 || throw(ArgumentError("steps must be positive, got $steps"))
+        return new(steps)
+    end
+end
+Unrolled(; steps = 8) = Unrolled(steps)
+
+const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
+
+"""
+    AdjointSystem{T}
+
+`λ = g + Rᵀ D λ` for each sample, a linear [`FixedPoint`](@ref): the drive is g, the slopes D are `extra[1]` of the
+columns.
+"""
+struct AdjointSystem{T, V} <: FixedPoint{T}
+    R::Matrix{T}
+    f::Identity
+    tol::T
+    floor::T
+    Z::V
+    S::V
+    outcome::Outcome
 end
 
-AdjointColumns{T}(n::Int, width::Int) where {T} = AdjointColumns{T}(
-    zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), zeros(T, n, width),
-    zeros(T, n, n), zeros(Int, n), zeros(T, n), zeros(Int, width), 0
-)
+"Matrices of `Columns.extra` that belong to the equation."
+own_extra(::FixedPoint) = 0
+own_extra(::AdjointSystem) = 2
+
+function affine!(c::Columns{T}, p::AdjointSystem{T}) where {T}
+    n, m = size(c.U, 1), c.active
+    D, E = c.extra[1], c.extra[2]
+    @inbounds @simd for k in 1:(n * m)
+        E[k] = D[k] * c.Z[k]
+    end
+    copyto!(c.S, 1, c.U, 1, n * m)
+    mul!(view(c.S, :, 1:m), p.R', view(E, :, 1:m), one(T), one(T))
+    return c.S
+end
 
 """
-    solve_adjoint!(E, adjoint, a::AdjointColumns, R, samples, residual)
+    solve_adjoint!(E, adjoint, c, R, D, G, residual)
 
-`E[:, j] = D λ` for each sample, given `a.D` and `a.G`; the relative residual of each sample is merged into
+`E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
 `residual` (NaN where the system is singular).
 """
-function solve_adjoint!(E, s::Implicit, a::AdjointColumns{T}, R::Matrix{T}, samples::Int, residual) where {T}
-    a.active = samples
-    for j in 1:samples
-        a.sample[j] = j
-    end
-    direct = s.linear_solver == :lu || (s.linear_solver == :auto && size(R, 1) <= SMALL_LU)
-    direct || neumann!(E, s, a, R, residual)
-    factorize_each!(E, a, R, residual)
+function solve_adjoint!(E, ::JacobianFree, c, R, D, G, residual)
+    E .= D .* G
     return E
 end
 
-function neumann!(E, s::Implicit, a::AdjointColumns{T}, R, residual) where {T}
-    tol = tolerance(s, T)
-    n = size(R, 1)
-    copyto!(a.Λ, 1, a.G, 1, n * a.active)
-    for _ in 1:s.max_iterations
-        m = a.active
-        @inbounds @simd for k in 1:(n * m)
-            a.E[k] = a.D[k] * a.Λ[k]
-        end
-        copyto!(a.P, 1, a.G, 1, n * m)
-        mul!(view(a.P, :, 1:m), R', view(a.E, :, 1:m), one(T), one(T))
-        for j in m:-1:1
-            change2 = size2 = zero(T)
-            @inbounds @simd for i in 1:n
-                change = a.P[i, j] - a.Λ[i, j]
-                change2 = muladd(change, change, change2)
-                size2 = muladd(a.G[i, j], a.G[i, j], size2)
-            end
-            change2 <= tol * tol * size2 && finish!(E, a, j, sqrt(change2) / max(sqrt(size2), floatmin(T)), residual)
-        end
-        a.active == 0 && return
-        a.Λ, a.P = a.P, a.Λ
+function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, residual) where {T}
+    n, samples = size(R, 1), size(G, 2)
+    slopes_moving, _ = extra!(c, 2)
+    for j in 1:samples
+        copy_column!(c.U, j, G, j)
+        copy_column!(c.Z, j, G, j)
+        copy_column!(slopes_moving, j, D, j)
     end
+    start!(c, samples)
+    outcome = reset!(Outcome(samples))
+    p = AdjointSystem{T, typeof(E)}(R, Identity(), tolerance(s, T), floatmin(T), E, E, outcome)
+    method = s.linear_solver
+    method === :auto && (method = n <= SMALL_LU ? :lu : :switching)
+    if method === :neumann
+        iterate!(Picard(), c, p, s.max_iterations)
+    elseif method === :anderson
+        iterate!(Anderson(), c, p, s.max_iterations)
+    elseif method === :switching
+        iterate!(Picard(), c, p, NEUMANN_PATIENCE) || iterate!(Anderson(), c, p, s.max_iterations)
+    elseif method === :gmres
+        gmres_each!(c, p, s.max_iterations)
+    end
+    factorize_each!(c, p)
+    for j in 1:samples
+        residual[j] = worse(outcome.residual[j], residual[j])
+    end
+    E .*= D
+    return E
+end
+
+"Neumann iterations before Anderson acceleration takes over."
+const NEUMANN_PATIENCE = 30
+
+function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
+    n = size(p.R, 1)
+    for j in c.active:-1:1
+        g, d = c.U[:, j], c.extra[1][:, j]
+        λ, _ = linsolve(
+            v -> v - p.R' * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
+            atol = zero(T), rtol = p.tol / 2,
+        )
+        copyto!(view(c.Z, :, j), λ)
+    end
+    evaluate_all!(c, p)
     return
 end
 
-function factorize_each!(E, a::AdjointColumns{T}, R, residual) where {T}
-    n = size(R, 1)
-    for j in a.active:-1:1
-        residual_jacobian!(a.A, view(a.D, :, j), R)
-        λ = view(a.Λ, :, j)
-        copyto!(λ, view(a.G, :, j))
-        regular = lu_factor!(a.A, a.pivots)
-        regular && lu_solve_transposed!(λ, a.A, a.pivots)
-        @inbounds @simd for i in 1:n
-            a.E[i, j] = a.D[i, j] * λ[i]
-        end
-        finish!(E, a, j, regular ? adjoint_residual(a, R, λ, j) : T(NaN), residual)
+function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
+    c.active == 0 && return
+    n = size(p.R, 1)
+    A, pivots = Matrix{T}(undef, n, n), zeros(Int, n)
+    for j in c.active:-1:1
+        residual_jacobian!(A, view(c.extra[1], :, j), p.R)
+        λ = view(c.Z, :, j)
+        copyto!(λ, view(c.U, :, j))
+        lu_factor!(A, pivots) ? lu_solve_transposed!(λ, A, pivots) : fill!(λ, T(NaN))
     end
-    return
-end
-
-function adjoint_residual(a::AdjointColumns{T}, R, λ, j) where {T}
-    n = size(R, 1)
-    change2 = size2 = zero(T)
-    @inbounds for k in 1:n
-        r = a.G[k, j] - λ[k]
-        @simd for i in 1:n
-            r = muladd(R[i, k], a.E[i, j], r)
-        end
-        change2 += r * r
-        size2 += a.G[k, j] * a.G[k, j]
+    affine!(c, p)
+    for j in c.active:-1:1
+        _, residual = evaluate!(c, p, j)
+        finish!(c, p, j, CONVERGED, residual)
     end
-    return sqrt(change2) / max(sqrt(size2), floatmin(T))
-end
-
-function finish!(E, a::AdjointColumns, j::Int, value, residual)
-    sample = a.sample[j]
-    residual[sample] = worse(Float64(value), residual[sample])
-    last = a.active
-    @inbounds for i in axes(a.E, 1)
-        E[i, sample] = a.E[i, j]
-        a.D[i, j] = a.D[i, last]
-        a.G[i, j] = a.G[i, last]
-        a.Λ[i, j] = a.Λ[i, last]
-        a.P[i, j] = a.P[i, last]
-        a.E[i, j] = a.E[i, last]
-    end
-    a.sample[j] = a.sample[last]
-    a.active = last - 1
     return
 end

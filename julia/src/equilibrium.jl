@@ -1,10 +1,10 @@
 # The way through a network: a tile of samples goes stage by stage to its equilibrium, and the adjoint comes
 # back stage by stage. Everything else (solutions, gradients, training) is made of these two passes.
 
-const SOLVERS = (; Picard, NLsolve = NLsolver)
+const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
 
 """
-    Problem(net; solver = Picard(), adjoint = Implicit(), loss = MSE())
+    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE())
 
 A network with all that is chosen about its solution and its training.
 """
@@ -14,7 +14,7 @@ struct Problem{T, N <: Network{T}, S <: Solver, A <: Adjoint, L <: Loss}
     adjoint::A
     loss::L
 end
-Problem(net::N; solver::S = Picard(), adjoint::A = Implicit(), loss::L = MSE()) where {T, N <: Network{T}, S, A, L} =
+Problem(net::N; solver::S = Auto(), adjoint::A = Implicit(), loss::L = MSE()) where {T, N <: Network{T}, S, A, L} =
     Problem{T, N, S, A, L}(net, solver, adjoint, loss)
 
 """
@@ -27,14 +27,16 @@ struct Workspace{T}
     width::Int
     weights::Weights{T}
     gradient::Weights{T}
-    Z::Matrix{T}                              # N × width: state, pre-activation, ∂L/∂z, ∂L/∂s
+    Z::Matrix{T}                              # N × width: state, pre-activation, ∂L/∂z, ∂L/∂s, f′(s)
     S::Matrix{T}
     G::Matrix{T}
     E::Matrix{T}
     Y::Matrix{T}                              # outputs × width: outputs, ∂L/∂y
     GY::Matrix{T}
+    D::Matrix{T}
     columns::Vector{Columns{T}}               # per stage
-    adjoints::Vector{AdjointColumns{T}}
+    adjoints::Vector{Columns{T}}
+    chains::Vector{Vector{Matrix{T}}}         # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     outcome::Outcome                          # per sample of the tile
     adjoint_residual::Vector{Float64}
 end
@@ -45,9 +47,10 @@ function Workspace(problem::Problem{T}; width = tile_width(problem.net)) where {
     recurrent = [stage.recurrent ? length(stage.rows) : 0 for stage in net.stages]
     return Workspace{T}(
         width, Weights(net), Weights(net),
-        (zeros(T, N, width) for _ in 1:4)..., zeros(T, k, width), zeros(T, k, width),
+        (zeros(T, N, width) for _ in 1:4)..., zeros(T, k, width), zeros(T, k, width), zeros(T, N, width),
         [Columns{T}(length(stage.rows), width) for stage in net.stages],
-        [AdjointColumns{T}(n, n > 0 ? width : 0) for n in recurrent],
+        [Columns{T}(n, n > 0 ? width : 0) for n in recurrent],
+        [Matrix{T}[] for _ in net.stages],
         Outcome(width), zeros(width),
     )
 end
@@ -66,12 +69,12 @@ Bring the samples `X` (features × samples, at most a tile) to their equilibrium
 function forward!(ws::Workspace, problem::Problem, X::AbstractMatrix, start = nothing)
     reset!(ws.outcome)
     for (k, stage) in enumerate(problem.net.stages)
-        forward_stage!(ws, problem, stage, ws.weights.stages[k], ws.columns[k], X, start)
+        forward_stage!(ws, problem, stage, ws.weights.stages[k], ws.columns[k], ws.chains[k], X, start)
     end
     return ws
 end
 
-function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T}, X, start) where {T}
+function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T}, chain, X, start) where {T}
     m = size(X, 2)
     rows = stage.rows
     drive!(c.U, w, ws.Z, X, m)
@@ -89,9 +92,34 @@ function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T
     start === nothing ? fill!(view(c.Z, :, 1:m), 0) : copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
     start!(c, m)
     stationary = Stationary(
-        w.recurrent, stage.activation, tolerance(problem.solver, T), view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome
+        w.recurrent, stage.activation, tolerance(problem.solver, T), scale_floor(T, length(rows)),
+        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, !guarantees_uniqueness(problem.net.constraint),
     )
-    solve!(problem.solver, c, stationary)
+    problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
+    return
+end
+
+"Picard steps whose states are all kept: chain = Z₀, S₁, Z₁, S₂, Z₂, …, as far as there are samples."
+function unroll!(chain, c::Columns{T}, p::Stationary{T}, steps::Int) where {T}
+    n, m = size(c.Z, 1), c.active
+    while length(chain) < 2steps + 1
+        push!(chain, zeros(T, n, size(c.Z, 2)))
+    end
+    copyto!(chain[1], 1, c.Z, 1, n * m)
+    for k in 1:steps
+        affine!(c, p)
+        for j in 1:m
+            status, residual = evaluate!(c, p, j)
+            k == steps && record!(p.outcome, j, something(status, MAX_ITERATIONS), k, residual, c.rate[j])
+        end
+        copyto!(chain[2k], 1, c.S, 1, n * m)
+        copyto!(chain[2k + 1], 1, c.F, 1, n * m)
+        copyto!(c.Z, 1, c.F, 1, n * m)
+    end
+    for j in 1:m
+        copy_column!(p.Z, j, c.F, j)
+        copy_column!(p.S, j, c.S, j)
+    end
     return
 end
 
@@ -174,16 +202,17 @@ end
 
 function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X) where {T}
     m, rows, w, g = size(X, 2), stage.rows, ws.weights.stages[k], ws.gradient.stages[k]
-    E, G, Z, S = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S))
-    if stage.recurrent
-        a = ws.adjoints[k]
-        slopes!(view(a.D, :, 1:m), stage.activation, S, Z)
-        copyto!(view(a.G, :, 1:m), G)
-        solve_adjoint!(E, problem.adjoint, a, w.recurrent, m, ws.adjoint_residual)
-        add_outer!(g.recurrent, E, Z, m)
+    E, G, Z, S, D = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S, ws.D))
+    if stage.recurrent && problem.adjoint isa Unrolled
+        unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, stage.activation, w.recurrent, G)
     else
-        slopes!(E, stage.activation, S, Z)
-        E .*= G
+        slopes!(D, stage.activation, S, Z)
+        if stage.recurrent
+            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], w.recurrent, D, G, ws.adjoint_residual)
+            add_outer!(g.recurrent, E, Z, m)
+        else
+            E .= D .* G
+        end
     end
     add_columns!(g.bias, E, m)
     size(w.input, 2) > 0 && add_outer!(g.input, E, X, m)
@@ -191,6 +220,22 @@ function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X) whe
     if before > 0
         add_outer!(g.feed, E, view(ws.Z, 1:before, 1:m), m)
         mul!(view(ws.G, 1:before, 1:m), w.feed', E, one(T), one(T))
+    end
+    return
+end
+
+# Backpropagation through the chain of `unroll!`: E = Σₖ ∂L/∂sₖ, and gR += Σₖ ∂L/∂sₖ zₖ₋₁ᵀ.
+function unroll_back!(E, gR, c::Columns{T}, chain, steps, f, R, G) where {T}
+    m = size(G, 2)
+    λ, e = view(c.Z, :, 1:m), view(c.F, :, 1:m)
+    copyto!(λ, G)
+    fill!(E, 0)
+    for k in steps:-1:1
+        slopes!(e, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
+        e .*= λ
+        E .+= e
+        add_outer!(gR, e, view(chain[2k - 1], :, 1:m), m)
+        mul!(λ, R', e)
     end
     return
 end
@@ -238,22 +283,24 @@ struct Solution{T}
     bound::Vector{Float64}
 end
 
+"A solution for so many samples, to be filled in."
+Solution(net::Network{T}, samples::Int) where {T} = Solution{T}(
+    Matrix{T}(undef, neurons(net), samples), Vector{Status}(undef, samples), Vector{Int32}(undef, samples),
+    (Vector{Float64}(undef, samples) for _ in 1:3)...
+)
+
+"Which samples reached their equilibrium."
 converged(s::Solution) = s.status .== CONVERGED
 
 """
-    equilibrium(net, p, X; solver = Picard(), start = nothing)
+    equilibrium(net, p, X; solver = Auto(), start = nothing)
 
 The [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`; `start` (neurons ×
 samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`.
 """
-function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solver = Picard(), start = nothing) where {T}
+function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing) where {T}
     problem = Problem(net; solver)
-    B = size(X, 2)
-    solution = Solution(
-        Matrix{T}(undef, neurons(net), B), Vector{Status}(undef, B), Vector{Int32}(undef, B),
-        Vector{Float64}(undef, B), Vector{Float64}(undef, B), Vector{Float64}(undef, B)
-    )
-    return equilibrium!(solution, Workspace(problem), problem, p, X, start)
+    return equilibrium!(Solution(net, size(X, 2)), Workspace(problem), problem, p, X, start)
 end
 
 function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X, start = nothing)

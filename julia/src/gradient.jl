@@ -1,12 +1,12 @@
 # The training gradient: loss and its gradient with respect to all parameters.
 
 """
-    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Picard(), adjoint = Implicit())
+    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit())
 
 The loss of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
 gradient with respect to the parameters `p`.
 """
-function loss_and_gradient(net::Network{T}, p, X, Y; loss = MSE(), solver = Picard(), adjoint = Implicit()) where {T}
+function loss_and_gradient(net::Network{T}, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit()) where {T}
     problem = Problem(net; loss, solver, adjoint)
     g = zeros(T, length(net))
     value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y)
@@ -41,7 +41,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
         value += loss_gradient!(ws.GY, problem.loss, ws.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
         backward!(ws, problem, tile)
         for j in 1:m
-            unconverged += ws.outcome.status[j] != CONVERGED
+            unconverged += needs_equilibrium(problem.adjoint) && ws.outcome.status[j] != CONVERGED
             residual = worse(ws.outcome.residual[j], residual)
             adjoint_residual = worse(ws.adjoint_residual[j], adjoint_residual)
         end
@@ -49,3 +49,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
     pack_gradient!(g, net, ws.gradient, ws.weights)
     return value, Quality(unconverged, residual, adjoint_residual)
 end
+
+"Whether the gradient is that of the loss at an equilibrium only."
+needs_equilibrium(::Adjoint) = true
+needs_equilibrium(::Unrolled) = false

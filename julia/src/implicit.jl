@@ -2,7 +2,7 @@
 # ImplicitDifferentiation.jl whose conditions have an exact rule and whose linear solver is exact.
 
 """
-    Equilibrium(net; solver = Picard())
+    Equilibrium(net; solver = Auto())
 
 A function `(p, X) -> Z`: the equilibria (neurons × samples) of `net` with parameters `p` for the samples `X`
 (features × samples). It can be differentiated in both arguments by ForwardDiff.jl, by Zygote.jl and by any AD
@@ -14,7 +14,7 @@ struct Equilibrium{N <: Network, I <: ImplicitFunction}
     implicit::I
 end
 
-Equilibrium(net::Network; solver = Picard()) = Equilibrium(
+Equilibrium(net::Network; solver = Auto()) = Equilibrium(
     net, ImplicitFunction(StateSolve(net, solver), Conditions(net); linear_solver = BlockSolver(neurons(net)))
 )
 

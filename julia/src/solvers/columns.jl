@@ -66,32 +66,55 @@ function record!(o::Outcome, sample::Int, status::Status, iterations, residual, 
 end
 
 """
-    Columns{T}(n, width)
+    FixedPoint{T}
 
-The samples a stage of `n` neurons still works on: the first `active` columns of the drive `U`, the iterate
-`Z`, the pre-activation `S` and `F = f(S)`. Finished samples leave and the last column takes their place,
-so all products run over samples that need them; `sample[j]` is the sample in column j.
+An equation `z = f(u + M z)` for each of many samples, in which only `u` (and what belongs to a sample) differs: the
+equilibrium of a stage ([`Stationary`](@ref)) and its adjoint system ([`AdjointSystem`](@ref)). A subtype has a method of
+[`affine!`](@ref) and the fields `f`, `tol`, `floor` (the smallest size that residuals are related to), `Z` and `S` (where
+results go, samples as columns), and `outcome`.
+"""
+abstract type FixedPoint{T} end
+
+"""
+    Columns{T}(n, width; extra = 0)
+
+The samples of a fixed-point equation that are still at work: the first `active` columns of the drive `U`, the iterate
+`Z`, the argument `S` and `F = f(S)`. Finished samples leave and the last column takes their place, so all products run
+over samples that need them; `sample[j]` is the sample in column j. `extra` matrices with as many rows belong to a method
+or an equation and move along; so do the `scalars` (8 per column).
 """
 mutable struct Columns{T}
     U::Matrix{T}
     Z::Matrix{T}
     S::Matrix{T}
     F::Matrix{T}
+    const extra::Vector{Matrix{T}}
+    const scalars::Matrix{T}
     const sample::Vector{Int}
     const residual::Vector{T}        # ‖F - Z‖ of the last iteration
     const rate::Vector{T}
     const iterations::Vector{Int}
+    const aside::Vector{Int}         # columns set aside, see `set_aside!`
     active::Int
 end
 
 Columns{T}(n::Int, width::Int) where {T} = Columns{T}(
-    zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), zeros(T, n, width),
-    zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width), 0
+    zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), Matrix{T}[], zeros(T, 8, width),
+    zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width), Int[], 0
 )
+
+"The first `count` matrices of `c.extra` with `rows` rows each, made at the first use."
+function extra!(c::Columns{T}, count::Int, rows::Int = size(c.U, 1), first_index::Int = 1) where {T}
+    while length(c.extra) < first_index + count - 1
+        push!(c.extra, zeros(T, rows, size(c.U, 2)))
+    end
+    return view(c.extra, first_index:(first_index + count - 1))
+end
 
 "Begin with `samples` columns, whose `U` and `Z` are set."
 function start!(c::Columns{T}, samples::Int) where {T}
     c.active = samples
+    empty!(c.aside)
     for j in 1:samples
         c.sample[j] = j
         c.residual[j] = T(Inf)
@@ -104,22 +127,22 @@ end
 """
     Stationary{T}
 
-The solve of one stage: its weights `R`, activation `f`, tolerance, where results go (`Z`, `S`: the rows of
-the stage, all samples of the tile) and how they ended.
+The equilibrium of one stage: `z = f(u + R z)`.
 """
-struct Stationary{T, F, V}
+struct Stationary{T, F, V} <: FixedPoint{T}
     R::Matrix{T}
     f::F
     tol::T
+    floor::T
     Z::V
     S::V
     outcome::Outcome
+    check_stability::Bool
 end
 
-"S[:, 1:active] = U + R Z"
-function affine!(c::Columns, R::Matrix)
-    return affine!(c.S, R, c.Z, c.U, c.active)
-end
+"    affine!(c, p)\n\n`S = U + M Z` for the active columns."
+affine!(c::Columns, p::Stationary) = affine!(c.S, p.R, c.Z, c.U, c.active)
+
 function affine!(S::Matrix{T}, R::Matrix{T}, Z::Matrix{T}, U::Matrix{T}, m::Int) where {T}
     n = size(R, 1)
     if n <= SMALL
@@ -149,11 +172,11 @@ const BLOW_UP = 1.0e6
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
-# One evaluation of f for column j: the residual, and how the sample stands (`nothing`: go on).
-@inline function evaluate!(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
+# One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
+@inline function evaluate!(c::Columns{T}, p::FixedPoint{T}, j::Int) where {T}
     change2, size2 = activate!(c.F, p.f, c.S, c.Z, j)
     residual = sqrt(change2)
-    scale = max(sqrt(size2), scale_floor(T, size(c.F, 1)))
+    scale = max(sqrt(size2), p.floor)
     @inbounds begin
         c.iterations[j] += 1
         isfinite(c.residual[j]) && (c.rate[j] = residual / c.residual[j])
@@ -161,40 +184,49 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
     end
     status = residual <= p.tol * scale ? CONVERGED :
         !isfinite(residual) ? NON_FINITE :
-        residual > T(BLOW_UP) * (1 + scale_floor(T, size(c.F, 1))) ? DIVERGED : nothing
-    return status, residual / scale
+        residual > T(BLOW_UP) * (1 + p.floor) ? DIVERGED : nothing
+    return status, iszero(scale) ? zero(T) : residual / scale
 end
 
 "Write column j out as finished and let the last active column take its place."
-function finish!(c::Columns, p::Stationary, j::Int, status::Status, residual)
+function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     sample = c.sample[j]
-    n = size(c.F, 1)
     source = status == NON_FINITE ? c.Z : c.F      # the last finite iterate is worth keeping
-    @inbounds for i in 1:n
-        p.Z[i, sample] = source[i, j]
-        p.S[i, sample] = c.S[i, j]
-    end
+    copy_column!(p.Z, sample, source, j)
+    copy_column!(p.S, sample, c.S, j)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
-    last = c.active
-    if j != last
-        @inbounds for i in 1:n
-            c.U[i, j] = c.U[i, last]
-            c.Z[i, j] = c.Z[i, last]
-            c.S[i, j] = c.S[i, last]
-            c.F[i, j] = c.F[i, last]
-        end
-        c.sample[j] = c.sample[last]
-        c.residual[j] = c.residual[last]
-        c.rate[j] = c.rate[last]
-        c.iterations[j] = c.iterations[last]
+    j == c.active || move_column!(c, j, c.active)
+    c.active -= 1
+    return
+end
+
+@inline function copy_column!(A, j::Int, B, k::Int)
+    @inbounds @simd for i in axes(B, 1)
+        A[i, j] = B[i, k]
     end
-    c.active = last - 1
+    return
+end
+
+"Column k takes the place of column j."
+function move_column!(c::Columns, j::Int, k::Int)
+    for A in (c.U, c.Z, c.S, c.F, c.scalars)
+        copy_column!(A, j, A, k)
+    end
+    for A in c.extra
+        copy_column!(A, j, A, k)
+    end
+    @inbounds for v in (c.sample, c.iterations)
+        v[j] = v[k]
+    end
+    @inbounds for v in (c.residual, c.rate)
+        v[j] = v[k]
+    end
     return
 end
 
 "Evaluate every active column and take out those that are done; true when none is left."
-function evaluate_all!(c::Columns, p::Stationary)
-    affine!(c, p.R)
+function evaluate_all!(c::Columns, p::FixedPoint)
+    affine!(c, p)
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)
         status === nothing || finish!(c, p, j, status, residual)
@@ -203,11 +235,24 @@ function evaluate_all!(c::Columns, p::Stationary)
 end
 
 "Record the columns that are left as unconverged."
-function give_up!(c::Columns{T}, p::Stationary{T}) where {T}
-    n = size(c.F, 1)
+function give_up!(c::Columns{T}, p::FixedPoint{T}) where {T}
     for j in c.active:-1:1
-        size2 = sum(abs2, view(c.F, :, j))
-        finish!(c, p, j, MAX_ITERATIONS, c.residual[j] / max(sqrt(size2), scale_floor(T, n)))
+        scale = max(norm(view(c.F, :, j)), p.floor)
+        finish!(c, p, j, MAX_ITERATIONS, c.residual[j] / scale)
     end
     return
 end
+
+"A solver used alone: what it leaves is unconverged."
+function solve!(s::Solver, c::Columns, p::FixedPoint)
+    iterate!(s, c, p, s.max_iterations) || give_up!(c, p)
+    return
+end
+
+"""
+    iterate!(solver, c, p, iterations)
+
+Let `solver` work on the active columns for at most so many iterations; true when all are done. Those left go on from
+their iterate `Z`, with `S` and `F = f(S)` those of the last evaluation.
+"""
+function iterate! end

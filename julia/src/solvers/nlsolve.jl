@@ -20,26 +20,26 @@ struct NLsolver <: Solver
     end
 end
 
-function solve!(s::NLsolver, c::Columns{T}, p::Stationary{T}) where {T}
+function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     n = size(p.R, 1)
     root = RootProblem(p.R, p.f, zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1))
     for j in c.active:-1:1
         copyto!(root.u, view(c.U, :, j))
         start = c.Z[:, j]
         # NLsolve stops on an absolute maximum norm; ours is relative, so ask again where that was too loose.
-        scale = max(norm(root(similar(start), start)), scale_floor(T, n))
+        scale = max(norm(root(similar(start), start)), p.floor)
         target = p.tol * scale / (2 * sqrt(T(n)))
         used = 0
         for _ in 1:3
-            result = attempt(s, root, start, target, s.max_iterations - used)
+            result = attempt(s, root, start, target, iterations - used)
             result === nothing && break
             used += result.iterations
             all(isfinite, result.zero) || break
             copyto!(start, result.zero)
             root(view(c.F, :, j), start)
             residual = norm(view(c.F, :, j))
-            residual <= p.tol * max(norm(root.z), scale_floor(T, n)) && break
-            used < s.max_iterations || break
+            residual <= p.tol * max(norm(root.z), p.floor) && break
+            used < iterations || break
             target /= 100
         end
         copyto!(view(c.Z, :, j), start)
@@ -47,8 +47,7 @@ function solve!(s::NLsolver, c::Columns{T}, p::Stationary{T}) where {T}
         c.residual[j] = T(Inf)
     end
     # The verdict is ours, by the same evaluation as for every other solver.
-    evaluate_all!(c, p)
-    return give_up!(c, p)
+    return evaluate_with_stability!(c, p)
 end
 
 function attempt(s::NLsolver, root, start::Vector{T}, target, iterations) where {T}

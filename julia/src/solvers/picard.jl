@@ -17,19 +17,23 @@ struct Picard <: Solver
     end
 end
 
-function solve!(s::Picard, c::Columns{T}, p::Stationary{T}) where {T}
-    for _ in 1:s.max_iterations
-        evaluate_all!(c, p) && return
-        s.damping == 1 || relax!(c, T(s.damping))
-        c.Z, c.F = c.F, c.Z
+function iterate!(s::Picard, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
+    for _ in 1:iterations
+        evaluate_all!(c, p) && return true
+        advance!(c, T(s.damping))
     end
-    c.Z, c.F = c.F, c.Z               # the pair (S, F = f(S)) of the last evaluation
-    return give_up!(c, p)
+    return false
 end
 
-function relax!(c::Columns{T}, damping::T) where {T}
-    @inbounds @simd for k in 1:(size(c.F, 1) * c.active)
-        c.F[k] = c.Z[k] + damping * (c.F[k] - c.Z[k])
+"Z ← Z + damping (F - Z) for the active columns."
+function advance!(c::Columns{T}, damping::T) where {T}
+    n = size(c.F, 1)
+    if damping == 1
+        copyto!(c.Z, 1, c.F, 1, n * c.active)
+    else
+        @inbounds @simd for k in 1:(n * c.active)
+            c.Z[k] = muladd(damping, c.F[k] - c.Z[k], c.Z[k])
+        end
     end
     return
 end
