@@ -73,8 +73,8 @@ columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) 
 
 # --- problems -------------------------------------------------------------------------------------------------
 
-struct Session{T, P <: Problem{T}}
-    problem::P
+struct Session{T}
+    problem::Problem{T}
     workspace::Workspace{T}
 end
 Session(problem::Problem) = Session(problem, Workspace(problem))
@@ -181,10 +181,9 @@ end
 precompile(entry_points, ())
 precompile(solve, ntuple(_ -> Py, 5))
 precompile(gradient, ntuple(_ -> Py, 5))
-for problem in ImplicitRNN.common_problems()
-    session = Session{eltype(problem.net), typeof(problem)}
-    precompile(solve, (session, Py, Py, Py, Py))
-    precompile(gradient, (session, Py, Py, Py, Py))
+for T in (Float64, Float32)
+    precompile(solve, (Session{T}, Py, Py, Py, Py))
+    precompile(gradient, (Session{T}, Py, Py, Py, Py))
 end
 
 end

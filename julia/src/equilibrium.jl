@@ -8,14 +8,14 @@ const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
 
 A network with all that is chosen about its solution and its training.
 """
-struct Problem{T, N <: Network{T}, S <: Solver, A <: Adjoint, L <: Loss}
-    net::N
-    solver::S
-    adjoint::A
-    loss::L
+struct Problem{T}
+    net::Network{T}
+    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
+    solver::Solver
+    adjoint::Adjoint
+    loss::Loss
 end
-Problem(net::N; solver::S = Auto(), adjoint::A = Implicit(), loss::L = MSE()) where {T, N <: Network{T}, S, A, L} =
-    Problem{T, N, S, A, L}(net, solver, adjoint, loss)
+Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE()) = Problem(net, solver, adjoint, loss)
 
 """
     Workspace(problem)
@@ -92,8 +92,8 @@ function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T
     start === nothing ? fill!(view(c.Z, :, 1:m), 0) : copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
     start!(c, m)
     stationary = Stationary(
-        w.recurrent, stage.activation, tolerance(problem.solver, T), scale_floor(T, length(rows)),
-        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, !guarantees_uniqueness(problem.net.constraint),
+        w.recurrent, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
+        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, !guarantees_uniqueness(problem.net.constraint)::Bool,
     )
     problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
     return

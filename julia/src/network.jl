@@ -62,10 +62,10 @@ An implicit recurrent network: the state `z` of all neurons is an equilibrium of
 
 `length(net)` is the number of parameters, `neurons(net)` that of neurons.
 """
-struct Network{T <: AbstractFloat, C <: Constraint}
+struct Network{T <: AbstractFloat}
     inputs::Int
     layers::Vector{Layer}
-    constraint::C
+    constraint::Constraint
     stages::Vector{Stage}
     readout::Vector{Int}       # neurons of the state which the output reads
     outputs::Int               # linear outputs; 0 when the output is the read neurons themselves
@@ -139,7 +139,7 @@ function Network{T}(
             throw(ArgumentError("output neurons $readout are not all among the $(last(ends)) neurons"))
         count = 0
     end
-    return Network{T, typeof(constraint)}(
+    return Network{T}(
         inputs, layers, constraint, stages, readout, count, bias, weights_out, offset
     )
 end

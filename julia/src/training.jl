@@ -6,8 +6,8 @@
 The state of a training run: `rule` is a rule of Optimisers.jl, `clip` the largest allowed Euclidean norm of a
 gradient. `nets` replicas with parameters of their own can be trained side by side on the same samples.
 """
-mutable struct Trainer{T, P <: Problem{T}, R, O}
-    const problem::P
+mutable struct Trainer{T, R, O}
+    const problem::Problem{T}
     const workspace::Workspace{T}
     const gradient::Vector{T}
     const states::Vector{O}               # of the optimiser, per net
@@ -21,7 +21,7 @@ function Trainer(problem::Problem{T}, rule; nets::Int = 1, clip = Inf, batch_siz
     net = problem.net
     zero_parameters = zeros(T, length(net))
     states = [Optimisers.init(rule, zero_parameters) for _ in 1:nets]
-    return Trainer{T, typeof(problem), typeof(rule), eltype(states)}(
+    return Trainer{T, typeof(rule), eltype(states)}(
         problem, Workspace(problem), zeros(T, length(net)), states,
         zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), T(clip), rule
     )

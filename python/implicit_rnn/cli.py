@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError
@@ -34,11 +35,16 @@ def _parser() -> argparse.ArgumentParser:
     xor = commands.add_parser("xor", help="one layer learns XOR: table, figure and JSON")
     xor.add_argument("--neurons", type=_positive, nargs="+", default=[1, 2, 3, 4], metavar="N")
     xor.add_argument(
-        "--constraint", choices=("none", "free", "perron"), nargs="+", default=["none", "free", "perron"],
+        "--constraint",
+        choices=("none", "free", "perron"),
+        nargs="+",
+        default=["none", "free", "perron"],
         help="of the lateral connections; none: no lateral connections",
     )
     xor.add_argument("--seeds", type=_positive, help="nets per entry (200 on the Julia engine, 10 on the NumPy engine)")
-    xor.add_argument("--out", type=Path, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)")
+    xor.add_argument(
+        "--out", type=Path, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)"
+    )
     _common(xor)
     xor.set_defaults(run=_xor)
 
@@ -77,13 +83,15 @@ def _xor(options: argparse.Namespace) -> int:
     fewer = " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
     print(f"implicit-rnn: {engine.name} engine, {seeds} seeds per entry{fewer}", file=sys.stderr)
     with tqdm(total=len(options.neurons) * len(options.constraint), unit="entry", disable=None) as bar:
-        result = xor.run(
-            options.neurons, options.constraint, seeds, engine.name, report=lambda cell: bar.update() and None
-        )
+        result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
     files = xor.save(result, options.out)
     print(json.dumps(result.as_dict()) if options.json else xor.table(result))
     print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
     return 0
+
+
+def _advance(bar: Any) -> None:
+    bar.update()
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def _precompile(environment: Environment) -> None:
         "PYTHON_JULIACALL_PROJECT": environment.project,
         "IMPLICIT_RNN_ENGINE": "julia",
     }
-    code = "from implicit_rnn import julia_runtime as r\ntry: r.entry_points()\nexcept r.EngineError as e: raise SystemExit(str(e))"
+    code = "from implicit_rnn import cli; raise SystemExit(cli.main(['doctor']))"
     if subprocess.run([sys.executable, "-c", code], env=settings, stdout=sys.stderr).returncode != 0:
         raise EngineError(f"Julia did not start with the project {environment.project}, see the messages above")
 
@@ -115,8 +115,13 @@ def _running_julia() -> dict[str, Any]:
         "exe": str(value("joinpath(Sys.BINDIR, Base.julia_exename())")),
         "project": str(value('something(Base.active_project(), "none")')),
         "threads": int(value("Threads.nthreads()")),
-        "BLAS": str(value("import LinearAlgebra; join((basename(l.libname) for l in LinearAlgebra.BLAS.get_config().loaded_libs), ' ')")),
-        "GPU": str(value('haskey(Base.loaded_modules, Base.PkgId(Base.UUID("052768ef-5323-5732-b1bb-66c8b64840ba"), "CUDA")) ? "CUDA.jl" : "none"')),
+        "BLAS": str(
+            value(
+                "import LinearAlgebra; "
+                "join((basename(l.libname) for l in LinearAlgebra.BLAS.get_config().loaded_libs), ' ')"
+            )
+        ),
+        "GPU": str(value('any(id -> id.name == "CUDA", keys(Base.loaded_modules)) ? "CUDA.jl" : "none"')),
     }
 
 
@@ -137,4 +142,3 @@ def describe(report: dict[str, Any]) -> str:
         elif key != "ok":
             lines.append(f"{key + ':':<20} {value}")
     return "\n".join(lines)
-

@@ -109,9 +109,7 @@ def explicit_environment() -> Environment | None:
     exe, project = os.environ.get("PYTHON_JULIACALL_EXE"), os.environ.get("PYTHON_JULIACALL_PROJECT")
     if (exe is None) != (project is None):
         given, absent = ("EXE", "PROJECT") if exe else ("PROJECT", "EXE")
-        raise EngineError(
-            f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither"
-        )
+        raise EngineError(f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither")
     if exe is None or project is None:
         return None
     return Environment(exe, project, "PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT")

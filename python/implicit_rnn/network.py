@@ -13,9 +13,9 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, check_engine, get_engine
-from implicit_rnn.engines import constraints as numpy_constraints
+from implicit_rnn.engines.numpy import constraints as numpy_constraints
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
-from implicit_rnn.options import Adjoint, Constraint, Implicit, Perron, Picard, Solver
+from implicit_rnn.options import Adjoint, Auto, Constraint, Implicit, Perron, Solver
 from implicit_rnn.solution import Solution
 from implicit_rnn.topology import INPUT, Layer, Topology
 from implicit_rnn.validation import as_samples, as_targets
@@ -70,12 +70,12 @@ class Network:
         feedback: bool | Iterable[tuple[int, int]] = False,
         skips: Iterable[tuple[int, int]] = (),
         input_skips: Iterable[int] = (),
-        constraint: Constraint | str = Perron(),  # noqa: B008 (frozen)
+        constraint: Constraint | str = Perron(),
         dtype: str = "float64",
         seed: int | None = None,
         engine: str | None = None,
     ) -> None:
-        constraint = options.choose(Constraint, constraint, "constraint")  # type: ignore[type-abstract]
+        constraint = options.choose(Constraint, constraint, "constraint")
         topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
         self._set_up(topology, dtype, engine)
         self._initialise(np.random.default_rng(seed))
@@ -141,7 +141,7 @@ class Network:
     @property
     def recurrent_weights(self) -> Array:
         """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal."""
-        from implicit_rnn.engines.numpy import slope_bounds
+        from implicit_rnn.engines.numpy.engine import slope_bounds
 
         R = np.zeros((self.topology.neurons, self.topology.neurons), self.dtype)
         for block in self.topology.blocks:
@@ -175,7 +175,7 @@ class Network:
         self,
         X: ArrayLike,
         *,
-        solver: Solver | str = Picard(),  # noqa: B008
+        solver: Solver | str = Auto(),
         z0: ArrayLike | None = None,
         on_failure: str = "raise",
     ) -> Solution:
@@ -196,7 +196,7 @@ class Network:
             _report(on_failure, failure, self.topology.constraint, solution)
         return solution
 
-    def predict(self, X: ArrayLike, *, solver: Solver | str = Picard(), on_failure: str = "raise") -> Array:  # noqa: B008
+    def predict(self, X: ArrayLike, *, solver: Solver | str = Auto(), on_failure: str = "raise") -> Array:
         """The outputs (B, outputs) for the samples X (B, inputs); arguments and errors as in ``equilibrium``."""
         return self.read_out(self.equilibrium(X, solver=solver, on_failure=on_failure).state)
 
@@ -204,7 +204,7 @@ class Network:
         """The outputs (B, outputs) of states (B, N)."""
         if self.topology.linear_readout:
             return np.asarray(state[:, self.topology.rows[-1]] @ self._weights["C"].T + self._weights["d"])
-        return state[:, list(self.topology.outputs)]  # type: ignore[arg-type]
+        return state[:, self.topology.read_neurons]
 
     def loss_and_gradient(
         self,
@@ -212,8 +212,8 @@ class Network:
         Y: ArrayLike,
         *,
         loss: str = "mse",
-        solver: Solver | str = Picard(),  # noqa: B008
-        adjoint: Adjoint | str = Implicit(),  # noqa: B008
+        solver: Solver | str = Auto(),
+        adjoint: Adjoint | str = Implicit(),
         on_failure: str = "raise",
     ) -> tuple[float, Array]:
         """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
@@ -238,14 +238,17 @@ class Network:
         return training.fit_many([self], X, Y, **settings)[0]
 
     def program(
-        self, solver: Solver | str = Picard(), adjoint: Adjoint | str = Implicit(), loss: str = "mse"  # noqa: B008
+        self,
+        solver: Solver | str = Auto(),
+        adjoint: Adjoint | str = Implicit(),
+        loss: str = "mse",
     ) -> Program:
         """The compiled problem behind the calls above."""
         problem = Problem(
             self.topology,
             self.dtype.name,
-            options.choose(Solver, solver, "solver"),  # type: ignore[type-abstract]
-            options.choose(Adjoint, adjoint, "adjoint"),  # type: ignore[type-abstract]
+            options.choose(Solver, solver, "solver"),
+            options.choose(Adjoint, adjoint, "adjoint"),
             options.check_loss(loss),
         )
         if problem not in self._programs:

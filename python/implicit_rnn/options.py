@@ -100,6 +100,39 @@ class Perron(Constraint):
         _check_fraction("kappa", self.kappa)
 
 
+@dataclass(frozen=True)
+class InfNorm(Constraint):
+    """Every row of L|R| sums to at most ``kappa``: a contraction in the maximum norm."""
+
+    kappa: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_fraction("kappa", self.kappa)
+
+
+@dataclass(frozen=True)
+class Spectral(Constraint):
+    """The largest singular value of L R is at most ``rho``: a contraction in the Euclidean norm."""
+
+    rho: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_fraction("rho", self.rho)
+
+
+@dataclass(frozen=True)
+class Monotone(Constraint):
+    """I - (L R + RᵀL)/2 ⪰ ``margin`` I: one equilibrium (Winston and Kolter 2020), which Picard may not reach.
+
+    Holds for activations whose slope is never negative, hence not for gelu and silu.
+    """
+
+    margin: float = 0.05
+
+    def __post_init__(self) -> None:
+        _check_fraction("margin", self.margin)
+
+
 # --- solvers ---------------------------------------------------------------------------------------------
 
 
@@ -113,6 +146,20 @@ class Solver(Option):
 
 
 @dataclass(frozen=True)
+class Auto(Solver):
+    """Picard iteration while it is fast; samples that are slow go on by Newton's method or Anderson acceleration.
+
+    The last stragglers are left to NLsolve's trust region on the Julia engine.
+    """
+
+    tol: float | None = None
+    max_iterations: int = 1000
+
+    def __post_init__(self) -> None:
+        _check_solver(self.tol, self.max_iterations)
+
+
+@dataclass(frozen=True)
 class Picard(Solver):
     """z ← (1 - damping) z + damping f(u + R z)."""
 
@@ -123,6 +170,55 @@ class Picard(Solver):
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
+        _check_solver(self.tol, self.max_iterations)
+
+
+@dataclass(frozen=True)
+class Anderson(Solver):
+    """Anderson acceleration (Walker and Ni 2011) over the last ``memory`` iterates, each sample for itself.
+
+    ``ridge`` regularises the least-squares problem relative to its size.
+    """
+
+    memory: int = 5
+    damping: float = 1.0
+    ridge: float = 1e-10
+    tol: float | None = None
+    max_iterations: int = 500
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.memory <= 10:
+            raise ValueError(f"memory must lie between 1 and 10, got {self.memory}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
+        if self.ridge < 0:
+            raise ValueError(f"ridge must not be negative, got {self.ridge}")
+        _check_solver(self.tol, self.max_iterations)
+
+
+@dataclass(frozen=True)
+class Newton(Solver):
+    """Newton's method with a line search, one LU factorisation per sample and iteration.
+
+    Without a uniqueness guarantee (``Free``) it may find an equilibrium that no iteration would stay at; the sample's
+    status is then UNSTABLE.
+    """
+
+    tol: float | None = None
+    max_iterations: int = 100
+
+    def __post_init__(self) -> None:
+        _check_solver(self.tol, self.max_iterations)
+
+
+@dataclass(frozen=True)
+class Chord(Solver):
+    """Newton's method with one matrix for many samples, from their mean slope (Julia engine only)."""
+
+    tol: float | None = None
+    max_iterations: int = 200
+
+    def __post_init__(self) -> None:
         _check_solver(self.tol, self.max_iterations)
 
 
@@ -160,8 +256,8 @@ class Adjoint(Option):
 class Implicit(Adjoint):
     """The implicit function theorem: (I - RᵀD) λ = ∂L/∂z (Almeida 1987, Pineda 1987).
 
-    ``linear_solver`` is "lu" (exact, per sample), "neumann" (iterative to ``tol``, stragglers by LU; Julia engine
-    only) or "auto".
+    ``linear_solver`` is "lu" (exact, per sample), "auto", or on the Julia engine one of the iterative "neumann",
+    "anderson" and "gmres" (to ``tol`` relative to λ; what they leave unsolved goes to LU).
     """
 
     linear_solver: str = "auto"
@@ -169,8 +265,26 @@ class Implicit(Adjoint):
     max_iterations: int = 200
 
     def __post_init__(self) -> None:
-        _check_choice("linear_solver", self.linear_solver, ("auto", "lu", "neumann"))
+        _check_choice("linear_solver", self.linear_solver, ("auto", "lu", "neumann", "anderson", "gmres"))
         _check_solver(self.tol, self.max_iterations)
+
+
+@dataclass(frozen=True)
+class JacobianFree(Adjoint):
+    """λ = ∂L/∂z, with the inverse of I - RᵀD left out (Fung et al. 2022): cheap, and not the gradient."""
+
+
+@dataclass(frozen=True)
+class Unrolled(Adjoint):
+    """Backpropagation through ``steps`` Picard iterations from zero (BPTT): their exact gradient.
+
+    The solver is not used, an equilibrium is not needed, and memory grows with the steps.
+    """
+
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        _check_positive("steps", self.steps)
 
 
 # --- optimisers ------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -24,12 +23,28 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     plane = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     surface = net.predict(plane, on_failure="ignore")[:, 0].reshape(points, points)
     image = ax.imshow(
-        surface, origin="lower", extent=(-reach, reach, -reach, reach), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="bilinear"
+        surface,
+        origin="lower",
+        extent=(-reach, reach, -reach, reach),
+        cmap="RdBu_r",
+        vmin=-1,
+        vmax=1,
+        interpolation="bilinear",
     )
     ax.contour(grid, grid, surface, levels=[0], colors="black", linewidths=1, linestyles="--")
     for sign, marker, label in ((1, "o", "target +"), (-1, "s", "target −")):
-        chosen = np.sign(np.ravel(Y)) == sign
-        ax.scatter(*X[chosen].T, marker=marker, s=80, c="white", edgecolors="black", linewidths=1.5, label=label, zorder=3)
+        points_x, points_y = X[np.sign(np.ravel(Y)) == sign].T
+        ax.scatter(
+            points_x,
+            points_y,
+            s=80,
+            c="white",
+            marker=marker,
+            edgecolors="black",
+            linewidths=1.5,
+            label=label,
+            zorder=3,
+        )
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04, label="output")
     ax.set(xlabel="$x_1$", ylabel="$x_2$", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
@@ -63,11 +78,18 @@ def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
         else:
             same_column = places[("z", to)][0] == places[("z", source)][0]
             backwards = places[("z", to)][0] < places[("z", source)][0]
-            _arrow(ax, places[("z", source)], places[("z", to)], R[to, source], largest, labels, 0.35 if same_column or backwards else 0.0)
-    read = range(net.topology.rows[-1].start, net.topology.neurons)
-    outputs = read if net.topology.linear_readout else net.topology.outputs
+            _arrow(
+                ax,
+                places[("z", source)],
+                places[("z", to)],
+                R[to, source],
+                largest,
+                labels,
+                0.35 if same_column or backwards else 0.0,
+            )
+    outputs = set(net.topology.read_neurons.tolist())
     for (kind, k), (x, y) in places.items():
-        face = "#edf2f7" if kind == "x" else "#fefcbf" if k in outputs else "white"  # type: ignore[operator]
+        face = "#edf2f7" if kind == "x" else "#fefcbf" if k in outputs else "white"
         ax.scatter(x, y, s=620, c=face, edgecolors="black", zorder=3)
         ax.text(x, y, f"${kind}_{{{k + 1}}}$", ha="center", va="center", zorder=4)
     xs, ys = np.array(list(places.values())).T
@@ -96,7 +118,13 @@ def _style(weight: float, largest: float) -> dict[str, object]:
 
 
 def _arrow(
-    ax: Axes, start: tuple[float, float], end: tuple[float, float], weight: float, largest: float, labels: bool, bend: float
+    ax: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    weight: float,
+    largest: float,
+    labels: bool,
+    bend: float,
 ) -> None:
     ax.annotate(
         "",
@@ -147,5 +175,3 @@ def _label(ax: Axes, x: float, y: float, weight: float) -> None:
         zorder=5,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
     )
-
-

@@ -56,7 +56,8 @@ class Solution:
         if not failed.any():
             return None
         kinds = ", ".join(
-            f"{count} {Status(code).name.lower()}" for code, count in zip(*np.unique(self.status[failed], return_counts=True))
+            f"{count} {Status(code).name.lower()}"
+            for code, count in zip(*np.unique(self.status[failed], return_counts=True), strict=True)
         )
         worst = np.max(self.residual[failed])
         return (

@@ -109,7 +109,9 @@ class Topology:
         forward = tuple(sorted((int(a), int(b)) for a, b in skips))
         for a, b in forward:
             if not 0 <= a < b - 1 < len(stack) - 1:
-                raise ValueError(f"skips has {(a, b)}; expected pairs (earlier, later) of layers that are not neighbours")
+                raise ValueError(
+                    f"skips has {(a, b)}; expected pairs (earlier, later) of layers that are not neighbours"
+                )
         extra = tuple(sorted({int(layer) for layer in input_skips}))
         if any(not 1 <= layer < len(stack) for layer in extra):
             raise ValueError(f"input_skips is {extra}; expected layers from 1 to {len(stack) - 1}")
@@ -133,6 +135,13 @@ class Topology:
     def linear_readout(self) -> bool:
         """Whether the output is C z + d of the last layer, not chosen neurons."""
         return isinstance(self.outputs, int)
+
+    @property
+    def read_neurons(self) -> np.ndarray:
+        """The neurons of the state which the output reads, linearly or as they are."""
+        if isinstance(self.outputs, int):
+            return np.arange(self.rows[-1].start, self.rows[-1].stop)
+        return np.array(self.outputs)
 
     @property
     def output_size(self) -> int:

@@ -6,7 +6,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from implicit_rnn import options
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
-from implicit_rnn.options import Adam, Adjoint, Implicit, Optimizer, Picard, Solver
+from implicit_rnn.options import Adam, Adjoint, Auto, Implicit, Optimizer, Solver
 from implicit_rnn.validation import as_samples, as_targets
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def fit_many(
     X: ArrayLike,
     Y: ArrayLike,
     *,
-    optimizer: Optimizer | str = Adam(),  # noqa: B008 (frozen)
+    optimizer: Optimizer | str = Adam(),
     epochs: int = 100,
     batch_size: int | None = None,
     loss: str = "mse",
-    solver: Solver | str = Picard(),  # noqa: B008
-    adjoint: Adjoint | str = Implicit(),  # noqa: B008
+    solver: Solver | str = Auto(),
+    adjoint: Adjoint | str = Implicit(),
     clip: float | None = None,
     validation: tuple[ArrayLike, ArrayLike] | None = None,
     validation_every: int = 1,
@@ -110,7 +110,7 @@ def fit_many(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     options.check_on_failure(on_failure)
-    rule = options.choose(Optimizer, optimizer, "optimizer")  # type: ignore[type-abstract]
+    rule = options.choose(Optimizer, optimizer, "optimizer")
     size = min(batch_size or len(x), len(x))
     steps = -(-len(x) // size)
     held_out = None
@@ -190,7 +190,7 @@ def _report_unconverged(on_failure: str, unconverged: Array, before: int, sample
 
 
 def _show(
-    bar: tqdm[None], count: int, losses: Array, unconverged: Array, samples: int, validation: list[list[float]]
+    bar: tqdm[Any], count: int, losses: Array, unconverged: Array, samples: int, validation: list[list[float]]
 ) -> None:
     shown = {"loss": f"{np.median(losses[:, -1]):.3g}"}
     if validation:

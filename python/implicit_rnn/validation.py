@@ -20,7 +20,9 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     if array.dtype.kind not in _CONVERTIBLE:
         raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.itemsize > 8:
-        raise TypeError(f"{name} has dtype {array.dtype}, which {dtype} cannot hold; pass {name}.astype({dtype.name!r})")
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, which {dtype} cannot hold; pass {name}.astype({dtype.name!r})"
+        )
     if array.dtype == dtype and array.dtype.isnative:
         return array
     return array.astype(dtype)
@@ -38,7 +40,9 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
         hint = f"; one sample is {name}[None, :]" if array.ndim == 1 and array.shape[0] == columns else ""
         raise ValueError(f"{name} has shape {array.shape}; expected (samples, {columns} {what}){hint}")
     if array.shape[1] != columns:
-        raise ValueError(f"{name} has shape {array.shape}; expected (samples, {columns}): the network has {columns} {what}")
+        raise ValueError(
+            f"{name} has shape {array.shape}; expected (samples, {columns}): the network has {columns} {what}"
+        )
     if array.shape[0] == 0:
         raise ValueError(f"{name} has no samples: shape {array.shape}")
     check_memory(name, array.shape[0], columns + neurons, dtype)

@@ -11,7 +11,7 @@ import numpy as np
 from implicit_rnn import julia_runtime
 from implicit_rnn.engines.base import Problem, Quality
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Option, Optimizer
+from implicit_rnn.options import Optimizer, Option
 from implicit_rnn.solution import Solution
 
 Array = np.ndarray
@@ -130,4 +130,3 @@ def _describe(problem: Problem) -> dict[str, Any]:
 
 def _option(option: Option) -> dict[str, Any]:
     return {"name": option.name, "options": option.options()}
-

@@ -25,7 +25,7 @@ import numpy as np
 from implicit_rnn.engines import get_engine
 from implicit_rnn.experiments.statistics import wilson_interval
 from implicit_rnn.network import Network
-from implicit_rnn.options import Adam, Constraint, Free, Perron, Picard
+from implicit_rnn.options import Adam, Auto, Constraint, Free, Perron
 from implicit_rnn.topology import Layer
 from implicit_rnn.training import Run, fit_many
 
@@ -43,7 +43,7 @@ OPTIMIZER = Adam(0.03)
 STEPS = 2000
 CLIP = 10.0
 STARTS = 64
-SOLVER = Picard(tol=1e-8, max_iterations=500)
+SOLVER = Auto(tol=1e-8, max_iterations=500)
 DEFAULT_SEEDS = {"julia": 200, "numpy": 10}
 
 
@@ -165,12 +165,15 @@ def run(
             report(cells[-1])
             if solved and (shown is None or recurrence == "perron" != shown[0].topology.constraint.name.lower()):
                 shown = nets[solved[0]], runs[solved[0]]
-    return Result(cells, *(shown or (None, None)), engine=used, seeds=count)
+    net, history = shown or (None, None)
+    return Result(cells, net, history, used, count)
 
 
 def table(result: Result) -> str:
     """The table as text."""
-    lines = [f"{'recurrence':<11} {'neurons':>7} {'solved':>11} {'95 % interval':>16} {'multistable':>12} {'seconds':>8}"]
+    lines = [
+        f"{'recurrence':<11} {'neurons':>7} {'solved':>11} {'95 % interval':>16} {'multistable':>12} {'seconds':>8}"
+    ]
     for cell in result.cells:
         low, high = cell.solved_interval
         solved, interval = f"{cell.solved} of {cell.seeds}", f"{low:.1%} to {high:.1%}"
