@@ -3,7 +3,7 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, loss_and_gradient!, optimizer_state,
+using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, loss_and_gradient!, optimizer_state,
     output_size, restore_optimizer_state!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyis, pybuiltins
 
@@ -14,7 +14,7 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 """
 function entry_points()
     points = pydict()
-    for f in (compile, solve, gradient, trainer, train, state, restore, release, alive)
+    for f in (compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive, GENERIC_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
     end
     return points
@@ -100,7 +100,8 @@ function compile(d::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
     adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
     loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"])))
-    return keep(Session(Problem(net; solver, adjoint, loss))), length(net)
+    jacobian_penalty = pyconvert(Float64, d["jacobian_penalty"])
+    return keep(Session(Problem(net; solver, adjoint, loss, jacobian_penalty))), length(net)
 end
 
 """
@@ -124,14 +125,37 @@ end
 
 reinterpret_status(x::Vector{Int8}) = unsafe_wrap(Array, Ptr{Status}(pointer(x)), length(x))
 
-"`gradient(handle, p, X, Y, g) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written to `g`."
-gradient(handle::Py, p::Py, X::Py, Y::Py, g::Py) = gradient(held(handle)::Session, p, X, Y, g)
-function gradient(s::Session{T}, p::Py, X::Py, Y::Py, g::Py) where {T}
+"`gradient(handle, p, X, Y, g, probe) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written to `g`."
+gradient(handle::Py, p::Py, X::Py, Y::Py, g::Py, probe::Py) =
+    gradient(held(handle)::Session, p, X, Y, g, pyconvert(Int, probe))
+function gradient(s::Session{T}, p::Py, X::Py, Y::Py, g::Py, probe::Int) where {T}
     net = s.problem.net
     loss, quality = borrow(NumPy{T}(p), NumPy{T}(X), NumPy{T}(Y), NumPy{T}(g)) do p, X, Y, g
-        loss_and_gradient!(g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)))
+        loss_and_gradient!(
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe
+        )
     end
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
+end
+
+"`hessian_vector_product(handle, (p, X, Y, v, h))`: H v is written to `h`."
+hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(held(handle)::Session, arrays)
+function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
+    net = s.problem.net
+    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))...) do p, X, Y, v, h
+        hessian_vector_product!(h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v)
+    end
+    return nothing
+end
+
+"`spectral_radius(handle, (p, X, state, out))`: that of the Jacobian at each state is written to `out`."
+spectral_radius(handle::Py, arrays::Py) = spectral_radius(held(handle)::Session, arrays)
+function spectral_radius(s::Session{T}, arrays::Py) where {T}
+    net = s.problem.net
+    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
+        copyto!(out, ImplicitRNN.spectral_radius(net, p, columns(X, net.inputs), columns(state, neurons(net))))
+    end
+    return nothing
 end
 
 # --- training -------------------------------------------------------------------------------------------------
@@ -173,6 +197,8 @@ function restore(handle::Py, numbers::Py)
     return nothing
 end
 
+include("generic_bridge.jl")
+
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
 for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
@@ -180,10 +206,10 @@ for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
 end
 precompile(entry_points, ())
 precompile(solve, ntuple(_ -> Py, 5))
-precompile(gradient, ntuple(_ -> Py, 5))
+precompile(gradient, ntuple(_ -> Py, 6))
 for T in (Float64, Float32)
     precompile(solve, (Session{T}, Py, Py, Py, Py))
-    precompile(gradient, (Session{T}, Py, Py, Py, Py))
+    precompile(gradient, (Session{T}, Py, Py, Py, Py, Int))
 end
 
 end

@@ -8,6 +8,7 @@ Samples are columns: `X` is features × samples.
 module ImplicitRNN
 
 using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
+using ForwardDiff: Dual, ForwardDiff, partials
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
 using KrylovKit: eigsolve, linsolve
 using LinearAlgebra
@@ -20,8 +21,9 @@ export Free, Perron, InfNorm, Spectral, Monotone
 export Auto, Picard, Anderson, Newton, Chord, NLsolver
 export Implicit, JacobianFree, Unrolled
 export MSE
-export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, Equilibrium
+export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hessian_vector_product, Equilibrium
 export Trainer, train!
+export fixed_point, root, vjp
 
 include("activations.jl")
 include("constraints.jl")
@@ -38,9 +40,12 @@ include("solvers/auto.jl")
 include("adjoint.jl")
 include("losses.jl")
 include("equilibrium.jl")
+include("regularization.jl")
 include("gradient.jl")
+include("hessian.jl")
 include("implicit.jl")
 include("training.jl")
+include("generic.jl")
 include("precompile.jl")
 
 end

@@ -161,6 +161,10 @@ end
 end
 slope_bound(::Gelu) = 1.1289930687     # near s = 1.43
 
+"Whether the slope is never negative, as [`Monotone`](@ref) needs."
+is_monotone(::Activation) = true
+is_monotone(::Union{Gelu, Silu}) = false
+
 # --- whole columns -----------------------------------------------------------------------------------------
 
 """

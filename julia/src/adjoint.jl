@@ -91,17 +91,17 @@ function affine!(c::Columns{T}, p::AdjointSystem{T}) where {T}
 end
 
 """
-    solve_adjoint!(E, adjoint, c, R, D, G, residual)
+    solve_adjoint!(E, adjoint, c, R, D, G, outcome)
 
 `E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
-`residual` (NaN where the system is singular).
+`outcome` (NaN where the system is singular).
 """
-function solve_adjoint!(E, ::JacobianFree, c, R, D, G, residual)
+function solve_adjoint!(E, ::JacobianFree, c, R, D, G, outcome)
     E .= D .* G
     return E
 end
 
-function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, residual) where {T}
+function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, outcome) where {T}
     n, samples = size(R, 1), size(G, 2)
     slopes_moving, _ = extra!(c, 2)
     for j in 1:samples
@@ -110,7 +110,6 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, resid
         copy_column!(slopes_moving, j, D, j)
     end
     start!(c, samples)
-    outcome = reset!(Outcome(samples))
     p = AdjointSystem{T, typeof(E)}(R, Identity(), tolerance(s, T), floatmin(T), E, E, outcome)
     method = s.linear_solver
     method === :auto && (method = n <= SMALL_LU ? :lu : :switching)
@@ -124,9 +123,6 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, resid
         gmres_each!(c, p, s.max_iterations)
     end
     factorize_each!(c, p)
-    for j in 1:samples
-        residual[j] = worse(outcome.residual[j], residual[j])
-    end
     E .*= D
     return E
 end
@@ -151,12 +147,17 @@ end
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
     c.active == 0 && return
     n = size(p.R, 1)
-    A, pivots = Matrix{T}(undef, n, n), zeros(Int, n)
-    for j in c.active:-1:1
-        residual_jacobian!(A, view(c.extra[1], :, j), p.R)
-        λ = view(c.Z, :, j)
-        copyto!(λ, view(c.U, :, j))
-        lu_factor!(A, pivots) ? lu_solve_transposed!(λ, A, pivots) : fill!(λ, T(NaN))
+    A, pivots, d, λ = Matrix{T}(undef, n, n), zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1)
+    for j in 1:c.active
+        copy_column!(d, 1, c.extra[1], j)
+        copy_column!(λ, 1, c.U, j)
+        residual_jacobian!(A, d, p.R)
+        if lu_factor!(A, pivots)
+            lu_solve_transposed!(λ, A, pivots)
+        else
+            fill!(λ, T(NaN))
+        end
+        copy_column!(c.Z, j, λ, 1)
     end
     affine!(c, p)
     for j in c.active:-1:1

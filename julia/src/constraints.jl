@@ -93,8 +93,8 @@ left it.
 """
 function constrain_pullback! end
 
-constrain!(w, ::Free, slopes) = copyto!(w.recurrent, w.raw)
-constrain_pullback!(g, ::Free, w, slopes) = copyto!(g.raw, g.recurrent)
+constrain!(w, ::Free, slopes) = (copyto!(w.recurrent, w.raw); w)
+constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 
 # Rows: R_ij = c_i K_ij e^{a_j - a_i} with c_i = min(1, κ / (L_i Σ_j |K_ij|)).
 

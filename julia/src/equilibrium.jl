@@ -4,9 +4,9 @@
 const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
 
 """
-    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE())
+    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
 
-A network with all that is chosen about its solution and its training.
+A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
 """
 struct Problem{T}
     net::Network{T}
@@ -14,8 +14,14 @@ struct Problem{T}
     solver::Solver
     adjoint::Adjoint
     loss::Loss
+    jacobian_penalty::Float64
 end
-Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE()) = Problem(net, solver, adjoint, loss)
+function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
+    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
+    jacobian_penalty > 0 && adjoint isa Unrolled &&
+        throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
+    return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
+end
 
 """
     Workspace(problem)
@@ -38,7 +44,7 @@ struct Workspace{T}
     adjoints::Vector{Columns{T}}
     chains::Vector{Vector{Matrix{T}}}         # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     outcome::Outcome                          # per sample of the tile
-    adjoint_residual::Vector{Float64}
+    adjoint_outcome::Outcome
 end
 
 function Workspace(problem::Problem{T}; width = tile_width(problem.net)) where {T}
@@ -51,7 +57,7 @@ function Workspace(problem::Problem{T}; width = tile_width(problem.net)) where {
         [Columns{T}(length(stage.rows), width) for stage in net.stages],
         [Columns{T}(n, n > 0 ? width : 0) for n in recurrent],
         [Matrix{T}[] for _ in net.stages],
-        Outcome(width), zeros(width),
+        Outcome(width), Outcome(width),
     )
 end
 
@@ -91,9 +97,11 @@ function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T
     end
     start === nothing ? fill!(view(c.Z, :, 1:m), 0) : copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
     start!(c, m)
+    check = !guarantees_uniqueness(problem.net.constraint)::Bool && !(problem.adjoint isa Unrolled)
     stationary = Stationary(
         w.recurrent, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
-        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, !guarantees_uniqueness(problem.net.constraint)::Bool,
+        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, check,
+        check ? norm_estimate(w.recurrent) : zero(T),
     )
     problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
     return
@@ -169,19 +177,23 @@ end
 # --- backward ------------------------------------------------------------------------------------------------
 
 """
-    backward!(ws, problem, X)
+    backward!(ws, problem, X, penalty, first_sample)
 
-Add the gradient of the tile to `ws.gradient` (with respect to the weights in force), given `ws.GY` = ∂L/∂y.
-`ws.E` is left as ∂L/∂s, from which ∂L/∂x = Σ inputᵀE.
+Add the gradient of the tile to `ws.gradient` (with respect to the weights in force), given `ws.GY` = ∂L/∂y, and return
+the Jacobian penalty of the tile, which starts at `first_sample` of the batch. `ws.E` is left as ∂L/∂s, from which
+∂L/∂x = Σ inputᵀE.
 """
-function backward!(ws::Workspace{T}, problem::Problem, X::AbstractMatrix) where {T}
+function backward!(
+        ws::Workspace{T}, problem::Problem, X::AbstractMatrix, penalty = JacobianPenalty(0.0, 0, 1), first_sample = 1
+    ) where {T}
     net, m = problem.net, size(X, 2)
     read_out_adjoint!(ws, net, m)
-    fill!(view(ws.adjoint_residual, 1:m), 0)
+    reset!(ws.adjoint_outcome)
+    total = 0.0
     for k in length(net.stages):-1:1
-        backward_stage!(ws, problem, net.stages[k], k, X)
+        total += backward_stage!(ws, problem, net.stages[k], k, X, penalty, first_sample)
     end
-    return ws
+    return total
 end
 
 function read_out_adjoint!(ws::Workspace{T}, net, m) where {T}
@@ -200,15 +212,21 @@ function read_out_adjoint!(ws::Workspace{T}, net, m) where {T}
     return
 end
 
-function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X) where {T}
+function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X, penalty, first_sample) where {T}
     m, rows, w, g = size(X, 2), stage.rows, ws.weights.stages[k], ws.gradient.stages[k]
     E, G, Z, S, D = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S, ws.D))
+    total = 0.0
     if stage.recurrent && problem.adjoint isa Unrolled
         unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, stage.activation, w.recurrent, G)
     else
         slopes!(D, stage.activation, S, Z)
+        direct = nothing
+        if stage.recurrent && penalty.weight > 0
+            total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)
+        end
         if stage.recurrent
-            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], w.recurrent, D, G, ws.adjoint_residual)
+            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], w.recurrent, D, G, ws.adjoint_outcome)
+            direct === nothing || (E .+= direct)
             add_outer!(g.recurrent, E, Z, m)
         else
             E .= D .* G
@@ -221,7 +239,7 @@ function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X) whe
         add_outer!(g.feed, E, view(ws.Z, 1:before, 1:m), m)
         mul!(view(ws.G, 1:before, 1:m), w.feed', E, one(T), one(T))
     end
-    return
+    return total
 end
 
 # Backpropagation through the chain of `unroll!`: E = Σₖ ∂L/∂sₖ, and gR += Σₖ ∂L/∂sₖ zₖ₋₁ᵀ.

@@ -1,20 +1,24 @@
 # The training gradient: loss and its gradient with respect to all parameters.
 
 """
-    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit())
+    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
 
 The loss of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
-gradient with respect to the parameters `p`.
+gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
+random vectors `probe` numbers.
 """
-function loss_and_gradient(net::Network{T}, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit()) where {T}
-    problem = Problem(net; loss, solver, adjoint)
+function loss_and_gradient(net::Network{T}, p, X, Y; probe = 0, options...) where {T}
+    problem = Problem(net; options...)
     g = zeros(T, length(net))
-    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y)
+    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y, probe)
     return value, g
 end
 
+"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
+const WORST_ADJOINT = 1.0e-3
+
 """
-Summary of the solves behind a gradient: samples that did not converge, the worst residual of the forward
+Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
 solves and of the adjoint (NaN where an adjoint system was singular).
 """
 struct Quality
@@ -23,7 +27,7 @@ struct Quality
     adjoint_residual::Float64
 end
 
-function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
+function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     size(Y) == (output_size(net), B) || throw(
@@ -31,6 +35,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
     )
     unpack!(ws.weights, net, p)
     clear!(ws.gradient)
+    penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     value, unconverged, residual, adjoint_residual = 0.0, 0, 0.0, 0.0
     for first_sample in 1:ws.width:B
         samples = first_sample:min(first_sample + ws.width - 1, B)
@@ -39,11 +44,12 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y)
         forward!(ws, problem, tile)
         read_out!(ws, net, m)
         value += loss_gradient!(ws.GY, problem.loss, ws.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
-        backward!(ws, problem, tile)
+        value += backward!(ws, problem, tile, penalty, first_sample)
         for j in 1:m
-            unconverged += needs_equilibrium(problem.adjoint) && ws.outcome.status[j] != CONVERGED
+            unconverged += needs_equilibrium(problem.adjoint) &&
+                (ws.outcome.status[j] != CONVERGED || !(ws.adjoint_outcome.residual[j] < WORST_ADJOINT))
             residual = worse(ws.outcome.residual[j], residual)
-            adjoint_residual = worse(ws.adjoint_residual[j], adjoint_residual)
+            adjoint_residual = worse(ws.adjoint_outcome.residual[j], adjoint_residual)
         end
     end
     pack_gradient!(g, net, ws.gradient, ws.weights)

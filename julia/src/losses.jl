@@ -29,3 +29,6 @@ function loss_gradient!(G, ::MSE, Y, T, scale)
     end
     return total * scale
 end
+
+"The derivative of the loss's gradient `G` along the direction `dY` of the outputs."
+loss_curvature(::MSE, Y, T, dY, scale) = 2 .* scale .* dY

@@ -87,6 +87,8 @@ function Network{T}(
     ) where {T}
     inputs > 0 || throw(ArgumentError("a network needs at least one input, got $inputs"))
     isempty(layers) && throw(ArgumentError("a network needs at least one layer"))
+    constraint isa Monotone && !all(layer -> is_monotone(layer.activation), layers) &&
+        throw(ArgumentError("the constraint Monotone needs activations whose slope is never negative, unlike gelu and silu"))
     ends = cumsum(layer.neurons for layer in layers)
     rows = [(stop - layer.neurons + 1):stop for (stop, layer) in zip(ends, layers)]
 

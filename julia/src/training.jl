@@ -15,6 +15,7 @@ mutable struct Trainer{T, R, O}
     const batch_Y::Matrix{T}
     const clip::T
     rule::R
+    steps::Int                            # taken so far; numbers the random vectors of the Jacobian penalty
 end
 
 function Trainer(problem::Problem{T}, rule; nets::Int = 1, clip = Inf, batch_size::Int = 0) where {T}
@@ -23,7 +24,7 @@ function Trainer(problem::Problem{T}, rule; nets::Int = 1, clip = Inf, batch_siz
     states = [Optimisers.init(rule, zero_parameters) for _ in 1:nets]
     return Trainer{T, typeof(rule), eltype(states)}(
         problem, Workspace(problem), zeros(T, length(net)), states,
-        zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), T(clip), rule
+        zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), T(clip), rule, 0
     )
 end
 
@@ -40,6 +41,7 @@ function train!(trainer::Trainer, P::AbstractMatrix, X, Y, order, batch_size::In
     for s in axes(P, 2)
         train_net!(trainer, view(P, :, s), s, X, Y, order, batch_size, rates, view(losses, :, s), view(unconverged, :, s))
     end
+    trainer.steps += length(rates)
     return losses
 end
 
@@ -54,12 +56,12 @@ function train_net!(trainer::Trainer, p, s, X, Y, order, batch_size, rates, loss
             step += 1
             selected = view(order, first_sample:min(first_sample + batch_size - 1, samples), epoch)
             loss, quality = if in_order
-                loss_and_gradient!(trainer.gradient, trainer.workspace, trainer.problem, p, X, Y)
+                loss_and_gradient!(trainer.gradient, trainer.workspace, trainer.problem, p, X, Y, trainer.steps + step)
             else
                 m = gather!(trainer, X, Y, selected)
                 loss_and_gradient!(
                     trainer.gradient, trainer.workspace, trainer.problem, p,
-                    view(trainer.batch_X, :, 1:m), view(trainer.batch_Y, :, 1:m)
+                    view(trainer.batch_X, :, 1:m), view(trainer.batch_Y, :, 1:m), trainer.steps + step
                 )
             end
             total += loss * length(selected)
@@ -107,11 +109,11 @@ const OPTIMIZERS = (;
 
 # --- the optimiser's state as numbers, for checkpoints ---------------------------------------------------------
 
-"    optimizer_state(trainer)\n\nThe state of the optimiser of every net, as one vector."
+"    optimizer_state(trainer)\n\nThe state of the optimiser of every net and the number of steps, as one vector."
 function optimizer_state(trainer::Trainer)
     numbers = Float64[]
     foreach(state -> flatten!(numbers, state), trainer.states)
-    return numbers
+    return push!(numbers, trainer.steps)
 end
 flatten!(numbers, x::Union{Number, AbstractArray}) = append!(numbers, x)
 flatten!(numbers, x::Tuple) = foreach(part -> flatten!(numbers, part), x)
@@ -119,12 +121,14 @@ flatten!(numbers, ::Nothing) = numbers
 
 "    restore_optimizer_state!(trainer, numbers)\n\nThe inverse of [`optimizer_state`](@ref)."
 function restore_optimizer_state!(trainer::Trainer, numbers)
+    expected = length(optimizer_state(trainer))
+    expected == length(numbers) ||
+        throw(DimensionMismatch("the optimiser state has $expected numbers, $(length(numbers)) were given"))
     position = Ref(0)
     for s in eachindex(trainer.states)
         trainer.states[s] = refill(trainer.states[s], numbers, position)
     end
-    position[] == length(numbers) ||
-        throw(DimensionMismatch("the optimiser state has $(position[]) numbers, $(length(numbers)) were given"))
+    trainer.steps = Int(numbers[position[] += 1])
     return trainer
 end
 refill(x::Number, numbers, position) = oftype(x, numbers[position[] += 1])

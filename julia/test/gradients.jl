@@ -3,6 +3,10 @@ gradient_of(net, p, X, Y; kwargs...) =
     loss_and_gradient(net, p, X, Y; solver = Picard(tol = 1.0e-14, max_iterations = 100_000), kwargs...)[2]
 
 @testset "finite differences: $name, $constraint" for (name, _) in pairs(ACTIVATIONS), constraint in CONSTRAINED
+    if constraint isa Monotone && !ImplicitRNN.is_monotone(ACTIVATIONS[name])
+        @test_throws "slope is never negative" one_layer(; activation = name, constraint)
+        constraint = Free()
+    end
     net = one_layer(; activation = name, constraint)
     p, X, Y = parameters(net; gain = 0.25), samples(net, 6), targets(net, 6)
     name == :relu && (p .+= 0.01)
@@ -54,4 +58,60 @@ end
     p, X, Y = parameters(net), samples(net, 5), targets(net, 5)
     lu = gradient_of(net, p, X, Y; adjoint = Implicit(linear_solver = :lu))
     @test relative_error(gradient_of(net, p, X, Y; adjoint = Implicit(linear_solver = :neumann, tol = 1.0e-13, max_iterations = 1000)), lu) < 1.0e-11
+end
+
+@testset "the other adjoints" begin
+    net = one_layer(; neurons = 30, constraint = Perron(0.9))
+    p, X, Y = parameters(net), samples(net, 6), targets(net, 6)
+    exact = gradient_of(net, p, X, Y; adjoint = Implicit(linear_solver = :lu))
+    @testset "$linear_solver solves the adjoint to its tolerance" for linear_solver in (:auto, :neumann, :anderson, :gmres)
+        g = gradient_of(net, p, X, Y; adjoint = Implicit(; linear_solver, tol = 1.0e-12))
+        @test relative_error(g, exact) < 1.0e-10
+    end
+    @testset "enough unrolled steps give the implicit gradient" begin
+        @test relative_error(gradient_of(net, p, X, Y; adjoint = Unrolled(400)), exact) < 1.0e-12
+    end
+    @testset "few unrolled steps give the gradient of those steps" begin
+        few = one_layer(; constraint = Free())
+        q, x, y = parameters(few), samples(few, 5), targets(few, 5)
+        unrolled(q) = loss_and_gradient(few, q, x, y; adjoint = Unrolled(3))
+        @test relative_error(unrolled(q)[2], finite_difference(r -> unrolled(r)[1], q)) < 1.0e-8
+    end
+    @testset "the Jacobian-free gradient is not the gradient" begin
+        @test 0.01 < relative_error(gradient_of(net, p, X, Y; adjoint = JacobianFree()), exact) < 1
+    end
+end
+
+@testset "the Jacobian penalty has its exact gradient" begin
+    for net in (
+            one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.9), activation = :gelu),
+            layered(; constraint = Spectral(0.9)), layered(; constraint = Free(), feedback = false),
+        )
+        p, X, Y = parameters(net; gain = 0.25), samples(net, 6), targets(net, 6)
+        penalised(p) = loss_and_gradient(net, p, X, Y; solver = Newton(tol = 2.0e-13), jacobian_penalty = 3.0, probe = 7)
+        @test relative_error(penalised(p)[2], finite_difference(q -> penalised(q)[1], p; h = 1.0e-4)) < 1.0e-8
+    end
+end
+
+@testset "the probes of the Jacobian penalty estimate the Frobenius norm" begin
+    net = one_layer(; constraint = Free())
+    p, X = parameters(net), samples(net, 1)
+    solution = equilibrium(net, p, X)
+    d = slope.(Ref(ACTIVATIONS.tanh), 0.0, solution.state[:, 1])
+    R = unpack!(Weights(net), net, p).stages[1].recurrent
+    Y = zeros(2, 1)
+    plain = loss_and_gradient(net, p, X, Y)[1]
+    estimates = [loss_and_gradient(net, p, X, Y; jacobian_penalty = 1.0, probe)[1] - plain for probe in 1:4000]
+    @test sum(estimates) / 4000 ≈ norm(d .* R)^2 / 5 rtol = 0.05
+end
+
+@testset "Hessian-vector products: $constraint" for constraint in CONSTRAINED
+    for net in (one_layer(; constraint), layered(; constraint), layered(; constraint, feedback = false), one_layer(; constraint, activation = :softplus))
+        p, X, Y = parameters(net; gain = constraint isa Free ? 0.25 : 0.5), samples(net, 5), targets(net, 5)
+        v, solver = randn(Xoshiro(4), length(net)), Newton(tol = 2.0e-13)
+        gradient(ε) = loss_and_gradient(net, p + ε * v, X, Y; solver)[2]
+        h = 1.0e-4
+        difference = (8 * (gradient(h) - gradient(-h)) - (gradient(2h) - gradient(-2h))) / 12h
+        @test relative_error(hessian_vector_product(net, p, X, Y, v; solver), difference) < 1.0e-7
+    end
 end

@@ -72,3 +72,72 @@ end
     @test all(converged(solution))
     @test eltype(solution.state) == Float32
 end
+
+@testset "$solver agrees with the reference, stage by stage and sample by sample" for solver in
+    (Auto(tol = 1.0e-12), Anderson(tol = 1.0e-12), Newton(tol = 1.0e-12), Chord(tol = 1.0e-12))
+    for constraint in (Perron(0.9), Spectral(0.9), Monotone(0.2)), net in (one_layer(; constraint, neurons = 30), layered(; constraint))
+        p, X = parameters(net), samples(net, 40)
+        solution = equilibrium(net, p, X; solver)
+        @test all(converged(solution))
+        @test maximum(abs, solution.state - equilibrium(net, p, X; solver = NLsolver(tol = 1.0e-13)).state) < 1.0e-9
+    end
+end
+
+@testset "Auto solves what Picard iteration cannot" begin
+    # A skew matrix is monotone whatever its size, and Picard iteration diverges.
+    net = Network(1, [Layer(3, :relu)]; outputs = [1], constraint = Monotone(0.05))
+    p = [1.0; 0.0; 0.0; vec(100 .* [0.0 1 -1; -1 0 1; 1 -1 0]); zeros(3)]
+    @test equilibrium(net, p, ones(1, 1); solver = Picard()).status == [ImplicitRNN.DIVERGED]
+    @test all(converged(equilibrium(net, p, ones(1, 1))))
+end
+
+@testset "max_iterations limits the evaluations of every solver" begin
+    net = one_layer(; neurons = 30)
+    p, X = parameters(net), samples(net, 5)
+    for solver in (Auto(max_iterations = 3), Picard(max_iterations = 3), Anderson(max_iterations = 3), Chord(max_iterations = 3))
+        solution = equilibrium(net, p, X; solver)
+        @test all(==(3), solution.iterations)
+        @test !any(converged(solution))
+    end
+end
+
+@testset "the residual is that of the state returned" begin
+    net = one_layer(; constraint = Free())
+    p, X = parameters(net), samples(net, 5)
+    solution = equilibrium(net, p, X; solver = Picard(tol = 1.0e-3))
+    w = unpack!(Weights(net), net, p).stages[1]
+    F = tanh.(w.input * X .+ w.recurrent * solution.state .+ w.bias)
+    @test [norm(F[:, j] - solution.state[:, j]) / norm(F[:, j]) for j in 1:5] ≈ solution.residual rtol = 1.0e-6
+end
+
+@testset "Anderson acceleration never needs many more iterations than Picard (gain $gain)" for gain in (0.5, 0.9, 1.0)
+    rng = Xoshiro(1)
+    net = Network(64, [Layer(64)]; outputs = [1], constraint = Free())
+    p = [vec(randn(rng, 64, 64) ./ 8); vec(gain .* randn(rng, 64, 64) ./ 8); zeros(64)]
+    X = randn(rng, 64, 128)
+    picard, anderson = (equilibrium(net, p, X; solver = s(tol = 1.0e-10, max_iterations = 2000)) for s in (Picard, Anderson))
+    both = converged(picard) .& converged(anderson)
+    @test count(both) > 100
+    @test sum(anderson.iterations[both]) <= 1.1 * sum(picard.iterations[both])
+end
+
+@testset "an equilibrium that repels is reported as unstable" begin
+    net = Network(1, [Layer(1)]; outputs = [1], constraint = Free())
+    p = [0.0, 1.5, 0.05]                                  # z = tanh(1.5 z + 0.05): three equilibria
+    newton = equilibrium(net, p, zeros(1, 1); solver = Newton())
+    @test newton.status == [ImplicitRNN.UNSTABLE]
+    for solver in (Picard(), Anderson(), Auto(), Newton(), Chord(), NLsolver())
+        at_rest = Network(1, [Layer(1)]; outputs = [1], constraint = Free())
+        @test equilibrium(at_rest, [0.0, 2.0, 0.0], zeros(1, 1); solver).status == [ImplicitRNN.UNSTABLE]
+    end
+    auto = equilibrium(net, p, zeros(1, 1))
+    @test auto.status == [ImplicitRNN.CONVERGED]
+    @test auto.state[1] > 0.8
+end
+
+@testset "the spectral radius is right on rotations and for large stages" begin
+    rotation = 1.5 .* [0.0 -1.0; 1.0 0.0]
+    @test ImplicitRNN.spectral_radius(rotation, ones(2)) ≈ 1.5
+    R = randn(Xoshiro(1), 300, 300) ./ sqrt(300)
+    @test ImplicitRNN.spectral_radius(R, ones(300)) ≈ maximum(abs, eigvals(R)) rtol = 1.0e-4
+end

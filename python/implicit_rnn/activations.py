@@ -13,10 +13,11 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Activation:
-    """f(s), f′(s) given s and z = f(s), and sup |f′|."""
+    """f(s); f′(s) and f″(s), each given s and z = f(s); and sup |f′|."""
 
     value: Callable[[Array], Array]
     slope: Callable[[Array, Array], Array]
+    curvature: Callable[[Array, Array], Array]
     slope_bound: float
 
 
@@ -46,16 +47,37 @@ def _gelu_slope(s: Array, z: Array) -> Array:
     return (1 + t) / 2 + s / 2 * (1 - t * t) * _GELU_C * (1 + 3 * _GELU_Q * s * s)
 
 
+def _gelu_curvature(s: Array, z: Array) -> Array:
+    t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
+    du, d2u = _GELU_C * (1 + 3 * _GELU_Q * s * s), 6 * _GELU_C * _GELU_Q * s
+    return (1 - t * t) * (du + s / 2 * (d2u - 2 * t * du * du))
+
+
+def _silu_curvature(s: Array, z: Array) -> Array:
+    p = _logistic(s)
+    return p * (1 - p) * (2 + s * (1 - 2 * p))
+
+
+def _softplus_curvature(s: Array, z: Array) -> Array:
+    p = _logistic(s)
+    return p * (1 - p)
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    "tanh": Activation(np.tanh, lambda s, z: 1 - z * z, 1.0),
-    "sigmoid": Activation(_logistic, lambda s, z: z * (1 - z), 0.25),
-    "softplus": Activation(_softplus, lambda s, z: _logistic(s), 1.0),
-    "relu": Activation(lambda s: np.maximum(s, 0), lambda s, z: (s > 0).astype(s.dtype), 1.0),
-    "elu": Activation(
-        lambda s: np.where(s > 0, s, np.expm1(np.minimum(s, 0))), lambda s, z: np.where(s > 0, 1, z + 1), 1.0
+    "tanh": Activation(np.tanh, lambda s, z: 1 - z * z, lambda s, z: -2 * z * (1 - z * z), 1.0),
+    "sigmoid": Activation(_logistic, lambda s, z: z * (1 - z), lambda s, z: z * (1 - z) * (1 - 2 * z), 0.25),
+    "softplus": Activation(_softplus, lambda s, z: _logistic(s), _softplus_curvature, 1.0),
+    "relu": Activation(
+        lambda s: np.maximum(s, 0), lambda s, z: (s > 0).astype(s.dtype), lambda s, z: np.zeros_like(s), 1.0
     ),
-    "gelu": Activation(_gelu, _gelu_slope, 1.1289930687),
-    "silu": Activation(lambda s: s * _logistic(s), _silu_slope, 1.0998393202),
-    "identity": Activation(lambda s: s, lambda s, z: np.ones_like(s), 1.0),
+    "elu": Activation(
+        lambda s: np.where(s > 0, s, np.expm1(np.minimum(s, 0))),
+        lambda s, z: np.where(s > 0, 1, z + 1),
+        lambda s, z: np.where(s > 0, 0, z + 1),
+        1.0,
+    ),
+    "gelu": Activation(_gelu, _gelu_slope, _gelu_curvature, 1.1289930687),
+    "silu": Activation(lambda s: s * _logistic(s), _silu_slope, _silu_curvature, 1.0998393202),
+    "identity": Activation(lambda s: s, lambda s, z: np.ones_like(s), lambda s, z: np.zeros_like(s), 1.0),
 }
 """The activation of each name; gelu is in its tanh form, silu is also called swish."""

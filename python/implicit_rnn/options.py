@@ -140,8 +140,8 @@ class Monotone(Constraint):
 class Solver(Option):
     """How an equilibrium is found.
 
-    A sample has converged when ``‖f(u + Rz) - z‖₂ <= tol · max(‖f(u + Rz)‖₂, 1e-3 √N)``; ``tol=None`` is 1e-10 in
-    float64 and 1e-6 in float32.
+    A sample has converged when ``‖f(u + Rz) - z‖₂ <= tol · max(‖f(u + Rz)‖₂, 1e-3 √n)``, with n the
+    neurons of the stage; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32.
     """
 
 
@@ -340,6 +340,15 @@ def check_loss(loss: object) -> str:
     """The name of a loss, checked."""
     _check_choice("loss", loss, LOSSES)
     return str(loss)
+
+
+def check_penalty(weight: float, adjoint: object) -> float:
+    """The weight of the Jacobian penalty, checked."""
+    if not weight >= 0:
+        raise ValueError(f"jacobian_penalty must not be negative, got {weight}")
+    if weight > 0 and (isinstance(adjoint, Unrolled) or str(adjoint).lower() == "unrolled"):
+        raise ValueError("jacobian_penalty is taken at an equilibrium, which adjoint=Unrolled() does not have")
+    return float(weight)
 
 
 FAILURE_POLICIES = ("raise", "warn", "ignore")

@@ -29,7 +29,7 @@ class Solution:
     iterations: np.ndarray
     """(B,) evaluations of f, the most of any stage."""
     residual: np.ndarray
-    """(B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √N), the worst of any stage."""
+    """(B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √n), the worst of any stage."""
     rate: np.ndarray
     """(B,) quotient of the last two residuals: the contraction observed."""
     bound: np.ndarray

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.activations import ACTIVATIONS
-from implicit_rnn.options import Constraint, Perron, from_description
+from implicit_rnn.options import Constraint, Monotone, Perron, from_description
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -105,6 +105,12 @@ class Topology:
         stack = tuple(_as_layer(layer) for layer in layers)
         if not stack:
             raise ValueError("layers is empty; a network needs at least one Layer")
+        falling = {layer.activation for layer in stack} & {"gelu", "silu"}
+        if isinstance(constraint, Monotone) and falling:
+            raise ValueError(
+                f"the constraint Monotone needs activations whose slope is never negative, which {', '.join(falling)} is not; "
+                "choose another activation, or Perron, InfNorm or Spectral"
+            )
         pairs_back = _feedback_pairs(feedback, len(stack))
         forward = tuple(sorted((int(a), int(b)) for a, b in skips))
         for a, b in forward:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from implicit_rnn import options
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
-from implicit_rnn.options import Adam, Adjoint, Auto, Implicit, Optimizer, Solver
+from implicit_rnn.options import Adam, Adjoint, Auto, Implicit, Optimizer, Picard, Solver, Unrolled
 from implicit_rnn.validation import as_samples, as_targets
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Run:
     """The epochs (from 1) after which the validation loss was taken."""
     validation_loss: Array
     """The validation loss at those epochs; empty without validation data."""
+    validation_unconverged: Array
+    """Validation samples that did not reach their equilibrium at those epochs."""
     seconds: float
     engine: str
 
@@ -54,6 +56,7 @@ def fit_many(
     solver: Solver | str = Auto(),
     adjoint: Adjoint | str = Implicit(),
     clip: float | None = None,
+    jacobian_penalty: float = 0.0,
     validation: tuple[ArrayLike, ArrayLike] | None = None,
     validation_every: int = 1,
     seed: int = 0,
@@ -76,6 +79,8 @@ def fit_many(
         Passes over the data, and samples per step; ``None`` takes all samples at once.
     clip
         Largest Euclidean norm of a gradient; longer ones are scaled down to it.
+    jacobian_penalty
+        Adds that much of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
     validation, validation_every
         Samples and targets on which the loss is taken every so many epochs.
     seed
@@ -118,12 +123,16 @@ def fit_many(
         xv = as_samples("validation[0]", validation[0], topology.inputs, dtype, "features", topology.neurons)
         held_out = xv, as_targets("validation[1]", validation[1], len(xv), topology.output_size, dtype)
 
-    trainer = first.program(solver, adjoint, loss).trainer(rule, len(nets), clip or np.inf, size)
+    trainer = first.program(solver, adjoint, loss, jacobian_penalty).trainer(rule, len(nets), clip or np.inf, size)
     P = first.parameters[None] if len(nets) == 1 else np.stack([net.parameters for net in nets])
     rng = np.random.default_rng(seed)
     losses, unconverged = np.empty((len(nets), epochs)), np.empty((len(nets), epochs), np.int64)
     validation_epochs: list[int] = []
     validation_losses: list[list[float]] = []
+    validation_failures: list[list[int]] = []
+    # What an unrolled net computes is the result of its steps.
+    steps_only = isinstance(adjoint, Unrolled)
+    reader = Picard(max_iterations=adjoint.steps + 1) if isinstance(adjoint, Unrolled) else solver
     warned = on_failure == "ignore"
     begin = time.perf_counter()
     with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:
@@ -145,7 +154,9 @@ def fit_many(
                     net.parameters = p
             if held_out is not None and done % validation_every == 0:
                 validation_epochs.append(done)
-                validation_losses.append([_loss(net, *held_out, solver) for net in nets])
+                measured = [_validate(net, *held_out, reader) for net in nets]
+                validation_losses.append([value for value, _ in measured])
+                validation_failures.append([0 if steps_only else failed for _, failed in measured])
             if not warned and part_unconverged.any():
                 warned = True
                 _report_unconverged(on_failure, part_unconverged, done - count, len(x), topology.constraint.unique)
@@ -159,6 +170,7 @@ def fit_many(
             unconverged[k],
             np.array(validation_epochs, np.int64),
             np.array([values[k] for values in validation_losses]),
+            np.array([counts[k] for counts in validation_failures], np.int64),
             seconds,
             first.engine.name,
         )
@@ -172,9 +184,11 @@ def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int
     return np.stack([rng.permutation(samples) for _ in range(epochs)])
 
 
-def _loss(net: Network, X: Array, Y: Array, solver: Solver | str) -> float:
-    outputs = net.predict(X, solver=solver, on_failure="ignore")
-    return float(np.mean((outputs.astype(np.float64) - Y) ** 2))
+def _validate(net: Network, X: Array, Y: Array, solver: Solver | str) -> tuple[float, int]:
+    """The loss on samples, and how many of them did not reach their equilibrium."""
+    solution = net.equilibrium(X, solver=solver, on_failure="ignore")
+    outputs = net.read_out(solution.state)
+    return float(np.mean((outputs.astype(np.float64) - Y) ** 2)), int((~solution.converged).sum())
 
 
 def _report_unconverged(on_failure: str, unconverged: Array, before: int, samples: int, unique: bool) -> None:

@@ -138,6 +138,7 @@ struct Stationary{T, F, V} <: FixedPoint{T}
     S::V
     outcome::Outcome
     check_stability::Bool
+    norm::T                  # of R, where stability is checked
 end
 
 "    affine!(c, p)\n\n`S = U + M Z` for the active columns."
@@ -191,8 +192,7 @@ end
 "Write column j out as finished and let the last active column take its place."
 function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     sample = c.sample[j]
-    source = status == NON_FINITE ? c.Z : c.F      # the last finite iterate is worth keeping
-    copy_column!(p.Z, sample, source, j)
+    copy_column!(p.Z, sample, c.Z, j)      # the iterate whose residual is known, and the last finite one
     copy_column!(p.S, sample, c.S, j)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
     j == c.active || move_column!(c, j, c.active)
@@ -200,6 +200,7 @@ function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     return
 end
 
+"A[:, j] = B[:, k]"
 @inline function copy_column!(A, j::Int, B, k::Int)
     @inbounds @simd for i in axes(B, 1)
         A[i, j] = B[i, k]
@@ -224,14 +225,61 @@ function move_column!(c::Columns, j::Int, k::Int)
     return
 end
 
-"Evaluate every active column and take out those that are done; true when none is left."
-function evaluate_all!(c::Columns, p::FixedPoint)
+"""
+    evaluate_all!(c, p; rescue = false)
+
+Evaluate every active column and take out those that are done; true when none is left. With `rescue`, columns that blow
+up are set aside, to start again from zero by another method.
+"""
+function evaluate_all!(c::Columns, p::FixedPoint; rescue = false)
     affine!(c, p)
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)
-        status === nothing || finish!(c, p, j, status, residual)
+        if status === nothing
+            continue
+        elseif rescue && status !== CONVERGED
+            fill!(view(c.Z, :, j), 0)
+            c.residual[j] = Inf
+            set_aside!(c, j)
+        else
+            finish!(c, p, j, status, residual)
+        end
     end
     return c.active == 0
+end
+
+"Take column j out of the active ones, unfinished."
+function set_aside!(c::Columns, j::Int)
+    swap_columns!(c, j, c.active)
+    push!(c.aside, c.active)
+    c.active -= 1
+    return
+end
+
+"Make the columns set aside active as well; returns the number of active columns."
+function reclaim!(c::Columns)
+    for (j, k) in enumerate(sort!(append!(c.aside, 1:c.active)))
+        j == k || move_column!(c, j, k)
+    end
+    c.active = length(c.aside)
+    empty!(c.aside)
+    return c.active
+end
+
+function swap_columns!(c::Columns, j::Int, k::Int)
+    j == k && return
+    for A in (c.U, c.Z, c.S, c.F)
+        @inbounds @simd for i in axes(A, 1)
+            A[i, j], A[i, k] = A[i, k], A[i, j]
+        end
+    end
+    for v in (c.sample, c.iterations)
+        v[j], v[k] = v[k], v[j]
+    end
+    for v in (c.residual, c.rate)
+        v[j], v[k] = v[k], v[j]
+    end
+    return
 end
 
 "Record the columns that are left as unconverged."

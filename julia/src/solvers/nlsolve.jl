@@ -22,6 +22,7 @@ end
 
 function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     n = size(p.R, 1)
+    iterations > 0 || return false
     root = RootProblem(p.R, p.f, zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1))
     for j in c.active:-1:1
         copyto!(root.u, view(c.U, :, j))

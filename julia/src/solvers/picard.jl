@@ -18,8 +18,9 @@ struct Picard <: Solver
 end
 
 function iterate!(s::Picard, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
-    for _ in 1:iterations
-        evaluate_all!(c, p) && return true
+    for k in 1:iterations
+        # Undamped iteration ends at what attracts it, unless it starts there.
+        (k == 1 || s.damping < 1 ? evaluate_with_stability!(c, p) : evaluate_all!(c, p)) && return true
         advance!(c, T(s.damping))
     end
     return false

@@ -22,31 +22,68 @@ end
 Like [`evaluate_all!`](@ref) for methods that may find equilibria which do not attract: where the constraint does not
 guarantee a unique one, a sample that has converged is `UNSTABLE` if the spectral radius of its Jacobian is 1 or more.
 """
+evaluate_with_stability!(c::Columns, p::FixedPoint) = evaluate_all!(c, p)
 function evaluate_with_stability!(c::Columns{T}, p::Stationary{T}) where {T}
     p.check_stability || return evaluate_all!(c, p)
     affine!(c, p)
-    n = size(c.F, 1)
-    d = Matrix{T}(undef, n, 1)
+    d = Matrix{T}(undef, size(c.F, 1), 1)
     for j in c.active:-1:1
         status, residual = evaluate!(c, p, j)
         if status === CONVERGED
             slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-            repels(p.R, d) && (status = UNSTABLE)
+            repels(p, d) && (status = UNSTABLE)
         end
         status === nothing || finish!(c, p, j, status, residual)
     end
     return c.active == 0
 end
 
-# A norm of D R below 1 proves stability at the price of one pass; only others need eigenvalues.
-function repels(R::Matrix{T}, d) where {T}
-    largest = zero(T)
-    for j in axes(R, 2)
-        total = zero(T)
-        @inbounds @simd for i in axes(R, 1)
-            total += abs(d[i] * R[i, j])
-        end
-        largest = max(largest, total)
+# A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
+repels(p::Stationary, d) = maximum(abs, d) * p.norm >= 1 && repels(p.R, d)
+repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
+
+"""
+    norm_estimate(R)
+
+The Euclidean norm of `R` by power iteration on RᵀR (which approaches it from below), with a margin of 2 %; at most the
+geometric mean of the row and column norms.
+"""
+function norm_estimate(R::Matrix{T}) where {T}
+    n = size(R, 1)
+    ceiling = sqrt(opnorm(R, 1) * opnorm(R, Inf))
+    isfinite(ceiling) && n > 1 || return ceiling
+    v, w = [one(T) + T(i) / n for i in 1:n], zeros(T, n)
+    estimate = zero(T)
+    for _ in 1:50
+        mul!(w, R, v)
+        estimate = norm(w) / norm(v)
+        mul!(v, R', w)
+        size = norm(v)
+        size > 0 || return ceiling
+        v ./= size
     end
-    return largest >= 1 && spectral_radius(R, vec(d)) >= 1
+    return min(ceiling, T(1.02) * estimate)
+end
+
+"""
+    spectral_radius(net, p, X, Z)
+
+The spectral radius of the Jacobian D R at the states `Z` (neurons × samples) for the samples `X`, per sample; of the
+stages of a layered net, the largest.
+"""
+function spectral_radius(net::Network{T}, p, X, Z) where {T}
+    w = unpack!(Weights(net), net, p)
+    samples = size(X, 2)
+    radius = zeros(samples)
+    for (stage, ws) in zip(net.stages, w.stages)
+        stage.recurrent || continue
+        z = Z[stage.rows, :]
+        s = drive!(Matrix{T}(undef, size(z)), ws, Z, X, samples)
+        s .+= ws.recurrent * z
+        d = slopes!(similar(s), stage.activation, s, z)
+        for j in 1:samples
+            radius[j] = max(radius[j], spectral_radius(ws.recurrent, d[:, j]))
+        end
+    end
+    return radius
 end

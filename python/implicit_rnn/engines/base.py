@@ -25,6 +25,7 @@ class Problem:
     solver: Solver
     adjoint: Adjoint
     loss: str
+    jacobian_penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Trainer(Protocol):
         """
 
     def state(self) -> np.ndarray:
-        """The optimiser's state as one float64 vector, the same on every engine."""
+        """The optimiser's state and the number of steps as one float64 vector, the same on every engine."""
 
     def restore(self, state: np.ndarray) -> None:
         """The inverse of ``state``."""
@@ -74,8 +75,17 @@ class Program(Protocol):
     def solve(self, p: np.ndarray, X: np.ndarray, z0: np.ndarray | None, out: Solution) -> None:
         """Equilibria for X (B, inputs) and the parameters p, from the start z0 (B, N) or zero."""
 
-    def gradient(self, p: np.ndarray, X: np.ndarray, Y: np.ndarray, g: np.ndarray) -> tuple[float, Quality]:
-        """The loss against Y (B, outputs); its gradient goes to g (parameters,)."""
+    def gradient(self, p: np.ndarray, X: np.ndarray, Y: np.ndarray, g: np.ndarray, probe: int) -> tuple[float, Quality]:
+        """The loss against Y (B, outputs); its gradient goes to g (parameters,).
+
+        ``probe`` numbers the random vectors of the Jacobian penalty.
+        """
+
+    def hessian_vector_product(self, p: np.ndarray, X: np.ndarray, Y: np.ndarray, v: np.ndarray, h: np.ndarray) -> None:
+        """The Hessian of the loss times v (parameters,) goes to h (parameters,)."""
+
+    def spectral_radius(self, p: np.ndarray, X: np.ndarray, state: np.ndarray, out: np.ndarray) -> None:
+        """The largest spectral radius of the stages' Jacobians D R at the states (B, N) goes to out (B,) float64."""
 
     def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> Trainer:
         """A trainer of ``nets`` nets; ``clip`` bounds the Euclidean norm of a gradient."""

@@ -70,9 +70,15 @@ class JuliaProgram:
         arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
         call("solve", self._handle.number, p, X.reshape(-1), None if z0 is None else z0.reshape(-1), arrays)
 
-    def gradient(self, p: Array, X: Array, Y: Array, g: Array) -> tuple[float, Quality]:
-        loss, *quality = call("gradient", self._handle.number, p, X.reshape(-1), Y.reshape(-1), g)
+    def gradient(self, p: Array, X: Array, Y: Array, g: Array, probe: int) -> tuple[float, Quality]:
+        loss, *quality = call("gradient", self._handle.number, p, X.reshape(-1), Y.reshape(-1), g, probe)
         return loss, Quality(*quality)
+
+    def hessian_vector_product(self, p: Array, X: Array, Y: Array, v: Array, h: Array) -> None:
+        call("hessian_vector_product", self._handle.number, (p, X.reshape(-1), Y.reshape(-1), v, h))
+
+    def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
+        call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
     def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> JuliaTrainer:
         description = {
@@ -125,6 +131,7 @@ def _describe(problem: Problem) -> dict[str, Any]:
         "solver": _option(problem.solver),
         "adjoint": _option(problem.adjoint),
         "loss": problem.loss,
+        "jacobian_penalty": float(problem.jacobian_penalty),
     }
 
 

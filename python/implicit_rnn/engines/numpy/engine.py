@@ -22,6 +22,8 @@ Array = np.ndarray
 Chain = list[tuple[Array, Array, Array]]
 """The steps of an unrolled stage: z before, s, z after."""
 
+_WORST_ADJOINT = 1e-3
+"""A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
 _TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary array of the adjoint."""
 
@@ -63,6 +65,7 @@ class NumpyProgram:
         self.dtype = np.dtype(problem.dtype)
         self.solver = problem.solver
         self.adjoint = problem.adjoint
+        self.penalty = problem.jacobian_penalty
         tol = problem.solver.options()["tol"]
         self.tol = float(tol) if tol is not None else (1e-10 if self.dtype == np.float64 else 1e-6)
         self.slopes = [slope_bounds(self.topology, stage).astype(self.dtype) for stage in self.topology.stages]
@@ -79,11 +82,30 @@ class NumpyProgram:
         out.rate[...] = outcome.rate[0]
         out.bound[...] = self._certify(weights, X, Z)[0]
 
-    def gradient(self, p: Array, X: Array, Y: Array, g: Array) -> tuple[float, Quality]:
-        loss, gradients, outcome, adjoint_residual = self.gradients(p[None], X, Y)
+    def gradient(self, p: Array, X: Array, Y: Array, g: Array, probe: int) -> tuple[float, Quality]:
+        loss, gradients, outcome, adjoint_residual = self.gradients(p[None], X, Y, probe)
         g[...] = gradients[0]
-        unconverged = int((outcome.status != Status.CONVERGED).sum())
-        return float(loss[0]), Quality(unconverged, float(outcome.residual.max()), float(adjoint_residual[0]))
+        unconverged = int(self.failed(outcome, adjoint_residual).sum())
+        return float(loss[0]), Quality(unconverged, float(outcome.residual.max()), float(adjoint_residual.max()))
+
+    def failed(self, outcome: Outcome, adjoint_residual: Array) -> Array:
+        """(S, B) samples whose forward or adjoint solve failed; unrolled steps need no equilibrium."""
+        if isinstance(self.adjoint, Unrolled):
+            return np.zeros(outcome.status.shape, bool)
+        return (outcome.status != Status.CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
+
+    def hessian_vector_product(self, p: Array, X: Array, Y: Array, v: Array, h: Array) -> None:
+        raise _unsupported("the Hessian-vector product")
+
+    def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
+        Z = state[None]
+        out[...] = 0
+        for stage, w in zip(self.topology.stages, self._unpack(p[None]), strict=True):
+            if stage.recurrent:
+                S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ _transposed(w.recurrent)
+                D = self._slope(stage)(S, self._activation(stage)(S))[0]
+                for k, d in enumerate(D):
+                    out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
     def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> NumpyTrainer:
         return NumpyTrainer(self, optimizer, nets, clip)
@@ -197,8 +219,8 @@ class NumpyProgram:
 
     # --- backward ----------------------------------------------------------------------------------------
 
-    def gradients(self, P: Array, X: Array, Y: Array) -> tuple[Array, Array, Outcome, Array]:
-        """Losses (S,), gradients (S, P), how the solves ended, and the worst adjoint residual (S,)."""
+    def gradients(self, P: Array, X: Array, Y: Array, probe: int) -> tuple[Array, Array, Outcome, Array]:
+        """Losses (S,), gradients (S, P), how the solves ended, and the adjoint residuals (S, B)."""
         topology = self.topology
         weights = self._unpack(P)
         unrolled = self.adjoint if isinstance(self.adjoint, Unrolled) else None
@@ -219,11 +241,17 @@ class NumpyProgram:
             for output, neuron in enumerate(topology.read_neurons):
                 dZ[..., neuron] += dY[..., output]
         loss = np.mean(difference.astype(np.float64) ** 2, axis=(1, 2))
-        residual = np.zeros(len(P))
+        residual = np.zeros(Z.shape[:2])
         stages = list(zip(topology.stages, weights, self.slopes, chains, strict=True))
         for stage, w, slopes, chain in reversed(stages):
             g = self._zero_weights(stage, len(P))
-            E = self._backward_stage(stage, w, S, Z, dZ, chain, g, residual)
+            direct: Array | float = 0.0
+            if stage.recurrent and self.penalty > 0:
+                amount, direct = self._add_penalty(stage, w, S, Z, dZ, g, probe)
+                loss += amount
+            E = self._backward_stage(stage, w, S, Z, dZ, chain, g, residual) + direct
+            if stage.recurrent and not chain:
+                g.recurrent += _transposed(E) @ Z[..., stage.rows]
             Et = _transposed(E)
             if w.input.shape[-1]:
                 g.input = Et @ X
@@ -252,7 +280,10 @@ class NumpyProgram:
         g: StageWeights,
         residual: Array,
     ) -> Array:
-        """∂L/∂s = D λ for the stage; g.recurrent becomes ∂L/∂R, and the adjoint's residual is merged into ``residual``."""
+        """∂L/∂s = D λ for the stage; the adjoint's residual is merged into ``residual``.
+
+        Of an unrolled stage, ∂L/∂R is added to g.recurrent.
+        """
         z, λ = Z[..., stage.rows], dZ[..., stage.rows]
         slope = self._slope(stage)
         if chain:
@@ -260,10 +291,27 @@ class NumpyProgram:
         D = slope(S[..., stage.rows], z)
         if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
             λ = self._solve_adjoint(w.recurrent, D, λ, residual)
-        E = D * λ
-        if stage.recurrent:
-            g.recurrent = _transposed(E) @ z
-        return np.asarray(E)
+        return D * λ
+
+    def _add_penalty(
+        self, stage: Stage, w: StageWeights, S: Array, Z: Array, dZ: Array, g: StageWeights, probe: int
+    ) -> tuple[Array, Array]:
+        """The Jacobian penalty of the stage (S,), and its derivative with respect to s; see ``Network.fit``.
+
+        With a = D v and q = Jᵀv = Rᵀa, the derivatives of ‖q‖² are 2 a qᵀ with respect to R and 2 v ∘ (R q) ∘ f″(s) with
+        respect to s, which acts through the equilibrium as well (added to dZ).
+        """
+        s, z = S[..., stage.rows], Z[..., stage.rows]
+        samples = s.shape[1]
+        c = self.dtype.type(self.penalty / (samples * self.topology.neurons))
+        v = _rademacher(probe, samples, stage.rows).astype(self.dtype)
+        a = self._slope(stage)(s, z) * v
+        q = a @ w.recurrent
+        g.recurrent += 2 * c * _transposed(a) @ q
+        pieces = [f.curvature(s[..., rows], z[..., rows]) for rows, f in self._pieces(stage)]
+        e = 2 * c * v * (q @ _transposed(w.recurrent)) * np.concatenate(pieces, axis=-1)
+        dZ[..., stage.rows] += e @ w.recurrent
+        return float(c) * (q.astype(np.float64) ** 2).sum(axis=(1, 2)), e
 
     def _solve_adjoint(self, R: Array, D: Array, g: Array, residual: Array) -> Array:
         """λ with (I - RᵀD) λ = g, by one LU factorisation per sample."""
@@ -274,14 +322,10 @@ class NumpyProgram:
         for first in range(0, D.shape[1], width):
             tile = slice(first, first + width)
             A = identity - _transposed(R)[:, None] * D[:, tile, None, :]
-            try:
-                solution = np.linalg.solve(A, g[:, tile, :, None])
-            except np.linalg.LinAlgError:
-                solution = np.full((*g[:, tile].shape, 1), np.nan, self.dtype)
+            solution = solvers.solve_each(A, g[:, tile, :, None])
             λ[:, tile] = solution[..., 0]
             size = np.maximum(norm(λ[:, tile]), np.finfo(self.dtype).tiny)
-            worst = (norm((A @ solution)[..., 0] - g[:, tile]) / size).max(axis=-1)
-            residual[...] = np.maximum(residual, worst)
+            residual[:, tile] = np.maximum(residual[:, tile], norm((A @ solution)[..., 0] - g[:, tile]) / size)
         return λ
 
 
@@ -311,6 +355,7 @@ class NumpyTrainer:
     def __init__(self, program: NumpyProgram, optimizer: Optimizer, nets: int, clip: float) -> None:
         self._program = program
         self._clip = clip
+        self._steps = 0
         self._rule = RULES[type(optimizer)](optimizer, (nets, program.topology.parameters), program.dtype)
 
     def train(
@@ -333,12 +378,13 @@ class NumpyTrainer:
             for first in range(0, samples, batch_size):
                 chosen = permutation[first : first + batch_size]
                 x, y = (X, Y) if batch_size >= samples else (X[chosen], Y[chosen])
-                loss, G, outcome, _ = self._program.gradients(P, x, y)
+                self._steps += 1
+                loss, G, outcome, adjoint_residual = self._program.gradients(P, x, y, self._steps)
                 size = norm(G)
                 alive &= np.isfinite(loss) & np.isfinite(size)
                 G[size > self._clip] *= (self._clip / size[size > self._clip])[:, None]
                 total += np.where(alive, loss, np.nan) * len(chosen)
-                failed += (outcome.status != Status.CONVERGED).sum(axis=1)
+                failed += self._program.failed(outcome, adjoint_residual).sum(axis=1)
                 change = self._rule.step(np.where(alive[:, None], G, 0), rates[step])
                 P -= np.where(alive[:, None], change, 0).astype(P.dtype)
                 step += 1
@@ -346,10 +392,11 @@ class NumpyTrainer:
             unconverged[:, epoch] = failed
 
     def state(self) -> Array:
-        return self._rule.state()
+        return np.append(self._rule.state(), float(self._steps))
 
     def restore(self, state: Array) -> None:
-        self._rule.restore(state)
+        self._rule.restore(state[:-1])
+        self._steps = int(state[-1])
 
 
 def slope_bounds(topology: Topology, stage: Stage) -> Array:
@@ -359,6 +406,19 @@ def slope_bounds(topology: Topology, stage: Stage) -> Array:
 
 def _transposed(A: Array) -> Array:
     return np.swapaxes(A, -1, -2)
+
+
+def _rademacher(probe: int, samples: int, rows: slice) -> Array:
+    """±1 (samples, n) from a hash (the finaliser of SplitMix64) of probe, sample and neuron, counted from 1."""
+    x: Any = (
+        np.uint64(probe)
+        + np.uint64(0x9E3779B97F4A7C15) * np.arange(1, samples + 1, dtype=np.uint64)[:, None]
+        + np.uint64(0xD1B54A32D192ED03) * np.arange(rows.start + 1, rows.stop + 1, dtype=np.uint64)
+    )
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.where(x < np.uint64(1 << 63), 1, -1)
 
 
 def _shift(rows: slice, start: int) -> slice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 
@@ -129,7 +130,7 @@ class _Solve:
                 rows,
                 np.full(len(rows.index), _MAX_ITERATIONS),
                 rows.residual / self.scale(rows),
-                rows.residual * 0,
+                self.rate,
             )
         return self.Z.reshape(self.shape), self.S.reshape(self.shape)
 
@@ -159,17 +160,25 @@ class _Solve:
         self.rate = rate
         done = residual <= equation.tol * scale
         broken = ~np.isfinite(residual)
-        ended = done | broken | (residual > _BLOW_UP * (1 + self.floor))
-        if not ended.any():
+        lost = broken | (residual > _BLOW_UP * (1 + self.floor))
+        if self.rescued is not None and lost.any():
+            rescued = rows.take(lost)
+            rescued.Z, rescued.residual = np.zeros_like(rescued.Z), np.full_like(rescued.residual, np.inf)
+            self.rescued.append(rescued)
+            ended = done
+        else:
+            ended, lost = done | lost, np.zeros_like(lost)
+        if not (ended | lost).any():
             return extra
         status = np.where(done, _CONVERGED, np.where(broken, _NON_FINITE, _DIVERGED))
         self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
-        self.rows = rows.take(~ended)
-        self.rate = rate[~ended]
-        return tuple(array[~ended] for array in extra)
+        left = ~(ended | lost)
+        self.rows = rows.take(left)
+        self.rate = rate[left]
+        return tuple(array[left] for array in extra)
 
     def finish(self, rows: _Rows, status: Array, residual: Array, rate: Array) -> None:
-        self.Z[rows.index] = np.where((status == _NON_FINITE)[:, None], rows.Z, rows.F)
+        self.Z[rows.index] = rows.Z  # the iterate whose residual is known, and the last finite one
         self.S[rows.index] = rows.S
         if self.stability_in_question:
             found = status == _CONVERGED
@@ -179,12 +188,19 @@ class _Solve:
     # --- methods -----------------------------------------------------------------------------------------
 
     stability_in_question = False
+    """Whether the method at work may find equilibria that do not attract."""
+    rescued: list[_Rows] | None = None
+    """Rows that blew up, to start again from zero by another method; None ends them."""
 
     def picard(self, limit: int, damping: float = 1.0) -> None:
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
         steps = 4 if self.shape[-1] <= _SMALL else 1
-        for first in range(0, limit, steps):
-            count = min(steps, limit - first)
+        first = 0
+        while first < limit:
+            # Undamped iteration ends at what attracts it, unless it starts there.
+            self.stability_in_question = self.equation.check_stability and (first == 0 or damping < 1)
+            count = 1 if first == 0 else min(steps, limit - first)
+            first += count
             for _ in range(count - 1):
                 rows = self.rows
                 self.advance(rows, self.equation.f(self.product(rows, rows.Z) + rows.U), damping)
@@ -197,6 +213,7 @@ class _Solve:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
 
     def anderson(self, solver: Anderson, limit: int) -> None:
+        self.stability_in_question = self.equation.check_stability
         m, n = solver.memory, self.shape[-1]
         dtype = self.rows.Z.dtype
         ridge = max(solver.ridge, float(np.finfo(dtype).eps))
@@ -223,7 +240,7 @@ class _Solve:
             # Empty places have zero rows; a unit diagonal gives them zero weight.
             empty = np.diagonal(G, axis1=1, axis2=2) <= ridge * trace[:, :, 0] * (1 + 1e-3)
             G[:, range(m), range(m)] += empty * trace[:, :, 0]
-            γ = np.linalg.solve(G, dR @ r[..., None])
+            γ = solve_each(G, dR @ r[..., None])
             β = dtype.type(solver.damping)
             step = np.swapaxes(dF - (1 - β) * dR, 1, 2) @ γ
             rows.Z = rows.F - (1 - β) * r - step[..., 0]
@@ -250,16 +267,12 @@ class _Solve:
             rows.Z[exhausted] = picard[exhausted]
             t[exhausted] = 0
             rows.residual = at_base
-        self.stability_in_question = False
 
     def newton_direction(self, rows: _Rows) -> Array:
         """(I - D R)⁻¹ (F - Z); the Picard step F - Z where that fails."""
         r = rows.F - rows.Z
         A = np.eye(r.shape[1], dtype=r.dtype) - self.jacobian(rows)
-        try:
-            step = np.linalg.solve(A, r[..., None])[..., 0]
-        except np.linalg.LinAlgError:
-            return r
+        step = solve_each(A, r[..., None])[..., 0]
         return np.where(np.isfinite(step), step, r)
 
     def jacobian(self, rows: _Rows) -> Array:
@@ -280,24 +293,29 @@ class _Solve:
         n = self.shape[-1]
         patience = _PATIENCE * (8 if self.equation.check_stability else 1)
         slow: list[_Rows] = []
+        self.rescued = slow
         used = 0
         while used < limit and len(self.rows.index):
             self.picard(min(_BLOCK, limit - used))
             used += _BLOCK
             rows = self.rows
+            if not len(rows.index):
+                break
             goal = self.equation.tol * self.scale(rows)
             predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
             keep = ~(predicted > patience)
             slow.append(rows.take(~keep))
             self.rows = rows.take(keep)
             self.rate = self.rate[keep]
+        self.rescued = None
         self.rows = _join([*slow, self.rows])
-        if n > _DENSE:
-            self.anderson(Anderson(), 60)
+        self.rate = np.zeros(len(self.rows.index))
+        left = limit - _BLOCK
+        if n > _DENSE and len(self.rows.index):
+            self.anderson(Anderson(), min(60, left))
+            left -= 60
         if len(self.rows.index):
-            self.newton(100)
-        if len(self.rows.index):
-            self.picard(max(limit - used, 0))
+            self.newton(min(100, left))
 
 
 def _join(parts: list[_Rows]) -> _Rows:
@@ -308,6 +326,18 @@ def _join(parts: list[_Rows]) -> _Rows:
         *(joined(f.name) for f in fields(_Rows) if f.name != "R"),  # type: ignore[misc]
         R=None if parts[0].R is None else joined("R"),
     )
+
+
+def solve_each(A: Array, b: Array) -> Array:
+    """x with A x = b for a stack of systems (..., n, n) and (..., n, 1); NaN for a singular one, which harms no other."""
+    try:
+        return np.linalg.solve(A, b)
+    except np.linalg.LinAlgError:
+        x = np.full_like(b, np.nan)
+        for place in np.ndindex(A.shape[:-2]):
+            with contextlib.suppress(np.linalg.LinAlgError):
+                x[place] = np.linalg.solve(A[place], b[place])
+        return x
 
 
 def norm(A: Array) -> Array:

@@ -1,0 +1,78 @@
+# A small generic problem as an ImplicitFunction of ImplicitDifferentiation.jl, and its derivatives by that.
+
+"""
+    GenericConditions(problem)
+
+`c(θ, z) = f(z, args...) - z`, or `f(z, args...)` for a root, for all samples, where θ stacks the differentiable arguments.
+"""
+struct GenericConditions{T}
+    problem::GenericProblem{T}
+end
+function (c::GenericConditions)(θ, z, _)
+    problem = c.problem
+    out = similar(z, promote_type(eltype(θ), eltype(z)))
+    args = unstack(problem, θ)
+    Z, C = reshape(z, problem.n, :), reshape(out, problem.n, :)
+    for j in 1:problem.samples
+        own = Any[b ? sample_of(x, j) : x for (x, b) in zip(args, problem.batched)]
+        y = checked(problem.f(Z[:, j], map(number_or_array, own)...), problem.n)
+        C[:, j] = problem.root ? y : y .- view(Z, :, j)
+    end
+    return out
+end
+
+sample_of(x, j) = copy(selectdim(x, ndims(x), j))
+number_or_array(x) = ndims(x) == 0 ? x[] : x
+
+stacked(problem::GenericProblem{T}) where {T} = reduce(vcat, (vec(x) for x in problem.args if is_differentiable(x)); init = T[])
+
+function unstack(problem::GenericProblem, θ)
+    offset = 0
+    return map(problem.args) do x
+        is_differentiable(x) || return x
+        offset += length(x)
+        return reshape(θ[(offset - length(x) + 1):offset], size(x))
+    end
+end
+
+# ForwardDiff is all that differentiates the conditions, in either direction.
+function implicit_function(problem::GenericProblem, Z::Matrix)
+    forward = ImplicitDifferentiation.ADTypes.AutoForwardDiff()
+    single = problem.samples == 1
+    return ImplicitFunction(
+        θ -> (vec(Z), nothing), GenericConditions(problem);
+        linear_solver = single ? ImplicitDifferentiation.DirectLinearSolver() : BlockSolver(problem.n),
+        representation = single ? ImplicitDifferentiation.MatrixRepresentation() :
+            ImplicitDifferentiation.OperatorRepresentation(),
+        backends = (; x = forward, y = forward),
+    )
+end
+
+struct ForwardDiffOnly <: ChainRulesCore.RuleConfig{Union{ChainRulesCore.NoForwardsMode, ChainRulesCore.NoReverseMode}} end
+
+function vjp_by_implicit_function!(gradients, problem::GenericProblem{T}, Z, v) where {T}
+    θ = stacked(problem)
+    isempty(θ) && return gradients
+    _, pullback = ChainRulesCore.rrule(ForwardDiffOnly(), implicit_function(problem, Z), θ)
+    offset = 0
+    dθ = unthunk(pullback((vec(v), nothing))[2])
+    for (g, x) in zip(gradients, problem.args)
+        is_differentiable(x) || continue
+        copyto!(g, 1, dθ, offset + 1, length(x))
+        offset += length(x)
+    end
+    return gradients
+end
+
+function jacobian_by_implicit_function!(J, problem::GenericProblem{T}, Z, index) where {T}
+    θ = stacked(problem)
+    implicit = implicit_function(problem, Z)
+    full = reshape(ForwardDiff.jacobian(x -> first(implicit(x)), θ), problem.n, problem.samples, :)
+    offset = sum(length(x) for x in problem.args[1:(index - 1)] if is_differentiable(x); init = 0)
+    entries = size(J, 2)
+    for j in 1:problem.samples
+        begins = offset + (problem.batched[index] ? (j - 1) * entries : 0)
+        J[:, :, j] = full[:, j, begins .+ (1:entries)]
+    end
+    return J
+end

@@ -1,0 +1,29 @@
+# Vectors of a few entries that need no memory.
+
+"Entries of the longest [`Short`](@ref)."
+const MAX_SHORT = 8
+
+"""
+    Short{N, T}
+
+A vector of N entries, at most $(MAX_SHORT), that lives in registers. What `f` is given for z and for vector arguments of that length,
+so that a broadcast formula such as `a .* sin.(z)` allocates nothing; whatever else is done with it gives an `Array`.
+"""
+struct Short{N, T} <: AbstractVector{T}
+    entries::NTuple{N, T}
+end
+Short(entries...) = Short(promote(entries...))
+
+Base.size(::Short{N}) where {N} = (N,)
+Base.IndexStyle(::Type{<:Short}) = IndexLinear()
+Base.@propagate_inbounds Base.getindex(x::Short, i::Int) = x.entries[i]
+
+struct ShortStyle{N} <: Broadcast.AbstractArrayStyle{1} end
+ShortStyle{N}(::Val{1}) where {N} = ShortStyle{N}()
+ShortStyle{N}(::Val{M}) where {N, M} = Broadcast.DefaultArrayStyle{M}()
+Base.BroadcastStyle(::Type{<:Short{N}}) where {N} = ShortStyle{N}()
+Base.BroadcastStyle(style::ShortStyle, ::Broadcast.DefaultArrayStyle{0}) = style
+Base.BroadcastStyle(::ShortStyle, style::Broadcast.DefaultArrayStyle{1}) = style
+Base.BroadcastStyle(::ShortStyle{N}, ::ShortStyle{M}) where {N, M} =
+    N == 1 ? ShortStyle{M}() : M == 1 ? ShortStyle{N}() : Broadcast.DefaultArrayStyle{1}()
+Base.copy(b::Broadcast.Broadcasted{ShortStyle{N}}) where {N} = Short(ntuple(i -> (@inbounds b[i]), Val(N))...)

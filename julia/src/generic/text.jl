@@ -1,0 +1,38 @@
+# Functions given as text.
+
+"The functions that texts were compiled to: code cannot be unloaded, so a text is compiled once."
+const COMPILED = Dict{String, Any}()
+
+"""
+    compiled_function(text)
+
+The anonymous function that a text defines, evaluated in a module of its own in which LinearAlgebra is in use. Throws
+`InvalidCode`, which says what is wrong with the text.
+"""
+compiled_function(text::String) = get!(() -> compile_text(text), COMPILED, text)
+
+"A text is not the code of a function; `text` says why."
+struct InvalidCode <: Exception
+    text::String
+end
+Base.showerror(io::IO, e::InvalidCode) = print(io, e.text)
+
+function compile_text(text)
+    code = Meta.parse(text; raise = false)
+    if Meta.isexpr(code, (:error, :incomplete))
+        throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_complaint(only(code.args)))"))
+    end
+    place = Module(gensym("generic"))
+    Core.eval(place, :(const LinearAlgebra = $LinearAlgebra; using .LinearAlgebra))
+    f = Core.eval(place, code)
+    f isa Function || throw(InvalidCode("the Julia code $(repr(text)) gives a $(typeof(f)), not a function"))
+    return f
+end
+
+# Julia draws an arrow with the complaint behind it, below the line in question.
+parse_complaint(error::Exception) = parse_complaint(sprint(showerror, error))
+function parse_complaint(said)
+    lines = split(strip(string(said)), '\n')
+    found = findlast(contains("──"), lines)
+    return strip(found === nothing ? last(lines) : last(split(lines[found], "──")))
+end

@@ -1,0 +1,191 @@
+# Second derivatives: the product of the Hessian of the loss with a vector, by the tangents of the forward and of
+# the adjoint pass. Both need linear systems with the same matrix I - D R per sample, which is factorised once.
+
+"""
+    hessian_vector_product(net, p, X, Y, v; loss = MSE(), solver = Auto())
+
+H v with H the Hessian of the loss with respect to the parameters. With primes for derivatives along v, D = f′(s) and
+D′ = f″(s) s′ (differentiate `z = f(s)` and `(I - RᵀD) λ = ∂L/∂z`):
+
+    (I - D R) z′ = D (W′x + R′z + b′),    (I - RᵀD) λ′ = (∂L/∂z)′ + R′ᵀD λ + RᵀD′λ.
+
+Throws an `ErrorException` if a sample does not reach its equilibrium.
+"""
+function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), solver = Auto()) where {T}
+    problem = Problem(net; loss, solver)
+    return hessian_vector_product!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y, v)
+end
+
+function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X, Y, v) where {T}
+    net, B = problem.net, size(X, 2)
+    length(v) == length(net) ||
+        throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(v))"))
+    unpack!(ws.weights, net, p)
+    clear!(ws.gradient)
+    tangent = unpack_tangent(net, ws.weights, v)
+    second = clear!(Weights(net))
+    for first_sample in 1:ws.width:B
+        samples = first_sample:min(first_sample + ws.width - 1, B)
+        tile, targets = view(X, :, samples), view(Y, :, samples)
+        forward!(ws, problem, tile)
+        failed = count(!=(CONVERGED), view(ws.outcome.status, eachindex(samples)))
+        failed == 0 || error("$failed of $(length(samples)) samples did not reach an equilibrium")
+        read_out!(ws, net, length(samples))
+        loss_gradient!(ws.GY, problem.loss, ws.Y, targets, T(1 / length(Y)))
+        add_tangents!(second, ws, problem, tangent, tile, targets, T(1 / length(Y)))
+    end
+    return pack_second!(h, net, ws.weights, tangent, ws.gradient, second, p, v)
+end
+
+# The derivatives along v of the weights in force.
+function unpack_tangent(net::Network{T}, w::Weights{T}, v) where {T}
+    tangent = unpack!(Weights(net), net, v)
+    for (stage, ws, ts) in zip(net.stages, w.stages, tangent.stages)
+        stage.recurrent || continue
+        dual = dual_stage(stage, net, ws, ts)
+        ts.recurrent .= only.(partials.(constrain!(dual, net.constraint, stage.slopes).recurrent))
+    end
+    return tangent
+end
+
+function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T}
+    dual = StageWeights{Dual{Nothing, T, 1}}(stage, net.inputs)
+    dual.raw .= Dual{Nothing}.(w.raw, t.raw)
+    dual.scales .= Dual{Nothing}.(w.scales, t.scales)
+    return dual
+end
+
+# The gradient goes to ws.gradient, its derivative along the tangent to `second`.
+function add_tangents!(second, ws::Workspace{T}, problem, tangent, X, targets, scale) where {T}
+    net, m = problem.net, size(X, 2)
+    Z, S = ws.Z[:, 1:m], ws.S[:, 1:m]
+    dZ, dS, D = similar(Z), similar(S), similar(S)
+    factors = Vector{Any}(undef, length(net.stages))
+    for (k, stage) in enumerate(net.stages)
+        rows, before, w, t = stage.rows, 1:(first(stage.rows) - 1), ws.weights.stages[k], tangent.stages[k]
+        slopes!(view(D, rows, :), stage.activation, view(S, rows, :), view(Z, rows, :))
+        drive = t.bias .+ t.feed * Z[before, :] .+ w.feed * dZ[before, :]
+        stage.has_input && (drive .+= t.input * X)
+        if stage.recurrent
+            drive .+= t.recurrent * Z[rows, :]
+            factors[k] = [lu(I - D[rows, j] .* w.recurrent) for j in 1:m]
+            for j in 1:m
+                dZ[rows, j] = factors[k][j] \ (D[rows, j] .* drive[:, j])
+            end
+            dS[rows, :] = drive .+ w.recurrent * dZ[rows, :]
+        else
+            dS[rows, :] = drive
+            dZ[rows, :] = D[rows, :] .* drive
+        end
+    end
+    G, dG = read_out_tangents!(second, ws, problem, tangent, Z, dZ, targets, scale)
+    for k in length(net.stages):-1:1
+        stage = net.stages[k]
+        rows, before, w, t = stage.rows, 1:(first(stage.rows) - 1), ws.weights.stages[k], tangent.stages[k]
+        D2 = curvatures(stage.activation, S[rows, :], Z[rows, :]) .* dS[rows, :]
+        λ, dλ = G[rows, :], dG[rows, :]
+        if stage.recurrent
+            for j in 1:m
+                λ[:, j] = factors[k][j]' \ λ[:, j]
+            end
+            dλ .+= t.recurrent' * (D[rows, :] .* λ) .+ w.recurrent' * (D2 .* λ)
+            for j in 1:m
+                dλ[:, j] = factors[k][j]' \ dλ[:, j]
+            end
+        end
+        E, dE = D[rows, :] .* λ, D2 .* λ .+ D[rows, :] .* dλ
+        G[before, :] .+= w.feed' * E
+        dG[before, :] .+= w.feed' * dE .+ t.feed' * E
+        g, h = ws.gradient.stages[k], second.stages[k]
+        if stage.recurrent
+            g.recurrent .+= E * Z[rows, :]'
+            h.recurrent .+= dE * Z[rows, :]' .+ E * dZ[rows, :]'
+        end
+        stage.has_input && (h.input .+= dE * X')
+        h.feed .+= dE * Z[before, :]' .+ E * dZ[before, :]'
+        h.bias .+= vec(sum(dE; dims = 2))
+    end
+    return second
+end
+
+# ∂L/∂z and its tangent at the readout.
+function read_out_tangents!(second, ws::Workspace{T}, problem, tangent, Z, dZ, targets, scale) where {T}
+    net, m = problem.net, size(Z, 2)
+    G, dG = zeros(T, size(Z)), zeros(T, size(Z))
+    GY, read = ws.GY[:, 1:m], net.readout
+    if net.outputs == 0
+        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dZ[read, :], scale)
+        for (i, neuron) in enumerate(read)
+            G[neuron, :] .+= GY[i, :]
+            dG[neuron, :] .+= dGY[i, :]
+        end
+    else
+        C, dC = ws.weights.C, tangent.C
+        dY = C * dZ[read, :] .+ dC * Z[read, :] .+ tangent.d
+        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dY, scale)
+        G[read, :] = C' * GY
+        dG[read, :] = C' * dGY .+ dC' * GY
+        second.C .+= dGY * Z[read, :]' .+ GY * dZ[read, :]'
+        second.d .+= vec(sum(dGY; dims = 2))
+    end
+    return G, dG
+end
+
+function curvatures(f, S, Z)
+    C = similar(S)
+    for (rows, piece) in pieces(f, size(S, 1))
+        C[rows, :] .= curvature.(Ref(piece), S[rows, :], Z[rows, :])
+    end
+    return C
+end
+
+# Through the constraint: the derivative of its pullback, evaluated in dual numbers.
+function pack_second!(h, net::Network{T}, w, tangent, G, second, p, v) where {T}
+    pack_gradient!(h, net, second, w)
+    for (stage, ws, ts, gs, hs) in zip(net.stages, w.stages, tangent.stages, G.stages, second.stages)
+        stage.recurrent || continue
+        dual = constrain!(dual_stage(stage, net, ws, ts), net.constraint, stage.slopes)
+        gradient = StageWeights{Dual{Nothing, T, 1}}(stage, net.inputs)
+        gradient.recurrent .= Dual{Nothing}.(gs.recurrent, hs.recurrent)
+        constrain_pullback!(gradient, net.constraint, dual, stage.slopes)
+        hs.raw .= only.(partials.(gradient.raw))
+        hs.scales .= only.(partials.(gradient.scales))
+        for c in stage.connections
+            matrix, rows, cols = target(hs, stage, c)
+            matrix === hs.raw && (h[(c.offset + 1):(c.offset + length(rows) * length(cols))] = vec(matrix[rows, cols]))
+        end
+        h[stage.scales] = hs.scales
+    end
+    return h
+end
+
+# --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
+
+# First-order perturbation of the largest eigenvalue λ₁ and its eigenvector: v₁′ = Σₖ (vₖᵀM′v₁)/(λ₁ - λₖ) vₖ.
+function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
+    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    values, vectors = eigen(Symmetric((M .+ M') ./ 2))
+    n = length(values)
+    v, S = vectors[:, n], (dM .+ dM') ./ 2
+    dv = zero(v)
+    for k in 1:(n - 1)
+        dv .+= (dot(vectors[:, k], S, v) / (values[n] - values[k])) .* vectors[:, k]
+    end
+    dual_v = Dual{Nothing}.(v, dv)
+    return Dual{Nothing}(max(values[n], floatmin()), dot(v, S, v)), (slopes .* dual_v) * dual_v'
+end
+
+# The same for singular values, from MᵀM and MMᵀ.
+function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
+    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    U, s, V = svd(M)
+    u, v = U[:, 1], V[:, 1]
+    du, dv = zero(u), zero(v)
+    for k in 2:length(s)
+        a, b, gap = dot(U[:, k], dM, v), dot(u, dM, V[:, k]), s[1]^2 - s[k]^2
+        du .+= ((s[1] * a + s[k] * b) / gap) .* U[:, k]
+        dv .+= ((s[1] * b + s[k] * a) / gap) .* V[:, k]
+    end
+    return Dual{Nothing}(max(s[1], floatmin()), dot(u, dM, v)),
+        (slopes .* Dual{Nothing}.(u, du)) * Dual{Nothing}.(v, dv)'
+end

@@ -1,0 +1,434 @@
+"""Generic solving: fixed points and roots of any function, with derivatives by the implicit function theorem.
+
+The function is Julia code given as text, which is compiled and runs at full speed for millions of samples, or a Python
+function on NumPy arrays, which needs no Julia.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from implicit_rnn import options
+from implicit_rnn.engines import check_engine, get_engine
+from implicit_rnn.engines.generic import GenericEngine, GenericProblem, JuliaFunction, SingularSolution
+from implicit_rnn.engines.julia_generic import JuliaGeneric
+from implicit_rnn.engines.numpy.generic import PythonGeneric
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
+from implicit_rnn.options import Anderson, Auto, Chord, Picard, Solver
+from implicit_rnn.solution import Solution, Status
+from implicit_rnn.validation import as_real
+
+__all__ = ["ImplicitSolution", "JuliaFunction", "fixed_point", "julia", "root"]
+
+Array = np.ndarray
+Function = JuliaFunction | Callable[..., Any]
+
+
+# --- functions -----------------------------------------------------------------------------------------------
+
+_HEADS = (re.compile(r"\s*\((?P<names>[^()]*)\)\s*->"), re.compile(r"\s*(?P<names>\w+)\s*->"))
+_LONG_HEAD = re.compile(r"\s*function\s*\((?P<names>[^()]*)\)")
+_PARAMETER = re.compile(r"(?P<name>[^\W\d]\w*!?)\s*(::[^=,]+)?")
+
+
+def julia(text: str) -> JuliaFunction:
+    """A function given as Julia code, for ``fixed_point`` and ``root``.
+
+    ``text`` is one anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; the names of its
+    parameters behind the first name the arguments. The code sees each sample as a vector z, arguments as numbers and
+    arrays indexed as in NumPy but from 1, and it may use Julia's LinearAlgebra. It is compiled at its first use, once per
+    text. It must be differentiable by ForwardDiff.jl, so parameters should not be declared Float64. Broadcast formulas on
+    vectors of up to 8 entries are the fastest; these vectors cannot be written to.
+
+    >>> kepler = julia("(E, M, e) -> M .+ e .* sin.(E)")
+    >>> kepler.arguments
+    ('M', 'e')
+
+    Raises ``TypeError`` for anything but a string and ``ValueError`` for text of another form.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"text is {text!r}; expected Julia code as a string, such as '(z, a) -> cos.(a .* z)'")
+    for head in (*_HEADS, _LONG_HEAD):
+        if match := head.match(text):
+            return JuliaFunction(text, _parameters(match["names"], text)[1:])
+    raise ValueError(
+        f"the Julia code {text!r} is not of the form '(z, a) -> expression' or 'function (z, a) … end', the code of one "
+        "function of z and its arguments"
+    )
+
+
+def _parameters(names: str, text: str) -> tuple[str, ...]:
+    found = []
+    for part in names.split(",") if names.strip() else []:
+        match = _PARAMETER.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(
+                f"the Julia code {text!r} has the parameter {part.strip()!r}; expected plain names, without defaults, keywords "
+                "or splats"
+            )
+        found.append(match["name"])
+    if not found:
+        raise ValueError(f"the Julia code {text!r} has no parameters; expected z and then the arguments")
+    if len(set(found)) < len(found):
+        raise ValueError(f"the Julia code {text!r} names a parameter twice")
+    return tuple(found)
+
+
+def _argument_names(f: Function, count: int) -> tuple[str, ...]:
+    """The names of the arguments behind z; ``ValueError`` if f does not take ``count`` of them."""
+    if isinstance(f, JuliaFunction):
+        names, least, most = f.arguments, len(f.arguments), len(f.arguments)
+    else:
+        names, least, most = _python_parameters(f)
+    if not least <= count <= most:
+        listed = f" ({', '.join(names)})" if names else ""
+        number = least if count < least else most
+        raise ValueError(f"f takes z and {number} argument{'s'[: number != 1]}{listed}; args has {count}")
+    return (*names[:count], *(f"args[{index}]" for index in range(len(names), count)))
+
+
+def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:
+    """Names behind the first, and how few and how many arguments may follow it."""
+    try:
+        parameters = list(inspect.signature(f).parameters.values())
+    except (TypeError, ValueError):  # some builtins do not tell
+        return (), 0, np.inf
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    least = sum(p.default is p.empty for p in positional) - 1
+    splat = any(p.kind == p.VAR_POSITIONAL for p in parameters)
+    return tuple(p.name for p in positional[1:]), max(least, 0), np.inf if splat else len(positional) - 1
+
+
+# --- solving -------------------------------------------------------------------------------------------------
+
+
+def fixed_point(
+    f: Function,
+    z0: ArrayLike,
+    *,
+    args: Sequence[ArrayLike] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: Solver | str = Auto(),
+    vectorized: bool = False,
+    on_failure: str = "raise",
+    engine: str | None = None,
+) -> ImplicitSolution:
+    """Solve ``z = f(z, *args)``.
+
+    Parameters
+    ----------
+    f
+        Julia code, ``julia("(z, a) -> cos.(a .* z)")``, or a Python function on NumPy arrays. It is given one sample z (n,)
+        and returns (n,). A Python function is differentiated by the complex step where that gives the right derivative,
+        else by central differences.
+    z0
+        The start: (n,) for one problem, (B, n) for a batch, each row of which is solved for itself. float32 stays float32
+        with float32 arithmetic, all else is done in float64.
+    args
+        The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
+        differentiated; integers and booleans remain what they are.
+    batched
+        The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
+    solver
+        ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
+        ``‖f(z) - z‖₂ <= tol · max(‖f(z)‖₂, 1e-3 √n)``, with ``tol=None`` for 1e-10 in float64 and 1e-6 in float32. Auto,
+        Newton and NLsolve report a fixed point as UNSTABLE if Picard iteration would move away from it; ``root`` finds
+        solutions of f(z) - z = 0 of any kind.
+    vectorized
+        A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
+    on_failure
+        What happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the solution, "warn", or "ignore".
+    engine
+        Julia code needs "julia" or "auto", Python functions run on every engine. ``None`` reads IMPLICIT_RNN_ENGINE.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range or of the wrong kind, code that cannot be parsed, and an f that returns the wrong shape.
+    EngineError
+        If Julia code fails, or cannot be run. What a Python f raises is passed on as it is.
+    ConvergenceError
+        See ``on_failure``.
+
+    >>> sol = fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(0.8,))
+    >>> sol.vjp([1.0])["a"]
+    array(-0.32420503)
+    """
+    return _solve(f, z0, args, batched, solver, vectorized, on_failure, engine, root=False)
+
+
+def root(
+    f: Function,
+    z0: ArrayLike,
+    *,
+    args: Sequence[ArrayLike] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: Solver | str = Auto(),
+    vectorized: bool = False,
+    on_failure: str = "raise",
+    engine: str | None = None,
+) -> ImplicitSolution:
+    """Solve ``f(z, *args) = 0``; parameters and errors as for ``fixed_point``.
+
+    The solvers are ``Newton()`` with a line search, ``NLsolve()`` for Julia code, and ``Auto()``, which is the first and, for
+    Julia code, the second on samples that the first gave up. A sample has converged when the Newton step is at most
+    ``tol · max(‖z‖₂, 1e-3 √n)``, whatever the unit of f; ``residual`` is that step over that size.
+
+    >>> root(lambda z, a: z**2 - a, [1.0], args=(2.0,)).value
+    array([1.41421356])
+    """
+    return _solve(f, z0, args, batched, solver, vectorized, on_failure, engine, root=True)
+
+
+def _solve(
+    f: Function,
+    z0: ArrayLike,
+    args: Sequence[ArrayLike],
+    batched: str | int | Iterable[str | int],
+    solver: Solver | str,
+    vectorized: bool,
+    on_failure: str,
+    engine: str | None,
+    root: bool,
+) -> ImplicitSolution:
+    options.check_on_failure(on_failure)
+    chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
+    _check_function(f, vectorized)
+    check_engine(engine)
+    problem, names = _pose(f, z0, args, batched, vectorized, root)
+    backend = _backend(f, engine)
+    solution = ImplicitSolution.starting(problem, names, backend)
+    backend.solve(problem, chosen, solution)
+    if failure := solution.failure():
+        _report(on_failure, failure, solution)
+    return solution
+
+
+def _check_function(f: Function, vectorized: bool) -> None:
+    if isinstance(f, str):
+        raise TypeError(f"f is the string {f!r}; pass Julia code as irnn.julia(text)")
+    if not isinstance(f, JuliaFunction) and not callable(f):
+        raise TypeError(f"f is {f!r}; expected irnn.julia(text) or a function")
+    if isinstance(f, JuliaFunction) and vectorized:
+        raise ValueError("vectorized=True is for Python functions; Julia code is always given one sample, at no cost")
+
+
+def _check_solver(solver: Solver, root: bool) -> Solver:
+    if isinstance(solver, Chord):
+        raise ValueError(
+            "Chord shares a matrix among the samples of a network; for generic problems use Newton() or Auto()"
+        )
+    if root and isinstance(solver, (Picard, Anderson)):
+        raise ValueError(
+            f"{solver.name} iterates z = f(z); for f(z) = 0 use Newton(), NLsolve() or Auto(), or fixed_point of z + β f(z)"
+        )
+    return solver
+
+
+def _backend(f: Function, engine: str | None) -> GenericEngine:
+    if not isinstance(f, JuliaFunction):
+        return PythonGeneric()
+    if check_engine(engine) == "numpy":
+        raise EngineError(
+            "Julia code runs on the Julia engine only, and the NumPy engine was chosen (by engine or IMPLICIT_RNN_ENGINE); "
+            "choose engine='julia' or give f as a Python function"
+        )
+    get_engine("julia")
+    return JuliaGeneric(f)
+
+
+def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
+    remedies = ["another z0", "a larger max_iterations", "another solver"]
+    if not solution.problem.root:
+        remedies.insert(2, "Picard(damping)")
+    if (solution.status == Status.UNSTABLE).any():
+        remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
+    message = f"{failure}. Remedies: {', '.join(remedies)}"
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if on_failure == "warn":
+        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+
+
+# --- what was posed ------------------------------------------------------------------------------------------
+
+
+def _pose(
+    f: Function, z0: ArrayLike, args: Sequence[ArrayLike], batched: Any, vectorized: bool, root: bool
+) -> tuple[GenericProblem, tuple[str, ...]]:
+    start, single = _start(z0)
+    if isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence):
+        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
+    names = _argument_names(f, len(args))
+    per_sample = _positions(batched, names)
+    arrays = tuple(_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True))
+    for index in sorted(per_sample):
+        shape = arrays[index].shape
+        if single:
+            raise ValueError(
+                f"batched has {names[index]!r}, but z0 of shape {start[0].shape} is one problem; a batch is (B, n)"
+            )
+        if not shape or shape[0] != len(start):
+            raise ValueError(
+                f"{names[index]} has shape {shape}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
+            )
+    flags = tuple(index in per_sample for index in range(len(arrays)))
+    return GenericProblem(f, root, start, arrays, flags, single, vectorized), names
+
+
+def _start(z0: ArrayLike) -> tuple[Array, bool]:
+    array = _as_array("z0", z0)
+    if array.ndim not in (1, 2) or array.size == 0:
+        raise ValueError(
+            f"z0 has shape {array.shape}; expected (n,) for one problem or (B, n) for a batch, none of them 0"
+        )
+    dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
+    start = np.array(as_real("z0", array, dtype), order="C", ndmin=2)
+    if not np.isfinite(start).all():
+        bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
+        raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
+    return start, array.ndim == 1
+
+
+def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
+    array = _as_array(name, value)
+    if array.size == 0:
+        raise ValueError(f"{name} has shape {array.shape} and no entries")
+    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} has integers beyond 2**63 - 1")
+    target = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}.get(array.dtype.kind, dtype)
+    array = np.array(as_real(name, array, target))
+    array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
+    return array
+
+
+def _as_array(name: str, value: ArrayLike) -> Array:
+    try:
+        return np.asarray(value)
+    except (ValueError, TypeError) as error:
+        raise TypeError(f"{name} cannot be read as an array: {error}") from None
+
+
+def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+    listed = (batched,) if isinstance(batched, (str, int)) else batched
+    return {_position(key, names, "batched has") for key in listed}
+
+
+def _position(key: object, names: tuple[str, ...], subject: str) -> int:
+    known = f"the arguments are {', '.join(map(repr, names))}" if names else "f has no arguments besides z"
+    if isinstance(key, str):
+        if key in names:
+            return names.index(key)
+        raise ValueError(f"{subject} {key!r}, which is not an argument of f; {known}")
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        if 0 <= key < len(names):
+            return int(key)
+        raise ValueError(f"{subject} {key}, which is not the position of an argument (they count from 0); {known}")
+    raise TypeError(f"{subject} {key!r}; expected the name or the position of an argument; {known}")
+
+
+# --- solutions -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class ImplicitSolution(Solution):
+    """The solution of ``fixed_point`` or ``root``, and its derivatives with respect to the arguments.
+
+    ``status``, ``iterations`` (evaluations of f), ``residual`` and ``rate`` are per sample, (B,); no ``bound`` is certified.
+    """
+
+    problem: GenericProblem = field(kw_only=True)
+    names: tuple[str, ...] = field(kw_only=True)
+    """of the arguments"""
+    backend: GenericEngine = field(kw_only=True)
+
+    @classmethod
+    def starting(cls, problem: GenericProblem, names: tuple[str, ...], backend: GenericEngine) -> ImplicitSolution:
+        """A solution whose arrays an engine will fill, with the start in ``state``."""
+        empty = Solution.empty(problem.samples, 0, problem.start.dtype)
+        empty.bound[...] = np.nan
+        arrays = (empty.status, empty.iterations, empty.residual, empty.rate, empty.bound)
+        return cls(problem.start.copy(), *arrays, problem=problem, names=names, backend=backend)
+
+    @property
+    def value(self) -> Array:
+        """The solution, of the shape of z0; of unconverged samples the last finite iterate."""
+        return self.state[0] if self.problem.single else self.state
+
+    def vjp(self, v: ArrayLike) -> dict[str, Array]:
+        """The products vᵀ ∂value/∂argument for all arguments that are floats, by name, each of the shape of its argument.
+
+        ``v`` has the shape of ``value``: of a scalar loss L(value) it is ∂L/∂value, and the result ∂L/∂argument; those of
+        shared arguments are summed over the batch. From c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args.
+
+        Raises ``ConvergenceError`` where the Jacobian of the equation is singular at a solution, and if ``v`` is not zero
+        for a sample that has not converged; ``ValueError``/``TypeError`` for a bad ``v``.
+        """
+        array = _as_array("v", v)
+        if array.shape != self.value.shape:
+            raise ValueError(f"v has shape {array.shape}; expected {self.value.shape}, the shape of the value")
+        rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
+        if not np.isfinite(rows).all():
+            raise ValueError("v has NaN or infinity")
+        failed = rows.any(axis=1) & ~self.converged
+        if failed.any():
+            self._no_derivative(failed, "; v must be zero for them")
+        gradients = self._differentiate(lambda: self.backend.vjp(self.problem, self.state, rows))
+        return {name: g for name, g in zip(self.names, gradients, strict=True) if g is not None}
+
+    def jacobian(self, argument: str | int) -> Array:
+        """∂value/∂argument for an argument given by name or position: (n, size), or (B, n, size) for a batch.
+
+        ``size`` counts the entries of the argument, of one sample if it is batched, in C order. Rows of samples that have not
+        converged are NaN; for a single problem that is a ``ConvergenceError``. Raises ``ValueError`` for an unknown argument,
+        ``TypeError`` for one that is not of floats, and ``ConvergenceError`` as ``vjp``.
+        """
+        index = _position(argument, self.names, "the Jacobian was asked for")
+        if not self.problem.is_differentiable(index):
+            dtype = self.problem.args[index].dtype
+            raise TypeError(
+                f"{self.names[index]} is an argument of {dtype}, which has no derivative; pass it as floats"
+            )
+        wanted = self.converged
+        if self.problem.single and not wanted.all():
+            self._no_derivative(~wanted, "")
+        J: Array = self._differentiate(lambda: self.backend.jacobian(self.problem, self.state, index, wanted))
+        return J[0] if self.problem.single else J
+
+    def failure(self) -> str | None:
+        """A sentence on the samples that did not converge, or None where all did."""
+        sentence = super().failure()
+        return sentence and sentence.replace("reach an equilibrium", "converge")
+
+    def _no_derivative(self, failed: Array, remedy: str) -> None:
+        raise ConvergenceError(
+            f"{failed.sum()} of {len(failed)} samples did not converge (first sample {np.flatnonzero(failed)[0]}) and have no "
+            f"derivative{remedy}",
+            self,
+        )
+
+    def _differentiate(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except SingularSolution as error:
+            where = "the solution" if self.problem.single else f"the solution of sample {error.sample}"
+            raise ConvergenceError(
+                f"the Jacobian of the equation is singular at {where}, or so nearly that its error decides: there the solution "
+                "has no derivative (it ceases to exist, or is not the only one nearby)",
+                self,
+            ) from None
+
+    def __repr__(self) -> str:
+        return (
+            f"ImplicitSolution({'root' if self.problem.root else 'fixed point'} of shape {self.value.shape}, "
+            f"{self.converged.sum()} of {len(self.status)} converged, iterations up to {self.iterations.max()}, "
+            f"residual up to {self.residual.max():.2g})"
+        )

@@ -1,0 +1,224 @@
+"""What the tests share: the two engines, Python processes of their own, and the count of the tests that need Julia."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import implicit_rnn as irnn
+from implicit_rnn import julia_runtime
+from implicit_rnn.julia_runtime import Environment
+
+# Before Julia is started here, which changes it.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMPLICIT_RNN_ENGINE"}
+NOWHERE = "http://127.0.0.1:9"
+CHECKOUT = Path(__file__).parent.parent
+
+ran, skipped = pytest.StashKey[int](), pytest.StashKey[int]()
+
+# --- Julia or no Julia ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def why_no_julia() -> str | None:
+    try:
+        irnn.get_engine("julia")
+    except irnn.EngineError as error:
+        return str(error)
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "julia: the test needs the Julia engine")
+    config.stash[ran] = config.stash[skipped] = 0
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("julia") is None:
+        return
+    reason = why_no_julia()
+    item.config.stash[skipped if reason else ran] += 1
+    if reason:
+        pytest.skip(f"needs Julia: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if config.stash[skipped]:
+        terminalreporter.write_line(f"{config.stash[skipped]} tests need Julia and were SKIPPED: {why_no_julia()}")
+    elif config.stash[ran]:
+        terminalreporter.write_line(f"{config.stash[ran]} tests needed Julia and were run with it")
+
+
+@pytest.fixture(params=["numpy", pytest.param("julia", marks=pytest.mark.julia)])
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of each engine in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def julia_environment() -> Environment:
+    """The Julia and the project that the engine of this machine uses; for tests marked ``julia``."""
+    import juliacall
+
+    return Environment(
+        str(juliacall.Main.seval("joinpath(Sys.BINDIR, Base.julia_exename())")),
+        str(juliacall.Main.seval("dirname(Base.active_project())")),
+        "the running Julia",
+    )
+
+
+# --- data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20101056)
+
+
+@pytest.fixture(name="X")
+def samples(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((12, 3))
+
+
+@pytest.fixture(name="Y")
+def targets(rng: np.random.Generator) -> np.ndarray:
+    return rng.standard_normal((12, 2))
+
+
+@pytest.fixture
+def net(engine: str) -> irnn.Network:
+    return make_net(engine)
+
+
+def make_net(engine: str | None, activation: str = "tanh", neurons: int = 5, **settings: object) -> irnn.Network:
+    """A net of one layer for the data above, with nonzero scales and biases."""
+    settings = {"outputs": 2, "seed": 7} | settings
+    net = irnn.Network(3, [irnn.Layer(neurons, activation)], engine=engine, **settings)  # type: ignore[arg-type]
+    extra = np.random.default_rng(8)
+    for name in {"a", "b", "d"} & set(net.weights):
+        net.weights[name][...] = 0.3 * extra.standard_normal(net.weights[name].shape)
+    return net
+
+
+def make_bistable(engine: str | None) -> irnn.Network:
+    """One free neuron z = tanh(x + r z) that has equilibria on both sides of zero."""
+    net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = 1.0, 2.0
+    return net
+
+
+def make_oscillating(engine: str | None) -> irnn.Network:
+    """One free neuron z = tanh(x - 3 z) around whose only equilibrium Picard iteration oscillates for ever."""
+    net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = 1.0, -3.0
+    return net
+
+
+# --- processes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"exit status {self.returncode} after {self.seconds:.1f} s\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+def run_process(
+    command: list[str], env: Mapping[str, str], timeout: float = 60, cwd: str | Path | None = None
+) -> Finished:
+    """Run a command with exactly that environment; a process that outlives its time limit fails the test."""
+    begin = time.perf_counter()
+    try:
+        done = subprocess.run(command, env=dict(env), capture_output=True, text=True, timeout=timeout, cwd=cwd)
+    except subprocess.TimeoutExpired as error:
+        pytest.fail(f"{command} still ran after {timeout} s; stdout {error.stdout!r}, stderr {error.stderr!r}")
+    return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - begin)
+
+
+RunPython = Callable[..., Finished]
+
+
+@pytest.fixture
+def run_python(tmp_path: Path) -> RunPython:
+    """Run a Python snippet in a process of its own, away from the checkout."""
+
+    def run(code: str, env: Mapping[str, str] = ENVIRONMENT, timeout: float = 60) -> Finished:
+        return run_process([sys.executable, "-c", textwrap.dedent(code)], env, timeout, tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> RunPython:
+    """Run the command implicit-rnn in a process of its own, away from the checkout."""
+
+    def run(*arguments: str, env: Mapping[str, str] = ENVIRONMENT, timeout: float = 60) -> Finished:
+        return run_process([sys.executable, "-m", "implicit_rnn", *arguments], env, timeout, tmp_path)
+
+    return run
+
+
+@pytest.fixture
+def fresh_machine(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that finds no network, no prepared Julia and nothing that juliapkg installed."""
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {name: value for name, value in ENVIRONMENT.items() if not name.startswith(("PYTHON_JULIA", "JULIA"))}
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE)
+    places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_DATA_HOME": str(home / "data")}
+    return env | proxies | places | {"no_proxy": "", "PYTHON_JULIAPKG_PROJECT": str(home / "juliapkg")}
+
+
+@pytest.fixture
+def given_julia(tmp_path: Path, julia_environment: Environment) -> dict[str, str]:
+    """The environment of a process to which Julia is given by PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT."""
+    return ENVIRONMENT | {
+        "XDG_CONFIG_HOME": str(tmp_path / "config"),
+        "PYTHON_JULIACALL_EXE": julia_environment.exe,
+        "PYTHON_JULIACALL_PROJECT": julia_environment.project,
+    }
+
+
+@pytest.fixture
+def no_prepared_julia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """For calls in this process: a user's folder in which no Julia was prepared; its path."""
+    for name in [name for name in os.environ if name.startswith("PYTHON_JULIA")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path
+
+
+@pytest.fixture
+def fake_julia(tmp_path: Path) -> Callable[..., tuple[str, str]]:
+    """Make a Julia executable and a project that only look like ones: (exe, project)."""
+
+    def make(python_call: str | None = None, without: tuple[str, ...] = ()) -> tuple[str, str]:
+        exe, project = tmp_path / "julia", tmp_path / "project"
+        exe.write_text("#!/bin/sh\necho this is no Julia >&2\nexit 3\n")
+        exe.chmod(0o755)
+        project.mkdir()
+        versions = dict.fromkeys(julia_runtime.dependencies(), "1.0.0") | {"PythonCall": python_call or "0.9.0"}
+        entries = [f'[[deps.{name}]]\nversion = "{v}"\n' for name, v in versions.items() if name not in without]
+        (project / "Manifest.toml").write_text('manifest_format = "2.0"\n\n' + "\n".join(entries))
+        (project / "Project.toml").write_text("[deps]\n")
+        return str(exe), str(project)
+
+    return make

@@ -1,0 +1,520 @@
+"""Bad input is refused in Python with the argument's name, what came and what was expected; good input is accepted."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_net
+
+import implicit_rnn as irnn
+
+CALLS = {
+    "equilibrium": lambda net, X: net.equilibrium(X),
+    "predict": lambda net, X: net.predict(X),
+    "loss_and_gradient": lambda net, X: net.loss_and_gradient(X, np.zeros((12, 2))),
+    "fit": lambda net, X: net.fit(X, np.zeros((12, 2)), epochs=1),
+}
+
+
+@pytest.fixture(params=list(CALLS))
+def call(request):
+    """Every call that takes samples X."""
+    return CALLS[request.param]
+
+
+@pytest.fixture
+def net():
+    return make_net("numpy")
+
+
+# --- samples that are refused --------------------------------------------------------------------------------
+
+
+def test_wrong_number_of_features_is_refused(net, call):
+    with pytest.raises(ValueError, match=r"X has shape \(12, 4\); expected \(samples, 3\): the network has 3 features"):
+        call(net, np.zeros((12, 4)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_sample_that_is_not_finite_is_refused(net, call, X, value):
+    X[[5, 8], 1] = value
+    with pytest.raises(ValueError, match="X has NaN or infinity in 2 of 12 samples, first in sample 5"):
+        call(net, X)
+
+
+def test_no_samples_are_refused(net, call):
+    with pytest.raises(ValueError, match=r"X has no samples: shape \(0, 3\)"):
+        call(net, np.zeros((0, 3)))
+
+
+def test_empty_list_is_refused(net, call):
+    with pytest.raises(ValueError, match=r"X has shape \(0,\); expected \(samples, 3 features\)"):
+        call(net, [])
+
+
+def test_single_sample_without_its_axis_is_refused_and_told_how_to_write_it(net, call):
+    with pytest.raises(
+        ValueError, match=r"X has shape \(3,\); expected \(samples, 3 features\); one sample is X\[None, :\]"
+    ):
+        call(net, np.zeros(3))
+
+
+def test_three_axes_are_refused(net, call):
+    with pytest.raises(ValueError, match=r"X has shape \(2, 3, 3\); expected \(samples, 3 features\)"):
+        call(net, np.zeros((2, 3, 3)))
+
+
+def test_a_number_is_refused(net, call):
+    with pytest.raises(ValueError, match=r"X has shape \(\); expected"):
+        call(net, 1.0)
+
+
+def test_ragged_list_is_refused_by_name(net, call):
+    with pytest.raises((TypeError, ValueError), match="X"):
+        call(net, [[1.0, 2.0, 3.0], [1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shown"),
+    [
+        ("object", "object"),
+        ("complex128", "complex128"),
+        ("U3", "<U3"),
+        ("S3", r"\|S3"),
+        ("datetime64[s]", "datetime64"),
+    ],
+)
+def test_dtype_without_real_numbers_is_refused(net, call, dtype, shown):
+    with pytest.raises(TypeError, match=rf"X has dtype {shown}.*; expected real numbers \(float, integer or boolean\)"):
+        call(net, np.zeros((12, 3), dtype))
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="here longdouble is float64")
+def test_longdouble_is_refused_and_told_how_to_convert_it(net, call):
+    with pytest.raises(TypeError, match=r"X has dtype .*float64 cannot hold; pass X.astype\('float64'\)"):
+        call(net, np.zeros((12, 3), np.longdouble))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_array_larger_than_memory_is_refused_at_once(engine, dtype):
+    huge = np.broadcast_to(np.float64(0), (10**13, 3))
+    with pytest.raises(MemoryError, match=r"X has 10000000000000 samples, for which .* GiB are needed and .* GiB"):
+        make_net(engine, dtype=dtype).predict(huge)
+
+
+def test_array_whose_states_would_not_fit_is_refused():
+    net = irnn.Network(1, [irnn.Layer(3000)], outputs=1, engine="numpy")
+    huge = np.broadcast_to(np.float64(0), (10**9, 1))
+    with pytest.raises(MemoryError, match="X has 1000000000 samples"):
+        net.predict(huge)
+
+
+# --- targets and starts --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["loss_and_gradient", "fit"])
+def call_with_targets(request, net, X):
+    """Every call that takes targets Y."""
+    return lambda Y: getattr(net, request.param)(X, Y)
+
+
+def test_targets_of_another_number_of_outputs_are_refused(call_with_targets):
+    with pytest.raises(ValueError, match=r"Y has shape \(12, 3\); expected \(samples, 2\): the network has 2 outputs"):
+        call_with_targets(np.zeros((12, 3)))
+
+
+def test_targets_of_another_number_of_samples_are_refused(call_with_targets):
+    with pytest.raises(ValueError, match="Y has 11 samples, X has 12"):
+        call_with_targets(np.zeros((11, 2)))
+
+
+def test_vector_of_targets_for_two_outputs_is_refused(call_with_targets):
+    with pytest.raises(ValueError, match=r"Y has shape \(12,\); expected \(samples, 2 outputs\)"):
+        call_with_targets(np.zeros(12))
+
+
+def test_targets_that_are_not_finite_are_refused(call_with_targets):
+    with pytest.raises(ValueError, match="Y has NaN or infinity in 12 of 12 samples"):
+        call_with_targets(np.full((12, 2), np.nan))
+
+
+def test_targets_without_real_numbers_are_refused(call_with_targets):
+    with pytest.raises(TypeError, match="Y has dtype object"):
+        call_with_targets(np.zeros((12, 2), object))
+
+
+def test_vector_of_targets_is_accepted_for_one_output(engine, X):
+    net = make_net(engine, outputs=1)
+    y = np.arange(12.0)
+    assert net.loss_and_gradient(X, y)[0] == net.loss_and_gradient(X, y[:, None])[0]
+
+
+def test_bad_validation_samples_are_refused_by_name(net, X, Y):
+    with pytest.raises(ValueError, match=r"validation\[0\] has shape"):
+        net.fit(X, Y, validation=(X[:, :2], Y))
+
+
+def test_bad_validation_targets_are_refused_by_name(net, X, Y):
+    with pytest.raises(ValueError, match=r"validation\[1\] has 3 samples"):
+        net.fit(X, Y, validation=(X, Y[:3]))
+
+
+def test_start_of_another_number_of_neurons_is_refused(net, X):
+    with pytest.raises(ValueError, match=r"z0 has shape \(12, 4\); expected \(samples, 5\): the network has 5 neurons"):
+        net.equilibrium(X, z0=np.zeros((12, 4)))
+
+
+def test_start_of_another_number_of_samples_is_refused(net, X):
+    with pytest.raises(ValueError, match="z0 has 1 samples, X has 12"):
+        net.equilibrium(X, z0=np.zeros((1, 5)))
+
+
+def test_start_that_is_not_finite_is_refused(net, X):
+    with pytest.raises(ValueError, match="z0 has NaN or infinity"):
+        net.equilibrium(X, z0=np.full((12, 5), np.inf))
+
+
+# --- samples that are accepted -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("net_dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", ">f8", ">f4", "<f8", "int64", "int8", ">i4", "uint64", "uint8", "bool"]
+)
+def test_every_real_dtype_gives_the_result_of_its_values(engine, dtype, net_dtype, rng):
+    net = make_net(engine, dtype=net_dtype)
+    X = rng.integers(0, 2, (6, 3))
+    np.testing.assert_array_equal(net.predict(X.astype(dtype)), net.predict(X.astype(net_dtype)))
+
+
+LAYOUTS = {
+    "Fortran order": np.asfortranarray,
+    "every other row": lambda X: np.repeat(X, 2, axis=0)[::2],
+    "every other column": lambda X: np.repeat(X, 2, axis=1)[:, ::2],
+    "reversed": lambda X: X[::-1].copy()[::-1],
+    "slice of a wider array": lambda X: np.hstack([X, X])[:, :3],
+    "transposed": lambda X: X.T.copy().T,
+    "misaligned": lambda X: misaligned(X),
+    "list": lambda X: X.tolist(),
+    "tuple of rows": lambda X: tuple(X),
+}
+
+
+def misaligned(X: np.ndarray) -> np.ndarray:
+    buffer = np.empty(X.nbytes + 1, np.uint8)
+    array = buffer[1:].view(X.dtype).reshape(X.shape)
+    array[...] = X
+    assert not array.flags.aligned
+    return array
+
+
+@pytest.fixture(params=list(LAYOUTS))
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+def test_samples_of_any_layout_give_the_same_equilibria(engine, layout, X):
+    net = make_net(engine)
+    np.testing.assert_array_equal(net.equilibrium(layout(X)).state, net.equilibrium(X).state)
+
+
+def test_samples_and_targets_of_any_layout_give_the_same_gradient(engine, layout, X, Y):
+    net = make_net(engine)
+    expected = net.loss_and_gradient(X, Y)[1]
+    np.testing.assert_array_equal(net.loss_and_gradient(layout(X), np.asfortranarray(Y))[1], expected)
+
+
+def test_starts_of_any_layout_give_the_same_equilibria(engine, layout, X, rng):
+    net = make_net(engine)
+    z0 = rng.standard_normal((12, 3)) @ np.ones((3, 5))
+    expected = net.equilibrium(X, z0=z0).state
+    wide = np.repeat(z0, 2, axis=1)[:, ::2]
+    np.testing.assert_array_equal(net.equilibrium(X, z0=wide).state, expected)
+
+
+def test_broadcast_samples_are_accepted(engine, X):
+    net = make_net(engine)
+    tiled = net.predict(np.broadcast_to(X[0], (6, 3)))
+    np.testing.assert_array_equal(tiled, net.predict(np.tile(X[0], (6, 1))))
+
+
+def test_read_only_samples_are_accepted(engine, X, Y):
+    net = make_net(engine)
+    expected = net.loss_and_gradient(X, Y)[1]
+    X.flags.writeable = Y.flags.writeable = False
+    np.testing.assert_array_equal(net.loss_and_gradient(X, Y)[1], expected)
+
+
+def test_read_only_samples_can_be_trained_on(engine, X, Y):
+    X.flags.writeable = Y.flags.writeable = False
+    run = make_net(engine).fit(X, Y, epochs=3, batch_size=5)
+    assert np.isfinite(run.loss).all()
+
+
+def test_data_are_never_written_to(engine, X, Y):
+    z0 = np.ones((12, 5))
+    before = X.copy(), Y.copy(), z0.copy()
+    net = make_net(engine)
+    net.equilibrium(X, z0=z0)
+    net.loss_and_gradient(X, Y)
+    net.fit(X, Y, epochs=3, batch_size=5)
+    for array, old in zip((X, Y, z0), before, strict=True):
+        np.testing.assert_array_equal(array, old)
+
+
+def test_single_sample_is_accepted(engine, X):
+    net = make_net(engine)
+    np.testing.assert_allclose(net.predict(X[:1]), net.predict(X)[:1], rtol=1e-13)
+
+
+# --- structure -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("neurons", [0, -1])
+def test_layer_without_neurons_is_refused(neurons):
+    with pytest.raises(ValueError, match=f"neurons must be at least 1, got {neurons}"):
+        irnn.Layer(neurons)
+
+
+@pytest.mark.parametrize("neurons", [True, 2.0, "2", None])
+def test_number_of_neurons_that_is_no_whole_number_is_refused(neurons):
+    with pytest.raises(TypeError, match=f"neurons must be a whole number, got {neurons!r}"):
+        irnn.Layer(neurons)
+
+
+@pytest.mark.parametrize(("inputs", "error"), [(0, ValueError), (-2, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_bad_number_of_inputs_is_refused(inputs, error):
+    with pytest.raises(error, match=f"inputs must be .*, got {inputs}"):
+        irnn.Network(inputs, [2], outputs=1)
+
+
+@pytest.mark.parametrize("outputs", [0, -1])
+def test_net_without_outputs_is_refused(outputs):
+    with pytest.raises(ValueError, match=f"outputs must be at least 1, got {outputs}"):
+        irnn.Network(1, [2], outputs=outputs)
+
+
+@pytest.mark.parametrize("outputs", [[2], [-1], []])
+def test_output_neurons_that_do_not_exist_are_refused(outputs):
+    with pytest.raises(ValueError, match=r"outputs is .*; expected neurons from 0 to 1, at least one"):
+        irnn.Network(1, [2], outputs=outputs)
+
+
+@pytest.mark.parametrize("outputs", ["01", None, 1.5, [0.5], True, [True, False]])
+def test_outputs_of_another_kind_are_refused(outputs):
+    with pytest.raises(TypeError, match="outputs"):
+        irnn.Network(1, [2], outputs=outputs)
+
+
+def test_no_layers_are_refused():
+    with pytest.raises(ValueError, match="layers is empty"):
+        irnn.Network(1, [], outputs=1)
+
+
+@pytest.mark.parametrize("layers", [irnn.Layer(2), 2, None])
+def test_layers_that_are_no_list_are_refused(layers):
+    with pytest.raises(TypeError, match="expected a list of Layer"):
+        irnn.Network(1, layers, outputs=1)
+
+
+@pytest.mark.parametrize("layer", ["2", 2.0, True])
+def test_layer_of_another_kind_is_refused(layer):
+    with pytest.raises(TypeError, match="expected a Layer or a number of neurons"):
+        irnn.Network(1, [layer], outputs=1)
+
+
+@pytest.mark.parametrize("activation", ["tahn", "TANH", "", None])
+def test_unknown_activation_is_refused_with_the_valid_names(activation):
+    with pytest.raises(
+        ValueError, match=f"unknown activation {activation!r}; expected one of tanh, sigmoid, .*identity"
+    ):
+        irnn.Layer(2, activation)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "f8x", int, "complex128", None])
+def test_unknown_dtype_is_refused_with_the_valid_names(dtype):
+    with pytest.raises(ValueError, match=r"dtype is .*; expected 'float64' or 'float32'"):
+        irnn.Network(1, [2], outputs=1, dtype=dtype)
+
+
+def test_unknown_engine_is_refused_with_the_valid_names():
+    with pytest.raises(ValueError, match="engine is 'torch'; expected one of 'auto', 'julia', 'numpy'"):
+        irnn.Network(1, [2], outputs=1, engine="torch")
+
+
+def test_unknown_argument_of_a_network_is_refused():
+    with pytest.raises(TypeError, match="neuron"):
+        irnn.Network(1, [2], outputs=1, neuron=3)
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+def test_unknown_constraint_is_refused_with_the_valid_names():
+    with pytest.raises(ValueError, match=r"constraint is 'peron'; expected one of .*Free, Perron"):
+        irnn.Network(1, [2], outputs=1, constraint="peron")
+
+
+def test_unknown_solver_is_refused_with_the_valid_names(net, X):
+    with pytest.raises(ValueError, match=r"solver is 'newtn'; expected one of .*Picard,.* NLsolve"):
+        net.equilibrium(X, solver="newtn")
+
+
+def test_unknown_adjoint_is_refused_with_the_valid_names(net, X, Y):
+    with pytest.raises(ValueError, match=r"adjoint is 'bptt'; expected one of .*Implicit"):
+        net.loss_and_gradient(X, Y, adjoint="bptt")
+
+
+def test_unknown_optimizer_is_refused_with_the_valid_names(net, X, Y):
+    with pytest.raises(ValueError, match=r"optimizer is 'adamw'; expected one of .*SGD, .*Adam"):
+        net.fit(X, Y, optimizer="adamw")
+
+
+def test_unknown_loss_is_refused_with_the_valid_names(net, X, Y):
+    with pytest.raises(ValueError, match="loss is 'mae'; expected one of 'mse'"):
+        net.loss_and_gradient(X, Y, loss="mae")
+
+
+def test_unknown_failure_policy_is_refused_with_the_valid_names(net, X):
+    with pytest.raises(ValueError, match="on_failure is 'print'; expected one of 'raise', 'warn', 'ignore'"):
+        net.equilibrium(X, on_failure="print")
+
+
+def test_failure_policy_is_checked_by_fit(net, X, Y):
+    with pytest.raises(ValueError, match="on_failure is 'print'"):
+        net.fit(X, Y, on_failure="print")
+
+
+def test_unknown_method_of_nlsolve_is_refused_with_the_valid_names():
+    with pytest.raises(ValueError, match="method is 'broyden'; expected one of 'trust_region', 'newton', 'anderson'"):
+        irnn.NLsolve("broyden")
+
+
+def test_unknown_linear_solver_is_refused_with_the_valid_names():
+    with pytest.raises(ValueError, match="linear_solver is 'cg'; expected one of 'auto', 'lu'"):
+        irnn.Implicit("cg")
+
+
+def test_class_in_place_of_an_object_is_refused_and_told_how_to_write_it(net, X):
+    with pytest.raises(TypeError, match=r"solver is the class Picard; pass an object: Picard\(\)"):
+        net.equilibrium(X, solver=irnn.Picard)
+
+
+def test_option_of_another_kind_is_refused(net, X):
+    with pytest.raises(TypeError, match=r"solver is Perron\(kappa=0.95\); expected one of .*Picard"):
+        net.equilibrium(X, solver=irnn.Perron())
+
+
+@pytest.mark.parametrize(
+    ("option", "valid"),
+    [
+        (irnn.Picard, "damping, tol, max_iterations"),
+        (irnn.NLsolve, "method, tol, max_iterations"),
+        (irnn.Implicit, "linear_solver, tol, max_iterations"),
+        (irnn.Perron, "kappa"),
+        (irnn.SGD, "learning_rate"),
+        (irnn.Adam, "learning_rate, beta1, beta2, epsilon"),
+    ],
+)
+def test_unknown_option_name_is_refused_with_the_valid_names(option, valid):
+    with pytest.raises(TypeError, match=rf"misspelt(.|\n)*{valid}"):
+        option(misspelt=1)
+
+
+def test_unknown_setting_of_fit_is_refused_with_the_valid_names(net, X, Y):
+    with pytest.raises(TypeError, match=r"epoch(.|\n)*optimizer, epochs, batch_size"):
+        net.fit(X, Y, epoch=3)
+
+
+@pytest.mark.parametrize("kappa", [0, 1, -0.5, 1.5, np.nan])
+def test_kappa_outside_of_0_to_1_is_refused(kappa):
+    with pytest.raises(ValueError, match=f"kappa must lie strictly between 0 and 1, got {kappa}"):
+        irnn.Perron(kappa)
+
+
+@pytest.mark.parametrize("damping", [0, -1, 1.1, np.nan])
+def test_damping_outside_of_0_to_1_is_refused(damping):
+    with pytest.raises(ValueError, match=r"damping must lie in \(0, 1\]"):
+        irnn.Picard(damping=damping)
+
+
+@pytest.mark.parametrize("solver", [irnn.Picard, irnn.NLsolve, irnn.Implicit])
+@pytest.mark.parametrize("name", ["tol", "max_iterations"])
+@pytest.mark.parametrize("value", [0, -1, np.nan])
+def test_option_that_is_not_positive_is_refused(solver, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        solver(**{name: value})
+
+
+@pytest.mark.parametrize("solver", [irnn.Picard, irnn.NLsolve, irnn.Implicit])
+@pytest.mark.parametrize(("name", "value"), [("tol", "small"), ("max_iterations", 2.5), ("max_iterations", "many")])
+def test_option_of_another_type_is_refused_by_name(solver, name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        solver(**{name: value})
+
+
+@pytest.mark.parametrize("rate", [0, -1, np.nan])
+def test_learning_rate_that_is_not_positive_is_refused(rate):
+    with pytest.raises(ValueError, match="learning_rate must be positive"):
+        irnn.Adam(rate)
+
+
+@pytest.mark.parametrize("optimizer", [irnn.Momentum, irnn.Nesterov])
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, np.nan])
+def test_momentum_outside_of_0_to_1_is_refused(optimizer, momentum):
+    with pytest.raises(ValueError, match="momentum"):
+        optimizer(momentum=momentum)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", np.nan), ("epsilon", -1e-8)]
+)
+def test_bad_coefficient_of_adam_is_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        irnn.Adam(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "validation_every"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, "2"])
+def test_count_of_fit_that_is_no_whole_number_from_1_is_refused(net, X, Y, name, value):
+    with pytest.raises((TypeError, ValueError), match=f"{name} must be a whole number from 1, got {value!r}"):
+        net.fit(X, Y, **{name: value})
+
+
+@pytest.mark.parametrize("name", ["epochs", "batch_size", "validation_every"])
+def test_count_of_fit_may_be_a_numpy_integer(net, X, Y, name):
+    net.fit(X, Y, **({"epochs": 2} | {name: np.int64(2)}))
+
+
+@pytest.mark.parametrize("clip", [0, -1, np.nan])
+def test_clip_that_is_not_positive_is_refused(net, X, Y, clip):
+    with pytest.raises(ValueError, match="clip must be positive"):
+        net.fit(X, Y, clip=clip)
+
+
+def test_fit_of_no_nets_is_refused(X, Y):
+    with pytest.raises(ValueError, match="nets is empty"):
+        irnn.fit_many([], X, Y)
+
+
+def test_fit_of_nets_of_different_structure_is_refused(X, Y):
+    with pytest.raises(ValueError, match="same topology and dtype"):
+        irnn.fit_many([make_net("numpy"), make_net("numpy", neurons=4)], X, Y)
+
+
+def test_fit_of_nets_of_different_dtype_is_refused(X, Y):
+    with pytest.raises(ValueError, match="same topology and dtype"):
+        irnn.fit_many([make_net("numpy"), make_net("numpy", dtype="float32")], X, Y)
+
+
+@pytest.mark.julia
+def test_fit_of_nets_of_different_engines_is_refused(X, Y):
+    with pytest.raises(ValueError, match="engine"):
+        irnn.fit_many([make_net("numpy"), make_net("julia")], X, Y, epochs=1)
+
+
+def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
+    before = net.parameters.copy()
+    with pytest.raises(ValueError, match="epochs"):
+        net.fit(X, Y, epochs=0)
+    np.testing.assert_array_equal(net.parameters, before)

@@ -1,0 +1,267 @@
+"""The command implicit-rnn: what it prints, where, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, Finished, RunPython
+
+import implicit_rnn as irnn
+from implicit_rnn import environment, julia_runtime
+from implicit_rnn.cli import main
+
+# --- usage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["learn"],
+        ["xor", "--neurons", "0"],
+        ["xor", "--neurons", "two"],
+        ["xor", "--constraint", "monotone"],
+        ["xor", "--seeds", "-1"],
+        ["xor", "--engine", "torch"],
+        ["xor", "--colour"],
+        ["doctor", "--fix"],
+        ["setup", "--julia"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2_and_says_what_is_wrong_on_stderr(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out) == (2, "")
+    assert err.startswith("usage: implicit-rnn")
+
+
+def test_number_that_is_none_is_named_with_what_was_expected(capsys):
+    with pytest.raises(SystemExit):
+        main(["xor", "--neurons", "0"])
+    assert "0 is not a whole number from 1" in capsys.readouterr().err
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == metadata.version("implicit-rnn")
+
+
+@pytest.mark.parametrize("command", ["xor", "doctor", "setup"])
+def test_help_lists_every_command(command, capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert command in capsys.readouterr().out
+
+
+# --- xor -----------------------------------------------------------------------------------------------------
+
+SMALL = ("xor", "--neurons", "2", "--constraint", "perron", "--seeds", "2", "--engine", "numpy", "--out", "results")
+
+
+@pytest.fixture(scope="module")
+def xor(tmp_path_factory) -> tuple[Finished, Path]:
+    """A small run that prints JSON, and the folder it has written to."""
+    import sys
+
+    from conftest import run_process
+
+    folder = tmp_path_factory.mktemp("xor")
+    return run_process(
+        [sys.executable, "-m", "implicit_rnn", *SMALL, "--json"], ENVIRONMENT, 60, folder
+    ), folder / "results"
+
+
+def test_xor_succeeds(xor):
+    assert xor[0].returncode == 0, str(xor[0])
+
+
+def test_xor_with_json_prints_nothing_else_on_stdout(xor):
+    assert json.loads(xor[0].stdout)["experiment"] == "xor"
+
+
+def test_xor_writes_a_figure_and_its_data(xor):
+    assert sorted(path.name for path in xor[1].iterdir()) == ["xor.json", "xor.png"]
+
+
+def test_data_that_xor_writes_are_those_it_prints(xor):
+    assert json.loads((xor[1] / "xor.json").read_text()) == json.loads(xor[0].stdout)
+
+
+def test_data_of_xor_hold_what_is_needed_to_repeat_it(xor):
+    data = json.loads(xor[0].stdout)
+    assert {"experiment", "protocol", "versions", "engine", "cells"} <= set(data)
+    assert {"optimizer", "solver", "steps", "clip", "starts", "seeds"} <= set(data["protocol"])
+    assert {"implicit-rnn", "numpy", "python"} <= set(data["versions"])
+
+
+def test_each_cell_of_xor_has_its_counts_and_interval(xor):
+    (cell,) = json.loads(xor[0].stdout)["cells"]
+    assert (cell["recurrence"], cell["neurons"], cell["seeds"]) == ("perron", 2, 2)
+    assert 0 <= cell["solved_interval"][0] <= cell["solved"] / 2 <= cell["solved_interval"][1] <= 1
+    assert cell["multistable"] == 0
+
+
+def test_figure_of_xor_is_a_png_of_a_decent_size(xor):
+    from matplotlib.image import imread
+
+    height, width, _ = imread(xor[1] / "xor.png").shape
+    assert width > 1000
+    assert height > 400
+
+
+def test_xor_tells_the_engine_and_the_number_of_seeds_on_stderr(xor):
+    assert "numpy engine, 2 seeds per entry" in xor[0].stderr
+
+
+def test_xor_without_json_prints_a_table(run_cli: RunPython):
+    done = run_cli("xor", "--neurons", "1", "--constraint", "none", "--seeds", "1", "--engine", "numpy")
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["recurrence", "none"], str(done)
+
+
+def test_xor_into_a_folder_that_cannot_be_made_exits_with_1_and_the_reason(run_cli: RunPython, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run_cli(*SMALL[:-2], "--seeds", "1", "--constraint", "none", "--neurons", "1", "--out", "file/results")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("implicit-rnn: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_xor_on_a_julia_engine_that_cannot_be_had_exits_with_1_and_the_remedy(run_cli: RunPython, fresh_machine):
+    done = run_cli("xor", "--engine", "julia", env=fresh_machine)
+    assert done.returncode == 1
+    assert "implicit-rnn setup" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- doctor --------------------------------------------------------------------------------------------------
+
+
+def test_doctor_where_no_julia_can_be_had_exits_with_1_and_says_why(run_cli: RunPython, fresh_machine):
+    done = run_cli("doctor", env=fresh_machine)
+    assert done.returncode == 1
+    assert "julia engine:        not available: no Julia environment is prepared" in done.stdout, str(done)
+    assert "numpy engine:        ready" in done.stdout
+
+
+def test_doctor_with_json_prints_nothing_else_on_stdout(run_cli: RunPython, fresh_machine):
+    done = run_cli("doctor", "--json", env=fresh_machine)
+    report = json.loads(done.stdout)
+    assert report["ok"] is False
+    assert report["packages"]["juliacall"] == metadata.version("juliacall")
+
+
+def test_doctor_tells_which_version_of_python_call_does_not_fit_and_what_to_install(run_cli, fresh_machine, fake_julia):
+    exe, project = fake_julia("0.9.2")
+    done = run_cli(
+        "doctor", "--json", env=fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project}
+    )
+    report = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert "has PythonCall 0.9.2" in report["julia engine"]
+    assert "pip install juliacall==0.9.2" in report["julia engine"]
+    assert report["julia environment"]["needs juliacall"] == "0.9.2"
+
+
+def test_doctor_tells_of_exe_without_project(run_cli: RunPython, fresh_machine, fake_julia):
+    exe, _ = fake_julia()
+    done = run_cli("doctor", env=fresh_machine | {"PYTHON_JULIACALL_EXE": exe})
+    assert done.returncode == 1
+    assert "PYTHON_JULIACALL_PROJECT is not; set both, or neither" in done.stdout
+
+
+@pytest.mark.parametrize("content", ["{", '{"exe": 5, "project": null}'])
+def test_doctor_tells_of_a_damaged_record_of_the_prepared_environment(run_cli: RunPython, fresh_machine, content):
+    path = Path(fresh_machine["XDG_CONFIG_HOME"]) / "implicit-rnn" / "environment.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    done = run_cli("doctor", env=fresh_machine)
+    assert done.returncode == 1
+    assert "environment.json is damaged" in done.stdout, str(done)
+
+
+@pytest.mark.julia
+class TestDoctorWithJulia:
+    @pytest.fixture(scope="class")
+    def done(self, tmp_path_factory) -> Finished:
+        import sys
+
+        from conftest import run_process
+
+        command = [sys.executable, "-m", "implicit_rnn", "doctor", "--json"]
+        return run_process(command, ENVIRONMENT, 60, tmp_path_factory.mktemp("doctor"))
+
+    def test_exits_with_0(self, done):
+        assert done.returncode == 0, str(done)
+
+    def test_tells_the_versions_threads_and_gpu(self, done):
+        julia = json.loads(done.stdout)["julia"]
+        assert set(julia) >= {"version", "exe", "project", "threads", "BLAS", "GPU"}
+
+    def test_tells_that_the_engine_is_ready(self, done):
+        report = json.loads(done.stdout)
+        assert (report["ok"], report["julia engine"]) == (True, "ready")
+
+
+# --- setup ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["--julia", "julia"], ["--project", "."]], ids=" ".join)
+def test_setup_with_half_of_an_environment_exits_with_1(no_prepared_julia, capsys, arguments):
+    assert main(["setup", *arguments]) == 1
+    assert "--julia and --project go together" in capsys.readouterr().err
+
+
+def test_setup_with_an_executable_that_does_not_exist_exits_with_1(no_prepared_julia, fake_julia, capsys):
+    _, project = fake_julia(metadata.version("juliacall"))
+    assert main(["setup", "--julia", "/no/julia", "--project", project]) == 1
+    assert "the Julia executable '/no/julia'" in capsys.readouterr().err
+
+
+def test_setup_with_a_project_of_another_python_call_exits_with_1_and_the_remedy(no_prepared_julia, fake_julia, capsys):
+    exe, project = fake_julia("0.9.2")
+    assert main(["setup", "--julia", exe, "--project", project]) == 1
+    assert "pip install juliacall==0.9.2" in capsys.readouterr().err
+
+
+def test_setup_with_a_julia_that_does_not_start_exits_with_1(no_prepared_julia, fake_julia, capfd):
+    exe, project = fake_julia(metadata.version("juliacall"))
+    assert main(["setup", "--julia", exe, "--project", project]) == 1
+    assert "Julia did not start with the project" in capfd.readouterr().err
+
+
+def test_setup_that_fails_remembers_nothing(no_prepared_julia, fake_julia):
+    exe, project = fake_julia("0.9.2")
+    with pytest.raises(irnn.EngineError):
+        environment.setup(exe, project)
+    assert not julia_runtime.prepared_path().exists()
+
+
+def test_setup_without_network_exits_with_1_and_a_remedy(run_cli: RunPython, fresh_machine):
+    done = run_cli("setup", env=fresh_machine, timeout=60)
+    assert done.returncode == 1, str(done)
+    assert "implicit-rnn setup --julia EXE --project DIR" in done.stderr
+    assert done.seconds < 30
+
+
+@pytest.mark.julia
+def test_setup_prepares_an_environment_that_the_next_process_uses(run_cli, run_python, tmp_path, julia_environment):
+    env = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTHON_JULIACALL")}
+    env["XDG_CONFIG_HOME"] = str(tmp_path / "config")
+    done = run_cli(
+        "setup", "--julia", julia_environment.exe, "--project", julia_environment.project, env=env, timeout=200
+    )
+    assert done.returncode == 0, str(done)
+    code = """
+        import sys, warnings
+        warnings.simplefilter("error")
+        import implicit_rnn as irnn
+        print(irnn.get_engine().name, "juliapkg" in sys.modules)
+    """
+    assert run_python(code, env).stdout == "julia False\n"

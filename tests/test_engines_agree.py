@@ -1,0 +1,173 @@
+"""The NumPy engine is the reference: the Julia engine gives the same results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import make_net
+
+import implicit_rnn as irnn
+
+pytestmark = pytest.mark.julia
+
+ACTIVATIONS = ["tanh", "sigmoid", "gelu"]
+CONSTRAINTS = [irnn.Free(), irnn.Perron(0.9)]
+OPTIMIZERS = [irnn.SGD(0.1), irnn.Momentum(0.02), irnn.Nesterov(0.02), irnn.Adam(0.005)]
+
+
+def both(activation: str = "tanh", **settings: Any) -> tuple[irnn.Network, irnn.Network]:
+    return make_net("numpy", activation, **settings), make_net("julia", activation, **settings)
+
+
+def names(option: object) -> str:
+    return type(option).__name__
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+class TestSolveAndGradient:
+    def test_equilibria_agree_to_1e_12(self, activation, constraint, X):
+        solver = irnn.Picard(tol=1e-14)
+        ours, theirs = (n.equilibrium(X, solver=solver).state for n in both(activation, constraint=constraint))
+        assert np.abs(ours - theirs).max() <= 1e-12
+
+    def test_losses_agree_to_1e_12(self, activation, constraint, X, Y):
+        ours, theirs = (n.loss_and_gradient(X, Y)[0] for n in both(activation, constraint=constraint))
+        assert theirs == pytest.approx(ours, rel=1e-12)
+
+    def test_gradients_agree_to_1e_9(self, activation, constraint, X, Y):
+        ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in both(activation, constraint=constraint))
+        assert np.abs(ours - theirs).max() <= 1e-9 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
+class TestFloat32:
+    def test_equilibria_agree_to_1e_5(self, constraint, X):
+        ours, theirs = (n.equilibrium(X).state for n in both(constraint=constraint, dtype="float32"))
+        assert ours.dtype == theirs.dtype == np.float32
+        assert np.abs(ours - theirs).max() <= 1e-5
+
+    def test_gradients_agree_to_1e_4(self, constraint, X, Y):
+        ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in both(constraint=constraint, dtype="float32"))
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max()
+
+
+@pytest.mark.parametrize("damping", [1.0, 0.7])
+def test_iteration_counts_and_measures_agree(damping, X):
+    solver = irnn.Picard(damping=damping, tol=1e-8)
+    ours, theirs = (n.equilibrium(X, solver=solver) for n in both())
+    np.testing.assert_array_equal(ours.iterations, theirs.iterations)
+    np.testing.assert_array_equal(ours.status, theirs.status)
+    np.testing.assert_allclose(ours.residual, theirs.residual, rtol=1e-4)
+    np.testing.assert_allclose(ours.rate, theirs.rate, rtol=1e-4)
+    np.testing.assert_allclose(ours.bound, theirs.bound, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"outputs": [1, 4]}, {"outputs": [2, 2]}, {"neurons": 1}, {"neurons": 40}], ids=str
+)
+def test_gradients_agree_for_other_shapes(settings, X, rng):
+    ours, theirs = both(**settings)
+    Y = rng.standard_normal((len(X), ours.topology.output_size))
+    np.testing.assert_allclose(theirs.loss_and_gradient(X, Y)[1], ours.loss_and_gradient(X, Y)[1], rtol=0, atol=1e-9)
+
+
+def test_gradients_agree_without_lateral_connections(X, Y):
+    ours, theirs = (
+        irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2, seed=0, engine=e) for e in ("numpy", "julia")
+    )
+    np.testing.assert_allclose(theirs.loss_and_gradient(X, Y)[1], ours.loss_and_gradient(X, Y)[1], rtol=0, atol=1e-12)
+
+
+def test_julia_solves_the_large_batch_that_spans_several_tiles(rng):
+    ours, theirs = both()
+    X = rng.standard_normal((5000, 3))
+    solver = irnn.Picard(tol=1e-13)
+    assert np.abs(ours.predict(X, solver=solver) - theirs.predict(X, solver=solver)).max() <= 1e-11
+
+
+@pytest.mark.parametrize("method", ["trust_region", "newton", "anderson"])
+def test_nlsolve_and_picard_find_the_same_equilibria_to_1e_10(method, X):
+    net = make_net("julia")
+    picard = net.equilibrium(X, solver=irnn.Picard(tol=1e-13)).state
+    nlsolve = net.equilibrium(X, solver=irnn.NLsolve(method, tol=1e-13)).state
+    assert np.abs(picard - nlsolve).max() <= 1e-10
+
+
+@pytest.mark.parametrize("linear_solver", ["auto", "lu", "neumann"])
+def test_every_linear_solver_of_julia_gives_the_gradient_of_the_reference(linear_solver, X, Y):
+    ours, theirs = both()
+    reference = ours.loss_and_gradient(X, Y)[1]
+    gradient = theirs.loss_and_gradient(X, Y, adjoint=irnn.Implicit(linear_solver))[1]
+    assert np.abs(gradient - reference).max() <= 1e-8 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=names)
+class TestTraining:
+    def test_full_batch_training_follows_the_same_trajectory_for_100_steps(self, optimizer, constraint, X, Y):
+        nets = both(constraint=constraint)
+        runs = [n.fit(X, Y, optimizer=optimizer, epochs=100) for n in nets]
+        assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
+        assert np.abs(runs[0].loss - runs[1].loss).max() <= 1e-6
+
+    def test_minibatches_come_in_the_same_order(self, optimizer, constraint, X, Y):
+        nets = both(constraint=constraint)
+        runs = [n.fit(X, Y, optimizer=optimizer, epochs=20, batch_size=5, seed=3) for n in nets]
+        assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
+        assert np.abs(runs[0].loss - runs[1].loss).max() <= 1e-6
+
+    def test_optimiser_states_are_equal_and_portable(self, optimizer, constraint, X, Y):
+        nets = both(constraint=constraint)
+        trainers = [n.program().trainer(optimizer, 1, np.inf, len(X)) for n in nets]
+        for net, trainer in zip(nets, trainers, strict=True):
+            train(trainer, net, X, Y, optimizer, 10)
+        np.testing.assert_allclose(trainers[1].state(), trainers[0].state(), rtol=0, atol=1e-9)
+
+        resumed = [n.program().trainer(optimizer, 1, np.inf, len(X)) for n in nets]
+        for new, other in zip(resumed, reversed(trainers), strict=True):
+            new.restore(other.state())
+        for net, trainer in zip(nets, resumed, strict=True):
+            train(trainer, net, X, Y, optimizer, 10)
+        uninterrupted = make_net("numpy", constraint=constraint)
+        uninterrupted.fit(X, Y, optimizer=optimizer, epochs=20)
+        for net in nets:
+            assert np.abs(net.parameters - uninterrupted.parameters).max() <= 1e-9
+
+
+def train(trainer, net, X, Y, optimizer, epochs) -> None:
+    order = np.tile(np.arange(len(X)), (epochs, 1))
+    rates = np.full(epochs, optimizer.learning_rate)
+    losses, unconverged = np.empty((1, epochs)), np.empty((1, epochs), np.int64)
+    trainer.train(net.parameters[None], X, Y, order, len(X), rates, losses, unconverged)
+
+
+def test_clipped_training_agrees(X, Y):
+    nets = both()
+    for net in nets:
+        net.fit(X, Y, optimizer=irnn.SGD(0.5), epochs=50, clip=0.1)
+    assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
+
+
+def test_float32_training_agrees_to_1e_3(X, Y):
+    nets = both(dtype="float32")
+    for net in nets:
+        net.fit(X, Y, optimizer=irnn.Adam(0.01), epochs=50)
+    assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-3
+
+
+def test_many_nets_trained_side_by_side_agree(X, Y):
+    nets = {e: [make_net(e, seed=s) for s in range(3)] for e in ("numpy", "julia")}
+    for group in nets.values():
+        irnn.fit_many(group, X, Y, optimizer=irnn.Adam(0.02), epochs=50)
+    for ours, theirs in zip(*nets.values(), strict=True):
+        assert np.abs(ours.parameters - theirs.parameters).max() <= 1e-6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=names)
+def test_a_state_of_the_wrong_length_is_refused(optimizer, X):
+    trainer = make_net("julia").program().trainer(optimizer, 1, np.inf, len(X))
+    with pytest.raises((irnn.EngineError, ValueError), match="numbers"):
+        trainer.restore(np.zeros(len(trainer.state()) + 1))

@@ -1,0 +1,225 @@
+"""Networks as files: what is saved comes back bit by bit, and what is no model is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_net
+from safetensors.numpy import save_file
+
+import implicit_rnn as irnn
+from implicit_rnn import serialization
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "net.safetensors"
+
+
+@pytest.fixture
+def saved(path: Path) -> Path:
+    make_net("numpy").save(path)
+    return path
+
+
+def with_metadata(path: Path, **changes: str | None) -> None:
+    """Change the metadata of a safetensors file, leaving its tensors as they are."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = {k: v for k, v in (header["__metadata__"] | changes).items() if v is not None}
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+# --- what is saved comes back --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"constraint": irnn.Free()}, {"outputs": [4, 0]}, {"activation": "silu", "neurons": 1}], ids=str
+)
+def test_loaded_net_is_the_saved_one_bit_by_bit(engine, path, dtype, settings, X):
+    net = make_net(engine, dtype=dtype, **settings)
+    net.save(path)
+    loaded = irnn.load(path, engine=engine)
+    assert loaded.topology == net.topology
+    assert loaded.parameters.dtype == net.parameters.dtype
+    assert loaded.parameters.tobytes() == net.parameters.tobytes()
+    np.testing.assert_array_equal(loaded.predict(X), net.predict(X))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -0.0, 5e-324])
+def test_unusual_numbers_come_back_bit_by_bit(path, value):
+    net = make_net("numpy")
+    net.parameters[3] = value
+    net.save(path)
+    assert irnn.load(path).parameters.tobytes() == net.parameters.tobytes()
+
+
+def test_net_trained_and_saved_on_one_engine_can_be_trained_on_after_loading(engine, path, X, Y):
+    net = make_net(engine)
+    net.fit(X, Y, epochs=5)
+    net.save(path)
+    loaded = irnn.load(path, engine="numpy")
+    loss = loaded.fit(X, Y, epochs=1).loss[0]
+    assert loss == pytest.approx(net.loss_and_gradient(X, Y)[0], rel=1e-12)
+
+
+def test_path_may_be_a_string(path):
+    make_net("numpy").save(str(path))
+    assert irnn.load(str(path)).topology == make_net("numpy").topology
+
+
+def test_unknown_engine_is_refused(saved):
+    with pytest.raises(ValueError, match="engine is 'torch'"):
+        irnn.load(saved, engine="torch")
+
+
+# --- what is no model ----------------------------------------------------------------------------------------
+
+
+def test_missing_file_is_reported_as_such(path):
+    with pytest.raises(FileNotFoundError, match=r"net\.safetensors"):
+        irnn.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"\x00" * 100, b"\xff" * 100, b"PK\x03\x04" + b"\x00" * 64])
+def test_file_that_is_no_model_is_refused(path, content):
+    path.write_bytes(content)
+    with pytest.raises(irnn.ModelFileError, match=r"net\.safetensors is no safetensors file, or a truncated one"):
+        irnn.load(path)
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.99])
+def test_truncated_file_is_refused(saved, kept):
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(irnn.ModelFileError, match="truncated"):
+        irnn.load(saved)
+
+
+def test_safetensors_file_of_somebody_else_is_refused(path):
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(
+        irnn.ModelFileError, match=r"net\.safetensors is a safetensors file, but not a model of implicit-rnn"
+    ):
+        irnn.load(path)
+
+
+def test_newer_format_version_is_refused_with_the_remedy(saved):
+    with_metadata(saved, format_version="2")
+    with pytest.raises(irnn.ModelFileError, match=r"has format version 2; .* reads up to 1: pip install --upgrade"):
+        irnn.load(saved)
+
+
+@pytest.mark.parametrize("version", [None, "", "one", "1.5", "-1", "²"])
+def test_format_version_that_is_none_is_refused(saved, version):
+    with_metadata(saved, format_version=version)
+    with pytest.raises(irnn.ModelFileError, match="format version"):
+        irnn.load(saved)
+
+
+@pytest.mark.parametrize("topology", [None, "", "[]", "null", "{}", '{"inputs": 3}', "not json"])
+def test_damaged_topology_is_refused(saved, topology):
+    with_metadata(saved, topology=topology)
+    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
+        irnn.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("inputs", 0),
+        ("inputs", "3"),
+        ("layers", []),
+        ("layers", [{"neurons": 5, "activation": "swoosh", "lateral": True}]),
+        ("layers", [{"neurons": 5, "activation": "tanh", "lateral": True, "depth": 2}]),
+        ("layers", 5),
+        ("outputs", None),
+        ("constraint", {"name": "Unknown", "options": {}}),
+        ("constraint", {"name": "Perron", "options": {"kappa": 2}}),
+        ("constraint", {"name": "Perron", "options": {"kapa": 0.5}}),
+        ("constraint", None),
+    ],
+)
+def test_topology_this_version_does_not_know_is_refused(saved, key, value):
+    with_metadata(saved, topology=json.dumps(make_net("numpy").topology.description() | {key: value}))
+    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
+        irnn.load(saved)
+
+
+@pytest.mark.parametrize("dtype", [None, "float16", ""])
+def test_unknown_dtype_is_refused(saved, dtype):
+    with_metadata(saved, dtype=dtype)
+    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
+        irnn.load(saved)
+
+
+def test_weights_that_do_not_fit_the_topology_are_refused(saved):
+    with_metadata(saved, topology=json.dumps(make_net("numpy", neurons=4).topology.description()))
+    with pytest.raises(irnn.ModelFileError, match=r"has the weights .* but its topology needs"):
+        irnn.load(saved)
+
+
+def test_model_file_error_is_a_value_error(path):
+    path.write_bytes(b"no model")
+    with pytest.raises(ValueError, match="no safetensors file"):
+        irnn.load(path)
+
+
+def test_folder_is_no_model(tmp_path):
+    with pytest.raises((FileNotFoundError, irnn.ModelFileError)):
+        irnn.load(tmp_path)
+
+
+# --- writing -------------------------------------------------------------------------------------------------
+
+
+def test_saving_replaces_an_older_file(saved):
+    net = make_net("numpy", seed=99)
+    net.save(saved)
+    np.testing.assert_array_equal(irnn.load(saved).parameters, net.parameters)
+
+
+def test_failing_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
+    def fail(tensors, path, metadata):
+        Path(path).write_bytes(b"half a fi")
+        raise OSError(28, "No space left on device")
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(serialization, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make_net("numpy", seed=99).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_interrupted_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
+    def interrupt(tensors, path, metadata):
+        Path(path).write_bytes(b"half a fi")
+        raise KeyboardInterrupt
+
+    before = saved.read_bytes()
+    monkeypatch.setattr(serialization, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_net("numpy", seed=99).save(saved)
+    assert saved.read_bytes() == before
+    assert list(saved.parent.iterdir()) == [saved]
+
+
+def test_saving_into_a_folder_that_does_not_exist_is_reported(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        make_net("numpy").save(tmp_path / "missing" / "net.safetensors")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_saved_file_has_the_permissions_of_any_new_file(saved):
+    other = saved.parent / "other"
+    other.write_text("")
+    assert oct(saved.stat().st_mode) == oct(other.stat().st_mode)

@@ -1,0 +1,167 @@
+"""Gradients against finite differences, and the guarantees of the theory as properties of random nets."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_net
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import implicit_rnn as irnn
+from implicit_rnn.activations import ACTIVATIONS
+
+EXACT = irnn.Picard(tol=1e-14)
+
+
+@pytest.mark.parametrize("constraint", [irnn.Free(), irnn.Perron(0.9)], ids=lambda c: c.name)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_gradient_is_that_of_fourth_order_central_differences_to_1e_8(engine, activation, constraint, rng, Y):
+    net = make_net(engine, activation, 4, constraint=constraint)
+    X = away_from_kinks(net, rng)
+    _, gradient = net.loss_and_gradient(X, Y, solver=EXACT)
+    differences = central_differences(net, lambda: net.loss_and_gradient(X, Y, solver=EXACT)[0])
+    assert np.linalg.norm(gradient - differences) <= 1e-8 * np.linalg.norm(differences)
+
+
+def test_gradient_is_exact_where_perron_scales_rows_down(engine, X, Y):
+    net = make_net(engine, "tanh", 4, constraint=irnn.Perron(0.5))
+    net.weights["R"][...] *= 10
+    _, gradient = net.loss_and_gradient(X, Y, solver=EXACT)
+    differences = central_differences(net, lambda: net.loss_and_gradient(X, Y, solver=EXACT)[0])
+    assert np.linalg.norm(gradient - differences) <= 1e-8 * np.linalg.norm(differences)
+
+
+def test_gradient_is_exact_for_outputs_read_from_neurons(engine, X, Y):
+    net = make_net(engine, outputs=[3, 0])
+    _, gradient = net.loss_and_gradient(X, Y, solver=EXACT)
+    differences = central_differences(net, lambda: net.loss_and_gradient(X, Y, solver=EXACT)[0])
+    assert np.linalg.norm(gradient - differences) <= 1e-8 * np.linalg.norm(differences)
+
+
+def away_from_kinks(net: irnn.Network, rng: np.random.Generator) -> np.ndarray:
+    """Twelve samples none of whose neurons is near s = 0, where relu and elu are not smooth."""
+    X = rng.standard_normal((400, 3))
+    z = net.equilibrium(X).state
+    s = X @ net.input_weights.T + z @ net.recurrent_weights.T + net.weights["b"]
+    return X[np.abs(s).min(axis=1) > 0.1][:12]
+
+
+def central_differences(net: irnn.Network, f, h: float = 2e-3) -> np.ndarray:
+    result = np.empty_like(net.parameters)
+    start = net.parameters.copy()
+    for k in range(len(result)):
+        values = []
+        for step in (-2, -1, 1, 2):
+            net.parameters[k] = start[k] + step * h
+            values.append(f())
+        net.parameters[k] = start[k]
+        result[k] = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    return result
+
+
+# --- properties ----------------------------------------------------------------------------------------------
+
+often = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+bounded = sorted(name for name in ACTIVATIONS if name != "identity")
+
+
+@st.composite
+def perron_nets(draw: st.DrawFn) -> tuple[irnn.Network, np.random.Generator]:
+    """A Perron net with weights far larger than those at the start of training, and a source of samples."""
+    kappa = draw(st.floats(0.05, 0.97))
+    neurons = draw(st.integers(1, 8))
+    activation = draw(st.sampled_from(bounded))
+    net = irnn.Network(3, [irnn.Layer(neurons, activation)], outputs=1, constraint=irnn.Perron(kappa), engine="numpy")
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = draw(st.sampled_from([0.01, 1.0, 30.0]))
+    net.parameters = rng.standard_normal(len(net.parameters))
+    net.weights["R"][...] *= size
+    return net, rng
+
+
+def on(engine: str, net: irnn.Network) -> irnn.Network:
+    twin = irnn.Network.from_topology(net.topology, "float64", engine)
+    twin.parameters = net.parameters
+    return twin
+
+
+@often
+@given(perron_nets())
+def test_perron_keeps_the_spectral_radius_of_slope_times_weights_below_kappa(drawn):
+    net, _ = drawn
+    slope = ACTIVATIONS[net.topology.layers[0].activation].slope_bound
+    radius = np.abs(np.linalg.eigvals(slope * np.abs(net.recurrent_weights))).max()
+    assert radius <= net.topology.constraint.kappa * (1 + 1e-9)
+
+
+@often
+@given(perron_nets())
+def test_perron_leaves_rows_alone_that_keep_the_promise(drawn):
+    net, _ = drawn
+    slope = ACTIVATIONS[net.topology.layers[0].activation].slope_bound
+    net.weights["a"][...] = 0
+    net.weights["R"][...] *= 0.99 * net.topology.constraint.kappa / slope / np.abs(net.weights["R"]).sum(axis=1).max()
+    np.testing.assert_allclose(net.recurrent_weights, net.weights["R"], rtol=1e-12)
+
+
+@often
+@given(drawn=perron_nets())
+def test_certified_bound_really_bounds_the_error(engine, drawn):
+    net, rng = drawn
+    net = on(engine, net)
+    X = rng.standard_normal((5, 3))
+    rough = net.equilibrium(X, solver=irnn.Picard(max_iterations=3), on_failure="ignore")
+    fine = net.equilibrium(X, solver=irnn.Picard(tol=1e-14, max_iterations=3000), on_failure="ignore")
+    error = np.abs(rough.state - fine.state).max(axis=1)
+    assert (error <= rough.bound * (1 + 1e-9) + fine.bound + 1e-13).all()
+
+
+@often
+@given(drawn=perron_nets())
+def test_result_of_a_sample_does_not_depend_on_its_batch_mates(engine, drawn):
+    net, rng = drawn
+    net = on(engine, net)
+    X = rng.standard_normal((7, 3)) * 3
+    together = net.equilibrium(X)
+    alone = np.concatenate([net.equilibrium(x[None]).state for x in X])
+    np.testing.assert_allclose(together.state, alone, rtol=1e-12, atol=1e-12 * (1 + np.abs(alone).max()))
+
+
+@often
+@given(drawn=perron_nets())
+def test_picard_reaches_the_same_equilibrium_from_any_start_under_perron(engine, drawn):
+    net, rng = drawn
+    net = on(engine, net)
+    x = np.tile(rng.standard_normal((1, 3)), (16, 1))
+    starts = rng.uniform(-10, 10, (16, net.topology.neurons))
+    solution = net.equilibrium(x, z0=starts, solver=irnn.Picard(tol=1e-12))
+    assert solution.converged.all()
+    assert (np.ptp(solution.state, axis=0) <= 2 * solution.bound.max() + 1e-13).all()
+
+
+@often
+@given(drawn=perron_nets())
+def test_equilibrium_satisfies_its_equation(engine, drawn):
+    net, rng = drawn
+    net = on(engine, net)
+    X = rng.standard_normal((4, 3))
+    z = net.equilibrium(X, solver=irnn.Picard(tol=1e-12)).state
+    f = ACTIVATIONS[net.topology.layers[0].activation].value
+    expected = f(X @ net.input_weights.T + z @ net.recurrent_weights.T + net.weights["b"])
+    np.testing.assert_allclose(z, expected, rtol=0, atol=1e-10 * (1 + np.abs(z).max()))
+
+
+def test_perron_promises_no_equilibrium_bound_for_free_nets(engine, X):
+    net = make_net(engine, constraint=irnn.Free())
+    assert np.isnan(net.equilibrium(X).bound).all()
+
+
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_slope_bound_of_an_activation_is_its_largest_slope(name):
+    activation = ACTIVATIONS[name]
+    s = np.linspace(-10, 10, 200_001)
+    slopes = np.abs(activation.slope(s, activation.value(s)))
+    assert slopes.max() <= activation.slope_bound * (1 + 1e-9)
+    assert slopes.max() >= activation.slope_bound * (1 - 1e-3)

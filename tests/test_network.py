@@ -1,0 +1,336 @@
+"""A network: its parameters, what it returns, what it reports, how it is copied."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from conftest import make_bistable, make_net, make_oscillating
+
+import implicit_rnn as irnn
+
+# --- parameters ----------------------------------------------------------------------------------------------
+
+
+def test_one_layer_under_perron_has_its_six_blocks_of_weights():
+    shapes = {name: weight.shape for name, weight in make_net("numpy").weights.items()}
+    assert shapes == {"W": (5, 3), "R": (5, 5), "b": (5,), "a": (5,), "C": (2, 5), "d": (2,)}
+
+
+def test_free_net_has_no_scales():
+    assert set(make_net("numpy", constraint=irnn.Free()).weights) == {"W", "R", "b", "C", "d"}
+
+
+def test_net_without_lateral_connections_has_no_recurrent_weights():
+    net = irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2)
+    assert set(net.weights) == {"W", "b", "C", "d"}
+
+
+def test_net_that_reads_neurons_has_no_readout_weights():
+    assert set(make_net("numpy", outputs=[0]).weights) == {"W", "R", "b", "a"}
+
+
+def test_views_share_the_memory_of_the_parameters():
+    net = make_net("numpy")
+    assert all(np.shares_memory(weight, net.parameters) for weight in net.weights.values())
+
+
+def test_views_cover_every_parameter_exactly_once():
+    net = make_net("numpy")
+    net.parameters[:] = 0
+    for weight in net.weights.values():
+        weight += 1
+    np.testing.assert_array_equal(net.parameters, 1)
+
+
+def test_weights_are_no_dictionary_to_write_to():
+    with pytest.raises(TypeError):
+        make_net("numpy").weights["W"] = np.zeros((5, 3))
+
+
+def test_write_to_a_view_counts_at_the_next_call(net, X):
+    net.predict(X)
+    net.weights["C"][...], net.weights["d"][...] = 0, [1, 2]
+    np.testing.assert_array_equal(net.predict(X), np.tile([1.0, 2.0], (len(X), 1)))
+
+
+def test_write_to_a_recurrent_weight_counts_at_the_next_call(net, X):
+    before = net.equilibrium(X).state
+    net.weights["R"][0, 1] += 0.1
+    after = net.equilibrium(X).state
+    assert np.abs(after - before).max() > 1e-3
+
+
+def test_write_to_the_flat_vector_counts_at_the_next_call(net, X):
+    net.predict(X)
+    net.parameters[:] = 0
+    np.testing.assert_array_equal(net.predict(X), 0)
+
+
+def test_assigning_parameters_copies_into_the_same_memory():
+    net = make_net("numpy")
+    memory, values = net.parameters, np.arange(len(net.parameters), dtype=float)
+    net.parameters = values
+    assert net.parameters is memory
+    assert not np.shares_memory(memory, values)
+    np.testing.assert_array_equal(memory, values)
+
+
+def test_assigning_parameters_of_another_length_is_refused():
+    net = make_net("numpy")
+    with pytest.raises(ValueError, match=r"parameters has shape \(3,\); expected \(62,\)"):
+        net.parameters = np.zeros(3)
+
+
+def test_named_views_a_gradient_by_name_without_copying(net, X, Y):
+    _, gradient = net.loss_and_gradient(X, Y)
+    named = net.named(gradient)
+    assert {name: part.shape for name, part in named.items()} == {n: w.shape for n, w in net.weights.items()}
+    assert all(np.shares_memory(part, gradient) for part in named.values())
+
+
+def test_named_refuses_a_vector_of_another_length():
+    with pytest.raises(ValueError, match=r"shape \(4,\)"):
+        make_net("numpy").named(np.zeros(4))
+
+
+def test_same_seed_gives_the_same_parameters():
+    a, b = (irnn.Network(3, [5], outputs=2, seed=11).parameters for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+
+
+def test_other_seeds_and_no_seed_give_other_parameters():
+    vectors = [irnn.Network(3, [5], outputs=2, seed=seed).parameters for seed in (0, 1, None, None)]
+    assert len({v.tobytes() for v in vectors}) == 4
+
+
+def test_initial_weights_have_the_documented_variances_and_biases_zero():
+    net = irnn.Network(400, [irnn.Layer(300)], outputs=200, seed=0)
+    for name, variance in {"W": 1 / 400, "R": 0.09 / 300, "C": 1 / 300}.items():
+        assert net.weights[name].var() == pytest.approx(variance, rel=0.02)
+    for name in ("b", "a", "d"):
+        assert not net.weights[name].any()
+
+
+def test_recurrent_weights_of_a_free_net_are_the_raw_ones():
+    net = make_net("numpy", constraint=irnn.Free())
+    np.testing.assert_array_equal(net.recurrent_weights, net.weights["R"])
+
+
+def test_recurrent_weights_under_perron_are_the_scaled_and_stretched_ones():
+    net = make_net("numpy", constraint=irnn.Perron(0.5))
+    net.weights["R"][0] *= 100
+    K, a = net.weights["R"].copy(), net.weights["a"]
+    K *= np.minimum(1, 0.5 / np.abs(K).sum(axis=1))[:, None]
+    np.testing.assert_allclose(net.recurrent_weights, np.exp(-a)[:, None] * K * np.exp(a), rtol=1e-13)
+
+
+def test_perron_is_the_default():
+    assert irnn.Network(1, [2], outputs=1).topology.constraint == irnn.Perron(0.95)
+
+
+def test_numbers_of_neurons_may_be_numpy_integers():
+    net = irnn.Network(np.int64(3), [irnn.Layer(np.int32(5))], outputs=np.int64(2))
+    assert len(net.parameters) == 62
+
+
+# --- results -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_prediction_has_one_row_per_sample_and_the_dtype_of_the_net(engine, dtype, X):
+    y = make_net(engine, dtype=dtype).predict(X)
+    assert (y.shape, y.dtype.name) == ((len(X), 2), dtype)
+
+
+def test_prediction_of_chosen_neurons_is_their_state(engine, X):
+    net = make_net(engine, outputs=[4, 1])
+    np.testing.assert_array_equal(net.predict(X), net.equilibrium(X).state[:, [4, 1]])
+
+
+def test_prediction_is_the_linear_readout_of_the_state(net, X):
+    expected = net.equilibrium(X).state @ net.weights["C"].T + net.weights["d"]
+    np.testing.assert_allclose(net.predict(X), expected, rtol=1e-13)
+
+
+def test_loss_is_the_mean_squared_error_of_the_prediction(net, X, Y):
+    assert net.loss_and_gradient(X, Y)[0] == pytest.approx(np.mean((net.predict(X) - Y) ** 2), rel=1e-12)
+
+
+def test_solution_holds_plain_arrays_of_the_documented_shapes(net, X):
+    solution = net.equilibrium(X)
+    assert solution.state.shape == (12, 5)
+    for array in (solution.status, solution.iterations, solution.residual, solution.rate, solution.bound):
+        assert type(array) is np.ndarray
+        assert array.shape == (12,)
+
+
+def test_converged_solution_says_so(net, X):
+    solution = net.equilibrium(X)
+    assert solution.converged.all()
+    assert (solution.status == irnn.Status.CONVERGED).all()
+    assert (solution.residual <= 1e-10).all()
+    assert (solution.iterations > 1).all()
+    assert solution.failure() is None
+
+
+def test_feed_forward_net_is_solved_exactly_in_one_step(engine, X):
+    net = irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2, seed=0, engine=engine)
+    solution = net.equilibrium(X)
+    np.testing.assert_allclose(solution.state, np.tanh(X @ net.weights["W"].T), rtol=1e-14)
+    assert (solution.iterations == 1).all()
+
+
+def test_start_decides_which_of_two_equilibria_is_reached(engine):
+    net = make_bistable(engine)
+    states = net.equilibrium(np.zeros((2, 1)), z0=[[0.5], [-0.5]]).state[:, 0]
+    np.testing.assert_allclose(states, [0.957504, -0.957504], atol=1e-6)
+
+
+def test_results_do_not_change_at_later_calls(net, X):
+    first = net.equilibrium(X)
+    kept = first.state.copy()
+    net.equilibrium(2 * X)
+    np.testing.assert_array_equal(first.state, kept)
+
+
+def test_result_of_one_net_does_not_depend_on_other_nets_and_batch_sizes(engine, X, rng):
+    net, other = make_net(engine), make_net(engine, seed=1)
+    expected = net.predict(X)
+    other.predict(rng.standard_normal((300, 3)))
+    net.predict(X[:1])
+    np.testing.assert_array_equal(net.predict(X), expected)
+
+
+def test_options_may_be_given_by_name(net, X):
+    np.testing.assert_array_equal(net.predict(X, solver="picard"), net.predict(X, solver=irnn.Picard()))
+
+
+# --- samples without an equilibrium --------------------------------------------------------------------------
+
+
+def test_unconverged_sample_raises_by_default_and_the_error_has_the_solution(engine):
+    net = make_oscillating(engine)
+    with pytest.raises(irnn.ConvergenceError, match=r"1 of 2 samples.*1 max_iterations.*first sample 1") as caught:
+        net.equilibrium([[0.0], [0.5]], solver=irnn.Picard())
+    assert caught.value.solution.converged.tolist() == [True, False]
+
+
+def test_error_names_perron_as_a_remedy_for_free_nets(engine):
+    with pytest.raises(irnn.ConvergenceError, match=r"constraint=Perron\(\)"):
+        make_oscillating(engine).predict([[0.5]], solver=irnn.Picard())
+
+
+def test_unconverged_sample_warns_if_asked_to(engine):
+    with pytest.warns(irnn.ConvergenceWarning, match="1 of 1 samples") as caught:
+        make_oscillating(engine).equilibrium([[0.5]], solver=irnn.Picard(), on_failure="warn")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+
+
+def test_predict_warns_at_the_line_of_its_caller(engine):
+    with pytest.warns(irnn.ConvergenceWarning) as caught:
+        make_oscillating(engine).predict([[0.5]], solver=irnn.Picard(), on_failure="warn")
+    assert caught[0].filename == __file__
+
+
+def test_unconverged_sample_is_only_marked_if_failures_are_ignored(engine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = make_oscillating(engine).equilibrium([[0.5]], solver=irnn.Picard(), on_failure="ignore")
+    assert solution.status[0] == irnn.Status.MAX_ITERATIONS
+    assert solution.iterations[0] == irnn.Picard().max_iterations
+    assert solution.residual[0] > 0.1
+
+
+def test_gradient_at_an_unconverged_sample_raises(engine):
+    with pytest.raises(irnn.ConvergenceError, match="gradient is not that of the loss"):
+        make_oscillating(engine).loss_and_gradient([[0.5]], [[0.0]], solver=irnn.Picard())
+
+
+def test_gradient_where_the_equilibrium_ceases_to_exist_raises(engine):
+    net = make_bistable(engine)
+    net.weights["R"][...] = 1  # at x = 0: z = tanh z, whose slope at its solution 0 is 1
+    with pytest.raises(irnn.ConvergenceError, match="adjoint"):
+        net.loss_and_gradient([[0.0]], [[1.0]], solver=irnn.Picard())
+
+
+def test_diverging_sample_is_marked_as_diverged(engine):
+    net = irnn.Network(1, [irnn.Layer(1, "identity")], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = 1, 2
+    solution = net.equilibrium([[1.0]], solver=irnn.Picard(), on_failure="ignore")
+    assert solution.status[0] == irnn.Status.DIVERGED
+    assert np.isfinite(solution.state).all()
+
+
+def test_sample_whose_state_overflows_is_never_marked_as_converged(engine):
+    net = irnn.Network(1, [irnn.Layer(1, "identity")], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = 1e200, 0.5
+    with np.errstate(all="ignore"):
+        solution = net.equilibrium([[1e200]], on_failure="ignore")
+    assert solution.status[0] in (irnn.Status.NON_FINITE, irnn.Status.DIVERGED)
+
+
+def test_parameters_that_are_not_numbers_are_not_returned_as_a_result_silently(net, X):
+    net.weights["b"][0] = np.nan
+    with np.errstate(all="ignore"), pytest.raises(irnn.ConvergenceError, match="12 non_finite"):
+        net.predict(X)
+
+
+@pytest.mark.parametrize("damping", [0.2, 0.4])
+def test_damping_reaches_the_equilibrium_that_plain_picard_misses(engine, damping):
+    solution = make_oscillating(engine).equilibrium([[0.5]], solver=irnn.Picard(damping=damping))
+    z = solution.state[0, 0]
+    assert z == pytest.approx(np.tanh(0.5 - 3 * z), abs=1e-9)
+
+
+@pytest.mark.julia
+def test_newton_reaches_the_equilibrium_that_plain_picard_misses():
+    z = make_oscillating("julia").equilibrium([[0.5]], solver=irnn.NLsolve("newton")).state[0, 0]
+    assert z == pytest.approx(np.tanh(0.5 - 3 * z), abs=1e-9)
+
+
+@pytest.mark.julia
+def test_unstable_equilibrium_of_nlsolve_is_never_marked_as_one_of_picard():
+    solution = make_oscillating("julia").equilibrium([[0.5]], solver=irnn.NLsolve("newton"), on_failure="ignore")
+    assert solution.status[0] in (irnn.Status.CONVERGED, irnn.Status.UNSTABLE)
+    assert solution.residual[0] <= 1e-10
+
+
+def test_nlsolve_on_the_numpy_engine_is_refused_with_the_remedy(X):
+    with pytest.raises(irnn.EngineError, match=r'NLsolve is not available on the NumPy engine; use engine="julia"'):
+        make_net("numpy").equilibrium(X, solver=irnn.NLsolve())
+
+
+# --- copies and texts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copy_predicts_the_same_and_is_independent(net, X, duplicate):
+    expected = net.predict(X)
+    twin = duplicate(net)
+    net.parameters[:] = 0
+    np.testing.assert_array_equal(twin.predict(X), expected)
+    assert all(np.shares_memory(weight, twin.parameters) for weight in twin.weights.values())
+
+
+def test_repr_tells_the_structure():
+    text = "Network(3 inputs, [5 tanh lateral], 2 outputs, Perron(kappa=0.95), 62 parameters, float64)"
+    assert repr(make_net("numpy")) == text
+
+
+def test_summary_lists_every_block_and_the_total():
+    lines = make_net("numpy").summary().splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["W", "R", "b", "a", "C", "d", "total"]
+    assert lines[-1].split()[-1] == "62"
+
+
+def test_repr_of_a_solution_counts_the_converged_samples(net, X):
+    assert repr(net.equilibrium(X)).startswith("Solution(12 samples of 5 neurons, 12 converged")
+
+
+def test_package_exports_what_it_promises():
+    assert all(hasattr(irnn, name) for name in irnn.__all__)

@@ -1,0 +1,390 @@
+"""The start of the engines, in processes of their own: what is started, when, and what is said where nothing can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Finished, RunPython
+
+import implicit_rnn as irnn
+from implicit_rnn import julia_runtime
+from implicit_rnn.julia_runtime import Environment
+
+# --- import --------------------------------------------------------------------------------------------------
+
+HEAVY = ("juliacall", "juliapkg", "matplotlib")
+
+
+def test_import_starts_nothing(run_python: RunPython):
+    code = f"import implicit_rnn, sys, threading; print([m for m in {HEAVY} if m in sys.modules], threading.active_count())"
+    assert run_python(code).stdout == "[] 1\n"
+
+
+def test_making_a_network_starts_nothing(run_python: RunPython):
+    code = f"""
+        import sys
+        import implicit_rnn as irnn
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
+        repr(net), net.summary(), net.recurrent_weights
+        print([m for m in {HEAVY} if m in sys.modules])
+    """
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_numpy_engine_starts_nothing_of_julia(run_python: RunPython):
+    code = f"""
+        import sys
+        import implicit_rnn as irnn
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="numpy")
+        net.fit([[0, 1]], [0], epochs=2)
+        print([m for m in {HEAVY} if m in sys.modules])
+    """
+    assert run_python(code).stdout == "[]\n"
+
+
+def test_import_takes_less_than_0_3_seconds(run_python: RunPython):
+    code = "import time; t = time.perf_counter(); import implicit_rnn; print(time.perf_counter() - t)"
+    for _ in range(3):  # a machine that is busy with something else gets another chance
+        seconds = statistics.median(float(run_python(code).stdout) for _ in range(5))
+        if seconds < 0.3:
+            break
+    assert seconds < 0.3
+
+
+# --- no Julia can be had -------------------------------------------------------------------------------------
+
+FALLBACK = """
+    import json, sys, warnings
+    import implicit_rnn as irnn
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            net = irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0)
+            net.fit([[0, 1], [1, 0]], [0, 1], epochs=3)
+            net.predict([[0, 1]])
+        irnn.get_engine()
+    print(json.dumps({
+        "engine": net.engine.name,
+        "warnings": [[w.category.__name__, str(w.message), w.filename] for w in caught],
+    }))
+"""
+
+
+class TestFreshMachineWithoutNetwork:
+    @pytest.fixture
+    def done(self, run_python: RunPython, fresh_machine) -> Finished:
+        done = run_python(FALLBACK, fresh_machine)
+        assert done.returncode == 0, str(done)
+        return done
+
+    def test_numpy_engine_is_used(self, done):
+        assert json.loads(done.stdout)["engine"] == "numpy"
+
+    def test_one_warning_names_the_reason_and_the_remedy(self, done):
+        ((category, message, _),) = json.loads(done.stdout)["warnings"]
+        assert category == "EngineWarning"
+        assert "no Julia environment is prepared and the Julia package server cannot be reached" in message
+        assert "run `implicit-rnn setup`" in message
+        assert "IMPLICIT_RNN_ENGINE=numpy" in message
+
+    def test_the_warning_points_at_the_line_of_the_user(self, done):
+        assert json.loads(done.stdout)["warnings"][0][2] == "<string>"
+
+    def test_it_takes_less_than_10_seconds(self, done):
+        assert done.seconds < 10
+
+    def test_nothing_is_installed_in_the_home_folder(self, done, fresh_machine):
+        files = [path for path in Path(fresh_machine["HOME"]).rglob("*") if path.is_file()]
+        assert sum(path.stat().st_size for path in files) < 100_000, files
+
+
+def test_network_that_swallows_every_packet_delays_the_start_by_less_than_10_seconds(
+    run_python: RunPython, fresh_machine
+):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        proxy = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        env = {
+            name: proxy if name.lower().endswith("_proxy") and value else value for name, value in fresh_machine.items()
+        }
+        done = run_python(FALLBACK, env)
+    assert json.loads(done.stdout)["engine"] == "numpy"
+    assert done.seconds < 10
+
+
+def test_julia_engine_that_cannot_be_had_raises(run_python: RunPython, fresh_machine):
+    code = """
+        import implicit_rnn as irnn
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="julia")
+        try:
+            net.predict([[0, 1]])
+        except irnn.EngineError as error:
+            print(error)
+    """
+    done = run_python(code, fresh_machine)
+    assert "the Julia package server cannot be reached; run `implicit-rnn setup`" in done.stdout, str(done)
+    assert done.seconds < 10
+
+
+def test_setting_of_the_environment_asks_for_julia_and_raises_too(run_python: RunPython, fresh_machine):
+    code = """
+        import implicit_rnn as irnn
+        try:
+            irnn.Network(2, [irnn.Layer(2)], outputs=1).predict([[0, 1]])
+        except irnn.EngineError as error:
+            print("raised")
+    """
+    assert run_python(code, fresh_machine | {"IMPLICIT_RNN_ENGINE": "julia"}).stdout == "raised\n"
+
+
+def test_numpy_engine_by_the_setting_of_the_environment_gives_no_warning(run_python: RunPython, fresh_machine):
+    done = run_python(FALLBACK, fresh_machine | {"IMPLICIT_RNN_ENGINE": "numpy"})
+    assert json.loads(done.stdout) == {"engine": "numpy", "warnings": []}
+
+
+def test_unknown_setting_of_the_environment_is_refused_with_the_valid_names(monkeypatch):
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "torch")
+    with pytest.raises(ValueError, match="IMPLICIT_RNN_ENGINE is 'torch'; expected one of 'auto', 'julia', 'numpy'"):
+        irnn.get_engine()
+
+
+# --- settings that contradict each other ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "absent"), [("EXE", "PROJECT"), ("PROJECT", "EXE")])
+@pytest.mark.parametrize("engine", ["auto", "julia"])
+def test_exe_without_project_is_an_error_even_for_auto(run_python: RunPython, fresh_machine, given, absent, engine):
+    code = f"""
+        import implicit_rnn as irnn
+        try:
+            irnn.get_engine({engine!r})
+        except irnn.EngineError as error:
+            print(error)
+    """
+    done = run_python(code, fresh_machine | {f"PYTHON_JULIACALL_{given}": sys.executable})
+    assert f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither" in done.stdout
+
+
+def test_exe_without_project_does_not_disturb_the_numpy_engine(run_python: RunPython, fresh_machine):
+    code = "import implicit_rnn as irnn; print(irnn.get_engine('numpy').name)"
+    assert run_python(code, fresh_machine | {"PYTHON_JULIACALL_EXE": sys.executable}).stdout == "numpy\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"exe": "julia"}', '{"exe": 5, "project": null}', "\x00\xff", '"text"']
+)
+def test_damaged_record_of_the_prepared_environment_is_reported_with_its_path(no_prepared_julia, content):
+    path = julia_runtime.prepared_path()
+    assert path.is_relative_to(no_prepared_julia)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(
+        irnn.EngineError, match=rf"{path.name} is damaged .*; run `implicit-rnn setup` again or delete it"
+    ):
+        julia_runtime.find_environment()
+
+
+def test_auto_engine_falls_back_and_tells_of_a_damaged_record(run_python: RunPython, fresh_machine):
+    path = Path(fresh_machine["XDG_CONFIG_HOME"]) / "implicit-rnn" / "environment.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    result = json.loads(run_python(FALLBACK, fresh_machine).stdout)
+    assert result["engine"] == "numpy"
+    assert "environment.json is damaged" in result["warnings"][0][1]
+
+
+def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, monkeypatch):
+    path = julia_runtime.prepared_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"exe": "prepared", "project": "prepared"}))
+    monkeypatch.setenv("PYTHON_JULIACALL_EXE", "explicit")
+    monkeypatch.setenv("PYTHON_JULIACALL_PROJECT", "explicit")
+    with pytest.raises(irnn.EngineError, match="'explicit'"):
+        julia_runtime.find_environment()
+
+
+# --- environments that cannot work ---------------------------------------------------------------------------
+
+
+def test_executable_that_does_not_exist_is_reported(fake_julia):
+    _, project = fake_julia(julia_call_version())
+    with pytest.raises(irnn.EngineError, match=r"the Julia executable '/no/julia' \(a test\) does not exist"):
+        Environment("/no/julia", project, "a test").check()
+
+
+def test_project_that_does_not_exist_is_reported(fake_julia):
+    exe, _ = fake_julia(julia_call_version())
+    with pytest.raises(irnn.EngineError, match=r"the Julia project '/no/project' \(a test\) is not a folder"):
+        Environment(exe, "/no/project", "a test").check()
+
+
+def test_project_that_lacks_packages_is_reported_with_the_command_that_adds_them(fake_julia):
+    exe, project = fake_julia(julia_call_version(), without=("NLsolve", "Optimisers"))
+    with pytest.raises(irnn.EngineError, match=r'lacks NLsolve, Optimisers; .*Pkg.add\(\["NLsolve", "Optimisers"\]\)'):
+        Environment(exe, project, "a test").check()
+
+
+def test_project_without_a_manifest_is_reported(fake_julia):
+    exe, project = fake_julia(julia_call_version())
+    (Path(project) / "Manifest.toml").unlink()
+    with pytest.raises(irnn.EngineError, match="lacks PythonCall"):
+        Environment(exe, project, "a test").check()
+
+
+def test_python_call_of_another_version_is_reported_with_the_command_that_installs_the_right_one(fake_julia):
+    exe, project = fake_julia("0.9.2")
+    expected = (
+        rf"juliacall {julia_call_version()} is installed but .* has PythonCall 0.9.2; .* pip install juliacall==0.9.2"
+    )
+    with pytest.raises(irnn.EngineError, match=expected):
+        Environment(exe, project, "a test").check()
+
+
+def test_python_call_of_the_right_version_is_accepted(fake_julia):
+    exe, project = fake_julia(julia_call_version())
+    Environment(exe, project, "a test").check()
+
+
+def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fresh_machine, fake_julia):
+    exe, project = fake_julia(julia_call_version())
+    code = """
+        import implicit_rnn as irnn
+        try:
+            irnn.get_engine("julia")
+        except irnn.EngineError as error:
+            print(error)
+    """
+    done = run_python(code, fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project})
+    assert done.stdout.startswith("Julia did not start: "), str(done)
+
+
+def julia_call_version() -> str:
+    from importlib import metadata
+
+    return metadata.version("juliacall")
+
+
+# --- Julia starts --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.julia
+class TestGivenJulia:
+    """PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT are set; nothing else is known of a Julia."""
+
+    @pytest.fixture
+    def result(self, run_python: RunPython, given_julia) -> dict:
+        code = """
+            import json, sys, warnings
+            warnings.simplefilter("error")
+            import implicit_rnn as irnn
+            from implicit_rnn import julia_runtime
+            net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
+            net.predict([[0, 1]])
+            print(json.dumps({
+                "engine": net.engine.name,
+                "juliapkg": "juliapkg" in sys.modules,
+                "exe": str(julia_runtime.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
+                "project": str(julia_runtime.evaluate("dirname(Base.active_project())")),
+                "source": str(julia_runtime.evaluate('pkgdir(only(m for (i, m) in Base.loaded_modules if i.name == "ImplicitRNN"))')),
+            }))
+        """
+        done = run_python(code, given_julia)
+        assert done.returncode == 0, str(done)
+        return json.loads(done.stdout)
+
+    def test_it_is_used_without_juliapkg_and_with_the_sources_of_this_package(self, result, julia_environment):
+        assert result["engine"] == "julia"
+        assert result["juliapkg"] is False
+        assert os.path.samefile(result["exe"], julia_environment.exe)
+        assert os.path.samefile(result["project"], julia_environment.project)
+        assert os.path.samefile(result["source"], julia_runtime.JULIA_SOURCES)
+
+
+SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').predict([[0, 1]])"
+
+
+@pytest.mark.julia
+def test_julia_that_somebody_else_has_started_is_used(run_python: RunPython, given_julia):
+    code = f"""
+        import juliacall
+        juliacall.Main.seval("somebody_else = 42")
+        import implicit_rnn as irnn
+        from implicit_rnn import julia_runtime
+        {SOLVE}
+        print(irnn.get_engine().name, julia_runtime.evaluate("somebody_else"))
+    """
+    done = run_python(code, given_julia)
+    assert done.stdout == "julia 42\n", str(done)
+
+
+FORK = """
+    import os, sys
+    {before}
+    import implicit_rnn as irnn
+    from implicit_rnn import julia_runtime
+    {start}
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine="numpy").predict([[0, 1]])
+            {solve}
+            print("solved", flush=True)
+        except irnn.EngineError as error:
+            print(error, flush=True)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    print("child", os.waitstatus_to_exitcode(status))
+    {solve}
+    print("parent solves")
+"""
+
+
+@pytest.mark.julia
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+class TestFork:
+    def test_after_the_start_is_a_clear_error_in_the_child_and_the_parent_goes_on(
+        self, run_python: RunPython, given_julia
+    ):
+        done = run_python(FORK.format(before="", start=SOLVE, solve=SOLVE), given_julia)
+        message, child, parent = done.stdout.splitlines()
+        assert "forked after Julia had started" in message, str(done)
+        assert 'get_context("spawn") or "forkserver"' in message
+        assert (child, parent) == ("child 0", "parent solves")
+
+    def test_before_the_start_is_no_problem(self, run_python: RunPython, given_julia):
+        done = run_python(FORK.format(before="", start="", solve=SOLVE), given_julia)
+        assert done.stdout.splitlines() == ["solved", "child 0", "parent solves"], str(done)
+
+    def test_after_somebody_else_started_julia_is_a_clear_error_in_the_child(self, run_python: RunPython, given_julia):
+        done = run_python(FORK.format(before="import juliacall", start="", solve=SOLVE), given_julia)
+        message, child, *_ = done.stdout.splitlines()
+        assert "forked after Julia had started" in message, str(done)
+        assert child == "child 0"
+
+
+@pytest.mark.julia
+def test_read_only_project_works(run_python: RunPython, given_julia, julia_environment, tmp_path):
+    project = tmp_path / "read-only"
+    project.mkdir()
+    for name in ("Project.toml", "Manifest.toml", "JuliaManifest.toml", "LocalPreferences.toml"):
+        if (Path(julia_environment.project) / name).is_file():
+            shutil.copy(Path(julia_environment.project) / name, project)
+    for path in (*project.iterdir(), project):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = sorted(path.name for path in project.iterdir())
+    done = run_python(
+        f"import implicit_rnn as irnn; print({SOLVE}.shape)",
+        given_julia | {"PYTHON_JULIACALL_PROJECT": str(project)},
+        120,
+    )
+    project.chmod(0o755)
+    assert done.stdout == "(1, 1)\n", str(done)
+    assert sorted(path.name for path in project.iterdir()) == before

@@ -1,0 +1,330 @@
+"""Training: what a run records, minibatches, validation, clipping, many nets, Ctrl-C, and runs that fail."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, make_net, make_oscillating
+
+import implicit_rnn as irnn
+from implicit_rnn import training
+
+# --- the record ----------------------------------------------------------------------------------------------
+
+
+def test_run_records_every_epoch(net, engine, X, Y):
+    run = net.fit(X, Y, epochs=7)
+    assert run.loss.shape == run.unconverged.shape == (7,)
+    assert not run.unconverged.any()
+    assert run.engine == engine
+    assert run.seconds > 0
+
+
+def test_training_reduces_the_loss(net, X, Y):
+    run = net.fit(X, Y, optimizer=irnn.Adam(0.02), epochs=200)
+    assert run.loss[-1] < 0.5 * run.loss[0]
+
+
+def test_loss_of_an_epoch_is_that_before_its_update(net, X, Y):
+    before, _ = net.loss_and_gradient(X, Y)
+    assert net.fit(X, Y, epochs=1).loss[0] == pytest.approx(before, rel=1e-12)
+
+
+def test_training_updates_the_parameters_in_place(net, X, Y):
+    memory, before = net.parameters, net.parameters.copy()
+    net.fit(X, Y, epochs=2)
+    assert net.parameters is memory
+    assert np.abs(memory - before).max() > 0
+
+
+def test_one_step_of_sgd_is_the_gradient_times_the_learning_rate(net, X, Y):
+    before = net.parameters.copy()
+    _, gradient = net.loss_and_gradient(X, Y)
+    net.fit(X, Y, optimizer=irnn.SGD(0.3), epochs=1)
+    np.testing.assert_allclose(before - net.parameters, 0.3 * gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_first_step_of_adam_has_the_size_of_the_learning_rate(net, X, Y):
+    before = net.parameters.copy()
+    net.fit(X, Y, optimizer=irnn.Adam(0.3, epsilon=1e-30), epochs=1)
+    np.testing.assert_allclose(np.abs(net.parameters - before), 0.3, rtol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", [irnn.Momentum(0.05, 0.8), irnn.Nesterov(0.05, 0.8)])
+def test_first_step_with_momentum(net, optimizer, X, Y):
+    before = net.parameters.copy()
+    _, gradient = net.loss_and_gradient(X, Y)
+    net.fit(X, Y, optimizer=optimizer, epochs=1)
+    factor = 0.05 if isinstance(optimizer, irnn.Momentum) else 1.8 * 0.05
+    np.testing.assert_allclose(before - net.parameters, factor * gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_same_call_gives_the_same_result(engine, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    runs = [net.fit(X, Y, epochs=30, batch_size=5, seed=4) for net in nets]
+    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
+    np.testing.assert_array_equal(runs[0].loss, runs[1].loss)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e-4, 10.0])
+def test_result_does_not_depend_on_the_length_of_the_chunks(engine, seconds, monkeypatch, X, Y):
+    expected = make_net(engine)
+    expected.fit(X, Y, epochs=40, batch_size=5)
+    monkeypatch.setattr(training, "CHUNK_SECONDS", seconds)
+    net = make_net(engine)
+    net.fit(X, Y, epochs=40, batch_size=5)
+    np.testing.assert_array_equal(net.parameters, expected.parameters)
+
+
+def test_optimiser_starts_afresh_at_each_fit(engine, X, Y):
+    net, other = make_net(engine), make_net(engine)
+    net.fit(X, Y, epochs=5)
+    other.parameters = net.parameters
+    net.fit(X, Y, epochs=5)
+    other.fit(X, Y, epochs=5)
+    np.testing.assert_array_equal(net.parameters, other.parameters)
+
+
+# --- minibatches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 11])
+def test_batch_size_that_leaves_a_smaller_last_batch_visits_every_sample(net, batch_size, X, Y):
+    net.fit(X, Y, optimizer=irnn.SGD(1e-300), epochs=1)  # full batch: the loss that every epoch must show
+    expected = net.loss_and_gradient(X, Y)[0]
+    run = net.fit(X, Y, optimizer=irnn.SGD(1e-300), epochs=3, batch_size=batch_size)
+    np.testing.assert_allclose(run.loss, expected, rtol=1e-12)
+
+
+def test_step_on_the_smaller_last_batch_uses_its_own_mean(engine, X, Y):
+    net, twin = make_net(engine), make_net(engine)
+    net.fit(X, Y, optimizer=irnn.SGD(0.1), epochs=1, batch_size=7, seed=2)
+    order = np.random.default_rng(2).permutation(12)
+    for part in (order[:7], order[7:]):
+        _, gradient = twin.loss_and_gradient(X[part], Y[part])
+        twin.parameters -= 0.1 * gradient
+    np.testing.assert_allclose(net.parameters, twin.parameters, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("batch_size", [12, 13, 1000])
+def test_batch_size_from_the_number_of_samples_is_full_batch(engine, batch_size, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    nets[0].fit(X, Y, epochs=5)
+    nets[1].fit(X, Y, epochs=5, batch_size=batch_size)
+    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
+
+
+def test_seed_decides_the_order_of_the_minibatches(engine, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    for seed, net in enumerate(nets):
+        net.fit(X, Y, epochs=5, batch_size=5, seed=seed)
+    assert np.abs(nets[0].parameters - nets[1].parameters).max() > 1e-9
+
+
+# --- validation ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "epochs", "expected"), [(1, 4, [1, 2, 3, 4]), (3, 10, [3, 6, 9]), (5, 4, [])])
+def test_validation_loss_is_taken_after_so_many_epochs(net, every, epochs, expected, X, Y):
+    run = net.fit(X, Y, epochs=epochs, validation=(X[:4], Y[:4]), validation_every=every)
+    assert run.validation_epochs.tolist() == expected
+    assert run.validation_loss.shape == (len(expected),)
+
+
+def test_validation_loss_is_that_of_the_parameters_of_its_epoch(net, X, Y):
+    run = net.fit(X, Y, epochs=6, validation=(X[:4], Y[:4]), validation_every=3)
+    assert run.validation_loss[-1] == pytest.approx(net.loss_and_gradient(X[:4], Y[:4])[0], rel=1e-10)
+
+
+def test_validation_does_not_change_the_training(engine, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    nets[0].fit(X, Y, epochs=9, batch_size=5)
+    nets[1].fit(X, Y, epochs=9, batch_size=5, validation=(X, Y), validation_every=2)
+    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
+
+
+def test_run_without_validation_has_no_validation_losses(net, X, Y):
+    run = net.fit(X, Y, epochs=2)
+    assert run.validation_epochs.size == run.validation_loss.size == 0
+
+
+# --- clipping ------------------------------------------------------------------------------------------------
+
+
+def test_clip_scales_a_longer_gradient_down_to_it(net, X, Y):
+    before = net.parameters.copy()
+    _, gradient = net.loss_and_gradient(X, Y)
+    clip = 0.1 * np.linalg.norm(gradient)
+    net.fit(X, Y, optimizer=irnn.SGD(1.0), epochs=1, clip=clip)
+    np.testing.assert_allclose(before - net.parameters, 0.1 * gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_clip_leaves_a_shorter_gradient_alone(engine, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    nets[0].fit(X, Y, epochs=3)
+    nets[1].fit(X, Y, epochs=3, clip=1e6)
+    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
+
+
+# --- many nets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 5}, {"clip": 0.1}, {"optimizer": irnn.Nesterov(0.02)}], ids=str
+)
+def test_nets_trained_together_end_as_if_trained_alone(engine, settings, X, Y):
+    together = [make_net(engine, seed=seed) for seed in range(3)]
+    alone = [make_net(engine, seed=seed) for seed in range(3)]
+    runs = irnn.fit_many(together, X, Y, epochs=20, **settings)
+    for net, other, run in zip(together, alone, runs, strict=True):
+        expected = other.fit(X, Y, epochs=20, **settings)
+        np.testing.assert_allclose(net.parameters, other.parameters, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(run.loss, expected.loss, rtol=1e-8)
+
+
+def test_nets_trained_together_have_validation_losses_of_their_own(engine, X, Y):
+    nets = [make_net(engine, seed=seed) for seed in range(2)]
+    runs = irnn.fit_many(nets, X, Y, epochs=3, validation=(X, Y))
+    for net, run in zip(nets, runs, strict=True):
+        assert run.validation_loss[-1] == pytest.approx(net.loss_and_gradient(X, Y)[0], rel=1e-10)
+
+
+def test_net_that_fails_leaves_the_others_alone(engine, X, Y):
+    nets, other = [make_net(engine, seed=seed) for seed in range(2)], make_net(engine, seed=1)
+    nets[0].weights["C"][...] = 1e200  # its loss overflows
+    with np.errstate(all="ignore"):
+        runs = irnn.fit_many(nets, X, Y, epochs=5, on_failure="ignore")
+    other.fit(X, Y, epochs=5)
+    assert np.isnan(runs[0].loss).all()
+    np.testing.assert_allclose(nets[1].parameters, other.parameters, rtol=0, atol=1e-9)
+
+
+# --- runs that fail ------------------------------------------------------------------------------------------
+
+
+def explode(net: irnn.Network, X: np.ndarray, Y: np.ndarray, **settings: object) -> irnn.Run:
+    with np.errstate(all="ignore"):
+        return net.fit(X, Y, optimizer=irnn.SGD(1e60), epochs=30, **settings)
+
+
+def test_exploding_training_has_losses_that_are_not_numbers_and_finite_parameters(net, X, Y):
+    run = explode(net, X, Y, on_failure="ignore")
+    assert np.isfinite(run.loss[0])
+    assert np.isnan(run.loss[-1])
+    assert np.isfinite(net.parameters).all()
+
+
+def feed_forward(engine: str) -> irnn.Network:
+    """A net that always has its equilibrium, so that only its loss can fail."""
+    return irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2, seed=0, engine=engine)
+
+
+def test_exploding_training_warns_by_default_even_if_every_sample_has_its_equilibrium(engine, X, Y):
+    with pytest.warns(irnn.ConvergenceWarning):
+        explode(feed_forward(engine), X, Y)
+
+
+def test_exploding_training_raises_if_asked_to_even_if_every_sample_has_its_equilibrium(engine, X, Y):
+    with pytest.raises(irnn.ConvergenceError):
+        explode(feed_forward(engine), X, Y, on_failure="raise")
+
+
+def test_run_that_failed_keeps_its_parameters_whatever_the_chunks(engine):
+    """One sample of three makes the loss overflow; no later epoch may begin to learn from the other two again."""
+    X, Y = np.array([[1.0], [2.0], [1e200]]), np.zeros((3, 1))
+
+    def trained(epochs: int) -> tuple[np.ndarray, np.ndarray]:
+        net = irnn.Network(1, [irnn.Layer(1, "identity", lateral=False)], outputs=[0], seed=0, engine=engine)
+        with np.errstate(all="ignore"):
+            run = net.fit(X, Y, epochs=epochs, batch_size=1, on_failure="ignore")
+        return net.parameters, run.loss
+
+    after_failure, _ = trained(1)
+    parameters, loss = trained(20)
+    np.testing.assert_array_equal(parameters, after_failure)
+    assert np.isnan(loss).all()
+
+
+def test_training_without_equilibrium_warns_once_and_counts_the_samples(engine):
+    net = make_oscillating(engine)
+    X = np.array([[0.0], [0.5], [0.7]])
+    with pytest.warns(
+        irnn.ConvergenceWarning, match="2 of 3 samples did not reach an equilibrium in epoch 1"
+    ) as caught:
+        run = net.fit(X, np.zeros(3), optimizer=irnn.SGD(1e-9), epochs=4, solver=irnn.Picard())
+    assert len(caught) == 1
+    assert run.unconverged[0] == 2
+
+
+def test_training_without_equilibrium_warns_at_the_line_of_its_caller(engine):
+    with pytest.warns(irnn.ConvergenceWarning) as caught:
+        make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard())
+    assert caught[0].filename == __file__
+
+
+def test_training_of_many_nets_without_equilibrium_warns_at_the_line_of_its_caller(engine):
+    with pytest.warns(irnn.ConvergenceWarning) as caught:
+        irnn.fit_many([make_oscillating(engine)], [[0.5]], [0.0], epochs=1, solver=irnn.Picard())
+    assert caught[0].filename == __file__
+
+
+def test_training_without_equilibrium_raises_if_asked_to(engine):
+    with pytest.raises(irnn.ConvergenceError, match="1 of 1 samples"):
+        make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard(), on_failure="raise")
+
+
+def test_training_without_equilibrium_is_silent_if_failures_are_ignored(engine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run = make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard(), on_failure="ignore")
+    assert run.unconverged.tolist() == [1]
+
+
+# --- progress and Ctrl-C -------------------------------------------------------------------------------------
+
+
+def test_progress_bar_is_silent_where_there_is_no_terminal(net, X, Y, capfd):
+    net.fit(X, Y, epochs=3)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_bar_can_be_asked_for(net, X, Y, capfd):
+    net.fit(X, Y, epochs=3, progress=True)
+    assert "3/3" in capfd.readouterr().err
+
+
+def test_progress_bar_can_be_turned_off(net, X, Y, capfd):
+    net.fit(X, Y, epochs=3, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
+INTERRUPTED = """
+    import os, signal, threading, time, warnings
+    import numpy as np
+    import implicit_rnn as irnn
+
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((200, 3)), rng.standard_normal((200, 2))
+    nets = [irnn.Network(3, [irnn.Layer(8)], outputs=2, seed=s, engine={engine!r}) for s in range({nets})]
+    irnn.fit_many(nets, X, Y, epochs=1)
+    start = [net.parameters.copy() for net in nets]
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    begin = time.perf_counter()
+    try:
+        irnn.fit_many(nets, X, Y, epochs=10**7, batch_size=50)
+        print("finished")
+    except KeyboardInterrupt:
+        print("interrupted", time.perf_counter() - begin < 4)
+    print("finite", all(np.isfinite(net.parameters).all() for net in nets))
+    print("trained", all((net.parameters != p).any() for net, p in zip(nets, start)))
+    print("usable", np.isfinite(nets[0].predict(X)).all())
+"""
+
+
+@pytest.mark.parametrize("nets", [1, 3])
+def test_ctrl_c_ends_training_soon_and_leaves_finite_trained_parameters(engine, nets, run_python):
+    done = run_python(INTERRUPTED.format(engine=engine, nets=nets), ENVIRONMENT)
+    assert done.stdout.split("\n")[:4] == ["interrupted True", "finite True", "trained True", "usable True"], str(done)
+    assert done.returncode == 0, str(done)
