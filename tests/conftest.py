@@ -118,7 +118,7 @@ def make_bistable(engine: str | None) -> irnn.Network:
 
 
 def make_oscillating(engine: str | None) -> irnn.Network:
-    """One free neuron z = tanh(x - 3 z) around whose only equilibrium Picard iteration oscillates for ever."""
+    """One free neuron z = tanh(x - 3 z): Picard iteration oscillates for ever for small x, and converges for x = 5."""
     net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
     net.weights["W"][...], net.weights["R"][...] = 1.0, -3.0
     return net

@@ -34,7 +34,8 @@ class TestSolveAndGradient:
         assert np.abs(ours - theirs).max() <= 1e-12
 
     def test_losses_agree_to_1e_12(self, activation, constraint, X, Y):
-        ours, theirs = (n.loss_and_gradient(X, Y)[0] for n in both(activation, constraint=constraint))
+        solver = irnn.Picard(tol=1e-14)
+        ours, theirs = (n.loss_and_gradient(X, Y, solver=solver)[0] for n in both(activation, constraint=constraint))
         assert theirs == pytest.approx(ours, rel=1e-12)
 
     def test_gradients_agree_to_1e_9(self, activation, constraint, X, Y):
@@ -55,14 +56,14 @@ class TestFloat32:
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.7])
-def test_iteration_counts_and_measures_agree(damping, X):
-    solver = irnn.Picard(damping=damping, tol=1e-8)
-    ours, theirs = (n.equilibrium(X, solver=solver) for n in both())
+def test_states_statuses_and_bounds_agree_after_the_same_number_of_iterations(damping, X):
+    solver = irnn.Picard(damping=damping, max_iterations=8)
+    ours, theirs = (n.equilibrium(X, solver=solver, on_failure="ignore") for n in both())
+    np.testing.assert_allclose(ours.state, theirs.state, rtol=0, atol=1e-14)
     np.testing.assert_array_equal(ours.iterations, theirs.iterations)
     np.testing.assert_array_equal(ours.status, theirs.status)
-    np.testing.assert_allclose(ours.residual, theirs.residual, rtol=1e-4)
-    np.testing.assert_allclose(ours.rate, theirs.rate, rtol=1e-4)
-    np.testing.assert_allclose(ours.bound, theirs.bound, rtol=1e-3)
+    np.testing.assert_allclose(ours.residual, theirs.residual, rtol=1e-6)
+    np.testing.assert_allclose(ours.bound, theirs.bound, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -107,6 +108,11 @@ def test_every_linear_solver_of_julia_gives_the_gradient_of_the_reference(linear
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=names)
 class TestTraining:
+    @pytest.fixture
+    def Y(self, X):  # noqa: N802
+        """Targets that free nets learn without coming near a fold, where any difference would grow without bound."""
+        return np.sin(X[:, :2])
+
     def test_full_batch_training_follows_the_same_trajectory_for_100_steps(self, optimizer, constraint, X, Y):
         nets = both(constraint=constraint)
         runs = [n.fit(X, Y, optimizer=optimizer, epochs=100) for n in nets]

@@ -286,12 +286,13 @@ class TestGivenJulia:
             from implicit_rnn import julia_runtime
             net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
             net.predict([[0, 1]])
+            KEY = 'only(key for key in keys(Base.loaded_modules) if key.name == "ImplicitRNN")'
             print(json.dumps({
                 "engine": net.engine.name,
                 "juliapkg": "juliapkg" in sys.modules,
                 "exe": str(julia_runtime.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
                 "project": str(julia_runtime.evaluate("dirname(Base.active_project())")),
-                "source": str(julia_runtime.evaluate('pkgdir(only(m for (i, m) in Base.loaded_modules if i.name == "ImplicitRNN"))')),
+                "source": str(julia_runtime.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
             }))
         """
         done = run_python(code, given_julia)

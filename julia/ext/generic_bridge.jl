@@ -39,18 +39,18 @@ function lend_problem(use, ::Type{T}, d::Py, Z::Py, args::Py, others::Vector) wh
     shapes = [shape(a) for a in d["args"]]
     batched = Bool[pyconvert(Bool, a["batched"]) for a in d["args"]]
     inputs = lent(args, [dtype(a) for a in d["args"]])
-    function work(z, vectors...)
+    return borrow(NumPy{T}(Z), inputs..., others...) do z, vectors...
         arguments = Array[reshape(x, s) for (x, s) in zip(vectors, shapes)]
         problem = GenericProblem{T}(f, isroot, n, samples, arguments, batched)
-        return use(problem, reshape(z, n, samples), vectors[(length(shapes) + 1):end]...)
+        use(problem, reshape(z, n, samples), vectors[(length(shapes) + 1):end]...)
+        return
     end
-    return borrow(work, NumPy{T}(Z), inputs..., others...)
 end
 
 "`generic_solve(description, Z, args, outs)`: `Z` holds the start and takes the solution, outs = (status, iterations, residual, rate)."
 function generic_solve(d::Py, Z::Py, args::Py, outs::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
-    with_problem(d, Z, args, lent(outs, (Int8, Int32, Float64, Float64))) do problem, Z, status, iterations, residual, rate
+    return with_problem(d, Z, args, lent(outs, (Int8, Int32, Float64, Float64))) do problem, Z, status, iterations, residual, rate
         solve!(Z, Outcome(reinterpret_status(status), iterations, residual, rate), problem, solver)
     end
 end
@@ -58,7 +58,7 @@ end
 "`generic_vjp(description, Z, args, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
 function generic_vjp(d::Py, Z::Py, args::Py, v::Py, gradients::Py)
     types = [dtype(a) for a in d["args"]]
-    with_problem(d, Z, args, [NumPy{dtype(d)}(v); lent(gradients, types)]) do problem, Z, v, gradients...
+    return with_problem(d, Z, args, [NumPy{dtype(d)}(v); lent(gradients, types)]) do problem, Z, v, gradients...
         shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, problem.args)]
         vjp!(shaped, problem, Z, reshape(v, size(Z)))
     end
@@ -67,7 +67,7 @@ end
 "`generic_jacobian(description, Z, args, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."
 function generic_jacobian(d::Py, Z::Py, args::Py, index::Py, wanted::Py, J::Py)
     k = pyconvert(Int, index) + 1
-    with_problem(d, Z, args, [NumPy{Bool}(wanted), NumPy{dtype(d)}(J)]) do problem, Z, wanted, J
+    return with_problem(d, Z, args, [NumPy{Bool}(wanted), NumPy{dtype(d)}(J)]) do problem, Z, wanted, J
         ImplicitRNN.jacobian!(reshape(J, problem.n, :, problem.samples), problem, Z, k, wanted)
     end
 end

@@ -55,10 +55,10 @@ end
 end
 
 @testset "a net that explodes stops and says so" begin
-    net = Network(1, [Layer(2, :identity)]; outputs = [1], constraint = Free())
+    net = Network(1, [Layer(2, :identity; lateral = false)]; outputs = [1])
     P = fill(3.0, length(net), 1)
     losses, unconverged = zeros(5, 1), zeros(Int, 5, 1)
     train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(1.0e200)), P, ones(1, 2), ones(1, 2), repeat(1:2, 1, 5), 2, fill(1.0e200, 5), losses, unconverged)
     @test isnan(losses[end])
-    @test unconverged[1] == 2
+    @test all(isfinite, P)
 end

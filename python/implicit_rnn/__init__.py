@@ -9,6 +9,7 @@ from importlib import metadata
 
 from implicit_rnn.engines import get_engine
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError, EngineWarning, ModelFileError
+from implicit_rnn.generic import ImplicitSolution, fixed_point, julia, root
 from implicit_rnn.network import Network
 from implicit_rnn.options import (
     SGD,
@@ -49,6 +50,7 @@ __all__ = [
     "EngineWarning",
     "Free",
     "Implicit",
+    "ImplicitSolution",
     "InfNorm",
     "JacobianFree",
     "Layer",
@@ -68,6 +70,9 @@ __all__ = [
     "Unrolled",
     "__version__",
     "fit_many",
+    "fixed_point",
     "get_engine",
+    "julia",
     "load",
+    "root",
 ]

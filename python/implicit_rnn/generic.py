@@ -84,15 +84,16 @@ def _parameters(names: str, text: str) -> tuple[str, ...]:
 
 def _argument_names(f: Function, count: int) -> tuple[str, ...]:
     """The names of the arguments behind z; ``ValueError`` if f does not take ``count`` of them."""
-    if isinstance(f, JuliaFunction):
-        names, least, most = f.arguments, len(f.arguments), len(f.arguments)
-    else:
-        names, least, most = _python_parameters(f)
+    names, least, most = _julia_parameters(f) if isinstance(f, JuliaFunction) else _python_parameters(f)
     if not least <= count <= most:
         listed = f" ({', '.join(names)})" if names else ""
         number = least if count < least else most
         raise ValueError(f"f takes z and {number} argument{'s'[: number != 1]}{listed}; args has {count}")
     return (*names[:count], *(f"args[{index}]" for index in range(len(names), count)))
+
+
+def _julia_parameters(f: JuliaFunction) -> tuple[tuple[str, ...], int, float]:
+    return f.arguments, len(f.arguments), len(f.arguments)
 
 
 def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:

@@ -1,6 +1,6 @@
 """The cost of one call of the Julia engine on three small arrays: python tests/benchmarks/bridge.py
 
-What is timed is one `program.gradient(p, X, Y, g)` of a net of three neurons on four samples, so that the arithmetic is
+What is timed is one `program.gradient(p, X, Y, g, probe)` of a net of three neurons on four samples, so that the arithmetic is
 next to nothing; the same on the NumPy engine stands beside it, and the difference of the two gradients.
 """
 
@@ -31,7 +31,7 @@ def main() -> int:
         net = irnn.Network(2, [irnn.Layer(3)], outputs=1, seed=0, engine=engine)
         gradients[engine] = net.loss_and_gradient(X, Y)[1]
         program, g = net.program(solver), np.empty_like(net.parameters)
-        times = microseconds(lambda program=program, p=net.parameters, g=g: program.gradient(p, X, Y, g))
+        times = microseconds(lambda program=program, p=net.parameters, g=g: program.gradient(p, X, Y, g, 0))
         low, median[engine], high = np.percentile(times, [25, 50, 75])
         print(f"{engine:<8} {median[engine]:>10.2f} {f'{low:.2f} to {high:.2f}':>20}")
     error = np.abs(gradients["julia"] - gradients["numpy"]).max()

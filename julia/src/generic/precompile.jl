@@ -1,13 +1,14 @@
-# What every generic problem goes through whatever its function, compiled when the package is.
+# What generic problems go through whatever their function (NLsolve.jl, ImplicitDifferentiation.jl), compiled when the package
+# is; the loops over the samples are compiled for each function.
 
 @setup_workload begin
     halve = (z, a) -> a .* z .+ 1
     @compile_workload begin
-        for T in (Float64, Float32), solve in (fixed_point, root), z0 in (ones(T, 1), ones(T, 2, 1))
-            solution = solve(halve, z0, T(0.5); solver = Auto())
+        for T in (Float64, Float32), z0 in (ones(T, 1), ones(T, 1, 2))
+            solution = root(halve, z0, T(0.5); solver = NLsolver())
             vjp(solution, one.(z0))
-            jacobian!(zeros(T, size(z0, 1), 1, 1), solution.problem, reshape(solution.value, :, 1), 1)
-            solve(halve, z0, T(0.5); solver = NLsolver())
+            jacobian!(zeros(T, 1, 1, length(z0)), solution.problem, reshape(solution.value, 1, :), 1)
         end
+        fixed_point(halve, [1.0], 0.5)
     end
 end

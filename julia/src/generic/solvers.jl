@@ -24,8 +24,9 @@ end
         c.iterations[j] += 1
         isfinite(c.residual[j]) && (c.rate[j] = residual / c.residual[j])
         c.residual[j] = residual
-        status = residual <= p.tol * scale ? CONVERGED :
-            !isfinite(residual) ? NON_FINITE :
+        # In this order: where the norms overflow, the residual and the scale are infinite both.
+        status = !isfinite(residual) ? NON_FINITE :
+            residual <= p.tol * scale ? CONVERGED :
             residual > T(BLOW_UP) * max(c.U[1, j], 1 + p.floor) ? DIVERGED : nothing
     end
     return status, residual / scale
@@ -175,7 +176,7 @@ function nlsolve!(s::NLsolver, c::Columns{T}, p::Pointwise{T}, j::Int, w::Newton
     for _ in 1:3
         result = erased_nlsolve(s.method, Erased(conditions!), Erased(jacobian!), start, target, iterations)
         result === nothing && break
-        c.iterations[j] += max(result.iterations - 1, 0)
+        c.iterations[j] += result.f_calls
         all(isfinite, result.zero) || break
         copyto!(start, result.zero)
         # NLsolve stops on an absolute residual; the verdict, and the last digits, are Newton's.

@@ -1,7 +1,10 @@
 # Functions given as text.
 
 "The functions that texts were compiled to: code cannot be unloaded, so a text is compiled once."
-const COMPILED = Dict{String, Any}()
+const COMPILED = Dict{String, Function}()
+
+"The modules of these functions. Nothing else keeps a nameless module, and with it the type of its functions, from being collected."
+const PLACES = Module[]
 
 """
     compiled_function(text)
@@ -23,6 +26,7 @@ function compile_text(text)
         throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_complaint(only(code.args)))"))
     end
     place = Module(gensym("generic"))
+    push!(PLACES, place)
     Core.eval(place, :(const LinearAlgebra = $LinearAlgebra; using .LinearAlgebra))
     f = Core.eval(place, code)
     f isa Function || throw(InvalidCode("the Julia code $(repr(text)) gives a $(typeof(f)), not a function"))

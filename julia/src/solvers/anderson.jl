@@ -39,7 +39,7 @@ function iterate!(s::Anderson, c::Columns{T}, p::FixedPoint{T}, iterations::Int)
     head = 0                         # place of the newest difference
     γ, b, G = zeros(T, m), zeros(T, m), zeros(T, m, m)
     for k in 1:iterations
-        evaluate_with_stability!(c, p) && return true
+        evaluate_all!(c, p; check = true) && return true
         head = k == 1 ? 0 : mod1(head + 1, m)
         for j in 1:c.active
             anderson_step!(c, history, gram, j, head, s, γ, b, G)

@@ -29,7 +29,7 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, iterations::Int) wher
     while used < iterations && c.active > 0
         for _ in 1:min(AUTO_BLOCK, iterations - used)
             used += 1
-            evaluate_all!(c, p; rescue = true) && break
+            evaluate_all!(c, p; check = used == 1, rescue = true) && break
             advance!(c, one(T))
         end
         for j in c.active:-1:1

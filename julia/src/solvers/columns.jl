@@ -226,17 +226,20 @@ function move_column!(c::Columns, j::Int, k::Int)
 end
 
 """
-    evaluate_all!(c, p; rescue = false)
+    evaluate_all!(c, p; check = false, rescue = false)
 
-Evaluate every active column and take out those that are done; true when none is left. With `rescue`, columns that blow
-up are set aside, to start again from zero by another method.
+Evaluate every active column and take out those that are done; true when none is left. Methods that may find solutions
+which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are set aside, to
+start again from zero by another method.
 """
-function evaluate_all!(c::Columns, p::FixedPoint; rescue = false)
+function evaluate_all!(c::Columns, p::FixedPoint; check = false, rescue = false)
     affine!(c, p)
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)
         if status === nothing
             continue
+        elseif status === CONVERGED && check && repels(c, p, j)
+            finish!(c, p, j, UNSTABLE, residual)
         elseif rescue && status !== CONVERGED
             fill!(view(c.Z, :, j), 0)
             c.residual[j] = Inf

@@ -29,7 +29,7 @@ function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) wh
         c.scalars[2, j] = Inf             # residual at the base of the step
     end
     for _ in 1:iterations
-        evaluate_with_stability!(c, p) && return true
+        evaluate_all!(c, p; check = true) && return true
         for j in 1:c.active
             t, residual = c.scalars[1, j], c.residual[j]
             if t > 0 && !(residual < (1 - T(1.0e-4) * t) * c.scalars[2, j])
@@ -103,7 +103,7 @@ function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) whe
         c.scalars[2, j] = Inf
     end
     for k in 1:iterations
-        evaluate_with_stability!(c, p) && return true
+        evaluate_all!(c, p; check = true) && return true
         m = c.active
         (ispow2(k) && k <= 64) && chord_inverse!(M, D, mean_slope, c, p)
         @inbounds @simd for i in 1:(n * m)

@@ -48,7 +48,7 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
         c.residual[j] = T(Inf)
     end
     # The verdict is ours, by the same evaluation as for every other solver.
-    return evaluate_with_stability!(c, p)
+    return evaluate_all!(c, p; check = true)
 end
 
 function attempt(s::NLsolver, root, start::Vector{T}, target, iterations) where {T}

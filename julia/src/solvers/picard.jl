@@ -20,7 +20,7 @@ end
 function iterate!(s::Picard, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
     for k in 1:iterations
         # Undamped iteration ends at what attracts it, unless it starts there.
-        (k == 1 || s.damping < 1 ? evaluate_with_stability!(c, p) : evaluate_all!(c, p)) && return true
+        evaluate_all!(c, p; check = k == 1 || s.damping < 1) && return true
         advance!(c, T(s.damping))
     end
     return false

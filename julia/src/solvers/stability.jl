@@ -19,27 +19,18 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
 end
 
 """
-Like [`evaluate_all!`](@ref) for methods that may find equilibria which do not attract: where the constraint does not
-guarantee a unique one, a sample that has converged is `UNSTABLE` if the spectral radius of its Jacobian is 1 or more.
-"""
-evaluate_with_stability!(c::Columns, p::FixedPoint) = evaluate_all!(c, p)
-function evaluate_with_stability!(c::Columns{T}, p::Stationary{T}) where {T}
-    p.check_stability || return evaluate_all!(c, p)
-    affine!(c, p)
-    d = Matrix{T}(undef, size(c.F, 1), 1)
-    for j in c.active:-1:1
-        status, residual = evaluate!(c, p, j)
-        if status === CONVERGED
-            slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-            repels(p, d) && (status = UNSTABLE)
-        end
-        status === nothing || finish!(c, p, j, status, residual)
-    end
-    return c.active == 0
-end
+    repels(c, p, j)
 
-# A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
-repels(p::Stationary, d) = maximum(abs, d) * p.norm >= 1 && repels(p.R, d)
+Whether Picard iteration moves away from the solution in column j: the spectral radius of its Jacobian is 1 or more. Asked
+only where the constraint does not guarantee a unique equilibrium.
+"""
+repels(::Columns, ::FixedPoint, ::Int) = false
+function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
+    p.check_stability || return false
+    d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
+    # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
+    return maximum(abs, d) * p.norm >= 1 && repels(p.R, d)
+end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
 
 """

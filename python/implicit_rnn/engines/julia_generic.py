@@ -94,7 +94,7 @@ def _lent(problem: GenericProblem) -> tuple[Array, ...]:
 def _from_julia(flat: Array, shape: tuple[int, ...], batched: bool) -> Array:
     """The inverse of ``_lent`` for one argument."""
     axes = _reversal(len(shape), batched)
-    return np.ascontiguousarray(flat.reshape([shape[axis] for axis in axes]).transpose(axes))
+    return np.array(flat.reshape([shape[axis] for axis in axes]).transpose(axes), order="C")
 
 
 def _reversal(axes: int, batched: bool) -> tuple[int, ...]:

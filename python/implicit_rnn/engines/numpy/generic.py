@@ -224,7 +224,7 @@ def _solve_each(A: Array, b: Array) -> tuple[Array, Array]:
                 x[row] = np.linalg.solve(A[row], b[row])
             except np.linalg.LinAlgError:
                 continue
-    return x, np.isfinite(x).all(axis=1)
+    return x, np.asarray(np.isfinite(x).all(axis=1))
 
 
 # --- fixed points --------------------------------------------------------------------------------------------
@@ -259,7 +259,8 @@ class _FixedPoint(_Solve):
         rows.residual, rows.iterations = residual, rows.iterations + steps
         new = np.isnan(self.first[rows.index])
         self.first[rows.index[new]] = residual[new]
-        done, broken = residual <= self.equation.tol * scale, ~np.isfinite(residual)
+        broken = ~np.isfinite(residual)
+        done = (residual <= self.equation.tol * scale) & ~broken  # where the norms overflow, both are infinite
         diverged = residual > _BLOW_UP * np.maximum(self.first[rows.index], 1 + self.floor)
         ended = done | broken | diverged
         if not ended.any():
