@@ -202,21 +202,43 @@ THREADS = """
         net.fit(X, Y, epochs=10, batch_size=50)
         return *first, net.parameters
 
-    expected = [results(seed) for seed in range(4)] if {warm} else None
-    found = {{}}
-    threads = [threading.Thread(target=lambda s=s: found.update({{s: [results(s) for _ in range(10)]}})) for s in range(4)]
+    expected = [results(seed) for seed in range(4)]
+    found = {}
+    threads = [threading.Thread(target=lambda s=s: found.update({s: [results(s) for _ in range(10)]})) for s in range(4)]
     for t in threads: t.start()
     for t in threads: t.join()
-    expected = expected or [results(seed) for seed in range(4)]
     same = [all(np.array_equal(a, b) for a, b in zip(expected[s], r)) for s in range(4) for r in found[s]]
     print(len(same), all(same))
 """
 
 
-@pytest.mark.parametrize("warm", [True, False], ids=["Julia started by the main thread", "Julia started by a worker"])
-def test_four_threads_at_once_get_the_results_of_one(warm, run_python: RunPython):
-    done = run_python(THREADS.format(warm=warm), timeout=60)
+def test_four_threads_at_once_get_the_results_of_one(run_python: RunPython):
+    done = run_python(THREADS, timeout=60)
     assert (done.returncode, done.stdout) == (0, "40 True\n"), str(done)
+
+
+START_BY_WORKER = """
+    import threading
+    import implicit_rnn as irnn
+
+    def start():
+        try:
+            irnn.get_engine("julia")
+        except irnn.EngineError as error:
+            print(error)
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    print(irnn.get_engine("julia").name)
+"""
+
+
+def test_start_by_a_worker_thread_is_refused_with_the_remedy(run_python: RunPython):
+    done = run_python(START_BY_WORKER, timeout=60)
+    refusal, engine = done.stdout.splitlines()
+    assert "started by the main thread: call implicit_rnn.get_engine() there" in refusal
+    assert engine == "julia"
 
 
 GARBAGE = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -333,6 +334,16 @@ def test_the_arguments_of_a_solution_are_its_own(given):
     before = sol.vjp([1.0])["a"]
     a[0] = 0.1
     np.testing.assert_array_equal(sol.vjp([1.0])["a"], before)
+
+
+@pytest.mark.julia
+def test_julia_keeps_no_array():
+    text, function = FUNCTIONS["cosine"]
+    sols = [
+        fixed_point(f, np.zeros((3, 1)), args=(np.full(3, 0.8),), batched="a") for f in (irnn.julia(text), function)
+    ]
+    counts = [[sys.getrefcount(x) for x in (*sol.vjp(np.ones((3, 1))).values(), sol.status, sol.state)] for sol in sols]
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.julia

@@ -14,7 +14,10 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 """
 function entry_points()
     points = pydict()
-    for f in (compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive, GENERIC_ENTRY_POINTS...)
+    own = (
+        compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
+    )
+    for f in (own..., GENERIC_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
     end
     return points
@@ -45,6 +48,10 @@ struct NumPy{T}
     array::Py
 end
 
+# The small objects of a call pile up for long before Julia's collector thinks them worth its while.
+const CALLS = Ref(0)
+const COLLECT_EVERY = 1000
+
 """
     borrow(f, arrays::NumPy...)
 
@@ -52,6 +59,7 @@ Call `f` with plain vectors on the memory of the arrays, with the GIL released. 
 References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
 """
 function borrow(f, arrays::Vararg{NumPy, N}) where {N}
+    (CALLS[] += 1) % COLLECT_EVERY == 0 && GC.gc(false)
     views = map(view_of, arrays)
     try
         return GC.@preserve views begin
@@ -120,6 +128,7 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
         solution = Solution{T}(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
     end
+    pydel!(outs)          # a tuple keeps its arrays alive
     return nothing
 end
 
@@ -145,6 +154,7 @@ function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
     borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))...) do p, X, Y, v, h
         hessian_vector_product!(h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v)
     end
+    pydel!(arrays)
     return nothing
 end
 
@@ -155,6 +165,7 @@ function spectral_radius(s::Session{T}, arrays::Py) where {T}
     borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
         copyto!(out, ImplicitRNN.spectral_radius(net, p, columns(X, net.inputs), columns(state, neurons(net))))
     end
+    pydel!(arrays)
     return nothing
 end
 
@@ -185,6 +196,7 @@ function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
             batch_size, rates, columns(losses, epochs), columns(unconverged, epochs),
         )
     end
+    pydel!(arrays)
     return nothing
 end
 

@@ -39,29 +39,35 @@ function lend_problem(use, ::Type{T}, d::Py, Z::Py, args::Py, others::Vector) wh
     shapes = [shape(a) for a in d["args"]]
     batched = Bool[pyconvert(Bool, a["batched"]) for a in d["args"]]
     inputs = lent(args, [dtype(a) for a in d["args"]])
-    return borrow(NumPy{T}(Z), inputs..., others...) do z, vectors...
+    borrow(NumPy{T}(Z), inputs..., others...) do z, vectors...
         arguments = Array[reshape(x, s) for (x, s) in zip(vectors, shapes)]
         problem = GenericProblem{T}(f, isroot, n, samples, arguments, batched)
         use(problem, reshape(z, n, samples), vectors[(length(shapes) + 1):end]...)
         return
     end
+    pydel!(args)          # a tuple keeps its arrays alive
+    return
 end
 
 "`generic_solve(description, Z, args, outs)`: `Z` holds the start and takes the solution, outs = (status, iterations, residual, rate)."
 function generic_solve(d::Py, Z::Py, args::Py, outs::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
-    return with_problem(d, Z, args, lent(outs, (Int8, Int32, Float64, Float64))) do problem, Z, status, iterations, residual, rate
+    said = with_problem(d, Z, args, lent(outs, (Int8, Int32, Float64, Float64))) do problem, Z, status, iterations, residual, rate
         solve!(Z, Outcome(reinterpret_status(status), iterations, residual, rate), problem, solver)
     end
+    pydel!(outs)
+    return said
 end
 
 "`generic_vjp(description, Z, args, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
 function generic_vjp(d::Py, Z::Py, args::Py, v::Py, gradients::Py)
     types = [dtype(a) for a in d["args"]]
-    return with_problem(d, Z, args, [NumPy{dtype(d)}(v); lent(gradients, types)]) do problem, Z, v, gradients...
+    said = with_problem(d, Z, args, [NumPy{dtype(d)}(v); lent(gradients, types)]) do problem, Z, v, gradients...
         shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, problem.args)]
         vjp!(shaped, problem, Z, reshape(v, size(Z)))
     end
+    pydel!(gradients)
+    return said
 end
 
 "`generic_jacobian(description, Z, args, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."

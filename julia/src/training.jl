@@ -14,6 +14,7 @@ mutable struct Trainer{T, R, O}
     const batch_X::Matrix{T}
     const batch_Y::Matrix{T}
     const clip::T
+    const alive::Vector{Bool}             # per net: its loss and gradient have been finite so far
     rule::R
     steps::Int                            # taken so far; numbers the random vectors of the Jacobian penalty
 end
@@ -24,7 +25,8 @@ function Trainer(problem::Problem{T}, rule; nets::Int = 1, clip = Inf, batch_siz
     states = [Optimisers.init(rule, zero_parameters) for _ in 1:nets]
     return Trainer{T, typeof(rule), eltype(states)}(
         problem, Workspace(problem), zeros(T, length(net)), states,
-        zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), T(clip), rule, 0
+        zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), T(clip),
+        fill(true, nets), rule, 0
     )
 end
 
@@ -35,7 +37,7 @@ Train for `size(order, 2)` epochs. Column s of `P` holds the parameters of net s
 of `order` gives the samples (from 1) of epoch e in their order, of which `batch_size` form a step; `rates` is
 the learning rate of each step, the same for all nets. Filled in, per epoch and net: `losses` (the mean over
 the steps, each before its update) and `unconverged` (samples). A net whose loss or gradient is no longer
-finite keeps its last parameters for the rest of the call; its losses are then NaN.
+finite keeps its last parameters for good; its losses are then NaN.
 """
 function train!(trainer::Trainer, P::AbstractMatrix, X, Y, order, batch_size::Int, rates, losses, unconverged)
     for s in axes(P, 2)
@@ -48,6 +50,7 @@ end
 function train_net!(trainer::Trainer, p, s, X, Y, order, batch_size, rates, losses, unconverged)
     samples, epochs = size(order)
     in_order = batch_size >= samples
+    trainer.alive[s] || return (fill!(losses, NaN); fill!(unconverged, 0))
     step = 0
     for epoch in 1:epochs
         total = 0.0
@@ -68,7 +71,9 @@ function train_net!(trainer::Trainer, p, s, X, Y, order, batch_size, rates, loss
             failed += quality.unconverged
             gradient_norm = norm(trainer.gradient)
             if !isfinite(loss) || !isfinite(gradient_norm)
+                trainer.alive[s] = false
                 losses[epoch:end] .= NaN
+                unconverged[epoch:end] .= 0
                 unconverged[epoch] = failed
                 return
             end

@@ -78,6 +78,8 @@ end
     @test solution.status == [Status(1)]
     @test_throws "did not converge" vjp(solution, [1.0])
     @test vjp(solution, [0.0]) == ()
+    solution = root((z, a) -> z .^ 2 .+ a, [0.5 0.5], [-1.0, 1.0]; batched = (1,))
+    @test vjp(solution, [1.0 0.0])[1] ≈ [-0.5, 0.0]
 end
 
 const DERIVATIVES = (
@@ -184,6 +186,9 @@ end
     f = compiled_function("(z, a) -> norm(z) .* cos.(a .* z)")          # LinearAlgebra is at hand
     @test f === compiled_function("(z, a) -> norm(z) .* cos.(a .* z)")
     @test fixed_point(f, [0.5], 0.1).status == [Status(0)]
+    foreach(_ -> GC.gc(), 1:3)                                          # its module must not be collected
+    compiled_function.(["z -> $k .* z" for k in 1:50])
+    @test f([0.5], 0.1) isa Vector
     @test_throws "cannot be parsed: Expected `)`" compiled_function("(z, a) -> cos.(a .* z")
     @test_throws "not a function" compiled_function("1 + 1")
 end

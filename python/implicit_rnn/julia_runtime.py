@@ -6,7 +6,9 @@ the environment, which only has to provide their dependencies and PythonCall.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -99,14 +101,17 @@ def prepared_environment() -> Environment | None:
         return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        return Environment(data["exe"], data["project"], f"prepared by implicit-rnn setup, {path}")
+        exe, project = data["exe"], data["project"]
+        if not isinstance(exe, str) or not isinstance(project, str):
+            raise TypeError("exe and project must be strings")
+        return Environment(exe, project, f"prepared by implicit-rnn setup, {path}")
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{path} is damaged ({error}); run `implicit-rnn setup` again or delete it") from error
 
 
 def explicit_environment() -> Environment | None:
     """The environment of PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT; EngineError if only one is set."""
-    exe, project = os.environ.get("PYTHON_JULIACALL_EXE"), os.environ.get("PYTHON_JULIACALL_PROJECT")
+    exe, project = os.environ.get("PYTHON_JULIACALL_EXE") or None, os.environ.get("PYTHON_JULIACALL_PROJECT") or None
     if (exe is None) != (project is None):
         given, absent = ("EXE", "PROJECT") if exe else ("PROJECT", "EXE")
         raise EngineError(f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither")
@@ -173,13 +178,13 @@ LOCK = threading.RLock()
 """Held around every entry into Julia: one at a time per process."""
 
 _entry_points: dict[str, EntryPoint] | None = None
-_started_here = False
 _forked = False
 
 
 def _after_fork_in_child() -> None:
     global _forked
-    _forked = _started_here
+    module = sys.modules.get("juliacall")
+    _forked = module is not None and bool(module.CONFIG.get("inited", False))
 
 
 if hasattr(os, "register_at_fork"):
@@ -215,10 +220,15 @@ def evaluate(code: str) -> Any:
 
 
 def _start() -> dict[str, EntryPoint]:
-    global _started_here
     module = sys.modules.get("juliacall")
     running = module is not None and module.CONFIG.get("inited", False)
     if not running:
+        if threading.current_thread() is not threading.main_thread():
+            # Julia keeps the thread that starts it for good: collections and its exit hang if that one has ended.
+            raise EngineError(
+                "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
+                "another thread"
+            )
         environment = find_environment()
         if environment is not None:
             os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
@@ -228,7 +238,8 @@ def _start() -> dict[str, EntryPoint]:
         import juliacall
     except Exception as error:
         raise EngineError(f"Julia did not start: {error}") from error
-    _started_here = True
+    if threading.current_thread() is threading.main_thread():
+        _allow_collection_from_other_threads()
     try:
         return _load(juliacall)
     except juliacall.JuliaError as error:
@@ -236,6 +247,21 @@ def _start() -> dict[str, EntryPoint]:
         raise EngineError(
             f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
         ) from error
+
+
+def _allow_collection_from_other_threads() -> None:
+    """Mark this thread, which Julia knows since its start, as safe for garbage collection while it runs Python.
+
+    Otherwise a collection that starts on another Python thread waits for it forever. Every call into Julia leaves the
+    safe region and comes back to it. The functions are exported by libjulia but not documented.
+    """
+    api = ctypes.PyDLL(None)
+    try:
+        enter, leave = api.jl_gc_safe_enter, api.jl_gc_safe_leave
+    except AttributeError:
+        return
+    enter.restype, leave.argtypes, leave.restype = ctypes.c_int8, [ctypes.c_int8], None
+    atexit.register(leave, enter())  # runs before juliacall's own hook, which was registered earlier
 
 
 def _load(juliacall: Any) -> dict[str, EntryPoint]:

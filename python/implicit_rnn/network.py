@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ from numpy.typing import ArrayLike
 from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, check_engine, get_engine
 from implicit_rnn.engines.numpy import constraints as numpy_constraints
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.options import Adjoint, Auto, Constraint, Implicit, Perron, Solver
 from implicit_rnn.solution import Solution
 from implicit_rnn.topology import INPUT, Layer, Topology
@@ -280,6 +279,11 @@ class Network:
 
         >>> run = net.fit(X, Y, optimizer=Adam(1e-2), epochs=300, batch_size=100, validation=(Xv, Yv))
         """
+        unknown = set(settings) - training.SETTINGS
+        if unknown:
+            raise TypeError(
+                f"fit has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(training.SETTINGS))}"
+            )
         return training.fit_many([self], X, Y, **settings)[0]
 
     def program(
@@ -359,4 +363,4 @@ def _report(on_failure: str, failure: str, constraint: Constraint, solution: Sol
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     if on_failure == "warn":
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        warn(message, ConvergenceWarning)

@@ -6,14 +6,30 @@ Each is a frozen dataclass that only stores and checks its options; what they do
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 Value = float | int | str | None
 Kind = TypeVar("Kind", bound="Option")
 
 
+class _OptionType(type):
+    """Refuses misspelt options with a list of the valid ones."""
+
+    if not TYPE_CHECKING:
+
+        def __call__(cls, *values: Any, **options: Any) -> Any:
+            valid = [option.name for option in fields(cls)]
+            unknown = sorted(set(options) - set(valid))
+            if unknown:
+                raise TypeError(
+                    f"{cls.__name__} has no option {', '.join(unknown)}; its options are {', '.join(valid) or 'none'}"
+                )
+            return super().__call__(*values, **options)
+
+
 @dataclass(frozen=True)
-class Option:
+class Option(metaclass=_OptionType):
     """Base of all configuration objects."""
 
     @property
@@ -53,14 +69,36 @@ def _leaves(kind: type[Kind]) -> list[type[Kind]]:
     return [leaf for child in children for leaf in _leaves(child)] if children else [kind]
 
 
+def check_count(name: str, value: object) -> int:
+    """A whole number from 1, checked."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number from 1, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be a whole number from 1, got {value}")
+    return int(value)
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_fraction(name: str, value: float) -> None:
+    _check_number(name, value)
     if not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}")
 
 
+def _check_decay(name: str, value: float) -> None:
+    _check_number(name, value)
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+
+
 def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    _check_number(name, value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
@@ -168,8 +206,7 @@ class Picard(Solver):
     max_iterations: int = 1000
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
+        _check_damping(self.damping)
         _check_solver(self.tol, self.max_iterations)
 
 
@@ -187,11 +224,11 @@ class Anderson(Solver):
     max_iterations: int = 500
 
     def __post_init__(self) -> None:
-        if not 1 <= self.memory <= 10:
+        if check_count("memory", self.memory) > 10:
             raise ValueError(f"memory must lie between 1 and 10, got {self.memory}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"damping must lie in (0, 1], got {self.damping}")
-        if self.ridge < 0:
+        _check_damping(self.damping)
+        _check_number("ridge", self.ridge)
+        if not self.ridge >= 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}")
         _check_solver(self.tol, self.max_iterations)
 
@@ -238,10 +275,16 @@ class NLsolve(Solver):
         _check_solver(self.tol, self.max_iterations)
 
 
+def _check_damping(damping: float) -> None:
+    _check_number("damping", damping)
+    if not 0 < damping <= 1:
+        raise ValueError(f"damping must lie in (0, 1], got {damping}")
+
+
 def _check_solver(tol: float | None, max_iterations: int) -> None:
     if tol is not None:
         _check_positive("tol", tol)
-    _check_positive("max_iterations", max_iterations)
+    check_count("max_iterations", max_iterations)
 
 
 # --- adjoints --------------------------------------------------------------------------------------------
@@ -284,7 +327,7 @@ class Unrolled(Adjoint):
     steps: int = 8
 
     def __post_init__(self) -> None:
-        _check_positive("steps", self.steps)
+        check_count("steps", self.steps)
 
 
 # --- optimisers ------------------------------------------------------------------------------------------
@@ -314,6 +357,10 @@ class Momentum(Optimizer):
     learning_rate: float = 1e-2
     momentum: float = 0.9
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_decay("momentum", self.momentum)
+
 
 @dataclass(frozen=True)
 class Nesterov(Optimizer):
@@ -321,6 +368,10 @@ class Nesterov(Optimizer):
 
     learning_rate: float = 1e-2
     momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_decay("momentum", self.momentum)
 
 
 @dataclass(frozen=True)
@@ -331,6 +382,12 @@ class Adam(Optimizer):
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_decay("beta1", self.beta1)
+        _check_decay("beta2", self.beta2)
+        _check_positive("epsilon", self.epsilon)
 
 
 LOSSES = ("mse",)
@@ -344,6 +401,7 @@ def check_loss(loss: object) -> str:
 
 def check_penalty(weight: float, adjoint: object) -> float:
     """The weight of the Jacobian penalty, checked."""
+    _check_number("jacobian_penalty", weight)
     if not weight >= 0:
         raise ValueError(f"jacobian_penalty must not be negative, got {weight}")
     if weight > 0 and (isinstance(adjoint, Unrolled) or str(adjoint).lower() == "unrolled"):

@@ -36,12 +36,19 @@ def save(net: Network, path: str | Path) -> None:
     os.close(descriptor)
     try:
         save_file(tensors, temporary, metadata)
+        os.chmod(temporary, 0o666 & ~_umask())
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def load(path: str | Path, engine: str | None = None) -> Network:
@@ -64,7 +71,7 @@ def load(path: str | Path, engine: str | None = None) -> Network:
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")
     version = metadata.get("format_version", "")
-    if not version.isdigit() or int(version) > FORMAT_VERSION:
+    if not (version.isascii() and version.isdigit()) or int(version) > FORMAT_VERSION:
         raise ModelFileError(
             f"{source} has format version {version or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
             "pip install --upgrade implicit-rnn"

@@ -288,7 +288,10 @@ def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, 
         return int(outputs)
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
         raise TypeError(f"outputs is {outputs!r}; expected a number of outputs or a list of neurons")
-    chosen = tuple(int(neuron) for neuron in outputs)
+    entries = list(outputs)
+    if any(isinstance(neuron, bool | np.bool_) or not isinstance(neuron, int | np.integer) for neuron in entries):
+        raise TypeError(f"outputs is {entries!r}; expected a number of outputs or a list of neurons (whole numbers)")
+    chosen = tuple(int(neuron) for neuron in entries)
     if not chosen or any(not 0 <= neuron < neurons for neuron in chosen):
         raise ValueError(f"outputs is {list(chosen)}; expected neurons from 0 to {neurons - 1}, at least one")
     return chosen

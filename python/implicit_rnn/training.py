@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from tqdm import tqdm
 
 from implicit_rnn import options
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.options import Adam, Adjoint, Auto, Implicit, Optimizer, Picard, Solver, Unrolled
 from implicit_rnn.validation import as_samples, as_targets
 
@@ -104,19 +104,19 @@ def fit_many(
     if not nets:
         raise ValueError("nets is empty")
     first = nets[0]
-    if any(net.topology != first.topology or net.dtype != first.dtype for net in nets):
-        raise ValueError("all nets of one call must have the same topology and dtype")
+    if any((net.topology, net.dtype, net.engine) != (first.topology, first.dtype, first.engine) for net in nets):
+        raise ValueError("all nets of one call must have the same topology, dtype and engine")
     topology, dtype = first.topology, first.dtype
     x = as_samples("X", X, topology.inputs, dtype, "features", topology.neurons)
     y = as_targets("Y", Y, len(x), topology.output_size, dtype)
-    for name, count in (("epochs", epochs), ("validation_every", validation_every), ("batch_size", batch_size or 1)):
-        if not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be a whole number from 1, got {count!r}")
+    epochs = options.check_count("epochs", epochs)
+    validation_every = options.check_count("validation_every", validation_every)
+    batch_size = len(x) if batch_size is None else options.check_count("batch_size", batch_size)
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     options.check_on_failure(on_failure)
     rule = options.choose(Optimizer, optimizer, "optimizer")
-    size = min(batch_size or len(x), len(x))
+    size = min(batch_size, len(x))
     steps = -(-len(x) // size)
     held_out = None
     if validation is not None:
@@ -157,9 +157,11 @@ def fit_many(
                 measured = [_validate(net, *held_out, reader) for net in nets]
                 validation_losses.append([value for value, _ in measured])
                 validation_failures.append([0 if steps_only else failed for _, failed in measured])
-            if not warned and part_unconverged.any():
+            if not warned and (part_unconverged.any() or not np.isfinite(part_losses).all()):
                 warned = True
-                _report_unconverged(on_failure, part_unconverged, done - count, len(x), topology.constraint.unique)
+                _report_failure(
+                    on_failure, part_losses, part_unconverged, done - count, len(x), topology.constraint.unique
+                )
             _show(bar, count, part_losses, part_unconverged, len(x), validation_losses)
             elapsed = time.perf_counter() - started
             chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
@@ -191,16 +193,25 @@ def _validate(net: Network, X: Array, Y: Array, solver: Solver | str) -> tuple[f
     return float(np.mean((outputs.astype(np.float64) - Y) ** 2)), int((~solution.converged).sum())
 
 
-def _report_unconverged(on_failure: str, unconverged: Array, before: int, samples: int, unique: bool) -> None:
-    net, epoch = np.argwhere(unconverged > 0)[0]
-    remedy = "raise max_iterations, loosen tol or damp the solver"
-    message = (
-        f"{unconverged[net, epoch]} of {samples} samples did not reach an equilibrium in epoch {before + epoch + 1}; their "
-        f"gradient is not that of the loss. Remedies: {remedy}{'' if unique else ', or use constraint=Perron()'}"
-    )
+def _report_failure(
+    on_failure: str, losses: Array, unconverged: Array, before: int, samples: int, unique: bool
+) -> None:
+    failing = np.argwhere((unconverged > 0) | ~np.isfinite(losses))
+    net, epoch = failing[np.argmin(failing[:, 1])]
+    if unconverged[net, epoch]:
+        remedy = "raise max_iterations, loosen tol or damp the solver"
+        message = (
+            f"{unconverged[net, epoch]} of {samples} samples did not reach an equilibrium in epoch {before + epoch + 1}; "
+            f"their gradient is not that of the loss. Remedies: {remedy}{'' if unique else ', or use constraint=Perron()'}"
+        )
+    else:
+        message = (
+            f"the loss is no longer finite in epoch {before + epoch + 1}; the parameters are those of the step before. "
+            "Remedies: a smaller learning_rate, clip, or scaled inputs and targets"
+        )
     if on_failure == "raise":
         raise ConvergenceError(message)
-    warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    warn(message, ConvergenceWarning)
 
 
 def _show(
@@ -213,3 +224,7 @@ def _show(
         shown["unconverged"] = f"{unconverged[:, -1].mean() / samples:.1%}"
     bar.set_postfix(shown, refresh=False)
     bar.update(count)
+
+
+SETTINGS = frozenset(inspect.signature(fit_many).parameters) - {"nets", "X", "Y"}
+"""The settings of a fit."""

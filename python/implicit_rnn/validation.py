@@ -16,7 +16,7 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     Booleans, integers and floats up to 64 bits, of either byte order, are converted; ``TypeError`` for anything
     else.
     """
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    array = _as_array(name, value)
     if array.dtype.kind not in _CONVERTIBLE:
         raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.itemsize > 8:
@@ -35,7 +35,7 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     dtypes that are no real numbers, ``ValueError`` for wrong shapes, no samples, NaN and infinity, and
     ``MemoryError`` for more than the machine has.
     """
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    array = _as_array(name, value)
     if array.ndim != 2:
         hint = f"; one sample is {name}[None, :]" if array.ndim == 1 and array.shape[0] == columns else ""
         raise ValueError(f"{name} has shape {array.shape}; expected (samples, {columns} {what}){hint}")
@@ -46,7 +46,7 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     if array.shape[0] == 0:
         raise ValueError(f"{name} has no samples: shape {array.shape}")
     check_memory(name, array.shape[0], columns + neurons, dtype)
-    array = np.ascontiguousarray(as_real(name, array, dtype))
+    array = np.require(as_real(name, array, dtype), requirements=("C", "A"))
     if not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(array)} samples, first in sample {bad[0]}")
@@ -55,7 +55,7 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
 
 def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> np.ndarray:
     """Targets as a (samples, outputs) array; a vector is accepted for a single output."""
-    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    array = _as_array(name, value)
     if array.ndim == 1 and outputs == 1:
         array = array[:, None]
     array = as_samples(name, array, outputs, dtype, "outputs")
@@ -76,3 +76,12 @@ def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None
             f"{name} has {samples} samples, for which {needed / 2**30:.3g} GiB are needed and {available / 2**30:.3g} GiB "
             f"are there; pass it in parts"
         )
+
+
+def _as_array(name: str, value: ArrayLike) -> np.ndarray:
+    if isinstance(value, np.ndarray):
+        return value
+    try:
+        return np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array of numbers: {error}") from error

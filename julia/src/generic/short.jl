@@ -11,6 +11,7 @@ so that a broadcast formula such as `a .* sin.(z)` allocates nothing; whatever e
 """
 struct Short{N, T} <: AbstractVector{T}
     entries::NTuple{N, T}
+    Short(entries::Tuple{T, Vararg{T, M}}) where {T, M} = new{M + 1, T}(entries)
 end
 Short(entries...) = Short(promote(entries...))
 

@@ -94,7 +94,7 @@ for arguments that are not floating-point numbers. Samples with `v` zero are lef
 """
 function vjp!(gradients, problem::GenericProblem{T}, Z::Matrix{T}, v::Matrix{T}) where {T}
     p = pointwise(problem, Z, zero(T), Outcome(0))
-    if is_small(problem)
+    if is_small(problem) && all(j -> concerned(v, j), axes(v, 2))
         Base.invokelatest(check_isolated, p, v)
         Base.invokelatest(vjp_by_implicit_function!, gradients, problem, Z, v)
     else

@@ -81,6 +81,7 @@ function newton!(c::Columns{T}, p::Pointwise{T}, j::Int, w::NewtonBuffers{T}, it
             length_of_step <= p.tol * scale && (status = CONVERGED)
         end
         if status !== nothing
+            p.root && solvable && add_step!(c.Z, j, w.step)          # it is there, and as good as another iteration
             p.root && copy_column!(c.F, j, c.Z, j)
             status === CONVERGED && !p.root && repels!(w.A, p, c.Z, j, sample) && (status = UNSTABLE)
             return status, relative
@@ -91,6 +92,13 @@ function newton!(c::Columns{T}, p::Pointwise{T}, j::Int, w::NewtonBuffers{T}, it
     end
     p.root && copy_column!(c.F, j, c.Z, j)
     return nothing, T(NaN)
+end
+
+function add_step!(Z, j, step)
+    @inbounds for i in eachindex(step)
+        Z[i, j] += step[i]
+    end
+    return
 end
 
 column_norm(A, j) = norm(view(A, :, j))

@@ -183,8 +183,8 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
         isfinite(c.residual[j]) && (c.rate[j] = residual / c.residual[j])
         c.residual[j] = residual
     end
-    status = residual <= p.tol * scale ? CONVERGED :
-        !isfinite(residual) ? NON_FINITE :
+    status = !isfinite(residual) ? NON_FINITE :
+        residual <= p.tol * scale ? CONVERGED :
         residual > T(BLOW_UP) * (1 + p.floor) ? DIVERGED : nothing
     return status, iszero(scale) ? zero(T) : residual / scale
 end

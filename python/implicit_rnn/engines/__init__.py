@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 
 from implicit_rnn.engines.base import Engine, Problem, Program, Quality, Trainer
-from implicit_rnn.errors import EngineError, EngineWarning
+from implicit_rnn.errors import EngineError, EngineWarning, warn
 
 __all__ = ["ENGINES", "Engine", "Problem", "Program", "Quality", "Trainer", "get_engine"]
 
@@ -53,9 +52,8 @@ def _make(name: str) -> Engine:
     try:
         return _engines.setdefault("julia", JuliaEngine())
     except EngineError as error:
-        warnings.warn(
+        warn(
             f"using the NumPy engine, which is slower: {error}. Silence this with IMPLICIT_RNN_ENGINE=numpy",
             EngineWarning,
-            stacklevel=4,
         )
         return _engines.setdefault("numpy", NumpyEngine())

@@ -356,6 +356,7 @@ class NumpyTrainer:
         self._program = program
         self._clip = clip
         self._steps = 0
+        self._alive = np.ones(nets, bool)
         self._rule = RULES[type(optimizer)](optimizer, (nets, program.topology.parameters), program.dtype)
 
     def train(
@@ -370,7 +371,7 @@ class NumpyTrainer:
         unconverged: Array,
     ) -> None:
         samples = len(X)
-        alive = np.ones(len(P), bool)
+        alive = self._alive
         step = 0
         for epoch, permutation in enumerate(order):
             total = np.zeros(len(P))
@@ -381,10 +382,11 @@ class NumpyTrainer:
                 self._steps += 1
                 loss, G, outcome, adjoint_residual = self._program.gradients(P, x, y, self._steps)
                 size = norm(G)
+                was_alive = alive.copy()
                 alive &= np.isfinite(loss) & np.isfinite(size)
                 G[size > self._clip] *= (self._clip / size[size > self._clip])[:, None]
                 total += np.where(alive, loss, np.nan) * len(chosen)
-                failed += self._program.failed(outcome, adjoint_residual).sum(axis=1)
+                failed += np.where(was_alive, self._program.failed(outcome, adjoint_residual).sum(axis=1), 0)
                 change = self._rule.step(np.where(alive[:, None], G, 0), rates[step])
                 P -= np.where(alive[:, None], change, 0).astype(P.dtype)
                 step += 1

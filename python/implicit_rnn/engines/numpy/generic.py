@@ -300,7 +300,8 @@ def _root(problem: GenericProblem, tol: float, limit: int, outcome: Outcome) -> 
         outcome.merge(
             rows[ended], status[ended], iterations[ended], np.where(broken, np.nan, relative)[ended], rate[ended]
         )
-        state[rows[ended]] = Z[ended]
+        # The last step is there, and as good as another iteration.
+        state[rows[ended]] = np.where((done & exists)[:, None], Z + step, Z)[ended]
         if ended.all():
             break
         Z, F, rows = z[better], f[better], rows[~ended]

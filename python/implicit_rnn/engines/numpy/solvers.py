@@ -158,8 +158,8 @@ class _Solve:
         rate = np.where(np.isfinite(rows.residual), (residual / rows.residual) ** (1 / steps), 0)
         rows.residual, rows.iterations = residual, rows.iterations + steps
         self.rate = rate
-        done = residual <= equation.tol * scale
         broken = ~np.isfinite(residual)
+        done = ~broken & (residual <= equation.tol * scale)
         lost = broken | (residual > _BLOW_UP * (1 + self.floor))
         if self.rescued is not None and lost.any():
             rescued = rows.take(lost)
