@@ -279,11 +279,9 @@ class Network:
 
         >>> run = net.fit(X, Y, optimizer=Adam(1e-2), epochs=300, batch_size=100, validation=(Xv, Yv))
         """
-        unknown = set(settings) - training.SETTINGS
+        unknown = set(settings) - set(training.SETTINGS)
         if unknown:
-            raise TypeError(
-                f"fit has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(training.SETTINGS))}"
-            )
+            raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}; it has {', '.join(training.SETTINGS)}")
         return training.fit_many([self], X, Y, **settings)[0]
 
     def program(

@@ -226,5 +226,5 @@ def _show(
     bar.update(count)
 
 
-SETTINGS = frozenset(inspect.signature(fit_many).parameters) - {"nets", "X", "Y"}
+SETTINGS = tuple(name for name in inspect.signature(fit_many).parameters if name not in ("nets", "X", "Y"))
 """The settings of a fit."""
