@@ -132,7 +132,7 @@ def fit_many(
     validation_failures: list[list[int]] = []
     # What an unrolled net computes is the result of its steps.
     steps_only = isinstance(adjoint, Unrolled)
-    reader = Picard(max_iterations=adjoint.steps + 1) if isinstance(adjoint, Unrolled) else solver
+    reader = Picard(max_iterations=adjoint.steps) if isinstance(adjoint, Unrolled) else solver
     warned = on_failure == "ignore"
     begin = time.perf_counter()
     with tqdm(total=epochs, disable=None if progress is None else not progress, unit="epoch") as bar:
