@@ -1,0 +1,117 @@
+"""Layered networks, every constraint, solver and adjoint: the two engines agree, and the guarantees hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import implicit_rnn as irnn
+
+CONSTRAINTS = [irnn.Free(), irnn.Perron(0.9), irnn.InfNorm(0.9), irnn.Spectral(0.9), irnn.Monotone(0.1)]
+SOLVERS = [irnn.Auto(tol=1e-12), irnn.Picard(tol=1e-12), irnn.Anderson(tol=1e-12), irnn.Newton(tol=1e-12)]
+ADJOINTS = [irnn.Implicit(), irnn.JacobianFree(), irnn.Unrolled(7)]
+LAYERS = [irnn.Layer(4), irnn.Layer(3, "sigmoid", lateral=False), irnn.Layer(5, "softplus")]
+SHAPES = {
+    "one layer": {"layers": [irnn.Layer(5)]},
+    "no feedback": {"layers": LAYERS},
+    "feedback": {"layers": LAYERS, "feedback": True},
+    "chosen pairs and skips": {"layers": LAYERS, "feedback": [(1, 0)], "skips": [(0, 2)], "input_skips": [2]},
+}
+
+
+def build(shape: str, constraint: irnn.options.Constraint, engine: str) -> irnn.Network:
+    net = irnn.Network(3, outputs=2, constraint=constraint, engine=engine, **SHAPES[shape])
+    net.parameters[:] = 0.3 * np.random.default_rng(7).standard_normal(net.parameters.shape)
+    return net
+
+
+@pytest.fixture(scope="module")
+def data() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return rng.standard_normal((9, 3)), rng.standard_normal((9, 2))
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: c.name)
+class TestEnginesAgree:
+    @pytest.mark.parametrize("solver", SOLVERS, ids=lambda s: s.name)
+    def test_on_states_and_bounds(self, shape, constraint, solver, data):
+        julia, numpy = (build(shape, constraint, e).equilibrium(data[0], solver=solver) for e in ("julia", "numpy"))
+        assert np.abs(julia.state - numpy.state).max() < 1e-10
+        np.testing.assert_array_equal(julia.status, numpy.status)
+
+    @pytest.mark.parametrize("adjoint", ADJOINTS, ids=lambda a: a.name)
+    def test_on_gradients(self, shape, constraint, adjoint, data):
+        losses, gradients = zip(
+            *(
+                build(shape, constraint, e).loss_and_gradient(*data, solver=irnn.Newton(tol=1e-13), adjoint=adjoint)
+                for e in ("julia", "numpy")
+            ),
+            strict=True,
+        )
+        assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+        assert np.abs(gradients[0] - gradients[1]).max() < 1e-11
+
+    def test_on_training_with_the_jacobian_penalty(self, shape, constraint, data):
+        nets = [build(shape, constraint, e) for e in ("julia", "numpy")]
+        runs = [net.fit(*data, epochs=20, batch_size=4, jacobian_penalty=1.0) for net in nets]
+        assert np.abs(runs[0].loss - runs[1].loss).max() < 1e-8
+        assert np.abs(nets[0].spectral_radius(data[0]) - nets[1].spectral_radius(data[0])).max() < 1e-7
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: c.name)
+@pytest.mark.parametrize("penalty", [0.0, 0.7])
+def test_gradient_is_that_of_finite_differences(engine, shape, constraint, penalty, data):
+    net = build(shape, constraint, engine)
+    settings = {"solver": irnn.Newton(tol=1e-13), "jacobian_penalty": penalty, "probe": 3}
+    gradient = net.loss_and_gradient(*data, **settings)[1]
+    start, h = net.parameters.copy(), 1e-4
+    direction = np.random.default_rng(1).standard_normal(start.shape)
+
+    def loss(step: float) -> float:
+        net.parameters = start + step * direction
+        return net.loss_and_gradient(*data, **settings)[0]
+
+    slope = (8 * (loss(h) - loss(-h)) - (loss(2 * h) - loss(-2 * h))) / (12 * h)
+    assert gradient @ direction == pytest.approx(slope, rel=1e-7)
+
+
+LIMITS = {
+    irnn.Perron(0.9): lambda R: np.abs(np.linalg.eigvals(np.abs(R))).max() <= 0.9 + 1e-9,
+    irnn.InfNorm(0.9): lambda R: np.abs(R).sum(axis=1).max() <= 0.9 + 1e-9,
+    irnn.Spectral(0.9): lambda R: np.linalg.norm(R, 2) <= 0.9 + 1e-9,
+    irnn.Monotone(0.1): lambda R: np.linalg.eigvalsh((R + R.T) / 2).max() <= 0.9 + 1e-9,
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), size=st.floats(0.01, 30), constraint=st.sampled_from(list(LIMITS)))
+def test_guarantee_holds_for_any_raw_weights(seed, size, constraint):
+    net = irnn.Network(2, [4, 3], feedback=True, outputs=1, constraint=constraint, engine="numpy")
+    net.parameters[:] = size * np.random.default_rng(seed).standard_normal(net.parameters.shape)
+    assert LIMITS[constraint](net.recurrent_weights)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS[1:], ids=lambda c: c.name)
+def test_certified_bound_holds_through_the_stages(engine, constraint, data):
+    net = build("no feedback", constraint, engine)
+    exact = net.equilibrium(data[0], solver=irnn.Newton(tol=1e-13)).state
+    loose = net.equilibrium(data[0], solver=irnn.Picard(tol=1e-3), on_failure="ignore")
+    assert (np.abs(loose.state - exact).max(axis=1) <= loose.bound + 1e-12).all()
+
+
+def test_monotone_is_refused_where_slopes_are_negative():
+    with pytest.raises(ValueError, match="slope is never negative"):
+        irnn.Network(2, [irnn.Layer(3, "gelu")], outputs=1, constraint=irnn.Monotone())
+
+
+@pytest.mark.parametrize("option", [irnn.Chord(), irnn.NLsolve()], ids=lambda o: o.name)
+def test_solver_of_the_other_engine_is_refused_by_name(option, data):
+    with pytest.raises(
+        irnn.EngineError, match=rf'{option.name} is not available on the NumPy engine; use engine="julia"'
+    ):
+        build("one layer", irnn.Perron(), "numpy").equilibrium(data[0], solver=option)
