@@ -12,6 +12,7 @@ using ForwardDiff: Dual, ForwardDiff, partials
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
 using KrylovKit: eigsolve, linsolve
 using LinearAlgebra
+using LinearAlgebra: BlasFloat
 using NLsolve: NLsolve, nlsolve
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
@@ -25,20 +26,26 @@ export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hes
 export Trainer, train!
 export fixed_point, root, vjp
 
+include("parallel.jl")
+include("products.jl")
 include("activations.jl")
 include("constraints.jl")
 include("network.jl")
 include("weights.jl")
 include("factorization.jl")
+include("recurrence.jl")
 include("solvers/columns.jl")
 include("solvers/picard.jl")
 include("solvers/anderson.jl")
 include("solvers/stability.jl")
 include("solvers/newton.jl")
+include("solvers/chord.jl")
 include("solvers/nlsolve.jl")
 include("solvers/auto.jl")
 include("adjoint.jl")
+include("solvers/lanes.jl")
 include("losses.jl")
+include("workspace.jl")
 include("equilibrium.jl")
 include("regularization.jl")
 include("gradient.jl")

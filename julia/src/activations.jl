@@ -212,3 +212,32 @@ function slope_rows!(D, f::Activation, S, Z, rows)
     end
     return
 end
+
+"    curvatures(f, S, Z)\n\n`f″(S)` for all columns, given `Z = f(S)`."
+function curvatures(f, S, Z)
+    C = similar(S)
+    for (rows, piece) in pieces(f, size(S, 1))
+        C[rows, :] .= curvature.(Ref(piece), S[rows, :], Z[rows, :])
+    end
+    return C
+end
+
+"    deviation!(F, f, slope, S, Z, j)\n\n`F[:, j] = f(S[:, j]) - slope S[:, j]`; returns ‖F[:, j] - Z[:, j]‖² and ‖f(S[:, j])‖²."
+@inline function deviation!(F, f::Activation, slope, S, Z, j::Int)
+    changes = map(piece -> deviation_rows!(F, piece[2], slope, S, Z, j, piece[1]), pieces(f, size(S, 1)))
+    return sum(first, changes), sum(last, changes)
+end
+@inline function deviation_rows!(F, f::Activation, slope, S, Z, j::Int, rows::UnitRange{Int})
+    change = zero(eltype(F))
+    size2 = zero(eltype(F))
+    @inbounds @simd for i in rows
+        s = S[i, j]
+        z = value(f, s)
+        t = z - slope[i] * s
+        F[i, j] = t
+        d = t - Z[i, j]
+        change = muladd(d, d, change)
+        size2 = muladd(z, z, size2)
+    end
+    return change, size2
+end

@@ -1,5 +1,5 @@
 # The adjoint of an equilibrium: λ with (I - RᵀD) λ = ∂L/∂z*, D = diag f′(s*), from which every gradient
-# follows (Almeida 1987, Pineda 1987): ∂L/∂s = D λ. It is itself a fixed point, λ = ∂L/∂z* + RᵀD λ.
+# follows (Almeida 1987, Pineda 1987): e = ∂L/∂s = D λ. It is itself a fixed point, e = D (∂L/∂z* + Rᵀe).
 
 """
     Adjoint
@@ -11,13 +11,14 @@ abstract type Adjoint end
 """
     Implicit(; linear_solver = :auto, tol = nothing, max_iterations = 200)
 
-The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to the residual `tol` relative to ‖λ‖.
+The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a residual of D λ of `tol` relative to ‖D λ‖.
 
 - `:lu`: one LU factorisation of `I - D R` per sample; exact.
-- `:neumann`: `λ ← g + RᵀDλ`, one product for all samples an iteration.
+- `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
-- `:auto`: `:lu` up to $(SMALL_LU) neurons a stage, above it `:neumann` as long as that is fast, then `:anderson`.
+- `:auto`: the linear part that is common to the batch first, as in [`Chord`](@ref), where the batch is large enough for that to
+  pay. Else `:lu` up to $(SMALL_LU) neurons a stage, above it `:neumann` as long as that is fast, then `:anderson`.
 
 Samples which an iterative method leaves unsolved are solved by LU.
 """
@@ -62,57 +63,97 @@ const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
 """
     AdjointSystem{T}
 
-`λ = g + Rᵀ D λ` for each sample, a linear [`FixedPoint`](@ref): the drive is g, the slopes D are `extra[1]` of the
-columns.
+`e = D (g + Rᵀe)` for each sample, a linear [`FixedPoint`](@ref) in e = D λ: the drive is g = ∂L/∂z*, S is λ, and the slopes D
+are `extra[1]` of the columns.
 """
 struct AdjointSystem{T, V} <: FixedPoint{T}
-    R::Matrix{T}
-    f::Identity
+    M::Matrix{T}                 # Rᵀ
+    recurrence::Recurrence{T}
     tol::T
     floor::T
     Z::V
-    S::V
     outcome::Outcome
 end
 
 "Matrices of `Columns.extra` that belong to the equation."
 own_extra(::FixedPoint) = 0
-own_extra(::AdjointSystem) = 2
+own_extra(::AdjointSystem) = 1
 
-function affine!(c::Columns{T}, p::AdjointSystem{T}) where {T}
-    n, m = size(c.U, 1), c.active
-    D, E = c.extra[1], c.extra[2]
-    @inbounds @simd for k in 1:(n * m)
-        E[k] = D[k] * c.Z[k]
+@inline function activate!(c::Columns{T}, ::AdjointSystem{T}, j::Int) where {T}
+    D, S, Z, F = c.extra[1], c.S, c.Z, c.F
+    change = size2 = zero(T)
+    @inbounds @simd for i in axes(F, 1)
+        e = D[i, j] * S[i, j]
+        F[i, j] = e
+        d = e - Z[i, j]
+        change = muladd(d, d, change)
+        size2 = muladd(e, e, size2)
     end
-    copyto!(c.S, 1, c.U, 1, n * m)
-    mul!(view(c.S, :, 1:m), p.R', view(E, :, 1:m), one(T), one(T))
-    return c.S
+    return change, size2
+end
+
+deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int) = copy_column!(p.Z, sample, c.Z, j)
+
+# The linearised system: t = (D - d̄) λ, with λ = g + Qᵀd̄ g + Qᵀt.
+
+@inline function activate!(c::Columns{T}, p::Linearized{T, <:AdjointSystem}, j::Int) where {T}
+    D, S, Z, F, slope = c.extra[1], c.S, c.Z, c.F, p.slope
+    change = size2 = zero(T)
+    @inbounds @simd for i in axes(F, 1)
+        e = D[i, j] * S[i, j]
+        t = e - slope[i] * S[i, j]
+        F[i, j] = t
+        d = t - Z[i, j]
+        change = muladd(d, d, change)
+        size2 = muladd(e, e, size2)
+    end
+    return change, size2
+end
+
+function linearized(p::AdjointSystem{T, V}, q, c) where {T, V}
+    copyto!(extra!(q, 1)[1], 1, c.extra[1], 1, size(c.U, 1) * c.active)
+    r = p.recurrence
+    return Linearized{T, typeof(p), V}(r.Q_transposed, p, r.slope, p.tol, p.floor, p.Z, p.Z, q.outcome)
+end
+
+function accept!(c::Columns, p::AdjointSystem, j::Int, sample::Int)
+    copy_column!(c.S, j, p.Z, sample)
+    activate!(c, p, j)
+    copy_column!(c.Z, j, c.F, j)
+    return
 end
 
 """
-    solve_adjoint!(E, adjoint, c, R, D, G, outcome)
+    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome)
 
 `E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
 `outcome` (NaN where the system is singular).
 """
-function solve_adjoint!(E, ::JacobianFree, c, R, D, G, outcome)
+function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome)
     E .= D .* G
     return E
 end
 
-function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, outcome) where {T}
-    n, samples = size(R, 1), size(G, 2)
-    slopes_moving, _ = extra!(c, 2)
+function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome) where {T}
+    n, samples = size(r.R, 1), size(G, 2)
+    slopes_moving = extra!(c, 1)[1]
     for j in 1:samples
         copy_column!(c.U, j, G, j)
-        copy_column!(c.Z, j, G, j)
         copy_column!(slopes_moving, j, D, j)
     end
-    start!(c, samples)
-    p = AdjointSystem{T, typeof(E)}(R, Identity(), tolerance(s, T), floatmin(T), E, E, outcome)
+    start!(c, samples; cold = true)
+    p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome)
     method = s.linear_solver
-    method === :auto && (method = n <= SMALL_LU ? :lu : :switching)
+    if method === :auto
+        if n <= LANE_NEURONS
+            solve_adjoint_lanes!(lanes!(c), c, p) && return E
+        elseif r.linearized
+            iterate_linearized!(c, p, LINEARIZED_PATIENCE) && return E
+            advance!(c, one(T))
+            iterate!(Picard(), c, p, AUTO_BLOCK) && return E
+        end
+        method = n <= SMALL_LU ? :lu : :switching
+    end
     if method === :neumann
         iterate!(Picard(), c, p, s.max_iterations)
     elseif method === :anderson
@@ -123,7 +164,6 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, R::Matrix{T}, D, G, outco
         gmres_each!(c, p, s.max_iterations)
     end
     factorize_each!(c, p)
-    E .*= D
     return E
 end
 
@@ -131,34 +171,38 @@ end
 const NEUMANN_PATIENCE = 30
 
 function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
-    n = size(p.R, 1)
+    n = size(p.M, 1)
     for j in c.active:-1:1
         g, d = c.U[:, j], c.extra[1][:, j]
         λ, _ = linsolve(
-            v -> v - p.R' * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
+            v -> v - p.M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
             atol = zero(T), rtol = p.tol / 2,
         )
-        copyto!(view(c.Z, :, j), λ)
+        view(c.Z, :, j) .= d .* λ
     end
+    c.cold = false
     evaluate_all!(c, p)
     return
 end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
     c.active == 0 && return
-    n = size(p.R, 1)
+    n = size(p.M, 1)
     A, pivots, d, λ = Matrix{T}(undef, n, n), zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1)
     for j in 1:c.active
         copy_column!(d, 1, c.extra[1], j)
         copy_column!(λ, 1, c.U, j)
-        residual_jacobian!(A, d, p.R)
+        residual_jacobian!(A, d, p.recurrence.R)
         if lu_factor!(A, pivots)
             lu_solve_transposed!(λ, A, pivots)
         else
             fill!(λ, T(NaN))
         end
-        copy_column!(c.Z, j, λ, 1)
+        @inbounds @simd for i in 1:n
+            c.Z[i, j] = d[i] * λ[i]
+        end
     end
+    c.cold = false
     affine!(c, p)
     for j in c.active:-1:1
         _, residual = evaluate!(c, p, j)

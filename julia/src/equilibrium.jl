@@ -1,69 +1,6 @@
 # The way through a network: a tile of samples goes stage by stage to its equilibrium, and the adjoint comes
 # back stage by stage. Everything else (solutions, gradients, training) is made of these two passes.
 
-const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
-
-"""
-    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
-
-A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
-"""
-struct Problem{T}
-    net::Network{T}
-    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
-    solver::Solver
-    adjoint::Adjoint
-    loss::Loss
-    jacobian_penalty::Float64
-end
-function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
-    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
-    jacobian_penalty > 0 && adjoint isa Unrolled &&
-        throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
-    return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
-end
-
-"""
-    Workspace(problem)
-
-All buffers of a solve and of a gradient, for a tile of `width` samples; the batch is worked through tile by
-tile, so memory does not grow with the batch or with the number of iterations.
-"""
-struct Workspace{T}
-    width::Int
-    weights::Weights{T}
-    gradient::Weights{T}
-    Z::Matrix{T}                              # N × width: state, pre-activation, ∂L/∂z, ∂L/∂s, f′(s)
-    S::Matrix{T}
-    G::Matrix{T}
-    E::Matrix{T}
-    Y::Matrix{T}                              # outputs × width: outputs, ∂L/∂y
-    GY::Matrix{T}
-    D::Matrix{T}
-    columns::Vector{Columns{T}}               # per stage
-    adjoints::Vector{Columns{T}}
-    chains::Vector{Vector{Matrix{T}}}         # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
-    outcome::Outcome                          # per sample of the tile
-    adjoint_outcome::Outcome
-end
-
-function Workspace(problem::Problem{T}; width = tile_width(problem.net)) where {T}
-    net = problem.net
-    N, k = neurons(net), output_size(net)
-    recurrent = [stage.recurrent ? length(stage.rows) : 0 for stage in net.stages]
-    return Workspace{T}(
-        width, Weights(net), Weights(net),
-        (zeros(T, N, width) for _ in 1:4)..., zeros(T, k, width), zeros(T, k, width), zeros(T, N, width),
-        [Columns{T}(length(stage.rows), width) for stage in net.stages],
-        [Columns{T}(n, n > 0 ? width : 0) for n in recurrent],
-        [Matrix{T}[] for _ in net.stages],
-        Outcome(width), Outcome(width),
-    )
-end
-
-"Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so)."
-tile_width(net::Network{T}) where {T} = clamp(2^16 ÷ (neurons(net) * sizeof(T) ÷ 4), 64, 1024)
-
 # --- forward -------------------------------------------------------------------------------------------------
 
 """
@@ -72,18 +9,18 @@ tile_width(net::Network{T}) where {T} = clamp(2^16 ÷ (neurons(net) * sizeof(T) 
 Bring the samples `X` (features × samples, at most a tile) to their equilibrium: `ws.Z`, `ws.S` and
 `ws.outcome`. `ws.weights` must be in force. `start` is the first iterate (neurons × samples), zero if absent.
 """
-function forward!(ws::Workspace, problem::Problem, X::AbstractMatrix, start = nothing)
+function forward!(ws::Tile, problem::Problem, X::AbstractMatrix, start = nothing)
     reset!(ws.outcome)
     for (k, stage) in enumerate(problem.net.stages)
-        forward_stage!(ws, problem, stage, ws.weights.stages[k], ws.columns[k], ws.chains[k], X, start)
+        forward_stage!(ws, problem, stage, ws.weights.stages[k], ws.recurrences[k], ws.columns[k], ws.chains[k], X, start)
     end
     return ws
 end
 
-function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T}, chain, X, start) where {T}
+function forward_stage!(ws::Tile{T}, problem, stage::Stage, w, recurrence, c::Columns{T}, chain, X, start) where {T}
     m = size(X, 2)
     rows = stage.rows
-    drive!(c.U, w, ws.Z, X, m)
+    drive!(c.U, w, ws.Z, X, m, ws.threads)
     if !stage.recurrent
         for j in 1:m
             copyto!(c.S, (j - 1) * size(c.S, 1) + 1, c.U, (j - 1) * size(c.U, 1) + 1, size(c.U, 1))
@@ -95,13 +32,13 @@ function forward_stage!(ws::Workspace{T}, problem, stage::Stage, w, c::Columns{T
         copyto!(view(ws.S, rows, 1:m), view(c.S, :, 1:m))
         return
     end
-    start === nothing ? fill!(view(c.Z, :, 1:m), 0) : copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
-    start!(c, m)
-    check = !guarantees_uniqueness(problem.net.constraint)::Bool && !(problem.adjoint isa Unrolled)
+    start === nothing || copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
+    start!(c, m; cold = start === nothing)
+    c.threads = ws.threads
     stationary = Stationary(
-        w.recurrent, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
-        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome, check,
-        check ? norm_estimate(w.recurrent) : zero(T),
+        w.recurrent, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
+        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome,
+        guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled,
     )
     problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
     return
@@ -132,44 +69,26 @@ function unroll!(chain, c::Columns{T}, p::Stationary{T}, steps::Int) where {T}
 end
 
 "U = input X + feed Z + bias: all that drives a stage from outside."
-function drive!(U::Matrix{T}, w::StageWeights{T}, Z, X, m) where {T}
+function drive!(U::Matrix{T}, w::StageWeights{T}, Z, X, m, threads = 1) where {T}
     n = size(U, 1)
     @inbounds for j in 1:m
         @simd for i in 1:n
             U[i, j] = w.bias[i]
         end
     end
-    size(w.input, 2) > 0 && multiply_add!(U, w.input, X, m)
-    size(w.feed, 2) > 0 && multiply_add!(U, w.feed, Z, m)
-    return U
-end
-
-# U[:, 1:m] += A B[1:k, 1:m], by plain loops where a BLAS call would cost more than the work.
-function multiply_add!(U::Matrix{T}, A::Matrix{T}, B::AbstractMatrix, m::Int) where {T}
-    n, k = size(A)
-    if n * k <= SMALL^2
-        @inbounds for j in 1:m, l in 1:k
-            b = B[l, j]
-            @simd for i in 1:n
-                U[i, j] = muladd(A[i, l], b, U[i, j])
-            end
-        end
-    else
-        mul!(view(U, :, 1:m), A, view(B, 1:k, 1:m), one(T), one(T))
-    end
-    return U
+    multiply_add!(U, w.input, X, m, threads)
+    return multiply_add!(U, w.feed, Z, m, threads)
 end
 
 "Outputs of the tile: `ws.Y = C z + d` or the neurons read."
-function read_out!(ws::Workspace{T}, net::Network, m::Int) where {T}
+function read_out!(ws::Tile{T}, net::Network, m::Int) where {T}
     if net.outputs == 0
         @inbounds for j in 1:m, (i, neuron) in enumerate(net.readout)
             ws.Y[i, j] = ws.Z[neuron, j]
         end
     else
         ws.Y .= ws.weights.d
-        first_read = first(net.readout)
-        mul!(view(ws.Y, :, 1:m), ws.weights.C, view(ws.Z, first_read:last(net.readout), 1:m), one(T), one(T))
+        multiply_add!(ws.Y, ws.weights.C, view(ws.Z, first(net.readout):last(net.readout), :), m)
     end
     return ws.Y
 end
@@ -184,7 +103,7 @@ the Jacobian penalty of the tile, which starts at `first_sample` of the batch. `
 ∂L/∂x = Σ inputᵀE.
 """
 function backward!(
-        ws::Workspace{T}, problem::Problem, X::AbstractMatrix, penalty = JacobianPenalty(0.0, 0, 1), first_sample = 1
+        ws::Tile{T}, problem::Problem, X::AbstractMatrix, penalty = JacobianPenalty(0.0, 0, 1), first_sample = 1
     ) where {T}
     net, m = problem.net, size(X, 2)
     read_out_adjoint!(ws, net, m)
@@ -196,7 +115,7 @@ function backward!(
     return total
 end
 
-function read_out_adjoint!(ws::Workspace{T}, net, m) where {T}
+function read_out_adjoint!(ws::Tile{T}, net, m) where {T}
     fill!(view(ws.G, :, 1:m), 0)
     if net.outputs == 0
         @inbounds for j in 1:m, (i, neuron) in enumerate(net.readout)
@@ -204,15 +123,14 @@ function read_out_adjoint!(ws::Workspace{T}, net, m) where {T}
         end
     else
         rows = first(net.readout):last(net.readout)
-        GY = view(ws.GY, :, 1:m)
-        mul!(view(ws.G, rows, 1:m), ws.weights.C', GY)
-        mul!(ws.gradient.C, GY, view(ws.Z, rows, 1:m)', one(T), one(T))
+        mul!(view(ws.G, rows, 1:m), ws.weights.C', view(ws.GY, :, 1:m))
+        add_outer!(ws.gradient.C, ws.GY, view(ws.Z, rows, :), m)
         add_columns!(ws.gradient.d, ws.GY, m)
     end
     return
 end
 
-function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X, penalty, first_sample) where {T}
+function backward_stage!(ws::Tile{T}, problem, stage::Stage, k::Int, X, penalty, first_sample) where {T}
     m, rows, w, g = size(X, 2), stage.rows, ws.weights.stages[k], ws.gradient.stages[k]
     E, G, Z, S, D = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S, ws.D))
     total = 0.0
@@ -225,18 +143,19 @@ function backward_stage!(ws::Workspace{T}, problem, stage::Stage, k::Int, X, pen
             total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)
         end
         if stage.recurrent
-            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], w.recurrent, D, G, ws.adjoint_outcome)
+            ws.adjoints[k].threads = ws.threads
+            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome)
             direct === nothing || (E .+= direct)
-            add_outer!(g.recurrent, E, Z, m)
+            add_outer!(g.recurrent, E, Z, m, ws.threads)
         else
             E .= D .* G
         end
     end
     add_columns!(g.bias, E, m)
-    size(w.input, 2) > 0 && add_outer!(g.input, E, X, m)
+    add_outer!(g.input, E, X, m, ws.threads)
     before = size(w.feed, 2)
     if before > 0
-        add_outer!(g.feed, E, view(ws.Z, 1:before, 1:m), m)
+        add_outer!(g.feed, E, view(ws.Z, 1:before, :), m, ws.threads)
         mul!(view(ws.G, 1:before, 1:m), w.feed', E, one(T), one(T))
     end
     return total
@@ -258,30 +177,49 @@ function unroll_back!(E, gR, c::Columns{T}, chain, steps, f, R, G) where {T}
     return
 end
 
-# G += A Bᵀ over the first m columns.
-function add_outer!(G::Matrix{T}, A, B, m) where {T}
-    n, k = size(G)
-    if n * k <= SMALL^2
-        @inbounds for j in 1:m, l in 1:k
-            b = B[l, j]
-            @simd for i in 1:n
-                G[i, l] = muladd(A[i, j], b, G[i, l])
-            end
-        end
-    else
-        mul!(G, A, view(B, :, 1:m)', one(T), one(T))
+# --- what the samples share -----------------------------------------------------------------------------------
+
+"Samples from which the mean slopes are taken, and the Picard iterations they get."
+const PILOTS, PILOT_ITERATIONS = 32, 3
+
+"""
+    linearize!(ws, problem, X)
+
+Prepare the linearised equations ([`Linearized`](@ref)) of the recurrent stages where they pay: always for [`Chord`](@ref), else
+where the products saved outweigh the factorisation. Mean slopes and contraction rates come from a few samples spread over
+the batch.
+"""
+function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
+    net, B = problem.net, size(X, 2)
+    asked = problem.solver isa Chord
+    asked || (B >= 2 * PILOTS && any(stage -> stage.recurrent && length(stage.rows) > LANE_NEURONS, net.stages)) || return
+    pilots = 1:cld(B, PILOTS):B
+    tile = first(buffers!(ws, length(pilots), 1, 1))
+    x = X[:, pilots]
+    forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), x)
+    for (stage, r) in zip(net.stages, ws.recurrences)
+        stage.recurrent && (asked || length(stage.rows) > LANE_NEURONS) || continue
+        m, n = length(pilots), length(stage.rows)
+        D = view(tile.D, stage.rows, 1:m)
+        slopes!(D, stage.activation, view(tile.S, stage.rows, 1:m), view(tile.Z, stage.rows, 1:m))
+        fill!(r.slope, 0)
+        add_columns!(r.slope, D, m)
+        r.slope ./= m
+        all(isfinite, r.slope) || continue
+        rate = mean_rate(tile.outcome, m)
+        spread = sqrt(sum(abs2, D .- r.slope) / sum(abs2, D))
+        tol = Float64(tolerance(problem.solver, T))
+        saved = 2 * (products(rate, tol) - products(rate * spread, tol) - 2)
+        asked || saved * B > 4n || continue
+        linearize!(r, Threads.nthreads())
     end
-    return G
+    return
 end
 
-function add_columns!(g, A, m)
-    @inbounds for j in 1:m
-        @simd for i in eachindex(g)
-            g[i] += A[i, j]
-        end
-    end
-    return g
-end
+mean_rate(outcome::Outcome, m) = sum(rate -> clamp(rate, 0.05, 0.98), view(outcome.rate, 1:m)) / m
+
+"Iterations to the tolerance at a rate."
+products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))
 
 # --- solutions ------------------------------------------------------------------------------------------------
 
@@ -322,29 +260,28 @@ function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solv
 end
 
 function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X, start = nothing)
-    check_features(problem.net, X)
-    unpack!(ws.weights, problem.net, p)
-    each_tile(ws, size(X, 2)) do samples
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    unpack!(ws, p)
+    problem.solver isa Chord && linearize!(ws, problem, X)
+    threads = threads_for(net, B)
+    tiles = tile_ranges(B, tile_width(net, B))
+    buffers = buffers!(ws, B, threads, length(tiles))
+    in_parallel(length(tiles), length(buffers)) do thread, k
+        samples, tile = tiles[k], buffers[thread]
         m = length(samples)
-        forward!(ws, problem, view(X, :, samples), start === nothing ? nothing : view(start, :, samples))
-        copyto!(view(solution.state, :, samples), view(ws.Z, :, 1:m))
+        forward!(tile, problem, view(X, :, samples), start === nothing ? nothing : view(start, :, samples))
+        copyto!(view(solution.state, :, samples), view(tile.Z, :, 1:m))
         for (name, values) in ((:status, solution.status), (:iterations, solution.iterations), (:residual, solution.residual), (:rate, solution.rate))
-            copyto!(view(values, samples), view(getfield(ws.outcome, name), 1:m))
+            copyto!(view(values, samples), view(getfield(tile.outcome, name), 1:m))
         end
-        certify!(view(solution.bound, samples), ws, problem.net, view(X, :, samples))
+        certify!(view(solution.bound, samples), tile, net, view(X, :, samples))
     end
     return solution
 end
 
 check_features(net, X) = size(X, 1) == net.inputs ||
     throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
-
-function each_tile(work, ws::Workspace, samples::Int)
-    for first_sample in 1:ws.width:samples
-        work(first_sample:min(first_sample + ws.width - 1, samples))
-    end
-    return
-end
 
 """
     certify!(bound, ws, net, X)
@@ -353,7 +290,7 @@ The bound on max |z - z*| per sample. With e the elementwise error bound of the 
 residual of a stage, its error is at most A ‖r + L |feed| e‖ in the norm of its constraint, where A is its
 [`amplification`](@ref).
 """
-function certify!(bound, ws::Workspace, net::Network, X)
+function certify!(bound, ws::Tile, net::Network, X)
     constant = [stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)]
     any(isnan, constant) && return fill!(bound, NaN)
     m = size(X, 2)
@@ -363,7 +300,8 @@ function certify!(bound, ws::Workspace, net::Network, X)
         Z = ws.Z[rows, 1:m]
         copyto!(view(c.Z, :, 1:m), Z)
         drive!(c.U, w, ws.Z, X, m)
-        stage.recurrent ? affine!(c.S, w.recurrent, c.Z, c.U, m) : copyto!(c.S, c.U)
+        copyto!(c.S, c.U)
+        stage.recurrent && multiply_add!(c.S, w.recurrent, c.Z, m)
         foreach(j -> activate!(c.F, stage.activation, c.S, c.Z, j), 1:m)
         e = abs.(view(c.F, :, 1:m) .- Z) .+ stage.slopes .* (abs.(w.feed) * view(error, 1:(first(rows) - 1), 1:m))
         if stage.recurrent

@@ -70,6 +70,16 @@ function lu_solve!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
     return x
 end
 
+"Solve A X = B in place for all columns of B, given the factors of `lu_factor!`."
+function lu_solve_columns!(B::StridedMatrix{T}, A::Matrix{T}, pivots::Vector{Int}) where {T}
+    if size(A, 1) <= SMALL_LU
+        foreach(j -> lu_solve!(view(B, :, j), A, pivots), axes(B, 2))
+    else
+        LAPACK.getrs!('N', A, pivots, B)
+    end
+    return B
+end
+
 "Solve Aᵀ x = b in place, given the factors of `lu_factor!`."
 function lu_solve_transposed!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
     n = size(A, 1)

@@ -14,48 +14,55 @@ function loss_and_gradient(net::Network{T}, p, X, Y; probe = 0, options...) wher
     return value, g
 end
 
-"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
-const WORST_ADJOINT = 1.0e-3
-
-"""
-Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
-solves and of the adjoint (NaN where an adjoint system was singular).
-"""
-struct Quality
-    unconverged::Int
-    residual::Float64
-    adjoint_residual::Float64
-end
-
 function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     size(Y) == (output_size(net), B) || throw(
         DimensionMismatch("targets are $(size(Y)), but $(output_size(net)) outputs for $B samples were expected")
     )
-    unpack!(ws.weights, net, p)
-    clear!(ws.gradient)
+    unpack!(ws, p)
+    problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
-    value, unconverged, residual, adjoint_residual = 0.0, 0, 0.0, 0.0
-    for first_sample in 1:ws.width:B
-        samples = first_sample:min(first_sample + ws.width - 1, B)
-        m = length(samples)
-        tile = view(X, :, samples)
-        forward!(ws, problem, tile)
-        read_out!(ws, net, m)
-        value += loss_gradient!(ws.GY, problem.loss, ws.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
-        value += backward!(ws, problem, tile, penalty, first_sample)
-        for j in 1:m
-            unconverged += needs_equilibrium(problem.adjoint) &&
-                (ws.outcome.status[j] != CONVERGED || !(ws.adjoint_outcome.residual[j] < WORST_ADJOINT))
-            residual = worse(ws.outcome.residual[j], residual)
-            adjoint_residual = worse(ws.adjoint_outcome.residual[j], adjoint_residual)
-        end
+    width = tile_width(net, B)
+    tiles = cld(B, width)
+    shares = min(tiles, SHARES)
+    threads = threads_for(net, B)
+    buffers = buffers!(ws, B, threads, shares)
+    while length(ws.gradients) < shares
+        push!(ws.gradients, Weights(net))
+        push!(ws.summaries, Summary())
     end
-    pack_gradient!(g, net, ws.gradient, ws.weights)
-    return value, Quality(unconverged, residual, adjoint_residual)
+    in_parallel(shares, length(buffers)) do thread, share
+        tile = buffers[thread]
+        tile.gradient = clear!(ws.gradients[share])
+        ws.summaries[share] = sum_tiles!(
+            tile, problem, X, Y, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
+        )
+    end
+    for share in 2:shares
+        add!(ws.gradients[1], ws.gradients[share])
+        ws.summaries[1] = merge(ws.summaries[1], ws.summaries[share])
+    end
+    pack_gradient!(g, net, ws.gradients[1], ws.weights)
+    return ws.summaries[1].loss, ws.summaries[1].quality
 end
 
-"Whether the gradient is that of the loss at an equilibrium only."
-needs_equilibrium(::Adjoint) = true
-needs_equilibrium(::Unrolled) = false
+"The sums over the batch are taken in so many shares at most, whatever the number of threads."
+const SHARES = 16
+
+# The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
+function sum_tiles!(tile::Tile, problem::Problem, X, Y, penalty, width::Int, numbers)
+    net = problem.net
+    summary = Summary()
+    for k in numbers
+        samples = ((k - 1) * width + 1):min(k * width, size(X, 2))
+        m = length(samples)
+        x = view(X, :, samples)
+        forward!(tile, problem, x)
+        read_out!(tile, net, m)
+        loss = loss_gradient!(tile.GY, problem.loss, tile.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
+        loss += backward!(tile, problem, x, penalty, first(samples))
+        summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, m)))
+    end
+    return summary
+end

@@ -20,21 +20,21 @@ function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X,
     net, B = problem.net, size(X, 2)
     length(v) == length(net) ||
         throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(v))"))
-    unpack!(ws.weights, net, p)
-    clear!(ws.gradient)
+    unpack!(ws, p)
+    tile = first(buffers!(ws, B, 1, 1))
+    tile.gradient = clear!(ws.gradients[1])
     tangent = unpack_tangent(net, ws.weights, v)
     second = clear!(Weights(net))
-    for first_sample in 1:ws.width:B
-        samples = first_sample:min(first_sample + ws.width - 1, B)
-        tile, targets = view(X, :, samples), view(Y, :, samples)
-        forward!(ws, problem, tile)
-        failed = count(!=(CONVERGED), view(ws.outcome.status, eachindex(samples)))
+    for samples in tile_ranges(B, tile.width)
+        x, targets = view(X, :, samples), view(Y, :, samples)
+        forward!(tile, problem, x)
+        failed = count(!=(CONVERGED), view(tile.outcome.status, eachindex(samples)))
         failed == 0 || error("$failed of $(length(samples)) samples did not reach an equilibrium")
-        read_out!(ws, net, length(samples))
-        loss_gradient!(ws.GY, problem.loss, ws.Y, targets, T(1 / length(Y)))
-        add_tangents!(second, ws, problem, tangent, tile, targets, T(1 / length(Y)))
+        read_out!(tile, net, length(samples))
+        loss_gradient!(tile.GY, problem.loss, tile.Y, targets, T(1 / length(Y)))
+        add_tangents!(second, tile, problem, tangent, x, targets, T(1 / length(Y)))
     end
-    return pack_second!(h, net, ws.weights, tangent, ws.gradient, second, p, v)
+    return pack_second!(h, net, ws.weights, tangent, tile.gradient, second, p, v)
 end
 
 # The derivatives along v of the weights in force.
@@ -56,7 +56,7 @@ function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T
 end
 
 # The gradient goes to ws.gradient, its derivative along the tangent to `second`.
-function add_tangents!(second, ws::Workspace{T}, problem, tangent, X, targets, scale) where {T}
+function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, scale) where {T}
     net, m = problem.net, size(X, 2)
     Z, S = ws.Z[:, 1:m], ws.S[:, 1:m]
     dZ, dS, D = similar(Z), similar(S), similar(S)
@@ -109,7 +109,7 @@ function add_tangents!(second, ws::Workspace{T}, problem, tangent, X, targets, s
 end
 
 # ∂L/∂z and its tangent at the readout.
-function read_out_tangents!(second, ws::Workspace{T}, problem, tangent, Z, dZ, targets, scale) where {T}
+function read_out_tangents!(second, ws::Tile{T}, problem, tangent, Z, dZ, targets, scale) where {T}
     net, m = problem.net, size(Z, 2)
     G, dG = zeros(T, size(Z)), zeros(T, size(Z))
     GY, read = ws.GY[:, 1:m], net.readout
@@ -129,14 +129,6 @@ function read_out_tangents!(second, ws::Workspace{T}, problem, tangent, Z, dZ, t
         second.d .+= vec(sum(dGY; dims = 2))
     end
     return G, dG
-end
-
-function curvatures(f, S, Z)
-    C = similar(S)
-    for (rows, piece) in pieces(f, size(S, 1))
-        C[rows, :] .= curvature.(Ref(piece), S[rows, :], Z[rows, :])
-    end
-    return C
 end
 
 # Through the constraint: the derivative of its pullback, evaluated in dual numbers.

@@ -22,10 +22,16 @@ end
 
 function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     n = size(c.F, 1)
+    n <= LANE_NEURONS && solve_lanes!(lanes!(c), c, p, c.active) && return true
+    c.cold = false
     # Newton costs about 4 iterations of n/3 + 2 products each, at a third of the speed of a product.
     # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.
-    patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.check_stability ? 8 : 1)
+    patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.unique ? 1 : 8)
     used = 0
+    if p.recurrence.linearized
+        linearized_first!(c, p) && return true
+        used += LINEARIZED_PATIENCE
+    end
     while used < iterations && c.active > 0
         for _ in 1:min(AUTO_BLOCK, iterations - used)
             used += 1
@@ -44,6 +50,25 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, iterations::Int) wher
     end
     iterate!(Newton(), c, p, min(50, left)) && return true
     return iterate!(NLsolver(), c, p, min(100, left - 50))
+end
+
+"""
+Where an equilibrium may be one of several, the linearised equation may lead to another than Picard iteration from the start
+does. It is then used only once that iteration is seen to contract.
+"""
+function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
+    if !p.unique
+        for k in 1:3
+            evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
+            k < 3 && advance!(c, one(T))
+        end
+        for j in c.active:-1:1
+            c.rate[j] < T(0.8) || set_aside!(c, j)
+        end
+    end
+    done = iterate_linearized!(c, p, LINEARIZED_PATIENCE)
+    done || advance!(c, one(T))
+    return reclaim!(c) == 0
 end
 
 # Iterations until the tolerance at the present rate.

@@ -70,7 +70,7 @@ end
 
 An equation `z = f(u + M z)` for each of many samples, in which only `u` (and what belongs to a sample) differs: the
 equilibrium of a stage ([`Stationary`](@ref)) and its adjoint system ([`AdjointSystem`](@ref)). A subtype has a method of
-[`affine!`](@ref) and the fields `f`, `tol`, `floor` (the smallest size that residuals are related to), `Z` and `S` (where
+[`activate!`](@ref) and the fields `M`, `tol`, `floor` (the smallest size that residuals are related to), `Z` and `S` (where
 results go, samples as columns), and `outcome`.
 """
 abstract type FixedPoint{T} end
@@ -96,11 +96,16 @@ mutable struct Columns{T}
     const iterations::Vector{Int}
     const aside::Vector{Int}         # columns set aside, see `set_aside!`
     active::Int
+    cold::Bool                       # the iterate is zero
+    threads::Int                     # among which the products may be shared
+    partner::Union{Nothing, Columns{T}}        # for the linearised equation
+    lanes::Any                                 # Lanes{T} of a small stage, made at the first use
+    const outcome::Outcome                     # of the linearised equation
 end
 
-Columns{T}(n::Int, width::Int) where {T} = Columns{T}(
-    zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), zeros(T, n, width), Matrix{T}[], zeros(T, 8, width),
-    zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width), Int[], 0
+Columns{T}(n::Int, width::Int, S = zeros(T, n, width), F = zeros(T, n, width)) where {T} = Columns{T}(
+    zeros(T, n, width), zeros(T, n, width), S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width),
+    zeros(T, width), zeros(Int, width), Int[], 0, false, 1, nothing, nothing, Outcome(width),
 )
 
 "The first `count` matrices of `c.extra` with `rows` rows each, made at the first use."
@@ -111,9 +116,11 @@ function extra!(c::Columns{T}, count::Int, rows::Int = size(c.U, 1), first_index
     return view(c.extra, first_index:(first_index + count - 1))
 end
 
-"Begin with `samples` columns, whose `U` and `Z` are set."
-function start!(c::Columns{T}, samples::Int) where {T}
+"Begin with `samples` columns, whose `U` is set, and whose `Z` is unless the start is `cold`, that is zero."
+function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.active = samples
+    c.cold = cold
+    cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.aside)
     for j in 1:samples
         c.sample[j] = j
@@ -127,46 +134,34 @@ end
 """
     Stationary{T}
 
-The equilibrium of one stage: `z = f(u + R z)`.
+The equilibrium of one stage: `z = f(u + R z)`. `unique` says that a constraint guarantees there is only one; without that,
+solutions found by methods which may find others than those that attract are checked.
 """
 struct Stationary{T, F, V} <: FixedPoint{T}
-    R::Matrix{T}
+    M::Matrix{T}                 # R
+    recurrence::Recurrence{T}
     f::F
     tol::T
     floor::T
     Z::V
     S::V
     outcome::Outcome
-    check_stability::Bool
-    norm::T                  # of R, where stability is checked
+    unique::Bool
 end
+
+"""
+    activate!(c, p, j)
+
+`F = g(S)` for column j, where z = g(u + M z) is the equation `p`; returns ‖F - Z‖² and ‖F‖².
+"""
+@inline activate!(c::Columns, p::Stationary, j::Int) = activate!(c.F, p.f, c.S, c.Z, j)
 
 "    affine!(c, p)\n\n`S = U + M Z` for the active columns."
-affine!(c::Columns, p::Stationary) = affine!(c.S, p.R, c.Z, c.U, c.active)
-
-function affine!(S::Matrix{T}, R::Matrix{T}, Z::Matrix{T}, U::Matrix{T}, m::Int) where {T}
-    n = size(R, 1)
-    if n <= SMALL
-        @inbounds for j in 1:m
-            @simd for i in 1:n
-                S[i, j] = U[i, j]
-            end
-            for k in 1:n
-                z = Z[k, j]
-                @simd for i in 1:n
-                    S[i, j] = muladd(R[i, k], z, S[i, j])
-                end
-            end
-        end
-    else
-        copyto!(S, 1, U, 1, n * m)
-        mul!(view(S, :, 1:m), R, view(Z, :, 1:m), one(T), one(T))
-    end
-    return S
+function affine!(c::Columns, p::FixedPoint)
+    copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
+    c.cold && (c.cold = false; return c.S)
+    return multiply_add!(c.S, p.M, c.Z, c.active, c.threads)
 end
-
-"Up to this many neurons plain loops beat a BLAS call."
-const SMALL = 12
 
 "Largest accepted growth of a residual; beyond it a sample counts as diverged."
 const BLOW_UP = 1.0e6
@@ -175,7 +170,7 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
 # One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
 @inline function evaluate!(c::Columns{T}, p::FixedPoint{T}, j::Int) where {T}
-    change2, size2 = activate!(c.F, p.f, c.S, c.Z, j)
+    change2, size2 = activate!(c, p, j)
     residual = sqrt(change2)
     scale = max(sqrt(size2), p.floor)
     @inbounds begin
@@ -192,11 +187,17 @@ end
 "Write column j out as finished and let the last active column take its place."
 function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     sample = c.sample[j]
-    copy_column!(p.Z, sample, c.Z, j)      # the iterate whose residual is known, and the last finite one
-    copy_column!(p.S, sample, c.S, j)
+    deliver!(p, sample, c, j)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
     j == c.active || move_column!(c, j, c.active)
     c.active -= 1
+    return
+end
+
+# The iterate whose residual is known, and the last finite one.
+function deliver!(p::FixedPoint, sample::Int, c::Columns, j::Int)
+    copy_column!(p.Z, sample, c.Z, j)
+    copy_column!(p.S, sample, c.S, j)
     return
 end
 

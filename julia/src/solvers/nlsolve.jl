@@ -21,9 +21,10 @@ struct NLsolver <: Solver
 end
 
 function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    n = size(p.R, 1)
+    n = size(p.M, 1)
     iterations > 0 || return false
-    root = RootProblem(p.R, p.f, zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1))
+    c.cold = false
+    root = RootProblem(p.M, p.f, zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1))
     for j in c.active:-1:1
         copyto!(root.u, view(c.U, :, j))
         start = c.Z[:, j]
@@ -76,7 +77,7 @@ struct RootProblem{T, F}
 end
 function (p::RootProblem)(r, z)
     copyto!(p.input, z)
-    affine!(p.s, p.R, p.input, p.u, 1)
+    mul!(copyto!(p.s, p.u), p.R, p.input, true, true)
     activate!(p.z, p.f, p.s, p.input, 1)
     r .= vec(p.z) .- z
     return r

@@ -26,10 +26,10 @@ only where the constraint does not guarantee a unique equilibrium.
 """
 repels(::Columns, ::FixedPoint, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
-    p.check_stability || return false
+    p.unique && return false
     d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
-    return maximum(abs, d) * p.norm >= 1 && repels(p.R, d)
+    return maximum(abs, d) * norm_of(p.recurrence) >= 1 && repels(p.M, d)
 end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
 

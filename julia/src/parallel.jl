@@ -1,0 +1,34 @@
+# Work shared among threads. What is computed never depends on how many there are: work is divided into pieces by its size
+# alone, and sums are taken over the pieces in their order.
+
+"""
+    in_parallel(work, pieces, threads)
+
+Call `work(thread, piece)` for all pieces, each as soon as one of `threads` tasks is free for it; no two calls with the same
+`thread` (from 1) overlap. The first exception is thrown again.
+"""
+function in_parallel(work::F, pieces::Int, threads::Int) where {F}
+    tasks = min(threads, pieces)
+    if tasks <= 1
+        for piece in 1:pieces
+            work(1, piece)
+        end
+        return
+    end
+    next = Threads.Atomic{Int}(1)
+    helpers = [Threads.@spawn(take_pieces(work, $thread, next, pieces)) for thread in 2:tasks]
+    try
+        take_pieces(work, 1, next, pieces)
+    finally
+        Threads.atomic_add!(next, pieces)          # after an exception here the others stop early
+        foreach(wait, helpers)
+    end
+    return
+end
+
+function take_pieces(work::F, thread::Int, next, pieces::Int) where {F}
+    while (piece = Threads.atomic_add!(next, 1)) <= pieces
+        work(thread, piece)
+    end
+    return
+end

@@ -1,0 +1,177 @@
+# A problem, and the buffers in which it is solved.
+
+const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
+
+"""
+    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
+
+A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
+"""
+struct Problem{T}
+    net::Network{T}
+    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
+    solver::Solver
+    adjoint::Adjoint
+    loss::Loss
+    jacobian_penalty::Float64
+end
+function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
+    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
+    jacobian_penalty > 0 && adjoint isa Unrolled &&
+        throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
+    return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
+end
+
+"""
+    Tile(net, width)
+
+The buffers of one thread for a tile of `width` samples. The batch is worked through tile by tile, so memory does not grow with
+the batch or with the number of iterations.
+"""
+mutable struct Tile{T}
+    const width::Int
+    const weights::Weights{T}                 # in force, shared
+    const recurrences::Vector{Recurrence{T}}  # per stage, shared
+    gradient::Weights{T}                      # to which backward! adds
+    const Z::Matrix{T}                        # N × width: state, pre-activation, ∂L/∂z, ∂L/∂s, f′(s)
+    const S::Matrix{T}
+    const G::Matrix{T}
+    const E::Matrix{T}
+    const Y::Matrix{T}                        # outputs × width: outputs, ∂L/∂y
+    const GY::Matrix{T}
+    const D::Matrix{T}
+    const columns::Vector{Columns{T}}         # per stage
+    const adjoints::Vector{Columns{T}}
+    const chains::Vector{Vector{Matrix{T}}}   # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
+    const outcome::Outcome                    # per sample of the tile
+    const adjoint_outcome::Outcome
+    threads::Int                              # among which products may be shared
+end
+
+function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where {T}
+    N, k = neurons(net), output_size(net)
+    recurrent = [stage.recurrent ? length(stage.rows) : 0 for stage in net.stages]
+    return Tile{T}(
+        width, weights, recurrences, gradient,
+        (zeros(T, N, width) for _ in 1:4)..., zeros(T, k, width), zeros(T, k, width), zeros(T, N, width),
+        [Columns{T}(length(stage.rows), width) for stage in net.stages],
+        [Columns{T}(n, n > 0 ? width : 0) for n in recurrent],
+        [Matrix{T}[] for _ in net.stages],
+        Outcome(width), Outcome(width), 1,
+    )
+end
+
+# --- how it went ----------------------------------------------------------------------------------------------
+
+"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
+const WORST_ADJOINT = 1.0e-3
+
+"""
+Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
+solves and of the adjoint (NaN where an adjoint system was singular).
+"""
+struct Quality
+    unconverged::Int
+    residual::Float64
+    adjoint_residual::Float64
+end
+Quality() = Quality(0, 0.0, 0.0)
+
+function Quality(tile::Tile, adjoint::Adjoint, samples::Int)
+    forward, backward = tile.outcome, tile.adjoint_outcome
+    unconverged, residual, adjoint_residual = 0, 0.0, 0.0
+    for j in 1:samples
+        unconverged += needs_equilibrium(adjoint) &&
+            (forward.status[j] != CONVERGED || !(backward.residual[j] < WORST_ADJOINT))
+        residual = worse(forward.residual[j], residual)
+        adjoint_residual = worse(backward.residual[j], adjoint_residual)
+    end
+    return Quality(unconverged, residual, adjoint_residual)
+end
+
+Base.merge(a::Quality, b::Quality) = Quality(
+    a.unconverged + b.unconverged, worse(a.residual, b.residual), worse(a.adjoint_residual, b.adjoint_residual)
+)
+
+"The loss over some samples, and the quality of their solves."
+struct Summary
+    loss::Float64
+    quality::Quality
+end
+Summary() = Summary(0.0, Quality())
+Base.merge(a::Summary, b::Summary) = Summary(a.loss + b.loss, merge(a.quality, b.quality))
+
+"Whether the gradient is that of the loss at an equilibrium only."
+needs_equilibrium(::Adjoint) = true
+needs_equilibrium(::Unrolled) = false
+
+# --- all buffers ----------------------------------------------------------------------------------------------
+
+"""
+    Workspace(problem)
+
+All buffers of a solve and of a gradient: the weights in force, a [`Tile`](@ref) per thread, and the partial sums of the
+gradient.
+"""
+mutable struct Workspace{T}
+    const net::Network{T}
+    const weights::Weights{T}
+    const recurrences::Vector{Recurrence{T}}
+    const tiles::Vector{Tile{T}}              # per thread, made when first needed
+    const gradients::Vector{Weights{T}}       # per share of the batch
+    const summaries::Vector{Summary}
+end
+
+function Workspace(problem::Problem{T}) where {T}
+    weights = Weights(problem.net)
+    return Workspace{T}(
+        problem.net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(problem.net)], [Summary()],
+    )
+end
+
+"Put the parameters into force."
+function unpack!(ws::Workspace, p)
+    unpack!(ws.weights, ws.net, p)
+    foreach(refresh!, ws.recurrences)
+    return ws
+end
+
+"""
+    buffers!(ws, samples, threads, pieces)
+
+A [`Tile`](@ref) for each of the threads that can work at once on a batch of so many samples. Threads that a single tile leaves
+idle share its products.
+"""
+function buffers!(ws::Workspace, samples::Int, threads::Int, pieces::Int)
+    width, workers = tile_width(ws.net, samples), min(threads, pieces)
+    isempty(ws.tiles) || first(ws.tiles).width >= width || empty!(ws.tiles)
+    while length(ws.tiles) < workers
+        push!(ws.tiles, Tile(ws.net, width, ws.weights, ws.recurrences, ws.gradients[1]))
+    end
+    foreach(tile -> tile.threads = pieces == 1 ? threads : 1, ws.tiles)
+    return view(ws.tiles, 1:workers)
+end
+
+"""
+    tile_width(net, samples)
+
+Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
+few tiles for the threads to share if there is work for them. Stages so large that a product needs all of that cache
+take wide tiles, whose products are themselves shared.
+"""
+function tile_width(net::Network{T}, samples::Int) where {T}
+    N = neurons(net)
+    N * N > UNPACKED ÷ 8 && return min(samples, 256)
+    widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
+    narrowest = clamp(2^11 ÷ N, 32, 1024)
+    return min(samples, clamp(cld(cld(samples, 4), 8) * 8, narrowest, max(widest, narrowest)))
+end
+
+"The tiles of a batch, as ranges of samples."
+tile_ranges(samples::Int, width::Int) = [k:min(k + width - 1, samples) for k in 1:width:samples]
+
+"Operations of a pass through a tile below which a second thread is not worth waking up."
+const WORTH_A_THREAD = 1_000_000
+
+threads_for(net::Network, samples::Int) =
+    2 * neurons(net)^2 * samples * 8 < WORTH_A_THREAD ? 1 : Threads.nthreads()
