@@ -80,6 +80,25 @@ end
 end
 @inline exp_nonpositive(y::Real) = exp(y)
 
+# exp(y) - 1 for y <= 0.
+@inline function expm1_nonpositive(y::T) where {T <: Union{Float32, Float64}}
+    lowest = T === Float64 ? T(-700) : T(-86)
+    power, m = reduce_exponent(ifelse(y < lowest, lowest, y))
+    return muladd(power, m, power - one(T))
+end
+@inline expm1_nonpositive(y::Real) = expm1(y)
+
+# log(1 + e) = 2 artanh(t), t = e/(2 + e), for 0 <= e <= 1, by the series of artanh up to where it is exact.
+@inline function log1p_unit(e::T) where {T <: Union{Float32, Float64}}
+    t = e / (2 + e)
+    return 2 * t * evalpoly(t * t, artanh_series(T))
+end
+@inline log1p_unit(e::Real) = log1p(e)
+const ARTANH = Tuple(1 ./ (1:2:33))
+const ARTANH_32 = Tuple(1.0f0 ./ (1:2:15))
+@inline artanh_series(::Type{Float32}) = ARTANH_32
+@inline artanh_series(::Type{Float64}) = ARTANH
+
 # tanh(x) = e/(e + 2) with e = exp(2|x|) - 1; NaN stays NaN.
 @inline function fast_tanh(x::T) where {T <: Union{Float32, Float64}}
     a = abs(x)
@@ -116,7 +135,7 @@ slope_bound(::Tanh) = 1.0
 @inline curvature(::Sigmoid, s, z) = z * (1 - z) * (1 - 2z)
 slope_bound(::Sigmoid) = 0.25
 
-@inline value(::Softplus, s) = max(s, zero(s)) + log1p(exp_nonpositive(-abs(s)))
+@inline value(::Softplus, s) = max(s, zero(s)) + log1p_unit(exp_nonpositive(-abs(s)))
 @inline slope(::Softplus, s, z) = logistic(s)
 @inline curvature(::Softplus, s, z) = (p = logistic(s); p * (1 - p))
 slope_bound(::Softplus) = 1.0
@@ -127,7 +146,7 @@ slope_bound(::Softplus) = 1.0
 @inline curvature(::Relu, s, z) = zero(s)
 slope_bound(::Relu) = 1.0
 
-@inline value(::Elu, s) = ifelse(s > 0, s, expm1(min(s, zero(s))))
+@inline value(::Elu, s) = ifelse(s > 0, s, expm1_nonpositive(min(s, zero(s))))
 @inline slope(::Elu, s, z) = ifelse(s > 0, one(s), z + 1)
 @inline curvature(::Elu, s, z) = ifelse(s > 0, zero(s), z + 1)
 slope_bound(::Elu) = 1.0

@@ -28,12 +28,13 @@ struct Lanes{T, L}
     residual::Vector{T}
     rate::Vector{T}
     reach::Vector{T}               # how far from the anchor the equilibrium may be
-    iterations::Vector{Int}
+    iterations::Vector{T}
+    verdict::Vector{T}
 end
 function Lanes{T}(n::Int) where {T}
     L = lane_count(T)
     return Lanes{T, L}(
-        (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:5)..., zeros(Int, L)
+        (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:7)...
     )
 end
 
@@ -69,7 +70,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::
                 store!(p.Z, j, w.Z, l)
                 store!(p.S, j, w.S, l)
                 scale = max(sqrt(w.size2[l]), p.floor)
-                record!(p.outcome, j, CONVERGED, w.iterations[l], w.residual[l] / scale, w.rate[l])
+                record!(p.outcome, j, CONVERGED, unsafe_trunc(Int, w.iterations[l]), w.residual[l] / scale, w.rate[l])
             end
         end
     end
@@ -83,11 +84,11 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
     fill!(w.lost, false)
     fill!(w.iterations, 0)
     fill!(w.residual, T(Inf))
-    fill!(w.reach, T(Inf))
+    fill!(w.rate, 0)
     for k in 1:LANE_ITERATIONS
         affine_lanes!(w, p.M, cold && k == 1)
         activate_lanes!(w, p.f)
-        judge!(w, p, k, picard_steps) == 0 && return
+        judge!(w, p, k, picard_steps) || return
         if k <= picard_steps
             step_lanes!(w, w.F, Val(L), true)
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)
@@ -103,31 +104,44 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
     return
 end
 
-# How each lane stands after the evaluation k; returns the number of those still at work.
+# Takes out the lanes that are done or lost after the evaluation k; returns whether any is still at work.
 function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) where {T, L}
-    working = 0
-    @inbounds for l in 1:L
-        w.active[l] > 0 || continue
-        residual, last_residual = sqrt(w.change2[l]), w.residual[l]
-        w.iterations[l] = k
-        rate = k > 1 ? residual / last_residual : zero(T)
-        w.rate[l] = rate
-        w.residual[l] = residual
-        if k == picard_steps && !p.unique
-            # The equilibrium that attracts this iterate is within r / (1 - q), with some room for q to change.
-            w.reach[l] = 3 * residual / (1 - min(rate, T(0.9)))
-            w.lost[l] = !(rate < T(0.8))
-        end
-        w.lost[l] |= !isfinite(residual) || (k > picard_steps + 1 && rate > 1)
-        done = residual <= p.tol * max(sqrt(w.size2[l]), p.floor)
-        if done && !w.lost[l] && isfinite(w.reach[l]) && k > picard_steps
-            w.lost[l] = distance2(w, l) > w.reach[l]^2
-        end
-        # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
-        done && k == 1 && !p.unique && (w.lost[l] = true)
-        done || w.lost[l] ? (w.active[l] = 0) : (working += 1)
+    (; active, residual, rate, iterations, verdict) = w
+    newton = k > picard_steps + 1
+    settled = zero(T)
+    @inbounds @simd ivdep for l in 1:L
+        at_work = active[l] > 0
+        r = sqrt(w.change2[l])
+        q = r / residual[l]
+        done = r <= p.tol * max(sqrt(w.size2[l]), p.floor)
+        broken = !(r < T(Inf)) | (newton & (q > 1))
+        residual[l] = ifelse(at_work, r, residual[l])
+        rate[l] = ifelse(at_work, q, rate[l])
+        iterations[l] = ifelse(at_work, T(k), iterations[l])
+        verdict[l] = ifelse(at_work, ifelse(broken, LOST, ifelse(done, DONE, zero(T))), zero(T))
+        settled += verdict[l]
     end
-    return working
+    p.unique || k != picard_steps || reach!(w)
+    settled > 0 || return any(>(0), active)
+    @inbounds for l in 1:L
+        verdict[l] > 0 || continue
+        active[l] = 0
+        # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
+        w.lost[l] = verdict[l] == LOST || !p.unique && (k == 1 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
+    end
+    return any(>(0), active)
+end
+
+const DONE, LOST = 1, 2
+
+# The equilibrium that attracts the iterates is within r / (1 - q) of them, with some room for q to change.
+function reach!(w::Lanes{T, L}) where {T, L}
+    @inbounds for l in 1:L
+        q = w.rate[l]
+        w.reach[l] = 3 * w.residual[l] / (1 - min(q, T(0.9)))
+        w.active[l] > 0 && w.verdict[l] == 0 && !(q < T(0.8)) && (w.verdict[l] = w.active[l] = 0; w.lost[l] = true)
+    end
+    return
 end
 
 function distance2(w::Lanes{T}, l::Int) where {T}
@@ -138,22 +152,39 @@ function distance2(w::Lanes{T}, l::Int) where {T}
     return total
 end
 
+# --- vector arithmetic ------------------------------------------------------------------------------------------
+
+# The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop around them.
+
+"One value per lane, in vector registers."
+const LaneVector{L, T} = NTuple{L, VecElement{T}}
+
+for (T, name) in ((Float32, "f32"), (Float64, "f64"))
+    V = LaneVector{lane_count(T), T}
+    @eval @inline muladd_lanes(a::$V, b::$V, c::$V) =
+        ccall($("llvm.fmuladd.v$(lane_count(T))$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
+end
+
+# The k-th vector of an array whose first index is the lane; the caller keeps the array alive.
+@inline vector(A::Array{T}, k::Int, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(pointer(A)), k)
+@inline put_vector!(A::Array{T}, k::Int, v::LaneVector{L, T}) where {T, L} =
+    unsafe_store!(Ptr{LaneVector{L, T}}(pointer(A)), v, k)
+@inline same_in_all(x, ::Val{L}) where {L} = ntuple(_ -> VecElement(x), Val(L))
+@inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
+
 # S = U + M Z
 function affine_lanes!(w::Lanes{T, L}, M::Matrix{T}, cold::Bool) where {T, L}
-    n = size(M, 1)
-    @inbounds for i in 1:n
-        @simd ivdep for l in 1:L
-            w.S[l, i] = w.U[l, i]
-        end
-        cold && continue
+    n, lanes = size(M, 1), Val(L)
+    cold && return copyto!(w.S, w.U)
+    (; S, U, Z) = w
+    GC.@preserve S U Z for i in 1:n
+        sum = vector(U, i, lanes)
         for k in 1:n
-            m = M[i, k]
-            @simd ivdep for l in 1:L
-                w.S[l, i] = muladd(m, w.Z[l, k], w.S[l, i])
-            end
+            sum = muladd_lanes(same_in_all(@inbounds(M[i, k]), lanes), vector(Z, k, lanes), sum)
         end
+        put_vector!(S, i, sum)
     end
-    return
+    return S
 end
 
 # F = f(S), ‖F - Z‖² and ‖F‖²
@@ -202,40 +233,42 @@ end
 
 # step ← (I - D M)⁻¹ step by elimination without pivoting; the residual afterwards tells where that was not good enough.
 function direction_lanes!(w::Lanes{T, L}, M::Matrix{T}) where {T, L}
-    n = size(M, 1)
-    A, x = w.A, w.step
-    @inbounds for j in 1:n, i in 1:n
-        m, one_here = M[i, j], T(i == j)
-        @simd ivdep for l in 1:L
-            A[l, i, j] = muladd(-m, w.D[l, i], one_here)
+    n, lanes = size(M, 1), Val(L)
+    zero_lanes = same_in_all(zero(T), lanes)
+    (; A, D, step) = w
+    GC.@preserve A D step begin
+        for j in 1:n, i in 1:n
+            m = @inbounds M[i, j]
+            put_vector!(A, (j - 1) * n + i, muladd_lanes(same_in_all(-m, lanes), vector(D, i, lanes), same_in_all(T(i == j), lanes)))
         end
-    end
-    @inbounds for k in 1:n
-        @simd ivdep for l in 1:L
-            A[l, k, k] = inv(A[l, k, k])
-        end
-        for i in (k + 1):n
-            @simd ivdep for l in 1:L
-                A[l, i, k] *= A[l, k, k]
-                x[l, i] = muladd(-A[l, i, k], x[l, k], x[l, i])
+        for k in 1:n
+            column = (k - 1) * n
+            pivot = negative_inverse(vector(A, column + k, lanes))
+            put_vector!(A, column + k, pivot)
+            right = vector(step, k, lanes)
+            for i in (k + 1):n
+                factor = muladd_lanes(vector(A, column + i, lanes), pivot, zero_lanes)
+                put_vector!(A, column + i, factor)
+                put_vector!(step, i, muladd_lanes(factor, right, vector(step, i, lanes)))
+            end
+            for j in (k + 1):n
+                top = vector(A, (j - 1) * n + k, lanes)
+                for i in (k + 1):n
+                    entry = (j - 1) * n + i
+                    put_vector!(A, entry, muladd_lanes(vector(A, column + i, lanes), top, vector(A, entry, lanes)))
+                end
             end
         end
-        for j in (k + 1):n, i in (k + 1):n
-            @simd ivdep for l in 1:L
-                A[l, i, j] = muladd(-A[l, i, k], A[l, k, j], A[l, i, j])
+        for k in n:-1:1
+            column = (k - 1) * n
+            negative = muladd_lanes(vector(step, k, lanes), vector(A, column + k, lanes), zero_lanes)
+            put_vector!(step, k, negative)
+            for i in 1:(k - 1)
+                put_vector!(step, i, muladd_lanes(vector(A, column + i, lanes), negative, vector(step, i, lanes)))
             end
         end
     end
-    @inbounds for k in n:-1:1
-        @simd ivdep for l in 1:L
-            x[l, k] *= A[l, k, k]
-        end
-        for i in 1:(k - 1)
-            @simd ivdep for l in 1:L
-                x[l, i] = muladd(-A[l, i, k], x[l, k], x[l, i])
-            end
-        end
-    end
+    step .= .-step
     return
 end
 
