@@ -13,7 +13,8 @@ abstract type Adjoint end
 
 The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a residual of D λ of `tol` relative to ‖D λ‖.
 
-- `:lu`: one LU factorisation of `I - D R` per sample; exact.
+- `:lu`: one LU factorisation of `I - D R` per sample; exact. After [`Newton`](@ref), the last factorisation of the forward
+  pass with as many refinements as the tolerance asks for.
 - `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
@@ -124,17 +125,17 @@ function accept!(c::Columns, p::AdjointSystem, j::Int, sample::Int)
 end
 
 """
-    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome)
+    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome, factors)
 
 `E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
-`outcome` (NaN where the system is singular).
+`outcome` (NaN where the system is singular). `factors` are those of the forward pass, if there are any.
 """
-function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome)
+function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome, factors)
     E .= D .* G
     return E
 end
 
-function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome) where {T}
+function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome, factors) where {T}
     n, samples = size(r.R, 1), size(G, 2)
     slopes_moving = extra!(c, 1)[1]
     for j in 1:samples
@@ -144,6 +145,7 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, o
     start!(c, samples; cold = true)
     p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome)
     method = s.linear_solver
+    factors === nothing || !(method in (:auto, :lu)) || refine!(c, p, factors) && return E
     if method === :auto
         if n <= LANE_NEURONS
             solve_adjoint_lanes!(lanes!(c), c, p) && return E
@@ -183,6 +185,34 @@ function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     c.cold = false
     evaluate_all!(c, p)
     return
+end
+
+"Corrections by the factors of a matrix nearby, before they are given up."
+const REFINEMENTS = 4
+
+# λ ← λ + (I - D₀R)⁻ᵀ (g + Rᵀ D λ - λ), with D₀ the slopes at which Newton's method factorised last.
+function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where {T}
+    all(j -> factors.known[j], 1:c.active) || return false
+    D, λ = c.extra[1], extra!(c, 1, size(c.U, 1), 2)[1]
+    for j in 1:c.active
+        copy_column!(c.S, j, c.U, j)
+        fill!(view(λ, :, j), 0)
+    end
+    c.cold = false
+    for _ in 1:REFINEMENTS
+        for j in 1:c.active
+            sample = c.sample[j]
+            correction = view(c.S, :, j)
+            correction .-= view(λ, :, j)
+            lu_solve_transposed!(correction, view(factors.LU, :, :, sample), view(factors.pivots, :, sample))
+            @inbounds @simd for i in axes(λ, 1)
+                λ[i, j] += correction[i]
+                c.Z[i, j] = D[i, j] * λ[i, j]
+            end
+        end
+        evaluate_all!(c, p) && return true
+    end
+    return false
 end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}

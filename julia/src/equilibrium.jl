@@ -34,6 +34,7 @@ function forward_stage!(ws::Tile{T}, problem, stage::Stage, w, recurrence, c::Co
     end
     start === nothing || copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
     start!(c, m; cold = start === nothing)
+    c.factors === nothing || fill!(c.factors.known, false)
     c.threads = ws.threads
     stationary = Stationary(
         w.recurrent, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
@@ -144,7 +145,7 @@ function backward_stage!(ws::Tile{T}, problem, stage::Stage, k::Int, X, penalty,
         end
         if stage.recurrent
             ws.adjoints[k].threads = ws.threads
-            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome)
+            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome, ws.columns[k].factors)
             direct === nothing || (E .+= direct)
             add_outer!(g.recurrent, E, Z, m, ws.threads)
         else

@@ -9,7 +9,7 @@ const SMALL_LU = 24
 
 Factor `A` (n × n) in place, PA = LU. Returns false where a pivot is zero or not finite.
 """
-function lu_factor!(A::Matrix{T}, pivots::Vector{Int}) where {T}
+function lu_factor!(A::StridedMatrix{T}, pivots) where {T}
     n = size(A, 1)
     n > SMALL_LU && return lapack_factor!(A, pivots)
     @inbounds for k in 1:n
@@ -48,7 +48,7 @@ function lapack_factor!(A, pivots)
 end
 
 "Solve A x = b in place, given the factors of `lu_factor!`."
-function lu_solve!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
+function lu_solve!(x, A::StridedMatrix{T}, pivots) where {T}
     n = size(A, 1)
     @inbounds for k in 1:n
         p = pivots[k]
@@ -81,7 +81,7 @@ function lu_solve_columns!(B::StridedMatrix{T}, A::Matrix{T}, pivots::Vector{Int
 end
 
 "Solve Aᵀ x = b in place, given the factors of `lu_factor!`."
-function lu_solve_transposed!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
+function lu_solve_transposed!(x, A::StridedMatrix{T}, pivots) where {T}
     n = size(A, 1)
     @inbounds for k in 1:n
         a = x[k]
@@ -105,7 +105,7 @@ function lu_solve_transposed!(x, A::Matrix{T}, pivots::Vector{Int}) where {T}
 end
 
 "A = I - D R with D = diag(d): the negative Jacobian of the residual."
-function residual_jacobian!(A::Matrix{T}, d, R::Matrix{T}) where {T}
+function residual_jacobian!(A::StridedMatrix{T}, d, R::Matrix{T}) where {T}
     @inbounds for j in axes(R, 2)
         @simd for i in axes(R, 1)
             A[i, j] = -d[i] * R[i, j]
@@ -114,3 +114,18 @@ function residual_jacobian!(A::Matrix{T}, d, R::Matrix{T}) where {T}
     end
     return A
 end
+
+"""
+    Factors{T}(n, samples)
+
+The LU factorisation of I - D R of each sample, as Newton's method left it, for the adjoint.
+"""
+struct Factors{T}
+    LU::Array{T, 3}
+    pivots::Matrix{Int}
+    known::Vector{Bool}
+end
+Factors{T}(n::Int, samples::Int) where {T} = Factors{T}(zeros(T, n, n, samples), zeros(Int, n, samples), zeros(Bool, samples))
+
+"Memory in bytes that the factorisations of a tile may take."
+const FACTORS_LIMIT = 2^27

@@ -54,6 +54,7 @@ const SHARES = 16
 function sum_tiles!(tile::Tile, problem::Problem, X, Y, penalty, width::Int, numbers)
     net = problem.net
     summary = Summary()
+    keep_factors!(tile, problem)
     for k in numbers
         samples = ((k - 1) * width + 1):min(k * width, size(X, 2))
         m = length(samples)
@@ -65,4 +66,15 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, penalty, width::Int, num
         summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, m)))
     end
     return summary
+end
+
+# Lets Newton's method leave its factorisations to the adjoint.
+function keep_factors!(tile::Tile{T}, problem::Problem) where {T}
+    problem.solver isa Newton && problem.adjoint isa Implicit || return
+    for (c, stage) in zip(tile.columns, problem.net.stages)
+        n = length(stage.rows)
+        stage.recurrent && n^2 * tile.width * sizeof(T) <= FACTORS_LIMIT || continue
+        c.factors === nothing && (c.factors = Factors{T}(n, tile.width))
+    end
+    return
 end

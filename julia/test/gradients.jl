@@ -115,3 +115,16 @@ end
         @test relative_error(hessian_vector_product(net, p, X, Y, v; solver), difference) < 1.0e-7
     end
 end
+
+@testset "the factors of Newton's method serve the adjoint ($n neurons, $constraint)" for n in (5, 30), constraint in (Perron(0.9), Monotone(0.2))
+    net = one_layer(; neurons = n, constraint)
+    p, X, Y = parameters(net), samples(net, 40), targets(net, 40)
+    problem = Problem(net; solver = Newton(tol = 1.0e-8), adjoint = Implicit(tol = 1.0e-13))
+    ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
+    _, quality = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
+    @test all(view(first(ws.tiles).columns[1].factors.known, 1:40))
+    @test all(>(1), view(first(ws.tiles).adjoint_outcome.iterations, 1:40))         # refined, not factorised anew
+    @test quality.adjoint_residual < 1.0e-13
+    fresh = loss_and_gradient(net, p, X, Y; solver = Newton(tol = 1.0e-8), adjoint = Implicit(linear_solver = :gmres, tol = 1.0e-13))[2]
+    @test relative_error(g, fresh) < 1.0e-11
+end

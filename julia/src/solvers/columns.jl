@@ -100,12 +100,13 @@ mutable struct Columns{T}
     threads::Int                     # among which the products may be shared
     partner::Union{Nothing, Columns{T}}        # for the linearised equation
     lanes::Any                                 # Lanes{T} of a small stage, made at the first use
+    factors::Union{Nothing, Factors{T}}        # of Newton's method, where the adjoint is going to use them
     const outcome::Outcome                     # of the linearised equation
 end
 
 Columns{T}(n::Int, width::Int, S = zeros(T, n, width), F = zeros(T, n, width)) where {T} = Columns{T}(
     zeros(T, n, width), zeros(T, n, width), S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width),
-    zeros(T, width), zeros(Int, width), Int[], 0, false, 1, nothing, nothing, Outcome(width),
+    zeros(T, width), zeros(Int, width), Int[], 0, false, 1, nothing, nothing, nothing, Outcome(width),
 )
 
 "The first `count` matrices of `c.extra` with `rows` rows each, made at the first use."

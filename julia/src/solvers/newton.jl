@@ -24,6 +24,7 @@ function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) wh
     base, direction, picard = extra!(c, 3, n, own_extra(p) + 1)
     A, pivots = Matrix{T}(undef, n, n), zeros(Int, n)
     d, step = zeros(T, n, 1), zeros(T, n)
+    kept = c.factors
     for j in 1:c.active
         c.scalars[1, j] = 0               # step length; 0: the iterate is accepted as it is
         c.scalars[2, j] = Inf             # residual at the base of the step
@@ -46,7 +47,13 @@ function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) wh
                 c.residual[j] = c.scalars[2, j]
                 continue
             end
-            newton_direction!(step, A, pivots, d, c, p, j)
+            if kept === nothing
+                newton_direction!(step, A, pivots, d, c, p, j)
+            else
+                sample = c.sample[j]
+                kept.known[sample] =
+                    newton_direction!(step, view(kept.LU, :, :, sample), view(kept.pivots, :, sample), d, c, p, j)
+            end
             c.scalars[1, j] = 1
             c.scalars[2, j] = residual
             @inbounds @simd for i in 1:n
@@ -60,7 +67,7 @@ function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) wh
     return false
 end
 
-# step = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular.
+# step = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular, and then false.
 function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int)
     n = size(A, 1)
     slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
@@ -70,10 +77,10 @@ function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int
     end
     if lu_factor!(A, pivots)
         lu_solve!(step, A, pivots)
-        all(isfinite, step) && return
+        all(isfinite, step) && return true
         @inbounds @simd for i in 1:n
             step[i] = c.F[i, j] - c.Z[i, j]
         end
     end
-    return
+    return false
 end
