@@ -12,6 +12,7 @@ from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
 from implicit_rnn import julia_runtime
+from implicit_rnn.engines import Samples
 from implicit_rnn.engines.julia import call
 
 pytestmark = pytest.mark.julia
@@ -62,7 +63,7 @@ def test_the_bridge_refuses_what_it_could_not_share(address_in_julia):
 
 def test_gradient_is_written_by_julia_into_the_array_of_the_caller(net, X, Y):
     gradient = np.full(len(net.parameters), np.nan)
-    net.program().gradient(net.parameters, X, Y, gradient, 0)
+    net.program().gradient(net.parameters, Samples(X, Y), gradient, 0)
     np.testing.assert_array_equal(gradient, net.loss_and_gradient(X, Y)[1])
 
 

@@ -107,7 +107,7 @@ function compile(d::Py)
     )
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
     adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
-    loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"])))
+    loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"]["name"])))(options(d["loss"]["options"]))
     jacobian_penalty = pyconvert(Float64, d["jacobian_penalty"])
     return keep(Session(Problem(net; solver, adjoint, loss, jacobian_penalty))), length(net)
 end
@@ -134,25 +134,32 @@ end
 
 reinterpret_status(x::Vector{Int8}) = unsafe_wrap(Array, Ptr{Status}(pointer(x)), length(x))
 
-"`gradient(handle, p, X, Y, g, probe) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written to `g`."
-gradient(handle::Py, p::Py, X::Py, Y::Py, g::Py, probe::Py) =
-    gradient(held(handle)::Session, p, X, Y, g, pyconvert(Int, probe))
-function gradient(s::Session{T}, p::Py, X::Py, Y::Py, g::Py, probe::Int) where {T}
+"""
+`gradient(handle, (p, X, Y, weights, g), probe) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written
+to `g`. An empty `weights` stands for none, here and below.
+"""
+gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
+function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    loss, quality = borrow(NumPy{T}(p), NumPy{T}(X), NumPy{T}(Y), NumPy{T}(g)) do p, X, Y, g
+    loss, quality = borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))...) do p, X, Y, weights, g
         loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights)
         )
     end
+    pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
 end
 
-"`hessian_vector_product(handle, (p, X, Y, v, h))`: H v is written to `h`."
+given(weights::Vector) = isempty(weights) ? nothing : weights
+
+"`hessian_vector_product(handle, (p, X, Y, weights, v, h))`: H v is written to `h`."
 hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(held(handle)::Session, arrays)
 function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))...) do p, X, Y, v, h
-        hessian_vector_product!(h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v)
+    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))...) do p, X, Y, weights, v, h
+        hessian_vector_product!(
+            h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v, given(weights)
+        )
     end
     pydel!(arrays)
     return nothing
@@ -174,26 +181,34 @@ end
 "`trainer(problem handle, description) -> handle`."
 function trainer(handle::Py, d::Py)
     rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
+    guard = Guard(pyconvert(Float64, d["unconverged"]), pyconvert(Float64, d["parameter_norm"]))
     return keep(
         Trainer(
-            (held(handle)::Session).problem, rule;
-            nets = pyconvert(Int, d["nets"]), clip = pyconvert(Float64, d["clip"]), batch_size = pyconvert(Int, d["batch_size"]),
+            (held(handle)::Session).problem, rule; guard, clip = pyconvert(Float64, d["clip"]),
+            nets = pyconvert(Int, d["nets"]), batch_size = pyconvert(Int, d["batch_size"]),
         )
     )
 end
 
-"`train(handle, batch_size, arrays)` with arrays = (P, X, Y, order, rates, losses, unconverged), see `train!`."
+"""
+`train(handle, batch_size, arrays)` with arrays = (parameters, good, halted, X, Y, weights, order, rates, losses,
+unconverged), see `train!`.
+"""
 train(handle::Py, batch_size::Py, arrays::Py) = train(held(handle)::Trainer, pyconvert(Int, batch_size), arrays)
 function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
     net = t.problem.net
-    types = (NumPy{T}, NumPy{T}, NumPy{T}, NumPy{Int64}, NumPy{Float64}, NumPy{Float64}, NumPy{Int64})
-    borrow(map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(7)))...) do P, X, Y, order, rates, losses, unconverged
-        nets = length(P) ÷ length(net)
+    types = (
+        NumPy{T}, NumPy{T}, NumPy{Int8}, NumPy{T}, NumPy{T}, NumPy{T}, NumPy{Int64}, NumPy{Float64}, NumPy{Float64},
+        NumPy{Int64},
+    )
+    lent = map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(10)))
+    borrow(lent...) do P, good, halted, X, Y, weights, order, rates, losses, unconverged
+        nets = Replicas(columns(P, length(net)), columns(good, length(net)), halted)
         samples = length(X) ÷ net.inputs
-        epochs = length(losses) ÷ nets
+        epochs = length(losses) ÷ length(halted)
         train!(
-            t, columns(P, length(net)), columns(X, net.inputs), columns(Y, output_size(net)), columns(order, samples),
-            batch_size, rates, columns(losses, epochs), columns(unconverged, epochs),
+            t, nets, columns(X, net.inputs), columns(Y, output_size(net)), columns(order, samples), batch_size, rates,
+            columns(losses, epochs), columns(unconverged, epochs); weights = given(weights),
         )
     end
     pydel!(arrays)
@@ -218,10 +233,10 @@ for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
 end
 precompile(entry_points, ())
 precompile(solve, ntuple(_ -> Py, 5))
-precompile(gradient, ntuple(_ -> Py, 6))
+precompile(gradient, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)
     precompile(solve, (Session{T}, Py, Py, Py, Py))
-    precompile(gradient, (Session{T}, Py, Py, Py, Py, Int))
+    precompile(gradient, (Session{T}, Py, Int))
 end
 
 end

@@ -21,9 +21,9 @@ export Network, Layer, neurons
 export Free, Perron, InfNorm, Spectral, Monotone
 export Auto, Picard, Anderson, Newton, Chord, NLsolver
 export Implicit, JacobianFree, Unrolled
-export MSE
+export MSE, MAE, Huber, CrossEntropy, BinaryCrossEntropy
 export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hessian_vector_product, Equilibrium
-export Trainer, train!
+export Trainer, Replicas, Guard, train!
 export fixed_point, root, vjp
 
 include("parallel.jl")

@@ -1,25 +1,27 @@
 # The training gradient: loss and its gradient with respect to all parameters.
 
 """
-    loss_and_gradient(net, p, X, Y; loss = MSE(), solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
+    loss_and_gradient(net, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
 
-The loss of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
+The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
 gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
 random vectors `probe` numbers.
 """
-function loss_and_gradient(net::Network{T}, p, X, Y; probe = 0, options...) where {T}
+function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
     problem = Problem(net; options...)
     g = zeros(T, length(net))
-    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y, probe)
+    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y, probe, weights)
     return value, g
 end
 
-function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0)
+function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0, weights = nothing)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     size(Y) == (output_size(net), B) || throw(
         DimensionMismatch("targets are $(size(Y)), but $(output_size(net)) outputs for $B samples were expected")
     )
+    weights === nothing || length(weights) == B ||
+        throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
     unpack!(ws, p)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
@@ -36,7 +38,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
         tile = buffers[thread]
         tile.gradient = clear!(ws.gradients[share])
         ws.summaries[share] = sum_tiles!(
-            tile, problem, X, Y, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
+            tile, problem, X, Y, weights, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
         )
     end
     for share in 2:shares
@@ -51,7 +53,7 @@ end
 const SHARES = 16
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
-function sum_tiles!(tile::Tile, problem::Problem, X, Y, penalty, width::Int, numbers)
+function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, penalty, width::Int, numbers)
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
@@ -61,7 +63,8 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, penalty, width::Int, num
         x = view(X, :, samples)
         forward!(tile, problem, x)
         read_out!(tile, net, m)
-        loss = loss_gradient!(tile.GY, problem.loss, tile.Y, view(Y, :, samples), eltype(net)(1 / length(Y)))
+        scale = eltype(net)(1 / size(X, 2))
+        loss = loss_gradient!(tile.GY, problem.loss, tile.Y, view(Y, :, samples), weights_of(weights, samples), scale)
         loss += backward!(tile, problem, x, penalty, first(samples))
         summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, m)))
     end

@@ -2,7 +2,7 @@
 # the adjoint pass. Both need linear systems with the same matrix I - D R per sample, which is factorised once.
 
 """
-    hessian_vector_product(net, p, X, Y, v; loss = MSE(), solver = Auto())
+    hessian_vector_product(net, p, X, Y, v; loss = MSE(), weights = nothing, solver = Auto())
 
 H v with H the Hessian of the loss with respect to the parameters. With primes for derivatives along v, D = f′(s) and
 D′ = f″(s) s′ (differentiate `z = f(s)` and `(I - RᵀD) λ = ∂L/∂z`):
@@ -11,12 +11,12 @@ D′ = f″(s) s′ (differentiate `z = f(s)` and `(I - RᵀD) λ = ∂L/∂z`):
 
 Throws an `ErrorException` if a sample does not reach its equilibrium.
 """
-function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), solver = Auto()) where {T}
+function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), weights = nothing, solver = Auto()) where {T}
     problem = Problem(net; loss, solver)
-    return hessian_vector_product!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y, v)
+    return hessian_vector_product!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y, v, weights)
 end
 
-function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X, Y, v) where {T}
+function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     net, B = problem.net, size(X, 2)
     length(v) == length(net) ||
         throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(v))"))
@@ -31,8 +31,9 @@ function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X,
         failed = count(!=(CONVERGED), view(tile.outcome.status, eachindex(samples)))
         failed == 0 || error("$failed of $(length(samples)) samples did not reach an equilibrium")
         read_out!(tile, net, length(samples))
-        loss_gradient!(tile.GY, problem.loss, tile.Y, targets, T(1 / length(Y)))
-        add_tangents!(second, tile, problem, tangent, x, targets, T(1 / length(Y)))
+        mean = weights_of(weights, samples), T(1 / B)
+        loss_gradient!(tile.GY, problem.loss, tile.Y, targets, mean...)
+        add_tangents!(second, tile, problem, tangent, x, targets, mean)
     end
     return pack_second!(h, net, ws.weights, tangent, tile.gradient, second, p, v)
 end
@@ -56,7 +57,7 @@ function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T
 end
 
 # The gradient goes to ws.gradient, its derivative along the tangent to `second`.
-function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, scale) where {T}
+function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, mean) where {T}
     net, m = problem.net, size(X, 2)
     Z, S = ws.Z[:, 1:m], ws.S[:, 1:m]
     dZ, dS, D = similar(Z), similar(S), similar(S)
@@ -78,7 +79,7 @@ function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, scale)
             dZ[rows, :] = D[rows, :] .* drive
         end
     end
-    G, dG = read_out_tangents!(second, ws, problem, tangent, Z, dZ, targets, scale)
+    G, dG = read_out_tangents!(second, ws, problem, tangent, Z, dZ, targets, mean)
     for k in length(net.stages):-1:1
         stage = net.stages[k]
         rows, before, w, t = stage.rows, 1:(first(stage.rows) - 1), ws.weights.stages[k], tangent.stages[k]
@@ -109,12 +110,12 @@ function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, scale)
 end
 
 # ∂L/∂z and its tangent at the readout.
-function read_out_tangents!(second, ws::Tile{T}, problem, tangent, Z, dZ, targets, scale) where {T}
+function read_out_tangents!(second, ws::Tile{T}, problem, tangent, Z, dZ, targets, mean) where {T}
     net, m = problem.net, size(Z, 2)
     G, dG = zeros(T, size(Z)), zeros(T, size(Z))
     GY, read = ws.GY[:, 1:m], net.readout
     if net.outputs == 0
-        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dZ[read, :], scale)
+        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dZ[read, :], mean...)
         for (i, neuron) in enumerate(read)
             G[neuron, :] .+= GY[i, :]
             dG[neuron, :] .+= dGY[i, :]
@@ -122,7 +123,7 @@ function read_out_tangents!(second, ws::Tile{T}, problem, tangent, Z, dZ, target
     else
         C, dC = ws.weights.C, tangent.C
         dY = C * dZ[read, :] .+ dC * Z[read, :] .+ tangent.d
-        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dY, scale)
+        dGY = loss_curvature(problem.loss, ws.Y[:, 1:m], targets, dY, mean...)
         G[read, :] = C' * GY
         dG[read, :] = C' * dGY .+ dC' * GY
         second.C .+= dGY * Z[read, :]' .+ GY * dZ[read, :]'

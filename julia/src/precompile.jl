@@ -1,14 +1,14 @@
 # What Python calls with the common types, compiled when the package is.
 
 @setup_workload begin
-    adam = OPTIMIZERS.adam(Dict(:learning_rate => 0.01, :beta1 => 0.9, :beta2 => 0.999, :epsilon => 1.0e-8))
+    adam = OPTIMIZERS.adam(Dict(:learning_rate => 0.01, :beta1 => 0.9, :beta2 => 0.999, :epsilon => 1.0e-8, :weight_decay => 0.0))
     function exercise(::Type{T}, neurons, activation, constraint, solver) where {T}
         net = Network{T}(2, [Layer(neurons, activation)]; outputs = 1, constraint)
         problem = Problem(net; solver)
         p, X, Y = fill(T(0.1), length(net)), ones(T, 2, 3), zeros(T, 1, 3)
         equilibrium!(Solution(net, 3), Workspace(problem), problem, p, X)
         trainer = Trainer(problem, adam; batch_size = 2)
-        train!(trainer, reshape(p, :, 1), X, Y, [1; 2; 3;;], 2, [0.01, 0.01], zeros(1, 1), zeros(Int, 1, 1))
+        train!(trainer, Replicas(reshape(p, :, 1)), X, Y, [1; 2; 3;;], 2, [0.01, 0.01], zeros(1, 1), zeros(Int, 1, 1))
     end
     @compile_workload begin
         for T in (Float64, Float32)

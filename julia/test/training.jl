@@ -6,7 +6,7 @@ function train_xor(neurons, lateral; epochs = 2000, seeds = 1:10, constraint = P
     P = reduce(hcat, [parameters(net; seed, gain = 0.7) for seed in seeds]; init = zeros(length(net), 0))
     losses, unconverged = zeros(epochs, length(seeds)), zeros(Int, epochs, length(seeds))
     trainer = Trainer(Problem(net), rule; nets = length(seeds), clip = 10.0)
-    train!(trainer, P, XOR_INPUTS, XOR_TARGETS, repeat(1:4, 1, epochs), 4, fill(0.03, epochs), losses, unconverged)
+    train!(trainer, Replicas(P), XOR_INPUTS, XOR_TARGETS, repeat(1:4, 1, epochs), 4, fill(0.03, epochs), losses, unconverged)
     return net, P, losses, unconverged
 end
 
@@ -28,7 +28,7 @@ end
     net = one_layer()
     X, Y = samples(net, 20), targets(net, 20)
     order = reduce(hcat, randperm(Xoshiro(e), 20) for e in 1:10)
-    run!(trainer, p, epochs) = train!(trainer, p, X, Y, order[:, epochs], 8, fill(0.01, 3 * length(epochs)), zeros(length(epochs), 1), zeros(Int, length(epochs), 1))
+    run!(trainer, p, epochs) = train!(trainer, Replicas(p), X, Y, order[:, epochs], 8, fill(0.01, 3 * length(epochs)), zeros(length(epochs), 1), zeros(Int, length(epochs), 1))
     new() = Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); batch_size = 8)
     whole = reshape(parameters(net), :, 1)
     run!(new(), whole, 1:10)
@@ -58,7 +58,7 @@ end
     net = Network(1, [Layer(2, :identity; lateral = false)]; outputs = [1])
     P = fill(3.0, length(net), 1)
     losses, unconverged = zeros(5, 1), zeros(Int, 5, 1)
-    train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(1.0e200)), P, ones(1, 2), ones(1, 2), repeat(1:2, 1, 5), 2, fill(1.0e200, 5), losses, unconverged)
+    train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(1.0e200)), Replicas(P), ones(1, 2), ones(1, 2), repeat(1:2, 1, 5), 2, fill(1.0e200, 5), losses, unconverged)
     @test isnan(losses[end])
     @test all(isfinite, P)
 end

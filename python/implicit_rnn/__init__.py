@@ -10,14 +10,18 @@ from importlib import metadata
 from implicit_rnn.engines import get_engine
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError, EngineWarning, ModelFileError
 from implicit_rnn.generic import ImplicitSolution, fixed_point, julia, root
+from implicit_rnn.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber
 from implicit_rnn.network import Network
 from implicit_rnn.options import (
+    LBFGS,
     SGD,
     Adam,
+    AdamW,
     Anderson,
     Auto,
     Chord,
     Free,
+    Guard,
     Implicit,
     InfNorm,
     JacobianFree,
@@ -28,27 +32,50 @@ from implicit_rnn.options import (
     NLsolve,
     Perron,
     Picard,
+    RMSProp,
     Spectral,
     Unrolled,
 )
 from implicit_rnn.serialization import load
 from implicit_rnn.solution import Solution, Status
 from implicit_rnn.topology import Layer
-from implicit_rnn.training import Run, fit_many
+from implicit_rnn.training import (
+    Constant,
+    Cosine,
+    EarlyStopping,
+    OneCycle,
+    Progress,
+    Run,
+    Step,
+    StopTraining,
+    WarmUp,
+    fit_many,
+)
 
 __version__ = metadata.version("implicit-rnn")
 
 __all__ = [
+    "LBFGS",
+    "MAE",
+    "MSE",
     "SGD",
     "Adam",
+    "AdamW",
     "Anderson",
     "Auto",
+    "BinaryCrossEntropy",
     "Chord",
+    "Constant",
     "ConvergenceError",
     "ConvergenceWarning",
+    "Cosine",
+    "CrossEntropy",
+    "EarlyStopping",
     "EngineError",
     "EngineWarning",
     "Free",
+    "Guard",
+    "Huber",
     "Implicit",
     "ImplicitSolution",
     "InfNorm",
@@ -61,13 +88,19 @@ __all__ = [
     "Nesterov",
     "Network",
     "Newton",
+    "OneCycle",
     "Perron",
     "Picard",
+    "Progress",
+    "RMSProp",
     "Run",
     "Solution",
     "Spectral",
     "Status",
+    "Step",
+    "StopTraining",
     "Unrolled",
+    "WarmUp",
     "__version__",
     "fit_many",
     "fixed_point",

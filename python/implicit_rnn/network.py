@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options, serialization, training
-from implicit_rnn.engines import Engine, Problem, Program, Quality, check_engine, get_engine
+from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
 from implicit_rnn.engines.numpy import constraints as numpy_constraints
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
+from implicit_rnn.losses import Loss, as_weights
 from implicit_rnn.options import Adjoint, Auto, Constraint, Implicit, Perron, Solver
 from implicit_rnn.solution import Solution
 from implicit_rnn.topology import INPUT, Layer, Topology
-from implicit_rnn.validation import as_real, as_samples, as_targets
+from implicit_rnn.validation import as_real, as_samples
 
 Array = np.ndarray
 
@@ -218,7 +219,8 @@ class Network:
         X: ArrayLike,
         Y: ArrayLike,
         *,
-        loss: str = "mse",
+        loss: Loss | str = "mse",
+        sample_weights: ArrayLike | None = None,
         solver: Solver | str = Auto(),
         adjoint: Adjoint | str = Implicit(),
         jacobian_penalty: float = 0.0,
@@ -227,38 +229,50 @@ class Network:
     ) -> tuple[float, Array]:
         """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
 
-        The gradient has the layout of ``parameters``; ``named`` views it by name. ``jacobian_penalty`` adds that much of
+        The gradient has the layout of ``parameters``; ``named`` views it by name. ``loss`` is "mse", "mae", "huber",
+        "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``; both cross-entropies take the
+        outputs for logits, and "cross_entropy" takes class labels (B,) for Y. With ``sample_weights`` w (B,) the
+        loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. ``jacobian_penalty`` adds that much of
         mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and Kolter 2021), estimated
         with one random vector per sample, which ``probe`` numbers. Errors as in ``equilibrium``; samples
         without an equilibrium make the gradient meaningless and are reported according to ``on_failure``.
         """
         x = self._samples("X", X)
-        y = as_targets("Y", Y, len(x), self.topology.output_size, self.dtype)
+        samples = self._with_targets(x, Y, loss, sample_weights)
         options.check_on_failure(on_failure)
         gradient = np.empty_like(self._parameters)
         if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
             raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
         program = self.program(solver, adjoint, loss, jacobian_penalty)
-        value, quality = program.gradient(self._parameters, x, y, gradient, int(probe))
+        value, quality = program.gradient(self._parameters, samples, gradient, int(probe))
         if failure := _gradient_failure(quality, len(x)):
             _report(on_failure, failure, self.topology.constraint, None)
         return value, gradient
 
     def hessian_vector_product(
-        self, X: ArrayLike, Y: ArrayLike, v: ArrayLike, *, loss: str = "mse", solver: Solver | str = Auto()
+        self,
+        X: ArrayLike,
+        Y: ArrayLike,
+        v: ArrayLike,
+        *,
+        loss: Loss | str = "mse",
+        sample_weights: ArrayLike | None = None,
+        solver: Solver | str = Auto(),
     ) -> Array:
         """The Hessian of the loss with respect to the parameters, times v (P,), exactly (Julia engine only).
+
+        ``loss`` and ``sample_weights`` are those of ``loss_and_gradient``.
 
         Raises ``EngineError`` on the NumPy engine and where a sample does not reach its equilibrium; bad input as in
         ``equilibrium``.
         """
         x = self._samples("X", X)
-        y = as_targets("Y", Y, len(x), self.topology.output_size, self.dtype)
+        samples = self._with_targets(x, Y, loss, sample_weights)
         direction = np.ascontiguousarray(as_real("v", v, self.dtype))
         if direction.shape != self._parameters.shape:
             raise ValueError(f"v has shape {direction.shape}; expected {self._parameters.shape}")
         product = np.empty_like(self._parameters)
-        self.program(solver, loss=loss).hessian_vector_product(self._parameters, x, y, direction, product)
+        self.program(solver, loss=loss).hessian_vector_product(self._parameters, samples, direction, product)
         return product
 
     def spectral_radius(
@@ -275,9 +289,9 @@ class Network:
         return radius
 
     def fit(self, X: ArrayLike, Y: ArrayLike, **settings: Any) -> training.Run:
-        """Train on X (B, inputs) and Y (B, outputs); see ``training.fit_many`` for all settings.
+        """Train on X (B, inputs) and Y (B, outputs); see ``fit_many`` for all settings.
 
-        >>> run = net.fit(X, Y, optimizer=Adam(1e-2), epochs=300, batch_size=100, validation=(Xv, Yv))
+        >>> run = net.fit(X, Y, optimizer=Adam(1e-2), schedule="cosine", epochs=300, batch_size=100, validation=(Xv, Yv))
         """
         unknown = set(settings) - set(training.SETTINGS)
         if unknown:
@@ -288,7 +302,7 @@ class Network:
         self,
         solver: Solver | str = Auto(),
         adjoint: Adjoint | str = Implicit(),
-        loss: str = "mse",
+        loss: Loss | str = "mse",
         jacobian_penalty: float = 0.0,
     ) -> Program:
         """The compiled problem behind the calls above."""
@@ -297,7 +311,7 @@ class Network:
             self.dtype.name,
             options.choose(Solver, solver, "solver"),
             options.choose(Adjoint, adjoint, "adjoint"),
-            options.check_loss(loss),
+            options.choose(Loss, loss, "loss"),
             options.check_penalty(jacobian_penalty, adjoint),
         )
         if problem not in self._programs:
@@ -306,6 +320,10 @@ class Network:
 
     def _samples(self, name: str, X: ArrayLike) -> Array:
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
+
+    def _with_targets(self, x: Array, Y: ArrayLike, loss: Loss | str, sample_weights: ArrayLike | None) -> Samples:
+        targets = options.choose(Loss, loss, "loss").targets("Y", Y, len(x), self.topology.output_size, self.dtype)
+        return Samples(x, targets, as_weights("sample_weights", sample_weights, len(x), self.dtype))
 
     # --- the rest ----------------------------------------------------------------------------------------
 

@@ -1,11 +1,11 @@
-"""The configuration objects: constraints, solvers, adjoints, losses and optimisers.
+"""The configuration objects: constraints, solvers, adjoints and optimisers.
 
 Each is a frozen dataclass that only stores and checks its options; what they do is the engines' affair.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -47,8 +47,8 @@ def choose(kind: type[Kind], value: object, argument: str) -> Kind:
     if isinstance(value, kind):
         return value
     known = {option.__name__.lower(): option for option in _leaves(kind)}
-    if isinstance(value, str) and value.lower() in known:
-        return known[value.lower()]()
+    if isinstance(value, str) and (name := value.lower().replace("_", "")) in known:
+        return known[name]()
     names = ", ".join(option.__name__ for option in known.values())
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{argument} is the class {value.__name__}; pass an object: {value.__name__}()")
@@ -59,7 +59,7 @@ def choose(kind: type[Kind], value: object, argument: str) -> Kind:
 def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Kind:
     """The configuration object of that kind, name and options; ``ValueError`` if there is none such."""
     known = {option.__name__: option for option in _leaves(kind)}
-    if name not in known or set(options) - {field.name for field in fields(known[name])}:
+    if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
     return known[name](**options)
 
@@ -78,25 +78,42 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
-def _check_number(name: str, value: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """``TypeError`` unless it is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _check_fraction(name: str, value: float) -> None:
-    _check_number(name, value)
+def check_fraction(name: str, value: float) -> None:
+    """``ValueError`` unless it lies strictly between 0 and 1."""
+    check_number(name, value)
     if not 0 < value < 1:
         raise ValueError(f"{name} must lie strictly between 0 and 1, got {value}")
 
 
 def _check_decay(name: str, value: float) -> None:
-    _check_number(name, value)
+    check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
-def _check_positive(name: str, value: float) -> None:
-    _check_number(name, value)
+def check_share(name: str, value: float) -> None:
+    """``ValueError`` unless it lies from 0 to 1."""
+    check_number(name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must lie from 0 to 1, got {value}")
+
+
+def check_not_negative(name: str, value: float) -> None:
+    """``ValueError`` unless it is finite and at least 0."""
+    check_number(name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_positive(name: str, value: float) -> None:
+    """``ValueError`` unless it is finite and above 0."""
+    check_number(name, value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
@@ -135,7 +152,7 @@ class Perron(Constraint):
     kappa: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_fraction("kappa", self.kappa)
+        check_fraction("kappa", self.kappa)
 
 
 @dataclass(frozen=True)
@@ -145,7 +162,7 @@ class InfNorm(Constraint):
     kappa: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_fraction("kappa", self.kappa)
+        check_fraction("kappa", self.kappa)
 
 
 @dataclass(frozen=True)
@@ -155,7 +172,7 @@ class Spectral(Constraint):
     rho: float = 0.95
 
     def __post_init__(self) -> None:
-        _check_fraction("rho", self.rho)
+        check_fraction("rho", self.rho)
 
 
 @dataclass(frozen=True)
@@ -168,7 +185,7 @@ class Monotone(Constraint):
     margin: float = 0.05
 
     def __post_init__(self) -> None:
-        _check_fraction("margin", self.margin)
+        check_fraction("margin", self.margin)
 
 
 # --- solvers ---------------------------------------------------------------------------------------------
@@ -227,7 +244,7 @@ class Anderson(Solver):
         if check_count("memory", self.memory) > 10:
             raise ValueError(f"memory must lie between 1 and 10, got {self.memory}")
         _check_damping(self.damping)
-        _check_number("ridge", self.ridge)
+        check_number("ridge", self.ridge)
         if not self.ridge >= 0:
             raise ValueError(f"ridge must not be negative, got {self.ridge}")
         _check_solver(self.tol, self.max_iterations)
@@ -276,14 +293,14 @@ class NLsolve(Solver):
 
 
 def _check_damping(damping: float) -> None:
-    _check_number("damping", damping)
+    check_number("damping", damping)
     if not 0 < damping <= 1:
         raise ValueError(f"damping must lie in (0, 1], got {damping}")
 
 
 def _check_solver(tol: float | None, max_iterations: int) -> None:
     if tol is not None:
-        _check_positive("tol", tol)
+        check_positive("tol", tol)
     check_count("max_iterations", max_iterations)
 
 
@@ -335,23 +352,33 @@ class Unrolled(Adjoint):
 
 @dataclass(frozen=True)
 class Optimizer(Option):
-    """How a gradient changes the parameters; the formulas are those of Optimisers.jl."""
-
-    learning_rate: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _check_positive("learning_rate", self.learning_rate)
+    """How a gradient g changes the parameters p."""
 
 
 @dataclass(frozen=True)
-class SGD(Optimizer):
+class GradientDescent(Optimizer):
+    """One step along each gradient; the formulas are those of Optimisers.jl.
+
+    ``weight_decay`` λ adds λ p to the gradient of all parameters p, as if λ ‖p‖² / 2 were added to the loss.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        check_not_negative("weight_decay", self.weight_decay)
+
+
+@dataclass(frozen=True)
+class SGD(GradientDescent):
     """p ← p - η g."""
 
     learning_rate: float = 1e-1
 
 
 @dataclass(frozen=True)
-class Momentum(Optimizer):
+class Momentum(GradientDescent):
     """v ← ρ v + η g; p ← p - v."""
 
     learning_rate: float = 1e-2
@@ -363,7 +390,7 @@ class Momentum(Optimizer):
 
 
 @dataclass(frozen=True)
-class Nesterov(Optimizer):
+class Nesterov(GradientDescent):
     """Nesterov's accelerated gradient in its momentum form."""
 
     learning_rate: float = 1e-2
@@ -375,7 +402,7 @@ class Nesterov(Optimizer):
 
 
 @dataclass(frozen=True)
-class Adam(Optimizer):
+class Adam(GradientDescent):
     """Adam (Kingma and Ba, arXiv 1412.6980)."""
 
     learning_rate: float = 1e-2
@@ -385,23 +412,82 @@ class Adam(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_decay("beta1", self.beta1)
-        _check_decay("beta2", self.beta2)
-        _check_positive("epsilon", self.epsilon)
+        _check_moments(self.beta1, self.beta2, self.epsilon)
 
 
-LOSSES = ("mse",)
+@dataclass(frozen=True)
+class AdamW(GradientDescent):
+    """Adam whose ``weight_decay`` λ shrinks the parameters by η λ p beside its step (Loshchilov and Hutter, 1711.05101)."""
+
+    learning_rate: float = 1e-2
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = field(default=1e-2, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_moments(self.beta1, self.beta2, self.epsilon)
 
 
-def check_loss(loss: object) -> str:
-    """The name of a loss, checked."""
-    _check_choice("loss", loss, LOSSES)
-    return str(loss)
+@dataclass(frozen=True)
+class RMSProp(GradientDescent):
+    """v ← ρ v + (1 - ρ) g²; p ← p - η g / (√v + ε), with ρ = ``decay`` (Tieleman and Hinton 2012)."""
+
+    learning_rate: float = 1e-3
+    decay: float = 0.9
+    epsilon: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_decay("decay", self.decay)
+        check_positive("epsilon", self.epsilon)
+
+
+@dataclass(frozen=True)
+class LBFGS(Optimizer):
+    """The quasi-Newton method of limited memory (Liu and Nocedal 1989), for all samples at once.
+
+    An epoch is one iteration: a search along the direction of the last ``memory`` changes of the gradient for a step
+    that meets the strong Wolfe conditions, which takes up to ``max_evaluations`` gradients, most often one or two.
+    """
+
+    memory: int = 10
+    max_evaluations: int = 25
+
+    def __post_init__(self) -> None:
+        check_count("memory", self.memory)
+        check_count("max_evaluations", self.max_evaluations)
+
+
+def _check_moments(beta1: float, beta2: float, epsilon: float) -> None:
+    _check_decay("beta1", beta1)
+    _check_decay("beta2", beta2)
+    check_positive("epsilon", epsilon)
+
+
+@dataclass(frozen=True)
+class Guard(Option):
+    """When the training of a net is halted, besides a loss or gradient that is not finite.
+
+    When more than the share ``unconverged`` of an epoch's samples does not reach its equilibrium (1 lets all pass), or
+    when the Euclidean norm of the parameters is more than ``parameter_norm`` after an epoch (None: any will do). A net
+    that is halted has the parameters from which its last good epoch began: one with finite losses and no more
+    unconverged samples than allowed.
+    """
+
+    unconverged: float = 1.0
+    parameter_norm: float | None = 1e6
+
+    def __post_init__(self) -> None:
+        check_share("unconverged", self.unconverged)
+        if self.parameter_norm is not None:
+            check_positive("parameter_norm", self.parameter_norm)
 
 
 def check_penalty(weight: float, adjoint: object) -> float:
     """The weight of the Jacobian penalty, checked."""
-    _check_number("jacobian_penalty", weight)
+    check_number("jacobian_penalty", weight)
     if not weight >= 0:
         raise ValueError(f"jacobian_penalty must not be negative, got {weight}")
     if weight > 0 and (isinstance(adjoint, Unrolled) or str(adjoint).lower() == "unrolled"):

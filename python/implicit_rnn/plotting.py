@@ -51,10 +51,13 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 
 
 def loss_curve(run: Run, ax: Axes) -> None:
-    """Training and validation loss against the epoch, on a logarithmic scale."""
+    """Training and validation loss against the epoch, on a logarithmic scale, with the best epoch marked."""
     ax.semilogy(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training")
     if len(run.validation_loss):
         ax.semilogy(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
+        if run.best_epoch is not None:
+            best = run.validation_loss[run.validation_epochs == run.best_epoch]
+            ax.plot(run.best_epoch, best, "o", color=POSITIVE, label=f"best, epoch {run.best_epoch}")
         ax.legend(frameon=False)
     ax.set(xlabel="epoch", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)

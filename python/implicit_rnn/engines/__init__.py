@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import threading
 
-from implicit_rnn.engines.base import Engine, Problem, Program, Quality, Trainer
+from implicit_rnn.engines.base import Engine, Halt, Problem, Program, Quality, Replicas, Samples, Trainer
 from implicit_rnn.errors import EngineError, EngineWarning, warn
 
-__all__ = ["ENGINES", "Engine", "Problem", "Program", "Quality", "Trainer", "get_engine"]
+__all__ = ["ENGINES", "Engine", "Halt", "Problem", "Program", "Quality", "Replicas", "Samples", "Trainer", "get_engine"]
 
 ENGINES = ("auto", "julia", "numpy")
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn import julia_runtime
-from implicit_rnn.engines.base import Problem, Quality
+from implicit_rnn.engines.base import Problem, Quality, Replicas, Samples
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Optimizer, Option
+from implicit_rnn.options import Guard, Optimizer, Option
 from implicit_rnn.solution import Solution
 
 Array = np.ndarray
@@ -70,23 +70,25 @@ class JuliaProgram:
         arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
         call("solve", self._handle.number, p, X.reshape(-1), None if z0 is None else z0.reshape(-1), arrays)
 
-    def gradient(self, p: Array, X: Array, Y: Array, g: Array, probe: int) -> tuple[float, Quality]:
-        loss, *quality = call("gradient", self._handle.number, p, X.reshape(-1), Y.reshape(-1), g, probe)
+    def gradient(self, p: Array, samples: Samples, g: Array, probe: int) -> tuple[float, Quality]:
+        loss, *quality = call("gradient", self._handle.number, (p, *_flat(samples), g), probe)
         return loss, Quality(*quality)
 
-    def hessian_vector_product(self, p: Array, X: Array, Y: Array, v: Array, h: Array) -> None:
-        call("hessian_vector_product", self._handle.number, (p, X.reshape(-1), Y.reshape(-1), v, h))
+    def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
+        call("hessian_vector_product", self._handle.number, (p, *_flat(samples), v, h))
 
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
-    def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> JuliaTrainer:
+    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> JuliaTrainer:
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
             "nets": nets,
-            "clip": clip,
             "batch_size": batch_size,
+            "clip": clip,
+            "unconverged": float(guard.unconverged),
+            "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
         return JuliaTrainer(_Handle(call("trainer", self._handle.number, description)))
 
@@ -99,16 +101,17 @@ class JuliaTrainer:
 
     def train(
         self,
-        P: Array,
-        X: Array,
-        Y: Array,
+        nets: Replicas,
+        samples: Samples,
         order: Array,
         batch_size: int,
         rates: Array,
         losses: Array,
         unconverged: Array,
     ) -> None:
-        arrays = tuple(array.reshape(-1) for array in (P, X, Y, order + 1, rates, losses, unconverged))
+        state = (nets.parameters.reshape(-1), nets.good.reshape(-1), nets.halted)
+        results = (losses.reshape(-1), unconverged.reshape(-1))
+        arrays = (*state, *_flat(samples), (order + 1).reshape(-1), rates, *results)
         call("train", self._handle.number, batch_size, arrays)
 
     def state(self) -> Array:
@@ -116,6 +119,11 @@ class JuliaTrainer:
 
     def restore(self, state: Array) -> None:
         call("restore", self._handle.number, np.ascontiguousarray(state, np.float64))
+
+
+def _flat(samples: Samples) -> tuple[Array, Array, Array]:
+    weights = np.empty(0, samples.X.dtype) if samples.weights is None else samples.weights
+    return samples.X.reshape(-1), samples.Y.reshape(-1), weights
 
 
 def _describe(problem: Problem) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _describe(problem: Problem) -> dict[str, Any]:
         "constraint": {"name": topology.constraint.name, "values": list(topology.constraint.options().values())},
         "solver": _option(problem.solver),
         "adjoint": _option(problem.adjoint),
-        "loss": problem.loss,
+        "loss": _option(problem.loss),
         "jacobian_penalty": float(problem.jacobian_penalty),
     }
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.activations import ACTIVATIONS
-from implicit_rnn.engines.base import Problem, Quality
-from implicit_rnn.engines.numpy import constraints, solvers
+from implicit_rnn.engines.base import Halt, Problem, Quality, Replicas, Samples
+from implicit_rnn.engines.numpy import constraints, losses, solvers
 from implicit_rnn.engines.numpy.optimizers import RULES
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Implicit, JacobianFree, Optimizer, Unrolled
+from implicit_rnn.options import Guard, Implicit, JacobianFree, Optimizer, Unrolled
 from implicit_rnn.solution import Solution, Status
 from implicit_rnn.topology import INPUT, Stage, Topology
 
@@ -65,6 +65,7 @@ class NumpyProgram:
         self.dtype = np.dtype(problem.dtype)
         self.solver = problem.solver
         self.adjoint = problem.adjoint
+        self.loss = problem.loss
         self.penalty = problem.jacobian_penalty
         tol = problem.solver.options()["tol"]
         self.tol = float(tol) if tol is not None else (1e-10 if self.dtype == np.float64 else 1e-6)
@@ -82,8 +83,8 @@ class NumpyProgram:
         out.rate[...] = outcome.rate[0]
         out.bound[...] = self._certify(weights, X, Z)[0]
 
-    def gradient(self, p: Array, X: Array, Y: Array, g: Array, probe: int) -> tuple[float, Quality]:
-        loss, gradients, outcome, adjoint_residual = self.gradients(p[None], X, Y, probe)
+    def gradient(self, p: Array, samples: Samples, g: Array, probe: int) -> tuple[float, Quality]:
+        loss, gradients, outcome, adjoint_residual = self.gradients(p[None], samples, probe)
         g[...] = gradients[0]
         unconverged = int(self.failed(outcome, adjoint_residual).sum())
         return float(loss[0]), Quality(unconverged, float(outcome.residual.max()), float(adjoint_residual.max()))
@@ -94,7 +95,7 @@ class NumpyProgram:
             return np.zeros(outcome.status.shape, bool)
         return (outcome.status != Status.CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
 
-    def hessian_vector_product(self, p: Array, X: Array, Y: Array, v: Array, h: Array) -> None:
+    def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
         raise _unsupported("the Hessian-vector product")
 
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
@@ -107,8 +108,8 @@ class NumpyProgram:
                 for k, d in enumerate(D):
                     out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
-    def trainer(self, optimizer: Optimizer, nets: int, clip: float, batch_size: int) -> NumpyTrainer:
-        return NumpyTrainer(self, optimizer, nets, clip)
+    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> NumpyTrainer:
+        return NumpyTrainer(self, optimizer, nets, clip, guard)
 
     # --- forward -----------------------------------------------------------------------------------------
 
@@ -219,9 +220,9 @@ class NumpyProgram:
 
     # --- backward ----------------------------------------------------------------------------------------
 
-    def gradients(self, P: Array, X: Array, Y: Array, probe: int) -> tuple[Array, Array, Outcome, Array]:
+    def gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Outcome, Array]:
         """Losses (S,), gradients (S, P), how the solves ended, and the adjoint residuals (S, B)."""
-        topology = self.topology
+        topology, X = self.topology, samples.X
         weights = self._unpack(P)
         unrolled = self.adjoint if isinstance(self.adjoint, Unrolled) else None
         Z, S, outcome, chains = self._forward(weights, X, None, unrolled)
@@ -230,17 +231,14 @@ class NumpyProgram:
         if topology.linear_readout:
             last = topology.rows[-1]
             C = self._block("C", P)
-            difference = Z[..., last] @ _transposed(C) + self._block("d", P)[:, None] - Y
-            dY = difference * self.dtype.type(2 / Y.size)
+            loss, dY = self._loss(Z[..., last] @ _transposed(C) + self._block("d", P)[:, None], samples)
             dZ[..., last] = dY @ C
             self._block("C", G)[...] = _transposed(dY) @ Z[..., last]
             self._block("d", G)[...] = dY.sum(axis=1)
         else:
-            difference = Z[..., topology.read_neurons] - Y
-            dY = difference * self.dtype.type(2 / Y.size)
+            loss, dY = self._loss(Z[..., topology.read_neurons], samples)
             for output, neuron in enumerate(topology.read_neurons):
                 dZ[..., neuron] += dY[..., output]
-        loss = np.mean(difference.astype(np.float64) ** 2, axis=(1, 2))
         residual = np.zeros(Z.shape[:2])
         stages = list(zip(topology.stages, weights, self.slopes, chains, strict=True))
         for stage, w, slopes, chain in reversed(stages):
@@ -268,6 +266,9 @@ class NumpyProgram:
             if stage.scales is not None:
                 stage.scales.view(G)[...] = g.scales
         return loss, G, outcome, residual
+
+    def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
+        return losses.loss_and_gradient(self.loss, Y, samples.Y, samples.weights)
 
     def _backward_stage(
         self,
@@ -352,46 +353,66 @@ def _unroll_back(slope: Callable[[Array, Array], Array], chain: Chain, R: Array,
 class NumpyTrainer:
     """See ``engines.base.Trainer``."""
 
-    def __init__(self, program: NumpyProgram, optimizer: Optimizer, nets: int, clip: float) -> None:
+    def __init__(self, program: NumpyProgram, optimizer: Optimizer, nets: int, clip: float, guard: Guard) -> None:
         self._program = program
         self._clip = clip
+        self._guard = guard
         self._steps = 0
-        self._alive = np.ones(nets, bool)
         self._rule = RULES[type(optimizer)](optimizer, (nets, program.topology.parameters), program.dtype)
 
     def train(
         self,
-        P: Array,
-        X: Array,
-        Y: Array,
+        nets: Replicas,
+        samples: Samples,
         order: Array,
         batch_size: int,
         rates: Array,
         losses: Array,
         unconverged: Array,
     ) -> None:
-        samples = len(X)
-        alive = self._alive
-        step = 0
+        steps = len(rates) // len(order)
         for epoch, permutation in enumerate(order):
-            total = np.zeros(len(P))
-            failed = np.zeros(len(P), np.int64)
-            for first in range(0, samples, batch_size):
-                chosen = permutation[first : first + batch_size]
-                x, y = (X, Y) if batch_size >= samples else (X[chosen], Y[chosen])
-                self._steps += 1
-                loss, G, outcome, adjoint_residual = self._program.gradients(P, x, y, self._steps)
-                size = norm(G)
-                was_alive = alive.copy()
-                alive &= np.isfinite(loss) & np.isfinite(size)
-                G[size > self._clip] *= (self._clip / size[size > self._clip])[:, None]
-                total += np.where(alive, loss, np.nan) * len(chosen)
-                failed += np.where(was_alive, self._program.failed(outcome, adjoint_residual).sum(axis=1), 0)
-                change = self._rule.step(np.where(alive[:, None], G, 0), rates[step])
-                P -= np.where(alive[:, None], change, 0).astype(P.dtype)
-                step += 1
-            losses[:, epoch] = total / samples
-            unconverged[:, epoch] = failed
+            running = nets.halted == Halt.RUNNING
+            before = nets.parameters.copy()
+            loss, failed = self._epoch(
+                nets.parameters, running, samples, permutation, batch_size, rates[epoch * steps :]
+            )
+            losses[:, epoch] = np.where(running, loss, np.nan)
+            unconverged[:, epoch] = np.where(running, failed, 0)
+            self._judge(nets, running, before, loss, failed / len(samples))
+
+    def _epoch(
+        self, P: Array, running: Array, samples: Samples, permutation: Array, batch_size: int, rates: Array
+    ) -> tuple[Array, Array]:
+        """The mean loss of each net, NaN as soon as a loss or gradient is not finite, and its unconverged samples."""
+        total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
+        alive = running.copy()
+        for step, first in enumerate(range(0, len(samples), batch_size)):
+            batch = _select(samples, permutation[first : first + batch_size])
+            self._steps += 1
+            loss, G, outcome, adjoint_residual = self._program.gradients(P, batch, self._steps)
+            failed += np.where(alive, self._program.failed(outcome, adjoint_residual).sum(axis=1), 0)
+            size = norm(G)
+            alive &= np.isfinite(loss) & np.isfinite(size)
+            total += np.where(alive, loss, np.nan) * len(batch)
+            long = alive & (size > self._clip)
+            G[long] *= (self._clip / size[long])[:, None]
+            change = self._rule.step(P, np.where(alive[:, None], G, 0), rates[step])
+            P -= np.where(alive[:, None], change, 0).astype(P.dtype)
+        return total / len(samples), failed
+
+    def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
+        """Halt the nets that went wrong in this epoch, and note what was good."""
+        limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
+        size = norm(nets.parameters)
+        broken, lost = ~np.isfinite(loss), unconverged > self._guard.unconverged
+        good = running & ~broken & ~lost
+        nets.good[good] = before[good]
+        halt = np.where(np.isfinite(size) & (size <= limit), Halt.RUNNING, Halt.TOO_LARGE)
+        halt = np.where(broken, Halt.NOT_FINITE, np.where(lost, Halt.TOO_MANY_UNCONVERGED, halt))
+        halted = running & (halt != Halt.RUNNING)
+        nets.halted[halted] = halt[halted]
+        nets.parameters[halted] = nets.good[halted]
 
     def state(self) -> Array:
         return np.append(self._rule.state(), float(self._steps))
@@ -399,6 +420,13 @@ class NumpyTrainer:
     def restore(self, state: Array) -> None:
         self._rule.restore(state[:-1])
         self._steps = int(state[-1])
+
+
+def _select(samples: Samples, chosen: Array) -> Samples:
+    if len(chosen) == len(samples):
+        return samples
+    weights = samples.weights
+    return Samples(samples.X[chosen], samples.Y[chosen], None if weights is None else weights[chosen])
 
 
 def slope_bounds(topology: Topology, stage: Stage) -> Array:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.options import SGD, Adam, Momentum, Nesterov, Optimizer
+from implicit_rnn.options import SGD, Adam, AdamW, Momentum, Nesterov, Optimizer, RMSProp
 
 Array = np.ndarray
 
@@ -15,7 +15,7 @@ class Rule:
     """Moments per net, and powers of the decay rates (one column each) where the rule has them."""
 
     def __init__(self, optimizer: Optimizer, shape: tuple[int, int], dtype: np.dtype) -> None:
-        self.optimizer = optimizer
+        self.optimizer: Any = optimizer
         self.moments = [np.zeros(shape, dtype) for _ in range(self.count)]
         self.powers = np.array([self.decays(optimizer)] * shape[0], dtype)
 
@@ -25,7 +25,12 @@ class Rule:
     def decays(optimizer: Any) -> tuple[float, ...]:
         return ()
 
-    def step(self, g: Array, rate: float) -> Array:
+    def step(self, P: Array, g: Array, rate: float) -> Array:
+        """What is to be subtracted from the parameters P (nets, parameters), given their gradient g."""
+        decay = P.dtype.type(self.optimizer.weight_decay)
+        return self.change(g + decay * P if decay else g, rate)
+
+    def change(self, g: Array, rate: float) -> Array:
         raise NotImplementedError
 
     def state(self) -> Array:
@@ -43,25 +48,25 @@ class Rule:
 
 
 class _SGDRule(Rule):
-    def step(self, g: Array, rate: float) -> Array:
+    def change(self, g: Array, rate: float) -> Array:
         return np.asarray(rate * g)
 
 
 class _MomentumRule(Rule):
     count = 1
 
-    def step(self, g: Array, rate: float) -> Array:
+    def change(self, g: Array, rate: float) -> Array:
         (v,) = self.moments
-        v[...] = self.optimizer.momentum * v + rate * g  # type: ignore[attr-defined]
+        v[...] = self.optimizer.momentum * v + rate * g
         return v
 
 
 class _NesterovRule(Rule):
     count = 1
 
-    def step(self, g: Array, rate: float) -> Array:
+    def change(self, g: Array, rate: float) -> Array:
         (v,) = self.moments
-        ρ = self.optimizer.momentum  # type: ignore[attr-defined]
+        ρ = self.optimizer.momentum
         change = -(ρ**2) * v + (1 + ρ) * rate * g
         v[...] = ρ * v - rate * g
         return np.asarray(change)
@@ -74,9 +79,9 @@ class _AdamRule(Rule):
     def decays(optimizer: Any) -> tuple[float, ...]:
         return optimizer.beta1, optimizer.beta2
 
-    def step(self, g: Array, rate: float) -> Array:
+    def change(self, g: Array, rate: float) -> Array:
         m, v = self.moments
-        o: Any = self.optimizer
+        o = self.optimizer
         m[...] = o.beta1 * m + (1 - o.beta1) * g
         v[...] = o.beta2 * v + (1 - o.beta2) * g * g
         power1, power2 = self.powers[:, :1], self.powers[:, 1:]
@@ -85,9 +90,26 @@ class _AdamRule(Rule):
         return np.asarray(change)
 
 
+class _AdamWRule(_AdamRule):
+    def step(self, P: Array, g: Array, rate: float) -> Array:
+        return self.change(g, rate) + P.dtype.type(rate * self.optimizer.weight_decay) * P
+
+
+class _RMSPropRule(Rule):
+    count = 1
+
+    def change(self, g: Array, rate: float) -> Array:
+        (v,) = self.moments
+        o = self.optimizer
+        v[...] = o.decay * v + (1 - o.decay) * g * g
+        return np.asarray(g * rate / (np.sqrt(v) + o.epsilon))
+
+
 RULES: dict[type[Optimizer], type[Rule]] = {
     SGD: _SGDRule,
     Momentum: _MomentumRule,
     Nesterov: _NesterovRule,
     Adam: _AdamRule,
+    AdamW: _AdamWRule,
+    RMSProp: _RMSPropRule,
 }

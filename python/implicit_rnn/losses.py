@@ -1,0 +1,123 @@
+"""The losses: their options, and the targets each of them takes.
+
+The loss of B samples is ``Σ_b w_b ℓ(y_b, t_b) / Σ_b w_b``, with w the weights of the samples (1 where none are given), y the
+outputs and t the targets. Of the losses that look at each output by itself, ℓ is the mean over the outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from implicit_rnn.options import Option, check_positive
+from implicit_rnn.validation import as_real, as_targets
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Loss(Option):
+    """What is minimised."""
+
+    def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
+        """Y checked and converted to (samples, outputs); ``name`` is for the messages.
+
+        Raises ``TypeError``/``ValueError`` for targets this loss does not take.
+        """
+        return as_targets(name, Y, samples, outputs, dtype)
+
+
+@dataclass(frozen=True)
+class MSE(Loss):
+    """Mean squared error, ``(y - t)²``."""
+
+
+@dataclass(frozen=True)
+class MAE(Loss):
+    """Mean absolute error, ``|y - t|``; its derivative at y = t is taken as 0."""
+
+
+@dataclass(frozen=True)
+class Huber(Loss):
+    """``d²/2`` for d = |y - t| up to ``delta``, ``delta (d - delta/2)`` beyond (Huber 1964)."""
+
+    delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("delta", self.delta)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy(Loss):
+    """``-t log σ(y) - (1 - t) log(1 - σ(y))`` for outputs y that are logits and targets t from 0 to 1.
+
+    Computed as ``max(y, 0) - t y + log(1 + exp(-|y|))``, which neither overflows nor cancels.
+    """
+
+    def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
+        """Labels 0 and 1, or probabilities, (samples, outputs) or (samples,) for one output."""
+        targets = super().targets(name, Y, samples, outputs, dtype)
+        if targets.min() < 0 or targets.max() > 1:
+            raise ValueError(
+                f"{name} has values from {targets.min():.3g} to {targets.max():.3g}; binary cross-entropy expects labels 0 "
+                "and 1, or probabilities between them"
+            )
+        return targets
+
+
+@dataclass(frozen=True)
+class CrossEntropy(Loss):
+    """``-Σ_i t_i log p_i`` with p = softmax(y), for outputs y that are logits and one class per sample.
+
+    Computed with ``log p_i = y_i - max y - log Σ_k exp(y_k - max y)``, which cannot overflow.
+    """
+
+    def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
+        """Class labels (samples,), whole numbers from 0, or probabilities (samples, outputs) that sum to 1."""
+        if outputs < 2:
+            raise ValueError(
+                "cross-entropy needs an output per class, at least 2; for one output use BinaryCrossEntropy"
+            )
+        array = np.asarray(Y)
+        if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
+            return _one_hot(name, array.reshape(-1), samples, outputs, dtype)
+        targets = super().targets(name, array, samples, outputs, dtype)
+        off = np.abs(targets.sum(axis=1) - 1).max()
+        if targets.min() < 0 or off > 1e-5:
+            raise ValueError(
+                f"{name} must hold class labels (samples,) or probabilities (samples, {outputs}) that sum to 1; its smallest "
+                f"value is {targets.min():.3g} and a sum is off by {off:.2g}"
+            )
+        return targets
+
+
+def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype) -> Array | None:
+    """Weights of samples (samples,), scaled to a mean of 1, so that the loss is ``Σ_b w_b ℓ_b / B``; None stays None.
+
+    Raises ``TypeError``/``ValueError`` for wrong shapes, negative weights and a sum of zero.
+    """
+    if value is None:
+        return None
+    weights = as_real(name, value, np.dtype(np.float64))
+    if weights.shape != (samples,):
+        raise ValueError(f"{name} has shape {weights.shape}; expected ({samples},), one weight per sample")
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+        raise ValueError(f"{name} must be finite and not negative, with a sum above zero")
+    return np.ascontiguousarray(weights / weights.mean(), dtype)
+
+
+def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dtype) -> Array:
+    if labels.dtype.kind not in "biu":
+        raise TypeError(
+            f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: pass {name}.astype(int)"
+        )
+    if len(labels) != samples:
+        raise ValueError(f"{name} has {len(labels)} samples, X has {samples}")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"{name} has labels from {labels.min()} to {labels.max()}; with {classes} outputs they must lie from 0 to "
+            f"{classes - 1}"
+        )
+    return np.eye(classes, dtype=dtype)[labels.astype(np.int64)]

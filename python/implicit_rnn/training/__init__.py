@@ -1,0 +1,25 @@
+"""Training: settings, the loop over chunks of epochs, and what a run leaves behind.
+
+``fit`` holds the call, ``loop`` the run from chunk to chunk, ``schedules`` the learning rates, ``stopping`` what ends a
+run early, ``history`` its record.
+"""
+
+from implicit_rnn.training.fit import SETTINGS, fit_many
+from implicit_rnn.training.history import Run
+from implicit_rnn.training.schedules import Constant, Cosine, OneCycle, Schedule, Step, WarmUp
+from implicit_rnn.training.stopping import EarlyStopping, Progress, StopTraining
+
+__all__ = [
+    "SETTINGS",
+    "Constant",
+    "Cosine",
+    "EarlyStopping",
+    "OneCycle",
+    "Progress",
+    "Run",
+    "Schedule",
+    "Step",
+    "StopTraining",
+    "WarmUp",
+    "fit_many",
+]

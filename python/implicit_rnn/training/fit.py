@@ -1,0 +1,163 @@
+"""The call that trains: its arguments, checked."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from numpy.typing import ArrayLike
+
+from implicit_rnn import options
+from implicit_rnn.engines import Samples
+from implicit_rnn.losses import Loss, as_weights
+from implicit_rnn.options import Adam, Adjoint, Auto, Guard, Implicit, Optimizer, Solver
+from implicit_rnn.training.history import Run
+from implicit_rnn.training.loop import Training, Watch
+from implicit_rnn.training.schedules import Schedule
+from implicit_rnn.training.settings import Settings
+from implicit_rnn.training.stopping import Callback, EarlyStopping
+from implicit_rnn.validation import as_samples
+
+if TYPE_CHECKING:
+    from implicit_rnn.network import Network
+
+
+def fit_many(
+    nets: Sequence[Network],
+    X: ArrayLike,
+    Y: ArrayLike,
+    *,
+    optimizer: Optimizer | str = Adam(),
+    epochs: int = 100,
+    batch_size: int | None = None,
+    loss: Loss | str = "mse",
+    sample_weights: ArrayLike | None = None,
+    schedule: Schedule | str = "constant",
+    solver: Solver | str = Auto(),
+    adjoint: Adjoint | str = Implicit(),
+    clip: float | None = None,
+    jacobian_penalty: float = 0.0,
+    validation: tuple[ArrayLike, ...] | None = None,
+    validation_every: int = 1,
+    restore_best: bool = False,
+    early_stopping: EarlyStopping | None = None,
+    guard: Guard = Guard(),
+    callbacks: Sequence[Callback] = (),
+    callback_every: int = 1,
+    seed: int = 0,
+    progress: bool | None = None,
+    on_failure: str = "warn",
+) -> list[Run]:
+    """Train nets of one topology, each from its own parameters, on the same samples.
+
+    Many small nets in one call cost little more than the arithmetic.
+
+    Parameters
+    ----------
+    nets
+        Networks of equal topology, dtype and engine; their parameters are updated in place.
+    X, Y
+        Samples (B, inputs) and targets (B, outputs); for ``loss="cross_entropy"`` class labels (B,) as well.
+    optimizer
+        ``SGD``, ``Momentum``, ``Nesterov``, ``Adam``, ``AdamW``, ``RMSProp`` or ``LBFGS`` with their options.
+    epochs, batch_size
+        Passes over the data, and samples per step; ``None`` takes all samples at once.
+    loss
+        "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``.
+    sample_weights
+        Weights w (B,) of the samples: the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. A minibatch of m samples takes
+        ``Σ_b w_b ℓ_b / m`` with the weights scaled to a mean of 1 over all samples.
+    schedule
+        How the learning rate changes: ``Constant()``, ``Cosine()``, ``Step()``, ``OneCycle()`` or ``WarmUp()``.
+    clip
+        Largest Euclidean norm of a gradient; longer ones are scaled down to it.
+    jacobian_penalty
+        Adds that much of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
+    validation, validation_every
+        Samples, targets and optionally their weights, on which the loss is taken every so many epochs.
+    restore_best
+        Leave the nets with the parameters of their lowest validation loss rather than the last.
+    early_stopping
+        An ``EarlyStopping``: ends the training of a net whose validation loss no longer improves.
+    guard
+        Halts the training of a net that goes wrong, which keeps its last good parameters.
+    callbacks, callback_every
+        Functions that are called with a ``Progress`` for each net in training after every so many epochs, behind the
+        validation of that epoch. One that returns True ends the training of the net, one that raises
+        ``StopTraining`` that of all nets.
+    seed
+        Of the order of the minibatches, the same on every engine.
+    progress
+        A progress bar on stderr; ``None`` shows it on a terminal only.
+    on_failure
+        What happens when samples do not reach their equilibrium or the guard halts a net: "raise", "warn" (once for
+        each) or "ignore".
+
+    Returns
+    -------
+    One ``Run`` per net.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For bad data or options.
+    ConvergenceError
+        With ``on_failure="raise"``. Ctrl-C raises ``KeyboardInterrupt`` and leaves the parameters of the last chunk.
+    """
+    if not nets:
+        raise ValueError("nets is empty")
+    first = nets[0]
+    if any((net.topology, net.dtype, net.engine) != (first.topology, first.dtype, first.engine) for net in nets):
+        raise ValueError("all nets of one call must have the same topology, dtype and engine")
+    chosen = options.choose(Loss, loss, "loss")
+    samples = _data(first, chosen, "", X, Y, sample_weights)
+    held_out = None
+    if validation is not None:
+        if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
+            raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
+        xv, yv, *wv = validation
+        held_out = _data(first, chosen, "validation", xv, yv, wv[0] if wv else None)
+    if held_out is None and (restore_best or early_stopping is not None):
+        needs = "restore_best" if restore_best else "early_stopping"
+        raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
+    if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
+        raise TypeError(f"early_stopping must be an EarlyStopping(patience=...), got {early_stopping!r}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip must be positive, got {clip}")
+    size = len(samples) if batch_size is None else options.check_count("batch_size", batch_size)
+    settings = Settings(
+        options.choose(Optimizer, optimizer, "optimizer"),
+        options.choose(Schedule, schedule, "schedule"),
+        options.check_count("epochs", epochs),
+        min(size, len(samples)),
+        len(samples),
+        chosen,
+        options.choose(Solver, solver, "solver"),
+        options.choose(Adjoint, adjoint, "adjoint"),
+        None if clip is None else float(clip),
+        options.check_penalty(jacobian_penalty, adjoint),
+        options.check_count("validation_every", validation_every),
+        early_stopping,
+        bool(restore_best),
+        options.choose(Guard, guard, "guard"),
+        seed,
+    )
+    watch = Watch(
+        tuple(callbacks),
+        options.check_count("callback_every", callback_every),
+        progress,
+        options.check_on_failure(on_failure),
+    )
+    return Training(nets, samples, held_out, settings).run(watch)
+
+
+def _data(net: Network, loss: Loss, name: str, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:
+    names = [f"{name}[{k}]" for k in range(3)] if name else ["X", "Y", "sample_weights"]
+    x = as_samples(names[0], X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
+    y = loss.targets(names[1], Y, len(x), net.topology.output_size, net.dtype)
+    return Samples(x, y, as_weights(names[2], weights, len(x), net.dtype))
+
+
+SETTINGS = tuple(name for name in inspect.signature(fit_many).parameters if name not in ("nets", "X", "Y"))
+"""The settings of a fit."""

@@ -1,0 +1,296 @@
+"""The loop over chunks of epochs, each chunk one call of the engine, with what happens between them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from implicit_rnn.engines import Halt, Replicas, Samples
+from implicit_rnn.engines.numpy.losses import loss_and_gradient
+from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
+from implicit_rnn.options import Unrolled
+from implicit_rnn.training.history import Run
+from implicit_rnn.training.settings import Settings
+from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
+
+if TYPE_CHECKING:
+    from implicit_rnn.network import Network
+
+Array = np.ndarray
+
+CHUNK_SECONDS = 0.25
+"""Aimed-at length of a chunk: the delay of Ctrl-C and of the progress bar."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What accompanies a run without changing its result, unless a callback ends it."""
+
+    callbacks: tuple[Callback, ...]
+    callback_every: int
+    progress: bool | None
+    on_failure: str
+
+
+@dataclass
+class State:
+    """All that a run of S nets is at the end of an epoch, but for the state of its optimiser."""
+
+    nets: Replicas
+    rng: np.random.Generator
+    losses: Array
+    """(S, epochs), filled in for the epochs done, as is the next"""
+    unconverged: Array
+    ended: Array
+    """(S,) the last epoch of nets that were halted; 0 for those that run"""
+    best: Array
+    """(S, parameters) those of the lowest validation loss"""
+    best_loss: Array
+    """(S,)"""
+    best_epoch: Array
+    """(S,) 0 if there is none"""
+    improved_loss: Array
+    """(S,) the validation loss at the last improvement in the sense of early stopping, as is the next"""
+    improved_epoch: Array
+    validation_epochs: list[int] = field(default_factory=list)
+    validation_losses: list[Array] = field(default_factory=list)
+    """(S,) at each of these epochs, NaN for nets that no longer run"""
+    validation_unconverged: list[Array] = field(default_factory=list)
+    """(S,) likewise, -1 for nets that no longer run"""
+    epoch: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def start(cls, parameters: Array, epochs: int, seed: int) -> State:
+        """The state of nets with these parameters (S, parameters) before the first epoch."""
+        S = len(parameters)
+        return cls(
+            Replicas.start(parameters),
+            np.random.default_rng(seed),
+            np.empty((S, epochs)),
+            np.empty((S, epochs), np.int64),
+            np.zeros(S, np.int64),
+            parameters.copy(),
+            np.full(S, np.inf),
+            np.zeros(S, np.int64),
+            np.full(S, np.inf),
+            np.zeros(S, np.int64),
+        )
+
+    @property
+    def running(self) -> Array:
+        """(S,) whether each net is still in training."""
+        return self.nets.halted == Halt.RUNNING
+
+
+class Training:
+    """The nets of one call in training."""
+
+    def __init__(self, nets: Sequence[Network], samples: Samples, held_out: Samples | None, settings: Settings) -> None:
+        self.nets, self.samples, self.held_out, self.settings = nets, samples, held_out, settings
+        first = nets[0]
+        parameters = first.parameters[None] if len(nets) == 1 else np.stack([net.parameters for net in nets])
+        self.state = State.start(parameters, settings.epochs, settings.seed)
+        program = first.program(settings.solver, settings.adjoint, settings.loss, settings.jacobian_penalty)
+        clip = np.inf if settings.clip is None else settings.clip
+        self.trainer = program.trainer(settings.optimizer, len(nets), settings.batch_size, clip, settings.guard)
+
+    def run(self, watch: Watch) -> list[Run]:
+        """Train to the end; the nets have their parameters then."""
+        state, settings = self.state, self.settings
+        report = _Report(self, watch.on_failure)
+        hidden = None if watch.progress is None else not watch.progress
+        chunk = 1
+        with tqdm(total=settings.epochs, initial=state.epoch, disable=hidden, unit="epoch") as bar:
+            while state.epoch < settings.epochs and state.running.any():
+                begin = time.perf_counter()
+                before, running = state.epoch, state.running
+                count = self._until_next_stop(chunk, watch)
+                self._train(count)
+                self._validate()
+                elapsed = time.perf_counter() - begin
+                state.seconds += elapsed
+                self._show(bar, count)
+                report(before, running)
+                self._call_back(watch)
+                chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
+        if settings.restore_best or (settings.early_stopping and settings.early_stopping.restore_best):
+            for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
+                if epoch:
+                    net.parameters = best
+        return [self._record(k) for k in range(len(self.nets))]
+
+    def _until_next_stop(self, chunk: int, watch: Watch) -> int:
+        intervals = [self.settings.epochs]
+        if self.held_out is not None:
+            intervals.append(self.settings.validation_every)
+        if watch.callbacks:
+            intervals.append(watch.callback_every)
+        return min(chunk, *(every - self.state.epoch % every for every in intervals))
+
+    def _train(self, count: int) -> None:
+        """Train for ``count`` epochs and note how they went."""
+        state, settings = self.state, self.settings
+        span = slice(state.epoch, state.epoch + count)
+        order = _orders(state.rng, count, len(self.samples), settings.batch_size)
+        rates = settings.rates(np.arange(span.start * settings.steps_per_epoch, span.stop * settings.steps_per_epoch))
+        losses, unconverged = np.empty((len(self.nets), count)), np.empty((len(self.nets), count), np.int64)
+        self.trainer.train(state.nets, self.samples, order, settings.batch_size, rates, losses, unconverged)
+        state.losses[:, span], state.unconverged[:, span] = losses, unconverged
+        for k in np.flatnonzero((state.nets.halted != Halt.RUNNING) & (state.ended == 0)):
+            finite = int(np.isfinite(losses[k]).sum())
+            state.ended[k] = span.start + finite + (state.nets.halted[k] == Halt.NOT_FINITE)
+        state.epoch += count
+        if len(self.nets) > 1:
+            for net, p in zip(self.nets, state.nets.parameters, strict=True):
+                net.parameters = p
+
+    def _validate(self) -> None:
+        """Take the validation loss if this is the epoch for it, and halt nets that no longer improve."""
+        state, stopping = self.state, self.settings.early_stopping
+        if self.held_out is None or state.epoch % self.settings.validation_every:
+            return
+        losses, failures = np.full(len(self.nets), np.nan), np.full(len(self.nets), -1)
+        for k in np.flatnonzero(state.running):
+            losses[k], failures[k] = self._loss_of(self.nets[int(k)], self.held_out)
+        state.validation_epochs.append(state.epoch)
+        state.validation_losses.append(losses)
+        state.validation_unconverged.append(failures)
+        better = losses < state.best_loss
+        state.best[better], state.best_loss[better] = state.nets.parameters[better], losses[better]
+        state.best_epoch[better] = state.epoch
+        if stopping is not None:
+            improved = losses < state.improved_loss - stopping.min_delta
+            state.improved_loss[improved], state.improved_epoch[improved] = losses[improved], state.epoch
+            self._halt(state.epoch - state.improved_epoch >= stopping.patience, Halt.NO_IMPROVEMENT)
+
+    def _loss_of(self, net: Network, samples: Samples) -> tuple[float, int]:
+        """The loss on samples, and how many of them did not reach their equilibrium."""
+        solution = net.equilibrium(samples.X, solver=self.settings.reader, on_failure="ignore")
+        loss, _ = loss_and_gradient(self.settings.loss, net.read_out(solution.state), samples.Y, samples.weights)
+        failed = 0 if isinstance(self.settings.adjoint, Unrolled) else int((~solution.converged).sum())
+        return float(loss), failed
+
+    def _halt(self, chosen: Array, reason: Halt) -> None:
+        chosen = chosen & self.state.running
+        self.state.nets.halted[chosen] = reason
+        self.state.ended[chosen] = self.state.epoch
+
+    def _call_back(self, watch: Watch) -> None:
+        """Call the callbacks if this is the epoch for it."""
+        state = self.state
+        if not watch.callbacks or state.epoch % watch.callback_every:
+            return
+        try:
+            for k in np.flatnonzero(state.running):
+                progress = self._progress(int(k))
+                answers = [callback(progress) for callback in watch.callbacks]
+                if any(answers):
+                    self._halt(np.arange(len(self.nets)) == k, Halt.BY_CALLBACK)
+        except StopTraining:
+            self._halt(state.running, Halt.BY_CALLBACK)
+
+    def _progress(self, k: int) -> Progress:
+        state, last = self.state, self.state.epoch - 1
+        return Progress(
+            self.nets[k],
+            k,
+            state.epoch,
+            self.settings.epochs,
+            float(state.losses[k, last]),
+            int(state.unconverged[k, last]),
+            float(state.validation_losses[-1][k]) if state.validation_losses else None,
+            int(state.best_epoch[k]) or None,
+            float(self.settings.rates(np.array([last * self.settings.steps_per_epoch]))[0]),
+        )
+
+    def _show(self, bar: tqdm[Any], count: int) -> None:
+        state, last = self.state, self.state.epoch - 1
+        shown = {"loss": f"{_median(state.losses[:, last]):.3g}"}
+        if state.validation_losses:
+            shown["validation"] = f"{_median(state.validation_losses[-1]):.3g}"
+        if state.unconverged[:, last].any():
+            shown["unconverged"] = f"{state.unconverged[:, last].mean() / len(self.samples):.1%}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update(count)
+
+    def _record(self, k: int) -> Run:
+        state, settings = self.state, self.settings
+        epochs = int(state.ended[k]) or state.epoch
+        taken = [n for n, counts in enumerate(state.validation_unconverged) if counts[k] >= 0]
+        return Run(
+            state.losses[k, :epochs].copy(),
+            state.unconverged[k, :epochs].copy(),
+            settings.rates(np.arange(epochs) * settings.steps_per_epoch),
+            np.array([state.validation_epochs[n] for n in taken], np.int64),
+            np.array([state.validation_losses[n][k] for n in taken]),
+            np.array([state.validation_unconverged[n][k] for n in taken], np.int64),
+            int(state.best_epoch[k]) or None,
+            self.why_halted(k),
+            state.seconds,
+            self.nets[0].engine.name,
+        )
+
+    def why_halted(self, k: int) -> str | None:
+        """A sentence on why a net was halted; None if it was not."""
+        state = self.state
+        epoch = int(state.ended[k])
+        if epoch == 0:
+            return None
+        return reason(
+            Halt(state.nets.halted[k]), epoch, int(state.unconverged[k, epoch - 1]), self.settings, self.remedy
+        )
+
+    @property
+    def remedy(self) -> str:
+        """What to do about samples without equilibrium."""
+        unique = self.nets[0].topology.constraint.unique
+        return f"raise max_iterations, loosen tol or damp the solver{'' if unique else ', or use constraint=Perron()'}"
+
+
+class _Report:
+    """Tells of samples without equilibrium and of nets that their guard halted, once for each."""
+
+    def __init__(self, training: Training, on_failure: str) -> None:
+        self.training = training
+        self.on_failure = on_failure
+        self.told: set[str] = {"unconverged", "halted"} if on_failure == "ignore" else set()
+
+    def __call__(self, before: int, running: Array) -> None:
+        """Tell of the epochs since ``before``, at whose end the nets ``running`` ran."""
+        state, settings = self.training.state, self.training.settings
+        unconverged = state.unconverged[:, before : state.epoch]
+        halted = running & (state.nets.halted != Halt.RUNNING) & (state.nets.halted <= Halt.TOO_LARGE)
+        if halted.any() and "halted" not in self.told:
+            first = int(np.flatnonzero(halted)[np.argmin(state.ended[halted])])
+            self._tell("halted", str(self.training.why_halted(first)))
+        elif unconverged.any() and "unconverged" not in self.told:
+            failing = np.argwhere(unconverged > 0)
+            net, epoch = failing[np.argmin(failing[:, 1])]
+            self._tell(
+                "unconverged",
+                f"{unconverged[net, epoch]} of {settings.samples} samples did not reach an equilibrium in epoch "
+                f"{before + epoch + 1}; their gradient is not that of the loss. Remedies: {self.training.remedy}",
+            )
+
+    def _tell(self, what: str, message: str) -> None:
+        self.told.add(what)
+        if self.on_failure == "raise":
+            raise ConvergenceError(message)
+        warn(message, ConvergenceWarning)
+
+
+def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:
+    if batch_size >= samples:
+        return np.tile(np.arange(samples), (epochs, 1))
+    return np.stack([rng.permutation(samples) for _ in range(epochs)])
+
+
+def _median(losses: Array) -> float:
+    finite = losses[np.isfinite(losses)]
+    return float(np.median(finite)) if len(finite) else np.nan

@@ -1,0 +1,134 @@
+"""Learning-rate schedules: the factor on the optimiser's learning rate, step by step over the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from implicit_rnn.options import Option, check_count, check_fraction, check_share
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Schedule(Option):
+    """How the learning rate changes in the course of a run.
+
+    The rate of a step is ``learning_rate`` of the optimiser times a factor that depends on the number t of the step
+    (from 0), the steps per epoch, and with some schedules on the number T of steps of the whole run.
+    """
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether the factors depend on T, so that such a run cannot be prolonged."""
+        return True
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """The factors of the steps t (from 0) of ``total``."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The learning rate of the optimiser throughout."""
+
+    @property
+    def needs_end(self) -> bool:
+        """No."""
+        return False
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """1."""
+        return np.ones(len(t))
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Falls from 1 towards ``final`` along half a cosine: ``final + (1 - final) (1 + cos(π t / T)) / 2``.
+
+    Loshchilov and Hutter, arXiv 1608.03983, without restarts.
+    """
+
+    final: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_share("final", self.final)
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """The formula above."""
+        return _cosine(1.0, self.final, t / total)
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """``factor`` to the power ⌊epoch / every⌋, epochs counted from 0."""
+
+    every: int = 30
+    factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+        check_fraction("factor", self.factor)
+
+    @property
+    def needs_end(self) -> bool:
+        """No."""
+        return False
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """The formula above."""
+        return np.asarray(self.factor ** (t // (steps_per_epoch * self.every)).astype(np.float64))
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """Rises from ``start`` to 1 in the first ``rise`` of the run and falls to ``final``, both along half a cosine.
+
+    The learning rate of the optimiser is that of the peak. Smith and Topin, arXiv 1708.07120.
+    """
+
+    rise: float = 0.3
+    start: float = 0.04
+    final: float = 4e-6
+
+    def __post_init__(self) -> None:
+        check_fraction("rise", self.rise)
+        check_share("start", self.start)
+        check_share("final", self.final)
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """The formula above."""
+        s = t / total
+        rising = _cosine(self.start, 1.0, s / self.rise)
+        falling = _cosine(1.0, self.final, (s - self.rise) / (1 - self.rise))
+        return np.where(s < self.rise, rising, falling)
+
+
+@dataclass(frozen=True)
+class WarmUp(Schedule):
+    """Rises in equal steps to 1 in the course of ``epochs`` epochs; ``then`` has the rest of the run for its own."""
+
+    epochs: int = 5
+    then: Schedule = Constant()
+
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        if not isinstance(self.then, Schedule):
+            raise TypeError(f"then must be a schedule such as Cosine(), got {self.then!r}")
+
+    @property
+    def needs_end(self) -> bool:
+        """Whether ``then`` does."""
+        return self.then.needs_end
+
+    def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
+        """``(t + 1) / (steps of the warm-up)`` at first."""
+        steps = self.epochs * steps_per_epoch
+        rest = self.then.factors(np.maximum(t - steps, 0), steps_per_epoch, max(total - steps, 1))
+        return np.where(t < steps, (t + 1) / steps, rest)
+
+
+def _cosine(begin: float, end: float, s: Array) -> Array:
+    """From ``begin`` at s = 0 to ``end`` at s = 1."""
+    return np.asarray(end + (begin - end) * (1 + np.cos(np.pi * s)) / 2)

@@ -1,0 +1,68 @@
+"""The settings that decide the result of a run, checked, apart from those that only watch it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from implicit_rnn.losses import Loss
+from implicit_rnn.options import LBFGS, Adjoint, GradientDescent, Guard, Optimizer, Picard, Solver, Unrolled
+from implicit_rnn.training.schedules import Constant, Schedule
+from implicit_rnn.training.stopping import EarlyStopping
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What, with the data and the parameters at the start, decides the result of a run; see ``fit_many``."""
+
+    optimizer: Optimizer
+    schedule: Schedule
+    epochs: int
+    batch_size: int
+    samples: int
+    loss: Loss
+    solver: Solver
+    adjoint: Adjoint
+    clip: float | None
+    jacobian_penalty: float
+    validation_every: int
+    early_stopping: EarlyStopping | None
+    restore_best: bool
+    guard: Guard
+    seed: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer, LBFGS):
+            if self.batch_size < self.samples:
+                raise ValueError(
+                    f"LBFGS needs all samples in every step, but batch_size is {self.batch_size} of {self.samples} samples; "
+                    "leave batch_size out, or use Adam for minibatches"
+                )
+            if self.clip is not None:
+                raise ValueError("clip changes the gradient that LBFGS models; its line search bounds the step already")
+            if self.schedule != Constant():
+                raise ValueError(f"LBFGS searches for its steps and has no learning rate for {self.schedule} to change")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The last of which may be of fewer samples."""
+        return -(-self.samples // self.batch_size)
+
+    @property
+    def reader(self) -> Solver:
+        """What reads the outputs of a net in training: an unrolled net computes the result of its steps."""
+        return Picard(max_iterations=self.adjoint.steps) if isinstance(self.adjoint, Unrolled) else self.solver
+
+    def rates(self, steps: Array) -> Array:
+        """The learning rates of the steps of these numbers, counted from 0 at the start of the run."""
+        if not isinstance(self.optimizer, GradientDescent):
+            return np.full(len(steps), np.nan)
+        factors = self.schedule.factors(steps, self.steps_per_epoch, self.epochs * self.steps_per_epoch)
+        return self.optimizer.learning_rate * factors
+
+    def description(self) -> dict[str, str]:
+        """Every setting by name, as text that is equal only for equal settings."""
+        return {field.name: repr(getattr(self, field.name)) for field in fields(self)}
