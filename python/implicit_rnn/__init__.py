@@ -8,7 +8,14 @@ does. Importing this module starts nothing.
 from importlib import metadata
 
 from implicit_rnn.engines import get_engine
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError, EngineWarning, ModelFileError
+from implicit_rnn.errors import (
+    CheckpointError,
+    ConvergenceError,
+    ConvergenceWarning,
+    EngineError,
+    EngineWarning,
+    ModelFileError,
+)
 from implicit_rnn.generic import ImplicitSolution, fixed_point, julia, root
 from implicit_rnn.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber
 from implicit_rnn.network import Network
@@ -40,6 +47,7 @@ from implicit_rnn.serialization import load
 from implicit_rnn.solution import Solution, Status
 from implicit_rnn.topology import Layer
 from implicit_rnn.training import (
+    Checkpoint,
     Constant,
     Cosine,
     EarlyStopping,
@@ -64,6 +72,8 @@ __all__ = [
     "Anderson",
     "Auto",
     "BinaryCrossEntropy",
+    "Checkpoint",
+    "CheckpointError",
     "Chord",
     "Constant",
     "ConvergenceError",

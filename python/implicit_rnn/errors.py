@@ -41,6 +41,10 @@ class ModelFileError(ValueError):
     """A file is not a model this version can read."""
 
 
+class CheckpointError(ValueError):
+    """A file is not a checkpoint this version can read, or that of another run than the one to be resumed."""
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line of the user's code that led here, however deep in the package this is."""
     level, frame = 2, sys._getframe(1)

@@ -448,16 +448,17 @@ class RMSProp(GradientDescent):
 class LBFGS(Optimizer):
     """The quasi-Newton method of limited memory (Liu and Nocedal 1989), for all samples at once.
 
-    An epoch is one iteration: a search along the direction of the last ``memory`` changes of the gradient for a step
-    that meets the strong Wolfe conditions, which takes up to ``max_evaluations`` gradients, most often one or two.
+    An epoch is one iteration: a search along the direction that the last ``memory`` steps suggest for one that meets the
+    strong Wolfe conditions, with at most ``search_steps`` lengthenings; most often one or two gradients are enough.
+    Where no step lowers the loss any more, the parameters stay as they are.
     """
 
     memory: int = 10
-    max_evaluations: int = 25
+    search_steps: int = 20
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory)
-        check_count("max_evaluations", self.max_evaluations)
+        check_count("search_steps", self.search_steps)
 
 
 def _check_moments(beta1: float, beta2: float, epsilon: float) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 from implicit_rnn.errors import ModelFileError
+from implicit_rnn.files import write_atomically
 from implicit_rnn.topology import Topology
 
 if TYPE_CHECKING:
@@ -24,7 +23,6 @@ FORMAT_VERSION = 1
 
 def save(net: Network, path: str | Path) -> None:
     """Write ``net`` to ``path``, atomically: temporary file, fsync, rename."""
-    target = Path(path)
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -32,23 +30,7 @@ def save(net: Network, path: str | Path) -> None:
         "dtype": net.dtype.name,
     }
     tensors = {name: np.ascontiguousarray(weight) for name, weight in net.weights.items()}
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(descriptor)
-    try:
-        save_file(tensors, temporary, metadata)
-        os.chmod(temporary, 0o666 & ~_umask())
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    write_atomically(Path(path), serialize(tensors, metadata))
 
 
 def load(path: str | Path, engine: str | None = None) -> Network:

@@ -1,9 +1,11 @@
 """Training: settings, the loop over chunks of epochs, and what a run leaves behind.
 
-``fit`` holds the call, ``loop`` the run from chunk to chunk, ``schedules`` the learning rates, ``stopping`` what ends a
-run early, ``history`` its record.
+``fit`` holds the call, ``settings`` what decides its result, ``loop`` the run from chunk to chunk, ``schedules`` the
+learning rates, ``lbfgs`` the optimiser that is no engine's, ``stopping`` what ends a run early, ``checkpoints`` what a run
+is resumed from, ``history`` its record.
 """
 
+from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.fit import SETTINGS, fit_many
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.schedules import Constant, Cosine, OneCycle, Schedule, Step, WarmUp
@@ -11,6 +13,7 @@ from implicit_rnn.training.stopping import EarlyStopping, Progress, StopTraining
 
 __all__ = [
     "SETTINGS",
+    "Checkpoint",
     "Constant",
     "Cosine",
     "EarlyStopping",

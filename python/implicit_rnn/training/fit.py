@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from numpy.typing import ArrayLike
@@ -12,6 +13,7 @@ from implicit_rnn import options
 from implicit_rnn.engines import Samples
 from implicit_rnn.losses import Loss, as_weights
 from implicit_rnn.options import Adam, Adjoint, Auto, Guard, Implicit, Optimizer, Solver
+from implicit_rnn.training.checkpoints import Checkpoint, restore
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
 from implicit_rnn.training.schedules import Schedule
@@ -45,6 +47,8 @@ def fit_many(
     guard: Guard = Guard(),
     callbacks: Sequence[Callback] = (),
     callback_every: int = 1,
+    checkpoint: Checkpoint | str | Path | None = None,
+    resume: str | Path | None = None,
     seed: int = 0,
     progress: bool | None = None,
     on_failure: str = "warn",
@@ -86,6 +90,13 @@ def fit_many(
         Functions that are called with a ``Progress`` for each net in training after every so many epochs, behind the
         validation of that epoch. One that returns True ends the training of the net, one that raises
         ``StopTraining`` that of all nets.
+    checkpoint
+        A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, and at the end.
+    resume
+        The path of such a file: the run goes on from there and ends, bit by bit, as if it had never stopped. Data,
+        nets, engine and all settings that decide the result must be those of the checkpoint; ``epochs`` may be another
+        number where the schedule does not depend on it (``Constant``, ``Step``, and ``WarmUp`` to one of these). The
+        parameters of the nets at the call do not count.
     seed
         Of the order of the minibatches, the same on every engine.
     progress
@@ -102,6 +113,10 @@ def fit_many(
     ------
     ValueError, TypeError
         For bad data or options.
+    CheckpointError
+        If ``resume`` names a file that is no checkpoint, or one of another run; the message says what differs.
+    OSError
+        If a checkpoint cannot be written; the one before and the parameters are kept.
     ConvergenceError
         With ``on_failure="raise"``. Ctrl-C raises ``KeyboardInterrupt`` and leaves the parameters of the last chunk.
     """
@@ -146,10 +161,14 @@ def fit_many(
     watch = Watch(
         tuple(callbacks),
         options.check_count("callback_every", callback_every),
+        Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint,
         progress,
         options.check_on_failure(on_failure),
     )
-    return Training(nets, samples, held_out, settings).run(watch)
+    training = Training(nets, samples, held_out, settings)
+    if resume is not None:
+        restore(Path(resume), training)
+    return training.run(watch)
 
 
 def _data(net: Network, loss: Loss, name: str, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:

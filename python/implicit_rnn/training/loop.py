@@ -5,16 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
 
-from implicit_rnn.engines import Halt, Replicas, Samples
+from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
 from implicit_rnn.engines.numpy.losses import loss_and_gradient
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
-from implicit_rnn.options import Unrolled
+from implicit_rnn.files import remove_leftovers
+from implicit_rnn.options import LBFGS, Unrolled
+from implicit_rnn.training import checkpoints
+from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.history import Run
+from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
 
@@ -33,6 +38,7 @@ class Watch:
 
     callbacks: tuple[Callback, ...]
     callback_every: int
+    checkpoint: Checkpoint | None
     progress: bool | None
     on_failure: str
 
@@ -97,14 +103,20 @@ class Training:
         parameters = first.parameters[None] if len(nets) == 1 else np.stack([net.parameters for net in nets])
         self.state = State.start(parameters, settings.epochs, settings.seed)
         program = first.program(settings.solver, settings.adjoint, settings.loss, settings.jacobian_penalty)
-        clip = np.inf if settings.clip is None else settings.clip
-        self.trainer = program.trainer(settings.optimizer, len(nets), settings.batch_size, clip, settings.guard)
+        if isinstance(settings.optimizer, LBFGS):
+            self.trainer: Trainer = LBFGSTrainer(
+                program, settings.optimizer, len(nets), parameters.shape[1], settings.guard
+            )
+        else:
+            clip = np.inf if settings.clip is None else settings.clip
+            self.trainer = program.trainer(settings.optimizer, len(nets), settings.batch_size, clip, settings.guard)
 
     def run(self, watch: Watch) -> list[Run]:
         """Train to the end; the nets have their parameters then."""
         state, settings = self.state, self.settings
         report = _Report(self, watch.on_failure)
         hidden = None if watch.progress is None else not watch.progress
+        writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
         chunk = 1
         with tqdm(total=settings.epochs, initial=state.epoch, disable=hidden, unit="epoch") as bar:
             while state.epoch < settings.epochs and state.running.any():
@@ -118,6 +130,8 @@ class Training:
                 self._show(bar, count)
                 report(before, running)
                 self._call_back(watch)
+                if writer is not None:
+                    writer()
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
         if settings.restore_best or (settings.early_stopping and settings.early_stopping.restore_best):
             for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
@@ -131,6 +145,8 @@ class Training:
             intervals.append(self.settings.validation_every)
         if watch.callbacks:
             intervals.append(watch.callback_every)
+        if watch.checkpoint is not None and watch.checkpoint.every_epochs is not None:
+            intervals.append(watch.checkpoint.every_epochs)
         return min(chunk, *(every - self.state.epoch % every for every in intervals))
 
     def _train(self, count: int) -> None:
@@ -146,8 +162,12 @@ class Training:
             finite = int(np.isfinite(losses[k]).sum())
             state.ended[k] = span.start + finite + (state.nets.halted[k] == Halt.NOT_FINITE)
         state.epoch += count
+        self.publish()
+
+    def publish(self) -> None:
+        """Give the nets their parameters; a single net shares them anyway."""
         if len(self.nets) > 1:
-            for net, p in zip(self.nets, state.nets.parameters, strict=True):
+            for net, p in zip(self.nets, self.state.nets.parameters, strict=True):
                 net.parameters = p
 
     def _validate(self) -> None:
@@ -283,6 +303,28 @@ class _Report:
         if self.on_failure == "raise":
             raise ConvergenceError(message)
         warn(message, ConvergenceWarning)
+
+
+class _Writer:
+    """Writes checkpoints when they are due, the first at once."""
+
+    def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
+        self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
+        remove_leftovers(self.path)
+        self._write()
+
+    def __call__(self) -> None:
+        """Write one if it is time for it."""
+        state, checkpoint = self.training.state, self.checkpoint
+        minutes = (time.perf_counter() - self.written) / 60
+        ended = state.epoch >= self.training.settings.epochs or not state.running.any()
+        by_epoch = checkpoint.every_epochs is not None and state.epoch % checkpoint.every_epochs == 0
+        if ended or by_epoch or (checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes):
+            self._write()
+
+    def _write(self) -> None:
+        checkpoints.write(self.path, self.training)
+        self.written = time.perf_counter()
 
 
 def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:
