@@ -105,7 +105,7 @@ def make_net(engine: str | None, activation: str = "tanh", neurons: int = 5, **s
     settings = {"outputs": 2, "seed": 7} | settings
     net = irnn.Network(3, [irnn.Layer(neurons, activation)], engine=engine, **settings)  # type: ignore[arg-type]
     extra = np.random.default_rng(8)
-    for name in {"a", "b", "d"} & set(net.weights):
+    for name in sorted({"a", "b", "d"} & set(net.weights)):
         net.weights[name][...] = 0.3 * extra.standard_normal(net.weights[name].shape)
     return net
 

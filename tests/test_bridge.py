@@ -102,7 +102,7 @@ def test_results_are_plain_numpy_arrays(net, X, Y):
     loss, gradient = net.loss_and_gradient(X, Y)
     assert type(solution.state) is type(gradient) is np.ndarray
     assert type(loss) is float
-    assert type(net.program().trainer(irnn.Adam(), 1, np.inf, 12).state()) is np.ndarray
+    assert type(net.program().trainer(irnn.Adam(), 1, 12, np.inf, irnn.Guard()).state()) is np.ndarray
 
 
 def test_read_only_arrays_are_read_in_place(net, X, Y):

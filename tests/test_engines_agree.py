@@ -15,7 +15,14 @@ pytestmark = pytest.mark.julia
 
 ACTIVATIONS = ["tanh", "sigmoid", "gelu"]
 CONSTRAINTS = [irnn.Free(), irnn.Perron(0.9)]
-OPTIMIZERS = [irnn.SGD(0.1), irnn.Momentum(0.02), irnn.Nesterov(0.02), irnn.Adam(0.005)]
+OPTIMIZERS = [
+    irnn.SGD(0.1),
+    irnn.Momentum(0.02, weight_decay=1e-3),
+    irnn.Nesterov(0.02),
+    irnn.Adam(0.005),
+    irnn.AdamW(0.005),
+    irnn.RMSProp(0.001, weight_decay=1e-3),
+]
 
 
 def both(activation: str = "tanh", **settings: Any) -> tuple[irnn.Network, irnn.Network]:

@@ -24,12 +24,19 @@ end
     @test together[:, 3] == alone[:, 1]
 end
 
-@testset "a continued run is the run in one go" begin
+const OPTIMIZER_EXAMPLES = map(collect(pairs(ImplicitRNN.OPTIMIZERS))) do (name, make)
+    options = (; learning_rate = 0.01, momentum = 0.9, beta1 = 0.9, beta2 = 0.999, decay = 0.9, epsilon = 1.0e-8)
+    return name => weight_decay -> make(Dict{Symbol, Any}(pairs(options)..., :weight_decay => weight_decay))
+end
+
+@testset "$name with weight decay $weight_decay: a continued run is the run in one go" for (name, make) in OPTIMIZER_EXAMPLES,
+        weight_decay in (0.0, 0.1)
+
     net = one_layer()
     X, Y = samples(net, 20), targets(net, 20)
     order = reduce(hcat, randperm(Xoshiro(e), 20) for e in 1:10)
-    run!(trainer, p, epochs) = train!(trainer, Replicas(p), X, Y, order[:, epochs], 8, fill(0.01, 3 * length(epochs)), zeros(length(epochs), 1), zeros(Int, length(epochs), 1))
-    new() = Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); batch_size = 8)
+    run!(trainer, p, epochs) = train!(trainer, Replicas(p), X, Y, order[:, epochs], 8, [0.02 / t for e in epochs for t in (3e - 2):3e], zeros(length(epochs), 1), zeros(Int, length(epochs), 1))
+    new() = Trainer(Problem(net), make(weight_decay); batch_size = 8)
     whole = reshape(parameters(net), :, 1)
     run!(new(), whole, 1:10)
     parts = reshape(parameters(net), :, 1)
@@ -61,4 +68,47 @@ end
     train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(1.0e200)), Replicas(P), ones(1, 2), ones(1, 2), repeat(1:2, 1, 5), 2, fill(1.0e200, 5), losses, unconverged)
     @test isnan(losses[end])
     @test all(isfinite, P)
+end
+
+@testset "a guard halts a net and gives it the parameters from which its last good epoch began" begin
+    net = one_layer()
+    X, Y, start = samples(net, 20), 9 .* targets(net, 20), reshape(parameters(net), :, 1)
+    function trained(epochs, guard)
+        nets, losses = Replicas(copy(start)), zeros(epochs, 1)
+        trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(0.003); guard)
+        train!(trainer, nets, X, Y, repeat(1:20, 1, epochs), 20, fill(0.003, epochs), losses, zeros(Int, epochs, 1))
+        return nets, losses
+    end
+    limit = 1.1 * norm(start)
+    nets, losses = trained(200, Guard(parameter_norm = limit))
+    ended = count(isfinite, losses)
+    @test 1 < ended < 200
+    @test nets.halted == [Int8(ImplicitRNN.TOO_LARGE)]
+    @test norm(nets.parameters) <= limit
+    @test nets.parameters == trained(ended - 1, Guard())[1].parameters
+    @test norm(trained(ended, Guard())[1].parameters) > limit
+end
+
+@testset "too many unconverged samples halt a net" begin
+    net = Network(1, [Layer(1)]; outputs = [1], constraint = Free())
+    P, losses, unconverged = reshape([1.0, -3.0, 0.0], :, 1), zeros(3, 1), zeros(Int, 3, 1)
+    for (share, halt) in ((0.5, ImplicitRNN.TOO_MANY_UNCONVERGED), (0.7, ImplicitRNN.RUNNING))
+        nets = Replicas(copy(P))
+        trainer = Trainer(Problem(net; solver = Picard()), ImplicitRNN.Optimisers.Descent(1.0e-9); guard = Guard(unconverged = share))
+        train!(trainer, nets, [5.0 0.5 0.7], zeros(1, 3), repeat(1:3, 1, 3), 3, fill(1.0e-9, 3), losses, unconverged)
+        @test nets.halted == [Int8(halt)]
+        @test unconverged[1] == 2
+        halt == ImplicitRNN.RUNNING || @test nets.parameters == P
+    end
+end
+
+@testset "a halted net takes no part in the training" begin
+    net = one_layer()
+    X, Y, P = samples(net, 8), targets(net, 8), repeat(parameters(net), 1, 2)
+    nets, losses = Replicas(copy(P)), zeros(3, 2)
+    nets.halted[1] = 4
+    train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); nets = 2), nets, X, Y, repeat(1:8, 1, 3), 8, fill(0.01, 3), losses, zeros(Int, 3, 2))
+    @test nets.parameters[:, 1] == P[:, 1]
+    @test nets.parameters[:, 2] != P[:, 2]
+    @test all(isnan, losses[:, 1]) && all(isfinite, losses[:, 2])
 end

@@ -1,0 +1,448 @@
+"""Checkpoints: a resumed run is the run that was never stopped, bit by bit, whatever happened to the process."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ENVIRONMENT, make_net
+from safetensors.numpy import save_file
+
+import implicit_rnn as irnn
+from implicit_rnn import files
+from implicit_rnn.training import loop
+
+Failure = irnn.CheckpointError
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run.safetensors"
+
+
+class Killed(Exception):  # noqa: N818
+    """Ends a run in the middle, without any good order."""
+
+
+def stop_after(epoch: int):
+    def stop(progress: irnn.Progress) -> None:
+        if progress.epoch >= epoch:
+            raise Killed
+
+    return stop
+
+
+def assert_equal_runs(run: irnn.Run, other: irnn.Run) -> None:
+    for name in (
+        "loss",
+        "unconverged",
+        "learning_rate",
+        "validation_epochs",
+        "validation_loss",
+        "validation_unconverged",
+    ):
+        np.testing.assert_array_equal(getattr(run, name), getattr(other, name), name)
+    assert (run.best_epoch, run.stopped) == (other.best_epoch, other.stopped)
+
+
+def interrupted(net: irnn.Network, X, Y, path: Path, epoch: int, **settings) -> None:
+    """Train to ``epoch``, with a checkpoint one epoch before."""
+    checkpoint = irnn.Checkpoint(path, every_epochs=1)
+    with pytest.raises(Killed):
+        net.fit(X, Y, checkpoint=checkpoint, callbacks=[stop_after(epoch)], **settings)
+
+
+# --- bit by bit ----------------------------------------------------------------------------------------------
+
+RUNS = {
+    "sgd": {"optimizer": irnn.SGD(0.1)},
+    "momentum": {"optimizer": irnn.Momentum(0.05, weight_decay=1e-3), "schedule": irnn.Step(4, 0.5)},
+    "nesterov": {"optimizer": irnn.Nesterov(0.05), "schedule": "one_cycle", "clip": 0.1},
+    "adam": {"optimizer": irnn.Adam(0.03), "schedule": irnn.WarmUp(3, irnn.Cosine()), "jacobian_penalty": 0.1},
+    "adamw": {"optimizer": irnn.AdamW(0.03), "loss": "huber", "sample_weights": np.arange(1, 13)},
+    "rmsprop": {"optimizer": irnn.RMSProp(0.01), "restore_best": True},
+    "lbfgs": {"optimizer": irnn.LBFGS(memory=3), "batch_size": None, "jacobian_penalty": 0.1},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_resumed_run_is_the_run_that_never_stopped(engine, name, dtype, path, X, Y):
+    settings = {"epochs": 20, "batch_size": 5, "validation": (X[:4], Y[:4]), "validation_every": 2, "seed": 3} | RUNS[
+        name
+    ]
+    whole, resumed = make_net(engine, dtype=dtype), make_net(engine, dtype=dtype, seed=99)
+    expected = whole.fit(X, Y, **settings)
+    interrupted(make_net(engine, dtype=dtype), X, Y, path, 12, **settings)
+    run = resumed.fit(X, Y, resume=path, **settings)
+    np.testing.assert_array_equal(resumed.parameters, whole.parameters)
+    assert_equal_runs(run, expected)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 10.0])
+def test_neither_the_length_of_chunks_nor_checkpoints_matter(engine, seconds, monkeypatch, path, X, Y):
+    settings = {"epochs": 30, "batch_size": 5, "optimizer": irnn.Adam(0.03), "schedule": "cosine"}
+    whole, resumed = make_net(engine), make_net(engine)
+    whole.fit(X, Y, **settings)
+    monkeypatch.setattr(loop, "CHUNK_SECONDS", seconds)
+    with pytest.raises(Killed):
+        resumed.fit(
+            X,
+            Y,
+            checkpoint=irnn.Checkpoint(path, every_epochs=7),
+            callbacks=[stop_after(25)],
+            callback_every=5,
+            **settings,
+        )
+    resumed.fit(X, Y, resume=path, checkpoint=irnn.Checkpoint(path, every_epochs=4), **settings)
+    np.testing.assert_array_equal(resumed.parameters, whole.parameters)
+
+
+def test_many_nets_of_which_some_have_ended_are_resumed(engine, path, X, Y):
+    def nets():
+        return [make_net(engine, seed=seed) for seed in range(3)]
+
+    settings = {"epochs": 30, "optimizer": irnn.Adam(0.2), "validation": (X[:4], -Y[:4]), "batch_size": 5}
+    settings["early_stopping"] = irnn.EarlyStopping(4, min_delta=1e-3)
+    whole, resumed = nets(), nets()
+    expected = irnn.fit_many(whole, X, Y, **settings)
+    ends = sorted(len(run.loss) for run in expected)
+    assert ends[0] < ends[-1]
+    watched = {"checkpoint": irnn.Checkpoint(path, every_epochs=1), "callbacks": [stop_after(ends[0] + 2)]}
+    with pytest.raises(Killed):
+        irnn.fit_many(nets(), X, Y, **watched, **settings)
+    runs = irnn.fit_many(resumed, X, Y, resume=path, **settings)
+    for net, other, run, other_run in zip(whole, resumed, runs, expected, strict=True):
+        np.testing.assert_array_equal(net.parameters, other.parameters)
+        assert_equal_runs(run, other_run)
+
+
+def test_finished_run_is_returned_as_it_was(engine, path, X, Y):
+    net, other = make_net(engine), make_net(engine)
+    run = net.fit(X, Y, epochs=5, checkpoint=path, validation=(X, Y), restore_best=True)
+    again = other.fit(X, Y, epochs=5, resume=path, validation=(X, Y), restore_best=True)
+    np.testing.assert_array_equal(net.parameters, other.parameters)
+    assert_equal_runs(run, again)
+    assert again.seconds == run.seconds
+
+
+@pytest.mark.parametrize("schedule", [irnn.Constant(), irnn.Step(3), irnn.WarmUp(2)], ids=str)
+def test_run_may_be_prolonged_where_the_schedule_does_not_depend_on_its_end(net, engine, schedule, path, X, Y):
+    longer = make_net(engine)
+    net.fit(X, Y, epochs=5, schedule=schedule, checkpoint=path, batch_size=5)
+    net.fit(X, Y, epochs=9, schedule=schedule, resume=path, batch_size=5)
+    longer.fit(X, Y, epochs=9, schedule=schedule, batch_size=5)
+    np.testing.assert_array_equal(net.parameters, longer.parameters)
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(path, X, Y) -> Path:
+    make_net("numpy").fit(X, Y, epochs=4, batch_size=5, validation=(X, Y), schedule="cosine", checkpoint=path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": irnn.Adam(0.02)}, r"optimizer is Adam\(learning_rate=0.01.* there and Adam\(learning_rate=0.02"),
+        ({"batch_size": 4}, "batch_size is 5 there and 4 here"),
+        ({"loss": "mae"}, r"loss is MSE\(\) there and MAE\(\) here"),
+        ({"schedule": irnn.Cosine(0.1)}, "schedule is Cosine"),
+        ({"clip": 1.0}, "clip is None there and 1.0 here"),
+        ({"seed": 1}, "seed is 0 there and 1 here"),
+        ({"solver": "newton"}, "solver is Auto"),
+        ({"restore_best": True}, "restore_best is False there and True here"),
+        ({"early_stopping": irnn.EarlyStopping(3)}, "early_stopping is None there"),
+        ({"validation": None}, "shape of the validation data"),
+        ({"epochs": 8}, "epochs is 4 there and 8 here, and the learning rates of Cosine"),
+        ({"optimizer": "sgd", "batch_size": 3}, "optimizer is Adam.*; batch_size is 5 there and 3 here"),
+    ],
+    ids=str,
+)
+def test_resuming_with_other_settings_is_refused_and_says_which(checkpoint, change, message, X, Y):
+    net = make_net("numpy")
+    before = net.parameters.copy()
+    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint} | change
+    with pytest.raises(Failure, match=message):
+        net.fit(X, Y, **settings)
+    np.testing.assert_array_equal(net.parameters, before)
+
+
+def test_resuming_with_other_data_is_refused(checkpoint, X, Y):
+    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+    with pytest.raises(Failure, match="shape of the training data"):
+        make_net("numpy").fit(X[:11], Y[:11], **settings)
+    with pytest.raises(Failure, match="fingerprint of the training data"):
+        make_net("numpy").fit(X + 1e-15, Y, **settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"neurons": 4}, "topology is"),
+        ({"activation": "relu"}, "topology is"),
+        ({"constraint": irnn.Free()}, "topology is"),
+        ({"dtype": "float32"}, "dtype is float64 there and float32 here"),
+    ],
+    ids=str,
+)
+def test_resuming_another_net_is_refused(checkpoint, change, message, X, Y):
+    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+    with pytest.raises(Failure, match=message):
+        make_net("numpy", **change).fit(X, Y, **settings)
+
+
+def test_resuming_other_numbers_of_nets_is_refused(checkpoint, X, Y):
+    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+    with pytest.raises(Failure, match="nets is 1 there and 2 here"):
+        irnn.fit_many([make_net("numpy") for _ in range(2)], X, Y, **settings)
+
+
+@pytest.mark.julia
+def test_resuming_on_another_engine_is_refused(checkpoint, X, Y):
+    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+    with pytest.raises(Failure, match="engine is numpy there and julia here"):
+        make_net("julia").fit(X, Y, **settings)
+
+
+def test_resuming_beyond_the_epochs_asked_for_is_refused(path, X, Y):
+    make_net("numpy").fit(X, Y, epochs=6, checkpoint=path)
+    with pytest.raises(Failure, match="is at epoch 6 already, beyond epochs=5"):
+        make_net("numpy").fit(X, Y, epochs=5, resume=path)
+
+
+def test_missing_checkpoint_is_reported_as_such(path, X, Y):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*run\.safetensors"):
+        make_net("numpy").fit(X, Y, resume=path)
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.99])
+def test_truncated_checkpoint_is_refused(checkpoint, kept, X, Y):
+    data = checkpoint.read_bytes()
+    checkpoint.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(Failure, match="truncated"):
+        make_net("numpy").fit(X, Y, resume=checkpoint)
+
+
+def test_files_that_are_no_checkpoints_are_refused(path, X, Y):
+    make_net("numpy").save(path)
+    with pytest.raises(Failure, match="not a checkpoint"):
+        make_net("numpy").fit(X, Y, resume=path)
+    save_file({"parameters": np.zeros(3)}, path, {"format": "implicit-rnn checkpoint", "format_version": "7"})
+    with pytest.raises(Failure, match="format version 7"):
+        make_net("numpy").fit(X, Y, resume=path)
+
+
+def test_checkpoint_is_no_model(checkpoint):
+    with pytest.raises(irnn.ModelFileError, match="not a model"):
+        irnn.load(checkpoint)
+
+
+# --- disks and processes that fail ---------------------------------------------------------------------------
+
+
+def test_checkpoint_is_refused_before_training_where_it_cannot_be_written(tmp_path, X, Y):
+    net = make_net("numpy")
+    before = net.parameters.copy()
+    with pytest.raises(OSError, match=r"could not be written .*No such file"):
+        net.fit(X, Y, epochs=3, checkpoint=tmp_path / "missing" / "run.safetensors")
+    np.testing.assert_array_equal(net.parameters, before)
+
+
+def test_full_disk_is_an_error_that_keeps_the_last_checkpoint_and_the_parameters(net, engine, monkeypatch, path, X, Y):
+    other = make_net(engine)
+    other.fit(X, Y, epochs=5)
+    count = itertools.count()
+
+    def fsync(descriptor: int, real=os.fsync) -> None:
+        if next(count) >= 10:  # two per checkpoint: the file and its folder
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(
+        OSError, match=r"checkpoint of epoch 5 could not be written .*No space left on device"
+    ) as caught:
+        net.fit(X, Y, epochs=20, checkpoint=irnn.Checkpoint(path, every_epochs=1))
+    monkeypatch.undo()
+    assert caught.value.errno == errno.ENOSPC
+    np.testing.assert_array_equal(net.parameters, other.parameters)
+    assert list(path.parent.iterdir()) == [path]
+    whole = make_net(engine)
+    whole.fit(X, Y, epochs=20)
+    net.fit(X, Y, epochs=20, resume=path)
+    np.testing.assert_array_equal(net.parameters, whole.parameters)
+
+
+def test_file_size_limit_of_the_system_keeps_the_last_checkpoint(tmp_path, run_python):
+    """A real failure of the operating system in the middle of a file."""
+    done = run_python(f"""
+        import resource
+        import numpy as np
+        import implicit_rnn as irnn
+
+        rng = np.random.default_rng(0)
+        X, Y = rng.standard_normal((20, 3)), rng.standard_normal((20, 2))
+        net = irnn.Network(3, [irnn.Layer(5)], outputs=2, seed=0, engine="numpy")
+        path = {str(tmp_path / "limited")!r}
+        def limit(progress):
+            if progress.epoch == 3:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        try:
+            net.fit(X, Y, epochs=9, callbacks=[limit], checkpoint=irnn.Checkpoint(path, every_epochs=1))
+        except OSError as error:
+            print(error)
+        run = net.fit(X, Y, epochs=2, resume=path)
+        print(len(run.loss))
+    """)
+    assert "checkpoint of epoch 3 could not be written" in done.stdout, str(done)
+    assert "File too large" in done.stdout, str(done)
+    assert done.stdout.endswith("\n2\n"), str(done)
+    assert [entry.name for entry in tmp_path.iterdir()].count("limited") == 1
+    assert not list(tmp_path.glob(".limited.*"))
+
+
+def test_leftovers_of_a_killed_process_are_removed(path, X, Y):
+    leftover = path.parent / f".{path.name}.abc123.tmp"
+    leftover.write_bytes(b"half a check")
+    make_net("numpy").fit(X, Y, epochs=2, checkpoint=path)
+    assert list(path.parent.iterdir()) == [path]
+
+
+WORKER = """
+    import sys
+    import numpy as np
+    import implicit_rnn as irnn
+
+    # One process forked per run spares the start of Python: its parent has imported all it needs.
+    import os
+    from pathlib import Path
+
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((40, 3)), rng.standard_normal((40, 2))
+    settings = dict(
+        optimizer=irnn.Adam(0.02), schedule="cosine", epochs=120, batch_size=8, validation=(X[:10], Y[:10]),
+        early_stopping=irnn.EarlyStopping(100), progress=False,
+    )
+
+    def train(path):
+        net = irnn.Network(3, [irnn.Layer(4)], outputs=2, seed=1, engine="numpy")
+        resume = path if Path(path).exists() else None
+        run = net.fit(X, Y, checkpoint=irnn.Checkpoint(path, every_epochs=1), resume=resume, **settings)
+        net.save(path + ".net")
+        np.save(path + ".npy", run.loss)
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            train(line.strip())
+            os._exit(0)
+        print(child, flush=True)
+        print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_run_killed_twenty_times_at_random_moments_ends_as_if_it_never_was(tmp_path):
+    """kill -9 of real processes; a checkpoint is written after every epoch, so that many kills hit a write."""
+    command = [sys.executable, "-c", textwrap.dedent(WORKER)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=ENVIRONMENT, **pipes) as worker:
+
+        def start(path: Path) -> int:
+            worker.stdin.write(f"{path}\n")
+            worker.stdin.flush()
+            return int(worker.stdout.readline())
+
+        def finished() -> int:
+            return int(worker.stdout.readline())
+
+        whole, killed = tmp_path / "whole", tmp_path / "killed"
+        start(whole)
+        begin = time.perf_counter()
+        assert finished() == 0
+        duration = time.perf_counter() - begin
+        rng, epochs = np.random.default_rng(5), []
+        for kills in itertools.count():
+            child = start(killed)
+            if kills >= 20 and killed.exists():
+                assert finished() == 0
+                break
+            time.sleep(rng.uniform(0, duration / 12))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+            if finished() == 0:  # it was faster than the clock: once more from the beginning
+                assert_equal_files(killed, whole)
+                killed.unlink()
+            epochs.append(epoch_of(killed) if killed.exists() else 0)
+        worker.stdin.close()
+    assert len(set(epochs)) > 3
+    assert_equal_files(killed, whole)
+
+
+def assert_equal_files(path: Path, other: Path) -> None:
+    """What two runs have left behind: parameters and losses."""
+    assert irnn.load(f"{path}.net").parameters.tobytes() == irnn.load(f"{other}.net").parameters.tobytes()
+    np.testing.assert_array_equal(np.load(f"{path}.npy"), np.load(f"{other}.npy"))
+
+
+def epoch_of(path: Path) -> int:
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    return int(json.loads(data[8 : 8 + length])["__metadata__"]["epoch"])
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"path": 3}, TypeError, "path must be a path"),
+        ({"path": "x", "every_epochs": 0}, ValueError, "every_epochs"),
+        ({"path": "x", "every_minutes": -1}, ValueError, "every_minutes"),
+        ({"path": "x", "every": 1}, TypeError, "no option every"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        irnn.Checkpoint(**options)
+
+
+def test_checkpoints_are_written_at_their_epochs_and_at_the_end(path, X, Y):
+    seen = []
+    make_net("numpy").fit(
+        X,
+        Y,
+        epochs=8,
+        checkpoint=irnn.Checkpoint(path, every_epochs=3),
+        callbacks=[lambda progress: seen.append(epoch_of(path))],
+    )
+    assert seen == [0, 0, 0, 3, 3, 3, 6, 6]
+    assert epoch_of(path) == 8
+
+
+def test_checkpoints_are_written_by_the_clock(path, X, Y):
+    seen = []
+    make_net("numpy").fit(
+        X,
+        Y,
+        epochs=3,
+        checkpoint=irnn.Checkpoint(path, every_minutes=1e-9),
+        callbacks=[lambda progress: seen.append(epoch_of(path))],
+    )
+    assert seen == [0, 1, 2]

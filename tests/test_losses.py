@@ -1,0 +1,223 @@
+"""Losses: their values against formulas written another way, their derivatives, the targets and weights they take."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from conftest import make_net
+from scipy.special import expit, log_softmax, logsumexp
+from test_gradients import EXACT, central_differences
+
+import implicit_rnn as irnn
+
+LABELS = np.array([0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 0, 0])
+REGRESSION = [irnn.MSE(), irnn.MAE(), irnn.Huber(0.7)]
+LOSSES = [*REGRESSION, irnn.CrossEntropy(), irnn.BinaryCrossEntropy()]
+
+
+def names(loss: irnn.MSE) -> str:
+    return loss.name
+
+
+def targets_for(loss, Y):
+    if loss == irnn.CrossEntropy():
+        return LABELS
+    return (Y > 0).astype(float) if loss == irnn.BinaryCrossEntropy() else Y
+
+
+def smooth(loss, net, X, Y):
+    """Targets from which no output is so near that finite differences would meet the kink of the absolute error."""
+    T = targets_for(loss, Y)
+    return T + 0.1 * np.sign(T - net.predict(X)) if loss == irnn.MAE() else T
+
+
+def by_hand(loss, y, Y, w):
+    """The loss of outputs y, written differently from both engines."""
+    t = targets_for(loss, Y)
+    if loss == irnn.CrossEntropy():
+        per_sample = -np.take_along_axis(log_softmax(y, axis=1), t[:, None], 1)[:, 0]
+    elif loss == irnn.BinaryCrossEntropy():
+        per_sample = -(t * np.log(expit(y)) + (1 - t) * np.log(expit(-y))).mean(axis=1)
+    elif loss == irnn.MSE():
+        per_sample = ((y - t) ** 2).mean(axis=1)
+    elif loss == irnn.MAE():
+        per_sample = np.abs(y - t).mean(axis=1)
+    else:
+        δ, d = loss.delta, np.abs(y - t)
+        per_sample = (np.minimum(d, δ) * (d - np.minimum(d, δ) / 2)).mean(axis=1)
+    return np.average(per_sample, weights=w)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "weighted"])
+def weights(request, rng):
+    return rng.uniform(0, 3, 12) if request.param else None
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=names)
+class TestEveryLoss:
+    def test_value_is_that_of_its_formula(self, net, loss, weights, X, Y):
+        value, _ = net.loss_and_gradient(X, targets_for(loss, Y), loss=loss, sample_weights=weights)
+        assert value == pytest.approx(by_hand(loss, net.predict(X), Y, weights), rel=1e-9)
+
+    def test_gradient_is_that_of_fourth_order_central_differences_to_1e_8(self, net, loss, weights, X, Y):
+        settings = {"loss": loss, "sample_weights": weights, "solver": EXACT}
+        T = smooth(loss, net, X, Y)
+        _, gradient = net.loss_and_gradient(X, T, **settings)
+        differences = central_differences(net, lambda: net.loss_and_gradient(X, T, **settings)[0], 1e-3)
+        assert np.linalg.norm(gradient - differences) <= 1e-8 * np.linalg.norm(differences)
+
+    @pytest.mark.julia
+    def test_hessian_times_vector_is_the_difference_of_gradients(self, loss, weights, rng, X, Y):
+        net = make_net("julia")
+        T = smooth(loss, net, X, Y)
+        v, start, h = rng.standard_normal(len(net.parameters)), net.parameters.copy(), 1e-3
+
+        def gradient_at(step: float) -> np.ndarray:
+            net.parameters = start + step * h * v
+            return net.loss_and_gradient(X, T, loss=loss, sample_weights=weights, solver=EXACT)[1]
+
+        difference = (8 * (gradient_at(1) - gradient_at(-1)) - (gradient_at(2) - gradient_at(-2))) / (12 * h)
+        net.parameters = start
+        product = net.hessian_vector_product(X, T, v, loss=loss, sample_weights=weights, solver=EXACT)
+        assert np.linalg.norm(product - difference) <= 1e-8 * np.linalg.norm(difference)
+
+    @pytest.mark.julia
+    def test_engines_agree_to_1e_12(self, loss, weights, X, Y):
+        T = targets_for(loss, Y)
+        answers = [
+            make_net(e).loss_and_gradient(X, T, loss=loss, sample_weights=weights, solver=EXACT)
+            for e in ("numpy", "julia")
+        ]
+        assert answers[0][0] == pytest.approx(answers[1][0], rel=1e-12)
+        np.testing.assert_allclose(answers[1][1], answers[0][1], rtol=0, atol=1e-12)
+
+    def test_training_lowers_it_and_validation_takes_the_same_loss(self, net, loss, X, Y):
+        T = targets_for(loss, Y)
+        run = net.fit(X, T, loss=loss, optimizer=irnn.Adam(0.02), epochs=40, validation=(X, T))
+        assert run.loss[-1] < 0.9 * run.loss[0]
+        assert run.validation_loss[-1] == pytest.approx(net.loss_and_gradient(X, T, loss=loss)[0], rel=1e-9)
+
+    def test_training_in_float32_follows_float64(self, engine, loss, X, Y):
+        runs = [
+            make_net(engine, dtype=d).fit(X, targets_for(loss, Y), loss=loss, epochs=5) for d in ("float32", "float64")
+        ]
+        np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["mse", "mae", "huber", "cross_entropy", "binary_cross_entropy"])
+def test_loss_may_be_named(net, name, X, Y):
+    loss = next(loss for loss in LOSSES if loss.name.lower() == name.replace("_", ""))
+    T = targets_for(loss, Y)
+    named, given = (net.loss_and_gradient(X, T, loss=choice)[0] for choice in (name, type(loss)()))
+    assert named == given
+
+
+def test_huber_is_half_the_squared_error_near_and_linear_far(net, X, Y):
+    near = net.loss_and_gradient(X, Y, loss=irnn.Huber(1e6))[0]
+    assert near == pytest.approx(net.loss_and_gradient(X, Y)[0] / 2, rel=1e-12)
+    far = net.loss_and_gradient(X, Y, loss=irnn.Huber(1e-9))[0] / 1e-9
+    assert far == pytest.approx(net.loss_and_gradient(X, Y, loss="mae")[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e3, -1e3, 1e5])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_cross_entropies_of_huge_logits_are_exact_and_finite(engine, size, dtype, X):
+    net = make_net(engine, dtype=dtype)
+    net.weights["C"][...] = 0
+    net.weights["d"][...] = size, 0
+    value, gradient = net.loss_and_gradient(X, np.zeros(12, int), loss="cross_entropy")
+    assert value == pytest.approx(logsumexp([size, 0]) - size, rel=1e-6)
+    assert np.isfinite(gradient).all()
+    value, gradient = net.loss_and_gradient(X, np.zeros((12, 2)), loss="binary_cross_entropy")
+    assert value == pytest.approx((max(size, 0) + np.log(2)) / 2, rel=1e-6)
+    assert np.isfinite(gradient).all()
+
+
+# --- targets -------------------------------------------------------------------------------------------------
+
+
+def test_labels_and_their_one_hot_vectors_are_the_same_targets(net, X):
+    values = [
+        net.loss_and_gradient(X, T, loss="cross_entropy")[0] for T in (LABELS, LABELS[:, None], np.eye(2)[LABELS])
+    ]
+    assert values[0] == values[1] == values[2]
+
+
+@pytest.mark.parametrize("kind", [bool, int, np.int8, np.uint64, float])
+def test_binary_labels_may_be_of_any_kind(engine, kind, X):
+    net = make_net(engine, outputs=1)
+    value = net.loss_and_gradient(X, LABELS.astype(kind), loss="binary_cross_entropy")[0]
+    assert value == net.loss_and_gradient(X, LABELS[:, None].astype(float), loss="binary_cross_entropy")[0]
+
+
+@pytest.mark.parametrize(
+    ("targets", "error", "message"),
+    [
+        (LABELS + 1, ValueError, "labels from 1 to 2; with 2 outputs they must lie from 0 to 1"),
+        (LABELS - 1, ValueError, "labels from -1 to 0"),
+        (LABELS.astype(float), TypeError, r"whole numbers from 0: pass Y\.astype\(int\)"),
+        (LABELS[:5], ValueError, "Y has 5 samples, X has 12"),
+        (np.full((12, 2), 0.6), ValueError, "sum to 1"),
+        (np.tile([1.5, -0.5], (12, 1)), ValueError, "smallest value is -0.5"),
+        (np.zeros((12, 3)), ValueError, r"expected \(samples, 2\)"),
+    ],
+)
+def test_targets_that_are_no_classes_are_refused(net, targets, error, message, X):
+    with pytest.raises(error, match=message):
+        net.loss_and_gradient(X, targets, loss="cross_entropy")
+
+
+def test_cross_entropy_of_one_output_is_refused(engine, X):
+    with pytest.raises(ValueError, match="use BinaryCrossEntropy"):
+        make_net(engine, outputs=1).loss_and_gradient(X, LABELS, loss="cross_entropy")
+
+
+def test_binary_targets_outside_of_0_to_1_are_refused(net, X, Y):
+    with pytest.raises(ValueError, match="binary cross-entropy expects labels 0 and 1"):
+        net.loss_and_gradient(X, Y, loss="binary_cross_entropy")
+
+
+@pytest.mark.parametrize("delta", [0, -1, np.inf, np.nan])
+def test_huber_of_no_positive_delta_is_refused(delta):
+    with pytest.raises(ValueError, match="delta must be positive and finite"):
+        irnn.Huber(delta)
+
+
+# --- weights of samples --------------------------------------------------------------------------------------
+
+
+def test_only_the_proportions_of_weights_count(net, rng, X, Y):
+    w = rng.uniform(1, 2, 12)
+    value, gradient = net.loss_and_gradient(X, Y, sample_weights=w)
+    other, other_gradient = net.loss_and_gradient(X, Y, sample_weights=1e6 * w)
+    assert value == pytest.approx(other, rel=1e-12)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-10)
+
+
+def test_sample_of_weight_zero_might_as_well_be_missing(net, X, Y):
+    w = np.ones(12)
+    w[[2, 7]] = 0
+    kept = w > 0
+    value, gradient = net.loss_and_gradient(X, Y, sample_weights=w)
+    other, other_gradient = net.loss_and_gradient(X[kept], Y[kept])
+    assert value == pytest.approx(other, rel=1e-12)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-10, atol=1e-14)
+
+
+def test_epoch_of_weighted_minibatches_has_the_weighted_loss_of_all_samples(net, rng, X, Y):
+    w = rng.uniform(0, 3, 12)
+    expected = net.loss_and_gradient(X, Y, sample_weights=w)[0]
+    run = net.fit(X, Y, sample_weights=w, optimizer=irnn.SGD(1e-300), epochs=2, batch_size=5)
+    np.testing.assert_allclose(run.loss, expected, rtol=1e-12)
+
+
+def test_validation_may_have_weights_of_its_own(net, rng, X, Y):
+    w = rng.uniform(0, 3, 12)
+    run = net.fit(X, Y, epochs=2, validation=(X, Y, w))
+    assert run.validation_loss[-1] == pytest.approx(net.loss_and_gradient(X, Y, sample_weights=w)[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("w", [np.ones(11), np.ones((12, 1)), -np.ones(12), np.zeros(12), np.full(12, np.nan)])
+def test_weights_that_are_none_are_refused(net, w, X, Y):
+    with pytest.raises(ValueError, match="sample_weights"):
+        net.fit(X, Y, sample_weights=w)
