@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, make_net
+from conftest import ENVIRONMENT, make_net, run_process
 from safetensors.numpy import save_file
 
 import implicit_rnn as irnn
@@ -144,6 +144,52 @@ def test_run_may_be_prolonged_where_the_schedule_does_not_depend_on_its_end(net,
     net.fit(X, Y, epochs=9, schedule=schedule, resume=path, batch_size=5)
     longer.fit(X, Y, epochs=9, schedule=schedule, batch_size=5)
     np.testing.assert_array_equal(net.parameters, longer.parameters)
+
+
+def test_run_that_a_callback_ended_goes_on(engine, path, X, Y):
+    def pause(progress: irnn.Progress) -> None:
+        if progress.epoch == 4:
+            raise irnn.StopTraining
+
+    whole, paused = make_net(engine), make_net(engine)
+    whole.fit(X, Y, epochs=9, batch_size=5)
+    assert len(paused.fit(X, Y, epochs=9, batch_size=5, checkpoint=path, callbacks=[pause]).loss) == 4
+    run = paused.fit(X, Y, epochs=9, batch_size=5, resume=path)
+    assert (len(run.loss), run.stopped) == (9, None)
+    np.testing.assert_array_equal(paused.parameters, whole.parameters)
+
+
+THREADS = """
+    import sys
+    import numpy as np
+    import implicit_rnn as irnn
+
+    rng = np.random.default_rng(0)
+    X, Y = rng.standard_normal((3000, 4)), rng.standard_normal((3000, 2))
+    def stop(progress):
+        if progress.epoch == 2:
+            raise irnn.StopTraining
+    net = irnn.Network(4, [irnn.Layer(12)], outputs=2, seed=0, engine="julia")
+    settings = dict(epochs=4, batch_size=2500, optimizer=irnn.Adam(0.02), progress=False)
+    if sys.argv[1:] == ["resumed"]:
+        net.fit(X, Y, checkpoint="run", callbacks=[stop], **settings)
+        net.fit(X, Y, resume="run", **settings)
+    else:
+        net.fit(X, Y, **settings)
+    print(net.parameters.tobytes().hex())
+"""
+
+
+@pytest.mark.julia
+def test_number_of_threads_does_not_change_a_run_resumed_or_not(tmp_path):
+    def outcome(threads: int, *arguments: str) -> str:
+        env = ENVIRONMENT | {"PYTHON_JULIACALL_THREADS": str(threads), "PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"}
+        command = [sys.executable, "-c", textwrap.dedent(THREADS), *arguments]
+        done = run_process(command, env, 120, tmp_path)
+        assert done.returncode == 0, str(done)
+        return done.stdout
+
+    assert outcome(1) == outcome(2, "resumed")
 
 
 # --- what is refused -----------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from conftest import CHECKOUT
 
 TIME_LIMIT = 120
-PAGES = ["README.md", "python/docs/choosing.md", "python/docs/mathematics.md"]
+PAGES = ["README.md", "python/docs/choosing.md", "python/docs/mathematics.md", "python/docs/training.md"]
 
 
 def python_blocks(page: str) -> list[str]:

@@ -78,6 +78,22 @@ def test_result_does_not_depend_on_the_length_of_the_chunks(engine, seconds, mon
     np.testing.assert_array_equal(net.parameters, expected.parameters)
 
 
+def test_ten_thousand_epochs_of_a_tiny_net_are_a_handful_of_calls(engine, monkeypatch, X, Y):
+    net, calls = make_net(engine, neurons=2), []
+    trainer = type(net.program().trainer(irnn.Adam(), 1, 12, 1.0, irnn.Guard()))
+
+    def train(self, nets, samples, order, *rest, real=trainer.train):
+        calls.append(len(order))
+        real(self, nets, samples, order, *rest)
+
+    monkeypatch.setattr(trainer, "train", train)
+    monkeypatch.setattr(loop, "CHUNK_SECONDS", 60.0)  # as on an infinitely fast machine
+    epochs = 10_000 if engine == "julia" else 1000
+    net.fit(X, Y, epochs=epochs, schedule="cosine", clip=1.0, loss="huber", sample_weights=np.ones(12))
+    assert sum(calls) == epochs
+    assert len(calls) <= 6
+
+
 def test_optimiser_starts_afresh_at_each_fit(engine, X, Y):
     net, other = make_net(engine), make_net(engine)
     net.fit(X, Y, epochs=5)

@@ -289,7 +289,12 @@ class Network:
         return radius
 
     def fit(self, X: ArrayLike, Y: ArrayLike, **settings: Any) -> training.Run:
-        """Train on X (B, inputs) and Y (B, outputs); see ``fit_many`` for all settings.
+        """Train on X (B, inputs) and Y (B, outputs), or labels; the settings are those of ``fit_many``.
+
+        What is learnt: ``loss``, ``sample_weights``, ``jacobian_penalty``. How: ``optimizer``, ``schedule``, ``epochs``,
+        ``batch_size``, ``clip``, ``solver``, ``adjoint``, ``seed``. When it ends: ``validation``, ``validation_every``,
+        ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Who watches: ``callbacks``, ``callback_every``,
+        ``progress``, ``checkpoint``, and ``resume`` to go on. Raises ``TypeError`` for a setting that does not exist.
 
         >>> run = net.fit(X, Y, optimizer=Adam(1e-2), schedule="cosine", epochs=300, batch_size=100, validation=(Xv, Yv))
         """

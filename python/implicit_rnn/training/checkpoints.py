@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from implicit_rnn.engines import Samples
+from implicit_rnn.engines import Halt, Samples
 from implicit_rnn.errors import CheckpointError
 from implicit_rnn.files import write_atomically
 from implicit_rnn.options import Option, check_count, check_positive
@@ -86,14 +86,14 @@ def write(path: Path, training: Training) -> None:
 
 
 def restore(path: Path, training: Training) -> None:
-    """Put a run into the state that ``write`` wrote.
+    """Put a run into the state that ``write`` wrote, in which nets go on that a callback has ended just then.
 
     Raises ``FileNotFoundError``, and ``CheckpointError`` for a file that is no checkpoint, or one of a run that differs
     in its data, its nets or its settings.
     """
     tensors, metadata = _read(path)
     _compare(path, json.loads(metadata["run"]), training, int(metadata["epoch"]))
-    state, settings = training.state, training.settings
+    state = training.state
     state.epoch = int(metadata["epoch"])
     state.seconds = float(metadata["seconds"])
     state.rng.bit_generator.state = json.loads(metadata["random"])
@@ -107,9 +107,10 @@ def restore(path: Path, training: Training) -> None:
     state.validation_epochs = tensors["validation_epochs"].tolist()
     state.validation_losses = list(tensors["validation_losses"])
     state.validation_unconverged = list(tensors["validation_unconverged"])
+    paused = (state.nets.halted == Halt.BY_CALLBACK) & (state.ended == state.epoch)
+    state.nets.halted[paused], state.ended[paused] = Halt.RUNNING, 0
     training.trainer.restore(tensors["optimizer"])
     training.publish()
-    assert state.epoch <= settings.epochs
 
 
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
