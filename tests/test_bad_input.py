@@ -413,7 +413,7 @@ def test_option_of_another_kind_is_refused(net, X):
         (irnn.Implicit, "linear_solver, tol, max_iterations"),
         (irnn.Perron, "kappa"),
         (irnn.SGD, "learning_rate"),
-        (irnn.Adam, "learning_rate, beta1, beta2, epsilon"),
+        (irnn.Adam, "learning_rate, weight_decay, beta1, beta2, epsilon"),
     ],
 )
 def test_unknown_option_name_is_refused_with_the_valid_names(option, valid):

@@ -13,7 +13,7 @@ from conftest import make_net
 from safetensors.numpy import save_file
 
 import implicit_rnn as irnn
-from implicit_rnn import serialization
+from implicit_rnn import files
 
 
 @pytest.fixture
@@ -188,12 +188,11 @@ def test_saving_replaces_an_older_file(saved):
 
 
 def test_failing_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
-    def fail(tensors, path, metadata):
-        Path(path).write_bytes(b"half a fi")
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
     before = saved.read_bytes()
-    monkeypatch.setattr(serialization, "save_file", fail)
+    monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         make_net("numpy", seed=99).save(saved)
     assert saved.read_bytes() == before
@@ -201,12 +200,11 @@ def test_failing_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
 
 
 def test_interrupted_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
-    def interrupt(tensors, path, metadata):
-        Path(path).write_bytes(b"half a fi")
+    def interrupt(descriptor):
         raise KeyboardInterrupt
 
     before = saved.read_bytes()
-    monkeypatch.setattr(serialization, "save_file", interrupt)
+    monkeypatch.setattr(files.os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
         make_net("numpy", seed=99).save(saved)
     assert saved.read_bytes() == before
