@@ -165,3 +165,21 @@ def test_slope_bound_of_an_activation_is_its_largest_slope(name):
     slopes = np.abs(activation.slope(s, activation.value(s)))
     assert slopes.max() <= activation.slope_bound * (1 + 1e-9)
     assert slopes.max() >= activation.slope_bound * (1 - 1e-3)
+
+
+def test_report_tells_the_residuals_of_each_sample(engine, X, Y):
+    net = make_net(engine, constraint=irnn.Perron(0.9))
+    report = irnn.GradientReport.empty(len(X))
+    tight = net.loss_and_gradient(X, Y, solver=EXACT, report=report)[1]
+    assert (report.status == irnn.Status.CONVERGED).all()
+    assert (report.residual <= 1e-14).all()
+    assert (report.adjoint_residual < 1e-12).all()
+    np.testing.assert_array_equal(tight, net.loss_and_gradient(X, Y, solver=EXACT)[1])
+    net.loss_and_gradient(X, Y, solver=irnn.Picard(max_iterations=2), on_failure="ignore", report=report)
+    assert (report.status == irnn.Status.MAX_ITERATIONS).all()
+    assert (report.residual > 1e-6).all()
+
+
+def test_report_of_another_size_is_refused(engine, X, Y):
+    with pytest.raises(ValueError, match=f"X has {len(X)}"):
+        make_net(engine).loss_and_gradient(X, Y, report=irnn.GradientReport.empty(len(X) + 1))

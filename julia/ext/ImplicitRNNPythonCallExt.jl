@@ -136,15 +136,23 @@ reinterpret_status(x::Vector{Int8}) = unsafe_wrap(Array, Ptr{Status}(pointer(x))
 
 """
 `gradient(handle, (p, X, Y, weights, g), probe) -> (loss, unconverged, residual, adjoint residual)`; the gradient is written
-to `g`. An empty `weights` stands for none, here and below.
+to `g`. An empty `weights` stands for none, here and below. Three more arrays (status, residual, adjoint residual) are
+filled in per sample.
 """
 gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    loss, quality = borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))...) do p, X, Y, weights, g
-        loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights)
-        )
+    given_arrays = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
+    solve(p, X, Y, weights, g, report = nothing) = loss_and_gradient!(
+        g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report
+    )
+    loss, quality = if length(arrays) == 5
+        borrow(solve, given_arrays...)
+    else
+        per_sample = NumPy{Int8}(arrays[5]), NumPy{Float64}(arrays[6]), NumPy{Float64}(arrays[7])
+        borrow(given_arrays..., per_sample...) do p, X, Y, weights, g, status, residual, adjoint_residual
+            solve(p, X, Y, weights, g, (reinterpret_status(status), residual, adjoint_residual))
+        end
     end
     pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual

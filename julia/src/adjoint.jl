@@ -14,7 +14,7 @@ abstract type Adjoint end
 The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a residual of D λ of `tol` relative to ‖D λ‖.
 
 - `:lu`: one LU factorisation of `I - D R` per sample; exact. After [`Newton`](@ref), the last factorisation of the forward
-  pass with as many refinements as the tolerance asks for.
+  pass, refined.
 - `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
@@ -145,7 +145,10 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, o
     start!(c, samples; cold = true)
     p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome)
     method = s.linear_solver
-    factors === nothing || !(method in (:auto, :lu)) || refine!(c, p, factors) && return E
+    if factors !== nothing && method in (:auto, :lu)
+        exact = AdjointSystem{T, typeof(E)}(p.M, r, 100 * eps(T), p.floor, E, outcome)
+        refine!(c, exact, factors) && return E
+    end
     if method === :auto
         if n <= LANE_NEURONS
             solve_adjoint_lanes!(lanes!(c), c, p) && return E

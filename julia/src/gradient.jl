@@ -14,7 +14,13 @@ function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 
     return value, g
 end
 
-function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0, weights = nothing)
+"""
+    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
+
+The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
+in per sample.
+"""
+function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     size(Y) == (output_size(net), B) || throw(
@@ -38,7 +44,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
         tile = buffers[thread]
         tile.gradient = clear!(ws.gradients[share])
         ws.summaries[share] = sum_tiles!(
-            tile, problem, X, Y, weights, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
+            tile, problem, X, Y, weights, report, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
         )
     end
     for share in 2:shares
@@ -53,7 +59,7 @@ end
 const SHARES = 16
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
-function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, penalty, width::Int, numbers)
+function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty, width::Int, numbers)
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
@@ -66,9 +72,18 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, penalty, width:
         scale = eltype(net)(1 / size(X, 2))
         loss = loss_gradient!(tile.GY, problem.loss, tile.Y, view(Y, :, samples), weights_of(weights, samples), scale)
         loss += backward!(tile, problem, x, penalty, first(samples))
+        report === nothing || report!(report, tile, samples)
         summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, m)))
     end
     return summary
+end
+
+function report!((status, residual, adjoint_residual), tile::Tile, samples)
+    m = length(samples)
+    copyto!(view(status, samples), view(tile.outcome.status, 1:m))
+    copyto!(view(residual, samples), view(tile.outcome.residual, 1:m))
+    copyto!(view(adjoint_residual, samples), view(tile.adjoint_outcome.residual, 1:m))
+    return
 end
 
 # Lets Newton's method leave its factorisations to the adjoint.

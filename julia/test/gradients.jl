@@ -46,7 +46,7 @@ end
     for neurons in (7, 20)
         net = one_layer(; neurons)
         p, X, Y = parameters(net), samples(net, 1200), targets(net, 1200)
-        whole = loss_and_gradient(net, p, X, Y; solver = Auto(tol = 1.0e-13), adjoint = Implicit(tol = 1.0e-13))
+        whole = loss_and_gradient(net, p, X, Y; solver = Auto(tol = 1.0e-13), adjoint = Implicit())
         parts = [loss_and_gradient(net, p, X[:, k], Y[:, k]; solver = Auto(tol = 1.0e-13)) for k in Iterators.partition(1:1200, 30)]
         @test whole[1] ≈ sum(first, parts) / 40 rtol = 1.0e-12
         @test relative_error(whole[2], sum(last, parts) ./ 40) < 1.0e-11
@@ -119,7 +119,7 @@ end
 @testset "the factors of Newton's method serve the adjoint ($n neurons, $constraint)" for n in (5, 30), constraint in (Perron(0.9), Monotone(0.2))
     net = one_layer(; neurons = n, constraint)
     p, X, Y = parameters(net), samples(net, 40), targets(net, 40)
-    problem = Problem(net; solver = Newton(tol = 1.0e-8), adjoint = Implicit(tol = 1.0e-13))
+    problem = Problem(net; solver = Newton(tol = 1.0e-8), adjoint = Implicit())
     ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
     _, quality = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
     @test all(view(first(ws.tiles).columns[1].factors.known, 1:40))

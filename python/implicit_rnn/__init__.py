@@ -44,7 +44,7 @@ from implicit_rnn.options import (
     Unrolled,
 )
 from implicit_rnn.serialization import load
-from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solution import GradientReport, Solution, Status
 from implicit_rnn.topology import Layer
 from implicit_rnn.training import (
     Checkpoint,
@@ -84,6 +84,7 @@ __all__ = [
     "EngineError",
     "EngineWarning",
     "Free",
+    "GradientReport",
     "Guard",
     "Huber",
     "Implicit",

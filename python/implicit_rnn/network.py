@@ -16,7 +16,7 @@ from implicit_rnn.engines.numpy import constraints as numpy_constraints
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.losses import Loss, as_weights
 from implicit_rnn.options import Adjoint, Auto, Constraint, Implicit, Perron, Solver
-from implicit_rnn.solution import Solution
+from implicit_rnn.solution import GradientReport, Solution
 from implicit_rnn.topology import INPUT, Layer, Topology
 from implicit_rnn.validation import as_real, as_samples
 
@@ -226,6 +226,7 @@ class Network:
         jacobian_penalty: float = 0.0,
         probe: int = 0,
         on_failure: str = "raise",
+        report: GradientReport | None = None,
     ) -> tuple[float, Array]:
         """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
 
@@ -235,7 +236,8 @@ class Network:
         loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. ``jacobian_penalty`` adds that much of
         mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and Kolter 2021), estimated
         with one random vector per sample, which ``probe`` numbers. Errors as in ``equilibrium``; samples
-        without an equilibrium make the gradient meaningless and are reported according to ``on_failure``.
+        without an equilibrium make the gradient meaningless and are reported according to ``on_failure``. The arrays of a
+        ``report`` (``GradientReport.empty(B)``) are filled with the status and the residuals, forward and adjoint, per sample.
         """
         x = self._samples("X", X)
         samples = self._with_targets(x, Y, loss, sample_weights)
@@ -243,8 +245,12 @@ class Network:
         gradient = np.empty_like(self._parameters)
         if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
             raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
+        if report is not None and len(report.status) != len(x):
+            raise ValueError(
+                f"report is for {len(report.status)} samples, X has {len(x)}; use GradientReport.empty({len(x)})"
+            )
         program = self.program(solver, adjoint, loss, jacobian_penalty)
-        value, quality = program.gradient(self._parameters, samples, gradient, int(probe))
+        value, quality = program.gradient(self._parameters, samples, gradient, int(probe), report)
         if failure := _gradient_failure(quality, len(x)):
             _report(on_failure, failure, self.topology.constraint, None)
         return value, gradient

@@ -70,3 +70,20 @@ class Solution:
             f"Solution({self.state.shape[0]} samples of {self.state.shape[1]} neurons, {self.converged.sum()} converged, "
             f"iterations up to {self.iterations.max()}, residual up to {self.residual.max():.2g})"
         )
+
+
+@dataclass(frozen=True)
+class GradientReport:
+    """How the solves behind a gradient went, for each of B samples."""
+
+    status: np.ndarray
+    """(B,) ``Status`` of the forward solve."""
+    residual: np.ndarray
+    """(B,) relative residual of the forward solve, as in ``Solution``."""
+    adjoint_residual: np.ndarray
+    """(B,) relative residual of the adjoint system, the worst of any stage; NaN where it was singular."""
+
+    @classmethod
+    def empty(cls, samples: int) -> GradientReport:
+        """A report whose arrays an engine will fill."""
+        return cls(np.empty(samples, np.int8), np.empty(samples), np.empty(samples))

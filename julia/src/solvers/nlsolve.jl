@@ -3,7 +3,7 @@
 """
     NLsolver(; method = :trust_region, tol = nothing, max_iterations = 200)
 
-NLsolve.jl on `f(u + R z) - z = 0` with its exact Jacobian `D R - I`, one sample at a time. `method` is
+NLsolve.jl on `f(u + R z) - z = 0` with its exact Jacobian `D R - I`, one sample at a time and in double precision. `method` is
 `:trust_region`, `:newton` or `:anderson`. The slowest of the solvers and the hardest to defeat.
 """
 struct NLsolver <: Solver
@@ -21,30 +21,12 @@ struct NLsolver <: Solver
 end
 
 function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    n = size(p.M, 1)
     iterations > 0 || return false
     c.cold = false
-    root = RootProblem(p.M, p.f, zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n, 1))
+    root = RootProblem(Matrix{Float64}(p.M), p.f)
+    tol, floor = Float64(p.tol), Float64(p.floor)
     for j in c.active:-1:1
-        copyto!(root.u, view(c.U, :, j))
-        start = c.Z[:, j]
-        # NLsolve stops on an absolute maximum norm; ours is relative, so ask again where that was too loose.
-        scale = max(norm(root(similar(start), start)), p.floor)
-        target = p.tol * scale / (2 * sqrt(T(n)))
-        used = 0
-        for _ in 1:3
-            result = attempt(s, root, start, target, iterations - used)
-            result === nothing && break
-            used += result.iterations
-            all(isfinite, result.zero) || break
-            copyto!(start, result.zero)
-            root(view(c.F, :, j), start)
-            residual = norm(view(c.F, :, j))
-            residual <= p.tol * max(norm(root.z), p.floor) && break
-            used < iterations || break
-            target /= 100
-        end
-        copyto!(view(c.Z, :, j), start)
+        used = attempts!(root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, iterations)
         c.iterations[j] += max(used - 1, 0)
         c.residual[j] = T(Inf)
     end
@@ -52,11 +34,33 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
     return evaluate_all!(c, p; check = true)
 end
 
-function attempt(s::NLsolver, root, start::Vector{T}, target, iterations) where {T}
+# Improve z for the drive u; returns the iterations used.
+function attempts!(root, s::NLsolver, u, z, tol, floor, iterations)
+    copyto!(root.u, u)
+    start = Vector{Float64}(z)
+    r = similar(start)
+    # NLsolve stops on an absolute maximum norm; ours is relative, so ask again where that was too loose.
+    target = tol * max(norm(root(r, start)), floor) / (2 * sqrt(length(start)))
+    used = 0
+    for _ in 1:3
+        result = attempt(s, root, start, target, iterations - used)
+        result === nothing && break
+        used += result.iterations
+        all(isfinite, result.zero) || break
+        copyto!(start, result.zero)
+        norm(root(r, start)) <= tol * max(norm(root.z), floor) && break
+        used < iterations || break
+        target /= 100
+    end
+    copyto!(z, start)
+    return used
+end
+
+function attempt(s::NLsolver, root, start, target, iterations)
     try
         return nlsolve(
             root, (J, z) -> jacobian!(J, root, z), start;
-            method = s.method, ftol = target, xtol = zero(T), iterations,
+            method = s.method, ftol = target, xtol = 0.0, iterations,
         )
     catch error
         error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} ||
@@ -65,16 +69,19 @@ function attempt(s::NLsolver, root, start::Vector{T}, target, iterations) where 
     end
 end
 
-# r(z) = f(u + R z) - z, with the buffers of its evaluation.
-struct RootProblem{T, F}
-    R::Matrix{T}
-    f::F
-    u::Matrix{T}
-    input::Matrix{T}
-    s::Matrix{T}
-    z::Matrix{T}
-    d::Matrix{T}
+# r(z) = f(u + R z) - z, with the buffers of its evaluation: in double precision and for whatever activation, so that NLsolve
+# is compiled once.
+struct RootProblem
+    R::Matrix{Float64}
+    f::Activation
+    u::Matrix{Float64}
+    input::Matrix{Float64}
+    s::Matrix{Float64}
+    z::Matrix{Float64}
+    d::Matrix{Float64}
 end
+RootProblem(R, f) = RootProblem(R, f, (zeros(size(R, 1), 1) for _ in 1:5)...)
+
 function (p::RootProblem)(r, z)
     copyto!(p.input, z)
     mul!(copyto!(p.s, p.u), p.R, p.input, true, true)

@@ -14,7 +14,7 @@ import numpy as np
 
 from implicit_rnn.losses import Loss
 from implicit_rnn.options import Adjoint, Guard, Optimizer, Solver
-from implicit_rnn.solution import Solution
+from implicit_rnn.solution import GradientReport, Solution
 from implicit_rnn.topology import Topology
 
 
@@ -119,10 +119,12 @@ class Program(Protocol):
     def solve(self, p: np.ndarray, X: np.ndarray, z0: np.ndarray | None, out: Solution) -> None:
         """Equilibria for X (B, inputs) and the parameters p, from the start z0 (B, N) or zero."""
 
-    def gradient(self, p: np.ndarray, samples: Samples, g: np.ndarray, probe: int) -> tuple[float, Quality]:
+    def gradient(
+        self, p: np.ndarray, samples: Samples, g: np.ndarray, probe: int, report: GradientReport | None = None
+    ) -> tuple[float, Quality]:
         """The loss on the samples; its gradient goes to g (parameters,).
 
-        ``probe`` numbers the random vectors of the Jacobian penalty.
+        ``probe`` numbers the random vectors of the Jacobian penalty; a ``report`` is filled in.
         """
 
     def hessian_vector_product(self, p: np.ndarray, samples: Samples, v: np.ndarray, h: np.ndarray) -> None:

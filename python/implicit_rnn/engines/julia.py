@@ -12,7 +12,7 @@ from implicit_rnn import julia_runtime
 from implicit_rnn.engines.base import Problem, Quality, Replicas, Samples
 from implicit_rnn.errors import EngineError
 from implicit_rnn.options import Guard, Optimizer, Option
-from implicit_rnn.solution import Solution
+from implicit_rnn.solution import GradientReport, Solution
 
 Array = np.ndarray
 
@@ -70,8 +70,11 @@ class JuliaProgram:
         arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
         call("solve", self._handle.number, p, X.reshape(-1), None if z0 is None else z0.reshape(-1), arrays)
 
-    def gradient(self, p: Array, samples: Samples, g: Array, probe: int) -> tuple[float, Quality]:
-        loss, *quality = call("gradient", self._handle.number, (p, *_flat(samples), g), probe)
+    def gradient(
+        self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
+    ) -> tuple[float, Quality]:
+        per_sample = () if report is None else (report.status, report.residual, report.adjoint_residual)
+        loss, *quality = call("gradient", self._handle.number, (p, *_flat(samples), g, *per_sample), probe)
         return loss, Quality(*quality)
 
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:

@@ -15,7 +15,7 @@ from implicit_rnn.engines.numpy.optimizers import RULES
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.errors import EngineError
 from implicit_rnn.options import Guard, Implicit, JacobianFree, Optimizer, Unrolled
-from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solution import GradientReport, Solution, Status
 from implicit_rnn.topology import INPUT, Stage, Topology
 
 Array = np.ndarray
@@ -83,9 +83,15 @@ class NumpyProgram:
         out.rate[...] = outcome.rate[0]
         out.bound[...] = self._certify(weights, X, Z)[0]
 
-    def gradient(self, p: Array, samples: Samples, g: Array, probe: int) -> tuple[float, Quality]:
+    def gradient(
+        self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
+    ) -> tuple[float, Quality]:
         loss, gradients, outcome, adjoint_residual = self.gradients(p[None], samples, probe)
         g[...] = gradients[0]
+        if report is not None:
+            report.status[...] = outcome.status[0]
+            report.residual[...] = outcome.residual[0]
+            report.adjoint_residual[...] = adjoint_residual[0]
         unconverged = int(self.failed(outcome, adjoint_residual).sum())
         return float(loss[0]), Quality(unconverged, float(outcome.residual.max()), float(adjoint_residual.max()))
 
