@@ -3,8 +3,8 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, loss_and_gradient!, optimizer_state,
-    output_size, restore_optimizer_state!
+using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address,
+    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyis, pybuiltins
 
 """
@@ -16,6 +16,7 @@ function entry_points()
     points = pydict()
     own = (
         compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
+        interrupt_address,
     )
     for f in (own..., GENERIC_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))

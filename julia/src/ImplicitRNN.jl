@@ -26,6 +26,7 @@ export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hes
 export Trainer, Replicas, Guard, train!
 export fixed_point, root, vjp
 
+include("interrupt.jl")
 include("parallel.jl")
 include("products.jl")
 include("activations.jl")

@@ -178,6 +178,7 @@ const NEUMANN_PATIENCE = 30
 function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     n = size(p.M, 1)
     for j in c.active:-1:1
+        check_interrupt()
         g, d = c.U[:, j], c.extra[1][:, j]
         λ, _ = linsolve(
             v -> v - p.M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
@@ -223,6 +224,7 @@ function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
     n = size(p.M, 1)
     A, pivots, d, λ = Matrix{T}(undef, n, n), zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1)
     for j in 1:c.active
+        check_interrupt()
         copy_column!(d, 1, c.extra[1], j)
         copy_column!(λ, 1, c.U, j)
         residual_jacobian!(A, d, p.recurrence.R)

@@ -53,6 +53,7 @@ function unroll!(chain, c::Columns{T}, p::Stationary{T}, steps::Int) where {T}
     end
     copyto!(chain[1], 1, c.Z, 1, n * m)
     for k in 1:steps
+        check_interrupt()
         affine!(c, p)
         for j in 1:m
             status, residual = evaluate!(c, p, j)
@@ -169,6 +170,7 @@ function unroll_back!(E, gR, c::Columns{T}, chain, steps, f, R, G) where {T}
     copyto!(λ, G)
     fill!(E, 0)
     for k in steps:-1:1
+        check_interrupt()
         slopes!(e, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
         e .*= λ
         E .+= e

@@ -71,6 +71,7 @@ function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, mean) 
             drive .+= t.recurrent * Z[rows, :]
             factors[k] = [lu(I - D[rows, j] .* w.recurrent) for j in 1:m]
             for j in 1:m
+                check_interrupt()
                 dZ[rows, j] = factors[k][j] \ (D[rows, j] .* drive[:, j])
             end
             dS[rows, :] = drive .+ w.recurrent * dZ[rows, :]

@@ -118,6 +118,7 @@ function train_epoch!(trainer::Trainer, p, s, X, Y, weights, order, batch_size, 
     samples = length(order)
     total, failed = 0.0, 0
     for first_sample in 1:batch_size:samples
+        check_interrupt()
         step += 1
         probe = trainer.steps + step
         selected = view(order, first_sample:min(first_sample + batch_size - 1, samples))

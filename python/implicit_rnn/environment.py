@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import platformdirs
 
-from implicit_rnn import julia_runtime
+from implicit_rnn import julia_runtime, julia_threads
 from implicit_rnn.errors import EngineError
 from implicit_rnn.julia_runtime import Environment
 
@@ -91,8 +91,9 @@ def diagnose() -> dict[str, Any]:
         "numpy engine": f"ready, NumPy {np.__version__}",
     }
     try:
+        report["threads setting"] = julia_threads.setting()
         environment = julia_runtime.explicit_environment() or julia_runtime.prepared_environment()
-    except EngineError as error:
+    except (EngineError, ValueError) as error:
         return report | {"julia engine": f"not available: {error}", "ok": False}
     if environment is not None:
         needed = julia_runtime.manifest_versions(environment.project).get("PythonCall")

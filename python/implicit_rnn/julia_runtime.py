@@ -26,7 +26,9 @@ from typing import Any
 
 import platformdirs
 
+from implicit_rnn import julia_threads
 from implicit_rnn.errors import EngineError
+from implicit_rnn.interrupt import Interrupter
 
 EntryPoint = Callable[..., Any]
 
@@ -178,6 +180,7 @@ LOCK = threading.RLock()
 """Held around every entry into Julia: one at a time per process."""
 
 _entry_points: dict[str, EntryPoint] | None = None
+_interrupter: Interrupter | None = None
 _forked = False
 
 
@@ -202,12 +205,20 @@ def check_not_forked() -> None:
 
 def entry_points() -> dict[str, EntryPoint]:
     """The functions of the Julia side, with Julia started if it was not; EngineError where that fails."""
-    global _entry_points
+    global _entry_points, _interrupter
     check_not_forked()
     with LOCK:
         if _entry_points is None:
-            _entry_points = _start()
+            points = _start()
+            _interrupter = Interrupter(points["interrupt_address"]())
+            _entry_points = points
         return _entry_points
+
+
+def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:
+    """Call an entry point, which Ctrl-C stops; see ``Interrupter.call``."""
+    assert _interrupter is not None
+    return _interrupter.call(point, arguments)
 
 
 def evaluate(code: str) -> Any:
@@ -234,10 +245,11 @@ def _start() -> dict[str, EntryPoint]:
             os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
             os.environ["PYTHON_JULIACALL_PROJECT"] = environment.project
         os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
-    try:
-        import juliacall
-    except Exception as error:
-        raise EngineError(f"Julia did not start: {error}") from error
+        with julia_threads.starting():
+            juliacall = _import_juliacall()
+    else:
+        juliacall = _import_juliacall()
+        julia_threads.check_running(juliacall.CONFIG, int(juliacall.Main.seval("Threads.nthreads()")))
     if threading.current_thread() is threading.main_thread():
         _allow_collection_from_other_threads()
     try:
@@ -247,6 +259,14 @@ def _start() -> dict[str, EntryPoint]:
         raise EngineError(
             f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
         ) from error
+
+
+def _import_juliacall() -> Any:
+    try:
+        import juliacall
+    except Exception as error:
+        raise EngineError(f"Julia did not start: {error}") from error
+    return juliacall
 
 
 def _allow_collection_from_other_threads() -> None:

@@ -33,7 +33,7 @@ def step(result: dict[str, Any], path: Path) -> None:
             )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yticks(range(len(rows)), [row["name"].replace(" x ", " × ") for row in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set(xlabel="milliseconds per training gradient", ylabel="neurons × batch")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(axis="x", which="major", color="#edf2f7")

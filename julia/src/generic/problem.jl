@@ -95,6 +95,7 @@ end
 # F[:, j] = f(Z[:, j], ...). Outside the domain of a function such as sqrt, where Julia throws, the value is NaN: it concerns
 # that sample, or that trial step, only.
 @inline function apply!(F::Matrix{T}, p::Pointwise{T}, Z::Matrix{T}, j::Int, sample::Int) where {T}
+    check_interrupt()
     n = size(F, 1)
     try
         y = checked(p.f(point(p, Z, j), arguments(p, sample)...), n)

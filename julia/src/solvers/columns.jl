@@ -235,6 +235,7 @@ which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescu
 start again from zero by another method.
 """
 function evaluate_all!(c::Columns, p::FixedPoint; check = false, rescue = false)
+    check_interrupt()
     affine!(c, p)
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)

@@ -69,6 +69,7 @@ end
 
 # step = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular, and then false.
 function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int)
+    check_interrupt()
     n = size(A, 1)
     slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     residual_jacobian!(A, view(d, :, 1), p.M)

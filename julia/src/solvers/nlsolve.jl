@@ -83,6 +83,7 @@ end
 RootProblem(R, f) = RootProblem(R, f, (zeros(size(R, 1), 1) for _ in 1:5)...)
 
 function (p::RootProblem)(r, z)
+    check_interrupt()
     copyto!(p.input, z)
     mul!(copyto!(p.s, p.u), p.R, p.input, true, true)
     activate!(p.z, p.f, p.s, p.input, 1)

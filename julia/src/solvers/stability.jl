@@ -10,6 +10,7 @@ The spectral radius of `diag(d) R`, from all eigenvalues up to $(DENSE_EIGEN) ro
 (The Rayleigh quotients of power iteration are wrong for complex pairs.)
 """
 function spectral_radius(R::AbstractMatrix{T}, d) where {T}
+    check_interrupt()
     n = size(R, 1)
     all(isfinite, d) && all(isfinite, R) || return NaN
     n <= DENSE_EIGEN && return maximum(abs, eigvals(d .* R); init = zero(T))

@@ -40,7 +40,7 @@ def check_engine(name: str | None) -> str:
 
 
 def _make(name: str) -> Engine:
-    from implicit_rnn import julia_runtime
+    from implicit_rnn import julia_runtime, julia_threads
     from implicit_rnn.engines.julia import JuliaEngine
     from implicit_rnn.engines.numpy import NumpyEngine
 
@@ -48,7 +48,9 @@ def _make(name: str) -> Engine:
         return _engines.get("numpy") or NumpyEngine()
     if name == "julia":
         return _engines.get("julia") or JuliaEngine()
-    julia_runtime.explicit_environment()  # a contradiction is an error, not a reason to fall back
+    # A contradiction or a bad value is an error, not a reason to fall back.
+    julia_runtime.explicit_environment()
+    julia_threads.requested()
     try:
         return _engines.setdefault("julia", JuliaEngine())
     except EngineError as error:

@@ -34,13 +34,13 @@ _released: deque[int] = deque()
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call an entry point of the Julia side; its errors arrive as EngineError."""
+    """Call an entry point of the Julia side; its errors arrive as EngineError, Ctrl-C as KeyboardInterrupt at once."""
     points = julia_runtime.entry_points()
     with julia_runtime.LOCK:
         while _released:
             points["release"](_released.popleft())
         try:
-            return points[name](*arguments)
+            return julia_runtime.interruptible(points[name], arguments)
         except Exception as error:
             if type(error).__name__ != "JuliaError":
                 raise

@@ -118,7 +118,9 @@ def fit_many(
     OSError
         If a checkpoint cannot be written; the one before and the parameters are kept.
     ConvergenceError
-        With ``on_failure="raise"``. Ctrl-C raises ``KeyboardInterrupt`` and leaves the parameters of the last chunk.
+        With ``on_failure="raise"``.
+    KeyboardInterrupt
+        At Ctrl-C, at once. A single net has the parameters of the last step then, several those of some epoch before.
     """
     if not nets:
         raise ValueError("nets is empty")

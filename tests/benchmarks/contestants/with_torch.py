@@ -21,13 +21,12 @@ class WithTorch:
         self.value, self.slope, self.tol = VALUE[activation], SLOPE[activation], tol
 
     def picard(self, g, z):
-        for k in range(1, MAX_ITERATIONS):
+        count, residual = 0, torch.inf
+        while residual > self.tol and count < MAX_ITERATIONS:
             new = g(z)
             residual = ((new - z).norm(dim=1) / (new.norm(dim=1) + 1e-12)).max()
-            z = new
-            if residual <= self.tol:
-                break
-        return z, k
+            z, count = new, count + 1
+        return z, count
 
     @torch.no_grad()
     def step(self) -> None:

@@ -1,0 +1,81 @@
+"""Ctrl-C while Julia computes: SIGINT raises the flag at which Julia's loops stop.
+
+Python runs its handler of SIGINT, which raises KeyboardInterrupt, when the main thread is back from Julia. But at once it
+writes the number of the signal to the file descriptor that ``signal.set_wakeup_fd`` names. That is a socket here, at which a
+thread waits to raise the flag. A call costs no more than to name the socket and to name again what was named before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import selectors
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class Interrupter:
+    """Stops calls of Julia by the flag at an address, a 32-bit integer."""
+
+    def __init__(self, address: int) -> None:
+        self._flag = ctypes.c_int32.from_address(address)
+        self._receiver, self._sender = socket.socketpair()
+        self._receiver.setblocking(False)
+        self._sender.setblocking(False)
+        self._socket = self._sender.fileno()
+        self._other = -1
+        self._main = threading.main_thread().ident
+        # Held while what has come is read and acted upon, so that no signal counts after its call.
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch, name="implicit-rnn-interrupt", daemon=True).start()
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+        """``function(*arguments)``, which Ctrl-C stops with ``KeyboardInterrupt``.
+
+        On other threads than the main one, and where SIGINT has another handler than Python's own, nothing is stopped: what
+        is to happen then is not ours to say, and the handler runs when the call is over.
+        """
+        if threading.get_ident() != self._main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            return function(*arguments)
+        if self._flag.value:
+            self._settle()
+        try:
+            self._other = signal.set_wakeup_fd(self._socket, warn_on_full_buffer=False)
+            try:
+                return function(*arguments)
+            finally:
+                # A signal that has come by the end of this line raises KeyboardInterrupt in it.
+                signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
+        except KeyboardInterrupt:
+            signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
+            self._settle()
+            raise KeyboardInterrupt from None
+
+    def _settle(self) -> None:
+        with self._lock:
+            self._read()
+            self._flag.value = 0
+
+    def _watch(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._receiver, selectors.EVENT_READ)
+            while True:
+                selector.select()
+                with self._lock:
+                    if signal.SIGINT in self._read():
+                        self._flag.value = 1
+
+    def _read(self) -> bytes:
+        """The numbers of the signals that have come, which are passed on to whom they would have been told."""
+        try:
+            numbers = self._receiver.recv(4096)
+        except BlockingIOError:
+            return b""
+        if self._other >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._other, numbers)
+        return numbers

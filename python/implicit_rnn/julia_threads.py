@@ -1,0 +1,124 @@
+"""How many threads Julia gets, and what several threads take: Julia's signal handlers, without the loss of Python's.
+
+Julia stops its threads for a garbage collection by a segmentation fault that its own handler answers. With several threads
+it therefore has to handle signals; it would then take SIGINT and SIGTERM as well, which Python gets back here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from implicit_rnn.errors import EngineError, EngineWarning, warn
+
+VARIABLE = "IMPLICIT_RNN_THREADS"
+OURS = (signal.SIGINT, signal.SIGTERM)
+
+
+def requested() -> int | None:
+    """The number in IMPLICIT_RNN_THREADS, ``None`` where it is not set; ``ValueError`` if it is not a number of threads."""
+    text = os.environ.get(VARIABLE)
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit()) or int(text) < 1:
+        raise ValueError(f"{VARIABLE} is {text!r}; expected a whole number from 1")
+    return int(text)
+
+
+def usable_cores() -> int:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def setting() -> str:
+    """The number of threads Julia is to have and where it comes from, for reports; ``ValueError`` as in ``requested``."""
+    threads, origin = _choice()
+    return f"{threads} ({origin})"
+
+
+def _choice() -> tuple[str, str]:
+    wanted = requested()
+    if (given := _juliacall_option("threads")) is not None:
+        return given, "PYTHON_JULIACALL_THREADS"
+    if wanted is not None:
+        return str(wanted), VARIABLE
+    if given := os.environ.get("JULIA_NUM_THREADS"):
+        return given, "JULIA_NUM_THREADS"
+    return str(usable_cores()), "usable cores"
+
+
+def _juliacall_option(name: str) -> str | None:
+    """What the user told juliacall, by -X or by the environment."""
+    value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
+    return str(value) if value is not None else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
+
+
+@contextlib.contextmanager
+def starting() -> Iterator[None]:
+    """Around the start of Julia: its options before, Python's signals after.
+
+    The options leave the environment again, so that processes started from this one choose for themselves. Raises
+    ``ValueError`` for a bad IMPLICIT_RNN_THREADS and ``EngineError`` for options under which Julia would crash.
+    """
+    threads, _ = _choice()
+    several = threads != "1"
+    signals = _juliacall_option("handle_signals")
+    if several and signals == "no":
+        raise EngineError(
+            f"PYTHON_JULIACALL_HANDLE_SIGNALS=no lets Julia crash at its first garbage collection with {threads} threads; "
+            f"unset it, or set {VARIABLE}=1"
+        )
+    defaults = {"PYTHON_JULIACALL_THREADS": threads} | ({"PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"} if several else {})
+    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    blocked = _blocked()
+    if several:
+        # Its handler of segmentation faults would come first if it were restored later, as pytest does at its end.
+        faulthandler.disable()
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
+        if several or signals == "yes":
+            _take_back_signals(blocked)
+
+
+def check_running(config: dict[str, Any], threads: int) -> None:
+    """Judge a Julia that something else has started in this process with so many threads.
+
+    Raises ``EngineError`` if it would crash; warns if it has another number of threads than was asked for.
+    """
+    if threads > 1 and config.get("opt_handle_signals") is not True:
+        raise EngineError(
+            f"Julia was already started in this process, with {threads} threads but without "
+            "PYTHON_JULIACALL_HANDLE_SIGNALS=yes, and would crash at a garbage collection; set that before Python starts, or "
+            "call implicit_rnn.get_engine() before what else uses Julia"
+        )
+    wanted = requested()
+    if wanted is not None and wanted != threads:
+        warn(
+            f"Julia was already started in this process with {threads} thread{'s' * (threads > 1)}, so {VARIABLE}={wanted} has "
+            "no effect; call implicit_rnn.get_engine() before what else uses Julia, or set PYTHON_JULIACALL_THREADS",
+            EngineWarning,
+        )
+
+
+def _blocked() -> set[int]:
+    return set(signal.pthread_sigmask(signal.SIG_BLOCK, ())) if hasattr(signal, "pthread_sigmask") else set()
+
+
+def _take_back_signals(blocked_before: set[int]) -> None:
+    for number in OURS:
+        handler = signal.getsignal(number)
+        if handler is not None:  # None: it was not installed by Python
+            signal.signal(number, handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(OURS) - blocked_before)
