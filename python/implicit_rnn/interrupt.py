@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import selectors
 import signal
@@ -26,7 +27,7 @@ class Interrupter:
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
-        self._socket = self._sender.fileno()
+        self._name_socket = functools.partial(signal.set_wakeup_fd, self._sender.fileno(), warn_on_full_buffer=False)
         self._other = -1
         self._main = threading.main_thread().ident
         # Held while what has come is read and acted upon, so that no signal counts after its call.
@@ -39,12 +40,12 @@ class Interrupter:
         On other threads than the main one, and where SIGINT has another handler than Python's own, nothing is stopped: what
         is to happen then is not ours to say, and the handler runs when the call is over.
         """
-        if threading.get_ident() != self._main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        if threading.get_ident() != self._main:
             return function(*arguments)
         if self._flag.value:
             self._settle()
         try:
-            self._other = signal.set_wakeup_fd(self._socket, warn_on_full_buffer=False)
+            self._other = self._name_socket()
             try:
                 return function(*arguments)
             finally:
@@ -66,7 +67,8 @@ class Interrupter:
             while True:
                 selector.select()
                 with self._lock:
-                    if signal.SIGINT in self._read():
+                    come = signal.SIGINT in self._read()
+                    if come and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
                         self._flag.value = 1
 
     def _read(self) -> bytes:
