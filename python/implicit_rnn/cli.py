@@ -48,6 +48,16 @@ def _parser() -> argparse.ArgumentParser:
     _common(xor)
     xor.set_defaults(run=_xor)
 
+    cost = commands.add_parser("cost", help="implicit gradient against BPTT: time, memory and error")
+    cost.add_argument(
+        "--steps", type=_positive, nargs="+", metavar="K", help="lengths of the unrolled chain (5 to 1000)"
+    )
+    cost.add_argument(
+        "--out", type=Path, default=Path("cost"), help="folder for cost.json and cost.png (default: %(default)s)"
+    )
+    _common(cost)
+    cost.set_defaults(run=_cost)
+
     doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
@@ -86,6 +96,20 @@ def _xor(options: argparse.Namespace) -> int:
         result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
     files = xor.save(result, options.out)
     print(json.dumps(result.as_dict()) if options.json else xor.table(result))
+    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
+def _cost(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from implicit_rnn.experiments import cost
+
+    steps = options.steps or cost.STEPS
+    with tqdm(total=len(cost.settings(steps)), unit="point", disable=None) as bar:
+        result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
+    files = cost.save(result, options.out)
+    print(json.dumps(result.as_dict()) if options.json else cost.table(result))
     print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
     return 0
 

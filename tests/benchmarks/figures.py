@@ -42,3 +42,34 @@ def step(result: dict[str, Any], path: Path) -> None:
     axes.set_title("best peer / ours", loc="right", fontsize=9, color=COLOURS["implicit-rnn"])
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def scale(result: dict[str, Any], path: Path) -> None:
+    """Time and memory against batch, neurons and layers."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(2, 3, sharey="row")
+    titles = {
+        "batch": "batch, 64 neurons",
+        "neurons": "neurons, batch 256",
+        "layers": "layers of 32 neurons, batch 1000",
+    }
+    for (time, memory), (name, rows) in zip(panels.T, result["series"].items(), strict=True):
+        at = [row[name] for row in rows]
+        time.plot(at, [row["seconds"] * 1e3 for row in rows], color=COLOURS["implicit-rnn"], marker="o")
+        memory.plot(at, [row["peak bytes"] / 1e6 for row in rows], color=COLOURS["jax"], marker="s", label="gradient")
+        memory.plot(
+            at, [row["input bytes"] / 1e6 for row in rows], color="#a0aec0", linestyle="--", label="inputs, given"
+        )
+        memory.set_xlabel(titles[name])
+        for axes in (time, memory):
+            axes.set(xscale="log", yscale="log")
+            axes.grid(color="#edf2f7")
+            axes.spines[["top", "right"]].set_visible(False)
+        if name == "layers":
+            for axes in (time, memory):
+                axes.set_xticks(at, [str(layers) for layers in at])
+                axes.xaxis.set_minor_formatter(NullFormatter())
+    panels[0, 0].set_ylabel("milliseconds per gradient")
+    panels[1, 0].set_ylabel("peak memory (MB)")
+    panels[1, 0].legend(frameon=False)
+    figure.savefig(path, dpi=150)

@@ -10,9 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bridge
 import cases
 import figures
+import fit
+import scale
+import startup
 import step
+import tables
+
+from implicit_rnn import julia_threads
+from implicit_rnn.experiments import cost
+
+FIGURES = Path(__file__).parents[2] / "examples" / "figures"
 
 
 def main() -> int:
@@ -23,18 +33,21 @@ def main() -> int:
         help="the Python that has jax, torch and torchdeq; what it lacks is reported as absent (default: this one)",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, default=Path("build/benchmarks"), help="folder for JSON (default: %(default)s)"
+        "--out", type=Path, default=Path("build/benchmarks"), help="folder for JSON and figures (default: %(default)s)"
     )
-    parser.add_argument("--figures", type=Path, help="folder for figures (default: that of --out)")
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of step (default: %(default)s)")
     parser.add_argument("--case", nargs="+", metavar="NxB", help="only these rows of step, such as 64x256")
     parser.add_argument(
         "--variants", action="store_true", help="step: other sizes, activations, layers and precisions too"
     )
+    parser.add_argument(
+        "--publish",
+        action="store_true",
+        help="put figures into examples/figures and tables into python/docs/performance.md",
+    )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    options.figures = options.figures or options.out
-    options.figures.mkdir(parents=True, exist_ok=True)
+    options.figures = FIGURES if options.publish else options.out
     if os.getloadavg()[0] > 0.5:
         print(f"the machine is not idle (load {os.getloadavg()[0]:.1f}): times are not to be trusted", file=sys.stderr)
     chosen = list(BENCHMARKS) if "all" in options.what else options.what
@@ -44,6 +57,8 @@ def main() -> int:
         path = options.out / f"{name}.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
+        if options.publish:
+            tables.publish(name, result)
     return 0
 
 
@@ -58,6 +73,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
+        "threads": julia_threads.setting(),
         "load": os.getloadavg()[0],
     }
 
@@ -75,7 +91,44 @@ def run_step(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-BENCHMARKS = {"step": run_step}
+def run_fit(options: argparse.Namespace) -> dict[str, Any]:
+    """gradient steps per second of tiny nets, within one fit"""
+    return fit.run()
+
+
+def run_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """the implicit gradient against BPTT: time, memory, error (also: implicit-rnn cost)"""
+    result = cost.run(engine="julia")
+    print(cost.table(result))
+    cost.draw(result, options.figures / "cost.png")
+    return result.as_dict()
+
+
+def run_scale(options: argparse.Namespace) -> dict[str, Any]:
+    """one gradient against batch, neurons and layers"""
+    result = scale.run()
+    figures.scale(result, options.figures / "scale.png")
+    return result
+
+
+def run_startup(options: argparse.Namespace) -> dict[str, Any]:
+    """import, start of the engine, first gradient, what is compiled at run time"""
+    return startup.run()
+
+
+def run_bridge(options: argparse.Namespace) -> dict[str, Any]:
+    """one call of the engine on three small arrays"""
+    return bridge.run()
+
+
+BENCHMARKS = {
+    "step": run_step,
+    "fit": run_fit,
+    "memory": run_memory,
+    "scale": run_scale,
+    "startup": run_startup,
+    "bridge": run_bridge,
+}
 
 if __name__ == "__main__":
     sys.exit(main())
