@@ -39,6 +39,7 @@ def run() -> dict[str, Any]:
 def measure(dtype: str, count: int, copies: int) -> dict[str, Any]:
     """One row: ``count`` nets side by side on ``copies`` copies of the four samples, in batches of four."""
     steps_per_epoch = count * copies
+    train(dtype, count, copies, 2)  # compiles
     trial = train(dtype, count, copies, max(20_000 // steps_per_epoch, 1))
     rate = steps_per_epoch * len(trial.loss) / trial.seconds
     epochs = max(int(SECONDS * rate / steps_per_epoch), 1)

@@ -55,6 +55,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::
     cold = c.cold
     left = 0
     for first_sample in 1:L:samples
+        check_interrupt()
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
@@ -282,6 +283,7 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
     samples, D = c.active, c.extra[1]
     left = 0
     for first_sample in 1:L:samples
+        check_interrupt()
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         load!(w.D, D, first_sample, count)
