@@ -130,7 +130,7 @@ GROWTH = """
         for _ in range(calls):
             X = rng.standard_normal((200, 8))  # 12.5 KiB: 122 MiB in all, if they were kept
             net.{call}
-    work(500)
+    work(2_000)  # two collections: their own memory is taken once
     before = resident()
     work(10_000)
     print(resident() - before)

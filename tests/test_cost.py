@@ -23,12 +23,12 @@ def test_error_of_the_implicit_gradient_is_near_its_tolerance(engine: str, metho
 
 
 @pytest.mark.julia
-def test_memory_of_bptt_grows_with_the_steps_that_of_the_implicit_gradient_does_not_with_the_iterations():
-    few, many = (cost.measure_in_new_process("unrolled", steps, "julia").peak_bytes for steps in (10, 500))
+def test_memory_of_the_implicit_gradient_does_not_grow_with_the_iterations():
+    chain = cost.measure_in_new_process("unrolled", 500, "julia")
     loose, tight = (cost.measure_in_new_process("picard", tol, "julia") for tol in (1e-3, 1e-11))
-    assert many > few + 490 * 2 * cost.NEURONS * cost.SAMPLES["julia"] * 8 * 0.9  # S and Z of each step
     assert tight.iterations > 3 * loose.iterations
     assert tight.peak_bytes < loose.peak_bytes + 10e6
+    assert chain.peak_bytes > 5 * tight.peak_bytes
 
 
 def test_comparison_takes_the_shortest_chain_that_is_as_exact():
