@@ -17,18 +17,24 @@ function in_parallel(work::F, pieces::Int, threads::Int) where {F}
     end
     next = Threads.Atomic{Int}(1)
     helpers = [Threads.@spawn(take_pieces(work, $thread, next, pieces)) for thread in 2:tasks]
-    try
-        take_pieces(work, 1, next, pieces)
-    finally
-        Threads.atomic_add!(next, pieces)          # after an exception here the others stop early
-        foreach(wait, helpers)
+    first_error = take_pieces(work, 1, next, pieces)
+    for helper in helpers
+        error = fetch(helper)
+        first_error === nothing && (first_error = error)
     end
+    first_error === nothing || throw(first_error)
     return
 end
 
+# Returns the exception that ended the work, after which the other threads take no further pieces either; or nothing.
 function take_pieces(work::F, thread::Int, next, pieces::Int) where {F}
-    while (piece = Threads.atomic_add!(next, 1)) <= pieces
-        work(thread, piece)
+    try
+        while (piece = Threads.atomic_add!(next, 1)) <= pieces
+            work(thread, piece)
+        end
+        return nothing
+    catch error
+        Threads.atomic_add!(next, pieces)
+        return error
     end
-    return
 end
