@@ -59,7 +59,7 @@ const COLLECT_EVERY = 1000
 Call `f` with plain vectors on the memory of the arrays, with the GIL released. The vectors are valid within `f` only.
 References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
 """
-function borrow(f, arrays::Vararg{NumPy, N}) where {N}
+function borrow(f::F, arrays::Vararg{NumPy, N}) where {F, N}
     (CALLS[] += 1) % COLLECT_EVERY == 0 && GC.gc(false)
     views = map(view_of, arrays)
     try
@@ -143,17 +143,12 @@ filled in per sample.
 gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    given_arrays = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
-    solve(p, X, Y, weights, g, report = nothing) = loss_and_gradient!(
-        g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report
-    )
-    loss, quality = if length(arrays) == 5
-        borrow(solve, given_arrays...)
-    else
-        per_sample = NumPy{Int8}(arrays[5]), NumPy{Float64}(arrays[6]), NumPy{Float64}(arrays[7])
-        borrow(given_arrays..., per_sample...) do p, X, Y, weights, g, status, residual, adjoint_residual
-            solve(p, X, Y, weights, g, (reinterpret_status(status), residual, adjoint_residual))
-        end
+    per_sample = length(arrays) == 5 ? () : (NumPy{Int8}(arrays[5]), NumPy{Float64}(arrays[6]), NumPy{Float64}(arrays[7]))
+    loss, quality = borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))..., per_sample...) do p, X, Y, weights, g, report...
+        loss_and_gradient!(
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights),
+            isempty(report) ? nothing : (reinterpret_status(report[1]), report[2], report[3]),
+        )
     end
     pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual

@@ -74,6 +74,7 @@ struct AdjointSystem{T, V} <: FixedPoint{T}
     floor::T
     Z::V
     outcome::Outcome
+    latest::Bool                 # deliver D (g + Rᵀe) of the last e
 end
 
 "Matrices of `Columns.extra` that belong to the equation."
@@ -93,7 +94,8 @@ own_extra(::AdjointSystem) = 1
     return change, size2
 end
 
-deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int) = copy_column!(p.Z, sample, c.Z, j)
+deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
+    copy_column!(p.Z, sample, p.latest ? c.F : c.Z, j)
 
 # The linearised system: t = (D - d̄) λ, with λ = g + Qᵀd̄ g + Qᵀt.
 
@@ -125,17 +127,18 @@ function accept!(c::Columns, p::AdjointSystem, j::Int, sample::Int)
 end
 
 """
-    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome, factors)
+    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome, factors, latest)
 
 `E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
-`outcome` (NaN where the system is singular). `factors` are those of the forward pass, if there are any.
+`outcome` (NaN where the system is singular). `factors` are those of the forward pass, if there are any; `latest` asks for the
+value of the last evaluation.
 """
-function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome, factors)
+function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome, factors, latest)
     E .= D .* G
     return E
 end
 
-function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome, factors) where {T}
+function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome, factors, latest) where {T}
     n, samples = size(r.R, 1), size(G, 2)
     slopes_moving = extra!(c, 1)[1]
     for j in 1:samples
@@ -143,10 +146,10 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, o
         copy_column!(slopes_moving, j, D, j)
     end
     start!(c, samples; cold = true)
-    p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome)
+    p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome, latest)
     method = s.linear_solver
     if factors !== nothing && method in (:auto, :lu)
-        exact = AdjointSystem{T, typeof(E)}(p.M, r, 100 * eps(T), p.floor, E, outcome)
+        exact = AdjointSystem{T, typeof(E)}(p.M, r, 100 * eps(T), p.floor, E, outcome, false)
         refine!(c, exact, factors) && return E
     end
     if method === :auto

@@ -39,7 +39,7 @@ function forward_stage!(ws::Tile{T}, problem, stage::Stage, w, recurrence, c::Co
     stationary = Stationary(
         w.recurrent, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
         view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome,
-        guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled,
+        guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled, ws.latest,
     )
     problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
     return
@@ -146,7 +146,7 @@ function backward_stage!(ws::Tile{T}, problem, stage::Stage, k::Int, X, penalty,
         end
         if stage.recurrent
             ws.adjoints[k].threads = ws.threads
-            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome, ws.columns[k].factors)
+            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome, ws.columns[k].factors, ws.latest)
             direct === nothing || (E .+= direct)
             add_outer!(g.recurrent, E, Z, m, ws.threads)
         else
@@ -198,6 +198,7 @@ function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
     asked || (B >= 2 * PILOTS && any(stage -> stage.recurrent && length(stage.rows) > LANE_NEURONS, net.stages)) || return
     pilots = 1:cld(B, PILOTS):B
     tile = first(buffers!(ws, length(pilots), 1, 1))
+    tile.latest = false
     x = X[:, pilots]
     forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), x)
     for (stage, r) in zip(net.stages, ws.recurrences)
@@ -272,6 +273,7 @@ function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X,
     buffers = buffers!(ws, B, threads, length(tiles))
     in_parallel(length(tiles), length(buffers)) do thread, k
         samples, tile = tiles[k], buffers[thread]
+        tile.latest = false
         m = length(samples)
         forward!(tile, problem, view(X, :, samples), start === nothing ? nothing : view(start, :, samples))
         copyto!(view(solution.state, :, samples), view(tile.Z, :, 1:m))

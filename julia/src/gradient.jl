@@ -63,6 +63,8 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
+    # An evaluation brings it nearer where the equation contracts, as monotone ones need not.
+    tile.latest = !(net.constraint isa Monotone)
     for k in numbers
         samples = ((k - 1) * width + 1):min(k * width, size(X, 2))
         m = length(samples)

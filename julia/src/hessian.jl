@@ -23,6 +23,7 @@ function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X,
     unpack!(ws, p)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])
+    tile.latest = false
     tangent = unpack_tangent(net, ws.weights, v)
     second = clear!(Weights(net))
     for samples in tile_ranges(B, tile.width)

@@ -46,6 +46,7 @@ mutable struct Tile{T}
     const outcome::Outcome                    # per sample of the tile
     const adjoint_outcome::Outcome
     threads::Int                              # among which products may be shared
+    latest::Bool                              # whether the values of the last evaluations are wanted, see `deliver!`
 end
 
 function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where {T}
@@ -57,7 +58,7 @@ function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where
         [Columns{T}(length(stage.rows), width) for stage in net.stages],
         [Columns{T}(n, n > 0 ? width : 0) for n in recurrent],
         [Matrix{T}[] for _ in net.stages],
-        Outcome(width), Outcome(width), 1,
+        Outcome(width), Outcome(width), 1, false,
     )
 end
 

@@ -44,7 +44,7 @@ end
     return deviation!(c.F, p.equation.f, p.slope, c.S, c.Z, j)
 end
 
-deliver!(p::Linearized, sample::Int, c::Columns, j::Int) = copy_column!(p.S, sample, c.S, j)
+deliver!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status) = copy_column!(p.S, sample, c.S, j)
 
 "Iterations in the linearised equation before something else is tried."
 const LINEARIZED_PATIENCE = 40

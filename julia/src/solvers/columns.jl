@@ -148,6 +148,7 @@ struct Stationary{T, F, V} <: FixedPoint{T}
     S::V
     outcome::Outcome
     unique::Bool
+    latest::Bool                 # deliver f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
 end
 
 """
@@ -188,16 +189,16 @@ end
 "Write column j out as finished and let the last active column take its place."
 function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     sample = c.sample[j]
-    deliver!(p, sample, c, j)
+    deliver!(p, sample, c, j, status)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
     j == c.active || move_column!(c, j, c.active)
     c.active -= 1
     return
 end
 
-# The iterate whose residual is known, and the last finite one.
-function deliver!(p::FixedPoint, sample::Int, c::Columns, j::Int)
-    copy_column!(p.Z, sample, c.Z, j)
+# The iterate whose residual is known, and the last finite one; in a gradient, where that pays, the value of the last evaluation.
+function deliver!(p::FixedPoint, sample::Int, c::Columns, j::Int, status::Status)
+    copy_column!(p.Z, sample, p.latest && status === CONVERGED ? c.F : c.Z, j)
     copy_column!(p.S, sample, c.S, j)
     return
 end

@@ -68,7 +68,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::
                 copy_column!(c.Z, left, c.Z, j)
                 c.sample[left] = j
             else
-                store!(p.Z, j, w.Z, l)
+                store!(p.Z, j, p.latest ? w.F : w.Z, l)
                 store!(p.S, j, w.S, l)
                 scale = max(sqrt(w.size2[l]), p.floor)
                 record!(p.outcome, j, CONVERGED, unsafe_trunc(Int, w.iterations[l]), w.residual[l] / scale, w.rate[l])

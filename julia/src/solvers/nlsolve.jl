@@ -26,7 +26,7 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
     root = RootProblem(Matrix{Float64}(p.M), p.f)
     tol, floor = Float64(p.tol), Float64(p.floor)
     for j in c.active:-1:1
-        used = attempts!(root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, iterations)
+        used = Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, iterations)::Int
         c.iterations[j] += max(used - 1, 0)
         c.residual[j] = T(Inf)
     end
