@@ -88,7 +88,7 @@ class Network:
         self.topology = topology
         self.dtype = np.dtype(dtype)
         self._engine_name = engine
-        self._programs: dict[Problem, Program] = {}
+        self._programs: dict[tuple[Solver | str, Adjoint | str, Loss | str, float], Program] = {}
         self._parameters = np.zeros(topology.parameters, self.dtype)
         self._weights = MappingProxyType(topology.views(self._parameters))
 
@@ -317,17 +317,20 @@ class Network:
         jacobian_penalty: float = 0.0,
     ) -> Program:
         """The compiled problem behind the calls above."""
-        problem = Problem(
-            self.topology,
-            self.dtype.name,
-            options.choose(Solver, solver, "solver"),
-            options.choose(Adjoint, adjoint, "adjoint"),
-            options.choose(Loss, loss, "loss"),
-            options.check_penalty(jacobian_penalty, adjoint),
-        )
-        if problem not in self._programs:
-            self._programs[problem] = self.engine.compile(problem)
-        return self._programs[problem]
+        choice = (solver, adjoint, loss, jacobian_penalty)
+        try:
+            return self._programs[choice]
+        except (KeyError, TypeError):  # not seen before, or nothing that could be an option
+            problem = Problem(
+                self.topology,
+                self.dtype.name,
+                options.choose(Solver, solver, "solver"),
+                options.choose(Adjoint, adjoint, "adjoint"),
+                options.choose(Loss, loss, "loss"),
+                options.check_penalty(jacobian_penalty, adjoint),
+            )
+        self._programs[choice] = self.engine.compile(problem)
+        return self._programs[choice]
 
     def _samples(self, name: str, X: ArrayLike) -> Array:
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)

@@ -5,6 +5,7 @@ Each is a frozen dataclass that only stores and checks its options; what they do
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -46,7 +47,7 @@ def choose(kind: type[Kind], value: object, argument: str) -> Kind:
     """``value`` if it is a configuration object of that kind, or the one of that name with its defaults."""
     if isinstance(value, kind):
         return value
-    known = {option.__name__.lower(): option for option in _leaves(kind)}
+    known = _by_name(kind)
     if isinstance(value, str) and (name := value.lower().replace("_", "")) in known:
         return known[name]()
     names = ", ".join(option.__name__ for option in known.values())
@@ -62,6 +63,11 @@ def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Ki
     if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
     return known[name](**options)
+
+
+@functools.cache
+def _by_name(kind: type[Kind]) -> dict[str, type[Kind]]:
+    return {option.__name__.lower(): option for option in _leaves(kind)}
 
 
 def _leaves(kind: type[Kind]) -> list[type[Kind]]:

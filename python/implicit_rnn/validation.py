@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 
 import numpy as np
@@ -46,7 +48,9 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     if array.shape[0] == 0:
         raise ValueError(f"{name} has no samples: shape {array.shape}")
     check_memory(name, array.shape[0], columns + neurons, dtype)
-    array = np.require(as_real(name, array, dtype), requirements=("C", "A"))
+    array = as_real(name, array, dtype)
+    if not (array.flags.c_contiguous and array.flags.aligned):
+        array = np.require(array, requirements=("C", "A"))
     if not np.isfinite(array).all():
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(array)} samples, first in sample {bad[0]}")
@@ -67,15 +71,21 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
 def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None:
     """``MemoryError`` if ``samples`` rows of ``numbers`` numbers cannot fit in the machine's memory."""
     needed = samples * numbers * dtype.itemsize
-    try:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every platform
-        return
+    available = _memory()
     if needed > available:
         raise MemoryError(
             f"{name} has {samples} samples, for which {needed / 2**30:.3g} GiB are needed and {available / 2**30:.3g} GiB "
             f"are there; pass it in parts"
         )
+
+
+@functools.cache
+def _memory() -> float:
+    """Bytes of memory of the machine, infinity where that is not known."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every platform
+        return math.inf
 
 
 def _as_array(name: str, value: ArrayLike) -> np.ndarray:

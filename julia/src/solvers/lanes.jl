@@ -119,7 +119,7 @@ function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) whe
         residual[l] = ifelse(at_work, r, residual[l])
         rate[l] = ifelse(at_work, q, rate[l])
         iterations[l] = ifelse(at_work, T(k), iterations[l])
-        verdict[l] = ifelse(at_work, ifelse(broken, LOST, ifelse(done, DONE, zero(T))), zero(T))
+        verdict[l] = ifelse(at_work, ifelse(broken, T(LOST), ifelse(done, T(DONE), zero(T))), zero(T))
         settled += verdict[l]
     end
     p.unique || k != picard_steps || reach!(w)
