@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_rnn.engines import ENGINES
-from implicit_rnn.errors import ConvergenceError, EngineError
+from implicit_rnn.errors import ConvergenceError, EngineError, RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (EngineError, ConvergenceError, ValueError, OSError, MemoryError) as error:
+    except (EngineError, ConvergenceError, RunError, ValueError, OSError, MemoryError) as error:
         print(f"implicit-rnn: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -57,6 +57,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     _common(cost)
     cost.set_defaults(run=_cost)
+
+    pendulum = commands.add_parser("pendulum", help="length and damping of a pendulum from its measured trajectory")
+    pendulum.add_argument(
+        "--seeds", type=_positive, default=30, help="training sets and nets per model (default: %(default)s)"
+    )
+    pendulum.add_argument(
+        "--models", nargs="+", metavar="NAME", help="some of the models only; an unknown name lists them all"
+    )
+    pendulum.add_argument("--jobs", type=_positive, default=1, help="worker processes (default: %(default)s)")
+    mode = pendulum.add_mutually_exclusive_group()
+    mode.add_argument("--quick", action="store_true", help="a minute's trial: 3 seeds, little data, few epochs")
+    mode.add_argument(
+        "--tune", action="store_true", help="compare learning rates, on seeds that the study does not use"
+    )
+    mode.add_argument(
+        "--data", type=Path, metavar="FILE", help="read the parameters of a pendulum of yours: CSV with time, angle"
+    )
+    pendulum.add_argument(
+        "--model", type=Path, metavar="FILE", help="with --data: a model file; without it, one is trained"
+    )
+    pendulum.add_argument(
+        "--out",
+        type=Path,
+        default=Path("pendulum"),
+        help="folder for data, figures, the best model and what an interrupted call goes on from (default: %(default)s)",
+    )
+    _common(pendulum)
+    pendulum.set_defaults(run=_pendulum)
 
     doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -111,6 +139,57 @@ def _cost(options: argparse.Namespace) -> int:
     files = cost.save(result, options.out)
     print(json.dumps(result.as_dict()) if options.json else cost.table(result))
     print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
+def _pendulum(options: argparse.Namespace) -> int:
+    from implicit_rnn.engines import get_engine
+    from implicit_rnn.experiments import pendulum
+
+    if options.model and not options.data:
+        raise ValueError("--model goes with --data")
+    engine = get_engine(options.engine).name
+    print(f"implicit-rnn: {engine} engine", file=sys.stderr)
+    if options.data:
+        return _pendulum_of_ones_own(options, engine)
+    from tqdm import tqdm
+
+    protocol, seeds = (pendulum.QUICK, min(options.seeds, 3)) if options.quick else (pendulum.FULL, options.seeds)
+    models = options.models or list(pendulum.MODELS)
+    work = {"engine": engine, "jobs": options.jobs, "folder": options.out / "runs"}
+    runs = len(models) * (len(pendulum.TUNING_SEEDS) * len(pendulum.RATES) if options.tune else seeds)
+    with tqdm(total=runs, unit="run", disable=None) as bar:
+        if options.tune:
+            tuning = pendulum.tune(models, report=lambda name, kept: _advance(bar), **work)
+        else:
+            study = pendulum.run(models, range(seeds), protocol, report=lambda name, kept: _advance(bar), **work)
+    if options.tune:
+        print(json.dumps(pendulum.tuning_as_dict(tuning)) if options.json else pendulum.tuning_table(tuning))
+        files = [pendulum.save_tuning(tuning, options.out)]
+    else:
+        print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
+        files = pendulum.save(study, options.out)
+        kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
+        print(f"implicit-rnn: {study.seconds:.0f} s with {options.jobs} jobs{kept}", file=sys.stderr)
+    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    return 0
+
+
+def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
+    from implicit_rnn.experiments import pendulum
+
+    angles = pendulum.read(options.data)
+    if options.model:
+        reader = pendulum.Reader.load(options.model, engine)
+    else:
+        shipped = pendulum.MODELS[pendulum.SHIPPED]
+        print(f"implicit-rnn: training a model ({shipped.title})", file=sys.stderr)
+        reader, _ = pendulum.train(shipped, 0, shipped.learning_rate, engine=engine)
+        options.out.mkdir(parents=True, exist_ok=True)
+        reader.save(options.out / pendulum.MODEL_FILE)
+        print(f"implicit-rnn: wrote {options.out / pendulum.MODEL_FILE}, for --model", file=sys.stderr)
+    estimate = pendulum.estimate(reader, angles)
+    print(json.dumps(estimate.as_dict()) if options.json else estimate)
     return 0
 
 

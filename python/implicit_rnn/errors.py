@@ -37,6 +37,14 @@ class ConvergenceWarning(UserWarning):
     """As ConvergenceError, for ``on_failure="warn"``."""
 
 
+class RunError(RuntimeError):
+    """Runs of ``parallel.run_many`` failed; ``tracebacks`` holds what they raised, by their names."""
+
+    def __init__(self, message: str, tracebacks: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.tracebacks = tracebacks or {}
+
+
 class ModelFileError(ValueError):
     """A file is not a model this version can read."""
 

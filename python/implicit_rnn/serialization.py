@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,16 +23,27 @@ FORMAT = "implicit-rnn"
 FORMAT_VERSION = 1
 
 
-def save(net: Network, path: str | Path) -> None:
-    """Write ``net`` to ``path``, atomically: temporary file, fsync, rename."""
+def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write ``net`` to ``path``, atomically: temporary file, fsync, rename. ``notes`` are texts to go with it, by name."""
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "topology": json.dumps(net.topology.description()),
         "dtype": net.dtype.name,
+        **{f"note:{name}": text for name, text in notes.items()},
     }
     tensors = {name: np.ascontiguousarray(weight) for name, weight in net.weights.items()}
     write_atomically(Path(path), serialize(tensors, metadata))
+
+
+def notes(path: str | Path) -> dict[str, str]:
+    """The notes that ``save`` wrote with a network; ``ModelFileError`` for a file that is no model."""
+    try:
+        with safe_open(Path(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ModelFileError(f"{path} is no safetensors file, or a truncated one: {error}") from error
+    return {name[len("note:") :]: text for name, text in metadata.items() if name.startswith("note:")}
 
 
 def load(path: str | Path, engine: str | None = None) -> Network:

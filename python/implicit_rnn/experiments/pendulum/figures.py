@@ -1,0 +1,189 @@
+"""The figures of a study. Matplotlib is imported at the first use; every function draws into given axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from implicit_rnn.experiments.pendulum.models import MODELS
+from implicit_rnn.experiments.pendulum.reader import Reader
+from implicit_rnn.experiments.pendulum.report import ratio
+from implicit_rnn.experiments.pendulum.simulation import TIMES, Pendulums, trajectories
+from implicit_rnn.experiments.pendulum.study import Study
+from implicit_rnn.plotting import NEUTRAL, POSITIVE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = np.ndarray
+
+COLOURS = {
+    "ff2": "#718096",
+    "ff3": "#2d3748",
+    "lateral": "#2b6cb0",
+    "lateral-perron": "#c8442d",
+    "lateral-monotone": "#319795",
+    "feedback": "#2f855a",
+    "feedback-perron": "#b7791f",
+    "feedback-monotone": "#d53f8c",
+    "bptt": "#805ad5",
+}
+FINE = np.linspace(0, TIMES[-1], 400)
+
+
+def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> None:
+    """A measured trajectory, the true one behind it, and the one of the parameters that a net sees in it."""
+    from scipy.interpolate import CubicSpline
+
+    length, damping = pendulums.parameters[index]
+    seen_length, seen_damping = reader.solve(pendulums.measured[[index]])[0][0]
+    release = pendulums.release[[index]]
+    true = trajectories(np.array([length]), np.array([damping]), release)[0]
+    seen = trajectories(np.array([seen_length]), np.array([seen_damping]), release)[0]
+    ax.plot(
+        FINE,
+        CubicSpline(TIMES, true)(FINE),
+        color=NEUTRAL,
+        linewidth=1.2,
+        label=f"true: {length:.3f} m, {damping:.3f} s⁻¹",
+    )
+    ax.plot(
+        FINE,
+        CubicSpline(TIMES, seen)(FINE),
+        color=POSITIVE,
+        linewidth=1.8,
+        linestyle=(0, (4, 2)),
+        label=f"from the net: {seen_length:.3f} m, {seen_damping:.3f} s⁻¹",
+    )
+    ax.plot(TIMES, pendulums.measured[index], "o", color="black", markersize=3.5, label="measured, ±0.02 rad", zorder=3)
+    ax.axhline(0, color="#cbd5e0", linewidth=0.8, zorder=0)
+    reach = 1.12 * np.abs(pendulums.measured[index]).max()
+    ax.set(xlim=(-0.05, TIMES[-1] + 0.05), ylim=(-reach, 1.75 * reach), xlabel="time / s", ylabel="angle / rad")
+    ax.legend(loc="upper right", fontsize=8, frameon=False)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: str, nrmse: float, colour: str) -> None:
+    """Predictions (B,) of one parameter over the true values, with the line where they agree."""
+    low, high = float(true.min()), float(true.max())
+    margin = 0.08 * (high - low)
+    ax.plot([low - margin, high + margin], [low - margin, high + margin], color="black", linewidth=0.9, zorder=3)
+    ax.scatter(true, predicted, s=5, color=colour, alpha=0.35, linewidths=0)
+    ax.text(0.04, 0.96, f"NRMSE {nrmse:.3f}", transform=ax.transAxes, va="top", fontsize=9)
+    ax.set(
+        xlim=(low - margin, high + margin),
+        ylim=(low - margin, high + margin),
+        xlabel=f"true {quantity}",
+        ylabel=f"predicted {quantity}",
+        aspect="equal",
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def ratios(ax: Axes, study: Study, reference: str) -> None:
+    """The error of every model against that of one, seed by seed, with the geometric mean and its interval."""
+    names = [name for name in study.outcomes if name != reference][::-1]
+    spread = np.random.default_rng(0).uniform(-0.16, 0.16, len(study.seeds))
+    for row, name in enumerate(names):
+        r = ratio(study, name, reference)
+        seeds = np.array(study.totals(name)) / np.array(study.totals(reference))
+        ax.scatter(seeds, row + spread, s=12, color=COLOURS[name], alpha=0.35, linewidths=0)
+        ax.errorbar(
+            r.mean,
+            row,
+            xerr=[[r.mean - r.low], [r.high - r.mean]],
+            fmt="D",
+            color="black",
+            markerfacecolor=COLOURS[name],
+            markersize=6,
+            capsize=4,
+            linewidth=1.5,
+            zorder=3,
+        )
+        ax.text(
+            1.02,
+            row,
+            f"{r.mean:.3f}\n[{r.low:.3f}, {r.high:.3f}]",
+            transform=ax.get_yaxis_transform(),
+            va="center",
+            fontsize=8,
+        )
+    ax.axvline(1, color=NEUTRAL, linewidth=1, linestyle="--", zorder=0)
+    ax.set(
+        yticks=range(len(names)),
+        yticklabels=[MODELS[name].title for name in names],
+        ylim=(-0.5, len(names) - 0.5),
+        xlabel=f"test error / that of {MODELS[reference].title}",
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def learning_curves(ax: Axes, study: Study, names: Sequence[str]) -> None:
+    """The validation error against the epoch: median over the seeds, with the band from quartile to quartile."""
+    for name in names:
+        outcomes = study.outcomes[name]
+        low, middle, high = np.quantile([outcome.curve for outcome in outcomes], (0.25, 0.5, 0.75), axis=0)
+        epochs = outcomes[0].curve_epochs
+        ax.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
+        ax.semilogy(epochs, middle, color=COLOURS[name], linewidth=1.6, label=MODELS[name].title)
+    ax.set(xlabel="epoch", ylabel="validation error (root mean square, normalised)", xlim=(0, None))
+    ticks = [
+        tick for tick in (0.07, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0) if ax.get_ylim()[0] <= tick <= ax.get_ylim()[1]
+    ]
+    ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+    ax.legend(frameon=False, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
+    """Write all figures, those of single nets with that model and seed; returns the files."""
+    from matplotlib.figure import Figure
+
+    test = study.test_set()
+    reader = study.reader(model, index)
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
+    misfit = _squared_error(reader, test, test.parameters.std(axis=0))
+    order = np.argsort(misfit)
+    for ax, (share, name) in zip(
+        figure.subplots(1, 2),
+        ((0.5, "Median error of all test pendulums"), (0.95, "An error that 5 % exceed")),
+        strict=True,
+    ):
+        trajectory(ax, reader, test, int(order[int(share * len(order))]))
+        ax.set_title(name, fontsize=11)
+    written = [_save(figure, folder / "trajectories.png")]
+
+    compared = [name for name in dict.fromkeys(("ff2", model)) if name in study.outcomes]
+    figure = Figure(figsize=(7.5, 3.7 * len(compared)), layout="constrained")
+    for row, name in zip(figure.subplots(len(compared), 2, squeeze=False), compared, strict=True):
+        predicted = study.reader(name, index).solve(test.measured)[0]
+        for ax, k, quantity in zip(row, (0, 1), ("length / m", "damping / s⁻¹"), strict=True):
+            nrmse = study.outcomes[name][index].nrmse[k]
+            predicted_against_true(ax, test.parameters[:, k], predicted[:, k], quantity, nrmse, COLOURS[name])
+            ax.set_title(MODELS[name].title, fontsize=11)
+    written.append(_save(figure, folder / "predictions.png"))
+
+    if len(study.outcomes) > 1:
+        reference = "ff2" if "ff2" in study.outcomes else next(iter(study.outcomes))
+        figure = Figure(figsize=(8.5, 0.65 * len(study.outcomes) + 1), layout="constrained")
+        ratios(figure.subplots(), study, reference)
+        written.append(_save(figure, folder / "ratios.png"))
+
+    figure = Figure(figsize=(7, 4.6), layout="constrained")
+    learning_curves(figure.subplots(), study, list(study.outcomes))
+    written.append(_save(figure, folder / "learning_curves.png"))
+    return written
+
+
+def _squared_error(reader: Reader, pendulums: Pendulums, scale: Array) -> Array:
+    outputs = reader.solve(pendulums.measured)[0]
+    return np.asarray((((outputs - pendulums.parameters) / scale) ** 2).sum(axis=1))
+
+
+def _save(figure: object, path: Path) -> Path:
+    figure.savefig(path, dpi=150)  # type: ignore[attr-defined]
+    return path

@@ -1,0 +1,190 @@
+"""Many independent runs at once: in this process, in worker processes, or on a cluster that joblib knows.
+
+``joblib.parallel_config(backend="dask")`` or ``"ray"`` around ``run_many`` sends the runs to a cluster. Each worker
+process has a Julia of its own, of one thread. On Dask, whose tasks do not run in the main thread of their worker, Julia
+has to be started beforehand: ``client.run(implicit_rnn.parallel.prepare_worker)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from implicit_rnn import options
+from implicit_rnn.errors import RunError
+
+Result = Mapping[str, Any]
+"""What a run returns: plain data that JSON can hold."""
+
+THREADS = (
+    "JULIA_NUM_THREADS",
+    "PYTHON_JULIACALL_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+)
+
+
+def run_many(
+    run: Callable[..., Result],
+    tasks: Mapping[str, Mapping[str, Any]],
+    *,
+    jobs: int = 1,
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    report: Callable[[str, bool], None] = lambda name, kept: None,
+) -> dict[str, Any]:
+    """Call ``run(**arguments)`` for the arguments of every task; returns the results by the tasks' names.
+
+    Parameters
+    ----------
+    run
+        A function at the top of a module, so that worker processes can import it. What it returns must be data that JSON
+        can hold and that depend on nothing but its arguments.
+    tasks
+        The arguments of each run, by its name (letters, digits, ``.``, ``_`` and ``-``); also data that JSON can hold.
+    jobs
+        How many runs at once. 1 runs them here in series; more run in as many worker processes, or in what
+        ``joblib.parallel_config`` names.
+    folder
+        Where each result is kept in a file NAME.json as soon as it is there. A later call takes results from it whose
+        arguments and ``settings`` are the same; others are computed again and replaced.
+    settings
+        All that a result depends on besides its arguments, such as the version of the code.
+    report
+        Called here with the name of each task that is done, and whether its result had been kept.
+
+    Raises
+    ------
+    RunError
+        If runs failed, after all others are done, or as soon as a worker process died. It names them; what is done by then is
+        kept in ``folder``, so that the same call goes on from there.
+    """
+    options.check_count("jobs", jobs)
+    for name in tasks:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            raise ValueError(f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-'")
+    store = None if folder is None else _Store(Path(folder), settings or {})
+    results: dict[str, Any] = {}
+    for name, arguments in tasks.items():
+        if store and (kept := store.find(name, arguments)) is not None:
+            results[name] = kept
+            report(name, True)
+    missing = {name: arguments for name, arguments in tasks.items() if name not in results}
+    failures: dict[str, str] = {}
+    try:
+        for name, result, failure in _in_series(run, missing) if jobs == 1 else _in_workers(run, missing, jobs):
+            if failure is not None:
+                failures[name] = failure
+                continue
+            if store:
+                store.keep(name, missing[name], result)
+            results[name] = result
+            report(name, False)
+    except _WorkerDied as error:
+        lost = [name for name in missing if name not in results and name not in failures]
+        raise RunError(
+            f"a worker process died ({error}) with {len(lost)} of {len(tasks)} runs to do, among them {_some(lost)}; the "
+            "usual cause is too little memory for so many workers: try fewer jobs. "
+            + (f"What was done is kept in {folder}" if store else "Nothing was kept, as no folder was given")
+        ) from error
+    if failures:
+        name, text = next(iter(failures.items()))
+        raise RunError(
+            f"{len(failures)} of {len(tasks)} runs failed: {_some(list(failures))}. {name}: {text.strip().splitlines()[-1]}",
+            failures,
+        )
+    return {name: results[name] for name in tasks}
+
+
+def prepare_worker(engine: str | None = None) -> str:
+    """Give this process one thread for Julia and for BLAS, and start its engine; returns the engine's name.
+
+    It has to come before anything else starts Julia in the process, and from its main thread.
+    """
+    from implicit_rnn.engines import get_engine
+
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    return get_engine(engine).name
+
+
+def _in_series(run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
+    for name, arguments in tasks.items():
+        yield _attempt(run, name, arguments)
+
+
+def _in_workers(
+    run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]], jobs: int
+) -> Iterator[tuple[str, Any, Any]]:
+    # joblib's own worker processes are started afresh, never forked: Julia does not survive a fork.
+    from joblib import Parallel, delayed
+
+    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all", max_nbytes=None)
+    attempts = (delayed(_attempt_in_worker)(run, name, arguments) for name, arguments in tasks.items())
+    try:
+        yield from parallel(attempts)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # what a run raises was caught where it ran
+        raise _WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def _attempt(
+    run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
+) -> tuple[str, Result | None, str | None]:
+    try:
+        return name, json.loads(json.dumps(run(**arguments))), None  # the same whether kept or not
+    except Exception:
+        return name, None, traceback.format_exc()
+
+
+def _attempt_in_worker(
+    run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
+) -> tuple[str, Result | None, str | None]:
+    os.environ.update(dict.fromkeys(THREADS, "1"))
+    return _attempt(run, name, arguments)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+class _WorkerDied(Exception):  # noqa: N818 (it never leaves this module)
+    pass
+
+
+class _Store:
+    """Results in files, each with a fingerprint of all it depends on."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def find(self, name: str, arguments: Mapping[str, Any]) -> Any | None:
+        """The result kept under that name if it is whole and of the same arguments and settings."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            if kept["fingerprint"] == self._fingerprint(arguments):
+                return kept["result"]
+        return None
+
+    def keep(self, name: str, arguments: Mapping[str, Any], result: Result) -> None:
+        """Write a result; the file appears whole or not at all."""
+        text = json.dumps({"fingerprint": self._fingerprint(arguments), "result": result})
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.folder, prefix=f".{name}.", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(text)
+        os.replace(file.name, self.folder / f"{name}.json")
+
+    def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
+        described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
