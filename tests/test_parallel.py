@@ -1,0 +1,186 @@
+"""run_many: the same results in series and in workers, failures reported, finished runs kept."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import runs
+
+import implicit_rnn as irnn
+from implicit_rnn.errors import RunError
+from implicit_rnn.parallel import prepare_worker, run_many
+
+TASKS = {f"x{x}": {"x": x} for x in range(6)}
+
+
+def values(results: dict) -> dict:
+    return {name: result["y"] for name, result in results.items()}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_results_come_by_name_in_the_order_of_the_tasks(jobs):
+    results = run_many(runs.square, TASKS, jobs=jobs)
+    assert list(results) == list(TASKS)
+    assert values(results) == {f"x{x}": x * x for x in range(6)}
+
+
+def test_one_job_runs_in_this_process():
+    assert {result["process"] for result in run_many(runs.square, TASKS).values()} == {os.getpid()}
+
+
+def test_more_jobs_run_in_other_processes():
+    assert os.getpid() not in {result["process"] for result in run_many(runs.square, TASKS, jobs=2).values()}
+
+
+def test_training_gives_the_same_parameters_in_workers_as_in_series(engine):
+    tasks = {f"seed-{seed}": {"seed": seed, "engine": engine} for seed in range(3)}
+    assert run_many(runs.fit, tasks, jobs=2) == run_many(runs.fit, tasks, jobs=1)
+
+
+@pytest.mark.julia
+def test_each_worker_has_a_julia_of_its_own_with_one_thread():
+    irnn.get_engine("julia")  # workers must not be forks of a process in which Julia runs
+    results = run_many(runs.threads, {name: TASKS[name] for name in ("x1", "x2")}, jobs=2)
+    assert [result["threads"] for result in results.values()] == [[1, 1], [1, 1]]
+
+
+# --- failures ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_run_that_fails_is_named_with_its_reason_after_all_others_are_done(jobs, tmp_path):
+    with pytest.raises(RunError, match=r"1 of 6 runs failed: x3\. x3: ValueError: 3 is no number") as caught:
+        run_many(runs.fail_for_3, TASKS, jobs=jobs, folder=tmp_path)
+    assert "fail_for_3" in caught.value.tracebacks["x3"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
+
+
+def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
+    with pytest.raises(RunError, match=r"a worker process died .* of 6 runs to do, among them .*x3"):
+        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+
+
+def test_call_after_the_death_of_a_worker_works_again(tmp_path):
+    with pytest.raises(RunError):
+        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert len(run_many(runs.square, TASKS, jobs=2)) == 6
+
+
+def test_result_that_json_cannot_hold_is_a_failure_of_its_run():
+    with pytest.raises(RunError, match="TypeError: Object of type Network is not JSON serializable"):
+        run_many(runs_a_net, {"net": {}})
+
+
+def runs_a_net() -> dict:
+    return {"net": irnn.Network(1, [irnn.Layer(1)], outputs=1, engine="numpy")}
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+def test_name_that_is_no_file_name_is_refused(name):
+    with pytest.raises(ValueError, match="tasks has the name"):
+        run_many(runs.square, {name: {"x": 1}})
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_number_of_jobs_below_1_is_refused(jobs):
+    with pytest.raises(ValueError, match="jobs must be a whole number from 1"):
+        run_many(runs.square, TASKS, jobs=jobs)
+
+
+# --- what is kept --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    path = tmp_path / "log"
+    path.write_text("")
+    return path
+
+
+@pytest.fixture
+def logged(log: Path) -> dict:
+    return {f"x{x}": {"x": x, "log": str(log)} for x in range(3)}
+
+
+def test_finished_runs_are_not_run_again(tmp_path, log, logged):
+    first = run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
+    reported: list[tuple[str, bool]] = []
+    second = run_many(runs.count_and_square, logged, folder=tmp_path / "kept", report=lambda *done: reported.append(done))
+    assert second == first
+    assert log.read_text() == "0\n1\n2\n"
+    assert reported == [("x0", True), ("x1", True), ("x2", True)]
+
+
+def test_missing_runs_are_run(tmp_path, log, logged):
+    run_many(runs.count_and_square, {"x1": logged["x1"]}, folder=tmp_path / "kept")
+    run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
+    assert log.read_text() == "1\n0\n2\n"
+
+
+def test_changed_settings_are_not_mixed_with_kept_results(tmp_path, log, logged):
+    run_many(runs.count_and_square, logged, folder=tmp_path / "kept", settings={"epochs": 1})
+    run_many(runs.count_and_square, logged, folder=tmp_path / "kept", settings={"epochs": 2})
+    assert len(log.read_text().split()) == 6
+
+
+def test_changed_arguments_are_not_mixed_with_kept_results(tmp_path, log, logged):
+    run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
+    changed = {"x0": {**logged["x0"], "x": 7}}
+    assert values(run_many(runs.count_and_square, changed, folder=tmp_path / "kept")) == {"x0": 49}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": "other", "result": {"y": 5}}', '{"result": {"y": 5}}'])
+def test_damaged_file_of_a_run_is_computed_again_and_replaced(tmp_path, content):
+    path = tmp_path / "x1.json"
+    path.write_text(content)
+    assert values(run_many(runs.square, {"x1": {"x": 1}}, folder=tmp_path)) == {"x1": 1}
+    assert json.loads(path.read_text())["result"]["y"] == 1
+
+
+def test_no_other_files_are_left_behind(tmp_path):
+    run_many(runs.square, TASKS, jobs=2, folder=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"{name}.json" for name in TASKS)
+
+
+# --- a cluster -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dask_client():
+    distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        client.upload_file(runs.__file__)
+        yield client
+
+
+def test_dask_cluster_gives_the_same_results(dask_client, tmp_path):
+    from joblib import parallel_config
+
+    tasks = {f"seed-{seed}": {"seed": seed, "engine": "numpy"} for seed in range(3)}
+    with parallel_config(backend="dask"):
+        results = run_many(runs.fit, tasks, jobs=2, folder=tmp_path)
+    assert results == run_many(runs.fit, tasks)
+
+
+def test_run_that_fails_on_a_dask_cluster_is_named(dask_client):
+    from joblib import parallel_config
+
+    with parallel_config(backend="dask"), pytest.raises(RunError, match="x3: ValueError: 3 is no number"):
+        run_many(runs.fail_for_3, TASKS, jobs=2)
+
+
+@pytest.mark.julia
+def test_dask_workers_that_are_prepared_train_in_julia(dask_client):
+    from joblib import parallel_config
+
+    assert set(dask_client.run(prepare_worker, "julia").values()) == {"julia"}
+    tasks = {f"seed-{seed}": {"seed": seed, "engine": "julia"} for seed in range(3)}
+    with parallel_config(backend="dask"):
+        results = run_many(runs.fit, tasks, jobs=2)
+    assert results == run_many(runs.fit, tasks)
