@@ -108,7 +108,9 @@ def logged(log: Path) -> dict:
 def test_finished_runs_are_not_run_again(tmp_path, log, logged):
     first = run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
     reported: list[tuple[str, bool]] = []
-    second = run_many(runs.count_and_square, logged, folder=tmp_path / "kept", report=lambda *done: reported.append(done))
+    second = run_many(
+        runs.count_and_square, logged, folder=tmp_path / "kept", report=lambda *done: reported.append(done)
+    )
     assert second == first
     assert log.read_text() == "0\n1\n2\n"
     assert reported == [("x0", True), ("x1", True), ("x2", True)]
@@ -132,7 +134,9 @@ def test_changed_arguments_are_not_mixed_with_kept_results(tmp_path, log, logged
     assert values(run_many(runs.count_and_square, changed, folder=tmp_path / "kept")) == {"x0": 49}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"fingerprint": "other", "result": {"y": 5}}', '{"result": {"y": 5}}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"fingerprint": "other", "result": {"y": 5}}', '{"result": {"y": 5}}']
+)
 def test_damaged_file_of_a_run_is_computed_again_and_replaced(tmp_path, content):
     path = tmp_path / "x1.json"
     path.write_text(content)

@@ -125,8 +125,11 @@ def learning_curves(ax: Axes, study: Study, names: Sequence[str]) -> None:
     """The validation error against the epoch: median over the seeds, with the band from quartile to quartile."""
     for name in names:
         outcomes = study.outcomes[name]
-        low, middle, high = np.quantile([outcome.curve for outcome in outcomes], (0.25, 0.5, 0.75), axis=0)
-        epochs = outcomes[0].curve_epochs
+        epochs = max((outcome.curve_epochs for outcome in outcomes), key=len)
+        curves = np.full((len(outcomes), len(epochs)), np.nan)  # the curve of a net that was halted is shorter
+        for row, outcome in zip(curves, outcomes, strict=True):
+            row[: len(outcome.curve)] = outcome.curve
+        low, middle, high = np.nanquantile(curves, (0.25, 0.5, 0.75), axis=0)
         ax.fill_between(epochs, low, high, color=COLOURS[name], alpha=0.15, linewidth=0)
         ax.semilogy(epochs, middle, color=COLOURS[name], linewidth=1.6, label=MODELS[name].title)
     ax.set(xlabel="epoch", ylabel="validation error (root mean square, normalised)", xlim=(0, None))

@@ -78,16 +78,24 @@ def measure(count: int, rng: np.random.Generator) -> Pendulums:
     return Pendulums(np.stack([length, damping], axis=1), release, angles + NOISE * rng.standard_normal(angles.shape))
 
 
-def cramer_rao_floor(pendulums: Pendulums, noise: float = NOISE) -> Array:
-    """(2,) the smallest NRMSE of length and damping that any unbiased estimate from the trajectories can have.
+def cramer_rao_variances(pendulums: Pendulums, noise: float = NOISE) -> Array:
+    """(B, 2) the smallest variances of length and damping that any unbiased estimate from one trajectory can have.
 
     The Cramér-Rao bound with l, γ and θ₀ unknown: the Fisher matrix of a trajectory is SᵀS / σ², with S (32, 3) the
-    sensitivities of the angles; the diagonal of its inverse bounds the variances, which are averaged over the pendulums.
-    A biased estimate, such as that of a network that knows the ranges of the parameters, could go below it.
+    sensitivities of the angles; the variances are on the diagonal of its inverse.
     """
     theta = np.stack([*pendulums.parameters.T, pendulums.release])
     tiny = 1e-30
-    sensitivities = np.stack([trajectories(*(theta + 1j * tiny * axis[:, None])).imag / tiny for axis in np.eye(3)], -1)
+    sensitivities = np.stack(
+        [trajectories(*(theta + 1j * tiny * axis[:, None])).imag / tiny for axis in np.eye(3)], axis=-1
+    )
     fisher = np.einsum("bti,btj->bij", sensitivities, sensitivities) / noise**2
-    variances = np.linalg.inv(fisher)[:, [0, 1], [0, 1]].mean(axis=0)
-    return np.sqrt(variances) / pendulums.parameters.std(axis=0)
+    return np.asarray(np.linalg.inv(fisher)[:, [0, 1], [0, 1]])
+
+
+def cramer_rao_floor(pendulums: Pendulums, noise: float = NOISE) -> Array:
+    """(2,) the smallest NRMSE of length and damping that unbiased estimates for these pendulums can have.
+
+    A biased estimate, such as that of a network that knows the ranges of the parameters, could go below it.
+    """
+    return np.asarray(np.sqrt(cramer_rao_variances(pendulums, noise).mean(axis=0)) / pendulums.parameters.std(axis=0))

@@ -271,7 +271,7 @@ def _run_all(
         kept.append(was_kept)
         report(name, was_kept)
 
-    settings = {"models": {name: repr(MODELS[name]) for name in models}, **versions()}
+    settings = {"models": repr(MODELS), **versions()}
     results = run_many(_run, tasks, jobs=jobs, folder=folder, settings=settings, report=done)
     outcomes = {key: Outcome.from_dict(result) for key, result in zip(keys, results.values(), strict=True)}
     return outcomes, used, sum(kept)
