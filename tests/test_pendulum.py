@@ -220,7 +220,7 @@ def test_initial_weights_are_not_the_numbers_the_data_were_drawn_from():
 # --- the study, at small size --------------------------------------------------------------------------------
 
 SMALL = study.Protocol(Sizes(train=60, validation=40, test=50), epochs=4, batch_size=20, validation_every=2)
-NAMES = ("ff2", "ff3", "lateral", "lateral-perron", "feedback", "feedback-perron", "bptt")
+NAMES = tuple(MODELS)
 
 
 @pytest.fixture(scope="module")

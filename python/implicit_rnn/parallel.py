@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
+from implicit_rnn.files import write_atomically
 
 Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold."""
@@ -179,11 +179,7 @@ class _Store:
     def keep(self, name: str, arguments: Mapping[str, Any], result: Result) -> None:
         """Write a result; the file appears whole or not at all."""
         text = json.dumps({"fingerprint": self._fingerprint(arguments), "result": result})
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self.folder, prefix=f".{name}.", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(text)
-        os.replace(file.name, self.folder / f"{name}.json")
+        write_atomically(self.folder / f"{name}.json", text.encode())
 
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
         described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)

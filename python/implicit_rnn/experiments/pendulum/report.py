@@ -16,7 +16,9 @@ PREREGISTERED = (("feedback", "ff2"), ("lateral", "ff2"), ("feedback", "lateral"
 """The comparisons that are tested, the first said to have the smaller error."""
 ALPHA, CLAIMED = 0.01, 0.95
 """A claim needs an adjusted p value below the one and the upper end of the ratio's interval below the other."""
-GUARANTEES = tuple((f"{free}-{constraint}", free) for free in ("lateral", "feedback") for constraint in ("perron", "monotone"))
+GUARANTEES = tuple(
+    (f"{free}-{constraint}", free) for free in ("lateral", "feedback") for constraint in ("perron", "monotone")
+)
 """Each model with a guarantee, and the same model without."""
 AFFORDABLE = 1.03
 """The ratio of errors up to which a guarantee is called nearly free."""

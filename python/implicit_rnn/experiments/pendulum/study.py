@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from implicit_rnn.parallel import run_many
 
 Array = np.ndarray
 
-RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 TUNING_SEEDS = range(100, 105)
 
 
@@ -271,7 +271,7 @@ def _run_all(
         kept.append(was_kept)
         report(name, was_kept)
 
-    settings = {"models": repr(MODELS), **versions()}
+    settings = {"models": repr({name: replace(m, learning_rate=1.0) for name, m in MODELS.items()}), **versions()}
     results = run_many(_run, tasks, jobs=jobs, folder=folder, settings=settings, report=done)
     outcomes = {key: Outcome.from_dict(result) for key, result in zip(keys, results.values(), strict=True)}
     return outcomes, used, sum(kept)
