@@ -27,6 +27,9 @@ from implicit_rnn.cli import main
         ["xor", "--seeds", "-1"],
         ["xor", "--engine", "torch"],
         ["xor", "--colour"],
+        ["pendulum", "--seeds", "0"],
+        ["pendulum", "--jobs", "two"],
+        ["pendulum", "--quick", "--tune"],
         ["doctor", "--fix"],
         ["setup", "--julia"],
     ],
@@ -53,7 +56,7 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out.strip() == metadata.version("implicit-rnn")
 
 
-@pytest.mark.parametrize("command", ["xor", "doctor", "setup"])
+@pytest.mark.parametrize("command", ["xor", "pendulum", "doctor", "setup"])
 def test_help_lists_every_command(command, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])

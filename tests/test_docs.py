@@ -11,7 +11,13 @@ import pytest
 from conftest import CHECKOUT
 
 TIME_LIMIT = 120
-PAGES = ["README.md", "python/docs/choosing.md", "python/docs/mathematics.md", "python/docs/training.md"]
+PAGES = [
+    "README.md",
+    "python/docs/choosing.md",
+    "python/docs/mathematics.md",
+    "python/docs/training.md",
+    "python/docs/experiments.md",
+]
 LINKED_PAGES = [*PAGES, "python/docs/performance.md"]
 
 

@@ -13,7 +13,18 @@ from implicit_rnn.experiments.pendulum.measured import Estimate, estimate, read
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.report import as_dict, findings, table, tuning_as_dict, tuning_table
-from implicit_rnn.experiments.pendulum.study import FULL, QUICK, RATES, TUNING_SEEDS, Study, Tuning, run, train, tune
+from implicit_rnn.experiments.pendulum.study import (
+    FULL,
+    QUICK,
+    RATES,
+    TUNING_SEEDS,
+    Protocol,
+    Study,
+    Tuning,
+    run,
+    train,
+    tune,
+)
 
 __all__ = [
     "FULL",
@@ -24,6 +35,7 @@ __all__ = [
     "SHIPPED",
     "TUNING_SEEDS",
     "Estimate",
+    "Protocol",
     "Reader",
     "Study",
     "Tuning",

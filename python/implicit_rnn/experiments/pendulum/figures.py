@@ -70,6 +70,8 @@ def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: st
     """Predictions (B,) of one parameter over the true values, with the line where they agree."""
     low, high = float(true.min()), float(true.max())
     margin = 0.08 * (high - low)
+    ticks = np.arange(0, high + margin, 0.25 if high > 1.5 else 0.2)
+    ticks = ticks[ticks > low - margin]
     ax.plot([low - margin, high + margin], [low - margin, high + margin], color="black", linewidth=0.9, zorder=3)
     ax.scatter(true, predicted, s=5, color=colour, alpha=0.35, linewidths=0)
     ax.text(0.04, 0.96, f"NRMSE {nrmse:.3f}", transform=ax.transAxes, va="top", fontsize=9)
@@ -78,6 +80,8 @@ def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: st
         ylim=(low - margin, high + margin),
         xlabel=f"true {quantity}",
         ylabel=f"predicted {quantity}",
+        xticks=ticks,
+        yticks=ticks,
         aspect="equal",
     )
     ax.spines[["top", "right"]].set_visible(False)

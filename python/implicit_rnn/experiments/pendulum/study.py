@@ -170,7 +170,7 @@ def run(
     *,
     engine: str | None = None,
     jobs: int = 1,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     report: Callable[[str, bool], None] = lambda name, kept: None,
 ) -> Study:
     """Train and judge all models on all seeds; ``jobs``, ``folder`` and ``report`` as in ``parallel.run_many``.
@@ -210,7 +210,7 @@ def tune(
     *,
     engine: str | None = None,
     jobs: int = 1,
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     report: Callable[[str, bool], None] = lambda name, kept: None,
 ) -> Tuning:
     """Compare learning rates by the validation error, on seeds that the study does not use; the test set is not looked at."""
@@ -248,7 +248,7 @@ def _run_all(
     protocol: Protocol,
     engine: str | None,
     jobs: int,
-    folder: Path | None,
+    folder: str | Path | None,
     report: Callable[[str, bool], None],
 ) -> tuple[dict[tuple[str, int, float], Outcome], str, int]:
     """The outcomes by model, seed and learning rate, the engine's name, and how many were kept from an earlier call."""
