@@ -60,8 +60,8 @@ def _feed_forward(*neurons: int) -> tuple[Layer, ...]:
 RECURRENT = (Layer(24), Layer(2, "identity"))
 
 MODELS = {
-    "ff2": Model("feed-forward, 42", _feed_forward(42), learning_rate=2e-2),
-    "ff3": Model("feed-forward, 24-24", _feed_forward(24, 24), learning_rate=2e-2),
+    "ff2": Model("feed-forward, 42", _feed_forward(42)),
+    "ff3": Model("feed-forward, 24-24", _feed_forward(24, 24)),
     "lateral": Model("lateral", RECURRENT),
     "lateral-perron": Model("lateral, Perron", RECURRENT, constraint=Perron(0.95)),
     "lateral-monotone": Model("lateral, Monotone", RECURRENT, constraint=Monotone(0.05)),

@@ -22,7 +22,7 @@ from implicit_rnn.parallel import run_many
 
 Array = np.ndarray
 
-RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+RATES = (1e-3, 2e-3, 5e-3, 1e-2)
 TUNING_SEEDS = range(100, 105)
 
 
