@@ -180,8 +180,17 @@ def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
         ratios(figure.subplots(), study, reference)
         written.append(_save(figure, folder / "ratios.png"))
 
-    figure = Figure(figsize=(7, 4.6), layout="constrained")
-    learning_curves(figure.subplots(), study, list(study.outcomes))
+    groups = {
+        "No promise of an equilibrium": [name for name in study.outcomes if not MODELS[name].guaranteed],
+        "One equilibrium guaranteed": [n for n in study.outcomes if MODELS[n].guaranteed or n in ("ff2", "ff3")],
+    }
+    shown = {title: names for title, names in groups.items() if names}
+    figure = Figure(figsize=(5.5 * len(shown), 4.4), layout="constrained")
+    axes = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for ax, (title, names) in zip(axes, shown.items(), strict=True):
+        learning_curves(ax, study, names)
+        ax.set_title(title, fontsize=11)
+        ax.label_outer()
     written.append(_save(figure, folder / "learning_curves.png"))
     return written
 
