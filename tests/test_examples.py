@@ -13,7 +13,6 @@ EXAMPLES = CHECKOUT / "examples"
 NAMES = ("xor", "pendulum", "custom_fixed_point")
 
 
-@pytest.fixture
 def small(engine: str) -> dict[str, str]:
     """The environment of an example in its small size."""
     return {"IMPLICIT_RNN_EXAMPLES": "small", "IMPLICIT_RNN_ENGINE": engine, "MPLBACKEND": "Agg"}
@@ -25,20 +24,24 @@ def test_every_example_is_a_script_and_a_notebook():
     )
 
 
+# Scripts run on the Julia engine and notebooks, which do the same, on the NumPy engine: once each, to save time.
+
+
+@pytest.mark.julia
 @pytest.mark.parametrize("name", NAMES)
-def test_script_runs_and_draws_its_figure(name, small, tmp_path):
-    done = run_process([sys.executable, str(EXAMPLES / f"{name}.py")], ENVIRONMENT | small, 120, tmp_path)
+def test_script_runs_and_draws_its_figure(name, tmp_path):
+    done = run_process([sys.executable, str(EXAMPLES / f"{name}.py")], ENVIRONMENT | small("julia"), 120, tmp_path)
     assert done.returncode == 0, str(done)
     assert "Warning" not in done.stderr, str(done)
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_notebook_runs_and_draws_figures(name, small, tmp_path, monkeypatch):
+def test_notebook_runs_and_draws_figures(name, tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
-    for variable, value in small.items():
+    for variable, value in small("numpy").items():
         monkeypatch.setenv(variable, value)
     monkeypatch.delenv("MPLBACKEND")  # the notebook's own, inline
     notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
