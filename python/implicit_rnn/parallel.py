@@ -25,6 +25,7 @@ Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold."""
 
 THREADS = (
+    "IMPLICIT_RNN_THREADS",
     "JULIA_NUM_THREADS",
     "PYTHON_JULIACALL_THREADS",
     "OPENBLAS_NUM_THREADS",

@@ -54,7 +54,7 @@ __all__ = [
     "tuning_table",
 ]
 
-SHIPPED = "lateral-perron"
+SHIPPED = "lateral-monotone"
 """The model that is trained to read a pendulum of one's own."""
 MODEL_FILE = "model.safetensors"
 
