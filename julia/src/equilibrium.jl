@@ -195,14 +195,14 @@ the batch.
 function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
     net, B = problem.net, size(X, 2)
     asked = problem.solver isa Chord
-    asked || (B >= 2 * PILOTS && any(stage -> stage.recurrent && length(stage.rows) > LANE_NEURONS, net.stages)) || return
+    asked || B >= 2 * PILOTS && any(stage -> stage.recurrent && may_pay(length(stage.rows), B), net.stages) || return
     pilots = 1:cld(B, PILOTS):B
     tile = first(buffers!(ws, length(pilots), 1, 1))
     tile.latest = false
     x = X[:, pilots]
     forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), x)
     for (stage, r) in zip(net.stages, ws.recurrences)
-        stage.recurrent && (asked || length(stage.rows) > LANE_NEURONS) || continue
+        stage.recurrent && (asked || may_pay(length(stage.rows), B)) || continue
         m, n = length(pilots), length(stage.rows)
         D = view(tile.D, stage.rows, 1:m)
         slopes!(D, stage.activation, view(tile.S, stage.rows, 1:m), view(tile.Z, stage.rows, 1:m))
@@ -214,11 +214,18 @@ function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
         spread = sqrt(sum(abs2, D .- r.slope) / sum(abs2, D))
         tol = Float64(tolerance(problem.solver, T))
         saved = 2 * (products(rate, tol) - products(rate * spread, tol) - 2)
-        asked || saved * B > 4n || continue
+        asked || pays(saved, n, B) || continue
         linearize!(r, Threads.nthreads())
     end
     return
 end
+
+# Whether so many products of n × n matrices with the batch cost more than the factorisation, and whether any number could.
+pays(saved, n, B) = saved * B > 4n
+may_pay(n, B) = n > LANE_NEURONS && pays(MOST_SAVED, n, B)
+
+"More products are seldom saved, forward and adjoint together."
+const MOST_SAVED = 12
 
 mean_rate(outcome::Outcome, m) = sum(rate -> clamp(rate, 0.05, 0.98), view(outcome.rate, 1:m)) / m
 

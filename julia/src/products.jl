@@ -94,8 +94,9 @@ end
 "    transpose_into!(B, A)\n\n`B = Aᵀ`, block by block."
 function transpose_into!(B::Matrix, A::Matrix)
     n, k = size(A)
-    for j0 in 1:16:k, i0 in 1:16:n
-        @inbounds for j in j0:min(j0 + 15, k), i in i0:min(i0 + 15, n)
+    # Blocks of 8: with a power of two for a stride, more columns would not fit in a set of the cache.
+    for j0 in 1:8:k, i0 in 1:8:n
+        @inbounds for j in j0:min(j0 + 7, k), i in i0:min(i0 + 7, n)
             B[j, i] = A[i, j]
         end
     end

@@ -25,8 +25,8 @@ struct Lanes{T, L}
     lost::Vector{Bool}
     change2::Vector{T}             # ‖F - Z‖², ‖F‖²
     size2::Vector{T}
-    residual::Vector{T}
-    rate::Vector{T}
+    residual2::Vector{T}           # the last ‖F - Z‖² of a lane at work, and the one before
+    last2::Vector{T}
     reach::Vector{T}               # how far from the anchor the equilibrium may be
     iterations::Vector{T}
     verdict::Vector{T}
@@ -71,7 +71,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::
                 store!(p.Z, j, p.latest ? w.F : w.Z, l)
                 store!(p.S, j, w.S, l)
                 scale = max(sqrt(w.size2[l]), p.floor)
-                record!(p.outcome, j, CONVERGED, unsafe_trunc(Int, w.iterations[l]), w.residual[l] / scale, w.rate[l])
+                record!(p.outcome, j, CONVERGED, unsafe_trunc(Int, w.iterations[l]), sqrt(w.residual2[l]) / scale, rate(w, l))
             end
         end
     end
@@ -84,8 +84,8 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
     fill!(w.active, 1)
     fill!(w.lost, false)
     fill!(w.iterations, 0)
-    fill!(w.residual, T(Inf))
-    fill!(w.rate, 0)
+    fill!(w.residual2, T(Inf))
+    fill!(w.last2, T(Inf))
     for k in 1:LANE_ITERATIONS
         affine_lanes!(w, p.M, cold && k == 1)
         activate_lanes!(w, p.f)
@@ -107,17 +107,17 @@ end
 
 # Takes out the lanes that are done or lost after the evaluation k; returns whether any is still at work.
 function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) where {T, L}
-    (; active, residual, rate, iterations, verdict) = w
+    (; active, residual2, last2, iterations, verdict, change2, size2) = w
     newton = k > picard_steps + 1
+    tol2, floor2 = p.tol^2, p.floor^2
     settled = zero(T)
     @inbounds @simd ivdep for l in 1:L
         at_work = active[l] > 0
-        r = sqrt(w.change2[l])
-        q = r / residual[l]
-        done = r <= p.tol * max(sqrt(w.size2[l]), p.floor)
-        broken = !(r < T(Inf)) | (newton & (q > 1))
-        residual[l] = ifelse(at_work, r, residual[l])
-        rate[l] = ifelse(at_work, q, rate[l])
+        now2, before2 = change2[l], residual2[l]
+        done = now2 <= tol2 * max(size2[l], floor2)
+        broken = !(now2 < T(Inf)) | (newton & (now2 > before2))
+        last2[l] = ifelse(at_work, before2, last2[l])
+        residual2[l] = ifelse(at_work, now2, before2)
         iterations[l] = ifelse(at_work, T(k), iterations[l])
         verdict[l] = ifelse(at_work, ifelse(broken, T(LOST), ifelse(done, T(DONE), zero(T))), zero(T))
         settled += verdict[l]
@@ -135,11 +135,14 @@ end
 
 const DONE, LOST = 1, 2
 
+# The quotient of the last two residuals of a lane.
+rate(w::Lanes, l::Int) = @inbounds isfinite(w.last2[l]) ? sqrt(w.residual2[l] / w.last2[l]) : zero(w.last2[l])
+
 # The equilibrium that attracts the iterates is within r / (1 - q) of them, with some room for q to change.
 function reach!(w::Lanes{T, L}) where {T, L}
     @inbounds for l in 1:L
-        q = w.rate[l]
-        w.reach[l] = 3 * w.residual[l] / (1 - min(q, T(0.9)))
+        q = rate(w, l)
+        w.reach[l] = 3 * sqrt(w.residual2[l]) / (1 - min(q, T(0.9)))
         w.active[l] > 0 && w.verdict[l] == 0 && !(q < T(0.8)) && (w.verdict[l] = w.active[l] = 0; w.lost[l] = true)
     end
     return
