@@ -38,6 +38,12 @@ def why_no_julia() -> str | None:
     return None
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start Julia before the first test, since its sources may have to be compiled, which no test should wait for."""
+    if any(item.get_closest_marker("julia") for item in session.items) and not session.config.option.collectonly:
+        why_no_julia()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "julia: the test needs the Julia engine")
     config.stash[ran] = config.stash[skipped] = 0
