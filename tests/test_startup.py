@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import socket
-import statistics
 import sys
 from pathlib import Path
 
@@ -47,15 +46,6 @@ def test_numpy_engine_starts_nothing_of_julia(run_python: RunPython):
         print([m for m in {HEAVY} if m in sys.modules])
     """
     assert run_python(code).stdout == "[]\n"
-
-
-def test_import_takes_less_than_0_3_seconds(run_python: RunPython):
-    code = "import time; t = time.perf_counter(); import implicit_rnn; print(time.perf_counter() - t)"
-    for _ in range(3):  # a machine that is busy with something else gets another chance
-        seconds = statistics.median(float(run_python(code).stdout) for _ in range(5))
-        if seconds < 0.3:
-            break
-    assert seconds < 0.3
 
 
 # --- no Julia can be had -------------------------------------------------------------------------------------

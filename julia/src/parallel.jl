@@ -19,10 +19,24 @@ function in_parallel(work::F, pieces::Int, threads::Int) where {F}
     helpers = [Threads.@spawn(take_pieces(work, $thread, next, pieces)) for thread in 2:tasks]
     first_error = take_pieces(work, 1, next, pieces)
     for helper in helpers
+        watch(helper)
         error = fetch(helper)
         first_error === nothing && (first_error = error)
     end
     first_error === nothing || throw(first_error)
+    return
+end
+
+"Turns of a loop, some tenths of a millisecond, before a thread that waits goes to sleep."
+const WATCHFUL = 10_000
+
+# A sleeping thread takes as long to wake up as many a tile to compute.
+function watch(task::Task)
+    for _ in 1:WATCHFUL
+        istaskdone(task) && return
+        ccall(:jl_cpu_pause, Cvoid, ())
+        GC.safepoint()
+    end
     return
 end
 
