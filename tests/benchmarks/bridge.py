@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import implicit_rnn as irnn
+from implicit_rnn.engines.base import Samples
 
 GOAL = 25.0
 """Microseconds."""
@@ -29,7 +30,7 @@ def run() -> dict[str, Any]:
         net = irnn.Network(2, [irnn.Layer(3)], outputs=1, seed=0, engine=engine)
         gradients[engine] = net.loss_and_gradient(X, Y)[1]
         program, g = net.program(solver), np.empty_like(net.parameters)
-        times = microseconds(lambda program=program, p=net.parameters, g=g: program.gradient(p, X, Y, g, 0))
+        times = microseconds(lambda program=program, p=net.parameters, g=g: program.gradient(p, Samples(X, Y), g, 0))
         low, median, high = quartiles[engine] = np.percentile(times, [25, 50, 75]).tolist()
         goal = f"< {GOAL:.0f}{'' if median < GOAL else ' MISSED'}" if engine == "julia" else ""
         print(f"{engine:<8} {median:>10.2f} {f'{low:.2f} to {high:.2f}':>20} {goal:>8}")
