@@ -59,7 +59,7 @@ def test_run_that_fails_is_named_with_its_reason_after_all_others_are_done(jobs,
 
 
 def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
-    with pytest.raises(RunError, match=r"a worker process died .* of 6 runs to do, among them .*x3"):
+    with pytest.raises(RunError, match=r"a worker process died .* [1-6] of 6 runs to do, among them x\d"):
         run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
 
 
