@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and the reading of those that hold tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import contextlib
 import os
 import tempfile
 from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -31,6 +34,16 @@ def remove_leftovers(path: Path) -> None:
     """Remove what a process that was killed while it wrote ``path`` has left behind."""
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; ``error`` where it is none, or a truncated one."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            return tensors, file.metadata() or {}
+    except SafetensorError as reason:
+        raise error(f"{path} is no safetensors file, or a truncated one: {reason}") from reason
 
 
 def _sync_folder(folder: Path) -> None:

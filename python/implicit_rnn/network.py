@@ -319,8 +319,10 @@ class Network:
         """The compiled problem behind the calls above."""
         choice = (solver, adjoint, loss, jacobian_penalty)
         try:
-            return self._programs[choice]
-        except (KeyError, TypeError):  # not seen before, or nothing that could be an option
+            program = self._programs.get(choice)
+        except TypeError:  # not hashable, so nothing that could be an option, as is said below
+            program = None
+        if program is None:
             problem = Problem(
                 self.topology,
                 self.dtype.name,
@@ -329,8 +331,8 @@ class Network:
                 options.choose(Loss, loss, "loss"),
                 options.check_penalty(jacobian_penalty, adjoint),
             )
-        self._programs[choice] = self.engine.compile(problem)
-        return self._programs[choice]
+            program = self._programs[choice] = self.engine.compile(problem)
+        return program
 
     def _samples(self, name: str, X: ArrayLike) -> Array:
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)

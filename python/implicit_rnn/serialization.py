@@ -9,11 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from implicit_rnn.errors import ModelFileError
-from implicit_rnn.files import write_atomically
+from implicit_rnn.files import read_tensors, write_atomically
 from implicit_rnn.topology import Topology
 
 if TYPE_CHECKING:
@@ -38,11 +37,7 @@ def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxy
 
 def notes(path: str | Path) -> dict[str, str]:
     """The notes that ``save`` wrote with a network; ``ModelFileError`` for a file that is no model."""
-    try:
-        with safe_open(Path(path), framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ModelFileError(f"{path} is no safetensors file, or a truncated one: {error}") from error
+    _, metadata = read_tensors(Path(path), ModelFileError)
     return {name[len("note:") :]: text for name, text in metadata.items() if name.startswith("note:")}
 
 
@@ -57,12 +52,7 @@ def load(path: str | Path, engine: str | None = None) -> Network:
     source = Path(path)
     if not source.is_file():
         raise FileNotFoundError(f"no model file {source}")
-    try:
-        with safe_open(source, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ModelFileError(f"{source} is no safetensors file, or a truncated one: {error}") from error
+    tensors, metadata = read_tensors(source, ModelFileError)
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")
     version = metadata.get("format_version", "")

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from implicit_rnn.engines import Halt, Samples
 from implicit_rnn.errors import CheckpointError
-from implicit_rnn.files import write_atomically
+from implicit_rnn.files import read_tensors, write_atomically
 from implicit_rnn.options import Option, check_count, check_positive
 
 if TYPE_CHECKING:
@@ -116,12 +115,7 @@ def restore(path: Path, training: Training) -> None:
 def _read(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file, or a truncated one: {error}") from error
+    tensors, metadata = read_tensors(path, CheckpointError)
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint")
     if metadata.get("format_version") != str(FORMAT_VERSION):
