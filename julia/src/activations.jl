@@ -200,22 +200,36 @@ end
 @inline pieces(f::Activation, n::Int) = ((1:n, f),)
 @inline pieces(f::Piecewise, ::Int) = map(tuple, f.ranges, f.activations)
 
-# F[:, j] = f(S[:, j]); returns ‖F[:, j] - Z[:, j]‖² and ‖F[:, j]‖².
-@inline function activate!(F, f::Activation, S, Z, j::Int)
-    changes = map(piece -> activate_rows!(F, piece[2], S, Z, j, piece[1]), pieces(f, size(S, 1)))
-    return sum(first, changes), sum(last, changes)
-end
-@inline function activate_rows!(F, f::Activation, S, Z, j::Int, rows::UnitRange{Int})
+"""
+    fill_column!(respond, F, Z, j, rows)
+
+`F[i, j] = t` with `t, z = respond(i)` for the rows i; returns Σ (t - Z[i, j])² and Σ z².
+"""
+@inline function fill_column!(respond::R, F, Z, j::Int, rows) where {R}
     change = zero(eltype(F))
     size2 = zero(eltype(F))
     @inbounds @simd for i in rows
-        z = value(f, S[i, j])
-        F[i, j] = z
-        d = z - Z[i, j]
+        t, z = @inline respond(i)
+        F[i, j] = t
+        d = t - Z[i, j]
         change = muladd(d, d, change)
         size2 = muladd(z, z, size2)
     end
     return change, size2
+end
+
+# The same for each piece of f: `respond(g)` is the function of the rows on which g acts.
+@inline function fill_pieces!(respond::R, F, f::Activation, Z, j::Int) where {R}
+    changes = map(piece -> fill_column!(respond(piece[2]), F, Z, j, piece[1]), pieces(f, size(F, 1)))
+    return sum(first, changes), sum(last, changes)
+end
+
+# F[:, j] = f(S[:, j]); returns ‖F[:, j] - Z[:, j]‖² and ‖F[:, j]‖².
+@inline activate!(F, f::Activation, S, Z, j::Int) = fill_pieces!(F, f, Z, j) do g
+    function (i)
+        z = @inbounds value(g, S[i, j])
+        return z, z
+    end
 end
 
 "    slopes!(D, f, S, Z)\n\n`D = f′(S)` for all columns, given `Z = f(S)`."
@@ -242,21 +256,10 @@ function curvatures(f, S, Z)
 end
 
 "    deviation!(F, f, slope, S, Z, j)\n\n`F[:, j] = f(S[:, j]) - slope S[:, j]`; returns ‖F[:, j] - Z[:, j]‖² and ‖f(S[:, j])‖²."
-@inline function deviation!(F, f::Activation, slope, S, Z, j::Int)
-    changes = map(piece -> deviation_rows!(F, piece[2], slope, S, Z, j, piece[1]), pieces(f, size(S, 1)))
-    return sum(first, changes), sum(last, changes)
-end
-@inline function deviation_rows!(F, f::Activation, slope, S, Z, j::Int, rows::UnitRange{Int})
-    change = zero(eltype(F))
-    size2 = zero(eltype(F))
-    @inbounds @simd for i in rows
-        s = S[i, j]
-        z = value(f, s)
-        t = z - slope[i] * s
-        F[i, j] = t
-        d = t - Z[i, j]
-        change = muladd(d, d, change)
-        size2 = muladd(z, z, size2)
+@inline deviation!(F, f::Activation, slope, S, Z, j::Int) = fill_pieces!(F, f, Z, j) do g
+    function (i)
+        s = @inbounds S[i, j]
+        z = value(g, s)
+        return z - @inbounds(slope[i]) * s, z
     end
-    return change, size2
 end

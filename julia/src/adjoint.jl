@@ -82,16 +82,11 @@ own_extra(::FixedPoint) = 0
 own_extra(::AdjointSystem) = 1
 
 @inline function activate!(c::Columns{T}, ::AdjointSystem{T}, j::Int) where {T}
-    D, S, Z, F = c.extra[1], c.S, c.Z, c.F
-    change = size2 = zero(T)
-    @inbounds @simd for i in axes(F, 1)
-        e = D[i, j] * S[i, j]
-        F[i, j] = e
-        d = e - Z[i, j]
-        change = muladd(d, d, change)
-        size2 = muladd(e, e, size2)
+    D, S = c.extra[1], c.S
+    return fill_column!(c.F, c.Z, j, axes(c.F, 1)) do i
+        e = @inbounds D[i, j] * S[i, j]
+        return e, e
     end
-    return change, size2
 end
 
 deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
@@ -100,17 +95,12 @@ deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
 # The linearised system: t = (D - d̄) λ, with λ = g + Qᵀd̄ g + Qᵀt.
 
 @inline function activate!(c::Columns{T}, p::Linearized{T, <:AdjointSystem}, j::Int) where {T}
-    D, S, Z, F, slope = c.extra[1], c.S, c.Z, c.F, p.slope
-    change = size2 = zero(T)
-    @inbounds @simd for i in axes(F, 1)
-        e = D[i, j] * S[i, j]
-        t = e - slope[i] * S[i, j]
-        F[i, j] = t
-        d = t - Z[i, j]
-        change = muladd(d, d, change)
-        size2 = muladd(e, e, size2)
+    D, S, slope = c.extra[1], c.S, p.slope
+    return fill_column!(c.F, c.Z, j, axes(c.F, 1)) do i
+        λ = @inbounds S[i, j]
+        e = @inbounds D[i, j] * λ
+        return e - @inbounds(slope[i]) * λ, e
     end
-    return change, size2
 end
 
 function linearized(p::AdjointSystem{T, V}, q, c) where {T, V}

@@ -70,16 +70,6 @@ function lu_solve!(x, A::StridedMatrix{T}, pivots) where {T}
     return x
 end
 
-"Solve A X = B in place for all columns of B, given the factors of `lu_factor!`."
-function lu_solve_columns!(B::StridedMatrix{T}, A::Matrix{T}, pivots::Vector{Int}) where {T}
-    if size(A, 1) <= SMALL_LU
-        foreach(j -> lu_solve!(view(B, :, j), A, pivots), axes(B, 2))
-    else
-        LAPACK.getrs!('N', A, pivots, B)
-    end
-    return B
-end
-
 "Solve Aᵀ x = b in place, given the factors of `lu_factor!`."
 function lu_solve_transposed!(x, A::StridedMatrix{T}, pivots) where {T}
     n = size(A, 1)
@@ -113,6 +103,16 @@ function residual_jacobian!(A::StridedMatrix{T}, d, R::Matrix{T}) where {T}
         A[j, j] += one(T)
     end
     return A
+end
+
+"Solve Aᵀ X = B in place for all columns of B, given the factors of `lu_factor!`."
+function lu_solve_transposed_columns!(B::StridedMatrix{T}, A::Matrix{T}, pivots::Vector{Int}) where {T}
+    if size(A, 1) <= SMALL_LU
+        foreach(j -> lu_solve_transposed!(view(B, :, j), A, pivots), axes(B, 2))
+    else
+        LAPACK.getrs!('T', A, pivots, B)
+    end
+    return B
 end
 
 """

@@ -66,7 +66,7 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty
     # An evaluation brings it nearer where the equation contracts, as monotone ones need not.
     tile.latest = !(net.constraint isa Monotone)
     for k in numbers
-        samples = ((k - 1) * width + 1):min(k * width, size(X, 2))
+        samples = piece(k, width, size(X, 2))
         m = length(samples)
         x = view(X, :, samples)
         forward!(tile, problem, x)

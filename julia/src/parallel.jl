@@ -52,3 +52,6 @@ function take_pieces(work::F, thread::Int, next, pieces::Int) where {F}
         return error
     end
 end
+
+"    piece(k, width, total)\n\nThe k-th of the ranges of `width` (the last may be shorter) that make up `1:total`."
+piece(k::Int, width::Int, total::Int) = ((k - 1) * width + 1):min(k * width, total)

@@ -12,10 +12,14 @@ a matrix of medium size reaches the same by going through the columns in groups.
 """
 const UNPACKED = 1_000_000
 
-"Matrices with more rows than this are divided into blocks of $(256) rows where threads share a product."
-const ROW_BLOCK = 256
+"Where threads share a product, large matrices are divided into blocks of so many rows or columns."
+const BLOCK = 256
 
-column_group(A) = (group = UNPACKED ÷ length(A); group >= 8 ? group & ~7 : typemax(Int) ÷ 2)
+"Call `work` for the ranges of a large matrix's rows or columns, of which there are n, shared among threads."
+in_blocks(work::F, n::Int, threads::Int) where {F} =
+    in_parallel((_, k) -> work(piece(k, BLOCK, n)), cld(n, BLOCK), threads)
+
+column_group(A) = (group = UNPACKED ÷ length(A); group >= 8 ? group & ~7 : Int(typemax(Int32)))
 
 is_small(A) = size(A, 1) <= SMALL && size(A, 2) <= SMALL
 
@@ -33,9 +37,9 @@ function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <
         return S
     end
     group = column_group(A)
-    for first_column in 1:group:m
-        columns = first_column:min(first_column + group - 1, m)
-        BLAS.gemm!('N', 'N', one(T), A, view(B, 1:k, columns), one(T), view(S, :, columns))
+    for k in 1:cld(m, group)
+        columns = piece(k, group, m)
+        BLAS.gemm!('N', 'N', one(T), A, view(B, axes(A, 2), columns), one(T), view(S, :, columns))
     end
     return S
 end
@@ -44,11 +48,8 @@ multiply_add!(S, A, B, m::Int) = (mul!(view(S, :, 1:m), A, view(B, axes(A, 2), 1
 "    multiply_add!(S, A, B, m, threads)\n\nThe same with the rows of a large A shared among threads."
 function multiply_add!(S, A, B, m::Int, threads::Int)
     n = size(A, 1)
-    (threads == 1 || n <= ROW_BLOCK) && return multiply_add!(S, A, B, m)
-    in_parallel(cld(n, ROW_BLOCK), threads) do _, block
-        rows = ((block - 1) * ROW_BLOCK + 1):min(block * ROW_BLOCK, n)
-        multiply_add!(view(S, rows, :), view(A, rows, :), B, m)
-    end
+    (threads == 1 || n <= BLOCK) && return multiply_add!(S, A, B, m)
+    in_blocks(rows -> multiply_add!(view(S, rows, :), view(A, rows, :), B, m), n, threads)
     return S
 end
 
@@ -73,11 +74,8 @@ add_outer!(G, A, B, m::Int) = mul!(G, view(A, :, 1:m), view(B, :, 1:m)', true, t
 "    add_outer!(G, A, B, m, threads)\n\nThe same with the columns of a large G shared among threads."
 function add_outer!(G, A, B, m::Int, threads::Int)
     k = size(G, 2)
-    (threads == 1 || k <= ROW_BLOCK) && return add_outer!(G, A, B, m)
-    in_parallel(cld(k, ROW_BLOCK), threads) do _, block
-        columns = ((block - 1) * ROW_BLOCK + 1):min(block * ROW_BLOCK, k)
-        add_outer!(view(G, :, columns), A, view(B, columns, :), m)
-    end
+    (threads == 1 || k <= BLOCK) && return add_outer!(G, A, B, m)
+    in_blocks(columns -> add_outer!(view(G, :, columns), A, view(B, columns, :), m), k, threads)
     return G
 end
 

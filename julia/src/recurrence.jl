@@ -33,30 +33,20 @@ norm_of(r::Recurrence) = isnan(r.norm) ? (r.norm = norm_estimate(r.R)) : r.norm
 """
     linearize!(r, threads = 1)
 
-Compute Q for the slopes `r.slope`; false where I - R D̄ is singular. The factorisation takes 2/3 n³ operations, the columns of
-Q another 2 n³, shared among threads.
+Compute Q for the slopes `r.slope`; false where I - D̄ R is singular. The factorisation takes 2/3 n³ operations, the columns of
+Qᵀ another 2 n³, shared among threads.
 """
 function linearize!(r::Recurrence{T}, threads::Int = 1) where {T}
     n = size(r.R, 1)
     if size(r.Q, 1) != n
         r.Q, r.Q_transposed = zeros(T, n, n), zeros(T, n, n)
     end
-    A = r.Q_transposed
-    @inbounds for j in 1:n
-        @simd for i in 1:n
-            A[i, j] = -r.R[i, j] * r.slope[j]
-        end
-        A[j, j] += one(T)
-    end
-    pivots = zeros(Int, n)
+    # Qᵀ = (I - D̄ R)⁻ᵀ Rᵀ
+    A, pivots = residual_jacobian!(r.Q, r.slope, r.R), zeros(Int, n)
     r.linearized = lu_factor!(A, pivots)
     r.linearized || return false
-    copyto!(r.Q, r.R)
-    blocks = cld(n, ROW_BLOCK)
-    in_parallel(blocks, threads) do _, block
-        columns = ((block - 1) * ROW_BLOCK + 1):min(block * ROW_BLOCK, n)
-        lu_solve_columns!(view(r.Q, :, columns), A, pivots)
-    end
-    transpose_into!(r.Q_transposed, r.Q)
+    copyto!(r.Q_transposed, r.transposed)
+    in_blocks(columns -> lu_solve_transposed_columns!(view(r.Q_transposed, :, columns), A, pivots), n, threads)
+    transpose_into!(r.Q, r.Q_transposed)
     return r.linearized = all(isfinite, r.Q)
 end

@@ -169,7 +169,7 @@ function tile_width(net::Network{T}, samples::Int) where {T}
 end
 
 "The tiles of a batch, as ranges of samples."
-tile_ranges(samples::Int, width::Int) = [k:min(k + width - 1, samples) for k in 1:width:samples]
+tile_ranges(samples::Int, width::Int) = [piece(k, width, samples) for k in 1:cld(samples, width)]
 
 "Operations of a pass through a tile below which a second thread is not worth waking up."
 const WORTH_A_THREAD = 1_000_000

@@ -82,8 +82,7 @@ end
 "The columns of the linearised equation, which share the buffers S and F with `c`."
 function partner!(c::Columns{T}) where {T}
     if c.partner === nothing
-        q = Columns{T}(size(c.U)..., c.S, c.F)
-        c.partner = q
+        c.partner = Columns{T}(size(c.U)..., c.S, c.F)
     end
     return c.partner::Columns{T}
 end
@@ -126,5 +125,5 @@ function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) whe
         advance!(c, one(T))
         used += block
     end
-    return false
+    return iterate!(Picard(), c, p, iterations - used)       # where there is no Q, the matrix being singular
 end

@@ -15,13 +15,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ import numpy as np
 
 from implicit_rnn.engines import get_engine
 from implicit_rnn.errors import EngineError
+from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.network import Network
 from implicit_rnn.options import Adjoint, Auto, Free, Implicit, Picard, Solver, Unrolled
 from implicit_rnn.topology import Layer
@@ -88,12 +87,7 @@ class Result:
                 "dtype": "float64",
                 "memory": "growth of the resident set during the first call, process of its own",
             },
-            "versions": {
-                "implicit-rnn": metadata.version("implicit-rnn"),
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-            },
+            "versions": versions(),
             "engine": self.engine,
             "threads": self.threads,
             "points": [asdict(point) for point in self.points],

@@ -12,17 +12,16 @@ depends on where the iteration starts.
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from implicit_rnn.engines import get_engine
+from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.experiments.statistics import wilson_interval
 from implicit_rnn.network import Network
 from implicit_rnn.options import Adam, Auto, Constraint, Free, Perron
@@ -83,12 +82,7 @@ class Result:
                 "starts": STARTS,
                 "seeds": list(range(self.seeds)),
             },
-            "versions": {
-                "implicit-rnn": metadata.version("implicit-rnn"),
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-            },
+            "versions": versions(),
             "engine": self.engine,
             "cells": [asdict(cell) for cell in self.cells],
         }

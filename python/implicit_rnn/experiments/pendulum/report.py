@@ -9,7 +9,8 @@ import numpy as np
 
 from implicit_rnn.experiments.pendulum.models import MODELS, SOLVER
 from implicit_rnn.experiments.pendulum.simulation import NOISE, PARAMETERS
-from implicit_rnn.experiments.pendulum.study import Outcome, Study, Tuning, versions
+from implicit_rnn.experiments.pendulum.study import Outcome, Study, Tuning
+from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.experiments.statistics import Ratio, holm, paired_ratio, signed_rank_less
 
 PREREGISTERED = (("feedback", "ff2"), ("lateral", "ff2"), ("feedback", "lateral"))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from implicit_rnn.experiments.pendulum.data import Data, Normalisation, Sizes
 from implicit_rnn.experiments.pendulum.models import MODELS, Model
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.simulation import Pendulums, cramer_rao_floor
+from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.options import Adam
 from implicit_rnn.parallel import run_many
 
@@ -275,13 +274,3 @@ def _run_all(
     results = run_many(_run, tasks, jobs=jobs, folder=folder, settings=settings, report=done)
     outcomes = {key: Outcome.from_dict(result) for key, result in zip(keys, results.values(), strict=True)}
     return outcomes, used, sum(kept)
-
-
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on besides its settings."""
-    return {
-        "implicit-rnn": metadata.version("implicit-rnn"),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
