@@ -68,7 +68,7 @@ const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
 are `extra[1]` of the columns.
 """
 struct AdjointSystem{T, V} <: FixedPoint{T}
-    M::Matrix{T}                 # Rᵀ
+    M::Factor{T}                 # Rᵀ
     recurrence::Recurrence{T}
     tol::T
     floor::T
@@ -83,7 +83,7 @@ own_extra(::AdjointSystem) = 1
 
 @inline function activate!(c::Columns{T}, ::AdjointSystem{T}, j::Int) where {T}
     D, S = c.extra[1], c.S
-    return fill_column!(c.F, c.Z, j, axes(c.F, 1)) do i
+    return fill_column!(put_value!, c.F, c.Z, j, axes(c.F, 1)) do i
         e = @inbounds D[i, j] * S[i, j]
         return e, e
     end
@@ -92,11 +92,11 @@ end
 deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     copy_column!(p.Z, sample, p.latest ? c.F : c.Z, j)
 
-# The linearised system: t = (D - d̄) λ, with λ = g + Qᵀd̄ g + Qᵀt.
+# The linearised system: t = (D - d̄) λ.
 
 @inline function activate!(c::Columns{T}, p::Linearized{T, <:AdjointSystem}, j::Int) where {T}
     D, S, slope = c.extra[1], c.S, p.slope
-    return fill_column!(c.F, c.Z, j, axes(c.F, 1)) do i
+    return fill_column!(put_change!, c.F, c.Z, j, axes(c.F, 1)) do i
         λ = @inbounds S[i, j]
         e = @inbounds D[i, j] * λ
         return e - @inbounds(slope[i]) * λ, e
@@ -104,16 +104,9 @@ deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
 end
 
 function linearized(p::AdjointSystem{T, V}, q, c) where {T, V}
-    copyto!(extra!(q, 1)[1], 1, c.extra[1], 1, size(c.U, 1) * c.active)
+    copyto!(extra!(q, 1)[1], 1, c.extra[1], 1, length(p.recurrence.slope) * c.active)
     r = p.recurrence
-    return Linearized{T, typeof(p), V}(r.Q_transposed, p, r.slope, p.tol, p.floor, p.Z, p.Z, q.outcome)
-end
-
-function accept!(c::Columns, p::AdjointSystem, j::Int, sample::Int)
-    copy_column!(c.S, j, p.Z, sample)
-    activate!(c, p, j)
-    copy_column!(c.Z, j, c.F, j)
-    return
+    return Linearized{T, typeof(p), V}(r.Q_transposed, p, r.slope, p.tol, p.floor, p.Z, q.outcome)
 end
 
 """
@@ -136,7 +129,7 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, o
         copy_column!(slopes_moving, j, D, j)
     end
     start!(c, samples; cold = true)
-    p = AdjointSystem{T, typeof(E)}(r.transposed, r, tolerance(s, T), floatmin(T), E, outcome, latest)
+    p = AdjointSystem{T, typeof(E)}(r.backward, r, tolerance(s, T), floatmin(T), E, outcome, latest)
     method = s.linear_solver
     if factors !== nothing && method in (:auto, :lu)
         exact = AdjointSystem{T, typeof(E)}(p.M, r, 100 * eps(T), p.floor, E, outcome, false)
@@ -146,6 +139,7 @@ function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, o
         if n <= LANE_NEURONS
             solve_adjoint_lanes!(lanes!(c), c, p) && return E
         elseif r.linearized
+            evaluate_all!(c, p) && return E
             iterate_linearized!(c, p, LINEARIZED_PATIENCE) && return E
             advance!(c, one(T))
             iterate!(Picard(), c, p, AUTO_BLOCK) && return E
@@ -169,12 +163,12 @@ end
 const NEUMANN_PATIENCE = 30
 
 function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
-    n = size(p.M, 1)
+    n = size(c.Z, 1)
     for j in c.active:-1:1
         check_interrupt()
         g, d = c.U[:, j], c.extra[1][:, j]
         λ, _ = linsolve(
-            v -> v - p.M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
+            v -> v - p.recurrence.R' * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
             atol = zero(T), rtol = p.tol / 2,
         )
         view(c.Z, :, j) .= d .* λ
@@ -214,7 +208,7 @@ end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
     c.active == 0 && return
-    n = size(p.M, 1)
+    n = size(c.Z, 1)
     A, pivots, d, λ = Matrix{T}(undef, n, n), zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1)
     for j in 1:c.active
         check_interrupt()

@@ -37,7 +37,7 @@ function forward_stage!(ws::Tile{T}, problem, stage::Stage, w, recurrence, c::Co
     c.factors === nothing || fill!(c.factors.known, false)
     c.threads = ws.threads
     stationary = Stationary(
-        w.recurrent, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
+        recurrence.forward, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
         view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome,
         guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled, ws.latest,
     )
@@ -276,7 +276,7 @@ function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X,
     unpack!(ws, p)
     problem.solver isa Chord && linearize!(ws, problem, X)
     threads = threads_for(net, B)
-    tiles = tile_ranges(B, tile_width(net, B))
+    tiles = pieces_of(B, tile_width(net, B))
     buffers = buffers!(ws, B, threads, length(tiles))
     in_parallel(length(tiles), length(buffers)) do thread, k
         samples, tile = tiles[k], buffers[thread]

@@ -33,7 +33,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     width = tile_width(net, B)
     tiles = cld(B, width)
-    shares = min(tiles, SHARES)
+    shares = min(tiles, shares_of(net))
     threads = threads_for(net, B)
     buffers = buffers!(ws, B, threads, shares)
     while length(ws.gradients) < shares
@@ -48,15 +48,23 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
         )
     end
     for share in 2:shares
-        add!(ws.gradients[1], ws.gradients[share])
+        add!(ws.gradients[1], ws.gradients[share], threads)
         ws.summaries[1] = merge(ws.summaries[1], ws.summaries[share])
     end
     pack_gradient!(g, net, ws.gradients[1], ws.weights)
     return ws.summaries[1].loss, ws.summaries[1].quality
 end
 
-"The sums over the batch are taken in so many shares at most, whatever the number of threads."
-const SHARES = 16
+"""
+The sums over the batch are taken in so many shares at most, whatever the number of threads; fewer where the gradients, of which
+each share has its own, would need much memory.
+"""
+const SHARES = 4:16
+
+"Memory in bytes from which on there are fewer shares."
+const SHARES_LIMIT = 2^26
+
+shares_of(net::Network{T}) where {T} = clamp(SHARES_LIMIT ÷ (sizeof(T) * length(net)), first(SHARES), last(SHARES))
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
 function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty, width::Int, numbers)

@@ -26,7 +26,7 @@ function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X,
     tile.latest = false
     tangent = unpack_tangent(net, ws.weights, v)
     second = clear!(Weights(net))
-    for samples in tile_ranges(B, tile.width)
+    for samples in pieces_of(B, tile.width)
         x, targets = view(X, :, samples), view(Y, :, samples)
         forward!(tile, problem, x)
         failed = count(!=(CONVERGED), view(tile.outcome.status, eachindex(samples)))

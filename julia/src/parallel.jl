@@ -4,54 +4,134 @@
 """
     in_parallel(work, pieces, threads)
 
-Call `work(thread, piece)` for all pieces, each as soon as one of `threads` tasks is free for it; no two calls with the same
-`thread` (from 1) overlap. The first exception is thrown again.
+Call `work(thread, piece)` for all pieces, each as soon as one of `threads` threads is free for it; no two calls with the same
+`thread` (from 1) overlap. The first exception is thrown again. Where the other threads already help with something else, the
+caller works alone.
 """
 function in_parallel(work::F, pieces::Int, threads::Int) where {F}
-    tasks = min(threads, pieces)
-    if tasks <= 1
-        for piece in 1:pieces
-            work(1, piece)
-        end
+    helpers = min(threads, pieces) - 1
+    if helpers < 1 || Threads.atomic_xchg!(CREW_BUSY, true)
+        foreach(piece -> work(1, piece), 1:pieces)
         return
     end
-    next = Threads.Atomic{Int}(1)
-    helpers = [Threads.@spawn(take_pieces(work, $thread, next, pieces)) for thread in 2:tasks]
-    first_error = take_pieces(work, 1, next, pieces)
-    for helper in helpers
-        watch(helper)
-        error = fetch(helper)
-        first_error === nothing && (first_error = error)
-    end
-    first_error === nothing || throw(first_error)
-    return
-end
-
-"Turns of a loop, some tenths of a millisecond, before a thread that waits goes to sleep."
-const WATCHFUL = 10_000
-
-# A sleeping thread takes as long to wake up as many a tile to compute.
-function watch(task::Task)
-    for _ in 1:WATCHFUL
-        istaskdone(task) && return
-        ccall(:jl_cpu_pause, Cvoid, ())
-        GC.safepoint()
-    end
-    return
-end
-
-# Returns the exception that ended the work, after which the other threads take no further pieces either; or nothing.
-function take_pieces(work::F, thread::Int, next, pieces::Int) where {F}
     try
-        while (piece = Threads.atomic_add!(next, 1)) <= pieces
-            work(thread, piece)
-        end
-        return nothing
-    catch error
-        Threads.atomic_add!(next, pieces)
-        return error
+        job = Job(work, pieces, helpers)
+        foreach(k -> hand_out!(helper!(k), job), 1:helpers)
+        take_pieces!(job, 1)
+        foreach(k -> call_off!(helper!(k), job), 1:helpers)
+        wait_for(job)
+        error = @atomic job.error
+        error === nothing || throw(error)
+    finally
+        CREW_BUSY[] = false
     end
+    return
+end
+
+# --- the other threads ------------------------------------------------------------------------------------------
+
+# A sleeping thread takes as long to wake up as a tile to compute. So threads that have worked look out for the next job for a
+# while, and nobody waits for one that is only waking up.
+
+"Nanoseconds for which a thread looks out for work, or for the end of it, before it goes to sleep."
+const WATCHFUL = 500_000
+
+"What several threads do together: `work(thread, piece)` for all pieces."
+mutable struct Job
+    const work::Any
+    const pieces::Int
+    const over::Base.Event
+    @atomic taken::Int             # pieces
+    @atomic helpers::Int           # that have not finished
+    @atomic error::Any             # the first, or nothing
+end
+Job(work, pieces::Int, helpers::Int) = Job(work, pieces, Base.Event(), 0, helpers, nothing)
+
+# After an exception nobody takes any more pieces.
+function take_pieces!(job::Job, thread::Int)
+    try
+        while (piece = @atomic job.taken += 1) <= job.pieces
+            Base.invokelatest(job.work, thread, piece)     # which may be younger than the task of a helper
+        end
+    catch error
+        @atomic job.taken += job.pieces
+        @atomicreplace job.error nothing => error
+    end
+    return
+end
+
+"Another thread; `job` is what it has to do, or one of the three states."
+mutable struct Helper
+    const thread::Int
+    @atomic job::Union{Job, Symbol}
+end
+
+const CREW = Helper[]
+const CREW_BUSY = Threads.Atomic{Bool}(false)
+
+function helper!(k::Int)
+    while length(CREW) < k
+        push!(CREW, Helper(length(CREW) + 2, :absent))
+    end
+    return CREW[k]
+end
+
+function hand_out!(helper::Helper, job::Job)
+    before = @atomicswap helper.job = job
+    before === :absent && Threads.@spawn help($helper)
+    return
+end
+
+"Take the job back from a helper that has not begun."
+call_off!(helper::Helper, job::Job) = (@atomicreplace helper.job job => :waiting).success && leave!(job)
+
+function help(helper::Helper)
+    while (job = next_job(helper)) !== nothing
+        take_pieces!(job, helper.thread)
+        @atomic helper.job = :waiting
+        leave!(job)
+    end
+    return
+end
+
+# The next job, or nothing if none came.
+function next_job(helper::Helper)
+    deadline = time_ns() + WATCHFUL
+    while true
+        job = @atomic helper.job
+        if job isa Job
+            (@atomicreplace helper.job job => :working).success && return job
+        elseif time_ns() > deadline
+            (@atomicreplace helper.job :waiting => :absent).success && return nothing
+        else
+            rest()
+        end
+    end
+end
+
+function leave!(job::Job)
+    (@atomic job.helpers -= 1) == 0 && notify(job.over)
+    return
+end
+
+function wait_for(job::Job)
+    deadline = time_ns() + WATCHFUL
+    while @atomic(job.helpers) > 0
+        time_ns() > deadline && return wait(job.over)
+        rest()
+    end
+    return
+end
+
+# A moment in a loop that waits: lets the other thread of the core work, and a garbage collection begin.
+function rest()
+    ccall(:jl_cpu_pause, Cvoid, ())
+    GC.safepoint()
+    return
 end
 
 "    piece(k, width, total)\n\nThe k-th of the ranges of `width` (the last may be shorter) that make up `1:total`."
 piece(k::Int, width::Int, total::Int) = ((k - 1) * width + 1):min(k * width, total)
+
+"    pieces_of(total, width)\n\nAll of these ranges."
+pieces_of(total::Int, width::Int) = [piece(k, width, total) for k in 1:cld(total, width)]

@@ -16,8 +16,8 @@ const UNPACKED = 1_000_000
 const BLOCK = 256
 
 "Call `work` for the ranges of a large matrix's rows or columns, of which there are n, shared among threads."
-in_blocks(work::F, n::Int, threads::Int) where {F} =
-    in_parallel((_, k) -> work(piece(k, BLOCK, n)), cld(n, BLOCK), threads)
+in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
+    in_parallel((_, k) -> work(piece(k, width, n)), cld(n, width), threads)
 
 column_group(A) = (group = UNPACKED ÷ length(A); group >= 8 ? group & ~7 : Int(typemax(Int32)))
 
@@ -52,6 +52,60 @@ function multiply_add!(S, A, B, m::Int, threads::Int)
     in_blocks(rows -> multiply_add!(view(S, rows, :), view(A, rows, :), B, m), n, threads)
     return S
 end
+
+# --- factors of many products -----------------------------------------------------------------------------------
+
+"Square matrices of more rows are cut into panels where they are the factor of many products."
+const LARGE = 200
+
+"Rows and columns of a panel."
+const PANEL = (64, 256)
+
+"""
+    Panels{T}(n, k)
+
+An n × k matrix cut into blocks, each of which lies contiguously in memory: products block by block stay within the sizes
+that need no packing, which a product with the whole would repeat every time.
+"""
+struct Panels{T}
+    blocks::Matrix{Matrix{T}}
+end
+Panels{T}(n::Int, k::Int) where {T} = Panels{T}(
+    [zeros(T, length(rows), length(columns)) for rows in pieces_of(n, PANEL[1]), columns in pieces_of(k, PANEL[2])]
+)
+
+"The left factor of many products."
+const Factor{T} = Union{Matrix{T}, Panels{T}}
+
+factor(::Type{T}, n::Int) where {T} = n > LARGE ? Panels{T}(n, n) : zeros(T, n, n)
+
+"    store!(P, A, threads)\n\n`P = A`"
+store!(P::Matrix, A::Matrix, threads::Int) = copyto!(P, A)
+store!(P::Panels, A::Matrix, threads::Int) =
+    each_block((block, rows, columns) -> copyto!(block, view(A, rows, columns)), P, threads)
+
+"    store_transposed!(P, A, threads)\n\n`P = Aᵀ`"
+store_transposed!(P::Matrix, A::Matrix, threads::Int) = transpose_into!(P, A)
+store_transposed!(P::Panels, A::Matrix, threads::Int) =
+    each_block((block, rows, columns) -> transpose_into!(block, view(A, columns, rows)), P, threads)
+
+# Call `work(block, rows, columns)` for all blocks, shared among threads by block rows.
+function each_block(work::F, P::Panels, threads::Int) where {F}
+    in_parallel(size(P.blocks, 1), threads) do _, i
+        for l in axes(P.blocks, 2)
+            block = P.blocks[i, l]
+            work(block, (i - 1) * PANEL[1] .+ axes(block, 1), (l - 1) * PANEL[2] .+ axes(block, 2))
+        end
+    end
+    return P
+end
+
+function multiply_add!(S, P::Panels, B, m::Int, threads::Int)
+    each_block((block, rows, columns) -> multiply_add!(view(S, rows, :), block, view(B, columns, :), m), P, threads)
+    return S
+end
+
+# --- outer products ---------------------------------------------------------------------------------------------
 
 "    add_outer!(G, A, B, m)\n\n`G += A[:, 1:m] B[:, 1:m]ᵀ`"
 function add_outer!(G::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
@@ -90,7 +144,7 @@ function add_columns!(g, A, m)
 end
 
 "    transpose_into!(B, A)\n\n`B = Aᵀ`, block by block."
-function transpose_into!(B::Matrix, A::Matrix)
+function transpose_into!(B::Dense, A::Dense)
     n, k = size(A)
     # Blocks of 8: with a power of two for a stride, more columns would not fit in a set of the cache.
     for j0 in 1:8:k, i0 in 1:8:n

@@ -9,26 +9,34 @@
 """
 mutable struct Recurrence{T}
     const R::Matrix{T}                # shared with the weights
-    const transposed::Matrix{T}
+    const forward::Factor{T}          # R and Rᵀ as factors of many products
+    const backward::Factor{T}
     const slope::Vector{T}
-    Q::Matrix{T}                      # 0 × 0 until there is use for them
-    Q_transposed::Matrix{T}
+    Q::Factor{T}                      # empty until there is use for them
+    Q_transposed::Factor{T}
+    const work::Vector{Matrix{T}}     # of `linearize!`
     linearized::Bool
     norm::T                           # of R, estimated when first asked for; NaN before
 end
-Recurrence(R::Matrix{T}) where {T} = Recurrence{T}(
-    R, zeros(T, size(R)), zeros(T, size(R, 1)), zeros(T, 0, 0), zeros(T, 0, 0), false, T(NaN)
-)
+function Recurrence(R::Matrix{T}) where {T}
+    n = size(R, 1)
+    forward = n > LARGE ? factor(T, n) : R
+    return Recurrence{T}(R, forward, factor(T, n), zeros(T, n), factor(T, 0), factor(T, 0), Matrix{T}[], false, T(NaN))
+end
 
 "Call when `R` has changed."
-function refresh!(r::Recurrence{T}) where {T}
-    transpose_into!(r.transposed, r.R)
+function refresh!(r::Recurrence{T}, threads::Int = 1) where {T}
+    r.forward === r.R || store!(r.forward, r.R, threads)
+    store_transposed!(r.backward, r.R, threads)
     r.linearized = false
     r.norm = T(NaN)
     return r
 end
 
 norm_of(r::Recurrence) = isnan(r.norm) ? (r.norm = norm_estimate(r.R)) : r.norm
+
+"Columns of a triangular solve that a thread takes at a time."
+const RIGHT_HAND_SIDES = 32
 
 """
     linearize!(r, threads = 1)
@@ -38,15 +46,18 @@ Qᵀ another 2 n³, shared among threads.
 """
 function linearize!(r::Recurrence{T}, threads::Int = 1) where {T}
     n = size(r.R, 1)
-    if size(r.Q, 1) != n
-        r.Q, r.Q_transposed = zeros(T, n, n), zeros(T, n, n)
+    if isempty(r.work)
+        push!(r.work, zeros(T, n, n), zeros(T, n, n))
+        r.Q, r.Q_transposed = factor(T, n), factor(T, n)
     end
     # Qᵀ = (I - D̄ R)⁻ᵀ Rᵀ
-    A, pivots = residual_jacobian!(r.Q, r.slope, r.R), zeros(Int, n)
+    (A, Qt), pivots = r.work, zeros(Int, n)
+    residual_jacobian!(A, r.slope, r.R)
     r.linearized = lu_factor!(A, pivots)
     r.linearized || return false
-    copyto!(r.Q_transposed, r.transposed)
-    in_blocks(columns -> lu_solve_transposed_columns!(view(r.Q_transposed, :, columns), A, pivots), n, threads)
-    transpose_into!(r.Q, r.Q_transposed)
-    return r.linearized = all(isfinite, r.Q)
+    transpose_into!(Qt, r.R)
+    in_blocks(columns -> lu_solve_transposed_columns!(view(Qt, :, columns), A, pivots), n, threads, RIGHT_HAND_SIDES)
+    store_transposed!(r.Q, Qt, threads)
+    store!(r.Q_transposed, Qt, threads)
+    return r.linearized = all(isfinite, Qt)
 end

@@ -121,11 +121,12 @@ function clear!(G::Weights)
     return G
 end
 
-function add!(G::Weights, H::Weights)
+function add!(G::Weights, H::Weights, threads::Int = 1)
     for (a, b) in zip(G.stages, H.stages)
         a.input .+= b.input
-        a.feed .+= b.feed
-        a.recurrent .+= b.recurrent
+        for (A, B) in ((a.feed, b.feed), (a.recurrent, b.recurrent))
+            in_blocks(columns -> view(A, :, columns) .+= view(B, :, columns), size(A, 2), threads)
+        end
         a.bias .+= b.bias
     end
     G.C .+= H.C

@@ -133,7 +133,7 @@ end
 "Put the parameters into force."
 function unpack!(ws::Workspace, p)
     unpack!(ws.weights, ws.net, p)
-    foreach(refresh!, ws.recurrences)
+    foreach(r -> refresh!(r, Threads.nthreads()), ws.recurrences)
     return ws
 end
 
@@ -157,19 +157,14 @@ end
     tile_width(net, samples)
 
 Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
-few tiles for the threads to share if there is work for them. Stages so large that a product needs all of that cache
-take wide tiles, whose products are themselves shared.
+few tiles for the threads to share if there is work for them.
 """
 function tile_width(net::Network{T}, samples::Int) where {T}
     N = neurons(net)
-    N * N > UNPACKED ÷ 8 && return min(samples, 256)
     widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
     narrowest = clamp(2^11 ÷ N, 32, 1024)
     return min(samples, clamp(cld(cld(samples, 4), 8) * 8, narrowest, max(widest, narrowest)))
 end
-
-"The tiles of a batch, as ranges of samples."
-tile_ranges(samples::Int, width::Int) = [piece(k, width, samples) for k in 1:cld(samples, width)]
 
 "Operations of a pass through a tile below which a second thread is not worth waking up."
 const WORTH_A_THREAD = 1_000_000

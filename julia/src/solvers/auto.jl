@@ -57,11 +57,12 @@ Where an equilibrium may be one of several, the linearised equation may lead to 
 does. It is then used only once that iteration is seen to contract.
 """
 function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
+    steps = p.unique ? 1 : 3
+    for k in 1:steps
+        evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
+        k < steps && advance!(c, one(T))
+    end
     if !p.unique
-        for k in 1:3
-            evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
-            k < 3 && advance!(c, one(T))
-        end
         for j in c.active:-1:1
             c.rate[j] < T(0.8) || set_aside!(c, j)
         end

@@ -23,28 +23,34 @@ end
 
 The equation z = g(u + M z) with its mean linear part solved for. With s = u + M z and t = g(s) - d̄ s,
 
-    s = v + Q t,    Q = (I - M D̄)⁻¹ M,    v = (I - M D̄)⁻¹ u = u + Q d̄ u,
+    s = (I - M D̄)⁻¹ u + Q t,    Q = (I - M D̄)⁻¹ M,
 
-a fixed point in t which contracts at the rate of Q (D - D̄) instead of M D: a chord step of Newton's method in one product.
-As M Δt is what the equation itself leaves at s, an iterate with ‖Δt‖ below the tolerance solves it.
+a fixed point in t which contracts at the rate of Q (D - D̄) instead of M D: a chord step of Newton's method in one product. In
+its columns `Z` is t, `F` the change of t, and `S` is updated by Q Δt; the first change is the residual g(s) - z at which
+the equation is taken up. As M Δt is what the equation itself leaves at s, an iterate with ‖Δt‖ below the tolerance solves it.
 """
 struct Linearized{T, P <: FixedPoint{T}, V} <: FixedPoint{T}
-    M::Matrix{T}                 # Q
+    M::Factor{T}                 # Q
     equation::P
     slope::Vector{T}             # d̄
     tol::T
     floor::T
     Z::V
-    S::V
     outcome::Outcome
 end
 
-"t = g(s) - d̄ s; its size is that of g(s)."
-@inline function activate!(c::Columns, p::Linearized{T, <:Stationary}, j::Int) where {T}
-    return deviation!(c.F, p.equation.f, p.slope, c.S, c.Z, j)
-end
+affine!(c::Columns, p::Linearized) = multiply_add!(c.S, p.M, c.F, c.active, c.threads)
 
-deliver!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status) = copy_column!(p.S, sample, c.S, j)
+@inline activate!(c::Columns, p::Linearized{T, <:Stationary}, j::Int) where {T} =
+    change_deviation!(c.F, p.equation.f, p.slope, c.S, c.Z, j)
+
+# g(s) = t + d̄ s
+function deliver!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status)
+    @inbounds @simd for i in eachindex(p.slope)
+        p.Z[i, sample] = muladd(p.slope[i], c.S[i, j], c.Z[i, j])
+    end
+    return
+end
 
 "Iterations in the linearised equation before something else is tried."
 const LINEARIZED_PATIENCE = 40
@@ -52,78 +58,75 @@ const LINEARIZED_PATIENCE = 40
 """
     iterate_linearized!(c, p, iterations; check = false)
 
-Let the active columns go on in the linearised equation and evaluate the outcome in the equation itself; true when all
-are done. A column that gets lost keeps its iterate. Without a guarantee of uniqueness a solution is taken only if it is no
-farther away than the residual and the rate of the iteration before say; `check` asks whether it attracts as well.
+Let the active columns, which have been evaluated, go on in the linearised equation, and evaluate the outcome in the equation
+itself; true when all are done. A column that gets lost keeps its iterate. Without a guarantee of uniqueness a solution is
+taken only if it is no farther away than the residual and the rate of the iteration before say; `check` asks whether it
+attracts as well.
 """
 function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; check = false) where {T}
-    q, m, n = partner!(c), c.active, size(c.U, 1)
+    q, m = partner!(c), c.active
     lin = linearized(p, q, c)
-    slope = lin.slope
-    @inbounds for j in 1:m
-        @simd for i in 1:n
-            q.Z[i, j] = slope[i] * c.U[i, j]
-        end
+    begin_linearized!(q, lin, c)
+    for _ in 1:iterations
+        evaluate_all!(q, lin) && break
     end
-    copyto!(q.U, 1, c.U, 1, n * m)
-    multiply_add!(q.U, lin.M, q.Z, m, c.threads)
-    begin_linearized!(q, lin, c, m)
-    iterate!(Picard(), q, lin, iterations) || give_up!(q, lin)
+    q.active == 0 || give_up!(q, lin)
     for j in 1:m
         sample = c.sample[j]
-        lost = lin.outcome.status[sample] > MAX_ITERATIONS
         c.iterations[j] += lin.outcome.iterations[sample]
-        lost || accept!(c, p, j, sample)
+        lost = lin.outcome.status[sample] > MAX_ITERATIONS
+        lost || is_far(c, p, j, sample) || copy_column!(c.Z, j, p.Z, sample)
     end
-    c.cold = false
     return evaluate_all!(c, p; check)
 end
 
 "The columns of the linearised equation, which share the buffers S and F with `c`."
 function partner!(c::Columns{T}) where {T}
     if c.partner === nothing
-        c.partner = Columns{T}(size(c.U)..., c.S, c.F)
+        width = size(c.U, 2)
+        c.partner = Columns{T}(zeros(T, 0, width), zero(c.Z), c.S, c.F)
     end
     return c.partner::Columns{T}
 end
 
-# The first t: from the last evaluation of the equation, where there is one, and else from s = v.
-function begin_linearized!(q::Columns{T}, lin::Linearized{T}, c::Columns{T}, m::Int) where {T}
-    fresh = all(iszero, view(c.iterations, 1:m))
-    fresh && copyto!(q.S, 1, q.U, 1, size(q.U, 1) * m)
-    start!(q, m)
+function begin_linearized!(q::Columns{T}, lin::Linearized{T}, c::Columns{T}) where {T}
+    start!(q, c.active)
     reset!(lin.outcome)
     q.threads = c.threads
-    for j in 1:m
+    for j in 1:c.active
         q.sample[j] = c.sample[j]
-        activate!(q, lin, j)
-        copy_column!(q.Z, j, q.F, j)
+        @inbounds @simd for i in eachindex(lin.slope)
+            z = c.F[i, j]
+            q.Z[i, j] = z - lin.slope[i] * c.S[i, j]
+            c.F[i, j] = z - c.Z[i, j]
+        end
     end
     return
 end
 
-# Column j goes on from z = f(s), s being the solution of the linearised equation.
-function accept!(c::Columns{T}, p::Stationary{T}, j::Int, sample::Int) where {T}
-    copy_column!(c.S, j, p.S, sample)
-    distance2, _ = activate!(c, p, j)
-    rate, residual = c.rate[j], c.residual[j]
-    p.unique || sqrt(distance2) <= 3 * residual / (1 - min(rate, T(0.9))) || return
-    copy_column!(c.Z, j, c.F, j)
-    return
-end
+linearized(p::Stationary{T, F, V}, q, c) where {T, F, V} =
+    Linearized{T, typeof(p), V}(p.recurrence.Q, p, p.recurrence.slope, p.tol, p.floor, p.Z, q.outcome)
 
-function linearized(p::Stationary{T, F, V}, q, c) where {T, F, V}
-    r = p.recurrence
-    return Linearized{T, typeof(p), V}(r.Q, p, r.slope, p.tol, p.floor, p.S, p.S, q.outcome)
+# Whether the solution found for column j may be another than the one that attracts its iterate.
+is_far(c::Columns, p::FixedPoint, j::Int, sample::Int) = false
+function is_far(c::Columns{T}, p::Stationary{T}, j::Int, sample::Int) where {T}
+    p.unique && return false
+    distance2 = zero(T)
+    @inbounds @simd for i in axes(c.Z, 1)
+        d = p.Z[i, sample] - c.Z[i, j]
+        distance2 = muladd(d, d, distance2)
+    end
+    return !(sqrt(distance2) <= 3 * c.residual[j] / (1 - min(c.rate[j], T(0.9))))
 end
 
 function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    used = 0
+    evaluate_all!(c, p; check = true) && return true
+    used = 1
     while p.recurrence.linearized && used < iterations
         block = min(LINEARIZED_PATIENCE, iterations - used)
         iterate_linearized!(c, p, block - 1; check = true) && return true
-        advance!(c, one(T))
         used += block
     end
+    advance!(c, one(T))
     return iterate!(Picard(), c, p, iterations - used)       # where there is no Q, the matrix being singular
 end

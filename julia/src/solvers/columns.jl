@@ -104,13 +104,17 @@ mutable struct Columns{T}
     const outcome::Outcome                     # of the linearised equation
 end
 
-Columns{T}(n::Int, width::Int, S = zeros(T, n, width), F = zeros(T, n, width)) where {T} = Columns{T}(
-    zeros(T, n, width), zeros(T, n, width), S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width),
-    zeros(T, width), zeros(Int, width), Int[], 0, false, 1, nothing, nothing, nothing, Outcome(width),
-)
+Columns{T}(n::Int, width::Int) where {T} = Columns{T}((zeros(T, n, width) for _ in 1:4)...)
+function Columns{T}(U::Matrix{T}, Z::Matrix{T}, S::Matrix{T}, F::Matrix{T}) where {T}
+    width = size(Z, 2)
+    return Columns{T}(
+        U, Z, S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width),
+        Int[], 0, false, 1, nothing, nothing, nothing, Outcome(width),
+    )
+end
 
 "The first `count` matrices of `c.extra` with `rows` rows each, made at the first use."
-function extra!(c::Columns{T}, count::Int, rows::Int = size(c.U, 1), first_index::Int = 1) where {T}
+function extra!(c::Columns{T}, count::Int, rows::Int = size(c.Z, 1), first_index::Int = 1) where {T}
     while length(c.extra) < first_index + count - 1
         push!(c.extra, zeros(T, rows, size(c.U, 2)))
     end
@@ -139,7 +143,7 @@ The equilibrium of one stage: `z = f(u + R z)`. `unique` says that a constraint 
 solutions found by methods which may find others than those that attract are checked.
 """
 struct Stationary{T, F, V} <: FixedPoint{T}
-    M::Matrix{T}                 # R
+    M::Factor{T}                 # R
     recurrence::Recurrence{T}
     f::F
     tol::T

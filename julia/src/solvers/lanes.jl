@@ -87,7 +87,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
     fill!(w.residual2, T(Inf))
     fill!(w.last2, T(Inf))
     for k in 1:LANE_ITERATIONS
-        affine_lanes!(w, p.M, cold && k == 1)
+        affine_lanes!(w, p.recurrence.R, cold && k == 1)
         activate_lanes!(w, p.f)
         judge!(w, p, k, picard_steps) || return
         if k <= picard_steps
@@ -95,7 +95,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)
         else
             slopes_lanes!(w, p.f)
-            direction_lanes!(w, p.M)
+            direction_lanes!(w, p.recurrence.R)
             step_lanes!(w, w.step, Val(L), false)
         end
     end
@@ -291,9 +291,9 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
         load!(w.U, c.U, first_sample, count)
         load!(w.D, D, first_sample, count)
         multiply_lanes!(w.step, w.D, w.U, Val(L))
-        direction_lanes!(w, p.M)
+        direction_lanes!(w, p.recurrence.backward::Matrix{T})
         copyto!(w.Z, w.step)
-        affine_lanes!(w, p.M, false)
+        affine_lanes!(w, p.recurrence.backward::Matrix{T}, false)
         residual_lanes!(w)
         for l in 1:count
             j = first_sample + l - 1

@@ -72,7 +72,7 @@ function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int
     check_interrupt()
     n = size(A, 1)
     slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    residual_jacobian!(A, view(d, :, 1), p.M)
+    residual_jacobian!(A, view(d, :, 1), p.recurrence.R)
     @inbounds @simd for i in 1:n
         step[i] = c.F[i, j] - c.Z[i, j]
     end

@@ -23,7 +23,7 @@ end
 function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     iterations > 0 || return false
     c.cold = false
-    root = RootProblem(Matrix{Float64}(p.M), p.f)
+    root = RootProblem(Matrix{Float64}(p.recurrence.R), p.f)
     tol, floor = Float64(p.tol), Float64(p.floor)
     for j in c.active:-1:1
         used = Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, iterations)::Int

@@ -31,7 +31,7 @@ function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues. Their code is called late, as it
     # would otherwise take the compiled solvers with it when other packages invalidate a method it may use.
-    return maximum(abs, d) * norm_of(p.recurrence) >= 1 && Base.invokelatest(repels, p.M, d)::Bool
+    return maximum(abs, d) * norm_of(p.recurrence) >= 1 && Base.invokelatest(repels, p.recurrence.R, d)::Bool
 end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
 
