@@ -17,27 +17,32 @@ function forward!(ws::Tile, problem::Problem, X::AbstractMatrix, start = nothing
     return ws
 end
 
-function forward_stage!(ws::Tile{T}, problem, stage::Stage, w, recurrence, c::Columns{T}, chain, X, start) where {T}
+function forward_stage!(ws::Tile, problem, stage::Stage, w, recurrence, c::Columns, chain, X, start)
     m = size(X, 2)
-    rows = stage.rows
     drive!(c.U, w, ws.Z, X, m, ws.threads)
-    if !stage.recurrent
-        for j in 1:m
-            copyto!(c.S, (j - 1) * size(c.S, 1) + 1, c.U, (j - 1) * size(c.U, 1) + 1, size(c.U, 1))
-            activate!(c.F, stage.activation, c.S, c.Z, j)
-            ws.outcome.iterations[j] = max(ws.outcome.iterations[j], 1)
-            all(isfinite, view(c.F, :, j)) || record!(ws.outcome, j, NON_FINITE, 1, NaN, 0.0)
-        end
-        copyto!(view(ws.Z, rows, 1:m), view(c.F, :, 1:m))
-        copyto!(view(ws.S, rows, 1:m), view(c.S, :, 1:m))
-        return
-    end
-    start === nothing || copyto!(view(c.Z, :, 1:m), view(start, rows, 1:m))
+    stage.recurrent || return evaluate_stage!(ws, stage.rows, stage.activation, c, m)
+    start === nothing || copyto!(view(c.Z, :, 1:m), view(start, stage.rows, 1:m))
     start!(c, m; cold = start === nothing)
     c.factors === nothing || fill!(c.factors.known, false)
     c.threads = ws.threads
+    return solve_stage!(ws, problem, stage.rows, stage.activation, recurrence, c, chain)
+end
+
+function evaluate_stage!(ws::Tile, rows, f::Activation, c::Columns, m::Int)
+    copyto!(c.S, 1, c.U, 1, size(c.U, 1) * m)
+    for j in 1:m
+        activate!(c.F, f, c.S, c.Z, j)
+        ws.outcome.iterations[j] = max(ws.outcome.iterations[j], 1)
+        all(isfinite, view(c.F, :, j)) || record!(ws.outcome, j, NON_FINITE, 1, NaN, 0.0)
+    end
+    copyto!(view(ws.Z, rows, 1:m), view(c.F, :, 1:m))
+    copyto!(view(ws.S, rows, 1:m), view(c.S, :, 1:m))
+    return
+end
+
+function solve_stage!(ws::Tile{T}, problem, rows, f::Activation, recurrence, c::Columns{T}, chain) where {T}
     stationary = Stationary(
-        recurrence.forward, recurrence, stage.activation, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
+        recurrence.forward, recurrence, f, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
         view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome,
         guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled, ws.latest,
     )
@@ -112,7 +117,8 @@ function backward!(
     reset!(ws.adjoint_outcome)
     total = 0.0
     for k in length(net.stages):-1:1
-        total += backward_stage!(ws, problem, net.stages[k], k, X, penalty, first_sample)
+        stage = net.stages[k]
+        total += backward_stage!(ws, problem, stage, stage.activation, k, X, penalty, first_sample)::Float64
     end
     return total
 end
@@ -132,14 +138,16 @@ function read_out_adjoint!(ws::Tile{T}, net, m) where {T}
     return
 end
 
-function backward_stage!(ws::Tile{T}, problem, stage::Stage, k::Int, X, penalty, first_sample) where {T}
+function backward_stage!(
+        ws::Tile{T}, problem, stage::Stage, f::Activation, k::Int, X, penalty, first_sample
+    ) where {T}
     m, rows, w, g = size(X, 2), stage.rows, ws.weights.stages[k], ws.gradient.stages[k]
     E, G, Z, S, D = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S, ws.D))
     total = 0.0
     if stage.recurrent && problem.adjoint isa Unrolled
-        unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, stage.activation, w.recurrent, G)
+        unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, G)
     else
-        slopes!(D, stage.activation, S, Z)
+        slopes!(D, f, S, Z)
         direct = nothing
         if stage.recurrent && penalty.weight > 0
             total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)

@@ -37,14 +37,14 @@ Neighbouring layers whose equilibrium has to be found together: a strongly conne
 graph of layers. `rows` are its neurons in the state. A stage that is not `recurrent` (one layer without
 lateral connections) is evaluated in one step, so a feed-forward net is solved exactly, layer by layer.
 """
-struct Stage{F <: Activation}
-    rows::UnitRange{Int}
-    recurrent::Bool
-    has_input::Bool
-    activation::F
-    slopes::Vector{Float64}                # bound on |f′|, per neuron
-    connections::Vector{Connection}        # which end in this stage
-    scales::UnitRange{Int}                 # of its learnt scales in the parameter vector, maybe empty
+mutable struct Stage                       # with constant fields, so that it is never copied
+    const rows::UnitRange{Int}
+    const recurrent::Bool
+    const has_input::Bool
+    const activation::Activation           # left abstract, dispatched on once per tile
+    const slopes::Vector{Float64}          # bound on |f′|, per neuron
+    const connections::Vector{Connection}  # which end in this stage
+    const scales::UnitRange{Int}           # of its learnt scales in the parameter vector, maybe empty
 end
 
 """

@@ -7,16 +7,16 @@
 What drives one stage of n neurons: `z = f(input x + feed z_before + recurrent z + bias)`. The same struct
 holds gradients. `raw` and `scales` are the parameters behind `recurrent`, see [`constrain!`](@ref).
 """
-struct StageWeights{T}
-    input::Matrix{T}          # n × d, or n × 0
-    feed::Matrix{T}           # n × neurons of the stages before
-    raw::Matrix{T}            # n × n, or 0 × 0
-    recurrent::Matrix{T}
-    bias::Vector{T}
-    scales::Vector{T}
-    stretch::Vector{T}        # exp.(scales)
-    row_sum::Vector{T}
-    row_factor::Vector{T}
+mutable struct StageWeights{T}
+    const input::Matrix{T}          # n × d, or n × 0
+    const feed::Matrix{T}           # n × neurons of the stages before
+    const raw::Matrix{T}            # n × n, or 0 × 0
+    const recurrent::Matrix{T}
+    const bias::Vector{T}
+    const scales::Vector{T}
+    const stretch::Vector{T}        # exp.(scales)
+    const row_sum::Vector{T}
+    const row_factor::Vector{T}
 end
 
 function StageWeights{T}(stage::Stage, inputs::Int) where {T}

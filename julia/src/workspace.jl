@@ -7,13 +7,13 @@ const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
 
 A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
 """
-struct Problem{T}
-    net::Network{T}
+mutable struct Problem{T}
+    const net::Network{T}
     # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
-    solver::Solver
-    adjoint::Adjoint
-    loss::Loss
-    jacobian_penalty::Float64
+    const solver::Solver
+    const adjoint::Adjoint
+    const loss::Loss
+    const jacobian_penalty::Float64
 end
 function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
     jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
@@ -162,12 +162,13 @@ few tiles for the threads to share if there is work for them.
 function tile_width(net::Network{T}, samples::Int) where {T}
     N = neurons(net)
     widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
-    narrowest = clamp(2^11 ÷ N, 32, 1024)
-    return min(samples, clamp(cld(cld(samples, 4), 8) * 8, narrowest, max(widest, narrowest)))
+    narrowest = clamp(2^11 ÷ N, 32, 128)
+    return min(samples, clamp(cld(cld(samples, 4), 8) * 8, narrowest, widest))
 end
 
-"Operations of a pass through a tile below which a second thread is not worth waking up."
-const WORTH_A_THREAD = 1_000_000
+"Nanoseconds of work below which a second thread is not worth calling."
+const WORTH_A_THREAD = 15_000
 
+# The work is estimated from times measured between 2 and 64 neurons.
 threads_for(net::Network, samples::Int) =
-    2 * neurons(net)^2 * samples * 8 < WORTH_A_THREAD ? 1 : Threads.nthreads()
+    (N = neurons(net); samples * (N^2 ÷ 9 + 35N) < WORTH_A_THREAD ? 1 : Threads.nthreads())

@@ -30,11 +30,12 @@ struct Lanes{T, L}
     reach::Vector{T}               # how far from the anchor the equilibrium may be
     iterations::Vector{T}
     verdict::Vector{T}
+    grown::Vector{T}               # 1 where the last step of Newton's method made the residual larger
 end
 function Lanes{T}(n::Int) where {T}
     L = lane_count(T)
     return Lanes{T, L}(
-        (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:7)...
+        (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
     )
 end
 
@@ -48,8 +49,9 @@ const LANE_ITERATIONS = 12
     solve_lanes!(w, c, p, samples)
 
 Solve the equation `p` for the samples whose drive and start are in the columns of `c`: a Picard step or three, then Newton's
-method. The columns that remain active in `c` are of the samples for which that did not do: whose residual grew or
-whose equilibrium may not be the one that attracts. What happens to a sample does not depend on the others.
+method. The columns that remain active in `c` are of the samples for which that did not do: which take too long or, without
+a guarantee of uniqueness, whose residual grew or whose equilibrium may not be the one that attracts. What happens to a
+sample does not depend on the others.
 """
 function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::Int) where {T, L}
     cold = c.cold
@@ -96,6 +98,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L
         else
             slopes_lanes!(w, p.f)
             direction_lanes!(w, p.recurrence.R)
+            prefer_picard!(w)
             step_lanes!(w, w.step, Val(L), false)
         end
     end
@@ -107,7 +110,7 @@ end
 
 # Takes out the lanes that are done or lost after the evaluation k; returns whether any is still at work.
 function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) where {T, L}
-    (; active, residual2, last2, iterations, verdict, change2, size2) = w
+    (; active, residual2, last2, iterations, verdict, grown, change2, size2) = w
     newton = k > picard_steps + 1
     tol2, floor2 = p.tol^2, p.floor^2
     settled = zero(T)
@@ -115,7 +118,9 @@ function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) whe
         at_work = active[l] > 0
         now2, before2 = change2[l], residual2[l]
         done = now2 <= tol2 * max(size2[l], floor2)
-        broken = !(now2 < T(Inf)) | (newton & (now2 > before2))
+        grows = newton & (now2 > before2)
+        grown[l] = ifelse(grows, one(T), zero(T))
+        broken = !(now2 < T(Inf)) | (grows & !p.unique)
         last2[l] = ifelse(at_work, before2, last2[l])
         residual2[l] = ifelse(at_work, now2, before2)
         iterations[l] = ifelse(at_work, T(k), iterations[l])
@@ -134,6 +139,17 @@ function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) whe
 end
 
 const DONE, LOST = 1, 2
+
+# Where Newton's method has overshot, the next step is Picard's, which contracts if there is but one equilibrium.
+function prefer_picard!(w::Lanes)
+    any(>(0), w.grown) || return
+    @inbounds for i in axes(w.Z, 2)
+        @simd ivdep for l in eachindex(w.grown)
+            w.step[l, i] = ifelse(w.grown[l] > 0, w.F[l, i] - w.Z[l, i], w.step[l, i])
+        end
+    end
+    return
+end
 
 # The quotient of the last two residuals of a lane.
 rate(w::Lanes, l::Int) = @inbounds isfinite(w.last2[l]) ? sqrt(w.residual2[l] / w.last2[l]) : zero(w.last2[l])
