@@ -5,7 +5,7 @@ module ImplicitRNNPythonCallExt
 using ImplicitRNN
 using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address,
     loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!
-using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyis, pybuiltins
+using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
 
 """
     entry_points()
@@ -23,6 +23,9 @@ function entry_points()
     end
     return points
 end
+
+"    hand_over()\n\nGive them to Python."
+hand_over() = (pyimport("implicit_rnn.julia_runtime").receive(entry_points()); nothing)
 
 # --- handles --------------------------------------------------------------------------------------------------
 
@@ -235,7 +238,7 @@ include("generic_bridge.jl")
 for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
     hasmethod(f, arguments) && precompile(f, arguments)
 end
-precompile(entry_points, ())
+precompile(hand_over, ())
 precompile(solve, ntuple(_ -> Py, 5))
 precompile(gradient, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)

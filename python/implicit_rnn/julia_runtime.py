@@ -231,34 +231,34 @@ def evaluate(code: str) -> Any:
 
 
 def _start() -> dict[str, EntryPoint]:
+    if threading.current_thread() is not threading.main_thread():
+        # Julia keeps the thread that starts it for good: collections and its exit hang if that one has ended.
+        raise EngineError(
+            "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
+            "another thread"
+        )
     module = sys.modules.get("juliacall")
     running = module is not None and module.CONFIG.get("inited", False)
     if not running:
-        if threading.current_thread() is not threading.main_thread():
-            # Julia keeps the thread that starts it for good: collections and its exit hang if that one has ended.
-            raise EngineError(
-                "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
-                "another thread"
-            )
         environment = find_environment()
         if environment is not None:
             os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
             os.environ["PYTHON_JULIACALL_PROJECT"] = environment.project
         os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
         with julia_threads.starting():
-            juliacall = _import_juliacall()
+            _import_juliacall()
     else:
         juliacall = _import_juliacall()
-        julia_threads.check_running(juliacall.CONFIG, int(juliacall.Main.seval("Threads.nthreads()")))
-    if threading.current_thread() is threading.main_thread():
-        _allow_collection_from_other_threads()
+        julia_threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
     try:
-        return _load(juliacall)
-    except juliacall.JuliaError as error:
+        return _load()
+    except EngineError as error:
         where = "the Julia that was already running in this process" if running else "Julia"
         raise EngineError(
             f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
-        ) from error
+        ) from None
+    finally:
+        _allow_collection_from_other_threads()
 
 
 def _import_juliacall() -> Any:
@@ -267,6 +267,55 @@ def _import_juliacall() -> Any:
     except Exception as error:
         raise EngineError(f"Julia did not start: {error}") from error
     return juliacall
+
+
+def _load() -> dict[str, EntryPoint]:
+    sources = str(JULIA_SOURCES.resolve())
+    known = 'let id = Base.identify_package("ImplicitRNN"); string(id !== nothing && Base.isprecompiled(id)) end'
+    _evaluate(f'(push!(LOAD_PATH, {json.dumps(sources)}); "")')
+    if _evaluate(known) != "true":
+        _say("precompiling the Julia sources (once)")
+    begin = time.perf_counter()
+    loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
+    if time.perf_counter() - begin > 15:
+        _say(f"precompiled in {time.perf_counter() - begin:.0f} s")
+    if not os.path.samefile(loaded, sources):
+        raise EngineError(
+            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {sources}; remove "
+            'it from the project (`using Pkg; Pkg.rm("ImplicitRNN")`)'
+        )
+    extension = "Base.get_extension(Base.require(Main, :ImplicitRNN), :ImplicitRNNPythonCallExt)"
+    if _evaluate(f"string({extension})") == "nothing":
+        raise EngineError("its PythonCall extension was not loaded with it")
+    _evaluate(f'({extension}.hand_over(); "")')
+    return {str(name): _handed_over[name] for name in _handed_over}
+
+
+_handed_over: dict[str, EntryPoint] = {}
+
+
+def receive(points: dict[str, EntryPoint]) -> None:
+    """What the Julia side calls, once, with its entry points."""
+    _handed_over.update(points)
+
+
+def _evaluate(code: str) -> str:
+    """The string that a Julia expression gives; EngineError with Julia's message where it throws.
+
+    This asks libjulia itself: what juliacall converts, Julia compiles at the first use, for seconds. The extension comes with
+    what its own conversions need.
+    """
+    api = ctypes.PyDLL(None)
+    evaluate, text = api.jl_eval_string, api.jl_string_ptr
+    evaluate.argtypes, evaluate.restype = [ctypes.c_char_p], ctypes.c_void_p
+    text.argtypes, text.restype = [ctypes.c_void_p], ctypes.c_char_p
+    value = evaluate(f'try; "+" * ({code}); catch error; "-" * sprint(showerror, error); end'.encode())
+    if not value:
+        raise EngineError(f"Julia cannot read {code!r}")
+    verdict, answer = text(value)[:1], text(value)[1:].decode()
+    if verdict == b"-":
+        raise EngineError(answer)
+    return answer
 
 
 def _allow_collection_from_other_threads() -> None:
@@ -282,29 +331,6 @@ def _allow_collection_from_other_threads() -> None:
         return
     enter.restype, leave.argtypes, leave.restype = ctypes.c_int8, [ctypes.c_int8], None
     atexit.register(leave, enter())  # runs before juliacall's own hook, which was registered earlier
-
-
-def _load(juliacall: Any) -> dict[str, EntryPoint]:
-    julia = juliacall.newmodule("ImplicitRNNLoader")
-    sources = str(JULIA_SOURCES.resolve())
-    julia.seval(f"push!(LOAD_PATH, {json.dumps(sources)})")
-    if not julia.seval('(id = Base.identify_package("ImplicitRNN"); id !== nothing && Base.isprecompiled(id))'):
-        _say("precompiling the Julia sources (once)")
-    begin = time.perf_counter()
-    julia.seval("import ImplicitRNN")
-    if time.perf_counter() - begin > 15:
-        _say(f"precompiled in {time.perf_counter() - begin:.0f} s")
-    loaded = str(julia.seval("pkgdir(ImplicitRNN)"))
-    if not os.path.samefile(loaded, sources):
-        raise EngineError(
-            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {sources}; remove "
-            'it from the project (`using Pkg; Pkg.rm("ImplicitRNN")`)'
-        )
-    extension = julia.seval("Base.get_extension(ImplicitRNN, :ImplicitRNNPythonCallExt)")
-    if extension is None:
-        raise EngineError("ImplicitRNN was loaded without its PythonCall extension; `implicit-rnn doctor` tells more")
-    points = extension.entry_points()
-    return {str(name): points[name] for name in points}
 
 
 def first_line(error: BaseException) -> str:
