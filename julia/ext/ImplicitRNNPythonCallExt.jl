@@ -242,8 +242,11 @@ precompile(hand_over, ())
 precompile(solve, ntuple(_ -> Py, 5))
 precompile(gradient, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)
+    precompile(Session, (Problem{T},))
     precompile(solve, (Session{T}, Py, Py, Py, Py))
     precompile(gradient, (Session{T}, Py, Int))
+    net = Network{T}(1, [Layer(1)]; outputs = 1)
+    precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
 end
 
 end

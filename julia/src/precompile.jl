@@ -1,22 +1,30 @@
 # What Python calls with the common types, compiled when the package is.
 
 @setup_workload begin
-    adam = OPTIMIZERS.adam(Dict(:learning_rate => 0.01, :beta1 => 0.9, :beta2 => 0.999, :epsilon => 1.0e-8, :weight_decay => 0.0))
-    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3) where {T}
-        net = Network{T}(2, [Layer(neurons, activation)]; outputs = 1, constraint)
-        problem = Problem(net; solver)
+    options(; values...) = Dict{Symbol, Any}(values)
+    adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
+    limits = options(; tol = nothing, max_iterations = 1000)
+    # With the keywords of the bridge, each set of which is a method of its own.
+    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;)) where {T}
+        net = Network{T}(
+            2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
+            input_skips = Int[], outputs = 1, constraint = constraint(0.9),
+        )
+        adjoint = Implicit(; merge(limits, options(; linear_solver = "auto"))...)
+        problem = Problem(net; solver = solver(; merge(limits, options(; damping...))...), adjoint, loss = MSE(), jacobian_penalty = 0.0)
         p, X, Y = fill(T(0.1), length(net)), ones(T, 2, samples), zeros(T, 1, samples)
-        equilibrium!(Solution(net, samples), Workspace(problem), problem, p, X)
-        trainer = Trainer(problem, adam; batch_size = 2)
-        loss_and_gradient!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y)
-        train!(trainer, Replicas(reshape(p, :, 1)), X, Y, reshape(1:samples, :, 1)[:, :], 2, fill(0.01, samples), zeros(1, 1), zeros(Int, 1, 1))
+        equilibrium!(Solution(net, samples), Workspace(problem), problem, p, X, nothing)
+        loss_and_gradient!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y, 0, nothing, nothing)
+        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2)
+        order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
+        train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
     end
     @compile_workload begin
         for T in (Float64, Float32)
-            exercise(T, 3, :tanh, Perron(), Auto())
-            exercise(T, SMALL_LU + 1, :tanh, Free(), Auto(); samples = 2 * PILOTS)
+            exercise(T, 3, "tanh", Perron, Auto)
+            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 2 * PILOTS)
         end
-        exercise(Float64, 3, :sigmoid, Perron(), Auto())
-        exercise(Float64, 3, :tanh, Perron(), Picard())
+        exercise(Float64, 3, "sigmoid", Perron, Auto)
+        exercise(Float64, 3, "tanh", Perron, Picard; damping = (; damping = 1.0))
     end
 end
