@@ -2,7 +2,7 @@
 # elimination included, is then a vector operation, which no layout with one sample per column gives for a few neurons.
 
 "Stages of up to so many neurons are solved side by side."
-const LANE_NEURONS = 16
+const LANE_NEURONS = 24
 
 "Samples side by side: a vector register of the widest kind."
 lane_count(::Type{T}) where {T} = 64 ÷ sizeof(T)
@@ -261,22 +261,14 @@ function direction_lanes!(w::Lanes{T, L}, M::Matrix{T}) where {T, L}
             m = @inbounds M[i, j]
             put_vector!(A, (j - 1) * n + i, muladd_lanes(same_in_all(-m, lanes), vector(D, i, lanes), same_in_all(T(i == j), lanes)))
         end
-        for k in 1:n
-            column = (k - 1) * n
-            pivot = negative_inverse(vector(A, column + k, lanes))
-            put_vector!(A, column + k, pivot)
-            right = vector(step, k, lanes)
-            for i in (k + 1):n
-                factor = muladd_lanes(vector(A, column + i, lanes), pivot, zero_lanes)
-                put_vector!(A, column + i, factor)
-                put_vector!(step, i, muladd_lanes(factor, right, vector(step, i, lanes)))
-            end
-            for j in (k + 1):n
-                top = vector(A, (j - 1) * n + k, lanes)
-                for i in (k + 1):n
-                    entry = (j - 1) * n + i
-                    put_vector!(A, entry, muladd_lanes(vector(A, column + i, lanes), top, vector(A, entry, lanes)))
-                end
+        # Two columns at a time: what is left of the matrix is read and written half as often.
+        for k in 1:2:n
+            eliminate_lanes!(A, step, n, k, lanes)
+            k == n && break
+            subtract_lanes!(A, n, k, k + 1, lanes)
+            eliminate_lanes!(A, step, n, k + 1, lanes)
+            for j in (k + 2):n
+                subtract_two_lanes!(A, n, k, j, lanes)
             end
         end
         for k in n:-1:1
@@ -289,6 +281,43 @@ function direction_lanes!(w::Lanes{T, L}, M::Matrix{T}) where {T, L}
         end
     end
     step .= .-step
+    return
+end
+
+# Column k of A becomes -1 / pivot and, below it, the factors by which row k is added to the rows below; they act on `step`.
+@inline function eliminate_lanes!(A::Array{T}, step, n::Int, k::Int, lanes) where {T}
+    column = (k - 1) * n
+    pivot = negative_inverse(vector(A, column + k, lanes))
+    put_vector!(A, column + k, pivot)
+    right, zero_lanes = vector(step, k, lanes), same_in_all(zero(T), lanes)
+    for i in (k + 1):n
+        factor = muladd_lanes(vector(A, column + i, lanes), pivot, zero_lanes)
+        put_vector!(A, column + i, factor)
+        put_vector!(step, i, muladd_lanes(factor, right, vector(step, i, lanes)))
+    end
+    return
+end
+
+# The factors in column k act on column j.
+@inline function subtract_lanes!(A, n::Int, k::Int, j::Int, lanes)
+    column, target = (k - 1) * n, (j - 1) * n
+    top = vector(A, target + k, lanes)
+    for i in (k + 1):n
+        put_vector!(A, target + i, muladd_lanes(vector(A, column + i, lanes), top, vector(A, target + i, lanes)))
+    end
+    return
+end
+
+# Those in the columns k and k + 1 act on column j.
+@inline function subtract_two_lanes!(A, n::Int, k::Int, j::Int, lanes)
+    first_column, second_column, target = (k - 1) * n, k * n, (j - 1) * n
+    first_top = vector(A, target + k, lanes)
+    second_top = muladd_lanes(vector(A, first_column + k + 1, lanes), first_top, vector(A, target + k + 1, lanes))
+    put_vector!(A, target + k + 1, second_top)
+    for i in (k + 2):n
+        entry = muladd_lanes(vector(A, first_column + i, lanes), first_top, vector(A, target + i, lanes))
+        put_vector!(A, target + i, muladd_lanes(vector(A, second_column + i, lanes), second_top, entry))
+    end
     return
 end
 
