@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 import implicit_rnn as irnn
-from implicit_rnn import julia_runtime
-from implicit_rnn.julia_runtime import Environment
+from implicit_rnn.runtime import environments
+from implicit_rnn.runtime.environments import Environment
 
 # Before Julia is started here, which changes it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMPLICIT_RNN_ENGINE"}
@@ -221,7 +221,7 @@ def fake_julia(tmp_path: Path) -> Callable[..., tuple[str, str]]:
         exe.write_text("#!/bin/sh\necho this is no Julia >&2\nexit 3\n")
         exe.chmod(0o755)
         project.mkdir()
-        versions = dict.fromkeys(julia_runtime.dependencies(), "1.0.0") | {"PythonCall": python_call or "0.9.0"}
+        versions = dict.fromkeys(environments.dependencies(), "1.0.0") | {"PythonCall": python_call or "0.9.0"}
         entries = [f'[[deps.{name}]]\nversion = "{v}"\n' for name, v in versions.items() if name not in without]
         (project / "Manifest.toml").write_text('manifest_format = "2.0"\n\n' + "\n".join(entries))
         (project / "Project.toml").write_text("[deps]\n")

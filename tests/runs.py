@@ -34,9 +34,9 @@ def die_for_3(x: float) -> dict[str, float]:
 
 
 def threads(x: float) -> dict[str, Any]:
-    from implicit_rnn import julia_runtime
+    from implicit_rnn.runtime import embedded
 
-    julia = julia_runtime.evaluate("using LinearAlgebra: BLAS; (Threads.nthreads(), BLAS.get_num_threads())")
+    julia = embedded.evaluate("using LinearAlgebra: BLAS; (Threads.nthreads(), BLAS.get_num_threads())")
     return {"threads": [int(n) for n in julia], "process": os.getpid()}
 
 

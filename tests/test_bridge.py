@@ -11,9 +11,9 @@ import pytest
 from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
-from implicit_rnn import julia_runtime
 from implicit_rnn.engines import Samples
 from implicit_rnn.engines.julia import call
+from implicit_rnn.runtime import embedded
 
 pytestmark = pytest.mark.julia
 
@@ -38,7 +38,7 @@ def address_in_julia():
     """A Julia function that is lent an array by the bridge, doubles it in place and tells its address."""
     import juliacall
 
-    julia_runtime.entry_points()
+    embedded.entry_points()
     module = juliacall.newmodule("ImplicitRNNTests")
     module.seval("import ImplicitRNN")
     point = module.seval(ADDRESS)
@@ -92,7 +92,7 @@ def test_write_of_numpy_is_seen_by_julia_at_the_next_call(net, X, Y):
 def test_result_stays_valid_after_julia_has_collected_its_garbage(net, X):
     solution = net.equilibrium(X)
     kept = copy.deepcopy(solution.state)
-    julia_runtime.evaluate("GC.gc()")
+    embedded.evaluate("GC.gc()")
     net.equilibrium(3 * X)
     np.testing.assert_array_equal(solution.state, kept)
 
@@ -246,7 +246,7 @@ GARBAGE = """
     import threading
     import numpy as np
     import implicit_rnn as irnn
-    from implicit_rnn import julia_runtime
+    from implicit_rnn.runtime import embedded
 
     net = irnn.Network(8, [irnn.Layer(20)], outputs=2, seed=0, engine="julia")
     X = np.random.default_rng(0).standard_normal((300, 8))
@@ -254,7 +254,7 @@ GARBAGE = """
     def work():
         for _ in range(20):
             net.predict(X)
-            julia_runtime.evaluate("GC.gc()")
+            embedded.evaluate("GC.gc()")
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(30)

@@ -10,8 +10,8 @@ import pytest
 from conftest import ENVIRONMENT, Finished, RunPython
 
 import implicit_rnn as irnn
-from implicit_rnn import environment, julia_runtime
 from implicit_rnn.cli import main
+from implicit_rnn.runtime import commands, environments
 
 # --- usage ---------------------------------------------------------------------------------------------------
 
@@ -242,8 +242,8 @@ def test_setup_with_a_julia_that_does_not_start_exits_with_1(no_prepared_julia, 
 def test_setup_that_fails_remembers_nothing(no_prepared_julia, fake_julia):
     exe, project = fake_julia("0.9.2")
     with pytest.raises(irnn.EngineError):
-        environment.setup(exe, project)
-    assert not julia_runtime.prepared_path().exists()
+        commands.setup(exe, project)
+    assert not environments.prepared_path().exists()
 
 
 def test_setup_without_network_exits_with_1_and_a_remedy(run_cli: RunPython, fresh_machine):

@@ -7,7 +7,7 @@ import os
 import pytest
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
-from implicit_rnn import julia_runtime
+from implicit_rnn.runtime import environments
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
 
@@ -15,7 +15,7 @@ NEEDED = ("Aqua", "ForwardDiff", "Zygote")
 @pytest.mark.julia
 @pytest.mark.timeout(600)
 def test_the_tests_of_the_julia_package_pass(julia_environment):
-    missing = set(NEEDED) - set(julia_runtime.manifest_versions(julia_environment.project))
+    missing = set(NEEDED) - set(environments.manifest_versions(julia_environment.project))
     if missing:
         pytest.skip(f"the Julia project lacks {', '.join(sorted(missing))}")
     package = CHECKOUT / "julia"

@@ -13,8 +13,8 @@ import pytest
 from conftest import Finished, RunPython
 
 import implicit_rnn as irnn
-from implicit_rnn import julia_runtime
-from implicit_rnn.julia_runtime import Environment
+from implicit_rnn.runtime import environments
+from implicit_rnn.runtime.environments import Environment
 
 # --- import --------------------------------------------------------------------------------------------------
 
@@ -170,14 +170,14 @@ def test_exe_without_project_does_not_disturb_the_numpy_engine(run_python: RunPy
     "content", ["", "{", "[]", "null", "{}", '{"exe": "julia"}', '{"exe": 5, "project": null}', "\x00\xff", '"text"']
 )
 def test_damaged_record_of_the_prepared_environment_is_reported_with_its_path(no_prepared_julia, content):
-    path = julia_runtime.prepared_path()
+    path = environments.prepared_path()
     assert path.is_relative_to(no_prepared_julia)
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(
         irnn.EngineError, match=rf"{path.name} is damaged .*; run `implicit-rnn setup` again or delete it"
     ):
-        julia_runtime.find_environment()
+        environments.find_environment()
 
 
 def test_auto_engine_falls_back_and_tells_of_a_damaged_record(run_python: RunPython, fresh_machine):
@@ -190,13 +190,13 @@ def test_auto_engine_falls_back_and_tells_of_a_damaged_record(run_python: RunPyt
 
 
 def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, monkeypatch):
-    path = julia_runtime.prepared_path()
+    path = environments.prepared_path()
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"exe": "prepared", "project": "prepared"}))
     monkeypatch.setenv("PYTHON_JULIACALL_EXE", "explicit")
     monkeypatch.setenv("PYTHON_JULIACALL_PROJECT", "explicit")
     with pytest.raises(irnn.EngineError, match="'explicit'"):
-        julia_runtime.find_environment()
+        environments.find_environment()
 
 
 # --- environments that cannot work ---------------------------------------------------------------------------
@@ -273,16 +273,16 @@ class TestGivenJulia:
             import json, sys, warnings
             warnings.simplefilter("error")
             import implicit_rnn as irnn
-            from implicit_rnn import julia_runtime
+            from implicit_rnn.runtime import embedded
             net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
             net.predict([[0, 1]])
             KEY = 'only(key for key in keys(Base.loaded_modules) if key.name == "ImplicitRNN")'
             print(json.dumps({
                 "engine": net.engine.name,
                 "juliapkg": "juliapkg" in sys.modules,
-                "exe": str(julia_runtime.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
-                "project": str(julia_runtime.evaluate("dirname(Base.active_project())")),
-                "source": str(julia_runtime.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
+                "exe": str(embedded.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
+                "project": str(embedded.evaluate("dirname(Base.active_project())")),
+                "source": str(embedded.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
             }))
         """
         done = run_python(code, given_julia)
@@ -294,7 +294,7 @@ class TestGivenJulia:
         assert result["juliapkg"] is False
         assert os.path.samefile(result["exe"], julia_environment.exe)
         assert os.path.samefile(result["project"], julia_environment.project)
-        assert os.path.samefile(result["source"], julia_runtime.JULIA_SOURCES)
+        assert os.path.samefile(result["source"], environments.JULIA_SOURCES)
 
 
 SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').predict([[0, 1]])"
@@ -306,9 +306,9 @@ def test_julia_that_somebody_else_has_started_is_used(run_python: RunPython, giv
         import juliacall
         juliacall.Main.seval("somebody_else = 42")
         import implicit_rnn as irnn
-        from implicit_rnn import julia_runtime
+        from implicit_rnn.runtime import embedded
         {SOLVE}
-        print(irnn.get_engine().name, julia_runtime.evaluate("somebody_else"))
+        print(irnn.get_engine().name, embedded.evaluate("somebody_else"))
     """
     done = run_python(code, given_julia)
     assert done.stdout == "julia 42\n", str(done)
@@ -318,7 +318,7 @@ FORK = """
     import os, sys
     {before}
     import implicit_rnn as irnn
-    from implicit_rnn import julia_runtime
+    from implicit_rnn.runtime import embedded
     {start}
     sys.stdout.flush()
     child = os.fork()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from conftest import ENVIRONMENT, Finished, RunPython, run_process
 
-from implicit_rnn import julia_threads
+from implicit_rnn.runtime import threads
 
 LIMIT = 3.0
 """Seconds from Ctrl-C to KeyboardInterrupt; 0.1 where nothing else keeps the machine busy."""
@@ -21,12 +21,12 @@ SCENARIOS = """
 import concurrent.futures, gc, hashlib, json, os, signal, sys, threading, time
 import numpy as np
 import implicit_rnn as irnn
-from implicit_rnn import julia_runtime
+from implicit_rnn.runtime import embedded
 
 irnn.get_engine("julia")
 rng = np.random.default_rng(0)
 X, Y = rng.standard_normal((2100, 3)), rng.standard_normal((2100, 2))
-report = {"threads": julia_runtime.evaluate("Threads.nthreads()"), "interrupted": {}, "after": {}}
+report = {"threads": embedded.evaluate("Threads.nthreads()"), "interrupted": {}, "after": {}}
 
 def make(**settings):
     return irnn.Network(3, [irnn.Layer(40)], outputs=2, seed=1, engine="julia", **settings)
@@ -102,7 +102,7 @@ expected = [make().loss_and_gradient(X[k * 500 : k * 500 + 500], Y[k * 500 : k *
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     futures = [pool.submit(work, k) for k in range(4)]
     while not all(future.done() for future in futures):
-        julia_runtime.evaluate("GC.gc()")
+        embedded.evaluate("GC.gc()")
     report["right"] = [future.result() for future in futures]
 print(json.dumps(report))
 """
@@ -195,7 +195,7 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_default_is_the_usable_cores(no_settings):
-    assert julia_threads.setting() == f"{julia_threads.usable_cores()} (usable cores)"
+    assert threads.setting() == f"{threads.usable_cores()} (usable cores)"
 
 
 @pytest.mark.parametrize(
@@ -209,14 +209,14 @@ def test_default_is_the_usable_cores(no_settings):
 def test_order_of_the_settings(no_settings, settings, expected):
     for name, value in settings.items():
         no_settings.setenv(name, value)
-    assert julia_threads.setting() == expected
+    assert threads.setting() == expected
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "auto", " 2", "²"])
 def test_bad_number_of_threads_is_refused(no_settings, value):
     no_settings.setenv("IMPLICIT_RNN_THREADS", value)
     with pytest.raises(ValueError, match=r"IMPLICIT_RNN_THREADS is .*expected a whole number from 1"):
-        julia_threads.setting()
+        threads.setting()
 
 
 def test_bad_number_of_threads_is_no_reason_to_fall_back(run_python: RunPython):
@@ -246,18 +246,18 @@ def test_several_threads_without_julia_s_signal_handlers_are_refused(run_python:
 
 
 def test_running_julia_that_would_crash_is_refused(no_settings):
-    with pytest.raises(julia_threads.EngineError, match=r"already started in this process, with 4 threads but without"):
-        julia_threads.check_running({"opt_handle_signals": None}, 4)
+    with pytest.raises(threads.EngineError, match=r"already started in this process, with 4 threads but without"):
+        threads.check_running({"opt_handle_signals": None}, 4)
 
 
 def test_running_julia_with_another_number_of_threads_is_reported(no_settings):
     no_settings.setenv("IMPLICIT_RNN_THREADS", "4")
-    with pytest.warns(julia_threads.EngineWarning, match=r"with 1 thread, so IMPLICIT_RNN_THREADS=4 has no effect"):
-        julia_threads.check_running({"opt_handle_signals": None}, 1)
+    with pytest.warns(threads.EngineWarning, match=r"with 1 thread, so IMPLICIT_RNN_THREADS=4 has no effect"):
+        threads.check_running({"opt_handle_signals": None}, 1)
 
 
 def test_running_julia_is_taken_as_it_is_where_nothing_was_asked_for(no_settings, recwarn):
-    julia_threads.check_running({"opt_handle_signals": True}, 4)
+    threads.check_running({"opt_handle_signals": True}, 4)
     assert not recwarn.list
 
 

@@ -25,7 +25,7 @@ function entry_points()
 end
 
 "    hand_over()\n\nGive them to Python."
-hand_over() = (pyimport("implicit_rnn.julia_runtime").receive(entry_points()); nothing)
+hand_over() = (pyimport("implicit_rnn.runtime.embedded").receive(entry_points()); nothing)
 
 # --- handles --------------------------------------------------------------------------------------------------
 

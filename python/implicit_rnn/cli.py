@@ -198,17 +198,17 @@ def _advance(bar: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from implicit_rnn import environment
+    from implicit_rnn.runtime import commands
 
-    report = environment.diagnose()
-    print(json.dumps(report, indent=2) if options.json else environment.describe(report))
+    report = commands.diagnose()
+    print(json.dumps(report, indent=2) if options.json else commands.describe(report))
     return 0 if report["ok"] else 1
 
 
 def _setup(options: argparse.Namespace) -> int:
-    from implicit_rnn import environment
+    from implicit_rnn.runtime import commands
 
-    prepared = environment.setup(options.julia, options.project, options.cuda)
+    prepared = commands.setup(options.julia, options.project, options.cuda)
     print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
     return 0
 

@@ -19,8 +19,8 @@ import startup
 import step
 import tables
 
-from implicit_rnn import julia_threads
 from implicit_rnn.experiments import cost
+from implicit_rnn.runtime import threads
 
 FIGURES = Path(__file__).parents[2] / "examples" / "figures"
 
@@ -73,7 +73,7 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "threads": julia_threads.setting(),
+        "threads": threads.setting(),
         "load": os.getloadavg()[0],
     }
 

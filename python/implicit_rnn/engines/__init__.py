@@ -40,17 +40,17 @@ def check_engine(name: str | None) -> str:
 
 
 def _make(name: str) -> Engine:
-    from implicit_rnn import julia_runtime, julia_threads
     from implicit_rnn.engines.julia import JuliaEngine
     from implicit_rnn.engines.numpy import NumpyEngine
+    from implicit_rnn.runtime import environments, threads
 
     if name == "numpy":
         return _engines.get("numpy") or NumpyEngine()
     if name == "julia":
         return _engines.get("julia") or JuliaEngine()
     # A contradiction or a bad value is an error, not a reason to fall back.
-    julia_runtime.explicit_environment()
-    julia_threads.requested()
+    environments.explicit_environment()
+    threads.requested()
     try:
         return _engines.setdefault("julia", JuliaEngine())
     except EngineError as error:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn import julia_runtime
 from implicit_rnn.engines.base import Problem, Quality, Replicas, Samples
 from implicit_rnn.errors import EngineError
 from implicit_rnn.options import Guard, Optimizer, Option
+from implicit_rnn.runtime import embedded
 from implicit_rnn.solution import GradientReport, Solution
 
 Array = np.ndarray
@@ -23,7 +23,7 @@ class JuliaEngine:
     name = "julia"
 
     def __init__(self) -> None:
-        julia_runtime.entry_points()
+        embedded.entry_points()
 
     def compile(self, problem: Problem) -> JuliaProgram:
         return JuliaProgram(problem)
@@ -35,16 +35,16 @@ _released: deque[int] = deque()
 
 def call(name: str, *arguments: Any) -> Any:
     """Call an entry point of the Julia side; its errors arrive as EngineError, Ctrl-C as KeyboardInterrupt at once."""
-    points = julia_runtime.entry_points()
-    with julia_runtime.LOCK:
+    points = embedded.entry_points()
+    with embedded.LOCK:
         while _released:
             points["release"](_released.popleft())
         try:
-            return julia_runtime.interruptible(points[name], arguments)
+            return embedded.interruptible(points[name], arguments)
         except Exception as error:
             if type(error).__name__ != "JuliaError":
                 raise
-            raise EngineError(julia_runtime.first_line(error), str(error)) from None
+            raise EngineError(embedded.first_line(error), str(error)) from None
 
 
 class _Handle:

@@ -205,9 +205,9 @@ def run(
 
 
 def _threads(engine: str) -> int | None:
-    from implicit_rnn import julia_runtime
+    from implicit_rnn.runtime import embedded
 
-    return int(julia_runtime.evaluate("Threads.nthreads()")) if engine == "julia" else None
+    return int(embedded.evaluate("Threads.nthreads()")) if engine == "julia" else None
 
 
 def comparison(result: Result) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import platformdirs
 
-from implicit_rnn import julia_runtime, julia_threads
 from implicit_rnn.errors import EngineError
-from implicit_rnn.julia_runtime import Environment
+from implicit_rnn.runtime import embedded, environments, threads
+from implicit_rnn.runtime.environments import Environment
 
 PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "safetensors")
 
@@ -37,11 +37,11 @@ def setup(julia: str | None = None, project: str | None = None, cuda: bool = Fal
         )
     else:
         environment = _install()
-    if cuda and "CUDA" not in julia_runtime.manifest_versions(environment.project):
+    if cuda and "CUDA" not in environments.manifest_versions(environment.project):
         _julia(environment, 'import Pkg; Pkg.add("CUDA")', "could not add CUDA.jl")
     environment.check()
     _precompile(environment)
-    path = julia_runtime.prepared_path()
+    path = environments.prepared_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"exe": environment.exe, "project": environment.project}, indent=2), encoding="utf-8")
     return environment
@@ -50,7 +50,7 @@ def setup(julia: str | None = None, project: str | None = None, cuda: bool = Fal
 def _install() -> Environment:
     project = platformdirs.user_data_path("implicit-rnn") / f"julia-{metadata.version('implicit-rnn')}"
     settings = os.environ | {"PYTHON_JULIAPKG_PROJECT": str(project)}
-    julia_runtime.resolve_with_juliapkg(settings)
+    environments.resolve_with_juliapkg(settings)
     found = subprocess.run(
         [sys.executable, "-c", "import juliapkg; print(juliapkg.executable())"],
         env=settings,
@@ -91,12 +91,12 @@ def diagnose() -> dict[str, Any]:
         "numpy engine": f"ready, NumPy {np.__version__}",
     }
     try:
-        report["threads setting"] = julia_threads.setting()
-        environment = julia_runtime.explicit_environment() or julia_runtime.prepared_environment()
+        report["threads setting"] = threads.setting()
+        environment = environments.explicit_environment() or environments.prepared_environment()
     except (EngineError, ValueError) as error:
         return report | {"julia engine": f"not available: {error}", "ok": False}
     if environment is not None:
-        needed = julia_runtime.manifest_versions(environment.project).get("PythonCall")
+        needed = environments.manifest_versions(environment.project).get("PythonCall")
         report["julia environment"] = {
             "from": environment.source,
             "exe": environment.exe,
@@ -110,7 +110,7 @@ def diagnose() -> dict[str, Any]:
 
 
 def _running_julia() -> dict[str, Any]:
-    value = julia_runtime.evaluate
+    value = embedded.evaluate
     return {
         "version": str(value("string(VERSION)")),
         "exe": str(value("joinpath(Sys.BINDIR, Base.julia_exename())")),

@@ -1,0 +1,186 @@
+"""The Julia that runs in this process: its start, once, and the one way into it.
+
+The Julia sources that run are always the ones shipped with this package: they are added to Julia's load path, behind
+the environment, which only has to provide their dependencies and PythonCall.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from implicit_rnn.errors import EngineError
+from implicit_rnn.runtime import threads
+from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, say
+from implicit_rnn.runtime.interrupt import Interrupter
+
+EntryPoint = Callable[..., Any]
+
+LOCK = threading.RLock()
+"""Held around every entry into Julia: one at a time per process."""
+
+_entry_points: dict[str, EntryPoint] | None = None
+_interrupter: Interrupter | None = None
+_forked = False
+
+
+def _after_fork_in_child() -> None:
+    global _forked
+    module = sys.modules.get("juliacall")
+    _forked = module is not None and bool(module.CONFIG.get("inited", False))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def check_not_forked() -> None:
+    """EngineError in a process that was forked after Julia started: Julia does not survive a fork."""
+    if _forked:
+        raise EngineError(
+            "this process was forked after Julia had started, and Julia does not survive that; start worker processes "
+            'with multiprocessing.get_context("spawn") or "forkserver", or fork before the first use of the Julia engine'
+        )
+
+
+def entry_points() -> dict[str, EntryPoint]:
+    """The functions of the Julia side, with Julia started if it was not; EngineError where that fails."""
+    global _entry_points, _interrupter
+    check_not_forked()
+    with LOCK:
+        if _entry_points is None:
+            points = _start()
+            _interrupter = Interrupter(points["interrupt_address"]())
+            _entry_points = points
+        return _entry_points
+
+
+def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:
+    """Call an entry point, which Ctrl-C stops; see ``Interrupter.call``."""
+    assert _interrupter is not None
+    return _interrupter.call(point, arguments)
+
+
+def evaluate(code: str) -> Any:
+    """The value of a Julia expression, for reports; not for hot paths, it is parsed each time."""
+    entry_points()
+    import juliacall
+
+    with LOCK:
+        return juliacall.Main.seval(code)
+
+
+def _start() -> dict[str, EntryPoint]:
+    if threading.current_thread() is not threading.main_thread():
+        # Julia keeps the thread that starts it for good: collections and its exit hang if that one has ended.
+        raise EngineError(
+            "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
+            "another thread"
+        )
+    module = sys.modules.get("juliacall")
+    running = module is not None and module.CONFIG.get("inited", False)
+    if not running:
+        environment = find_environment()
+        if environment is not None:
+            os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
+            os.environ["PYTHON_JULIACALL_PROJECT"] = environment.project
+        os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
+        with threads.starting():
+            _import_juliacall()
+    else:
+        juliacall = _import_juliacall()
+        threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
+    try:
+        return _load()
+    except EngineError as error:
+        where = "the Julia that was already running in this process" if running else "Julia"
+        raise EngineError(
+            f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
+        ) from None
+    finally:
+        _allow_collection_from_other_threads()
+
+
+def _import_juliacall() -> Any:
+    try:
+        import juliacall
+    except Exception as error:
+        raise EngineError(f"Julia did not start: {error}") from error
+    return juliacall
+
+
+def _load() -> dict[str, EntryPoint]:
+    sources = str(JULIA_SOURCES.resolve())
+    known = 'let id = Base.identify_package("ImplicitRNN"); string(id !== nothing && Base.isprecompiled(id)) end'
+    _evaluate(f'(push!(LOAD_PATH, {json.dumps(sources)}); "")')
+    if _evaluate(known) != "true":
+        say("precompiling the Julia sources (once)")
+    begin = time.perf_counter()
+    loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
+    if time.perf_counter() - begin > 15:
+        say(f"precompiled in {time.perf_counter() - begin:.0f} s")
+    if not os.path.samefile(loaded, sources):
+        raise EngineError(
+            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {sources}; remove "
+            'it from the project (`using Pkg; Pkg.rm("ImplicitRNN")`)'
+        )
+    extension = "Base.get_extension(Base.require(Main, :ImplicitRNN), :ImplicitRNNPythonCallExt)"
+    if _evaluate(f"string({extension})") == "nothing":
+        raise EngineError("its PythonCall extension was not loaded with it")
+    _evaluate(f'({extension}.hand_over(); "")')
+    return {str(name): _handed_over[name] for name in _handed_over}
+
+
+_handed_over: dict[str, EntryPoint] = {}
+
+
+def receive(points: dict[str, EntryPoint]) -> None:
+    """What the Julia side calls, once, with its entry points."""
+    _handed_over.update(points)
+
+
+def _evaluate(code: str) -> str:
+    """The string that a Julia expression gives; EngineError with Julia's message where it throws.
+
+    This asks libjulia itself: what juliacall converts, Julia compiles at the first use, for seconds. The extension comes with
+    what its own conversions need.
+    """
+    api = ctypes.PyDLL(None)
+    evaluate, text = api.jl_eval_string, api.jl_string_ptr
+    evaluate.argtypes, evaluate.restype = [ctypes.c_char_p], ctypes.c_void_p
+    text.argtypes, text.restype = [ctypes.c_void_p], ctypes.c_char_p
+    value = evaluate(f'try; "+" * ({code}); catch error; "-" * sprint(showerror, error); end'.encode())
+    if not value:
+        raise EngineError(f"Julia cannot read {code!r}")
+    verdict, answer = text(value)[:1], text(value)[1:].decode()
+    if verdict == b"-":
+        raise EngineError(answer)
+    return answer
+
+
+def _allow_collection_from_other_threads() -> None:
+    """Mark this thread, which Julia knows since its start, as safe for garbage collection while it runs Python.
+
+    Otherwise a collection that starts on another Python thread waits for it forever. Every call into Julia leaves the
+    safe region and comes back to it. The functions are exported by libjulia but not documented.
+    """
+    api = ctypes.PyDLL(None)
+    try:
+        enter, leave = api.jl_gc_safe_enter, api.jl_gc_safe_leave
+    except AttributeError:
+        return
+    enter.restype, leave.argtypes, leave.restype = ctypes.c_int8, [ctypes.c_int8], None
+    atexit.register(leave, enter())  # runs before juliacall's own hook, which was registered earlier
+
+
+def first_line(error: BaseException) -> str:
+    """The message of a Julia error without its backtrace."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
