@@ -191,7 +191,7 @@ end
 # --- what the samples share -----------------------------------------------------------------------------------
 
 "Samples from which the mean slopes are taken, and the Picard iterations they get."
-const PILOTS, PILOT_ITERATIONS = 32, 3
+const PILOTS, PILOT_ITERATIONS = 16, 3
 
 """
     linearize!(ws, problem, X)
@@ -228,12 +228,14 @@ function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
     return
 end
 
-# Whether so many products of n × n matrices with the batch cost more than the factorisation, and whether any number could.
-pays(saved, n, B) = saved * B > 4n
+# Whether so many products of n × n matrices with the batch, and what goes with them, take longer than the factorisation, and
+# whether any number could. Both sides are fitted to times on two cores, of 32 to 256 neurons in both precisions, in such units
+# that a product takes 1 for each operation.
+pays(saved, n, B) = saved * B * n * (n + 50) > 1.5e6 + 2200.0 * n^2 + 1.4 * n^3
 may_pay(n, B) = n > LANE_NEURONS && pays(MOST_SAVED, n, B)
 
 "More products are seldom saved, forward and adjoint together."
-const MOST_SAVED = 12
+const MOST_SAVED = 10
 
 mean_rate(outcome::Outcome, m) = sum(rate -> clamp(rate, 0.05, 0.98), view(outcome.rate, 1:m)) / m
 

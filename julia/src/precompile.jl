@@ -22,7 +22,8 @@
     @compile_workload begin
         for T in (Float64, Float32)
             exercise(T, 3, "tanh", Perron, Auto)
-            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 2 * PILOTS)
+            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 200)
+            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Chord)
         end
         exercise(Float64, 3, "sigmoid", Perron, Auto)
         exercise(Float64, 3, "tanh", Perron, Picard; damping = (; damping = 1.0))

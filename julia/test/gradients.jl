@@ -56,6 +56,19 @@ end
     @test relative_error(whole[2], sum(last, parts) ./ length(parts)) < 1.0e-11
 end
 
+@testset "the linearised equation gives the same gradient ($neurons neurons, $constraint)" for neurons in (30, ImplicitRNN.LARGE + 9),
+        constraint in (Free(), Spectral(0.9))
+
+    net = one_layer(; neurons, constraint)
+    p, X, Y = parameters(net; gain = 0.5 / sqrt(neurons)), samples(net, 60), targets(net, 60)
+    problem = Problem(net; solver = Chord(tol = 1.0e-13), adjoint = Implicit(tol = 1.0e-13))
+    ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
+    ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
+    @test only(ws.recurrences).linearized
+    exact = loss_and_gradient(net, p, X, Y; solver = Picard(tol = 1.0e-13), adjoint = Implicit(linear_solver = :lu))[2]
+    @test relative_error(g, exact) < 1.0e-11
+end
+
 @testset "large stages use LAPACK and Neumann alike" begin
     net = one_layer(; neurons = 40, constraint = Spectral(0.9))
     p, X, Y = parameters(net), samples(net, 5), targets(net, 5)
