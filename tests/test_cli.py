@@ -192,7 +192,8 @@ def test_doctor_tells_of_a_damaged_record_of_the_prepared_environment(run_cli: R
 @pytest.mark.julia
 class TestDoctorWithJulia:
     @pytest.fixture(scope="class")
-    def done(self, tmp_path_factory) -> Finished:
+    @classmethod
+    def done(cls, tmp_path_factory) -> Finished:
         import sys
 
         from conftest import run_process

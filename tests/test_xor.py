@@ -137,7 +137,8 @@ class TestClaim:
     """The paper's first claim, with seeds enough to tell."""
 
     @pytest.fixture(scope="class")
-    def cells(self) -> dict[tuple[str, int], xor.Cell]:
+    @classmethod
+    def cells(cls) -> dict[tuple[str, int], xor.Cell]:
         result = xor.run([1, 2], ["none", "perron"], 60, "julia")
         return {(cell.recurrence, cell.neurons): cell for cell in result.cells}
 
