@@ -13,7 +13,7 @@ from conftest import RunPython, make_net
 import implicit_rnn as irnn
 from implicit_rnn.engines import Samples
 from implicit_rnn.engines.julia import call
-from implicit_rnn.runtime import embedded
+from implicit_rnn.runtime import embedded, environments
 
 pytestmark = pytest.mark.julia
 
@@ -43,6 +43,11 @@ def address_in_julia():
     module.seval("import ImplicitRNN")
     point = module.seval(ADDRESS)
     return lambda array: int(point(array))
+
+
+@pytest.mark.parametrize("text", ["C:\\new\\table", '$HOME "quoted"', "Käse 😀"])
+def test_text_reaches_julia_as_it_is(text: str):
+    assert embedded.evaluate(environments.julia_string(text)) == text
 
 
 def test_julia_works_at_the_address_of_the_numpy_array(address_in_julia):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import json
 import os
 import sys
 import threading
@@ -18,7 +17,7 @@ from typing import Any
 
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import threads
-from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, say
+from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, julia_string, say
 from implicit_rnn.runtime.interrupt import Interrupter
 
 EntryPoint = Callable[..., Any]
@@ -119,7 +118,7 @@ def _import_juliacall() -> Any:
 def _load() -> dict[str, EntryPoint]:
     sources = str(JULIA_SOURCES.resolve())
     known = 'let id = Base.identify_package("ImplicitRNN"); string(id !== nothing && Base.isprecompiled(id)) end'
-    _evaluate(f'(push!(LOAD_PATH, {json.dumps(sources)}); "")')
+    _evaluate(f'(push!(LOAD_PATH, {julia_string(sources)}); "")')
     if _evaluate(known) != "true":
         say("precompiling the Julia sources (once)")
     begin = time.perf_counter()
@@ -152,7 +151,8 @@ def _evaluate(code: str) -> str:
     This asks libjulia itself: what juliacall converts, Julia compiles at the first use, for seconds. The extension comes with
     what its own conversions need.
     """
-    api = ctypes.PyDLL(None)
+    library = sys.modules["juliacall"].CONFIG.get("lib")
+    api = library if isinstance(library, ctypes.PyDLL) else ctypes.PyDLL(None)
     evaluate, text = api.jl_eval_string, api.jl_string_ptr
     evaluate.argtypes, evaluate.restype = [ctypes.c_char_p], ctypes.c_void_p
     text.argtypes, text.restype = [ctypes.c_void_p], ctypes.c_char_p
@@ -171,10 +171,10 @@ def _allow_collection_from_other_threads() -> None:
     Otherwise a collection that starts on another Python thread waits for it forever. Every call into Julia leaves the
     safe region and comes back to it. The functions are exported by libjulia but not documented.
     """
-    api = ctypes.PyDLL(None)
     try:
+        api = ctypes.PyDLL(None)
         enter, leave = api.jl_gc_safe_enter, api.jl_gc_safe_leave
-    except AttributeError:
+    except (AttributeError, TypeError):  # another Julia, or a platform without one name space for all libraries
         return
     enter.restype, leave.argtypes, leave.restype = ctypes.c_int8, [ctypes.c_int8], None
     atexit.register(leave, enter())  # runs before juliacall's own hook, which was registered earlier

@@ -161,6 +161,11 @@ def _network() -> bool:
     return reached.is_set()
 
 
+def julia_string(text: str) -> str:
+    """The text as a literal of Julia."""
+    return json.dumps(text, ensure_ascii=False).replace("$", "\\$")
+
+
 def say(message: str) -> None:
     """A line on stderr about what takes its time."""
     print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)
