@@ -34,9 +34,9 @@ def die_for_3(x: float) -> dict[str, float]:
 
 
 def threads(x: float) -> dict[str, Any]:
-    from implicit_rnn.runtime import embedded
+    from implicit_rnn.runtime import start
 
-    julia = embedded.evaluate("using LinearAlgebra: BLAS; (Threads.nthreads(), BLAS.get_num_threads())")
+    julia = start.evaluate("using LinearAlgebra: BLAS; (Threads.nthreads(), BLAS.get_num_threads())")
     return {"threads": [int(n) for n in julia], "process": os.getpid()}
 
 

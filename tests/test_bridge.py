@@ -12,8 +12,8 @@ from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
 from implicit_rnn.engines import Samples
-from implicit_rnn.engines.julia import call
-from implicit_rnn.runtime import embedded, environments
+from implicit_rnn.engines.julia.network import call
+from implicit_rnn.runtime import environments, start
 
 pytestmark = pytest.mark.julia
 
@@ -38,7 +38,7 @@ def address_in_julia():
     """A Julia function that is lent an array by the bridge, doubles it in place and tells its address."""
     import juliacall
 
-    embedded.entry_points()
+    start.entry_points()
     module = juliacall.newmodule("ImplicitRNNTests")
     module.seval("import ImplicitRNN")
     point = module.seval(ADDRESS)
@@ -47,7 +47,7 @@ def address_in_julia():
 
 @pytest.mark.parametrize("text", ["C:\\new\\table", '$HOME "quoted"', "Käse 😀"])
 def test_text_reaches_julia_as_it_is(text: str):
-    assert embedded.evaluate(environments.julia_string(text)) == text
+    assert start.evaluate(environments.julia_string(text)) == text
 
 
 def test_julia_works_at_the_address_of_the_numpy_array(address_in_julia):
@@ -97,7 +97,7 @@ def test_write_of_numpy_is_seen_by_julia_at_the_next_call(net, X, Y):
 def test_result_stays_valid_after_julia_has_collected_its_garbage(net, X):
     solution = net.equilibrium(X)
     kept = copy.deepcopy(solution.state)
-    embedded.evaluate("GC.gc()")
+    start.evaluate("GC.gc()")
     net.equilibrium(3 * X)
     np.testing.assert_array_equal(solution.state, kept)
 
@@ -251,7 +251,7 @@ GARBAGE = """
     import threading
     import numpy as np
     import implicit_rnn as irnn
-    from implicit_rnn.runtime import embedded
+    from implicit_rnn.runtime import start
 
     net = irnn.Network(8, [irnn.Layer(20)], outputs=2, seed=0, engine="julia")
     X = np.random.default_rng(0).standard_normal((300, 8))
@@ -259,7 +259,7 @@ GARBAGE = """
     def work():
         for _ in range(20):
             net.predict(X)
-            embedded.evaluate("GC.gc()")
+            start.evaluate("GC.gc()")
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(30)

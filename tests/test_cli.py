@@ -11,7 +11,8 @@ from conftest import ENVIRONMENT, Finished, RunPython
 
 import implicit_rnn as irnn
 from implicit_rnn.cli import main
-from implicit_rnn.runtime import commands, environments
+from implicit_rnn.runtime import environments
+from implicit_rnn.runtime.setup import setup
 
 # --- usage ---------------------------------------------------------------------------------------------------
 
@@ -243,7 +244,7 @@ def test_setup_with_a_julia_that_does_not_start_exits_with_1(no_prepared_julia, 
 def test_setup_that_fails_remembers_nothing(no_prepared_julia, fake_julia):
     exe, project = fake_julia("0.9.2")
     with pytest.raises(irnn.EngineError):
-        commands.setup(exe, project)
+        setup(exe, project)
     assert not environments.prepared_path().exists()
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import implicit_rnn as irnn
-from implicit_rnn.activations import ACTIVATIONS
+from implicit_rnn.model.activations import ACTIVATIONS
 
 EXACT = irnn.Picard(tol=1e-14)
 

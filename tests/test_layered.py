@@ -21,7 +21,7 @@ SHAPES = {
 }
 
 
-def build(shape: str, constraint: irnn.options.Constraint, engine: str) -> irnn.Network:
+def build(shape: str, constraint: irnn.model.constraints.Constraint, engine: str) -> irnn.Network:
     net = irnn.Network(3, outputs=2, constraint=constraint, engine=engine, **SHAPES[shape])
     net.parameters[:] = 0.3 * np.random.default_rng(7).standard_normal(net.parameters.shape)
     return net

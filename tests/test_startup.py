@@ -273,16 +273,16 @@ class TestGivenJulia:
             import json, sys, warnings
             warnings.simplefilter("error")
             import implicit_rnn as irnn
-            from implicit_rnn.runtime import embedded
+            from implicit_rnn.runtime import start
             net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
             net.predict([[0, 1]])
             KEY = 'only(key for key in keys(Base.loaded_modules) if key.name == "ImplicitRNN")'
             print(json.dumps({
                 "engine": net.engine.name,
                 "juliapkg": "juliapkg" in sys.modules,
-                "exe": str(embedded.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
-                "project": str(embedded.evaluate("dirname(Base.active_project())")),
-                "source": str(embedded.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
+                "exe": str(start.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
+                "project": str(start.evaluate("dirname(Base.active_project())")),
+                "source": str(start.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
             }))
         """
         done = run_python(code, given_julia)
@@ -306,9 +306,9 @@ def test_julia_that_somebody_else_has_started_is_used(run_python: RunPython, giv
         import juliacall
         juliacall.Main.seval("somebody_else = 42")
         import implicit_rnn as irnn
-        from implicit_rnn.runtime import embedded
+        from implicit_rnn.runtime import start
         {SOLVE}
-        print(irnn.get_engine().name, embedded.evaluate("somebody_else"))
+        print(irnn.get_engine().name, start.evaluate("somebody_else"))
     """
     done = run_python(code, given_julia)
     assert done.stdout == "julia 42\n", str(done)
@@ -318,7 +318,7 @@ FORK = """
     import os, sys
     {before}
     import implicit_rnn as irnn
-    from implicit_rnn.runtime import embedded
+    from implicit_rnn.runtime import start
     {start}
     sys.stdout.flush()
     child = os.fork()

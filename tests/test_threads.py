@@ -21,12 +21,12 @@ SCENARIOS = """
 import concurrent.futures, gc, hashlib, json, os, signal, sys, threading, time
 import numpy as np
 import implicit_rnn as irnn
-from implicit_rnn.runtime import embedded
+from implicit_rnn.runtime import start
 
 irnn.get_engine("julia")
 rng = np.random.default_rng(0)
 X, Y = rng.standard_normal((2100, 3)), rng.standard_normal((2100, 2))
-report = {"threads": embedded.evaluate("Threads.nthreads()"), "interrupted": {}, "after": {}}
+report = {"threads": start.evaluate("Threads.nthreads()"), "interrupted": {}, "after": {}}
 
 def make(**settings):
     return irnn.Network(3, [irnn.Layer(40)], outputs=2, seed=1, engine="julia", **settings)
@@ -102,7 +102,7 @@ expected = [make().loss_and_gradient(X[k * 500 : k * 500 + 500], Y[k * 500 : k *
 with concurrent.futures.ThreadPoolExecutor(4) as pool:
     futures = [pool.submit(work, k) for k in range(4)]
     while not all(future.done() for future in futures):
-        embedded.evaluate("GC.gc()")
+        start.evaluate("GC.gc()")
     report["right"] = [future.result() for future in futures]
 print(json.dumps(report))
 """

@@ -32,7 +32,9 @@ def test_wilson_interval_of_no_proportion_is_refused(successes, trials):
         wilson_interval(successes, trials)
 
 
-def net_of(engine: str, W: list, b: list, R: list | None, constraint: irnn.options.Constraint) -> irnn.Network:
+def net_of(
+    engine: str, W: list, b: list, R: list | None, constraint: irnn.model.constraints.Constraint
+) -> irnn.Network:
     layer = irnn.Layer(len(b), "tanh", lateral=R is not None)
     net = irnn.Network(2, [layer], outputs=[0], constraint=constraint, engine=engine)
     net.parameters[:] = 0

@@ -25,7 +25,7 @@ function entry_points()
 end
 
 "    hand_over()\n\nGive them to Python."
-hand_over() = (pyimport("implicit_rnn.runtime.embedded").receive(entry_points()); nothing)
+hand_over() = (pyimport("implicit_rnn.runtime.start").receive(entry_points()); nothing)
 
 # --- handles --------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ function restore(handle::Py, numbers::Py)
     return nothing
 end
 
-include("generic_bridge.jl")
+include("equations_bridge.jl")
 
 # --- compiled ahead -------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ does. Importing this module starts nothing.
 from importlib import metadata
 
 from implicit_rnn.engines import get_engine
+from implicit_rnn.equations import ImplicitSolution, fixed_point, julia, root
 from implicit_rnn.errors import (
     CheckpointError,
     ConvergenceError,
@@ -16,36 +17,14 @@ from implicit_rnn.errors import (
     EngineWarning,
     ModelFileError,
 )
-from implicit_rnn.generic import ImplicitSolution, fixed_point, julia, root
-from implicit_rnn.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber
+from implicit_rnn.model.constraints import Free, InfNorm, Monotone, Perron, Spectral
+from implicit_rnn.model.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber
+from implicit_rnn.model.optimizers import LBFGS, SGD, Adam, AdamW, Guard, Momentum, Nesterov, RMSProp
+from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.options import (
-    LBFGS,
-    SGD,
-    Adam,
-    AdamW,
-    Anderson,
-    Auto,
-    Chord,
-    Free,
-    Guard,
-    Implicit,
-    InfNorm,
-    JacobianFree,
-    Momentum,
-    Monotone,
-    Nesterov,
-    Newton,
-    NLsolve,
-    Perron,
-    Picard,
-    RMSProp,
-    Spectral,
-    Unrolled,
-)
 from implicit_rnn.serialization import load
 from implicit_rnn.solution import GradientReport, Solution, Status
-from implicit_rnn.topology import Layer
+from implicit_rnn.solvers import Anderson, Auto, Chord, Implicit, JacobianFree, Newton, NLsolve, Picard, Unrolled
 from implicit_rnn.training import (
     Checkpoint,
     Constant,

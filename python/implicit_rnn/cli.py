@@ -198,17 +198,17 @@ def _advance(bar: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from implicit_rnn.runtime import commands
+    from implicit_rnn.runtime import doctor
 
-    report = commands.diagnose()
-    print(json.dumps(report, indent=2) if options.json else commands.describe(report))
+    report = doctor.diagnose()
+    print(json.dumps(report, indent=2) if options.json else doctor.describe(report))
     return 0 if report["ok"] else 1
 
 
 def _setup(options: argparse.Namespace) -> int:
-    from implicit_rnn.runtime import commands
+    from implicit_rnn.runtime.setup import setup
 
-    prepared = commands.setup(options.julia, options.project, options.cuda)
+    prepared = setup(options.julia, options.project, options.cuda)
     print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
     return 0
 

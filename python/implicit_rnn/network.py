@@ -14,10 +14,11 @@ from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
 from implicit_rnn.engines.numpy import constraints as numpy_constraints
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
-from implicit_rnn.losses import Loss, as_weights
-from implicit_rnn.options import Adjoint, Auto, Constraint, Implicit, Perron, Solver
+from implicit_rnn.model.constraints import Constraint, Perron
+from implicit_rnn.model.losses import Loss, as_weights
+from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.solution import GradientReport, Solution
-from implicit_rnn.topology import INPUT, Layer, Topology
+from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
 from implicit_rnn.validation import as_real, as_samples
 
 Array = np.ndarray
@@ -142,7 +143,7 @@ class Network:
     @property
     def recurrent_weights(self) -> Array:
         """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal."""
-        from implicit_rnn.engines.numpy.engine import slope_bounds
+        from implicit_rnn.engines.numpy.network import slope_bounds
 
         R = np.zeros((self.topology.neurons, self.topology.neurons), self.dtype)
         for block in self.topology.blocks:
@@ -329,7 +330,7 @@ class Network:
                 options.choose(Solver, solver, "solver"),
                 options.choose(Adjoint, adjoint, "adjoint"),
                 options.choose(Loss, loss, "loss"),
-                options.check_penalty(jacobian_penalty, adjoint),
+                check_penalty(jacobian_penalty, adjoint),
             )
             program = self._programs[choice] = self.engine.compile(problem)
         return program

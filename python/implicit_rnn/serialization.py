@@ -13,7 +13,7 @@ from safetensors.numpy import save as serialize
 
 from implicit_rnn.errors import ModelFileError
 from implicit_rnn.files import read_tensors, write_atomically
-from implicit_rnn.topology import Topology
+from implicit_rnn.model.topology import Topology
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network

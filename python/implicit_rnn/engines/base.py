@@ -12,10 +12,11 @@ from typing import Protocol
 
 import numpy as np
 
-from implicit_rnn.losses import Loss
-from implicit_rnn.options import Adjoint, Guard, Optimizer, Solver
+from implicit_rnn.model.losses import Loss
+from implicit_rnn.model.optimizers import Guard, Optimizer
+from implicit_rnn.model.topology import Topology
 from implicit_rnn.solution import GradientReport, Solution
-from implicit_rnn.topology import Topology
+from implicit_rnn.solvers import Adjoint, Solver
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ import numpy as np
 from implicit_rnn.engines import get_engine
 from implicit_rnn.errors import EngineError
 from implicit_rnn.experiments.provenance import versions
+from implicit_rnn.model.constraints import Free
+from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.options import Adjoint, Auto, Free, Implicit, Picard, Solver, Unrolled
-from implicit_rnn.topology import Layer
+from implicit_rnn.solvers import Adjoint, Auto, Implicit, Picard, Solver, Unrolled
 
 NEURONS, INPUTS, OUTPUTS = 100, 20, 2
 SAMPLES = {"julia": 500, "numpy": 50}
@@ -205,9 +206,9 @@ def run(
 
 
 def _threads(engine: str) -> int | None:
-    from implicit_rnn.runtime import embedded
+    from implicit_rnn.runtime import start
 
-    return int(embedded.evaluate("Threads.nthreads()")) if engine == "julia" else None
+    return int(start.evaluate("Threads.nthreads()")) if engine == "julia" else None
 
 
 def comparison(result: Result) -> list[dict[str, Any]]:

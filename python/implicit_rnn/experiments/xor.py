@@ -23,9 +23,11 @@ import numpy as np
 from implicit_rnn.engines import get_engine
 from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.experiments.statistics import wilson_interval
+from implicit_rnn.model.constraints import Constraint, Free, Perron
+from implicit_rnn.model.optimizers import Adam
+from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.options import Adam, Auto, Constraint, Free, Perron
-from implicit_rnn.topology import Layer
+from implicit_rnn.solvers import Auto
 from implicit_rnn.training import Run, fit_many
 
 X = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])

@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
-from implicit_rnn.losses import Loss, as_weights
-from implicit_rnn.options import Adam, Adjoint, Auto, Guard, Implicit, Optimizer, Solver
+from implicit_rnn.model.losses import Loss, as_weights
+from implicit_rnn.model.optimizers import Adam, Guard, Optimizer
+from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
 from implicit_rnn.training.checkpoints import Checkpoint, restore
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
@@ -153,7 +154,7 @@ def fit_many(
         options.choose(Solver, solver, "solver"),
         options.choose(Adjoint, adjoint, "adjoint"),
         None if clip is None else float(clip),
-        options.check_penalty(jacobian_penalty, adjoint),
+        check_penalty(jacobian_penalty, adjoint),
         options.check_count("validation_every", validation_every),
         early_stopping,
         bool(restore_best),

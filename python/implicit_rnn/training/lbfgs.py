@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 
 from implicit_rnn.engines import Halt, Program, Replicas, Samples
-from implicit_rnn.options import LBFGS, Guard
+from implicit_rnn.model.optimizers import LBFGS, Guard
 
 Array = np.ndarray
 

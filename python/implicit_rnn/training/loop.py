@@ -15,7 +15,8 @@ from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
 from implicit_rnn.engines.numpy.losses import loss_and_gradient
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
-from implicit_rnn.options import LBFGS, Unrolled
+from implicit_rnn.model.optimizers import LBFGS
+from implicit_rnn.solvers import Unrolled
 from implicit_rnn.training import checkpoints
 from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.history import Run

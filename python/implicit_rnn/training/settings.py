@@ -6,8 +6,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from implicit_rnn.losses import Loss
-from implicit_rnn.options import LBFGS, Adjoint, GradientDescent, Guard, Optimizer, Picard, Solver, Unrolled
+from implicit_rnn.model.losses import Loss
+from implicit_rnn.model.optimizers import LBFGS, GradientDescent, Guard, Optimizer
+from implicit_rnn.solvers import Adjoint, Picard, Solver, Unrolled
 from implicit_rnn.training.schedules import Constant, Schedule
 from implicit_rnn.training.stopping import EarlyStopping
 

@@ -9,7 +9,7 @@ import numpy as np
 from protocol import Arrays, serve
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import embedded
+from implicit_rnn.runtime import start
 
 
 class Ours:
@@ -56,7 +56,7 @@ class Ours:
 
     def report(self) -> dict[str, object]:
         R, B = self.net.recurrent_weights, max(1024, len(self.x))
-        return {"gemm_flops": gemm_rate(R, B), "threads": int(embedded.evaluate("Threads.nthreads()"))}
+        return {"gemm_flops": gemm_rate(R, B), "threads": int(start.evaluate("Threads.nthreads()"))}
 
 
 def gemm_rate(R: np.ndarray, columns: int) -> float:
@@ -72,5 +72,5 @@ def gemm_rate(R: np.ndarray, columns: int) -> float:
 
 if __name__ == "__main__":
     irnn.get_engine("julia")
-    julia = str(embedded.evaluate("string(VERSION)"))
+    julia = str(start.evaluate("string(VERSION)"))
     serve(Ours, {"implicit-rnn": metadata.version("implicit-rnn"), "julia": julia, "numpy": np.__version__})

@@ -4,6 +4,6 @@ Arrays have a leading axis of nets, so that many small nets are trained in one g
 A single net is S = 1. The formulas are those of the Julia engine.
 """
 
-from implicit_rnn.engines.numpy.engine import NumpyEngine
+from implicit_rnn.engines.numpy.network import NumpyEngine
 
 __all__ = ["NumpyEngine"]

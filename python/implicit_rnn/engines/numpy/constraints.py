@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from implicit_rnn.options import Constraint, InfNorm, Monotone, Perron, Spectral
+from implicit_rnn.model.constraints import Constraint, InfNorm, Monotone, Perron, Spectral
 
 Array = np.ndarray
 

@@ -1,13 +1,13 @@
 """The losses of outputs Y against targets T (B, outputs), with any leading axes of Y, and their derivatives.
 
-The formulas are in ``implicit_rnn.losses``; ``weights`` (B,) are those of the samples, with mean 1, or None.
+The formulas are in ``implicit_rnn.model.losses``; ``weights`` (B,) are those of the samples, with mean 1, or None.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from implicit_rnn.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss
+from implicit_rnn.model.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber, Loss
 
 Array = np.ndarray
 

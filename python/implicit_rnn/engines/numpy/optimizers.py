@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.options import SGD, Adam, AdamW, Momentum, Nesterov, Optimizer, RMSProp
+from implicit_rnn.model.optimizers import SGD, Adam, AdamW, Momentum, Nesterov, Optimizer, RMSProp
 
 Array = np.ndarray
 

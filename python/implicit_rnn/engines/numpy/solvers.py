@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields
 
 import numpy as np
 
-from implicit_rnn.options import Anderson, Auto, Newton, Picard, Solver
 from implicit_rnn.solution import Status
+from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
 Elementwise = Callable[[Array], Array]

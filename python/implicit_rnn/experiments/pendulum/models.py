@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from implicit_rnn.experiments.pendulum.simulation import TIMES
+from implicit_rnn.model.constraints import Constraint, Free, Monotone, Perron
+from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.options import Adjoint, Auto, Constraint, Free, Implicit, Monotone, Perron, Picard, Solver, Unrolled
-from implicit_rnn.topology import Layer
+from implicit_rnn.solvers import Adjoint, Auto, Implicit, Picard, Solver, Unrolled
 
 SOLVER = Auto(tol=1e-8, max_iterations=200)
 INITIAL_SEED = 10_000

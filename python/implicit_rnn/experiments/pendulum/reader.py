@@ -14,8 +14,8 @@ from implicit_rnn.experiments.pendulum.data import Normalisation
 from implicit_rnn.experiments.pendulum.models import SOLVER
 from implicit_rnn.experiments.pendulum.simulation import TIMES
 from implicit_rnn.network import Network
-from implicit_rnn.options import Solver
 from implicit_rnn.solution import Solution
+from implicit_rnn.solvers import Solver
 
 Array = np.ndarray
 

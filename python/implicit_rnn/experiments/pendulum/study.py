@@ -16,8 +16,8 @@ from implicit_rnn.experiments.pendulum.models import MODELS, Model
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.simulation import Pendulums, cramer_rao_floor
 from implicit_rnn.experiments.provenance import versions
-from implicit_rnn.options import Adam
-from implicit_rnn.parallel import run_many
+from implicit_rnn.model.optimizers import Adam
+from implicit_rnn.runs import run_many
 
 Array = np.ndarray
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.activations import ACTIVATIONS
-from implicit_rnn.options import Constraint, Monotone, Perron, from_description
+from implicit_rnn.model.activations import ACTIVATIONS
+from implicit_rnn.model.constraints import Constraint, Monotone, Perron
+from implicit_rnn.options import from_description
 
 INPUT = -1
 """The source of a connection that comes from the input."""

@@ -11,7 +11,7 @@ import runs
 
 import implicit_rnn as irnn
 from implicit_rnn.errors import RunError
-from implicit_rnn.parallel import prepare_worker, run_many
+from implicit_rnn.runs import prepare_worker, run_many
 
 TASKS = {f"x{x}": {"x": x} for x in range(6)}
 

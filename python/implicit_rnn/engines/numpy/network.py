@@ -8,15 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.activations import ACTIVATIONS
 from implicit_rnn.engines.base import Halt, Problem, Quality, Replicas, Samples
 from implicit_rnn.engines.numpy import constraints, losses, solvers
 from implicit_rnn.engines.numpy.optimizers import RULES
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Guard, Implicit, JacobianFree, Optimizer, Unrolled
+from implicit_rnn.model.activations import ACTIVATIONS
+from implicit_rnn.model.optimizers import Guard, Optimizer
+from implicit_rnn.model.topology import INPUT, Stage, Topology
 from implicit_rnn.solution import GradientReport, Solution, Status
-from implicit_rnn.topology import INPUT, Stage, Topology
+from implicit_rnn.solvers import Implicit, JacobianFree, Unrolled
 
 Array = np.ndarray
 Chain = list[tuple[Array, Array, Array]]

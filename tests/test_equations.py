@@ -49,7 +49,7 @@ def given(request: pytest.FixtureRequest) -> Callable[[str], Any]:
     return f
 
 
-def with_julia(*solvers: irnn.options.Solver) -> list[Any]:
+def with_julia(*solvers: irnn.solvers.Solver) -> list[Any]:
     return [pytest.param(s, id=str(s)) for s in solvers]
 
 
@@ -135,7 +135,7 @@ def test_vectorized_functions_see_many_samples_at_once(rng):
 
 
 def test_python_functions_need_no_julia(monkeypatch):
-    monkeypatch.setattr("implicit_rnn.engines.julia.call", None)
+    monkeypatch.setattr("implicit_rnn.engines.julia.network.call", None)
     for engine in ("numpy", "julia", "auto"):
         assert fixed_point(np.cos, [0.5], engine=engine).converged.all()
 

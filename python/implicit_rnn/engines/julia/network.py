@@ -1,4 +1,4 @@
-"""The Julia engine: hands NumPy arrays to ImplicitRNN.jl as they lie in memory."""
+"""Networks on the Julia engine."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 
 from implicit_rnn.engines.base import Problem, Quality, Replicas, Samples
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Guard, Optimizer, Option
-from implicit_rnn.runtime import embedded
+from implicit_rnn.model.optimizers import Guard, Optimizer
+from implicit_rnn.options import Option
+from implicit_rnn.runtime import start
 from implicit_rnn.solution import GradientReport, Solution
 
 Array = np.ndarray
@@ -23,7 +24,7 @@ class JuliaEngine:
     name = "julia"
 
     def __init__(self) -> None:
-        embedded.entry_points()
+        start.entry_points()
 
     def compile(self, problem: Problem) -> JuliaProgram:
         return JuliaProgram(problem)
@@ -35,16 +36,16 @@ _released: deque[int] = deque()
 
 def call(name: str, *arguments: Any) -> Any:
     """Call an entry point of the Julia side; its errors arrive as EngineError, Ctrl-C as KeyboardInterrupt at once."""
-    points = embedded.entry_points()
-    with embedded.LOCK:
+    points = start.entry_points()
+    with start.LOCK:
         while _released:
             points["release"](_released.popleft())
         try:
-            return embedded.interruptible(points[name], arguments)
+            return start.interruptible(points[name], arguments)
         except Exception as error:
             if type(error).__name__ != "JuliaError":
                 raise
-            raise EngineError(embedded.first_line(error), str(error)) from None
+            raise EngineError(start.first_line(error), str(error)) from None
 
 
 class _Handle:

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.engines.generic import GenericProblem, JuliaFunction, SingularSolution
-from implicit_rnn.engines.julia import call
-from implicit_rnn.options import Solver
+from implicit_rnn.engines.equations import GenericProblem, JuliaFunction, SingularSolution
+from implicit_rnn.engines.julia.network import call
 from implicit_rnn.solution import Solution
+from implicit_rnn.solvers import Solver
 
 Array = np.ndarray
 

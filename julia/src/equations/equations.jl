@@ -1,13 +1,13 @@
 # Generic solving: fixed points z = f(z, args...) and roots f(z, args...) = 0 of any function, for one problem or for many
 # at once, and their derivatives with respect to the arguments by the implicit function theorem.
 
-include("generic/short.jl")
-include("generic/problem.jl")
-include("generic/function_derivatives.jl")
-include("generic/solvers.jl")
-include("generic/solution_derivatives.jl")
-include("generic/implicit_function.jl")
-include("generic/text.jl")
+include("short.jl")
+include("problem.jl")
+include("function_derivatives.jl")
+include("solvers.jl")
+include("solution_derivatives.jl")
+include("implicit_function.jl")
+include("text.jl")
 
 """
     ImplicitSolution{T}
@@ -73,4 +73,4 @@ function vjp(solution::ImplicitSolution{T}, v::AbstractVecOrMat) where {T}
     return ((is_differentiable(x) ? number_or_array(g) : nothing for (g, x) in zip(gradients, problem.args))...,)
 end
 
-include("generic/precompile.jl")
+include("precompile.jl")

@@ -18,12 +18,12 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
-from implicit_rnn.engines.generic import GenericEngine, GenericProblem, JuliaFunction, SingularSolution
-from implicit_rnn.engines.julia_generic import JuliaGeneric
-from implicit_rnn.engines.numpy.generic import PythonGeneric
+from implicit_rnn.engines.equations import GenericEngine, GenericProblem, JuliaFunction, SingularSolution
+from implicit_rnn.engines.julia.equations import JuliaGeneric
+from implicit_rnn.engines.numpy.equations import PythonGeneric
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
-from implicit_rnn.options import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.validation import as_real
 
 __all__ = ["ImplicitSolution", "JuliaFunction", "fixed_point", "julia", "root"]

@@ -1,5 +1,5 @@
 # --- generic solving ------------------------------------------------------------------------------------------
-# The entry points of `implicit_rnn.generic`. Each returns None, or where the user's function is at fault what is wrong, as
+# The entry points of `implicit_rnn.equations`. Each returns None, or where the user's function is at fault what is wrong, as
 # (kind, text) for Python to say with the names it knows.
 
 using ImplicitRNN: GenericProblem, compiled_function, solve!, vjp!

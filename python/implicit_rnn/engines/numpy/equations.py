@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from implicit_rnn.engines.generic import GenericProblem, SingularSolution
+from implicit_rnn.engines.equations import GenericProblem, SingularSolution
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm
 from implicit_rnn.errors import EngineError
-from implicit_rnn.options import Anderson, Auto, Newton, Picard, Solver
 from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
 

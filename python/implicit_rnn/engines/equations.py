@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from implicit_rnn.options import Solver
 from implicit_rnn.solution import Solution
+from implicit_rnn.solvers import Solver
 
 Array = np.ndarray
 

@@ -2,7 +2,7 @@
 
 ``joblib.parallel_config(backend="dask")`` or ``"ray"`` around ``run_many`` sends the runs to a cluster. Each worker
 process has a Julia of its own, of one thread. On Dask, whose tasks do not run in the main thread of their worker, Julia
-has to be started beforehand: ``client.run(implicit_rnn.parallel.prepare_worker)``.
+has to be started beforehand: ``client.run(implicit_rnn.runs.prepare_worker)``.
 """
 
 from __future__ import annotations

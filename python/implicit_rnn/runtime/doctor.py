@@ -1,0 +1,78 @@
+"""`implicit-rnn doctor`: which engines, Julia, project, versions and threads there are, and what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from implicit_rnn.errors import EngineError
+from implicit_rnn.runtime import environments, start, threads
+
+PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "safetensors")
+
+
+def diagnose() -> dict[str, Any]:
+    """What there is and what is wrong with it, as plain data; starts Julia if it can."""
+    report: dict[str, Any] = {
+        "python": f"{platform.python_version()} on {platform.platform()}",
+        "packages": {name: _version(name) for name in PACKAGES},
+        "engine setting": os.environ.get("IMPLICIT_RNN_ENGINE", "auto"),
+        "numpy engine": f"ready, NumPy {np.__version__}",
+    }
+    try:
+        report["threads setting"] = threads.setting()
+        environment = environments.explicit_environment() or environments.prepared_environment()
+    except (EngineError, ValueError) as error:
+        return report | {"julia engine": f"not available: {error}", "ok": False}
+    if environment is not None:
+        needed = environments.manifest_versions(environment.project).get("PythonCall")
+        report["julia environment"] = {
+            "from": environment.source,
+            "exe": environment.exe,
+            "project": environment.project,
+            "needs juliacall": needed,
+        }
+    try:
+        return report | {"julia engine": "ready", "julia": _running_julia(), "ok": True}
+    except EngineError as error:
+        return report | {"julia engine": f"not available: {error}", "ok": False}
+
+
+def _running_julia() -> dict[str, Any]:
+    value = start.evaluate
+    return {
+        "version": str(value("string(VERSION)")),
+        "exe": str(value("joinpath(Sys.BINDIR, Base.julia_exename())")),
+        "project": str(value('something(Base.active_project(), "none")')),
+        "threads": int(value("Threads.nthreads()")),
+        "BLAS": str(
+            value(
+                "import LinearAlgebra; "
+                "join((basename(l.libname) for l in LinearAlgebra.BLAS.get_config().loaded_libs), ' ')"
+            )
+        ),
+        "GPU": str(value('any(id -> id.name == "CUDA", keys(Base.loaded_modules)) ? "CUDA.jl" : "none"')),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(report: dict[str, Any]) -> str:
+    """A diagnosis as text for people."""
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines.append(f"{key}:")
+            lines += [f"  {name:<18} {entry}" for name, entry in value.items()]
+        elif key != "ok":
+            lines.append(f"{key + ':':<20} {value}")
+    return "\n".join(lines)
