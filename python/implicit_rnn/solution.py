@@ -16,6 +16,7 @@ class Status(IntEnum):
     DIVERGED = 2
     NON_FINITE = 3
     UNSTABLE = 4
+    SINGULAR = 5
 
 
 @dataclass(frozen=True)

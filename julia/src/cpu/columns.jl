@@ -2,10 +2,10 @@
 # and the moves that take a finished sample out.
 
 """
-How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `NON_FINITE`, or `UNSTABLE`
+How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `NON_FINITE`, `SINGULAR` (the Jacobian has no inverse and no step leads on), or `UNSTABLE`
 (an equilibrium that Picard iteration moves away from, the spectral radius of its Jacobian being >= 1).
 """
-@enum Status::Int8 CONVERGED MAX_ITERATIONS DIVERGED NON_FINITE UNSTABLE
+@enum Status::Int8 CONVERGED MAX_ITERATIONS DIVERGED NON_FINITE UNSTABLE SINGULAR
 
 """
     Solver

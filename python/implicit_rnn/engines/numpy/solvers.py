@@ -17,7 +17,7 @@ Elementwise = Callable[[Array], Array]
 SUPPORTED = (Auto, Picard, Anderson, Newton)
 
 # Plain numbers: the members of an IntEnum are slow to look up in a loop.
-_CONVERGED, _MAX_ITERATIONS, _DIVERGED, _NON_FINITE, _UNSTABLE = (int(status) for status in Status)
+_CONVERGED, _MAX_ITERATIONS, _DIVERGED, _NON_FINITE, _UNSTABLE, _SINGULAR = (int(status) for status in Status)
 
 _BLOW_UP = 1e6
 _BLOCK = 8
