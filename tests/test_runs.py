@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -154,8 +155,10 @@ def test_no_other_files_are_left_behind(tmp_path):
 
 @pytest.fixture(scope="module")
 def dask_client():
+    dask = pytest.importorskip("dask", reason="needs dask[distributed]")
     distributed = pytest.importorskip("distributed", reason="needs dask[distributed]")
     with (
+        dask.config.set({"distributed.scheduler.allowed-failures": 0}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
@@ -188,3 +191,86 @@ def test_dask_workers_that_are_prepared_train_in_julia(dask_client):
     with parallel_config(backend="dask"):
         results = run_many(runs.fit, tasks, jobs=2)
     assert results == run_many(runs.fit, tasks)
+
+
+def test_worker_that_dies_on_a_dask_cluster_is_reported(dask_client, tmp_path):
+    from joblib import parallel_config
+
+    with parallel_config(backend="dask"), pytest.raises(RunError, match="a worker process died"):
+        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert "x3" not in {path.stem for path in tmp_path.iterdir()}
+
+
+# Ray returns lists only, so that results come in bunches.
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """A local Ray of two processes, known to joblib as "ray"."""
+    ray = pytest.importorskip("ray", reason="needs ray")
+    from ray.util.joblib import register_ray
+
+    paths = os.pathsep.join([str(Path(runs.__file__).parent), os.environ.get("PYTHONPATH", "")])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            logging_level="error",
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
+    register_ray()
+    yield ray
+    ray.shutdown()
+
+
+def test_ray_gives_the_same_results_as_series(ray, tmp_path):
+    from joblib import parallel_config
+
+    tasks = {f"seed-{seed}": {"seed": seed, "engine": "numpy"} for seed in range(3)}
+    with parallel_config(backend="ray"):
+        results = run_many(runs.fit, tasks, jobs=2, folder=tmp_path)
+    assert results == run_many(runs.fit, tasks)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(tasks)
+
+
+def test_run_that_fails_on_ray_is_named_after_all_others_are_done(ray, tmp_path):
+    from joblib import parallel_config
+
+    with parallel_config(backend="ray"), pytest.raises(RunError, match="x3: ValueError: 3 is no number"):
+        run_many(runs.fail_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
+
+
+def test_bunches_that_ended_on_ray_before_a_worker_died_are_kept(ray, tmp_path):
+    from joblib import parallel_config
+
+    with (
+        parallel_config(backend="ray"),
+        pytest.raises(RunError, match=r"a worker process died .* 4 of 6 runs to do, among them x2, x3, x4"),
+    ):
+        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1"]
+    with parallel_config(backend="ray"):
+        assert len(run_many(runs.square, TASKS, jobs=2)) == 6
+
+
+def test_ray_keeps_its_workers_from_bunch_to_bunch(ray):
+    from joblib import parallel_config
+
+    with parallel_config(backend="ray"):
+        results = run_many(runs.square, TASKS, jobs=2)
+    assert len({result["process"] for result in results.values()}) == 2
+
+
+@pytest.mark.julia
+def test_ray_workers_train_in_julia_with_one_thread_each(ray):
+    from joblib import parallel_config
+
+    tasks = {f"seed-{seed}": {"seed": seed, "engine": "julia"} for seed in range(3)}
+    with parallel_config(backend="ray"):
+        results = run_many(runs.fit, tasks, jobs=2)
+        used = run_many(runs.threads, {name: TASKS[name] for name in ("x1", "x2")}, jobs=2)
+    assert results == run_many(runs.fit, tasks)
+    assert [result["threads"] for result in used.values()] == [[1, 1], [1, 1]]

@@ -1,8 +1,8 @@
 """Many independent runs at once: in this process, in worker processes, or on a cluster that joblib knows.
 
-``joblib.parallel_config(backend="dask")`` or ``"ray"`` around ``run_many`` sends the runs to a cluster. Each worker
-process has a Julia of its own, of one thread. On Dask, whose tasks do not run in the main thread of their worker, Julia
-has to be started beforehand: ``client.run(implicit_rnn.runs.prepare_worker)``.
+``joblib.parallel_config(backend="dask")``, or ``"ray"`` after ``ray.util.joblib.register_ray()``, around ``run_many`` sends
+the runs to a cluster. Each worker process has a Julia of its own, of one thread. On Dask, whose tasks do not run in the
+main thread of their worker, Julia has to be started beforehand: ``client.run(implicit_rnn.runs.prepare_worker)``.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def run_many(
         How many runs at once. 1 runs them here in series; more run in as many worker processes, or in what
         ``joblib.parallel_config`` names.
     folder
-        Where each result is kept in a file NAME.json as soon as it is there. A later call takes results from it whose
-        arguments and ``settings`` are the same; others are computed again and replaced.
+        Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
+        returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
+        it whose arguments and ``settings`` are the same; others are computed again and replaced.
     settings
         All that a result depends on besides its arguments, such as the version of the code.
     report
@@ -125,17 +126,48 @@ def _in_series(run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]
 def _in_workers(
     run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]], jobs: int
 ) -> Iterator[tuple[str, Any, Any]]:
-    # joblib's own worker processes are started afresh, never forked: Julia does not survive a fork.
-    from joblib import Parallel, delayed
+    from joblib.parallel import get_active_backend
 
-    parallel = Parallel(n_jobs=jobs, return_as="generator_unordered", batch_size=1, pre_dispatch="all", max_nbytes=None)
-    attempts = (delayed(_attempt_in_worker)(run, name, arguments) for name, arguments in tasks.items())
+    backend, _ = get_active_backend()
+    client = getattr(backend, "client", None)
+    results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)
     try:
-        yield from parallel(attempts)
+        yield from results
     except GeneratorExit:
         raise
     except Exception as error:  # what a run raises was caught where it ran
         raise _WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+
+
+def _on_joblib(
+    run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]], jobs: int
+) -> Iterator[tuple[str, Any, Any]]:
+    # joblib's own worker processes are started afresh, never forked: Julia does not survive a fork.
+    from joblib import Parallel, delayed
+
+    settings: dict[str, Any] = {"n_jobs": jobs, "batch_size": 1, "pre_dispatch": "all", "max_nbytes": None}
+    attempts = [delayed(_attempt_in_worker)(run, name, arguments) for name, arguments in tasks.items()]
+    try:
+        parallel, bunch = Parallel(return_as="generator_unordered", **settings), len(attempts)
+    except ValueError:  # by which joblib says that the backend, such as Ray's, returns lists only
+        parallel, bunch = Parallel(**settings), jobs
+    with parallel:  # the same workers for all bunches
+        for first in range(0, len(attempts), bunch):
+            yield from parallel(attempts[first : first + bunch])
+
+
+def _on_dask(
+    client: Any, run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]]
+) -> Iterator[tuple[str, Any, Any]]:
+    # Not by joblib's backend, which waits for ever for a task whose worker has died.
+    from distributed import as_completed
+
+    futures = [client.submit(_attempt_in_worker, run, name, task, pure=False) for name, task in tasks.items()]
+    try:
+        for future in as_completed(futures):
+            yield future.result()
+    finally:
+        client.cancel(futures)
 
 
 def _attempt(
