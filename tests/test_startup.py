@@ -170,7 +170,7 @@ def test_exe_without_project_does_not_disturb_the_numpy_engine(run_python: RunPy
     "content", ["", "{", "[]", "null", "{}", '{"exe": "julia"}', '{"exe": 5, "project": null}', "\x00\xff", '"text"']
 )
 def test_damaged_record_of_the_prepared_environment_is_reported_with_its_path(no_prepared_julia, content):
-    path = environments.prepared_path()
+    path = environments.named_path()
     assert path.is_relative_to(no_prepared_julia)
     path.parent.mkdir(parents=True)
     path.write_bytes(content.encode("latin-1"))
@@ -190,7 +190,7 @@ def test_auto_engine_falls_back_and_tells_of_a_damaged_record(run_python: RunPyt
 
 
 def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, monkeypatch):
-    path = environments.prepared_path()
+    path = environments.named_path()
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"exe": "prepared", "project": "prepared"}))
     monkeypatch.setenv("PYTHON_JULIACALL_EXE", "explicit")

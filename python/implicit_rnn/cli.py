@@ -88,12 +88,13 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--install", action="store_true", help="install Julia and its packages if they are missing")
     doctor.set_defaults(run=_doctor)
 
     setup = commands.add_parser("setup", help="prepare and precompile a Julia environment, once")
     setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
     setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
-    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl")
+    setup.add_argument("--remove", action="store_true", help="delete what setup made, and forget what it named")
     setup.set_defaults(run=_setup)
     return parser
 
@@ -200,15 +201,19 @@ def _advance(bar: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from implicit_rnn.runtime import doctor
 
-    report = doctor.diagnose()
+    report = doctor.diagnose(install=options.install)
     print(json.dumps(report, indent=2) if options.json else doctor.describe(report))
     return 0 if report["ok"] else 1
 
 
 def _setup(options: argparse.Namespace) -> int:
-    from implicit_rnn.runtime.setup import setup
+    from implicit_rnn.runtime.setup import remove, setup
 
-    prepared = setup(options.julia, options.project, options.cuda)
+    if options.remove:
+        for path in remove():
+            print(f"implicit-rnn: deleted {path}", file=sys.stderr)
+        return 0
+    prepared = setup(options.julia, options.project)
     print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
     return 0
 

@@ -164,7 +164,7 @@ def _on_dask(
 
     futures = [client.submit(_attempt_in_worker, run, name, task, pure=False) for name, task in tasks.items()]
     try:
-        for future in as_completed(futures):
+        for future in as_completed(futures):  # type: ignore[no-untyped-call]
             yield future.result()
     finally:
         client.cancel(futures)

@@ -15,14 +15,16 @@ from implicit_rnn.runtime import environments, start, threads
 PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "safetensors")
 
 
-def diagnose() -> dict[str, Any]:
-    """What there is and what is wrong with it, as plain data; starts Julia if it can."""
+def diagnose(install: bool = False) -> dict[str, Any]:
+    """What there is and what is wrong with it, as plain data; starts Julia if it is there, or may be installed."""
     report: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": {name: _version(name) for name in PACKAGES},
         "engine setting": os.environ.get("IMPLICIT_RNN_ENGINE", "auto"),
         "numpy engine": f"ready, NumPy {np.__version__}",
     }
+    if hint := _depot_hint():
+        report["hint"] = hint
     try:
         report["threads setting"] = threads.setting()
         environment = environments.explicit_environment() or environments.prepared_environment()
@@ -37,9 +39,20 @@ def diagnose() -> dict[str, Any]:
             "needs juliacall": needed,
         }
     try:
+        environments.find_environment(may_install=install)
         return report | {"julia engine": "ready", "julia": _running_julia(), "ok": True}
     except EngineError as error:
         return report | {"julia engine": f"not available: {error}", "ok": False}
+
+
+def _depot_hint() -> str | None:
+    depots = os.environ.get("JULIA_DEPOT_PATH")
+    if not depots or depots.endswith(os.pathsep) or os.pathsep * 2 in depots:
+        return None
+    return (
+        f"JULIA_DEPOT_PATH is {depots!r}, without {os.pathsep!r} at its end: Julia then precompiles its own standard libraries "
+        "again, into that folder"
+    )
 
 
 def _running_julia() -> dict[str, Any]:
@@ -55,7 +68,6 @@ def _running_julia() -> dict[str, Any]:
                 "join((basename(l.libname) for l in LinearAlgebra.BLAS.get_config().loaded_libs), ' ')"
             )
         ),
-        "GPU": str(value('any(id -> id.name == "CUDA", keys(Base.loaded_modules)) ? "CUDA.jl" : "none"')),
     }
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
-import subprocess
+import ssl
 import sys
 import threading
+import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
@@ -18,9 +19,10 @@ from pathlib import Path
 import platformdirs
 
 from implicit_rnn.errors import EngineError
+from implicit_rnn.runtime import install
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
-PACKAGE_SERVER = "https://pkg.julialang.org/registries"
+PACKAGE_SERVER = "https://pkg.julialang.org"
 PROBE_SECONDS = 4.0
 SETUP_HINT = "run `implicit-rnn setup` where there is a network, or `implicit-rnn setup --julia EXE --project DIR`"
 
@@ -32,6 +34,8 @@ class Environment:
     exe: str
     project: str
     source: str
+    ours: bool = False
+    """whether `implicit-rnn setup` installed it, and can bring it up to date"""
 
     def check(self) -> None:
         """EngineError where this environment cannot work with the installed juliacall."""
@@ -41,16 +45,18 @@ class Environment:
             raise EngineError(f"the Julia project {self.project!r} ({self.source}) is not a folder")
         versions = manifest_versions(self.project)
         missing = [name for name in ("PythonCall", *dependencies()) if name not in versions]
+        again = "run `implicit-rnn setup` again"
         if missing:
+            remedy = f'in Julia, run `using Pkg; Pkg.activate("{self.project}"); Pkg.add({json.dumps(missing)})`'
             raise EngineError(
-                f"the Julia project {self.project} ({self.source}) lacks {', '.join(missing)}; in Julia, run "
-                f'`using Pkg; Pkg.activate("{self.project}"); Pkg.add({json.dumps(missing)})`'
+                f"the Julia project {self.project} ({self.source}) lacks {', '.join(missing)}; {again if self.ours else remedy}"
             )
         installed, needed = metadata.version("juliacall"), versions["PythonCall"]
         if needed and installed != needed:
+            remedy = f"pip install juliacall=={needed}"
             raise EngineError(
-                f"juliacall {installed} is installed but the Julia project {self.project} has PythonCall {needed}; "
-                f"they must be the same version: pip install juliacall=={needed}"
+                f"juliacall {installed} is installed but the Julia project {self.project} has PythonCall {needed}; they must "
+                f"be the same version: {f'{again}, or ' if self.ours else ''}{remedy}"
             )
 
 
@@ -78,22 +84,50 @@ def manifest_versions(project: str | Path) -> dict[str, str | None]:
 # --- which environment ---------------------------------------------------------------------------------------
 
 
-def prepared_path() -> Path:
-    """Where `implicit-rnn setup` remembers the environment it prepared."""
+def installation() -> str:
+    """A name for this installation of the package, of which one user may have many, each with Julia packages of its own."""
+    place = f"{os.path.realpath(sys.prefix)}\n{JULIA_SOURCES.parent.resolve()}"
+    return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+
+
+def installed_path() -> Path:
+    """Where `implicit-rnn setup` remembers the environment that it installed for this installation."""
+    return platformdirs.user_config_path("implicit-rnn") / f"environment-{installation()}.json"
+
+
+def named_path() -> Path:
+    """Where `implicit-rnn setup --julia EXE --project DIR` remembers what it named for all installations of this user."""
     return platformdirs.user_config_path("implicit-rnn") / "environment.json"
 
 
+def remember(environment: Environment) -> None:
+    """Record an environment, so that it is found from now on.
+
+    One that was named counts for all installations that have none of their own, and for this one in any case.
+    """
+    path = installed_path() if environment.ours else named_path()
+    if not environment.ours:
+        installed_path().unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"exe": environment.exe, "project": environment.project, "version": install.version()}
+    path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+
+
 def prepared_environment() -> Environment | None:
-    """The environment that `implicit-rnn setup` prepared."""
-    path = prepared_path()
-    if not path.is_file():
-        return None
+    """The environment that `implicit-rnn setup` installed for this installation, or else the one that was named to it."""
+    for path in (installed_path(), named_path()):
+        if path.is_file():
+            return _recorded(path)
+    return None
+
+
+def _recorded(path: Path) -> Environment:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         exe, project = data["exe"], data["project"]
         if not isinstance(exe, str) or not isinstance(project, str):
             raise TypeError("exe and project must be strings")
-        return Environment(exe, project, f"prepared by implicit-rnn setup, {path}")
+        return Environment(exe, project, f"prepared by implicit-rnn setup, {path}", ours=path == installed_path())
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{path} is damaged ({error}); run `implicit-rnn setup` again or delete it") from error
 
@@ -109,51 +143,108 @@ def explicit_environment() -> Environment | None:
     return Environment(exe, project, "PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT")
 
 
-def find_environment() -> Environment | None:
+def find_environment(may_install: bool = True) -> Environment | None:
     """The environment to start; None leaves it to juliapkg, which has resolved one or can install it now.
 
     In this order: PYTHON_JULIACALL_EXE with PYTHON_JULIACALL_PROJECT, what `implicit-rnn setup` prepared, juliapkg.
-    Raises EngineError where none of them can work.
+    Raises EngineError where none of them can work, and where juliapkg would have to install something and not ``may_install``.
     """
     environment = explicit_environment() or prepared_environment()
     if environment is None:
-        _require_juliapkg()
-    else:
-        environment.check()
+        return _from_juliapkg(may_install)
+    environment.check()
     return environment
 
 
-def _require_juliapkg() -> None:
-    import juliapkg
-
-    try:
-        if juliapkg.resolve(dry_run=True):
-            return
-    except Exception as error:
-        raise EngineError(f"juliapkg failed: {error}; {SETUP_HINT}") from error
-    if os.environ.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not _network():
+def _from_juliapkg(may_install: bool) -> Environment | None:
+    """None where juliapkg has, or now installs, what is needed; else what it installed earlier, if that still serves."""
+    project, resolved = _juliapkg_state()
+    if resolved and _is_whole(project):
+        return None
+    writeable = os.access(_nearest_folder(project), os.W_OK)
+    if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server_answers()):
+        if (earlier := _installed_earlier(project)) is not None:
+            return earlier
+        if not writeable:
+            raise EngineError(
+                f"juliapkg cannot install Julia packages into {project}, which is read-only; {SETUP_HINT}"
+            )
         raise EngineError(
             f"no Julia environment is prepared and the Julia package server cannot be reached; {SETUP_HINT}"
         )
+    if not may_install:
+        raise EngineError(
+            "Julia and its packages are not installed; run `implicit-rnn setup`, or `implicit-rnn doctor --install`"
+        )
     say("installing Julia and its packages (once, some minutes)")
-    resolve_with_juliapkg()
+    # A resolution that failed leaves a record that says otherwise, and no manifest.
+    install.resolve_with_juliapkg(force=resolved)
+    return None
 
 
-def resolve_with_juliapkg(env: dict[str, str] | None = None) -> None:
-    """Let juliapkg install what is needed, in a process of its own with its output on stderr."""
-    command = [sys.executable, "-c", "import juliapkg; juliapkg.resolve()"]
-    if subprocess.run(command, stdout=sys.stderr, env=env).returncode != 0:
-        raise EngineError(f"juliapkg could not install Julia and its packages, see the messages above; {SETUP_HINT}")
+def _juliapkg_state() -> tuple[str, bool]:
+    """The project of juliapkg, and whether juliapkg takes it for up to date."""
+    with install.stdout_kept_clean():
+        import juliapkg
+        from juliapkg.state import STATE  # juliapkg.project() would install before it answers
+
+        try:
+            return str(STATE["project"]), bool(juliapkg.resolve(dry_run=True))
+        except Exception as error:
+            raise EngineError(f"juliapkg failed: {error}; {SETUP_HINT}") from error
 
 
-def _network() -> bool:
+def _is_whole(project: str) -> bool:
+    versions = manifest_versions(project)
+    return all(name in versions for name in ("PythonCall", *dependencies()))
+
+
+def _nearest_folder(path: str) -> Path:
+    folder = Path(path)
+    while not folder.is_dir() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _installed_earlier(project: str) -> Environment | None:
+    """What juliapkg left in its project, where it can do nothing about it now; None where that would not work."""
+    try:
+        record = json.loads((Path(project) / "pyjuliapkg" / "meta.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    environment = Environment(str(record.get("executable")), project, "installed earlier by juliapkg")
+    try:
+        environment.check()
+    except EngineError:
+        return None
+    return environment
+
+
+def package_server() -> str:
+    """The address of the Julia package server, JULIA_PKG_SERVER or the public one; empty where there is to be none."""
+    server = os.environ.get("JULIA_PKG_SERVER", PACKAGE_SERVER).rstrip("/")
+    return server if not server or "://" in server else f"https://{server}"
+
+
+def package_server_answers() -> bool:
+    """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
+    server = package_server()
+    if not server:
+        return True  # packages come from elsewhere, of which nothing is known here
     # In a thread of its own: name look-ups have no time-out.
     reached = threading.Event()
 
     def probe() -> None:
-        with contextlib.suppress(OSError, ValueError):
-            urllib.request.urlopen(PACKAGE_SERVER, timeout=PROBE_SECONDS).close()
-            reached.set()
+        try:
+            urllib.request.urlopen(f"{server}/registries", timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass
+        except urllib.error.URLError as error:
+            if not isinstance(error.reason, ssl.SSLError):
+                return
+        except (OSError, ValueError):
+            return
+        reached.set()
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
@@ -167,5 +258,6 @@ def julia_string(text: str) -> str:
 
 
 def say(message: str) -> None:
-    """A line on stderr about what takes its time."""
-    print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)
+    """A line on stderr, where there is one, about what takes its time."""
+    if sys.stderr is not None:
+        print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

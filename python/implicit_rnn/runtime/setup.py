@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
 import sys
-from importlib import metadata
+from pathlib import Path
 
 import platformdirs
 
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import environments
+from implicit_rnn.runtime import environments, install
 from implicit_rnn.runtime.environments import Environment
 
 
-def setup(julia: str | None = None, project: str | None = None, cuda: bool = False) -> Environment:
+def setup(julia: str | None = None, project: str | None = None) -> Environment:
     """Prepare an environment, precompile everything in it and remember it for this user.
 
-    With ``julia`` and ``project`` an existing Julia and an instantiated project are used as they are, without network;
-    otherwise juliapkg installs what is missing into the user's data folder. ``cuda`` adds CUDA.jl. Raises
-    ``EngineError``.
+    With ``julia`` and ``project`` an existing Julia and an instantiated project are used as they are, without network, by
+    all installations of this package that have none of their own; otherwise juliapkg installs anew, for this installation
+    alone, what is missing or damaged, into the user's data folder. Raises ``EngineError``.
     """
     if (julia is None) != (project is None):
         raise EngineError("--julia and --project go together: a Julia executable and a project with the packages")
@@ -32,28 +30,39 @@ def setup(julia: str | None = None, project: str | None = None, cuda: bool = Fal
         )
     else:
         environment = _install()
-    if cuda and "CUDA" not in environments.manifest_versions(environment.project):
-        _julia(environment, 'import Pkg; Pkg.add("CUDA")', "could not add CUDA.jl")
     environment.check()
     _precompile(environment)
-    path = environments.prepared_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"exe": environment.exe, "project": environment.project}, indent=2), encoding="utf-8")
+    environments.remember(environment)
     return environment
 
 
+def remove() -> list[str]:
+    """Delete what ``setup`` made for this installation, and the record of what it named; returns what was deleted."""
+    deleted = []
+    for path in (environments.installed_path(), environments.named_path(), install.log_path()):
+        if path.is_file():
+            path.unlink()
+            deleted.append(str(path))
+    if _project().is_dir():
+        shutil.rmtree(_project())
+        deleted.append(str(_project()))
+    return deleted
+
+
+def _project() -> Path:
+    return platformdirs.user_data_path("implicit-rnn") / f"julia-{environments.installation()}"
+
+
 def _install() -> Environment:
-    project = platformdirs.user_data_path("implicit-rnn") / f"julia-{metadata.version('implicit-rnn')}"
-    settings = os.environ | {"PYTHON_JULIAPKG_PROJECT": str(project)}
-    environments.resolve_with_juliapkg(settings)
-    found = subprocess.run(
-        [sys.executable, "-c", "import juliapkg; print(juliapkg.executable())"],
-        env=settings,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return Environment(found.stdout.splitlines()[-1], str(project), "installed by juliapkg")
+    settings = os.environ | {"PYTHON_JULIAPKG_PROJECT": str(_project())}
+    if settings.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not environments.package_server_answers():
+        raise EngineError(
+            f"the Julia package server {environments.package_server()} cannot be reached; without it, use a Julia and a project "
+            "that has the packages: implicit-rnn setup --julia EXE --project DIR"
+        )
+    install.resolve_with_juliapkg(settings, force=True)
+    exe = install.julia_of_juliapkg(settings)
+    return Environment(exe, str(_project()), "installed by juliapkg", ours=True)
 
 
 def _precompile(environment: Environment) -> None:
@@ -63,12 +72,6 @@ def _precompile(environment: Environment) -> None:
         "PYTHON_JULIACALL_PROJECT": environment.project,
         "IMPLICIT_RNN_ENGINE": "julia",
     }
-    code = "from implicit_rnn import cli; raise SystemExit(cli.main(['doctor']))"
-    if subprocess.run([sys.executable, "-c", code], env=settings, stdout=sys.stderr).returncode != 0:
-        raise EngineError(f"Julia did not start with the project {environment.project}, see the messages above")
-
-
-def _julia(environment: Environment, code: str, failure: str) -> None:
-    command = [environment.exe, f"--project={environment.project}", "--startup-file=no", "-e", code]
-    if subprocess.run(command, stdout=sys.stderr).returncode != 0:
-        raise EngineError(f"{failure}, see the messages above")
+    code = "import implicit_rnn; implicit_rnn.get_engine('julia')"
+    if install.run([sys.executable, "-c", code], settings) != 0:
+        raise EngineError(f"Julia did not start with the project {environment.project}: {install.cause()}")

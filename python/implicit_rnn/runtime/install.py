@@ -1,0 +1,133 @@
+"""The installation of Julia and its packages by juliapkg, in processes of their own, with a line for each phase and a log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import platformdirs
+
+from implicit_rnn.errors import EngineError
+
+PHASES = (
+    (re.compile(r"Downloading|Installing Julia|Installed Julia", re.IGNORECASE), "installing Julia"),
+    (re.compile(r"Updating|Resolving|Cloning", re.IGNORECASE), "choosing the versions of the packages"),
+    (re.compile(r"Installed|Installing packages", re.IGNORECASE), "downloading the packages"),
+    (re.compile(r"Precompiling|precompiled", re.IGNORECASE), "precompiling the packages"),
+)
+"""What a line of the output tells of the phase."""
+
+RESOLVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; juliapkg.resolve(force={force})"
+EXECUTABLE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; print(juliapkg.executable())"
+
+
+def version() -> str:
+    """The version of this package; "unknown" where it came without its metadata."""
+    try:
+        return metadata.version("implicit-rnn")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def log_path() -> Path:
+    """Where the output of the last installation is kept."""
+    return platformdirs.user_log_path("implicit-rnn") / "install.log"
+
+
+def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool = False) -> None:
+    """Let juliapkg install what is needed, anew if ``force``. Raises ``EngineError`` where it cannot."""
+    begin = time.perf_counter()
+    if run(_python(RESOLVE.format(force=force)), env) != 0:
+        raise EngineError(
+            f"juliapkg could not install Julia and its packages: {cause()} (all of it: {log_path()}); "
+            "run `implicit-rnn setup` to try again"
+        )
+    _say(f"installed in {time.perf_counter() - begin:.0f} s")
+
+
+def julia_of_juliapkg(env: Mapping[str, str]) -> str:
+    """The Julia executable that juliapkg uses with these settings."""
+    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]
+
+
+def _python(code: str) -> list[str]:
+    # juliapkg looks for requirements along the path of modules: the child has that of its parent, not of the current folder.
+    settings = [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+    return [sys.executable, *settings, "-c", code, json.dumps(sys.path)]
+
+
+def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
+    """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
+
+    What it starts ends with it when this process is interrupted.
+    """
+    log_path().parent.mkdir(parents=True, exist_ok=True)
+    begin, phase = time.perf_counter(), ""
+    with (
+        log_path().open("w", encoding="utf-8") as log,
+        subprocess.Popen(
+            command,
+            env=None if env is None else dict(env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                log.write(line)
+                log.flush()
+                now = next((name for pattern, name in PHASES if pattern.search(line)), phase)
+                if now != phase:
+                    phase = now
+                    _say(f"{phase} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
+            return process.wait()
+        except BaseException:
+            _end(process)
+            raise
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a process and all that it started."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        with contextlib.suppress(OSError):
+            if hasattr(os, "killpg"):
+                os.killpg(process.pid, number)
+            else:
+                process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+            return
+
+
+def cause() -> str:
+    """The line of the last log that says what went wrong: the first error, else the last line."""
+    lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]
+    return (errors or lines[-1:] or ["it said nothing"])[0]
+
+
+@contextlib.contextmanager
+def stdout_kept_clean() -> Iterator[None]:
+    """Let what is printed meanwhile go to stderr, since stdout may be read by a program."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _say(message: str) -> None:
+    if sys.stderr is not None:
+        print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

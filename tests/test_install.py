@@ -1,0 +1,316 @@
+"""How Julia and its packages come onto a machine, with a stand-in for juliapkg that only notes what it is asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import tomllib
+from conftest import RunPython
+
+import implicit_rnn as irnn
+from implicit_rnn.runtime import environments
+from implicit_rnn.runtime.environments import Environment
+from implicit_rnn.runtime.setup import remove
+
+STAND_IN = """
+    import json, os, sys, time
+    from pathlib import Path
+
+    HOME = Path(__file__).parents[2]
+
+    def executable():
+        return str(HOME / "julia")
+
+    def resolve(force=False, dry_run=False):
+        print("Waiting for lock to be freed")
+        if dry_run:
+            return (HOME / "resolved").exists()
+        with (HOME / "calls").open("a") as file:
+            file.write(json.dumps({"force": force, "path": sys.path, "xoptions": sys._xoptions}) + "\\n")
+        if (HOME / "slow").exists():
+            import subprocess
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            (HOME / "child").write_text(str(child.pid))
+            child.wait()
+        print("Installing Julia 1.11.1")
+        print("ERROR: Unsatisfiable requirements detected for package KrylovKit")
+        print("Stacktrace: and so on")
+        raise SystemExit(1)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, fake_julia) -> dict:
+    """Variables of a machine on which juliapkg is the stand-in, beside which the files are that steer it."""
+    home = tmp_path / "home"
+    (home / "path" / "juliapkg").mkdir(parents=True)
+    (home / "path" / "juliapkg" / "__init__.py").write_text(textwrap.dedent(STAND_IN))
+    (home / "path" / "juliapkg" / "state.py").write_text(f"STATE = {{'project': {str(home / 'julia_env')!r}}}\n")
+    (home / "julia_env").mkdir()
+    names = [name for name in os.environ if name.startswith(("PYTHON_JULIA", "JULIA_", "IMPLICIT_RNN"))]
+    return {name: value for name, value in os.environ.items() if name not in names} | {
+        "PYTHONPATH": str(home / "path"),
+        "XDG_CONFIG_HOME": str(home / "config"),
+        "XDG_DATA_HOME": str(home / "data"),
+        "XDG_STATE_HOME": str(home / "state"),
+        "HOME": str(home),
+        "PYTHON_JULIAPKG_OFFLINE": "yes",
+    }
+
+
+def home(env: dict) -> Path:
+    return Path(env["HOME"])
+
+
+def calls(env: dict) -> list[dict]:
+    path = home(env) / "calls"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+ENGINE = """
+    import implicit_rnn as irnn
+    try:
+        irnn.get_engine("julia")
+    except irnn.EngineError as error:
+        print("EngineError:", error)
+"""
+
+
+def test_record_of_a_resolution_without_its_manifest_is_not_believed(run_python: RunPython, stand_in):
+    (home(stand_in) / "resolved").touch()
+    run_python(ENGINE, stand_in)
+    assert [call["force"] for call in calls(stand_in)] == [True]
+
+
+def test_failed_installation_is_reported_with_its_first_cause_the_log_and_setup(run_python: RunPython, stand_in):
+    done = run_python(ENGINE, stand_in)
+    assert "EngineError: juliapkg could not install" in done.stdout, str(done)
+    assert "Unsatisfiable requirements detected for package KrylovKit" in done.stdout
+    assert "run `implicit-rnn setup` to try again" in done.stdout
+    assert "Stacktrace" in next(home(stand_in).rglob("install.log")).read_text()
+
+
+def test_nothing_but_the_result_comes_on_stdout_and_each_phase_on_stderr(run_python: RunPython, stand_in):
+    done = run_python(ENGINE, stand_in)
+    assert len(done.stdout.splitlines()) == 1, str(done)
+    assert "implicit-rnn: installing Julia (" in done.stderr
+
+
+@pytest.mark.parametrize("stream", ["io.StringIO()", "None"])
+def test_installation_works_where_stderr_is_no_file(run_python: RunPython, stand_in, stream):
+    done = run_python(f"import io, sys; sys.stderr = {stream}\n" + textwrap.dedent(ENGINE), stand_in)
+    assert "EngineError: juliapkg could not install" in done.stdout, str(done)
+
+
+def test_child_that_installs_has_the_path_and_the_options_of_its_parent(stand_in, tmp_path):
+    (tmp_path / "decoy").mkdir()
+    (tmp_path / "decoy" / "juliapkg.json").write_text("{}")
+    code = "import sys; sys.path.insert(0, '/somewhere/else')\n" + textwrap.dedent(ENGINE)
+    command = [sys.executable, "-X", "juliapkg-test=5", "-c", code]
+    subprocess.run(command, env=stand_in, cwd=tmp_path, check=True, capture_output=True)
+    (call,) = calls(stand_in)
+    assert call["path"][0] == "/somewhere/else"
+    assert call["xoptions"]["juliapkg-test"] == "5"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_during_an_installation_ends_all_its_processes(stand_in):
+    (home(stand_in) / "slow").touch()
+    code = "import implicit_rnn as irnn; irnn.get_engine('julia')"
+    process = subprocess.Popen([sys.executable, "-c", code], env=stand_in, stderr=subprocess.PIPE, text=True)
+    child = home(stand_in) / "child"
+    deadline = time.monotonic() + 30
+    while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert "KeyboardInterrupt" in stderr
+    deadline = time.monotonic() + 10
+    while is_running(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(int(child.read_text()))
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- what was installed earlier ------------------------------------------------------------------------------
+
+
+def installed_earlier(env: dict, fake_julia, version: str | None = None) -> None:
+    from importlib import metadata
+
+    exe, project = fake_julia(version or metadata.version("juliacall"))
+    target = home(env) / "julia_env"
+    (target / "pyjuliapkg").mkdir()
+    (target / "Manifest.toml").write_bytes((Path(project) / "Manifest.toml").read_bytes())
+    (target / "pyjuliapkg" / "meta.json").write_text(json.dumps({"executable": exe}))
+
+
+FIND = """
+    import json
+    from implicit_rnn.runtime import environments
+    found = environments.find_environment()
+    print(json.dumps(found and [found.exe, found.project, found.source]))
+"""
+
+
+def without_server(env: dict) -> dict:
+    return {name: value for name, value in env.items() if name != "PYTHON_JULIAPKG_OFFLINE"} | {
+        "JULIA_PKG_SERVER": "http://127.0.0.1:9"
+    }
+
+
+def test_what_was_installed_earlier_is_used_where_nothing_can_be_installed(run_python: RunPython, stand_in, fake_julia):
+    installed_earlier(stand_in, fake_julia)
+    done = run_python(FIND, without_server(stand_in))
+    assert json.loads(done.stdout)[1:] == [str(home(stand_in) / "julia_env"), "installed earlier by juliapkg"]
+    assert calls(stand_in) == []
+
+
+def test_what_was_installed_earlier_with_another_juliacall_is_not_used(run_python: RunPython, stand_in, fake_julia):
+    installed_earlier(stand_in, fake_julia, "0.9.2")
+    assert "cannot be reached" in run_python(FIND, without_server(stand_in)).stderr
+
+
+def test_doctor_installs_nothing_without_being_asked(run_python: RunPython, stand_in):
+    code = "from implicit_rnn import cli; cli.main(['doctor', '--json'])"
+    report = json.loads(run_python(code, stand_in).stdout)
+    assert "not available: Julia and its packages are not installed; run `implicit-rnn setup`" in report["julia engine"]
+    assert calls(stand_in) == []
+    assert "could not install" in run_python(code.replace("'--json'", "'--install', '--json'"), stand_in).stdout
+    assert len(calls(stand_in)) == 1
+
+
+# --- the package server --------------------------------------------------------------------------------------
+
+
+class Refusing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(401)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server():
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+def test_mirror_is_asked_instead_of_the_public_server(monkeypatch, server):
+    monkeypatch.setenv("JULIA_PKG_SERVER", server)
+    assert environments.package_server_answers()  # that it wants a password is Julia's affair
+    monkeypatch.setenv("JULIA_PKG_SERVER", "127.0.0.1:9")
+    assert not environments.package_server_answers()
+
+
+def test_no_package_server_at_all_leaves_it_to_julia(monkeypatch):
+    monkeypatch.setenv("JULIA_PKG_SERVER", "")
+    assert environments.package_server_answers()
+
+
+# --- several installations of one user -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def another_installation(monkeypatch):
+    """A function that makes this the other of two installations, and back."""
+
+    def switch(place: str) -> None:
+        monkeypatch.setattr(sys, "prefix", place)
+
+    return switch
+
+
+def test_what_setup_installed_in_one_virtual_environment_is_not_that_of_another(
+    no_prepared_julia, another_installation
+):
+    another_installation("/one")
+    environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
+    another_installation("/two")
+    assert environments.prepared_environment() is None
+    another_installation("/one")
+    assert environments.prepared_environment().project == "/project/of/one"
+
+
+def test_what_was_named_to_setup_is_shared_by_installations_without_their_own(no_prepared_julia, another_installation):
+    another_installation("/one")
+    environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
+    another_installation("/two")
+    environments.remember(Environment("julia", "/named", "a test"))
+    assert environments.prepared_environment().project == "/named"
+    another_installation("/three")
+    assert environments.prepared_environment().project == "/named"
+    another_installation("/one")
+    assert environments.prepared_environment().project == "/project/of/one"
+
+
+def test_what_is_named_last_counts_where_it_was_named(no_prepared_julia):
+    environments.remember(Environment("julia", "/installed", "a test", ours=True))
+    environments.remember(Environment("julia", "/named", "a test"))
+    assert environments.prepared_environment().project == "/named"
+
+
+def test_remove_forgets_and_deletes(no_prepared_julia, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(no_prepared_julia / "data"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(no_prepared_julia / "state"))
+    project = no_prepared_julia / "data" / "implicit-rnn" / f"julia-{environments.installation()}"
+    project.mkdir(parents=True)
+    environments.remember(Environment("julia", str(project), "a test", ours=True))
+    deleted = remove()
+    assert environments.prepared_environment() is None
+    assert not project.exists()
+    assert str(project) in deleted
+
+
+def test_prepared_environment_that_lacks_a_new_dependency_says_to_run_setup_again(fake_julia):
+    from importlib import metadata
+
+    exe, project = fake_julia(metadata.version("juliacall"), without=("Optimisers",))
+    with pytest.raises(irnn.EngineError, match="lacks Optimisers; run `implicit-rnn setup` again"):
+        Environment(exe, project, "a test", ours=True).check()
+
+
+def test_prepared_environment_of_another_juliacall_says_to_run_setup_again(fake_julia):
+    exe, project = fake_julia("0.9.2")
+    with pytest.raises(irnn.EngineError, match=r"run `implicit-rnn setup` again, or pip install juliacall==0\.9\.2"):
+        Environment(exe, project, "a test", ours=True).check()
+
+
+# --- the Julia projects --------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("name", ["Project.toml", "julia/Project.toml"])
+def test_packages_have_the_uuids_that_the_running_julia_knows_them_by(name):
+    from implicit_rnn.runtime import start
+
+    project = tomllib.loads((ROOT / name).read_text())
+    start.evaluate("import Pkg")
+    known = start.evaluate('join(("$(p[1])=$id" for (id, p) in Pkg.Types.stdlibs()), " ")')
+    uuids = dict(line.split("=") for line in str(known).split())
+    entries = project.get("deps", {}) | project.get("weakdeps", {}) | project.get("extras", {})
+    standard = {package: uuid for package, uuid in entries.items() if package in uuids}
+    assert "Test" in standard
+    assert standard == {package: uuids[package] for package in standard}
