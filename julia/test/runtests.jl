@@ -1,5 +1,5 @@
 using Aqua, ForwardDiff, ImplicitRNN, LinearAlgebra, Random, Test, Zygote
-using ImplicitRNN: ACTIVATIONS, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
+using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
 
 include("fixtures.jl")
 

@@ -91,14 +91,51 @@ end
     @test all(converged(equilibrium(net, p, ones(1, 1))))
 end
 
-@testset "max_iterations limits the evaluations of every solver" begin
-    net = one_layer(; neurons = 30)
-    p, X = parameters(net), samples(net, 5)
-    for solver in (Auto(max_iterations = 3), Picard(max_iterations = 3), Anderson(max_iterations = 3), Chord(max_iterations = 3))
+const EVERY_SOLVER = (Auto, Picard, Anderson, Newton, Chord, NLsolver)
+
+# An activation that counts its evaluations, but for those of the pilots of the chord method.
+struct Counted <: ImplicitRNN.Activation end
+const EVALUATIONS = Ref(0)
+function ImplicitRNN.activate!(F, ::Counted, S, Z, j::Int)
+    EVALUATIONS[] += 1
+    return ImplicitRNN.activate!(F, ACTIVATIONS.tanh, S, Z, j)
+end
+ImplicitRNN.pieces(::Counted, n::Int) = ((1:n, ACTIVATIONS.tanh),)
+ImplicitRNN.slope_bound(::Counted) = 1.0
+
+@testset "$Solver never evaluates f more often than allowed ($neurons neurons, $constraint)" for Solver in EVERY_SOLVER,
+        neurons in (2, 8, 16, 30), constraint in (Free(), Perron(0.95))
+
+    net = one_layer(; neurons, constraint)
+    counted = Network(3, [Layer(neurons, Counted())]; outputs = 2, constraint)
+    p, X = parameters(net; gain = 3.0), samples(net, 5)
+    for max_iterations in (1, 2, 3, 4, 9, 13, 20, 45, 60)
+        solver = Solver(; tol = 1.0e-13, max_iterations)
         solution = equilibrium(net, p, X; solver)
-        @test all(==(3), solution.iterations)
-        @test !any(converged(solution))
+        @test all(<=(max_iterations), solution.iterations)
+        @test all(j -> solution.status[j] != ImplicitRNN.MAX_ITERATIONS || solution.iterations[j] == max_iterations, 1:5)
+        @test all(isfinite, solution.state)
+        (Solver === Chord || constraint != Free()) && continue       # a certified bound takes an evaluation
+        EVALUATIONS[] = 0
+        equilibrium(counted, p, X[:, 1:1]; solver)
+        @test EVALUATIONS[] <= max_iterations
     end
+end
+
+@testset "a singular Jacobian has its own status ($Solver)" for Solver in (Auto, Newton, Chord, NLsolver)
+    for (neurons, R) in ((1, [1.0;;]), (2, [0.3 0.7; 0.7 0.3]), (30, fill(1 / 30, 30, 30)))
+        net = Network(1, [Layer(neurons, :identity)]; outputs = [1], constraint = Free())
+        p = [ones(neurons); vec(R); zeros(neurons)]                    # z = R z + x, where R (1, 1, …) = (1, 1, …)
+        solution = equilibrium(net, p, [1.0 -0.5]; solver = Solver())
+        @test solution.status == [ImplicitRNN.SINGULAR, ImplicitRNN.SINGULAR]
+    end
+end
+
+@testset "where the Jacobian is singular a Picard step may lead on" begin
+    net = Network(1, [Layer(1, :relu)]; outputs = [1], constraint = Free())
+    p = [1.0, 1.0, 0.0]                                                # z = max(z + x, 0), at x = -1 from z = 5
+    solution = equilibrium(net, p, [-1.0;;]; solver = Newton(), start = [5.0;;])
+    @test solution.status == [CONVERGED] && solution.state == [0.0;;]
 end
 
 @testset "the residual is that of the state returned" begin

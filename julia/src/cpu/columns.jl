@@ -2,8 +2,9 @@
 # and the moves that take a finished sample out.
 
 """
-How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `NON_FINITE`, `SINGULAR` (the Jacobian has no inverse and no step leads on), or `UNSTABLE`
-(an equilibrium that Picard iteration moves away from, the spectral radius of its Jacobian being >= 1).
+How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `NON_FINITE`, `UNSTABLE` (an equilibrium that
+Picard iteration moves away from, the spectral radius of its Jacobian being >= 1), or `SINGULAR` (the Jacobian of the equation
+has no inverse, and no step leads on).
 """
 @enum Status::Int8 CONVERGED MAX_ITERATIONS DIVERGED NON_FINITE UNSTABLE SINGULAR
 
@@ -11,7 +12,7 @@ How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `N
     Solver
 
 A configuration of the forward solve; every solver has a relative tolerance `tol` (`nothing` for the
-default of the element type) and `max_iterations`. A sample has converged when
+default of the element type) and `max_iterations`, the largest number of evaluations of f. A sample has converged when
 `‖f(u + R z) - z‖₂ <= tol ⋅ max(‖f(u + R z)‖₂, 10⁻³√n)`.
 """
 abstract type Solver end
@@ -94,8 +95,10 @@ mutable struct Columns{T}
     const residual::Vector{T}        # ‖F - Z‖ of the last iteration
     const rate::Vector{T}
     const iterations::Vector{Int}
+    const singular::Vector{Bool}     # whether the last Jacobian of the sample had no inverse
     const aside::Vector{Int}         # columns set aside, see `set_aside!`
     active::Int
+    limit::Int                       # evaluations of f that a sample may have
     cold::Bool                       # the iterate is zero
     threads::Int                     # among which the products may be shared
     partner::Union{Nothing, Columns{T}}        # for the linearised equation
@@ -109,7 +112,7 @@ function Columns{T}(U::Matrix{T}, Z::Matrix{T}, S::Matrix{T}, F::Matrix{T}) wher
     width = size(Z, 2)
     return Columns{T}(
         U, Z, S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width),
-        Int[], 0, false, 1, nothing, nothing, nothing, Outcome(width),
+        zeros(Bool, width), Int[], 0, typemax(Int), false, 1, nothing, nothing, nothing, Outcome(width),
     )
 end
 
@@ -124,6 +127,7 @@ end
 "Begin with `samples` columns, whose `U` is set, and whose `Z` is unless the start is `cold`, that is zero."
 function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.active = samples
+    c.limit = typemax(Int)
     c.cold = cold
     cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.aside)
@@ -132,6 +136,7 @@ function start!(c::Columns{T}, samples::Int; cold = false) where {T}
         c.residual[j] = T(Inf)
         c.rate[j] = zero(T)
         c.iterations[j] = 0
+        c.singular[j] = false
     end
     return c
 end
@@ -229,18 +234,20 @@ function move_column!(c::Columns, j::Int, k::Int)
     @inbounds for v in (c.residual, c.rate)
         v[j] = v[k]
     end
+    c.singular[j] = c.singular[k]
     return
 end
 
 """
     evaluate_all!(c, p; check = false, rescue = false)
 
-Evaluate every active column and take out those that are done; true when none is left. Methods that may find solutions
+Evaluate every active column and take out those that are done or have no evaluation left; true when none remains. Methods that may find solutions
 which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are set aside, to
 start again from zero by another method.
 """
 function evaluate_all!(c::Columns, p::FixedPoint; check = false, rescue = false)
     check_interrupt()
+    stop_exhausted!(c, p)
     affine!(c, p)
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)
@@ -248,7 +255,7 @@ function evaluate_all!(c::Columns, p::FixedPoint; check = false, rescue = false)
             continue
         elseif status === CONVERGED && check && repels(c, p, j)
             finish!(c, p, j, UNSTABLE, residual)
-        elseif rescue && status !== CONVERGED
+        elseif rescue && status !== CONVERGED && c.iterations[j] < c.limit
             fill!(view(c.Z, :, j), 0)
             c.residual[j] = Inf
             set_aside!(c, j)
@@ -269,6 +276,7 @@ end
 
 "Make the columns set aside active as well; returns the number of active columns."
 function reclaim!(c::Columns)
+    isempty(c.aside) && return c.active
     for (j, k) in enumerate(sort!(append!(c.aside, 1:c.active)))
         j == k || move_column!(c, j, k)
     end
@@ -279,7 +287,7 @@ end
 
 function swap_columns!(c::Columns, j::Int, k::Int)
     j == k && return
-    for A in (c.U, c.Z, c.S, c.F)
+    for A in (c.U, c.Z, c.S, c.F, c.scalars, c.extra...)
         @inbounds @simd for i in axes(A, 1)
             A[i, j], A[i, k] = A[i, k], A[i, j]
         end
@@ -290,20 +298,29 @@ function swap_columns!(c::Columns, j::Int, k::Int)
     for v in (c.residual, c.rate)
         v[j], v[k] = v[k], v[j]
     end
+    c.singular[j], c.singular[k] = c.singular[k], c.singular[j]
     return
 end
 
 "Record the columns that are left as unconverged."
-function give_up!(c::Columns{T}, p::FixedPoint{T}) where {T}
+give_up!(c::Columns, p::FixedPoint) = foreach(j -> give_up!(c, p, j), c.active:-1:1)
+
+function give_up!(c::Columns, p::FixedPoint, j::Int)
+    scale = max(norm(view(c.F, :, j)), p.floor)
+    return finish!(c, p, j, c.singular[j] ? SINGULAR : MAX_ITERATIONS, c.residual[j] / scale)
+end
+
+# Before an evaluation, and so by any method.
+function stop_exhausted!(c::Columns, p::FixedPoint)
     for j in c.active:-1:1
-        scale = max(norm(view(c.F, :, j)), p.floor)
-        finish!(c, p, j, MAX_ITERATIONS, c.residual[j] / scale)
+        c.iterations[j] < c.limit || give_up!(c, p, j)
     end
     return
 end
 
 "A solver used alone: what it leaves is unconverged."
 function solve!(s::Solver, c::Columns, p::FixedPoint)
+    c.limit = s.max_iterations
     iterate!(s, c, p, s.max_iterations) || give_up!(c, p)
     return
 end

@@ -46,34 +46,37 @@ lanes!(c::Columns{T}) where {T} =
 const LANE_ITERATIONS = 12
 
 """
-    solve_lanes!(w, c, p, samples)
+    solve_lanes!(w, c, p)
 
 Solve the equation `p` for the samples whose drive and start are in the columns of `c`: a Picard step or three, then Newton's
 method. The columns that remain active in `c` are of the samples for which that did not do: which take too long or, without
 a guarantee of uniqueness, whose residual grew or whose equilibrium may not be the one that attracts. What happens to a
 sample does not depend on the others.
 """
-function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::Int) where {T, L}
-    cold = c.cold
+function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T, L}
+    cold, samples = c.cold, c.active
+    evaluations = min(LANE_ITERATIONS, c.limit)
     left = 0
     for first_sample in 1:L:samples
         check_interrupt()
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
-        newton_lanes!(w, p, cold)
+        newton_lanes!(w, p, cold, evaluations)
         for l in 1:count
             j = first_sample + l - 1
-            if w.lost[l]
+            used = unsafe_trunc(Int, w.iterations[l])
+            if w.lost[l] && used < c.limit
                 left += 1
                 copy_column!(c.U, left, c.U, j)
                 copy_column!(c.Z, left, c.Z, j)
-                c.sample[left] = j
+                c.sample[left], c.iterations[left] = j, used
             else
-                store!(p.Z, j, p.latest ? w.F : w.Z, l)
+                status = w.lost[l] ? status_of_lost!(c, j, w, p, l) : CONVERGED
+                store!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
                 store!(p.S, j, w.S, l)
                 scale = max(sqrt(w.size2[l]), p.floor)
-                record!(p.outcome, j, CONVERGED, unsafe_trunc(Int, w.iterations[l]), sqrt(w.residual2[l]) / scale, rate(w, l))
+                record!(p.outcome, j, status, used, sqrt(w.residual2[l]) / scale, rate(w, l))
             end
         end
     end
@@ -81,17 +84,26 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}, samples::
     return left == 0
 end
 
-function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool) where {T, L}
+# How the sample of a lane that would go on elsewhere ends if it has no evaluation left; column j, its own, is overwritten.
+function status_of_lost!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
+    isfinite(w.residual2[l]) || return NON_FINITE
+    w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
+    foreach((A, B) -> store!(A, j, B, l), (c.S, c.F), (w.S, w.F))
+    return repels(c, p, j) ? UNSTABLE : CONVERGED
+end
+
+function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps = p.unique ? 1 : 3
     fill!(w.active, 1)
     fill!(w.lost, false)
     fill!(w.iterations, 0)
     fill!(w.residual2, T(Inf))
     fill!(w.last2, T(Inf))
-    for k in 1:LANE_ITERATIONS
+    for k in 1:evaluations
         affine_lanes!(w, p.recurrence.R, cold && k == 1)
         activate_lanes!(w, p.f)
         judge!(w, p, k, picard_steps) || return
+        k == evaluations && break
         if k <= picard_steps
             step_lanes!(w, w.F, Val(L), true)
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)

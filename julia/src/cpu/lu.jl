@@ -40,6 +40,16 @@ function lu_factor!(A::StridedMatrix{T}, pivots) where {T}
     return true
 end
 
+"Whether a matrix A = I - M is singular to rounding, given the factors of `lu_factor!`."
+function is_singular(A::StridedMatrix{T}) where {T}
+    smallest, largest = T(Inf), one(T)
+    @inbounds for i in axes(A, 1)
+        pivot = abs(A[i, i])
+        smallest, largest = min(smallest, pivot), max(largest, pivot)
+    end
+    return smallest <= size(A, 1) * eps(T) * largest
+end
+
 function lapack_factor!(A, pivots)
     all(isfinite, A) || return false
     _, ipiv, info = LAPACK.getrf!(A)

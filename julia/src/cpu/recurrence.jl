@@ -53,7 +53,7 @@ function linearize!(r::Recurrence{T}, threads::Int = 1) where {T}
     # Qᵀ = (I - D̄ R)⁻ᵀ Rᵀ
     (A, Qt), pivots = r.work, zeros(Int, n)
     residual_jacobian!(A, r.slope, r.R)
-    r.linearized = lu_factor!(A, pivots)
+    r.linearized = lu_factor!(A, pivots) && !is_singular(A)
     r.linearized || return false
     transpose_into!(Qt, r.R)
     in_blocks(columns -> lu_solve_transposed_columns!(view(Qt, :, columns), A, pivots), n, threads, RIGHT_HAND_SIDES)

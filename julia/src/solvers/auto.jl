@@ -9,7 +9,6 @@ const AUTO_BLOCK = 8
 Picard iteration first. Every $(AUTO_BLOCK) iterations, a sample whose contraction rate predicts more work than the alternative
 is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
 then Newton's method (above), and the last ones by NLsolve's trust region. A sample's course depends on that sample only.
-`max_iterations` limits the evaluations of f.
 """
 struct Auto <: Solver
     tol::Union{Nothing, Float64}
@@ -20,22 +19,19 @@ struct Auto <: Solver
     end
 end
 
-function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
+function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     n = size(c.F, 1)
-    n <= LANE_NEURONS && solve_lanes!(lanes!(c), c, p, c.active) && return true
+    n <= LANE_NEURONS && solve_lanes!(lanes!(c), c, p) && return true
     c.cold = false
     # Newton costs about 4 iterations of n/3 + 2 products each, at a third of the speed of a product.
     # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.
     patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.unique ? 1 : 8)
-    used = 0
-    if p.recurrence.linearized
-        linearized_first!(c, p) && return true
-        used += LINEARIZED_PATIENCE
-    end
-    while used < iterations && c.active > 0
-        for _ in 1:min(AUTO_BLOCK, iterations - used)
-            used += 1
-            evaluate_all!(c, p; check = used == 1, rescue = true) && break
+    begun = p.recurrence.linearized
+    begun && linearized_first!(c, p) && return true
+    while c.active > 0
+        for _ in 1:AUTO_BLOCK
+            evaluate_all!(c, p; check = !begun, rescue = true) && break
+            begun = true
             advance!(c, one(T))
         end
         for j in c.active:-1:1
@@ -43,13 +39,9 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, iterations::Int) wher
         end
     end
     reclaim!(c) == 0 && return true
-    left = iterations - AUTO_BLOCK
-    if n > SMALL_LU
-        iterate!(Anderson(), c, p, min(60, left)) && return true
-        left -= 60
-    end
-    iterate!(Newton(), c, p, min(50, left)) && return true
-    return iterate!(NLsolver(), c, p, min(100, left - 50))
+    n > SMALL_LU && iterate!(Anderson(), c, p, 60) && return true
+    iterate!(Newton(), c, p, 50) && return true
+    return iterate!(NLsolver(), c, p, 100)
 end
 
 """
@@ -67,7 +59,8 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
             c.rate[j] < T(0.8) || set_aside!(c, j)
         end
     end
-    done = iterate_linearized!(c, p, LINEARIZED_PATIENCE)
+    patience = min(LINEARIZED_PATIENCE, c.limit - steps - 1)
+    done = c.active == 0 || patience > 0 && iterate_linearized!(c, p, patience)
     done || advance!(c, one(T))
     return reclaim!(c) == 0
 end

@@ -7,7 +7,8 @@ The chord method with the mean slopes D̄ of the batch: the samples share the ma
 each is solved in the form ([`Linearized`](@ref)) in which only the deviation of its slopes from D̄ is left to the iteration: one
 product an iteration, no factorisation per sample, and far fewer iterations than Picard's. What it finds is checked in
 the equation itself, and what that does not confirm goes on by Picard iteration. The iterates of a sample depend on its
-batch, its equilibrium does not.
+batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and what does not converge is
+`SINGULAR`. Three evaluations of a few samples, from which D̄ is taken, are not counted.
 """
 struct Chord <: Solver
     tol::Union{Nothing, Float64}
@@ -128,5 +129,6 @@ function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) whe
         used += block
     end
     advance!(c, one(T))
-    return iterate!(Picard(), c, p, iterations - used)       # where there is no Q, the matrix being singular
+    fill!(view(c.singular, 1:c.active), !p.recurrence.linearized)
+    return iterate!(Picard(), c, p, iterations - used)
 end

@@ -6,7 +6,8 @@
 Newton's method on `r(z) = f(u + R z) - z`, `z ← z + t (I - D R)⁻¹ r` with one LU factorisation per sample and iteration.
 The step t is halved while ‖r‖ does not decrease; where six halvings do not help, a Picard step is taken. Without a
 uniqueness guarantee (`Free`) the equilibrium found may be one that no iteration would stay at: it is then reported as
-`UNSTABLE`.
+`UNSTABLE`. Where I - D R is singular, the direction is that of the Picard step; a sample whose iterations end at such a place
+is `SINGULAR`.
 """
 struct Newton <: Solver
     tol::Union{Nothing, Float64}
@@ -67,16 +68,23 @@ function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) wh
     return false
 end
 
+# A = I - D R for column j, factorised; false where that is not possible. `c.singular` is told whether A is singular to rounding.
+function factorize!(A::StridedMatrix{T}, pivots, d, c::Columns{T}, p::Stationary{T}, j::Int) where {T}
+    slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
+    residual_jacobian!(A, view(d, :, 1), p.recurrence.R)
+    factorized = lu_factor!(A, pivots)
+    c.singular[j] = !factorized || is_singular(A)
+    return factorized
+end
+
 # step = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular, and then false.
 function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int)
     check_interrupt()
     n = size(A, 1)
-    slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    residual_jacobian!(A, view(d, :, 1), p.recurrence.R)
     @inbounds @simd for i in 1:n
         step[i] = c.F[i, j] - c.Z[i, j]
     end
-    if lu_factor!(A, pivots)
+    if factorize!(A, pivots, d, c, p, j)
         lu_solve!(step, A, pivots)
         all(isfinite, step) && return true
         @inbounds @simd for i in 1:n

@@ -4,7 +4,8 @@
     NLsolver(; method = :trust_region, tol = nothing, max_iterations = 200)
 
 NLsolve.jl on `f(u + R z) - z = 0` with its exact Jacobian `D R - I`, one sample at a time and in double precision. `method` is
-`:trust_region`, `:newton` or `:anderson`. The slowest of the solvers and the hardest to defeat.
+`:trust_region`, `:newton` or `:anderson`. The slowest of the solvers and the hardest to defeat. A sample whose Jacobian is
+singular where the method ends is `SINGULAR`.
 """
 struct NLsolver <: Solver
     method::Symbol
@@ -21,77 +22,105 @@ struct NLsolver <: Solver
 end
 
 function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    iterations > 0 || return false
     c.cold = false
     root = RootProblem(Matrix{Float64}(p.recurrence.R), p.f)
     tol, floor = Float64(p.tol), Float64(p.floor)
     for j in c.active:-1:1
-        used = Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, iterations)::Int
-        c.iterations[j] += max(used - 1, 0)
+        evaluations = min(iterations, c.limit - c.iterations[j]) - 1
+        evaluations > 0 || continue
+        c.iterations[j] += Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, evaluations)::Int
         c.residual[j] = T(Inf)
     end
     # The verdict is ours, by the same evaluation as for every other solver.
-    return evaluate_all!(c, p; check = true)
+    evaluate_all!(c, p; check = true) && return true
+    A, pivots, d = Matrix{T}(undef, size(p.recurrence.R)), zeros(Int, size(c.F, 1)), zeros(T, size(c.F, 1), 1)
+    foreach(j -> factorize!(A, pivots, d, c, p, j), 1:c.active)
+    return false
 end
 
-# Improve z for the drive u; returns the iterations used.
-function attempts!(root, s::NLsolver, u, z, tol, floor, iterations)
-    copyto!(root.u, u)
+# Improve z for the drive u; returns the evaluations used.
+function attempts!(root, s::NLsolver, u, z, tol, floor, evaluations)
+    begin_sample!(root, u, evaluations)
     start = Vector{Float64}(z)
     r = similar(start)
     # NLsolve stops on an absolute maximum norm; ours is relative, so ask again where that was too loose.
     target = tol * max(norm(root(r, start)), floor) / (2 * sqrt(length(start)))
-    used = 0
     for _ in 1:3
-        result = attempt(s, root, start, target, iterations - used)
-        result === nothing && break
-        used += result.iterations
-        all(isfinite, result.zero) || break
-        copyto!(start, result.zero)
+        found = attempt(s, root, start, target)
+        found === nothing && break
+        copyto!(start, found)
+        root.left > 0 || break
         norm(root(r, start)) <= tol * max(norm(root.z), floor) && break
-        used < iterations || break
         target /= 100
     end
     copyto!(z, start)
-    return used
+    return evaluations - root.left
 end
 
-function attempt(s::NLsolver, root, start, target, iterations)
+# The solution found, or as far as the evaluations lead; nothing where the method breaks down.
+function attempt(s::NLsolver, root, start, target)
     try
-        return nlsolve(
+        result = nlsolve(
             root, (J, z) -> jacobian!(J, root, z), start;
-            method = s.method, ftol = target, xtol = 0.0, iterations,
+            method = s.method, ftol = target, xtol = 0.0, iterations = root.left,
         )
+        return all(isfinite, result.zero) ? result.zero : nothing
     catch error
+        error isa NoEvaluationLeft && return root.best
         error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} ||
             rethrow()
         return nothing
     end
 end
 
+struct NoEvaluationLeft <: Exception end
+
 # r(z) = f(u + R z) - z, with the buffers of its evaluation: in double precision and for whatever activation, so that NLsolve
 # is compiled once.
-struct RootProblem
-    R::Matrix{Float64}
-    f::Activation
-    u::Matrix{Float64}
-    input::Matrix{Float64}
-    s::Matrix{Float64}
-    z::Matrix{Float64}
-    d::Matrix{Float64}
+mutable struct RootProblem
+    const R::Matrix{Float64}
+    const f::Activation
+    const u::Matrix{Float64}
+    const input::Matrix{Float64}
+    const s::Matrix{Float64}
+    const z::Matrix{Float64}
+    const d::Matrix{Float64}
+    const best::Vector{Float64}    # where the residual was smallest
+    best_residual::Float64
+    evaluated::Bool                # at `input`
+    left::Int                      # evaluations of f
 end
-RootProblem(R, f) = RootProblem(R, f, (zeros(size(R, 1), 1) for _ in 1:5)...)
+RootProblem(R, f) = RootProblem(R, f, (zeros(size(R, 1), 1) for _ in 1:5)..., zeros(size(R, 1)), Inf, false, 0)
+
+function begin_sample!(p::RootProblem, u, evaluations)
+    copyto!(p.u, u)
+    p.best_residual, p.evaluated, p.left = Inf, false, evaluations
+    return p
+end
 
 function (p::RootProblem)(r, z)
-    check_interrupt()
-    copyto!(p.input, z)
-    mul!(copyto!(p.s, p.u), p.R, p.input, true, true)
-    activate!(p.z, p.f, p.s, p.input, 1)
+    evaluate!(p, z)
     r .= vec(p.z) .- z
     return r
 end
+# NLsolve asks for the residual and the Jacobian at the same z one after the other.
+function evaluate!(p::RootProblem, z)
+    check_interrupt()
+    p.evaluated && vec(p.input) == z && return
+    p.left > 0 || throw(NoEvaluationLeft())
+    p.left -= 1
+    p.evaluated = true
+    copyto!(p.input, z)
+    mul!(copyto!(p.s, p.u), p.R, p.input, true, true)
+    change2, _ = activate!(p.z, p.f, p.s, p.input, 1)
+    if p.best_residual == Inf || change2 < p.best_residual
+        p.best_residual = change2
+        copyto!(p.best, z)
+    end
+    return
+end
 function jacobian!(J, p::RootProblem, z)
-    p(similar(z), z)
+    evaluate!(p, z)
     slopes!(p.d, p.f, p.s, p.z)
     J .= p.d .* p.R
     for i in axes(J, 1)
