@@ -65,9 +65,9 @@ const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
     AdjointSystem{T}
 
 `e = D (g + Rᵀe)` for each sample, a linear [`FixedPoint`](@ref) in e = D λ: the drive is g = ∂L/∂z*, S is λ, and the slopes D
-are `extra[1]` of the columns.
+are the coefficients of the columns.
 """
-struct AdjointSystem{T, V} <: FixedPoint{T}
+@kwdef struct AdjointSystem{T, V} <: FixedPoint{T}
     M::Factor{T}                 # Rᵀ
     recurrence::Recurrence{T}
     tol::T
@@ -75,14 +75,11 @@ struct AdjointSystem{T, V} <: FixedPoint{T}
     Z::V
     outcome::Outcome
     latest::Bool                 # deliver D (g + Rᵀe) of the last e
+    threads::Int                 # among which products may be shared
 end
 
-"Matrices of `Columns.extra` that belong to the equation."
-own_extra(::FixedPoint) = 0
-own_extra(::AdjointSystem) = 1
-
 @inline function activate!(c::Columns{T}, ::AdjointSystem{T}, j::Int) where {T}
-    D, S = c.extra[1], c.S
+    D, S = c.coefficients, c.S
     return fill_column!(put_value!, c.F, c.Z, j, axes(c.F, 1)) do i
         e = @inbounds D[i, j] * S[i, j]
         return e, e
@@ -95,7 +92,7 @@ deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
 # The linearised system: t = (D - d̄) λ.
 
 @inline function activate!(c::Columns{T}, p::Linearized{T, <:AdjointSystem}, j::Int) where {T}
-    D, S, slope = c.extra[1], c.S, p.slope
+    D, S, slope = c.coefficients, c.S, p.slope
     return fill_column!(put_change!, c.F, c.Z, j, axes(c.F, 1)) do i
         λ = @inbounds S[i, j]
         e = @inbounds D[i, j] * λ
@@ -103,41 +100,40 @@ deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     end
 end
 
-function linearized(p::AdjointSystem{T, V}, q, c) where {T, V}
-    copyto!(extra!(q, 1)[1], 1, c.extra[1], 1, length(p.recurrence.slope) * c.active)
-    r = p.recurrence
-    return Linearized{T, typeof(p), V}(r.Q_transposed, p, r.slope, p.tol, p.floor, p.Z, q.outcome)
-end
+linearized(p::AdjointSystem, outcome) = Linearized(p, p.recurrence.Q_transposed, outcome)
 
 """
-    solve_adjoint!(E, adjoint, c, recurrence, D, G, outcome, factors, latest)
+    solve_adjoint!(E, adjoint, c, recurrence, D, G; outcome, factors = nothing, latest = false, threads = 1)
 
 `E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
 `outcome` (NaN where the system is singular). `factors` are those of the forward pass, if there are any; `latest` asks for the
-value of the last evaluation.
+value of the last evaluation; the products may be shared among `threads`.
 """
-function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G, outcome, factors, latest)
+function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G; options...)
     E .= D .* G
     return E
 end
 
-function solve_adjoint!(E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G, outcome, factors, latest) where {T}
+function solve_adjoint!(
+        E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G; outcome, factors = nothing, latest = false, threads = 1
+    ) where {T}
     n, samples = size(r.R, 1), size(G, 2)
-    slopes_moving = extra!(c, 1)[1]
     for j in 1:samples
         copy_column!(c.U, j, G, j)
-        copy_column!(slopes_moving, j, D, j)
+        copy_column!(c.coefficients, j, D, j)
     end
     start!(c, samples; cold = true)
-    p = AdjointSystem{T, typeof(E)}(r.backward, r, tolerance(s, T), floatmin(T), E, outcome, latest)
+    system(; tol, latest) = AdjointSystem{T, typeof(E)}(;
+        M = r.backward, recurrence = r, tol, floor = floatmin(T), Z = E, outcome, latest, threads
+    )
+    p = system(; tol = tolerance(s, T), latest)
     method = s.linear_solver
     if factors !== nothing && method in (:auto, :lu)
-        exact = AdjointSystem{T, typeof(E)}(p.M, r, 100 * eps(T), p.floor, E, outcome, false)
-        refine!(c, exact, factors) && return E
+        refine!(c, system(; tol = 100 * eps(T), latest = false), factors) && return E
     end
     if method === :auto
         if n <= LANE_NEURONS
-            solve_adjoint_lanes!(lanes!(c), c, p) && return E
+            solve_adjoint_lanes!(lanes_of(c), c, p) && return E
         elseif r.linearized
             evaluate_all!(c, p) && return E
             iterate_linearized!(c, p, LINEARIZED_PATIENCE) && return E
@@ -166,7 +162,7 @@ function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     n = size(c.Z, 1)
     for j in c.active:-1:1
         check_interrupt()
-        g, d = c.U[:, j], c.extra[1][:, j]
+        g, d = c.U[:, j], c.coefficients[:, j]
         λ, _ = linsolve(
             v -> v - p.recurrence.R' * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
             atol = zero(T), rtol = p.tol / 2,
@@ -181,10 +177,17 @@ end
 "Corrections by the factors of a matrix nearby, before they are given up."
 const REFINEMENTS = 4
 
+"The λ that is refined."
+struct RefinementState{T} <: SolverState
+    λ::Matrix{T}
+end
+
 # λ ← λ + (I - D₀R)⁻ᵀ (g + Rᵀ D λ - λ), with D₀ the slopes at which Newton's method factorised last.
 function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where {T}
     all(j -> factors.known[j], 1:c.active) || return false
-    D, λ = c.extra[1], extra!(c, 1, size(c.U, 1), 2)[1]
+    D, state = c.coefficients, buffer!(() -> RefinementState{T}(zero(c.Z)), c, RefinementState{T})
+    λ = state.λ
+    c.state = state
     for j in 1:c.active
         copy_column!(c.S, j, c.U, j)
         fill!(view(λ, :, j), 0)
@@ -201,9 +204,10 @@ function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where 
                 c.Z[i, j] = D[i, j] * λ[i, j]
             end
         end
-        evaluate_all!(c, p) && return true
+        evaluate_all!(c, p) && break
     end
-    return false
+    c.state = nothing
+    return c.active == 0
 end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
@@ -212,7 +216,7 @@ function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
     A, pivots, d, λ = Matrix{T}(undef, n, n), zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1)
     for j in 1:c.active
         check_interrupt()
-        copy_column!(d, 1, c.extra[1], j)
+        copy_column!(d, 1, c.coefficients, j)
         copy_column!(λ, 1, c.U, j)
         residual_jacobian!(A, d, p.recurrence.R)
         if lu_factor!(A, pivots)

@@ -77,20 +77,27 @@ results go, samples as columns), and `outcome`.
 abstract type FixedPoint{T} end
 
 """
-    Columns{T}(n, width; extra = 0)
+    SolverState
+
+What a method keeps of every column between its steps. All fields of a subtype are arrays whose last axis counts the columns; they
+move with the column while the state is `c.state`.
+"""
+abstract type SolverState end
+
+"""
+    Columns{T}(n, width, coefficients = nothing)
 
 The samples of a fixed-point equation that are still at work: the first `active` columns of the drive `U`, the iterate
 `Z`, the argument `S` and `F = f(S)`. Finished samples leave and the last column takes their place, so all products run
-over samples that need them; `sample[j]` is the sample in column j. `extra` matrices with as many rows belong to a method
-or an equation and move along; so do the `scalars` (8 per column).
+over samples that need them; `sample[j]` is the sample in column j. What belongs to a column moves with it: see
+[`per_column`](@ref).
 """
-mutable struct Columns{T}
-    U::Matrix{T}
-    Z::Matrix{T}
-    S::Matrix{T}
-    F::Matrix{T}
-    const extra::Vector{Matrix{T}}
-    const scalars::Matrix{T}
+mutable struct Columns{T, D <: Union{Nothing, Matrix{T}}}
+    const U::Matrix{T}
+    const Z::Matrix{T}
+    const S::Matrix{T}
+    const F::Matrix{T}
+    const coefficients::D            # of the equation, that differ between the samples
     const sample::Vector{Int}
     const residual::Vector{T}        # ‖F - Z‖ of the last iteration
     const rate::Vector{T}
@@ -99,35 +106,41 @@ mutable struct Columns{T}
     const aside::Vector{Int}         # columns set aside, see `set_aside!`
     active::Int
     limit::Int                       # evaluations of f that a sample may have
-    cold::Bool                       # the iterate is zero
-    threads::Int                     # among which the products may be shared
-    partner::Union{Nothing, Columns{T}}        # for the linearised equation
-    lanes::Any                                 # Lanes{T} of a small stage, made at the first use
-    factors::Union{Nothing, Factors{T}}        # of Newton's method, where the adjoint is going to use them
-    const outcome::Outcome                     # of the linearised equation
+    cold::Bool                       # the iterate is zero, so that S = U
+    state::Union{Nothing, SolverState}     # of the method at work
+    const buffers::Vector{Any}       # of all methods, see `buffer!`
 end
 
-Columns{T}(n::Int, width::Int) where {T} = Columns{T}((zeros(T, n, width) for _ in 1:4)...)
-function Columns{T}(U::Matrix{T}, Z::Matrix{T}, S::Matrix{T}, F::Matrix{T}) where {T}
+Columns{T}(n::Int, width::Int, coefficients = nothing) where {T} =
+    Columns((zeros(T, n, width) for _ in 1:4)..., coefficients)
+function Columns(U::Matrix{T}, Z::Matrix{T}, S::Matrix{T}, F::Matrix{T}, coefficients::D) where {T, D}
     width = size(Z, 2)
-    return Columns{T}(
-        U, Z, S, F, Matrix{T}[], zeros(T, 8, width), zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width),
-        zeros(Bool, width), Int[], 0, typemax(Int), false, 1, nothing, nothing, nothing, Outcome(width),
+    return Columns{T, D}(
+        U, Z, S, F, coefficients, zeros(Int, width), zeros(T, width), zeros(T, width), zeros(Int, width), zeros(Bool, width),
+        Int[], 0, typemax(Int), false, nothing, Any[],
     )
 end
 
-"The first `count` matrices of `c.extra` with `rows` rows each, made at the first use."
-function extra!(c::Columns{T}, count::Int, rows::Int = size(c.Z, 1), first_index::Int = 1) where {T}
-    while length(c.extra) < first_index + count - 1
-        push!(c.extra, zeros(T, rows, size(c.U, 2)))
+"""
+    buffer!(make, c, B, fits = always)
+
+The buffers of type `B` that a method keeps with the columns from one solve to the next; where there are none that fit, those that
+`make` returns.
+"""
+function buffer!(make::F, c::Columns, ::Type{B}, fits::G = _ -> true) where {F, B, G}
+    for buffer in c.buffers
+        buffer isa B && fits(buffer)::Bool && return buffer
     end
-    return view(c.extra, first_index:(first_index + count - 1))
+    buffer = make()::B
+    push!(c.buffers, buffer)
+    return buffer
 end
 
 "Begin with `samples` columns, whose `U` is set, and whose `Z` is unless the start is `cold`, that is zero."
 function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.active = samples
     c.limit = typemax(Int)
+    c.state = nothing
     c.cold = cold
     cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.aside)
@@ -147,7 +160,7 @@ end
 The equilibrium of one stage: `z = f(u + R z)`. `unique` says that a constraint guarantees there is only one; without that,
 solutions found by methods which may find others than those that attract are checked.
 """
-struct Stationary{T, F, V} <: FixedPoint{T}
+@kwdef struct Stationary{T, F, V} <: FixedPoint{T}
     M::Factor{T}                 # R
     recurrence::Recurrence{T}
     f::F
@@ -158,6 +171,8 @@ struct Stationary{T, F, V} <: FixedPoint{T}
     outcome::Outcome
     unique::Bool
     latest::Bool                 # deliver f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
+    factors::Union{Nothing, Factors{T}}    # take the last factorisations of Newton's method
+    threads::Int                 # among which products may be shared
 end
 
 """
@@ -171,7 +186,7 @@ end
 function affine!(c::Columns, p::FixedPoint)
     copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
     c.cold && (c.cold = false; return c.S)
-    return multiply_add!(c.S, p.M, c.Z, c.active, c.threads)
+    return multiply_add!(c.S, p.M, c.Z, c.active, p.threads)
 end
 
 "Largest accepted growth of a residual; beyond it a sample counts as diverged."
@@ -220,21 +235,51 @@ end
     return
 end
 
+"""
+    per_column(x)
+
+The arrays of columns or of a solver's state whose last axis counts the columns.
+"""
+@inline per_column(c::Columns{T, Nothing}) where {T} =
+    (c.U, c.Z, c.S, c.F, c.sample, c.residual, c.rate, c.iterations, c.singular)
+@inline per_column(c::Columns) =
+    (c.U, c.Z, c.S, c.F, c.sample, c.residual, c.rate, c.iterations, c.singular, c.coefficients)
+@inline per_column(s::S) where {S <: SolverState} = ntuple(i -> getfield(s, i), Val(fieldcount(S)))
+
 "Column k takes the place of column j."
 function move_column!(c::Columns, j::Int, k::Int)
-    for A in (c.U, c.Z, c.S, c.F, c.scalars)
-        copy_column!(A, j, A, k)
+    map(A -> move_entries!(A, j, k), per_column(c))
+    c.state === nothing || move_column!(c.state, j, k)
+    return
+end
+move_column!(s::SolverState, j::Int, k::Int) = (map(A -> move_entries!(A, j, k), per_column(s)); nothing)
+
+"The columns j and k change places."
+function swap_columns!(c::Columns, j::Int, k::Int)
+    j == k && return
+    map(A -> swap_entries!(A, j, k), per_column(c))
+    c.state === nothing || swap_columns!(c.state, j, k)
+    return
+end
+swap_columns!(s::SolverState, j::Int, k::Int) = (map(A -> swap_entries!(A, j, k), per_column(s)); nothing)
+
+@inline entries_per_column(A::Array) = prod(Base.front(size(A)))
+
+@inline function move_entries!(A::Array, j::Int, k::Int)
+    count = entries_per_column(A)
+    to, from = (j - 1) * count, (k - 1) * count
+    @inbounds @simd for i in 1:count
+        A[to + i] = A[from + i]
     end
-    for A in c.extra
-        copy_column!(A, j, A, k)
+    return
+end
+
+@inline function swap_entries!(A::Array, j::Int, k::Int)
+    count = entries_per_column(A)
+    a, b = (j - 1) * count, (k - 1) * count
+    @inbounds for i in 1:count
+        A[a + i], A[b + i] = A[b + i], A[a + i]
     end
-    @inbounds for v in (c.sample, c.iterations)
-        v[j] = v[k]
-    end
-    @inbounds for v in (c.residual, c.rate)
-        v[j] = v[k]
-    end
-    c.singular[j] = c.singular[k]
     return
 end
 
@@ -283,23 +328,6 @@ function reclaim!(c::Columns)
     c.active = length(c.aside)
     empty!(c.aside)
     return c.active
-end
-
-function swap_columns!(c::Columns, j::Int, k::Int)
-    j == k && return
-    for A in (c.U, c.Z, c.S, c.F, c.scalars, c.extra...)
-        @inbounds @simd for i in axes(A, 1)
-            A[i, j], A[i, k] = A[i, k], A[i, j]
-        end
-    end
-    for v in (c.sample, c.iterations)
-        v[j], v[k] = v[k], v[j]
-    end
-    for v in (c.residual, c.rate)
-        v[j], v[k] = v[k], v[j]
-    end
-    c.singular[j], c.singular[k] = c.singular[k], c.singular[j]
-    return
 end
 
 "Record the columns that are left as unconverged."

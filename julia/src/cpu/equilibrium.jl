@@ -12,20 +12,19 @@ Bring the samples `X` (features × samples, at most a tile) to their equilibrium
 function forward!(ws::Tile, problem::Problem, X::AbstractMatrix, start = nothing)
     reset!(ws.outcome)
     for (k, stage) in enumerate(problem.net.stages)
-        forward_stage!(ws, problem, stage, ws.weights.stages[k], ws.recurrences[k], ws.columns[k], ws.chains[k], X, start)
+        forward_stage!(ws, problem, stage, k, X, start)
     end
     return ws
 end
 
-function forward_stage!(ws::Tile, problem, stage::Stage, w, recurrence, c::Columns, chain, X, start)
-    m = size(X, 2)
-    drive!(c.U, w, ws.Z, X, m, ws.threads)
+function forward_stage!(ws::Tile, problem, stage::Stage, k::Int, X, start)
+    m, c, factors = size(X, 2), ws.columns[k], ws.factors[k]
+    drive!(c.U, ws.weights.stages[k], ws.Z, X, m, ws.threads)
     stage.recurrent || return evaluate_stage!(ws, stage.rows, stage.activation, c, m)
     start === nothing || copyto!(view(c.Z, :, 1:m), view(start, stage.rows, 1:m))
     start!(c, m; cold = start === nothing)
-    c.factors === nothing || fill!(c.factors.known, false)
-    c.threads = ws.threads
-    return solve_stage!(ws, problem, stage.rows, stage.activation, recurrence, c, chain)
+    factors === nothing || fill!(factors.known, false)
+    return solve_stage!(ws, problem, stage.rows, stage.activation, k)
 end
 
 function evaluate_stage!(ws::Tile, rows, f::Activation, c::Columns, m::Int)
@@ -40,13 +39,15 @@ function evaluate_stage!(ws::Tile, rows, f::Activation, c::Columns, m::Int)
     return
 end
 
-function solve_stage!(ws::Tile{T}, problem, rows, f::Activation, recurrence, c::Columns{T}, chain) where {T}
-    stationary = Stationary(
-        recurrence.forward, recurrence, f, tolerance(problem.solver, T)::T, scale_floor(T, length(rows)),
-        view(ws.Z, rows, :), view(ws.S, rows, :), ws.outcome,
-        guarantees_uniqueness(problem.net.constraint)::Bool || problem.adjoint isa Unrolled, ws.latest,
+function solve_stage!(ws::Tile{T}, problem, rows, f::Activation, k::Int) where {T}
+    c, recurrence, adjoint = ws.columns[k], ws.recurrences[k], problem.adjoint
+    stationary = Stationary(;
+        M = recurrence.forward, recurrence, f, tol = tolerance(problem.solver, T)::T, floor = scale_floor(T, length(rows)),
+        Z = view(ws.Z, rows, :), S = view(ws.S, rows, :), outcome = ws.outcome,
+        unique = guarantees_uniqueness(problem.net.constraint)::Bool || adjoint isa Unrolled,
+        latest = ws.latest, factors = ws.factors[k], threads = ws.threads,
     )
-    problem.adjoint isa Unrolled ? unroll!(chain, c, stationary, problem.adjoint.steps) : solve!(problem.solver, c, stationary)
+    adjoint isa Unrolled ? unroll!(ws.chains[k], c, stationary, adjoint.steps) : solve!(problem.solver, c, stationary)
     return
 end
 
@@ -153,8 +154,10 @@ function backward_stage!(
             total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)
         end
         if stage.recurrent
-            ws.adjoints[k].threads = ws.threads
-            solve_adjoint!(E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G, ws.adjoint_outcome, ws.columns[k].factors, ws.latest)
+            solve_adjoint!(
+                E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G;
+                outcome = ws.adjoint_outcome, factors = ws.factors[k], latest = ws.latest, threads = ws.threads,
+            )
             direct === nothing || (E .+= direct)
             add_outer!(g.recurrent, E, Z, m, ws.threads)
         else

@@ -99,10 +99,10 @@ end
 # Lets Newton's method leave its factorisations to the adjoint.
 function keep_factors!(tile::Tile{T}, problem::Problem) where {T}
     problem.solver isa Newton && problem.adjoint isa Implicit || return
-    for (c, stage) in zip(tile.columns, problem.net.stages)
+    for (k, stage) in enumerate(problem.net.stages)
         n = length(stage.rows)
         stage.recurrent && n^2 * tile.width * sizeof(T) <= FACTORS_LIMIT || continue
-        c.factors === nothing && (c.factors = Factors{T}(n, tile.width))
+        tile.factors[k] === nothing && (tile.factors[k] = Factors{T}(n, tile.width))
     end
     return
 end

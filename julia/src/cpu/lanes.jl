@@ -39,8 +39,7 @@ function Lanes{T}(n::Int) where {T}
     )
 end
 
-lanes!(c::Columns{T}) where {T} =
-    (c.lanes === nothing && (c.lanes = Lanes{T}(size(c.U, 1))); c.lanes::Lanes{T, lane_count(T)})
+lanes_of(c::Columns{T}) where {T} = buffer!(() -> Lanes{T}(size(c.U, 1)), c, Lanes{T, lane_count(T)})
 
 "Evaluations before a lane is given to the general solver."
 const LANE_ITERATIONS = 12
@@ -340,7 +339,7 @@ Solve the adjoint systems of the columns of `c` by elimination. The columns that
 exact enough.
 """
 function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}) where {T, L}
-    samples, D = c.active, c.extra[1]
+    samples, D = c.active, c.coefficients
     left = 0
     for first_sample in 1:L:samples
         check_interrupt()

@@ -226,12 +226,12 @@ function iterate!(::Auto, c::Columns{T}, p::Pointwise{T}, iterations::Int) where
         end
     end
     reclaim!(c) == 0 && return true
-    start = extra!(c, 1)[1]
+    start = zeros(T, n, 1)
     w = NewtonBuffers{T}(n)
     for j in c.active:-1:1
-        copy_column!(start, j, c.Z, j)
+        copy_column!(start, 1, c.Z, j)
         status, residual = newton!(c, p, j, w, 50)
-        status === CONVERGED ? finish!(c, p, j, status, residual) : copy_column!(c.Z, j, start, j)
+        status === CONVERGED ? finish!(c, p, j, status, residual) : copy_column!(c.Z, j, start, 1)
     end
     c.active == 0 && return true
     iterate!(Picard(), c, p, max(iterations - used, 1)) && return true

@@ -25,75 +25,102 @@ end
 
 const MAX_MEMORY = 10
 
+"""
+    AndersonState{T}(n, memory, width)
+
+The history of each sample: the last `memory` differences of the residuals r = f(z) - z and of F = f(z), in a ring, with the Gram
+matrix of the former; how many of them are in use; and r, F and ‖r‖ of the last iteration.
+"""
+struct AndersonState{T} <: SolverState
+    ΔR::Array{T, 3}
+    ΔF::Array{T, 3}
+    gram::Array{T, 3}
+    differences::Vector{Int}
+    r::Matrix{T}
+    F::Matrix{T}
+    residual::Vector{T}
+end
+AndersonState{T}(n::Int, memory::Int, width::Int) where {T} = AndersonState{T}(
+    zeros(T, n, memory, width), zeros(T, n, memory, width), zeros(T, memory, memory, width), zeros(Int, width),
+    zeros(T, n, width), zeros(T, n, width), zeros(T, width),
+)
+
+"The system of the normal equations of one sample, solved in place."
+struct NormalEquations{T}
+    γ::Vector{T}
+    b::Vector{T}
+    G::Matrix{T}
+end
+NormalEquations{T}(memory::Int) where {T} = NormalEquations{T}(zeros(T, memory), zeros(T, memory), zeros(T, memory, memory))
+
 function iterate!(s::Anderson, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
-    m, n = s.memory, size(c.F, 1)
-    # Behind the matrices of the equation: ΔR and ΔF (m each), the last residual and F, and the m × m Gram matrix.
-    base = own_extra(p)
-    history = extra!(c, 2m + 2, n, base + 1)
-    gram = extra!(c, 1, m * m, base + 2m + 3)[1]
-    size(gram, 1) == m * m || throw(DimensionMismatch("the columns serve an Anderson memory of $(isqrt(size(gram, 1)))"))
-    for j in 1:c.active
-        c.scalars[1, j] = 0          # differences held
-        c.scalars[2, j] = Inf        # residual of the last iteration
-    end
-    head = 0                         # place of the newest difference
-    γ, b, G = zeros(T, m), zeros(T, m), zeros(T, m, m)
+    n, width = size(c.Z)
+    state = buffer!(() -> AndersonState{T}(n, s.memory, width), c, AndersonState{T}, h -> size(h.ΔR, 2) == s.memory)
+    fill!(view(state.differences, 1:c.active), 0)
+    fill!(view(state.residual, 1:c.active), T(Inf))
+    c.state = state
+    done = accelerate!(s, state, c, p, iterations)
+    c.state = nothing
+    return done
+end
+
+function accelerate!(s::Anderson, state::AndersonState{T}, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
+    equations = NormalEquations{T}(s.memory)
+    newest = 0                       # place of the newest difference
     for k in 1:iterations
         evaluate_all!(c, p; check = true) && return true
-        head = k == 1 ? 0 : mod1(head + 1, m)
+        newest = k == 1 ? 0 : mod1(newest + 1, s.memory)
         for j in 1:c.active
-            anderson_step!(c, history, gram, j, head, s, γ, b, G)
+            anderson_step!(c, state, j, newest, s, equations)
         end
     end
     return false
 end
 
-function anderson_step!(c::Columns{T}, history, gram, j::Int, head::Int, s::Anderson, γ, b, G) where {T}
+function anderson_step!(c::Columns{T}, state::AndersonState{T}, j::Int, newest::Int, s::Anderson, equations) where {T}
     m, n = s.memory, size(c.F, 1)
-    last_r, last_F = history[2m + 1], history[2m + 2]
+    (; ΔR, ΔF, gram) = state
+    (; γ, b, G) = equations
+    last_r, last_F = state.r, state.F
     Z, F = c.Z, c.F
-    held = Int(c.scalars[1, j])
-    if head > 0
-        ΔR, ΔF = history[head], history[m + head]
+    differences = state.differences[j]
+    if newest > 0
         @inbounds @simd for i in 1:n
-            ΔR[i, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
-            ΔF[i, j] = F[i, j] - last_F[i, j]
+            ΔR[i, newest, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
+            ΔF[i, newest, j] = F[i, j] - last_F[i, j]
         end
-        held = c.residual[j] > 2 * c.scalars[2, j] ? 0 : min(held + 1, m)
+        differences = c.residual[j] > 2 * state.residual[j] ? 0 : min(differences + 1, m)
     end
     @inbounds @simd for i in 1:n
         last_r[i, j] = F[i, j] - Z[i, j]
         last_F[i, j] = F[i, j]
     end
-    c.scalars[1, j] = held
-    c.scalars[2, j] = c.residual[j]
-    if held > 0
-        for l in 1:held                     # the newest row of the Gram matrix, and the right-hand side
-            place = mod1(head - l + 1, m)
+    if differences > 0
+        for l in 1:differences              # the newest row of the Gram matrix, and the right-hand side
+            place = mod1(newest - l + 1, m)
             inner = rhs = zero(T)
-            ΔR, newest = history[place], history[head]
             @inbounds @simd for i in 1:n
-                inner = muladd(ΔR[i, j], newest[i, j], inner)
-                rhs = muladd(ΔR[i, j], last_r[i, j], rhs)
+                inner = muladd(ΔR[i, place, j], ΔR[i, newest, j], inner)
+                rhs = muladd(ΔR[i, place, j], last_r[i, j], rhs)
             end
-            gram[(head - 1) * m + place, j] = inner
-            gram[(place - 1) * m + head, j] = inner
+            gram[place, newest, j] = gram[newest, place, j] = inner
             b[l] = rhs
         end
-        for l in 1:held, k in 1:held
-            G[k, l] = gram[(mod1(head - l + 1, m) - 1) * m + mod1(head - k + 1, m), j]
+        for l in 1:differences, k in 1:differences
+            G[k, l] = gram[mod1(newest - k + 1, m), mod1(newest - l + 1, m), j]
         end
-        solve_regularised!(γ, G, b, held, max(T(s.ridge), eps(T))) || (held = 0; c.scalars[1, j] = 0)
+        solve_regularised!(γ, G, b, differences, max(T(s.ridge), eps(T))) || (differences = 0)
     end
+    state.differences[j] = differences
+    state.residual[j] = c.residual[j]
     damping = T(s.damping)
     @inbounds @simd for i in 1:n
         Z[i, j] = F[i, j] - (1 - damping) * last_r[i, j]
     end
-    for l in 1:held
-        place = mod1(head - l + 1, m)
-        ΔR, ΔF, g = history[place], history[m + place], γ[l]
+    for l in 1:differences
+        place, g = mod1(newest - l + 1, m), γ[l]
         @inbounds @simd for i in 1:n
-            Z[i, j] -= g * (ΔF[i, j] - (1 - damping) * ΔR[i, j])
+            Z[i, j] -= g * (ΔF[i, place, j] - (1 - damping) * ΔR[i, place, j])
         end
     end
     return

@@ -21,7 +21,7 @@ end
 
 function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     n = size(c.F, 1)
-    n <= LANE_NEURONS && solve_lanes!(lanes!(c), c, p) && return true
+    n <= LANE_NEURONS && solve_lanes!(lanes_of(c), c, p) && return true
     c.cold = false
     # Newton costs about 4 iterations of n/3 + 2 products each, at a third of the speed of a product.
     # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.

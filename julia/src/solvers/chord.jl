@@ -38,9 +38,13 @@ struct Linearized{T, P <: FixedPoint{T}, V} <: FixedPoint{T}
     floor::T
     Z::V
     outcome::Outcome
+    threads::Int
 end
 
-affine!(c::Columns, p::Linearized) = multiply_add!(c.S, p.M, c.F, c.active, c.threads)
+Linearized(p::FixedPoint{T}, Q::Factor{T}, outcome::Outcome) where {T} =
+    Linearized{T, typeof(p), typeof(p.Z)}(Q, p, p.recurrence.slope, p.tol, p.floor, p.Z, outcome, p.threads)
+
+affine!(c::Columns, p::Linearized) = multiply_add!(c.S, p.M, c.F, c.active, p.threads)
 
 @inline activate!(c::Columns, p::Linearized{T, <:Stationary}, j::Int) where {T} =
     change_deviation!(c.F, p.equation.f, p.slope, c.S, c.Z, j)
@@ -65,8 +69,10 @@ taken only if it is no farther away than the residual and the rate of the iterat
 attracts as well.
 """
 function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; check = false) where {T}
-    q, m = partner!(c), c.active
-    lin = linearized(p, q, c)
+    m = c.active
+    (; columns, outcome) = buffer!(() -> LinearizedBuffers(c), c, LinearizedBuffers{typeof(c)})
+    q = columns
+    lin = linearized(p, outcome)
     begin_linearized!(q, lin, c)
     for _ in 1:iterations
         evaluate_all!(q, lin) && break
@@ -81,19 +87,21 @@ function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; c
     return evaluate_all!(c, p; check)
 end
 
-"The columns of the linearised equation, which share the buffers S and F with `c`."
-function partner!(c::Columns{T}) where {T}
-    if c.partner === nothing
-        width = size(c.U, 2)
-        c.partner = Columns{T}(zeros(T, 0, width), zero(c.Z), c.S, c.F)
-    end
-    return c.partner::Columns{T}
+"The columns of the linearised equation, which share S and F with those of the equation, and its outcome."
+struct LinearizedBuffers{C <: Columns}
+    columns::C
+    outcome::Outcome
+end
+function LinearizedBuffers(c::C) where {T, C <: Columns{T}}
+    width = size(c.U, 2)
+    coefficients = c.coefficients === nothing ? nothing : zero(c.coefficients)
+    return LinearizedBuffers{C}(Columns(zeros(T, 0, width), zero(c.Z), c.S, c.F, coefficients), Outcome(width))
 end
 
 function begin_linearized!(q::Columns{T}, lin::Linearized{T}, c::Columns{T}) where {T}
     start!(q, c.active)
     reset!(lin.outcome)
-    q.threads = c.threads
+    c.coefficients === nothing || copyto!(q.coefficients, 1, c.coefficients, 1, length(lin.slope) * c.active)
     for j in 1:c.active
         q.sample[j] = c.sample[j]
         @inbounds @simd for i in eachindex(lin.slope)
@@ -105,8 +113,7 @@ function begin_linearized!(q::Columns{T}, lin::Linearized{T}, c::Columns{T}) whe
     return
 end
 
-linearized(p::Stationary{T, F, V}, q, c) where {T, F, V} =
-    Linearized{T, typeof(p), V}(p.recurrence.Q, p, p.recurrence.slope, p.tol, p.floor, p.Z, q.outcome)
+linearized(p::Stationary, outcome) = Linearized(p, p.recurrence.Q, outcome)
 
 # Whether the solution found for column j may be another than the one that attracts its iterate.
 is_far(c::Columns, p::FixedPoint, j::Int, sample::Int) = false

@@ -20,76 +20,105 @@ end
 
 const SMALLEST_STEP = 2.0^-6
 
+"""
+    NewtonState{T}(n, width)
+
+The line search of each sample: its `base`, with the Picard step from there (`picard` = f(base)) and the `residual`, the
+`direction`, and the length of the step under way (0 where the iterate is taken as it is).
+"""
+struct NewtonState{T} <: SolverState
+    base::Matrix{T}
+    picard::Matrix{T}
+    direction::Matrix{T}
+    step::Vector{T}
+    residual::Vector{T}
+end
+NewtonState{T}(n::Int, width::Int) where {T} =
+    NewtonState{T}((zeros(T, n, width) for _ in 1:3)..., zeros(T, width), zeros(T, width))
+
+"A factorisation, and the slopes that it is made of."
+struct FactorBuffers{T}
+    A::Matrix{T}
+    pivots::Vector{Int}
+    slopes::Matrix{T}
+end
+FactorBuffers{T}(n::Int) where {T} = FactorBuffers{T}(zeros(T, n, n), zeros(Int, n), zeros(T, n, 1))
+
 function iterate!(::Newton, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    n = size(c.F, 1)
-    base, direction, picard = extra!(c, 3, n, own_extra(p) + 1)
-    A, pivots = Matrix{T}(undef, n, n), zeros(Int, n)
-    d, step = zeros(T, n, 1), zeros(T, n)
-    kept = c.factors
-    for j in 1:c.active
-        c.scalars[1, j] = 0               # step length; 0: the iterate is accepted as it is
-        c.scalars[2, j] = Inf             # residual at the base of the step
-    end
+    n, width = size(c.Z)
+    state = buffer!(() -> NewtonState{T}(n, width), c, NewtonState{T})
+    fill!(view(state.step, 1:c.active), 0)
+    fill!(view(state.residual, 1:c.active), T(Inf))
+    c.state = state
+    done = search_lines!(state, buffer!(() -> FactorBuffers{T}(n), c, FactorBuffers{T}), c, p, iterations)
+    c.state = nothing
+    return done
+end
+
+function search_lines!(state::NewtonState{T}, buffers, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     for _ in 1:iterations
         evaluate_all!(c, p; check = true) && return true
         for j in 1:c.active
-            t, residual = c.scalars[1, j], c.residual[j]
-            if t > 0 && !(residual < (1 - T(1.0e-4) * t) * c.scalars[2, j])
+            t, residual = state.step[j], c.residual[j]
+            if t > 0 && !(residual < (1 - T(1.0e-4) * t) * state.residual[j])
                 t /= 2
                 if t < SMALLEST_STEP
-                    c.scalars[1, j] = 0
-                    copy_column!(c.Z, j, picard, j)
+                    t = zero(T)
+                    copy_column!(c.Z, j, state.picard, j)
                 else
-                    c.scalars[1, j] = t
-                    @inbounds @simd for i in 1:n
-                        c.Z[i, j] = muladd(t, direction[i, j], base[i, j])
-                    end
+                    step_from_base!(c, state, j, t)
                 end
-                c.residual[j] = c.scalars[2, j]
-                continue
-            end
-            if kept === nothing
-                newton_direction!(step, A, pivots, d, c, p, j)
+                c.residual[j] = state.residual[j]
             else
-                sample = c.sample[j]
-                kept.known[sample] =
-                    newton_direction!(step, view(kept.LU, :, :, sample), view(kept.pivots, :, sample), d, c, p, j)
+                t = one(T)
+                state.residual[j] = residual
+                copy_column!(state.base, j, c.Z, j)
+                copy_column!(state.picard, j, c.F, j)
+                newton_direction!(view(state.direction, :, j), buffers, c, p, j)
+                step_from_base!(c, state, j, t)
             end
-            c.scalars[1, j] = 1
-            c.scalars[2, j] = residual
-            @inbounds @simd for i in 1:n
-                base[i, j] = c.Z[i, j]
-                direction[i, j] = step[i]
-                picard[i, j] = c.F[i, j]
-                c.Z[i, j] += step[i]
-            end
+            state.step[j] = t
         end
     end
     return false
 end
 
+@inline function step_from_base!(c::Columns{T}, state::NewtonState{T}, j::Int, t::T) where {T}
+    @inbounds @simd for i in axes(c.Z, 1)
+        c.Z[i, j] = muladd(t, state.direction[i, j], state.base[i, j])
+    end
+    return
+end
+
+# direction = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular.
+function newton_direction!(direction, buffers::FactorBuffers, c::Columns, p::Stationary, j::Int)
+    check_interrupt()
+    @inbounds @simd for i in eachindex(direction)
+        direction[i] = c.F[i, j] - c.Z[i, j]
+    end
+    if p.factors === nothing
+        solved = factorize!(buffers.A, buffers.pivots, buffers.slopes, c, p, j) && lu_solve_finite!(direction, buffers.A, buffers.pivots)
+    else
+        sample = c.sample[j]
+        A, pivots = view(p.factors.LU, :, :, sample), view(p.factors.pivots, :, sample)
+        solved = factorize!(A, pivots, buffers.slopes, c, p, j) && lu_solve_finite!(direction, A, pivots)
+        p.factors.known[sample] = solved
+    end
+    if !solved
+        @inbounds @simd for i in eachindex(direction)
+            direction[i] = c.F[i, j] - c.Z[i, j]
+        end
+    end
+    return
+end
+
+lu_solve_finite!(x, A, pivots) = all(isfinite, lu_solve!(x, A, pivots))
+
 # A = I - D R for column j, factorised; false where that is not possible. `c.singular` is told whether A is singular to rounding.
-function factorize!(A::StridedMatrix{T}, pivots, d, c::Columns{T}, p::Stationary{T}, j::Int) where {T}
-    slopes!(d, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    residual_jacobian!(A, view(d, :, 1), p.recurrence.R)
+function factorize!(A::StridedMatrix{T}, pivots, slopes, c::Columns{T}, p::Stationary{T}, j::Int) where {T}
+    slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
+    residual_jacobian!(A, view(slopes, :, 1), p.recurrence.R)
     factorized = lu_factor!(A, pivots)
     c.singular[j] = !factorized || is_singular(A)
     return factorized
-end
-
-# step = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular, and then false.
-function newton_direction!(step, A, pivots, d, c::Columns, p::Stationary, j::Int)
-    check_interrupt()
-    n = size(A, 1)
-    @inbounds @simd for i in 1:n
-        step[i] = c.F[i, j] - c.Z[i, j]
-    end
-    if factorize!(A, pivots, d, c, p, j)
-        lu_solve!(step, A, pivots)
-        all(isfinite, step) && return true
-        @inbounds @simd for i in 1:n
-            step[i] = c.F[i, j] - c.Z[i, j]
-        end
-    end
-    return false
 end

@@ -33,8 +33,8 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
     end
     # The verdict is ours, by the same evaluation as for every other solver.
     evaluate_all!(c, p; check = true) && return true
-    A, pivots, d = Matrix{T}(undef, size(p.recurrence.R)), zeros(Int, size(c.F, 1)), zeros(T, size(c.F, 1), 1)
-    foreach(j -> factorize!(A, pivots, d, c, p, j), 1:c.active)
+    (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(size(c.F, 1)), c, FactorBuffers{T})
+    foreach(j -> factorize!(A, pivots, slopes, c, p, j), 1:c.active)
     return false
 end
 
