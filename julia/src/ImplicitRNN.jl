@@ -7,7 +7,7 @@ Samples are columns: `X` is features × samples.
 """
 module ImplicitRNN
 
-using ChainRulesCore: ChainRulesCore, NoTangent, unthunk
+using ChainRulesCore: ChainRulesCore, NoTangent, ignore_derivatives, unthunk
 using ForwardDiff: Dual, ForwardDiff, partials
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
 using KrylovKit: eigsolve, linsolve
@@ -33,6 +33,7 @@ include("model/activations.jl")
 include("model/constraints.jl")
 include("model/network.jl")
 include("model/weights.jl")
+include("model/pullback.jl")
 include("cpu/lu.jl")
 include("cpu/recurrence.jl")
 include("cpu/columns.jl")

@@ -9,33 +9,61 @@ A function `(p, X) -> Z`: the equilibria (neurons × samples) of `net` with para
 system that understands ChainRules; no solver step is differentiated. Throws an `ErrorException` if a sample
 does not converge, since the implicit function theorem holds at an equilibrium only.
 """
-struct Equilibrium{N <: Network, I <: ImplicitFunction}
+struct Equilibrium{N <: Network, S <: Solver}
     net::N
-    implicit::I
+    solver::S
 end
-
-Equilibrium(net::Network; solver = Auto()) = Equilibrium(
-    net, ImplicitFunction(StateSolve(net, solver), Conditions(net); linear_solver = BlockSolver(neurons(net)))
-)
+Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
 
 function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
-    z, _ = equilibrium.implicit(vcat(p, vec(X)), size(X, 2))
-    return reshape(z, neurons(equilibrium.net), size(X, 2))
+    (; net, solver) = equilibrium
+    # One per call, as its linear solver works at the solution that this call finds.
+    implicit = ignore_derivatives() do
+        solve = StateSolve(net, solver, Ref{Any}(nothing))
+        ImplicitFunction(solve, Conditions(net); linear_solver = BlockSolver(neurons(net), () -> jacobian_blocks(solve)))
+    end
+    z, _ = implicit(vcat(p, vec(X)), size(X, 2))
+    return reshape(z, neurons(net), size(X, 2))
 end
 
 # θ = (p, vec(X)), the one argument ImplicitFunction differentiates.
 split_arguments(net, θ, samples) =
     view(θ, 1:length(net)), reshape(view(θ, (length(net) + 1):length(θ)), net.inputs, samples)
 
+# The solver of the ImplicitFunction, which remembers the arguments and the solution of its last call.
 struct StateSolve{N, S}
     net::N
     solver::S
+    last::Base.RefValue{Any}
 end
 function (s::StateSolve)(θ, samples)
     solution = equilibrium(s.net, split_arguments(s.net, θ, samples)...; solver = s.solver)
     failed = count(!=(CONVERGED), solution.status)
     failed == 0 || error("$failed of $samples samples did not reach an equilibrium, largest relative residual $(maximum(solution.residual))")
+    s.last[] = (θ, solution.state)
     return vec(solution.state), nothing
+end
+
+# ∂c/∂z of each sample, from the slopes D and the weights: D R - I on the diagonal, D feed below it.
+function jacobian_blocks(s::StateSolve)
+    net, (θ, Z) = s.net, s.last[]
+    N, samples = size(Z)
+    F, S, w = sweep(net, θ, Z, samples)
+    D = similar(S)
+    J = zeros(eltype(S), N, N, samples)
+    for (stage, ws) in zip(net.stages, w.stages)
+        rows, before = stage.rows, 1:(first(stage.rows) - 1)
+        slopes!(view(D, rows, :), stage.activation, view(S, rows, :), view(F, rows, :))
+        for j in 1:samples
+            d = view(D, rows, j)
+            J[rows, before, j] = d .* ws.feed
+            stage.recurrent && (J[rows, rows, j] = d .* ws.recurrent)
+        end
+    end
+    for j in 1:samples, i in 1:N
+        J[i, i, j] -= 1
+    end
+    return J
 end
 
 """
@@ -80,19 +108,11 @@ function ChainRulesCore.rrule(c::Conditions, θ, z, byproduct, samples)
         X = split_arguments(net, θ, samples)[2]
         G = Weights(net, eltype(S))
         for (stage, ws, g) in zip(net.stages, w.stages, G.stages)
-            rows, before = stage.rows, 1:(first(stage.rows) - 1)
+            rows = stage.rows
             E = slopes!(similar(S[rows, :]), stage.activation, S[rows, :], F[rows, :]) .* C[rows, :]
-            g.bias .= vec(sum(E; dims = 2))
-            g.feed .= E * Z[before, :]'
-            dZ[before, :] .+= ws.feed' * E
-            if stage.recurrent
-                g.recurrent .= E * Z[rows, :]'
-                dZ[rows, :] .+= ws.recurrent' * E
-            end
-            if stage.has_input
-                g.input .= E * X'
-                dX .+= ws.input' * E
-            end
+            stage_pullback!(g, dZ, ws, E, X, Z, rows)
+            stage.recurrent && (dZ[rows, :] .+= ws.recurrent' * E)
+            stage.has_input && (dX .+= ws.input' * E)
         end
         dp = pack_gradient!(zeros(eltype(S), length(net)), net, G, w)
         return NoTangent(), vcat(dp, vec(dX)), vec(dZ), NoTangent(), NoTangent()
@@ -101,27 +121,35 @@ function ChainRulesCore.rrule(c::Conditions, θ, z, byproduct, samples)
 end
 
 """
-    BlockSolver(n)
+    BlockSolver(n, blocks = nothing)
 
-Exact linear solver for an ImplicitFunction whose Jacobian is block-diagonal, one n × n block per sample: n
-products with the operator recover all blocks at once, an LU factorisation of each solves them.
+Exact linear solver for an ImplicitFunction whose Jacobian is block-diagonal, one n × n block per sample: an LU factorisation of
+each. `blocks()` returns them (n × n × samples); without it, n products with the operator recover all of them at once.
 """
-struct BlockSolver <: ImplicitDifferentiation.AbstractSolver
+struct BlockSolver{B} <: ImplicitDifferentiation.AbstractSolver
     n::Int
+    blocks::B
 end
+BlockSolver(n::Int) = BlockSolver(n, nothing)
+
 function (s::BlockSolver)(A, _, b, _)
-    n = s.n
-    rhs = reshape(b, n, :)
-    samples = size(rhs, 2)
-    blocks = Array{eltype(b)}(undef, n, n, samples)
+    rhs = reshape(b, s.n, :)
+    J = s.blocks === nothing ? probed_blocks(A, s.n, size(rhs, 2), eltype(b)) : s.blocks()
+    transposed = s.blocks !== nothing && A isa ImplicitDifferentiation.VJP
+    solution = similar(rhs, promote_type(eltype(J), eltype(b)))
+    for j in axes(rhs, 2)
+        factors = lu!(view(J, :, :, j))
+        solution[:, j] = (transposed ? factors' : factors) \ rhs[:, j]
+    end
+    return vec(solution)
+end
+
+function probed_blocks(A, n, samples, ::Type{T}) where {T}
+    blocks = Array{T}(undef, n, n, samples)
     for i in 1:n
-        probe = zeros(eltype(b), n, samples)
+        probe = zeros(T, n, samples)
         probe[i, :] .= 1
         blocks[:, i, :] = reshape(A(vec(probe)), n, samples)
     end
-    solution = similar(rhs)
-    for j in 1:samples
-        solution[:, j] = lu!(view(blocks, :, :, j)) \ view(rhs, :, j)
-    end
-    return vec(solution)
+    return blocks
 end

@@ -97,16 +97,13 @@ function add_tangents!(second, ws::Tile{T}, problem, tangent, X, targets, mean) 
             end
         end
         E, dE = D[rows, :] .* λ, D2 .* λ .+ D[rows, :] .* dλ
-        G[before, :] .+= w.feed' * E
-        dG[before, :] .+= w.feed' * dE .+ t.feed' * E
-        g, h = ws.gradient.stages[k], second.stages[k]
-        if stage.recurrent
-            g.recurrent .+= E * Z[rows, :]'
-            h.recurrent .+= dE * Z[rows, :]' .+ E * dZ[rows, :]'
-        end
-        stage.has_input && (h.input .+= dE * X')
-        h.feed .+= dE * Z[before, :]' .+ E * dZ[before, :]'
-        h.bias .+= vec(sum(dE; dims = 2))
+        h = second.stages[k]
+        stage_pullback!(ws.gradient.stages[k], G, w, E, X, Z, rows)
+        # The derivative of the pullback: in E, in the state, and in the weights.
+        stage_pullback!(h, dG, w, dE, X, Z, rows)
+        stage.recurrent && (h.recurrent .+= E * dZ[rows, :]')
+        h.feed .+= E * dZ[before, :]'
+        dG[before, :] .+= t.feed' * E
     end
     return second
 end

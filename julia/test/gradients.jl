@@ -138,7 +138,7 @@ end
     problem = Problem(net; solver = Newton(tol = 1.0e-8), adjoint = Implicit())
     ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
     _, quality = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
-    @test all(view(first(ws.tiles).columns[1].factors.known, 1:40))
+    @test all(view(first(ws.tiles).factors[1].known, 1:40))
     @test all(>(1), view(first(ws.tiles).adjoint_outcome.iterations, 1:40))         # refined, not factorised anew
     @test quality.adjoint_residual < 1.0e-13
     fresh = loss_and_gradient(net, p, X, Y; solver = Newton(tol = 1.0e-8), adjoint = Implicit(linear_solver = :gmres, tol = 1.0e-13))[2]

@@ -145,7 +145,8 @@ function backward_stage!(
     m, rows, w, g = size(X, 2), stage.rows, ws.weights.stages[k], ws.gradient.stages[k]
     E, G, Z, S, D = (view(A, rows, 1:m) for A in (ws.E, ws.G, ws.Z, ws.S, ws.D))
     total = 0.0
-    if stage.recurrent && problem.adjoint isa Unrolled
+    unrolled = stage.recurrent && problem.adjoint isa Unrolled
+    if unrolled
         unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, G)
     else
         slopes!(D, f, S, Z)
@@ -159,18 +160,12 @@ function backward_stage!(
                 outcome = ws.adjoint_outcome, factors = ws.factors[k], latest = ws.latest, threads = ws.threads,
             )
             direct === nothing || (E .+= direct)
-            add_outer!(g.recurrent, E, Z, m, ws.threads)
         else
             E .= D .* G
         end
     end
-    add_columns!(g.bias, E, m)
-    add_outer!(g.input, E, X, m, ws.threads)
-    before = size(w.feed, 2)
-    if before > 0
-        add_outer!(g.feed, E, view(ws.Z, 1:before, :), m, ws.threads)
-        mul!(view(ws.G, 1:before, 1:m), w.feed', E, one(T), one(T))
-    end
+    # The recurrent weights act in every unrolled step, what drives the stage in the sum of them.
+    unrolled ? drive_pullback!(g, ws.G, w, E, X, ws.Z, ws.threads) : stage_pullback!(g, ws.G, w, E, X, ws.Z, rows, ws.threads)
     return total
 end
 
