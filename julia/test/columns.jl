@@ -50,3 +50,60 @@ end
         @test alone.status == together.status[j:j] && alone.state[:, 1] ≈ together.state[:, j] rtol = 1.0e-9
     end
 end
+
+# One equation of each kind with its columns, ready to be solved, and what its solution satisfies.
+function stationary(n, m)
+    rng = Xoshiro(3)
+    r = ImplicitRNN.Recurrence(randn(rng, n, n) ./ (3 * sqrt(n)))
+    ImplicitRNN.refresh!(r)
+    p = ImplicitRNN.Stationary(;
+        M = r.forward, recurrence = r, f = ACTIVATIONS.tanh, tol = 1.0e-12, floor = 1.0e-3, Z = zeros(n, m), S = zeros(n, m),
+        outcome = ImplicitRNN.Outcome(m), unique = true, latest = false, factors = nothing, threads = 1,
+    )
+    c = Columns{Float64}(n, m)
+    c.U .= randn(rng, n, m)
+    ImplicitRNN.start!(c, m; cold = true)
+    U = copy(c.U)
+    return c, p, Z -> tanh.(U .+ r.R * Z)
+end
+
+function adjoint_system(n, m)
+    rng, (_, s, _) = Xoshiro(4), stationary(n, m)
+    D = rand(rng, n, m)
+    p = ImplicitRNN.AdjointSystem{Float64, Matrix{Float64}}(;
+        M = s.recurrence.backward, recurrence = s.recurrence, tol = 1.0e-12, floor = floatmin(), Z = zeros(n, m),
+        outcome = ImplicitRNN.Outcome(m), latest = false, threads = 1,
+    )
+    c = Columns{Float64}(n, m, copy(D))
+    c.U .= randn(rng, n, m)
+    ImplicitRNN.start!(c, m; cold = true)
+    U = copy(c.U)
+    return c, p, E -> D .* (U .+ s.recurrence.R' * E)
+end
+
+const FIXED_POINTS = Dict(ImplicitRNN.Stationary => stationary, ImplicitRNN.AdjointSystem => adjoint_system)
+
+@testset "Picard and Anderson solve every fixed point ($(nameof(P)), $(nameof(typeof(solver))))" for P in subtypes(ImplicitRNN.FixedPoint),
+        solver in (Picard(), Picard(damping = 0.7), Anderson(), Anderson(memory = 2))
+
+    c, p, f = FIXED_POINTS[P](30, 7)
+    ImplicitRNN.solve!(solver, c, p)
+    @test all(==(CONVERGED), p.outcome.status)
+    @test p.Z ≈ f(p.Z) rtol = 1.0e-11
+end
+
+@testset "the linearised equation has the same solution ($(nameof(P)))" for P in subtypes(ImplicitRNN.FixedPoint)
+    c, p, f = FIXED_POINTS[P](30, 7)
+    fill!(p.recurrence.slope, 0.6)
+    @test ImplicitRNN.linearize!(p.recurrence)
+    @test !ImplicitRNN.evaluate_all!(c, p)
+    @test ImplicitRNN.iterate_linearized!(c, p, 100)
+    @test all(==(CONVERGED), p.outcome.status)
+    @test p.Z ≈ f(p.Z) rtol = 1.0e-11
+end
+
+@testset "every equation of the columns has what evaluate_all! asks for ($(nameof(P)))" for P in
+        [subtypes(ImplicitRNN.FixedPoint); filter(!isabstracttype, subtypes(ImplicitRNN.ColumnEquation))]
+
+    @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
+end

@@ -1,4 +1,4 @@
-using Aqua, ForwardDiff, ImplicitRNN, LinearAlgebra, Random, Test, Zygote
+using Aqua, ForwardDiff, ImplicitRNN, InteractiveUtils, LinearAlgebra, Random, Test, Zygote
 using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
 
 include("fixtures.jl")

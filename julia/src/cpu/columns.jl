@@ -67,14 +67,25 @@ function record!(o::Outcome, sample::Int, status::Status, iterations, residual, 
 end
 
 """
+    ColumnEquation{T}
+
+An equation for each of many samples that [`evaluate_all!`](@ref) evaluates for all columns at once. A subtype has
+
+- the fields `tol` and `floor`, the relative tolerance and the smallest size that residuals are related to; `Z`, where the results
+  go (n × samples); `outcome`, how each sample ended; and `threads`, among which products may be shared;
+- the methods [`affine!`](@ref)`(c, p)` for all columns, [`activate!`](@ref)`(c, p, j)` and
+  [`deliver!`](@ref)`(p, sample, c, j, status)` for one of them.
+"""
+abstract type ColumnEquation{T} end
+
+"""
     FixedPoint{T}
 
-An equation `z = f(u + M z)` for each of many samples, in which only `u` (and what belongs to a sample) differs: the
-equilibrium of a stage ([`Stationary`](@ref)) and its adjoint system ([`AdjointSystem`](@ref)). A subtype has a method of
-[`activate!`](@ref) and the fields `M`, `tol`, `floor` (the smallest size that residuals are related to), `Z` and `S` (where
-results go, samples as columns), and `outcome`.
+A [`ColumnEquation`](@ref) `z = f(u + M z)`, in which only `u` (and the coefficients of a sample) differs: the equilibrium of a stage
+([`Stationary`](@ref)), and its adjoint system ([`AdjointSystem`](@ref)). A subtype has the field `M` as well; for `affine!` there is
+a method. [`Picard`](@ref) and [`Anderson`](@ref) solve any of them; the solvers that need the Jacobian take a `Stationary`.
 """
-abstract type FixedPoint{T} end
+abstract type FixedPoint{T} <: ColumnEquation{T} end
 
 """
     SolverState
@@ -178,7 +189,7 @@ end
 """
     activate!(c, p, j)
 
-`F = g(S)` for column j, where z = g(u + M z) is the equation `p`; returns ‖F - Z‖² and ‖F‖².
+`F = f(S)` for column j, where z = f(u + M z) is the equation `p`; returns ‖F - Z‖² and ‖F‖².
 """
 @inline activate!(c::Columns, p::Stationary, j::Int) = activate!(c.F, p.f, c.S, c.Z, j)
 
@@ -195,7 +206,7 @@ const BLOW_UP = 1.0e6
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
 # One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
-@inline function evaluate!(c::Columns{T}, p::FixedPoint{T}, j::Int) where {T}
+@inline function evaluate!(c::Columns{T}, p::ColumnEquation{T}, j::Int) where {T}
     change2, size2 = activate!(c, p, j)
     residual = sqrt(change2)
     scale = max(sqrt(size2), p.floor)
@@ -211,7 +222,7 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 end
 
 "Write column j out as finished and let the last active column take its place."
-function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
+function finish!(c::Columns, p::ColumnEquation, j::Int, status::Status, residual)
     sample = c.sample[j]
     deliver!(p, sample, c, j, status)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
@@ -220,8 +231,13 @@ function finish!(c::Columns, p::FixedPoint, j::Int, status::Status, residual)
     return
 end
 
-# The iterate whose residual is known, and the last finite one; in a gradient, where that pays, the value of the last evaluation.
-function deliver!(p::FixedPoint, sample::Int, c::Columns, j::Int, status::Status)
+"""
+    deliver!(p, sample, c, j, status)
+
+Write the solution in column j out for the sample: the iterate whose residual is known, and the last finite one; in a gradient,
+where that pays, the value of the last evaluation.
+"""
+function deliver!(p::Stationary, sample::Int, c::Columns, j::Int, status::Status)
     copy_column!(p.Z, sample, p.latest && status === CONVERGED ? c.F : c.Z, j)
     copy_column!(p.S, sample, c.S, j)
     return
@@ -290,7 +306,7 @@ Evaluate every active column and take out those that are done or have no evaluat
 which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are set aside, to
 start again from zero by another method.
 """
-function evaluate_all!(c::Columns, p::FixedPoint; check = false, rescue = false)
+function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = false)
     check_interrupt()
     stop_exhausted!(c, p)
     affine!(c, p)
@@ -331,15 +347,15 @@ function reclaim!(c::Columns)
 end
 
 "Record the columns that are left as unconverged."
-give_up!(c::Columns, p::FixedPoint) = foreach(j -> give_up!(c, p, j), c.active:-1:1)
+give_up!(c::Columns, p::ColumnEquation) = foreach(j -> give_up!(c, p, j), c.active:-1:1)
 
-function give_up!(c::Columns, p::FixedPoint, j::Int)
+function give_up!(c::Columns, p::ColumnEquation, j::Int)
     scale = max(norm(view(c.F, :, j)), p.floor)
     return finish!(c, p, j, c.singular[j] ? SINGULAR : MAX_ITERATIONS, c.residual[j] / scale)
 end
 
 # Before an evaluation, and so by any method.
-function stop_exhausted!(c::Columns, p::FixedPoint)
+function stop_exhausted!(c::Columns, p::ColumnEquation)
     for j in c.active:-1:1
         c.iterations[j] < c.limit || give_up!(c, p, j)
     end

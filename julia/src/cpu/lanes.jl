@@ -165,12 +165,11 @@ end
 # The quotient of the last two residuals of a lane.
 rate(w::Lanes, l::Int) = @inbounds isfinite(w.last2[l]) ? sqrt(w.residual2[l] / w.last2[l]) : zero(w.last2[l])
 
-# The equilibrium that attracts the iterates is within r / (1 - q) of them, with some room for q to change.
 function reach!(w::Lanes{T, L}) where {T, L}
     @inbounds for l in 1:L
         q = rate(w, l)
-        w.reach[l] = 3 * sqrt(w.residual2[l]) / (1 - min(q, T(0.9)))
-        w.active[l] > 0 && w.verdict[l] == 0 && !(q < T(0.8)) && (w.verdict[l] = w.active[l] = 0; w.lost[l] = true)
+        w.reach[l] = trust_radius(sqrt(w.residual2[l]), q)
+        w.active[l] > 0 && w.verdict[l] == 0 && !contracts(q) && (w.verdict[l] = w.active[l] = 0; w.lost[l] = true)
     end
     return
 end

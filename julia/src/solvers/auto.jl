@@ -56,7 +56,7 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
     end
     if !p.unique
         for j in c.active:-1:1
-            c.rate[j] < T(0.8) || set_aside!(c, j)
+            contracts(c.rate[j]) || set_aside!(c, j)
         end
     end
     patience = min(LINEARIZED_PATIENCE, c.limit - steps - 1)

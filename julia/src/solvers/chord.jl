@@ -26,11 +26,11 @@ The equation z = g(u + M z) with its mean linear part solved for. With s = u + M
 
     s = (I - M D̄)⁻¹ u + Q t,    Q = (I - M D̄)⁻¹ M,
 
-a fixed point in t which contracts at the rate of Q (D - D̄) instead of M D: a chord step of Newton's method in one product. In
+a fixed point in t which contracts at the rate of Q (D - D̄) instead of M D: an evaluation is a chord step of Newton's method in one product. In
 its columns `Z` is t, `F` the change of t, and `S` is updated by Q Δt; the first change is the residual g(s) - z at which
 the equation is taken up. As M Δt is what the equation itself leaves at s, an iterate with ‖Δt‖ below the tolerance solves it.
 """
-struct Linearized{T, P <: FixedPoint{T}, V} <: FixedPoint{T}
+struct Linearized{T, P <: FixedPoint{T}, V} <: ColumnEquation{T}
     M::Factor{T}                 # Q
     equation::P
     slope::Vector{T}             # d̄
@@ -124,7 +124,7 @@ function is_far(c::Columns{T}, p::Stationary{T}, j::Int, sample::Int) where {T}
         d = p.Z[i, sample] - c.Z[i, j]
         distance2 = muladd(d, d, distance2)
     end
-    return !(sqrt(distance2) <= 3 * c.residual[j] / (1 - min(c.rate[j], T(0.9))))
+    return !(sqrt(distance2) <= trust_radius(c.residual[j], c.rate[j]))
 end
 
 function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}

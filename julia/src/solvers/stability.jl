@@ -25,7 +25,7 @@ end
 Whether Picard iteration moves away from the solution in column j: the spectral radius of its Jacobian is 1 or more. Asked
 only where the constraint does not guarantee a unique equilibrium.
 """
-repels(::Columns, ::FixedPoint, ::Int) = false
+repels(::Columns, ::ColumnEquation, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
     d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
@@ -34,6 +34,16 @@ function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && Base.invokelatest(repels, p.recurrence.R, d)::Bool
 end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
+
+# Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
+# contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
+# for q to change, of iterates which are seen to contract.
+
+"Whether the iterates contract fast enough for [`trust_radius`](@ref) to mean anything."
+contracts(rate::T) where {T} = rate < T(0.8)
+
+"    trust_radius(residual, rate)\n\nHow far from an iterate the equilibrium that attracts it may be."
+trust_radius(residual::T, rate::T) where {T} = 3 * residual / (1 - min(rate, T(0.9)))
 
 """
     norm_estimate(R)
