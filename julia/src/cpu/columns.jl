@@ -316,6 +316,8 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = fa
             continue
         elseif status === CONVERGED && check && repels(c, p, j)
             finish!(c, p, j, UNSTABLE, residual)
+        elseif status === CONVERGED && is_spurious(c, p, j)
+            finish!(c, p, j, SINGULAR, residual)
         elseif rescue && status !== CONVERGED && c.iterations[j] < c.limit
             fill!(view(c.Z, :, j), 0)
             c.residual[j] = Inf

@@ -88,7 +88,7 @@ function status_of_lost!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::I
     isfinite(w.residual2[l]) || return NON_FINITE
     w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
     foreach((A, B) -> store!(A, j, B, l), (c.S, c.F), (w.S, w.F))
-    return repels(c, p, j) ? UNSTABLE : CONVERGED
+    return repels(c, p, j) ? UNSTABLE : is_spurious(c, p, j) ? SINGULAR : CONVERGED
 end
 
 function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations::Int) where {T, L}
@@ -144,7 +144,8 @@ function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) whe
         verdict[l] > 0 || continue
         active[l] = 0
         # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
-        w.lost[l] = verdict[l] == LOST || !p.unique && (k == 1 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
+        w.lost[l] = verdict[l] == LOST || !p.unique &&
+            (k == 1 || size2[l] > T(SUSPICIOUS_SIZE)^2 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
     end
     return any(>(0), active)
 end

@@ -59,8 +59,7 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
             contracts(c.rate[j]) || set_aside!(c, j)
         end
     end
-    patience = min(LINEARIZED_PATIENCE, c.limit - steps - 1)
-    done = c.active == 0 || patience > 0 && iterate_linearized!(c, p, patience)
+    done = iterate_linearized!(c, p, LINEARIZED_PATIENCE)
     done || advance!(c, one(T))
     return reclaim!(c) == 0
 end

@@ -80,7 +80,7 @@ function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; c
     q.active == 0 || give_up!(q, lin)
     for j in 1:m
         sample = c.sample[j]
-        c.iterations[j] += lin.outcome.iterations[sample]
+        c.iterations[j] = lin.outcome.iterations[sample]
         lost = lin.outcome.status[sample] > MAX_ITERATIONS
         lost || is_far(c, p, j, sample) || copy_column!(c.Z, j, p.Z, sample)
     end
@@ -101,9 +101,11 @@ end
 function begin_linearized!(q::Columns{T}, lin::Linearized{T}, c::Columns{T}) where {T}
     start!(q, c.active)
     reset!(lin.outcome)
+    c.limit == typemax(Int) || (q.limit = c.limit - 1)          # the last evaluation is that of the equation itself
     c.coefficients === nothing || copyto!(q.coefficients, 1, c.coefficients, 1, length(lin.slope) * c.active)
     for j in 1:c.active
         q.sample[j] = c.sample[j]
+        q.iterations[j] = c.iterations[j]
         @inbounds @simd for i in eachindex(lin.slope)
             z = c.F[i, j]
             q.Z[i, j] = z - lin.slope[i] * c.S[i, j]
@@ -129,13 +131,10 @@ end
 
 function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     evaluate_all!(c, p; check = true) && return true
-    used = 1
-    while p.recurrence.linearized && used < iterations
-        block = min(LINEARIZED_PATIENCE, iterations - used)
-        iterate_linearized!(c, p, block - 1; check = true) && return true
-        used += block
+    while p.recurrence.linearized
+        iterate_linearized!(c, p, LINEARIZED_PATIENCE - 1; check = true) && return true
     end
     advance!(c, one(T))
-    fill!(view(c.singular, 1:c.active), !p.recurrence.linearized)
-    return iterate!(Picard(), c, p, iterations - used)
+    fill!(view(c.singular, 1:c.active), true)
+    return iterate!(Picard(), c, p, iterations)
 end

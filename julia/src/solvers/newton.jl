@@ -114,11 +114,10 @@ end
 
 lu_solve_finite!(x, A, pivots) = all(isfinite, lu_solve!(x, A, pivots))
 
-# A = I - D R for column j, factorised; false where that is not possible. `c.singular` is told whether A is singular to rounding.
+# A = I - D R for column j, factorised; false where A is singular to rounding, of which `c.singular` is told.
 function factorize!(A::StridedMatrix{T}, pivots, slopes, c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     residual_jacobian!(A, view(slopes, :, 1), p.recurrence.R)
-    factorized = lu_factor!(A, pivots)
-    c.singular[j] = !factorized || is_singular(A)
-    return factorized
+    c.singular[j] = !lu_factor!(A, pivots) || is_singular(A)
+    return !c.singular[j]
 end

@@ -61,7 +61,7 @@ end
 function attempt(s::NLsolver, root, start, target)
     try
         result = nlsolve(
-            root, (J, z) -> jacobian!(J, root, z), start;
+            root, (J, z) -> (jacobian!(J, root, z); s.method === :newton && check_regular(J)), start;
             method = s.method, ftol = target, xtol = 0.0, iterations = root.left,
         )
         return all(isfinite, result.zero) ? result.zero : nothing
@@ -71,6 +71,13 @@ function attempt(s::NLsolver, root, start, target)
             rethrow()
         return nothing
     end
+end
+
+# NLsolve's own Newton method would take the step of a matrix that is singular to rounding.
+function check_regular(J)
+    A, pivots = -J, zeros(Int, size(J, 1))
+    lu_factor!(A, pivots) && !is_singular(A) || throw(LinearAlgebra.SingularException(0))
+    return
 end
 
 struct NoEvaluationLeft <: Exception end

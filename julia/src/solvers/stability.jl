@@ -35,6 +35,31 @@ function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
 end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
 
+"""
+    is_spurious(c, p, j)
+
+Whether the iterate in column j has converged only because it is so large that what the equation lacks is lost in rounding, as where
+f(z) = z + b: its Jacobian is singular to rounding then.
+"""
+is_spurious(::Columns, ::ColumnEquation, ::Int) = false
+function is_spurious(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
+    (p.unique || !is_large(view(c.F, :, j))) && return false
+    n = size(c.F, 1)
+    (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(n), c, FactorBuffers{T})
+    return !factorize!(A, pivots, slopes, c, p, j)
+end
+
+"States beyond this size are looked at."
+const SUSPICIOUS_SIZE = 1.0e6
+
+function is_large(z)
+    largest = zero(eltype(z))
+    @inbounds @simd for i in eachindex(z)
+        largest = max(largest, abs(z[i]))
+    end
+    return largest > SUSPICIOUS_SIZE
+end
+
 # Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
 # contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
 # for q to change, of iterates which are seen to contract.
