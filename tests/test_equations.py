@@ -1,4 +1,4 @@
-"""Generic solving: fixed points and roots of any function, and their derivatives."""
+"""Fixed points and roots of any function, and their derivatives."""
 
 from __future__ import annotations
 
@@ -247,9 +247,9 @@ def test_derivatives_agree_with_finite_differences(given, name, samples, rng):
         assert np.sum(gradients[key] * direction) == pytest.approx(slope, rel=1e-7, abs=1e-7)
         # The Jacobian holds the same numbers.
         J = sol.jacobian(key)
-        assert J.shape == (samples, *shape, sol.problem.entries(index))
+        assert J.shape == (samples, *shape, sol.equation.entries(index))
         products = np.einsum("bi,bik->bk", v, J)
-        flat = gradients[key].reshape(samples, -1) if sol.problem.batched[index] else gradients[key].reshape(1, -1)
+        flat = gradients[key].reshape(samples, -1) if sol.equation.batched[index] else gradients[key].reshape(1, -1)
         np.testing.assert_allclose(
             products if len(flat) > 1 else products.sum(0, keepdims=True), flat, rtol=1e-8, atol=1e-10
         )

@@ -1,4 +1,4 @@
-"""Generic solving: fixed points and roots of any function, with derivatives by the implicit function theorem.
+"""Fixed points and roots of any function, with derivatives by the implicit function theorem.
 
 The function is Julia code given as text, which is compiled and runs at full speed for millions of samples, or a Python
 function on NumPy arrays, which needs no Julia.
@@ -18,9 +18,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
-from implicit_rnn.engines.equations import GenericEngine, GenericProblem, JuliaFunction, SingularSolution
-from implicit_rnn.engines.julia.equations import JuliaGeneric
-from implicit_rnn.engines.numpy.equations import PythonGeneric
+from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import Solution, Status
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
@@ -204,10 +202,10 @@ def _solve(
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
     _check_function(f, vectorized)
     check_engine(engine)
-    problem, names = _pose(f, z0, args, batched, vectorized, root)
-    backend = _backend(f, engine)
-    solution = ImplicitSolution.starting(problem, names, backend)
-    backend.solve(problem, chosen, solution)
+    equation = _pose(f, z0, args, batched, vectorized, root)
+    compiled = _engine(f, engine).compile_equation(equation)
+    solution = ImplicitSolution.starting(equation, compiled)
+    compiled.solve(chosen, solution)
     if failure := solution.failure():
         _report(on_failure, failure, solution)
     return solution
@@ -224,9 +222,7 @@ def _check_function(f: Function, vectorized: bool) -> None:
 
 def _check_solver(solver: Solver, root: bool) -> Solver:
     if isinstance(solver, Chord):
-        raise ValueError(
-            "Chord shares a matrix among the samples of a network; for generic problems use Newton() or Auto()"
-        )
+        raise ValueError("Chord shares a matrix among the samples of a network; for equations use Newton() or Auto()")
     if root and isinstance(solver, (Picard, Anderson)):
         raise ValueError(
             f"{solver.name} iterates z = f(z); for f(z) = 0 use Newton(), NLsolve() or Auto(), or fixed_point of z + β f(z)"
@@ -234,21 +230,20 @@ def _check_solver(solver: Solver, root: bool) -> Solver:
     return solver
 
 
-def _backend(f: Function, engine: str | None) -> GenericEngine:
+def _engine(f: Function, engine: str | None) -> Engine:
     if not isinstance(f, JuliaFunction):
-        return PythonGeneric()
+        return get_engine("numpy")
     if check_engine(engine) == "numpy":
         raise EngineError(
             "Julia code runs on the Julia engine only, and the NumPy engine was chosen (by engine or IMPLICIT_RNN_ENGINE); "
             "choose engine='julia' or give f as a Python function"
         )
-    get_engine("julia")
-    return JuliaGeneric(f)
+    return get_engine("julia")
 
 
 def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
     remedies = ["another z0", "a larger max_iterations", "another solver"]
-    if not solution.problem.root:
+    if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
     if (solution.status == Status.UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
@@ -264,8 +259,8 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
 
 def _pose(
     f: Function, z0: ArrayLike, args: Sequence[ArrayLike], batched: Any, vectorized: bool, root: bool
-) -> tuple[GenericProblem, tuple[str, ...]]:
-    start, single = _start(z0)
+) -> Equation:
+    start, shape = _start(z0)
     if isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence):
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     names = _argument_names(f, len(args))
@@ -273,7 +268,7 @@ def _pose(
     arrays = tuple(_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True))
     for index in sorted(per_sample):
         shape = arrays[index].shape
-        if single:
+        if len(shape) < 2:
             raise ValueError(
                 f"batched has {names[index]!r}, but z0 of shape {start[0].shape} is one problem; a batch is (B, n)"
             )
@@ -282,10 +277,10 @@ def _pose(
                 f"{names[index]} has shape {shape}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
     flags = tuple(index in per_sample for index in range(len(arrays)))
-    return GenericProblem(f, root, start, arrays, flags, single, vectorized), names
+    return Equation(f, root, start, arrays, flags, names, shape, vectorized=vectorized)
 
 
-def _start(z0: ArrayLike) -> tuple[Array, bool]:
+def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
     array = _as_array("z0", z0)
     if array.ndim not in (1, 2) or array.size == 0:
         raise ValueError(
@@ -296,7 +291,7 @@ def _start(z0: ArrayLike) -> tuple[Array, bool]:
     if not np.isfinite(start).all():
         bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
         raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
-    return start, array.ndim == 1
+    return start, array.shape
 
 
 def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
@@ -346,23 +341,26 @@ class ImplicitSolution(Solution):
     ``status``, ``iterations`` (evaluations of f), ``residual`` and ``rate`` are per sample, (B,); no ``bound`` is certified.
     """
 
-    problem: GenericProblem = field(kw_only=True)
-    names: tuple[str, ...] = field(kw_only=True)
-    """of the arguments"""
-    backend: GenericEngine = field(kw_only=True)
+    equation: Equation = field(kw_only=True)
+    compiled: CompiledEquation = field(kw_only=True)
 
     @classmethod
-    def starting(cls, problem: GenericProblem, names: tuple[str, ...], backend: GenericEngine) -> ImplicitSolution:
+    def starting(cls, equation: Equation, compiled: CompiledEquation) -> ImplicitSolution:
         """A solution whose arrays an engine will fill, with the start in ``state``."""
-        empty = Solution.empty(problem.samples, 0, problem.start.dtype)
+        empty = Solution.empty(equation.samples, 0, equation.start.dtype)
         empty.bound[...] = np.nan
         arrays = (empty.status, empty.iterations, empty.residual, empty.rate, empty.bound)
-        return cls(problem.start.copy(), *arrays, problem=problem, names=names, backend=backend)
+        return cls(equation.start.copy(), *arrays, equation=equation, compiled=compiled)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the arguments."""
+        return self.equation.names
 
     @property
     def value(self) -> Array:
         """The solution, of the shape of z0; of unconverged samples the last finite iterate."""
-        return self.state[0] if self.problem.single else self.state
+        return self.state[0] if self.equation.single else self.state
 
     def vjp(self, v: ArrayLike) -> dict[str, Array]:
         """The products vᵀ ∂value/∂argument for all arguments that are floats, by name, each of the shape of its argument.
@@ -382,8 +380,8 @@ class ImplicitSolution(Solution):
         failed = rows.any(axis=1) & ~self.converged
         if failed.any():
             self._no_derivative(failed, "; v must be zero for them")
-        gradients = self._differentiate(lambda: self.backend.vjp(self.problem, self.state, rows))
-        return {name: g for name, g in zip(self.names, gradients, strict=True) if g is not None}
+        gradients = self._differentiate(lambda: self.compiled.vjp(rows))
+        return {name: g for name, g in zip(self.equation.names, gradients, strict=True) if g is not None}
 
     def jacobian(self, argument: str | int) -> Array:
         """∂value/∂argument for an argument given by name or position: (n, size), or (B, n, size) for a batch.
@@ -392,17 +390,17 @@ class ImplicitSolution(Solution):
         converged are NaN; for a single problem that is a ``ConvergenceError``. Raises ``ValueError`` for an unknown argument,
         ``TypeError`` for one that is not of floats, and ``ConvergenceError`` as ``vjp``.
         """
-        index = _position(argument, self.names, "the Jacobian was asked for")
-        if not self.problem.is_differentiable(index):
-            dtype = self.problem.args[index].dtype
+        index = _position(argument, self.equation.names, "the Jacobian was asked for")
+        if not self.equation.is_differentiable(index):
+            dtype = self.equation.args[index].dtype
             raise TypeError(
-                f"{self.names[index]} is an argument of {dtype}, which has no derivative; pass it as floats"
+                f"{self.equation.names[index]} is an argument of {dtype}, which has no derivative; pass it as floats"
             )
         wanted = self.converged
-        if self.problem.single and not wanted.all():
+        if self.equation.single and not wanted.all():
             self._no_derivative(~wanted, "")
-        J: Array = self._differentiate(lambda: self.backend.jacobian(self.problem, self.state, index, wanted))
-        return J[0] if self.problem.single else J
+        J: Array = self._differentiate(lambda: self.compiled.jacobian(index, wanted))
+        return J[0] if self.equation.single else J
 
     def failure(self) -> str | None:
         """A sentence on the samples that did not converge, or None where all did."""
@@ -420,7 +418,7 @@ class ImplicitSolution(Solution):
         try:
             return work()
         except SingularSolution as error:
-            where = "the solution" if self.problem.single else f"the solution of sample {error.sample}"
+            where = "the solution" if self.equation.single else f"the solution of sample {error.sample}"
             raise ConvergenceError(
                 f"the Jacobian of the equation is singular at {where}, or so nearly that its error decides: there the solution "
                 "has no derivative (it ceases to exist, or is not the only one nearby)",
@@ -429,7 +427,7 @@ class ImplicitSolution(Solution):
 
     def __repr__(self) -> str:
         return (
-            f"ImplicitSolution({'root' if self.problem.root else 'fixed point'} of shape {self.value.shape}, "
+            f"ImplicitSolution({'root' if self.equation.root else 'fixed point'} of shape {self.value.shape}, "
             f"{self.converged.sum()} of {len(self.status)} converged, iterations up to {self.iterations.max()}, "
             f"residual up to {self.residual.max():.2g})"
         )

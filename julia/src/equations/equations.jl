@@ -1,10 +1,17 @@
-# Generic solving: fixed points z = f(z, args...) and roots f(z, args...) = 0 of any function, for one problem or for many
+# Equations of any kind: fixed points z = f(z, args...) and roots f(z, args...) = 0 of any function, for one problem or for many
 # at once, and their derivatives with respect to the arguments by the implicit function theorem.
 
 include("short.jl")
 include("problem.jl")
 include("function_derivatives.jl")
-include("solvers.jl")
+include("pullback.jl")
+include("iteration.jl")
+include("picard_anderson.jl")
+include("newton.jl")
+include("trust_region.jl")
+include("nlsolve.jl")
+include("auto.jl")
+include("solve.jl")
 include("solution_derivatives.jl")
 include("implicit_function.jl")
 include("text.jl")
@@ -16,42 +23,59 @@ What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (shaped like the s
 (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it.
 """
 struct ImplicitSolution{T, N}
-    problem::GenericProblem{T}
+    problem::EquationProblem{T}
     value::Array{T, N}
     outcome::Outcome
+    inverses::Inverses{T}
 end
 Base.getproperty(s::ImplicitSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
 converged(s::ImplicitSolution) = s.status .== CONVERGED
 
 """
-    fixed_point(f, z0, args...; solver = Auto(), batched = ())
+    fixed_point(f, z0, args...; solver = Auto(), batched = (), scale = nothing)
 
-Solve `z = f(z, args...)` from the start `z0`: a vector, or a matrix whose columns are independent samples. `batched` lists
-the positions of the arguments whose last axis counts the samples. `f` is given a vector and returns one as long; up to $(MAX_SHORT)
-entries it is given a vector it cannot write to. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged;
-a fixed point found by `Newton` or `NLsolver` from which Picard iteration would move away is `UNSTABLE`.
+Solve `z = f(z, args...)` from the start `z0`: a vector, a matrix whose columns are independent samples, or a number. `batched`
+lists the positions of the arguments whose last axis counts the samples. `f` is given a vector, or a number where `z0` is one, and
+returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot write to.
+
+A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, since a solution may be zero, when it
+is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ
+much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point found by
+`Auto`, `Newton` or `NLsolver` from which Picard iteration would move away is `UNSTABLE`.
 
     solution = fixed_point((z, a) -> cos.(a .* z), [0.5], 0.8)
     vjp(solution, [1.0])                   # (dz/da,)
 """
-fixed_point(f, z0::AbstractVecOrMat, args...; solver = Auto(), batched = ()) = solve_generic(f, z0, args, batched, solver, false)
+fixed_point(f, z0, args...; options...) = solve_equation(f, z0, args; root = false, options...)
 
 """
-    root(f, z0, args...; solver = Auto(), batched = ())
+    root(f, z0, args...; solver = Auto(), batched = (), scale = nothing)
 
-Solve `f(z, args...) = 0`; otherwise as [`fixed_point`](@ref). A sample has converged when the Newton step is at most
-`tol ⋅ max(‖z‖₂, 10⁻³√n)`, and that relative size is the residual. Solvers are `Auto`, `Newton` and `NLsolver`.
+Solve `f(z, args...) = 0`; otherwise as [`fixed_point`](@ref). A sample has converged when the Newton step is that small, and
+that relative size is the residual. Solvers are `Auto`, `Newton` and `NLsolver`. A sample is `SINGULAR` if the Jacobian has no
+inverse and no step leads on: at a local minimum of ‖f‖, for one.
 """
-root(f, z0::AbstractVecOrMat, args...; solver = Auto(), batched = ()) = solve_generic(f, z0, args, batched, solver, true)
+root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
 
-function solve_generic(f, z0, args, batched, solver, root)
+function solve_equation(f, z0::AbstractVecOrMat, args; root, solver = Auto(), batched = (), scale = nothing)
     value = float(Array(z0))
     T = eltype(value)
-    problem = GenericProblem{T}(f, value, args, batched; root)
-    outcome = Outcome(problem.samples)
-    solve!(reshape(value, problem.n, :), outcome, problem, solver)
-    return ImplicitSolution(problem, value, outcome)
+    problem = EquationProblem{T}(f, value, args, batched; root, scale)
+    Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
+    solve!(Z, outcome, problem, solver)
+    return ImplicitSolution(problem, value, outcome, Inverses(problem, Z))
+end
+
+"A function of one number as one of a vector."
+struct OfNumber{F}
+    f::F
+end
+(g::OfNumber)(z, args...) = g.f(only(z), args...)
+
+function solve_equation(f, z0::Real, args; options...)
+    s = solve_equation(OfNumber(f), [z0], args; options...)
+    return ImplicitSolution(s.problem, reshape(s.value), s.outcome, s.inverses)
 end
 
 """
@@ -61,7 +85,8 @@ The products vᵀ ∂z/∂argument as a tuple of arrays shaped like the argument
 numbers; those of shared arguments are summed over the samples. `v` is shaped like `solution.value`. Throws an `ErrorException` if
 `v` is not zero for a sample that has not converged, and [`SingularSolution`](@ref).
 """
-function vjp(solution::ImplicitSolution{T}, v::AbstractVecOrMat) where {T}
+vjp(solution::ImplicitSolution, v::Real) = vjp(solution, fill(v))
+function vjp(solution::ImplicitSolution{T}, v::AbstractArray) where {T}
     size(v) == size(solution.value) ||
         throw(DimensionMismatch("v has size $(size(v)); expected that of the value, $(size(solution.value))"))
     problem = solution.problem
@@ -69,7 +94,7 @@ function vjp(solution::ImplicitSolution{T}, v::AbstractVecOrMat) where {T}
     failed = count(j -> concerned(V, j) && solution.status[j] != CONVERGED, 1:problem.samples)
     failed == 0 || error("$failed samples did not converge and have no derivative; v must be zero for them")
     gradients = [is_differentiable(x) ? zero(x) : x for x in problem.args]
-    vjp!(gradients, problem, reshape(solution.value, problem.n, :), V)
+    vjp!(gradients, problem, solution.inverses, V)
     return ((is_differentiable(x) ? number_or_array(g) : nothing for (g, x) in zip(gradients, problem.args))...,)
 end
 

@@ -1,8 +1,11 @@
-# Derivatives of the user's function by ForwardDiff's dual numbers.
+# Derivatives of the user's function in forward mode, by ForwardDiff's dual numbers.
 
 "Marks our dual numbers among those of other differentiations by ForwardDiff."
 struct Seed end
 const Seeded{T, W} = ForwardDiff.Dual{ForwardDiff.Tag{Seed, T}, T, W}
+
+"What comes of them: f may have constants of another type."
+const Grown = ForwardDiff.Dual{<:ForwardDiff.Tag{Seed}}
 
 "Derivatives that one evaluation with dual numbers gives."
 width(::Number) = 1
@@ -18,7 +21,9 @@ function seeded(x::AbstractArray{T}, first) where {T}
     return [Seeded{T, MAX_SHORT}(x[i], unit(i)) for i in LinearIndices(x)]
 end
 
-partial(y::Seeded, k) = ForwardDiff.partials(y, k)
+plain(y::Grown) = ForwardDiff.value(y)
+plain(y::Number) = y
+partial(y::Grown, k) = ForwardDiff.partials(y, k)
 partial(y::Number, k) = zero(y)                 # y does not depend on what was seeded
 
 # `use(k, y, l)` for each entry k of x, where y = g(x seeded) holds the derivative as partial number l of its entries.
@@ -42,19 +47,81 @@ end
     return J
 end
 
-"A = ∂c/∂z for the conditions `c = f(z, ...) - z`, or `c = f(z, ...)` of a root; NaN outside the domain of f."
-@inline function conditions_jacobian!(A::Matrix{T}, p::Pointwise{T}, Z::Matrix{T}, j::Int, sample::Int) where {T}
+"The derivative of the n entries of g at the array x in the direction d."
+function along(g, x::AbstractArray{T}, d, n::Int) where {T}
+    y = checked(g([Seeded{T, 1}(x[i], ForwardDiff.Partials((d[i],))) for i in LinearIndices(x)]), n)
+    return T[partial(y[i], 1) for i in 1:n]
+end
+
+# Outside the domain of a function such as sqrt Julia throws; here that concerns this sample, or this trial step, only.
+@noinline outside_domain(error) = error isa DomainError || rethrow()
+
+"""
+    call!(y, equation, z, sample)
+
+y = f(z, ...) with the arguments of the sample; NaN outside the domain of f.
+"""
+@inline function call!(y::Vector{T}, p::Equation{T}, z, sample::Int) where {T}
+    check_interrupt()
+    try
+        came = checked(p.f(as_point(p, z), arguments(p, sample)...), p.n)
+        for i in eachindex(y)
+            @inbounds y[i] = came[i]
+        end
+    catch error
+        outside_domain(error)
+        fill!(y, T(NaN))
+    end
+    return
+end
+call!(y, p::ErasedEquation, z, sample::Int) = (call!(y, p.equation, z, sample); nothing)
+
+"""
+    call!(y, J, equation, z, sample)
+
+The same, and of a short z J = ∂c/∂z by the same evaluation; returns whether.
+"""
+@inline function call!(y::Vector{T}, J::Matrix{T}, p::Equation{T, K}, z, sample::Int) where {T, K}
+    check_interrupt()
+    try
+        came = checked(p.f(seeded(as_point(p, z), 1), arguments(p, sample)...), K)
+        for k in 1:K, i in 1:K
+            @inbounds J[i, k] = partial(came[i], k)
+        end
+        for i in 1:K
+            @inbounds y[i] = plain(came[i])
+        end
+    catch error
+        outside_domain(error)
+        fill!(y, T(NaN))
+        fill!(J, T(NaN))
+    end
+    of_conditions!(J, p)
+    return true
+end
+@inline call!(y::Vector{T}, ::Matrix{T}, p::Equation{T, -1}, z, sample::Int) where {T} = (call!(y, p, z, sample); false)
+call!(y, J, p::ErasedEquation, z, sample::Int) = call!(y, J, p.equation, z, sample)::Bool
+
+"J = ∂c/∂z for the conditions `c = f(z, ...) - z`, or `c = f(z, ...)` of a root; NaN outside the domain of f."
+@inline function conditions_jacobian!(J::Matrix{T}, p::Equation{T}, z, sample::Int) where {T}
     args = arguments(p, sample)
     try
-        derivative!(A, z -> p.f(z, args...), point(p, Z, j))
+        derivative!(J, z -> p.f(z, args...), as_point(p, z))
     catch error
-        error isa DomainError || rethrow()
-        return fill!(A, T(NaN))
+        outside_domain(error)
+        fill!(J, T(NaN))
     end
+    of_conditions!(J, p)
+    return
+end
+conditions_jacobian!(J, p::ErasedEquation, z, sample::Int) = (conditions_jacobian!(J, p.equation, z, sample); nothing)
+
+# ∂f/∂z → ∂c/∂z
+@inline function of_conditions!(J::Matrix{T}, p::Equation) where {T}
     if !p.root
-        for i in axes(A, 1)
-            @inbounds A[i, i] -= one(T)
+        for i in axes(J, 1)
+            @inbounds J[i, i] -= one(T)
         end
     end
-    return A
+    return
 end

@@ -1,22 +1,22 @@
-# A small generic problem as an ImplicitFunction of ImplicitDifferentiation.jl, and its derivatives by that.
+# A small equation as an ImplicitFunction of ImplicitDifferentiation.jl, and its derivatives by that.
 
 """
-    GenericConditions(problem)
+    EquationConditions(problem)
 
 `c(θ, z) = f(z, args...) - z`, or `f(z, args...)` for a root, for all samples, where θ stacks the differentiable arguments.
 """
-struct GenericConditions{T}
-    problem::GenericProblem{T}
+struct EquationConditions{T}
+    problem::EquationProblem{T}
 end
-function (c::GenericConditions)(θ, z, _)
+function (c::EquationConditions)(θ, z, _)
     problem = c.problem
     out = similar(z, promote_type(eltype(θ), eltype(z)))
     args = unstack(problem, θ)
     Z, C = reshape(z, problem.n, :), reshape(out, problem.n, :)
     for j in 1:problem.samples
         own = Any[b ? sample_of(x, j) : x for (x, b) in zip(args, problem.batched)]
-        y = checked(problem.f(Z[:, j], map(number_or_array, own)...), problem.n)
-        C[:, j] = problem.root ? y : y .- view(Z, :, j)
+        C[:, j] .= checked(problem.f(Z[:, j], map(number_or_array, own)...), problem.n)
+        problem.root || (C[:, j] .-= view(Z, :, j))
     end
     return out
 end
@@ -24,9 +24,9 @@ end
 sample_of(x, j) = copy(selectdim(x, ndims(x), j))
 number_or_array(x) = ndims(x) == 0 ? x[] : x
 
-stacked(problem::GenericProblem{T}) where {T} = reduce(vcat, (vec(x) for x in problem.args if is_differentiable(x)); init = T[])
+stacked(problem::EquationProblem{T}) where {T} = reduce(vcat, (vec(x) for x in problem.args if is_differentiable(x)); init = T[])
 
-function unstack(problem::GenericProblem, θ)
+function unstack(problem::EquationProblem, θ)
     offset = 0
     return map(problem.args) do x
         is_differentiable(x) || return x
@@ -35,25 +35,38 @@ function unstack(problem::GenericProblem, θ)
     end
 end
 
+"The linear solver of an ImplicitFunction whose Jacobian is block-diagonal with blocks of which the inverses are known."
+struct KnownInverses{T} <: ImplicitDifferentiation.AbstractSolver
+    inverses::Array{T, 3}
+    transposed::Bool
+end
+function (s::KnownInverses)(_, _, b, _)
+    rhs = reshape(b, size(s.inverses, 1), :)
+    solution = similar(rhs)
+    for j in axes(rhs, 2)
+        inverse = view(s.inverses, :, :, j)
+        mul!(view(solution, :, j), s.transposed ? transpose(inverse) : inverse, view(rhs, :, j))
+    end
+    return vec(solution)
+end
+
 # ForwardDiff is all that differentiates the conditions, in either direction.
-function implicit_function(problem::GenericProblem, Z::Matrix)
+function implicit_function(problem::EquationProblem, inverses::Inverses; transposed)
     forward = ImplicitDifferentiation.ADTypes.AutoForwardDiff()
-    single = problem.samples == 1
     return ImplicitFunction(
-        θ -> (vec(Z), nothing), GenericConditions(problem);
-        linear_solver = single ? ImplicitDifferentiation.DirectLinearSolver() : BlockSolver(problem.n),
-        representation = single ? ImplicitDifferentiation.MatrixRepresentation() :
-            ImplicitDifferentiation.OperatorRepresentation(),
+        θ -> (vec(inverses.Z), nothing), EquationConditions(problem);
+        linear_solver = KnownInverses(inverses.kept, transposed),
+        representation = ImplicitDifferentiation.OperatorRepresentation(),
         backends = (; x = forward, y = forward),
     )
 end
 
 struct ForwardDiffOnly <: ChainRulesCore.RuleConfig{Union{ChainRulesCore.NoForwardsMode, ChainRulesCore.NoReverseMode}} end
 
-function vjp_by_implicit_function!(gradients, problem::GenericProblem{T}, Z, v) where {T}
+function vjp_by_implicit_function!(gradients, problem::EquationProblem{T}, inverses, v) where {T}
     θ = stacked(problem)
     isempty(θ) && return gradients
-    _, pullback = ChainRulesCore.rrule(ForwardDiffOnly(), implicit_function(problem, Z), θ)
+    _, pullback = ChainRulesCore.rrule(ForwardDiffOnly(), implicit_function(problem, inverses; transposed = true), θ)
     offset = 0
     dθ = unthunk(pullback((vec(v), nothing))[2])
     for (g, x) in zip(gradients, problem.args)
@@ -64,9 +77,9 @@ function vjp_by_implicit_function!(gradients, problem::GenericProblem{T}, Z, v) 
     return gradients
 end
 
-function jacobian_by_implicit_function!(J, problem::GenericProblem{T}, Z, index) where {T}
+function jacobian_by_implicit_function!(J, problem::EquationProblem{T}, inverses, index) where {T}
     θ = stacked(problem)
-    implicit = implicit_function(problem, Z)
+    implicit = implicit_function(problem, inverses; transposed = false)
     full = reshape(ForwardDiff.jacobian(x -> first(implicit(x)), θ), problem.n, problem.samples, :)
     offset = sum(length(x) for x in problem.args[1:(index - 1)] if is_differentiable(x); init = 0)
     entries = size(J, 2)

@@ -1,4 +1,4 @@
-# What generic problems go through whatever their function (NLsolve.jl, ImplicitDifferentiation.jl), compiled when the package
+# What equations go through whatever their function (NLsolve.jl, ImplicitDifferentiation.jl), compiled when the package
 # is; the loops over the samples are compiled for each function.
 
 @setup_workload begin
@@ -7,7 +7,7 @@
         for z0 in (ones(1), ones(1, 2))
             solution = root(halve, z0, 0.5; solver = NLsolver())
             vjp(solution, one.(z0))
-            jacobian!(zeros(1, 1, length(z0)), solution.problem, reshape(solution.value, 1, :), 1)
+            jacobian!(zeros(1, 1, length(z0)), solution.problem, solution.inverses, 1)
         end
         fixed_point(halve, [1.0], 0.5)
     end

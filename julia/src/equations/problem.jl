@@ -1,24 +1,28 @@
-# Generic problems: a function, its arguments, and how a sample gets its own.
+# Equations as they are posed: a function, its arguments, how a sample gets its own, and the sizes that errors are related to.
 
 """
-    GenericProblem{T}
+    EquationProblem{T}(f, z0, args, batched; root, scale = nothing)
 
-`z = f(z, args...)`, or `f(z, args...) = 0` if `root`, for `samples` vectors z of `n` entries. Arguments are arrays (a
-zero-dimensional one stands for a number); the last axis of a `batched` one counts the samples.
+`z = f(z, args...)`, or `f(z, args...) = 0` if `root`, for as many vectors z as `z0` has columns. Arguments are arrays (a
+zero-dimensional one stands for a number); the last axis of a `batched` one counts the samples. `scale`, a number or a vector
+like z, is the typical size of each entry, in units of which entries are compared.
 """
-struct GenericProblem{T}
-    # Left abstract: the loops over the samples are compiled for `f` behind a function barrier, see `pointwise`.
+struct EquationProblem{T}
+    # Left abstract: the loops over the samples are compiled for `f` behind a function barrier, see `Equation`.
     f::Any
     root::Bool
     n::Int
     samples::Int
     args::Vector{Array}
     batched::Vector{Bool}
+    weights::Vector{Float64}         # 1 / scale; none where all entries count alike
 end
 
-function GenericProblem{T}(f, z0::AbstractVecOrMat, args, batched; root) where {T}
-    problem = GenericProblem{T}(
-        f, root, size(z0, 1), size(z0, 2), Array[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
+function EquationProblem{T}(f, z0::AbstractVecOrMat, args, batched; root, scale = nothing) where {T}
+    n = size(z0, 1)
+    problem = EquationProblem{T}(
+        f, root, n, size(z0, 2), Array[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
+        weights_of(scale, n),
     )
     for (i, x) in enumerate(problem.args)
         problem.batched[i] && size(x)[end] != problem.samples &&
@@ -29,6 +33,14 @@ end
 
 as_argument(::Type{T}, x::Number) where {T} = as_argument(T, fill(x))
 as_argument(::Type{T}, x::AbstractArray) where {T} = eltype(x) <: AbstractFloat ? Array{T}(x) : Array(x)
+
+weights_of(::Nothing, n) = Float64[]
+weights_of(scale::Number, n) = weights_of(fill(scale, n), n)
+function weights_of(scale::AbstractVector, n)
+    length(scale) == n || throw(DimensionMismatch("scale has $(length(scale)) entries, z has $n"))
+    all(s -> 0 < s < Inf, scale) || throw(ArgumentError("scale must be positive and finite"))
+    return inv.(Float64.(scale))
+end
 
 is_differentiable(x::Array) = eltype(x) <: AbstractFloat
 
@@ -53,31 +65,53 @@ per_sample(x::Matrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) : -1, typ
 @inline at(x::PerSample{-1}, j) = view(x.array, ntuple(_ -> :, Val(ndims(x.array) - 1))..., j)
 
 """
-    Pointwise{T}
+    AbstractEquation{T}
 
-A [`GenericProblem`](@ref) with its types known, for the loops over the samples. `f`, `args` and K (as for the vector z) fix
-the compiled code; `Z` and `outcome` take the results.
+What solvers see of an equation: whether it is a `root`, the number `n` of unknowns, their `weights`, and [`call!`](@ref) and
+[`conditions_jacobian!`](@ref).
 """
-struct Pointwise{T, K, F, A <: Tuple} <: FixedPoint{T}
+abstract type AbstractEquation{T} end
+
+"""
+    Equation{T, K}(problem)
+
+An [`EquationProblem`](@ref) with its types known, for loops over many samples. `f`, `args` and K, the length of a
+[`Short`](@ref) z or -1, fix the compiled code.
+"""
+struct Equation{T, K, F, A <: Tuple} <: AbstractEquation{T}
     f::F
     root::Bool
+    n::Int
     args::A
-    tol::T
-    floor::T
-    Z::Matrix{T}
-    outcome::Outcome
+    weights::Vector{Float64}
 end
 
-function pointwise(problem::GenericProblem{T}, Z::Matrix{T}, tol::T, outcome::Outcome) where {T}
+function Equation(problem::EquationProblem{T}) where {T}
     args = ((b ? per_sample(x) : shared(x) for (x, b) in zip(problem.args, problem.batched))...,)
     K = problem.n <= MAX_SHORT ? problem.n : -1
-    return Pointwise{T, K, typeof(problem.f), typeof(args)}(
-        problem.f, problem.root, args, tol, scale_floor(T, problem.n), Z, outcome
-    )
+    return Equation{T, K, typeof(problem.f), typeof(args)}(problem.f, problem.root, problem.n, args, problem.weights)
 end
 
-@inline point(::Pointwise{T, K}, Z::Matrix{T}, j::Int) where {T, K} = at(PerSample{K, Matrix{T}}(Z), j)
-@inline arguments(p::Pointwise, sample::Int) = map(x -> at(x, sample), p.args)
+"""
+    ErasedEquation(equation)
+
+The same to solvers that are compiled once for all functions, at the price of a dispatch per evaluation: what is done for few
+samples would else take longer to compile than to run.
+"""
+struct ErasedEquation{T} <: AbstractEquation{T}
+    equation::Any
+    root::Bool
+    n::Int
+    weights::Vector{Float64}
+end
+erased(p::ErasedEquation) = p
+erased(p::Equation{T}) where {T} = ErasedEquation{T}(p, p.root, p.n, p.weights)
+
+@inline arguments(p::Equation, sample::Int) = map(x -> at(x, sample), p.args)
+
+# What f is given for z: its own copy, which it may write to.
+@inline as_point(::Equation{T, K}, z::AbstractVector) where {T, K} = Short(ntuple(i -> (@inbounds z[i]), Val(K)))
+@inline as_point(::Equation{T, -1}, z::AbstractVector) where {T} = Array(z)
 
 "`f` returned something other than a vector of `expected` entries."
 struct WrongShape <: Exception
@@ -85,26 +119,19 @@ struct WrongShape <: Exception
     came::String
 end
 Base.showerror(io::IO, e::WrongShape) =
-    print(io, "f returned $(e.came); expected a vector of $(e.expected) $(e.expected == 1 ? "entry" : "entries"), like z")
+    print(io, "f returned $(e.came); expected $(e.expected == 1 ? "a vector of 1 entry, or a number" : "a vector of $(e.expected) entries"), like z")
 
-@inline function checked(y, n::Int)
-    y isa AbstractVector && length(y) == n && return y
-    throw(WrongShape(n, y isa AbstractArray ? "an array of shape $(size(y))" : "a $(typeof(y))"))
+# One unknown may be answered by a number.
+@inline function checked(y::AbstractVector, n::Int)
+    length(y) == n && return y
+    throw(WrongShape(n, described(y)))
 end
+@inline function checked(y::Number, n::Int)
+    n == 1 && return (y,)
+    throw(WrongShape(n, described(y)))
+end
+checked(y, n::Int) = throw(WrongShape(n, described(y)))
 
-# F[:, j] = f(Z[:, j], ...). Outside the domain of a function such as sqrt, where Julia throws, the value is NaN: it concerns
-# that sample, or that trial step, only.
-@inline function apply!(F::Matrix{T}, p::Pointwise{T}, Z::Matrix{T}, j::Int, sample::Int) where {T}
-    check_interrupt()
-    n = size(F, 1)
-    try
-        y = checked(p.f(point(p, Z, j), arguments(p, sample)...), n)
-        for i in 1:n
-            @inbounds F[i, j] = y[i]
-        end
-    catch error
-        error isa DomainError || rethrow()
-        fill!(view(F, :, j), T(NaN))
-    end
-    return
-end
+described(y::AbstractArray) = "an array of shape $(size(y))"
+described(y::Tuple) = "a tuple of $(length(y))"
+described(y) = "a $(typeof(y))"

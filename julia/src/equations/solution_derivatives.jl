@@ -8,55 +8,86 @@ Base.showerror(io::IO, e::SingularSolution) = print(
     io, "the Jacobian of the equation is singular at the solution of sample $(e.sample), which has no derivative there"
 )
 
-"Buffers of the derivative of one sample: A, its inverse, and A at the corrected solution."
+"""
+    Inverses(problem, Z)
+
+The inverses of ∂c/∂z at the solution `Z` (n × samples), each of which is found when it is first needed and kept if all of them
+have room.
+"""
+struct Inverses{T}
+    Z::Matrix{T}
+    kept::Array{T, 3}
+    known::Vector{Bool}
+end
+function Inverses(problem::EquationProblem{T}, Z::Matrix{T}) where {T}
+    n, samples = size(Z)
+    places = n > DENSE ? 0 : n^2 * samples * sizeof(T) <= FACTORS_LIMIT ? samples : 1
+    return Inverses{T}(Z, Array{T}(undef, n, n, places), zeros(Bool, samples))
+end
+
+"Buffers for the inverse of one sample: A, A at the corrected solution, and that solution."
 struct InverseBuffers{T}
     A::Matrix{T}
-    inverse::Matrix{T}
     corrected::Matrix{T}
     pivots::Vector{Int}
-    z::Matrix{T}
-    r::Matrix{T}
+    z::Vector{T}
+    r::Vector{T}
     λ::Vector{T}
 end
-InverseBuffers{T}(n::Int) where {T} = InverseBuffers{T}(
-    (zeros(T, n, n) for _ in 1:3)..., zeros(Int, n), zeros(T, n, 1), zeros(T, n, 1), zeros(T, n)
-)
+function InverseBuffers{T}(n::Int) where {T}
+    m = n <= DENSE ? n : 0
+    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(Int, m), zeros(T, n), zeros(T, n), zeros(T, n))
+end
 
-# w.inverse = A⁻¹ at the solution of the sample. Throws SingularSolution where A is singular to rounding, or where it changes
-# so much within the error δ = A⁻¹c of the solution that no solution need exist or be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4,
-# which at a double root is 1/2 (the test of Newton and Kantorovich).
-@inline function invert!(w::InverseBuffers{T}, p::Pointwise{T}, sample::Int) where {T}
-    A, inverse = w.A, w.inverse
-    n = size(A, 1)
-    conditions_jacobian!(A, p, p.Z, sample, sample)
-    size_of_A = largest_column_sum(A)
-    lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
-    fill!(inverse, zero(T))
-    for k in 1:n
-        inverse[k, k] = one(T)
-        n == 1 ? (inverse[1] /= A[1]) : lu_solve!(view(inverse, :, k), A, w.pivots)
-    end
-    size_of_A * largest_column_sum(inverse) * eps(T) * n < 1 || throw(SingularSolution(sample))
-    copy_column!(w.z, 1, p.Z, sample)
-    apply!(w.r, p, w.z, 1, sample)
-    p.root || (w.r .-= w.z)
-    for k in 1:n, i in 1:n
-        w.z[i] -= inverse[i, k] * w.r[k]
-    end
-    conditions_jacobian!(w.corrected, p, w.z, 1, sample)
-    if n <= SMALL
-        multiply!(A, inverse, w.corrected)
-    else
-        mul!(A, inverse, w.corrected)
-    end
-    for i in 1:n
-        A[i, i] -= one(T)
-    end
-    largest_column_sum(A) <= T(0.25) || throw(SingularSolution(sample))
+"""
+    inverse!(inverses, w, p, sample)
+
+A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
+within the error δ = A⁻¹c of the solution that no solution need exist or be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a
+double root is 1/2 (the test of Newton and Kantorovich).
+"""
+@inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::Equation{T}, sample::Int) where {T}
+    all_kept = size(inverses.kept, 3) == length(inverses.known)
+    inverse = view(inverses.kept, :, :, all_kept ? sample : 1)
+    all_kept && inverses.known[sample] && return inverse
+    invert!(inverse, w, p, view(inverses.Z, :, sample), sample)
+    inverses.known[sample] = all_kept
     return inverse
 end
 
-function largest_column_sum(A::Matrix{T}) where {T}
+@inline function invert!(inverse, w::InverseBuffers{T}, p::Equation{T}, z, sample::Int) where {T}
+    A, n = w.A, p.n
+    conditions_jacobian!(A, p, z, sample)
+    size_of_A = largest_column_sum(A)
+    lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
+    if n <= SMALL_LU
+        fill!(inverse, zero(T))
+        for k in 1:n
+            inverse[k, k] = one(T)
+            n == 1 ? (inverse[1] /= A[1]) : lu_solve!(view(inverse, :, k), A, w.pivots)
+        end
+    else
+        copyto!(inverse, LAPACK.getri!(A, w.pivots))
+    end
+    size_of_A * largest_column_sum(inverse) * eps(T) * n < 1 || throw(SingularSolution(sample))
+    call!(w.r, p, z, sample)
+    @inbounds for i in 1:n
+        w.z[i] = z[i]
+        p.root || (w.r[i] -= z[i])
+    end
+    for k in 1:n, i in 1:n
+        @inbounds w.z[i] -= inverse[i, k] * w.r[k]
+    end
+    conditions_jacobian!(w.corrected, p, w.z, sample)
+    n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : mul!(A, inverse, w.corrected)
+    for i in 1:n
+        @inbounds A[i, i] -= one(T)
+    end
+    largest_column_sum(A) <= T(0.25) || throw(SingularSolution(sample))
+    return
+end
+
+function largest_column_sum(A::AbstractMatrix{T}) where {T}
     largest = zero(T)
     @inbounds for j in axes(A, 2)
         total = zero(T)
@@ -68,7 +99,7 @@ function largest_column_sum(A::Matrix{T}) where {T}
     return largest
 end
 
-function multiply!(C::Matrix{T}, A::Matrix{T}, B::Matrix{T}) where {T}
+function multiply!(C::AbstractMatrix{T}, A::AbstractMatrix{T}, B::AbstractMatrix{T}) where {T}
     @inbounds for j in axes(C, 2), i in axes(C, 1)
         total = zero(T)
         for k in axes(A, 2)
@@ -82,93 +113,114 @@ end
 "Up to this many entries of z in all samples, and of all arguments, derivatives go through ImplicitDifferentiation.jl."
 const SMALL_SYSTEM = 32
 
-is_small(problem::GenericProblem) = problem.n * problem.samples <= SMALL_SYSTEM &&
+is_small(problem::EquationProblem) = problem.n * problem.samples <= SMALL_SYSTEM &&
     sum(length, problem.args; init = 0) <= SMALL_SYSTEM^2
 
 """
-    vjp!(gradients, problem, Z, v)
+    vjp!(gradients, problem, inverses, v)
 
-Write vᵀ ∂z/∂args for the solution `Z` (n × samples) to `gradients`, which has an array like each argument, and is left alone
-for arguments that are not floating-point numbers. Samples with `v` zero are left out. From c(z, args) = 0 follows
-∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`SingularSolution`](@ref).
+Write vᵀ ∂z/∂args for the solution of which `inverses` holds the Jacobians to `gradients`, which has an array like each argument,
+and is left alone for arguments that are not floating-point numbers. Samples with `v` (n × samples) zero are left out. From
+c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`SingularSolution`](@ref).
 """
-function vjp!(gradients, problem::GenericProblem{T}, Z::Matrix{T}, v::Matrix{T}) where {T}
-    p = pointwise(problem, Z, zero(T), Outcome(0))
+function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
+    p = Equation(problem)
     if is_small(problem) && all(j -> concerned(v, j), axes(v, 2))
-        Base.invokelatest(check_isolated, p, v)
-        Base.invokelatest(vjp_by_implicit_function!, gradients, problem, Z, v)
+        Base.invokelatest(find_inverses!, inverses, p)
+        Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
     else
-        Base.invokelatest(vjp_by_samples!, gradients, p, v)
+        Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
     end
     return gradients
 end
 
 concerned(v, j) = any(!iszero, view(v, :, j))
 
-function check_isolated(p::Pointwise{T}, v) where {T}
-    w = InverseBuffers{T}(size(p.Z, 1))
-    for j in axes(p.Z, 2)
-        concerned(v, j) && invert!(w, p, j)
-    end
+function find_inverses!(inverses::Inverses{T}, p::Equation{T}) where {T}
+    w = InverseBuffers{T}(p.n)
+    foreach(j -> inverse!(inverses, w, p, j), axes(inverses.Z, 2))
     return
 end
 
-vjp_by_samples!(gradients, p::Pointwise, v) = vjp_by_samples!((gradients...,), p, v)
-function vjp_by_samples!(gradients::Tuple, p::Pointwise{T}, v) where {T}
+vjp_by_samples!(gradients, p::Equation, inverses, v) = vjp_by_samples!((gradients...,), p, inverses, v)
+function vjp_by_samples!(gradients::Tuple, p::Equation{T}, inverses, v) where {T}
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
-    w = InverseBuffers{T}(size(p.Z, 1))
-    for j in axes(p.Z, 2)
+    w = InverseBuffers{T}(p.n)
+    for j in axes(inverses.Z, 2)
         concerned(v, j) || continue
-        invert!(w, p, j)
-        for k in eachindex(w.λ)
-            w.λ[k] = zero(T)
-            for i in eachindex(w.λ)
-                @inbounds w.λ[k] -= w.inverse[i, k] * v[i, j]
-            end
-        end
-        add_pullbacks!(gradients, p, j, w.λ, arguments(p, j), Val(length(gradients)))
+        adjoint!(w, p, inverses, v, j)
+        add_pullbacks!(gradients, p, view(inverses.Z, :, j), j, w.λ, arguments(p, j), Val(length(gradients)))
     end
     return gradients
 end
 
-# gradients += λᵀ ∂f/∂argument for the arguments 1:I of sample j.
-@inline add_pullbacks!(gradients, p::Pointwise, j, λ, args, ::Val{0}) = nothing
-@inline function add_pullbacks!(gradients, p::Pointwise, j, λ, args, ::Val{I}) where {I}
-    x, g = args[I], gradients[I]
-    if eltype(x) <: AbstractFloat
-        offset = p.args[I] isa PerSample ? (j - 1) * length(x) : 0
-        with_argument(y) = p.f(point(p, p.Z, j), replaced(args, y, Val(I))...)
-        each_derivative(with_argument, x, length(λ)) do k, y, l
-            for i in eachindex(λ)
-                @inbounds g[offset + k] += λ[i] * partial(y[i], l)
-            end
+# w.λ = -A⁻ᵀ v for sample j; for many unknowns without a matrix.
+@inline function adjoint!(w::InverseBuffers{T}, p::Equation{T}, inverses::Inverses{T}, v, j::Int) where {T}
+    p.n <= DENSE || return copyto!(w.λ, adjoint_by_products(p, view(inverses.Z, :, j), j, view(v, :, j)))
+    inverse = inverse!(inverses, w, p, j)
+    for k in eachindex(w.λ)
+        w.λ[k] = zero(T)
+        for i in eachindex(w.λ)
+            @inbounds w.λ[k] -= inverse[i, k] * v[i, j]
         end
     end
-    return add_pullbacks!(gradients, p, j, λ, args, Val(I - 1))
+    return w.λ
 end
+
+@noinline function adjoint_by_products(p::Equation{T}, z, sample::Int, v) where {T}
+    args = arguments(p, sample)
+    function transposed(λ)
+        check_interrupt()
+        product = p.root ? zeros(T, p.n) : -λ
+        add_pullback!(product, 0, z -> p.f(z, args...), Array(z), λ)
+        return product
+    end
+    return solve_by_products(transposed, -Array(v), sample)
+end
+
+function solve_by_products(A, b::Vector{T}, sample::Int) where {T}
+    x, info = linsolve(A, b, zero(b); rtol = 10eps(T), atol = zero(T), krylovdim = 60, maxiter = 20)
+    # The last digits are the solution's own error.
+    info.normres <= sqrt(eps(T)) * norm(b) || throw(SingularSolution(sample))
+    return x
+end
+
+# gradients += λᵀ ∂f/∂argument for the arguments 1:I of sample j.
+@inline add_pullbacks!(gradients, p::Equation, z, j, λ, args, ::Val{0}) = nothing
+@inline function add_pullbacks!(gradients, p::Equation, z, j, λ, args, ::Val{I}) where {I}
+    x = args[I]
+    if eltype(x) <: AbstractFloat
+        offset = p.args[I] isa PerSample ? (j - 1) * length(x) : 0
+        add_pullback!(gradients[I], offset, of_argument(p, z, args, Val(I)), x, λ)
+    end
+    return add_pullbacks!(gradients, p, z, j, λ, args, Val(I - 1))
+end
+
+"f as a function of argument number I alone."
+@inline of_argument(p::Equation, z, args, index::Val) = y -> p.f(as_point(p, z), replaced(args, y, index)...)
 
 "The tuple with entry I replaced by x."
 @inline replaced(args::Tuple, x, ::Val{1}) = (x, Base.tail(args)...)
 @inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(Base.tail(args), x, Val(I - 1))...)
 
 """
-    jacobian!(J, problem, Z, index, wanted = trues(samples))
+    jacobian!(J, problem, inverses, index, wanted = trues(samples))
 
 Write ∂z/∂argument to `J` (n × size of the argument of one sample × samples) for the argument number `index`; NaN for samples
 that are not wanted. Throws [`SingularSolution`](@ref).
 """
-function jacobian!(J::Array{T, 3}, problem::GenericProblem{T}, Z::Matrix{T}, index::Int, wanted = trues(size(Z, 2))) where {T}
-    p = pointwise(problem, Z, zero(T), Outcome(0))
+function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Inverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}
+    p = Equation(problem)
     if is_small(problem) && all(wanted)
-        Base.invokelatest(check_isolated, p, ones(T, size(Z)))
-        Base.invokelatest(jacobian_by_implicit_function!, J, problem, Z, index)
+        Base.invokelatest(find_inverses!, inverses, p)
+        Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
     else
-        Base.invokelatest(jacobian_by_samples!, J, p, Val(index), wanted)
+        Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
     end
     return J
 end
 
-function jacobian_by_samples!(J::Array{T, 3}, p::Pointwise{T}, ::Val{I}, wanted) where {T, I}
+function jacobian_by_samples!(J::Array{T, 3}, p::Equation{T}, inverses, index::Val, wanted) where {T}
     n, entries, samples = size(J)
     w = InverseBuffers{T}(n)
     B = zeros(T, n, entries)
@@ -177,10 +229,22 @@ function jacobian_by_samples!(J::Array{T, 3}, p::Pointwise{T}, ::Val{I}, wanted)
             fill!(view(J, :, :, j), T(NaN))
             continue
         end
-        invert!(w, p, j)
-        args = arguments(p, j)
-        derivative!(B, y -> p.f(point(p, p.Z, j), replaced(args, y, Val(I))...), args[I])
-        mul!(view(J, :, :, j), w.inverse, B, -one(T), zero(T))
+        z, args = view(inverses.Z, :, j), arguments(p, j)
+        argument_jacobian!(B, of_argument(p, z, args, index), value_of(args, index))
+        if n <= DENSE
+            mul!(view(J, :, :, j), inverse!(inverses, w, p, j), B, -one(T), zero(T))
+        else
+            tangent(x) = along(z -> p.f(z, args...), Array(z), x, n) .- (p.root ? zero(x) : x)
+            foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), 1:entries)
+        end
     end
     return J
+end
+
+value_of(args, ::Val{I}) where {I} = args[I]
+
+@inline argument_jacobian!(B, g::G, x::Union{Number, Short}) where {G} = derivative!(B, g, x)
+function argument_jacobian!(B, g::G, x::AbstractArray) where {G}
+    found = length(x) < REVERSE_FROM * size(B, 1) ? nothing : reverse_jacobian(g, x, size(B, 1))
+    return found === nothing ? derivative!(B, g, x) : copyto!(B, found)
 end

@@ -25,7 +25,7 @@ function compile_text(text)
     if Meta.isexpr(code, (:error, :incomplete))
         throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_complaint(only(code.args)))"))
     end
-    place = Module(gensym("generic"))
+    place = Module(gensym("equation"))
     push!(PLACES, place)
     Core.eval(place, :(const LinearAlgebra = $LinearAlgebra; using .LinearAlgebra))
     f = Core.eval(place, code)

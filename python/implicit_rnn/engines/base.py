@@ -1,14 +1,15 @@
-"""The small protocol between the Python API and an engine.
+"""The small protocol between the Python API and an engine: what is posed, compiled, becomes a handle that solves.
 
-All arrays are C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into
+A network's ``Problem`` becomes a ``Program``, an ``Equation`` of any function a ``CompiledEquation``. All arrays are C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into
 arrays the caller allocated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -138,10 +139,123 @@ class Program(Protocol):
         """A trainer of ``nets`` nets, for all optimisers but LBFGS; ``clip`` bounds the Euclidean norm of a gradient."""
 
 
+# --- equations -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class JuliaFunction:
+    """A function given as Julia code."""
+
+    text: str
+    """An anonymous function, such as ``(z, a) -> cos.(a .* z)``."""
+    arguments: tuple[str, ...]
+    """The names of its parameters behind the first."""
+
+
+@dataclass(frozen=True)
+class Equation:
+    """``z = f(z, *args)``, or ``f(z, *args) = 0`` if ``root``, for each of B samples z of n numbers.
+
+    With the size ``‖x‖`` of a vector, which is its Euclidean norm after division by ``scale`` where there is one, a sample
+    has converged when its ``step`` is ``f(z) - z``, or for a root the Newton step ``-(∂f/∂z)⁻¹ f(z)``, and
+
+    1. ``‖step‖ <= tol · ‖z‖``, for a fixed point ``tol · ‖f(z)‖``; with a ``scale`` the right side is at least ``tol · √n``; or
+    2. ``‖step‖ <= eps · L``, with L the largest ``‖z‖`` of an iterate seen on the way, the start included, unless the steps
+       still shrink so fast (by 0.4 or more each) that a solution which is merely small will be found.
+
+    There is no other floor, so that the result does not depend on the unit of z. The relative residual reported is
+    ``‖step‖`` over the larger of the right sides, times tol; it is at most tol where a sample has converged.
+    ``max_iterations`` bounds the evaluations of f at iterates, trial steps included, for each sample and every solver, a
+    compound one like Auto included; ``iterations`` counts them. Evaluations for derivatives are not counted. A sample ends as
+    SINGULAR where ∂c/∂z of the conditions c has no inverse, or ‖c‖ a minimum that is not zero, and no step leads on.
+    """
+
+    f: JuliaFunction | Callable[..., Any]
+    root: bool
+    start: np.ndarray
+    """(B, n) the first iterate, of the dtype in which all is done"""
+    args: tuple[np.ndarray, ...]
+    """of the dtype of ``start`` (these can be differentiated), int64 or bool"""
+    batched: tuple[bool, ...]
+    """whether the first axis of each argument counts the samples"""
+    names: tuple[str, ...]
+    """of the arguments"""
+    shape: tuple[int, ...]
+    """of the solution as it was posed: () or (n,) for one problem, (B, n) for a batch"""
+    scale: np.ndarray | None = None
+    """(n,) the sizes that the entries of z typically have, of the dtype of ``start``"""
+    vectorized: bool = False
+    """whether a Python f takes (samples, n) at once"""
+    jac: Callable[..., Any] | None = None
+    """∂f/∂z of a Python f, as ``fixed_point`` says"""
+    vjp: Callable[..., Any] | None = None
+    """the vector-Jacobian products of a Python f, as ``fixed_point`` says"""
+
+    @property
+    def samples(self) -> int:
+        """B."""
+        return int(self.start.shape[0])
+
+    @property
+    def n(self) -> int:
+        """Numbers in a sample."""
+        return int(self.start.shape[1])
+
+    @property
+    def single(self) -> bool:
+        """Whether one problem was posed rather than a batch of one."""
+        return len(self.shape) < 2
+
+    def is_differentiable(self, index: int) -> bool:
+        """Whether that argument has a gradient."""
+        return self.args[index].dtype.kind == "f"
+
+    def entry_shape(self, index: int) -> tuple[int, ...]:
+        """The shape of that argument as one sample sees it."""
+        return self.args[index].shape[1:] if self.batched[index] else self.args[index].shape
+
+    def entries(self, index: int) -> int:
+        """The size of that argument as one sample sees it."""
+        return int(np.prod(self.entry_shape(index), dtype=np.int64))
+
+
+class CompiledEquation(Protocol):
+    """An equation ready to be solved; it keeps its solution, and the factorisation found there for all derivatives.
+
+    Like the solution that holds it, it can be pickled if the function can.
+    """
+
+    def solve(self, solver: Solver, out: Solution) -> None:
+        """Solve from ``out.state``, which holds the start, and fill in ``out``, at whose state derivatives are then taken."""
+
+    def vjp(self, v: np.ndarray) -> list[np.ndarray | None]:
+        """vᵀ ∂z/∂argument at the solution for v (B, n), per argument, None for those without gradient.
+
+        Samples whose row of v is zero are left out. Raises ``SingularSolution``, like ``jacobian``.
+        """
+
+    def jacobian(self, index: int, wanted: np.ndarray) -> np.ndarray:
+        """(B, n, size) ∂z/∂argument at the solution, NaN for samples that are not ``wanted`` (B,)."""
+
+
+class SingularSolution(Exception):  # noqa: N818
+    """The Jacobian of the equation is singular at the solution of ``sample``."""
+
+    def __init__(self, sample: int) -> None:
+        super().__init__(sample)
+        self.sample = sample
+
+
+# --- engines -------------------------------------------------------------------------------------------------
+
+
 class Engine(Protocol):
-    """Something that can compile problems."""
+    """Something that can compile problems and equations; both are cheap, and to be repeated at will."""
 
     name: str
 
     def compile(self, problem: Problem) -> Program:
-        """Prepare a problem; cheap, and to be repeated at will."""
+        """Prepare a network."""
+
+    def compile_equation(self, equation: Equation) -> CompiledEquation:
+        """Prepare an equation: of a Python function on the NumPy engine, of Julia code on the Julia engine."""

@@ -1,5 +1,25 @@
 """The Julia engine: hands NumPy arrays to ImplicitRNN.jl as they lie in memory."""
 
-from implicit_rnn.engines.julia.network import JuliaEngine
+from __future__ import annotations
+
+from implicit_rnn.engines.base import Equation, Problem
+from implicit_rnn.engines.julia.equations import JuliaEquation
+from implicit_rnn.engines.julia.network import JuliaProgram
+from implicit_rnn.runtime import start
 
 __all__ = ["JuliaEngine"]
+
+
+class JuliaEngine:
+    """See ``engines.base.Engine``. Creating it starts Julia; raises EngineError where that is not possible."""
+
+    name = "julia"
+
+    def __init__(self) -> None:
+        start.entry_points()
+
+    def compile(self, problem: Problem) -> JuliaProgram:
+        return JuliaProgram(problem)
+
+    def compile_equation(self, equation: Equation) -> JuliaEquation:
+        return JuliaEquation(equation)

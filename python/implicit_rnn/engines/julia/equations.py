@@ -1,4 +1,4 @@
-"""Generic problems whose function is Julia code, solved and differentiated by the Julia engine."""
+"""Equations whose function is Julia code, on the Julia engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.engines.equations import GenericProblem, JuliaFunction, SingularSolution
+from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolution
 from implicit_rnn.engines.julia.network import call
 from implicit_rnn.solution import Solution
 from implicit_rnn.solvers import Solver
@@ -14,44 +14,50 @@ from implicit_rnn.solvers import Solver
 Array = np.ndarray
 
 
-class JuliaGeneric:
-    """See ``engines.generic.GenericEngine``."""
+class JuliaEquation:
+    """See ``engines.base.CompiledEquation``."""
 
-    def __init__(self, f: JuliaFunction) -> None:
-        _ask("generic_check", f.text)
+    def __init__(self, equation: Equation) -> None:
+        assert isinstance(equation.f, JuliaFunction)
+        _ask("generic_check", equation.f.text)
+        self._equation = equation
+        self._state = equation.start
 
-    def solve(self, problem: GenericProblem, solver: Solver, out: Solution) -> None:
-        description = _describe(problem) | {"solver": {"name": solver.name, "options": solver.options()}}
+    def solve(self, solver: Solver, out: Solution) -> None:
+        self._state = out.state
+        description = _describe(self._equation) | {"solver": {"name": solver.name, "options": solver.options()}}
         outs = (out.status, out.iterations, out.residual, out.rate)
-        _ask("generic_solve", description, out.state.reshape(-1), _lent(problem), outs)
+        _ask("generic_solve", description, out.state.reshape(-1), _lent(self._equation), outs)
 
-    def vjp(self, problem: GenericProblem, state: Array, v: Array) -> list[Array | None]:
-        lent = _lent(problem)
+    def vjp(self, v: Array) -> list[Array | None]:
+        equation = self._equation
+        lent = _lent(equation)
         gradients = tuple(
-            np.zeros_like(array) if problem.is_differentiable(index) else array for index, array in enumerate(lent)
+            np.zeros_like(array) if equation.is_differentiable(index) else array for index, array in enumerate(lent)
         )
-        _ask("generic_vjp", _describe(problem), state.reshape(-1), lent, v.reshape(-1), gradients)
+        _ask("generic_vjp", _describe(equation), self._state.reshape(-1), lent, v.reshape(-1), gradients)
         return [
-            _from_julia(gradient, problem.args[index].shape, problem.batched[index])
-            if problem.is_differentiable(index)
+            _from_julia(gradient, equation.args[index].shape, equation.batched[index])
+            if equation.is_differentiable(index)
             else None
             for index, gradient in enumerate(gradients)
         ]
 
-    def jacobian(self, problem: GenericProblem, state: Array, index: int, wanted: Array) -> Array:
-        shape = problem.entry_shape(index)
-        J = np.empty((problem.samples, *reversed(shape), problem.n), state.dtype)
+    def jacobian(self, index: int, wanted: Array) -> Array:
+        equation = self._equation
+        shape = equation.entry_shape(index)
+        J = np.empty((equation.samples, *reversed(shape), equation.n), self._state.dtype)
         _ask(
             "generic_jacobian",
-            _describe(problem),
-            state.reshape(-1),
-            _lent(problem),
+            _describe(equation),
+            self._state.reshape(-1),
+            _lent(equation),
             index,
             wanted,
             J.reshape(-1),
         )
         axes = (0, J.ndim - 1, *range(J.ndim - 2, 0, -1))
-        return np.ascontiguousarray(J.transpose(axes)).reshape(problem.samples, problem.n, -1)
+        return np.ascontiguousarray(J.transpose(axes)).reshape(equation.samples, equation.n, -1)
 
 
 def _ask(name: str, *arguments: Any) -> None:
@@ -64,30 +70,30 @@ def _ask(name: str, *arguments: Any) -> None:
     raise ValueError(str(text))
 
 
-def _describe(problem: GenericProblem) -> dict[str, Any]:
-    assert isinstance(problem.f, JuliaFunction)
+def _describe(equation: Equation) -> dict[str, Any]:
+    assert isinstance(equation.f, JuliaFunction)
     return {
-        "code": problem.f.text,
-        "root": problem.root,
-        "dtype": problem.start.dtype.name,
-        "n": problem.n,
-        "samples": problem.samples,
+        "code": equation.f.text,
+        "root": equation.root,
+        "dtype": equation.start.dtype.name,
+        "n": equation.n,
+        "samples": equation.samples,
         "args": [
             {
                 "dtype": array.dtype.name,
-                "shape": [*problem.entry_shape(index), *([problem.samples] if problem.batched[index] else [])],
-                "batched": problem.batched[index],
+                "shape": [*equation.entry_shape(index), *([equation.samples] if equation.batched[index] else [])],
+                "batched": equation.batched[index],
             }
-            for index, array in enumerate(problem.args)
+            for index, array in enumerate(equation.args)
         ],
     }
 
 
-def _lent(problem: GenericProblem) -> tuple[Array, ...]:
+def _lent(equation: Equation) -> tuple[Array, ...]:
     """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
     return tuple(
         np.ascontiguousarray(array.transpose(_reversal(array.ndim, batched))).reshape(-1)
-        for array, batched in zip(problem.args, problem.batched, strict=True)
+        for array, batched in zip(equation.args, equation.batched, strict=True)
     )
 
 

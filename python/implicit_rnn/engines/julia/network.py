@@ -18,18 +18,6 @@ from implicit_rnn.solution import GradientReport, Solution
 Array = np.ndarray
 
 
-class JuliaEngine:
-    """See ``engines.base.Engine``. Creating it starts Julia; raises EngineError where that is not possible."""
-
-    name = "julia"
-
-    def __init__(self) -> None:
-        start.entry_points()
-
-    def compile(self, problem: Problem) -> JuliaProgram:
-        return JuliaProgram(problem)
-
-
 _released: deque[int] = deque()
 """Handles of collected objects: garbage is collected on any thread, so they are released at the next call."""
 

@@ -1,4 +1,4 @@
-"""Generic problems whose function is a Python function on NumPy arrays, solved and differentiated in Python."""
+"""Equations whose function is a Python function on NumPy arrays, solved and differentiated in Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from implicit_rnn.engines.equations import GenericProblem, SingularSolution
+from implicit_rnn.engines import base
+from implicit_rnn.engines.base import SingularSolution
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm
 from implicit_rnn.errors import EngineError
 from implicit_rnn.solution import Solution, Status
@@ -24,10 +25,15 @@ _PROBES = 8
 _LARGEST_CHANGE = 0.25
 
 
-class PythonGeneric:
-    """See ``engines.generic.GenericEngine``."""
+class PythonEquation:
+    """See ``engines.base.CompiledEquation``."""
 
-    def solve(self, problem: GenericProblem, solver: Solver, out: Solution) -> None:
+    def __init__(self, equation: base.Equation) -> None:
+        self._equation = equation
+        self._state = equation.start
+
+    def solve(self, solver: Solver, out: Solution) -> None:
+        problem, self._state = self._equation, out.state
         if not isinstance(solver, (Auto, Newton) if problem.root else (Auto, Newton, Picard, Anderson)):
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
@@ -43,7 +49,8 @@ class PythonGeneric:
         for name in ("status", "iterations", "residual", "rate"):
             getattr(out, name)[...] = getattr(outcome, name)[0]
 
-    def vjp(self, problem: GenericProblem, state: Array, v: Array) -> list[Array | None]:
+    def vjp(self, v: Array) -> list[Array | None]:
+        problem, state = self._equation, self._state
         rows = np.flatnonzero(v.any(axis=1))
         A = _isolated_jacobian(problem, state, rows)
         λ = -np.linalg.solve(A.swapaxes(1, 2), v[rows][..., None])[..., 0]
@@ -61,7 +68,8 @@ class PythonGeneric:
                     gradient.reshape(-1)[k] = products.sum()
         return gradients
 
-    def jacobian(self, problem: GenericProblem, state: Array, index: int, wanted: Array) -> Array:
+    def jacobian(self, index: int, wanted: Array) -> Array:
+        problem, state = self._equation, self._state
         J = np.full((problem.samples, problem.n, problem.entries(index)), np.nan, state.dtype)
         rows = np.flatnonzero(wanted)
         if len(rows):
@@ -74,7 +82,7 @@ class PythonGeneric:
 
 
 def _evaluate(
-    problem: GenericProblem, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None
+    problem: base.Equation, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None
 ) -> Array:
     """f for Z (m, n) of the samples ``rows``; the argument ``variable`` may have another ``value``."""
     assert callable(problem.f)
@@ -94,7 +102,7 @@ def _evaluate(
     return np.stack(F) if F else Z.copy()
 
 
-def _checked(problem: GenericProblem, y: object, shape: tuple[int, ...]) -> Array:
+def _checked(problem: base.Equation, y: object, shape: tuple[int, ...]) -> Array:
     array = np.asarray(y)
     if array.shape != shape:
         raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
@@ -104,7 +112,7 @@ def _checked(problem: GenericProblem, y: object, shape: tuple[int, ...]) -> Arra
     return array if array.dtype.kind == "c" else array.astype(dtype, copy=False)
 
 
-def _real(problem: GenericProblem, Z: Array, rows: Array) -> Array:
+def _real(problem: base.Equation, Z: Array, rows: Array) -> Array:
     F = _evaluate(problem, Z, rows)
     if F.dtype.kind == "c":
         raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
@@ -114,7 +122,7 @@ def _real(problem: GenericProblem, Z: Array, rows: Array) -> Array:
 # --- its derivatives -----------------------------------------------------------------------------------------
 
 
-def _derivatives(problem: GenericProblem, Z: Array, rows: Array, variable: int) -> Iterator[Array]:
+def _derivatives(problem: base.Equation, Z: Array, rows: Array, variable: int) -> Iterator[Array]:
     """∂f/∂x (m, n) for each entry x of a variable as one sample sees it.
 
     By the complex step where f proves to be differentiated rightly by it, else by central differences.
@@ -129,28 +137,28 @@ def _derivatives(problem: GenericProblem, Z: Array, rows: Array, variable: int) 
         yield (_complex_step if exact else _central_difference)(problem, Z, rows, variable, direction)
 
 
-def _variable(problem: GenericProblem, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
+def _variable(problem: base.Equation, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
     if variable == STATE:
         return Z, True
     argument = problem.args[variable]
     return (argument[rows], True) if problem.batched[variable] else (argument, False)
 
 
-def _shifted(problem: GenericProblem, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
+def _shifted(problem: base.Equation, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
     x = _variable(problem, Z, rows, variable)[0]
     if variable == STATE:
         return _evaluate(problem, x + shift, rows)
     return _evaluate(problem, Z, rows, variable, x + shift)
 
 
-def _complex_step(problem: GenericProblem, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+def _complex_step(problem: base.Equation, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
     """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f."""
     h = 1e-20 if Z.dtype == np.float32 else 1e-100
     step = (direction * 1j * h).astype(np.result_type(Z.dtype, np.complex64))
     return (_shifted(problem, Z, rows, variable, step).imag / h).astype(Z.dtype)
 
 
-def _central_difference(problem: GenericProblem, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+def _central_difference(problem: base.Equation, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
     x, per_row = _variable(problem, Z, rows, variable)
     size = np.abs(x * direction)
     size = size.reshape(len(x), -1).max(axis=1) if per_row else size.max()
@@ -161,7 +169,7 @@ def _central_difference(problem: GenericProblem, Z: Array, rows: Array, variable
     return np.asarray(difference / (2 * np.reshape(h, (-1, 1)))).astype(Z.dtype)
 
 
-def _takes_complex_steps(problem: GenericProblem, Z: Array, rows: Array, variable: int) -> bool:
+def _takes_complex_steps(problem: base.Equation, Z: Array, rows: Array, variable: int) -> bool:
     """Whether the complex step agrees with a difference quotient, which it does not where f takes |x| or drops Im x."""
     x, per_row = _variable(problem, Z, rows, variable)
     shape = x.shape[1:] if per_row else x.shape
@@ -177,20 +185,20 @@ def _takes_complex_steps(problem: GenericProblem, Z: Array, rows: Array, variabl
     return bool(np.allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max(), equal_nan=True))
 
 
-def _jacobian(problem: GenericProblem, Z: Array, rows: Array) -> Array:
+def _jacobian(problem: base.Equation, Z: Array, rows: Array) -> Array:
     """∂f/∂z (m, n, n)."""
     if not len(rows):
         return np.empty((0, problem.n, problem.n), Z.dtype)
     return np.stack(list(_derivatives(problem, Z, rows, STATE)), axis=-1)
 
 
-def _conditions_jacobian(problem: GenericProblem, Z: Array, rows: Array) -> Array:
+def _conditions_jacobian(problem: base.Equation, Z: Array, rows: Array) -> Array:
     """A = ∂c/∂z of the conditions c = f(z) - z, or c = f(z) of a root."""
     J = _jacobian(problem, Z, rows)
     return J if problem.root else J - np.eye(problem.n, dtype=J.dtype)
 
 
-def _isolated_jacobian(problem: GenericProblem, state: Array, rows: Array) -> Array:
+def _isolated_jacobian(problem: base.Equation, state: Array, rows: Array) -> Array:
     """A at the solution of the samples ``rows``.
 
     ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution that
@@ -233,7 +241,7 @@ def _solve_each(A: Array, b: Array) -> tuple[Array, Array]:
 class _FixedPoint(_Solve):
     """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
 
-    def __init__(self, problem: GenericProblem, tol: float, outcome: Outcome) -> None:
+    def __init__(self, problem: base.Equation, tol: float, outcome: Outcome) -> None:
         identity = Equation(np.empty((1, 0, 0)), lambda S: S, lambda S, F: S, tol, check_stability=True)
         super().__init__(identity, np.zeros_like(problem.start)[None], problem.start[None], outcome)
         self.problem = problem
@@ -275,7 +283,7 @@ class _FixedPoint(_Solve):
 # --- roots ---------------------------------------------------------------------------------------------------
 
 
-def _root(problem: GenericProblem, tol: float, limit: int, outcome: Outcome) -> Array:
+def _root(problem: base.Equation, tol: float, limit: int, outcome: Outcome) -> Array:
     """Newton's method with a line search on ‖f‖, until the step is small; the roots (B, n)."""
     state = problem.start.copy()
     floor = 1e-3 * np.sqrt(problem.n)
@@ -310,7 +318,7 @@ def _root(problem: GenericProblem, tol: float, limit: int, outcome: Outcome) -> 
 
 
 def _search_line(
-    problem: GenericProblem, Z: Array, step: Array, size: Array, rows: Array
+    problem: base.Equation, Z: Array, step: Array, size: Array, rows: Array
 ) -> tuple[Array, Array, Array, Array]:
     """z + t step with t halved until ‖f‖ decreases: z, f, evaluations, and whether it did."""
     z, f = Z.copy(), Z.copy()

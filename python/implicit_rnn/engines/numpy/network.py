@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.engines import base
 from implicit_rnn.engines.base import Halt, Problem, Quality, Replicas, Samples
 from implicit_rnn.engines.numpy import constraints, losses, solvers
+from implicit_rnn.engines.numpy.equations import PythonEquation
 from implicit_rnn.engines.numpy.optimizers import RULES
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.errors import EngineError
@@ -40,6 +42,9 @@ class NumpyEngine:
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
             raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
         return NumpyProgram(problem)
+
+    def compile_equation(self, equation: base.Equation) -> PythonEquation:
+        return PythonEquation(equation)
 
 
 def _unsupported(what: str) -> EngineError:

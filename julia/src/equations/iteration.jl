@@ -1,0 +1,167 @@
+# What the solvers share: the state of one sample at work, how f is evaluated and counted, and when it has converged.
+
+"∂c/∂z of one sample, its LU factorisation, and the Newton step."
+struct Linearization{T}
+    J::Matrix{T}
+    LU::Matrix{T}
+    pivots::Vector{Int}
+    step::Vector{T}
+end
+Linearization{T}(n::Int) where {T} = Linearization{T}(zeros(T, n, n), zeros(T, n, n), zeros(Int, n), zeros(T, n))
+
+"""
+    Iteration{T}(n)
+
+The sample at work, of `n` unknowns: the iterate `z`, the `value` f(z), and the residual `c` of the conditions f(z) - z or f(z);
+`base` and `picard` are the z and f(z) that the step under way begins at. Sizes are held in double precision. Made once and used for one sample after the other.
+"""
+mutable struct Iteration{T}
+    const z::Vector{T}
+    const value::Vector{T}
+    const c::Vector{T}
+    const base::Vector{T}
+    const picard::Vector{T}
+    const start::Vector{T}
+    linear::Union{Nothing, Linearization{T}}         # made when a solver first needs it
+    linearized::Bool          # its J is that at z
+    sample::Int
+    evaluations::Int
+    limit::Int                # of evaluations
+    merit::Float64            # ‖c‖, which steps are to reduce
+    largest::Float64          # size of z seen on the way
+    outset::Float64           # size of z and f(z) at the start
+    distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
+    rate::Float64             # its quotient with the one before
+    relative::Float64         # its quotient with what it is related to
+end
+Iteration{T}(n::Int) where {T} =
+    Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf)
+
+"Begin with a sample from the start `z`, allowing so many evaluations of f."
+@inline function begin!(s::Iteration, p::AbstractEquation, Z::Matrix, sample::Int, limit::Int)
+    copy_column!(s.z, 1, Z, sample)
+    copyto!(s.start, s.z)
+    s.sample, s.evaluations, s.limit = sample, 0, limit
+    return forget!(s, p)
+end
+
+"Begin again from the start, with the evaluations counted on."
+@inline restart!(s::Iteration, p::AbstractEquation) = (copyto!(s.z, s.start); forget!(s, p))
+
+@inline function forget!(s::Iteration, p::AbstractEquation)
+    s.largest = s.outset = measure(s.z, p.weights)
+    s.distance, s.rate, s.relative, s.merit = Inf, 0.0, Inf, NaN
+    return s
+end
+
+linearization!(s::Iteration{T}) where {T} =
+    (s.linear === nothing && (s.linear = Linearization{T}(length(s.z))); s.linear::Linearization{T})
+
+const NO_WEIGHTS = Float64[]
+
+"The Euclidean norm of x, each entry times its weight where there are weights, without overflow and underflow on the way."
+@inline function measure(x::AbstractVector, weights::Vector{Float64} = NO_WEIGHTS)
+    total = 0.0
+    if isempty(weights)
+        @inbounds @simd for i in eachindex(x)
+            total += abs2(Float64(x[i]))
+        end
+    else
+        @inbounds @simd for i in eachindex(x)
+            total += abs2(Float64(x[i]) * weights[i])
+        end
+    end
+    return 1.0e-280 < total < 1.0e280 ? sqrt(total) : measure_scaled(x, weights)
+end
+
+@noinline function measure_scaled(x, weights)
+    weigh(i) = abs(Float64(x[i])) * (isempty(weights) ? 1.0 : weights[i])
+    largest = maximum(weigh, eachindex(x))
+    (largest > 0 && isfinite(largest)) || return largest         # NaN, too
+    return largest * sqrt(sum(i -> abs2(weigh(i) / largest), eachindex(x)))
+end
+
+"""
+    evaluate!(s, p)
+
+Evaluate f at the iterate; false, and nothing done, if no evaluation is left. This is the only place where evaluations are counted.
+"""
+@inline function evaluate!(s::Iteration, p::AbstractEquation)
+    s.evaluations < s.limit || return false
+    s.evaluations += 1
+    s.linearized = false
+    call!(s.value, p, s.z, s.sample)
+    conditions!(s, p)
+    return true
+end
+
+"`evaluate!` for a solver that is going to need ∂c/∂z at the iterate as well."
+@inline function evaluate!(s::Iteration, l::Linearization, p::AbstractEquation)
+    s.evaluations < s.limit || return false
+    s.evaluations += 1
+    s.linearized = call!(s.value, l.J, p, s.z, s.sample)
+    conditions!(s, p)
+    return true
+end
+
+@inline function conditions!(s::Iteration, p::AbstractEquation)
+    @inbounds for i in eachindex(s.c)
+        s.c[i] = p.root ? s.value[i] : s.value[i] - s.z[i]
+    end
+    s.merit = p.root ? measure(s.c) : measure(s.c, p.weights)
+    return
+end
+
+"∂c/∂z at the iterate, at which f has just been evaluated."
+@inline function jacobian!(s::Iteration, l::Linearization, p::AbstractEquation)
+    s.linearized || conditions_jacobian!(l.J, p, s.z, s.sample)
+    s.linearized = true
+    return l.J
+end
+
+"The Newton step -(∂c/∂z)⁻¹ c; false where the matrix has no inverse."
+@inline function newton_step!(s::Iteration, l::Linearization, p::AbstractEquation)
+    copyto!(l.LU, jacobian!(s, l, p))
+    lu_factor!(l.LU, l.pivots) || return false
+    @inbounds for i in eachindex(l.step)
+        l.step[i] = -s.c[i]
+    end
+    lu_solve!(l.step, l.LU, l.pivots)
+    return all(isfinite, l.step)
+end
+
+"The quotient of two steps above which those below the rounding of the largest iterate are not waited for."
+const STALLED = 0.4
+
+"""
+    near!(s, p, tol, distance, size)
+
+Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, or, since a
+solution may be zero, one below the rounding of the largest iterate on the way, unless the steps shrink so fast that a solution
+which is merely small will be found.
+"""
+@inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
+    s.largest = max(s.largest, size)
+    isfinite(s.distance) && (s.rate = distance == 0 ? 0.0 : distance / s.distance)
+    s.distance = distance
+    s.relative = distance == 0 ? 0.0 : distance / max(size, rounding(s) / tol)
+    distance <= tol * size && return true
+    return settled(s) && (s.rate > STALLED || distance <= eps(T) * rounding(s) || s.evaluations == s.limit)
+end
+
+rounding(s::Iteration{T}) where {T} = Float64(eps(T)) * s.largest
+
+"Whether the last step was below the rounding of the largest iterate: good enough where nothing leads on."
+settled(s::Iteration) = s.distance <= rounding(s)
+
+"Largest growth of ‖f(z) - z‖ over the size of z and f(z) at the start; beyond it a sample counts as diverged."
+const DIVERGENCE = 1.0e6
+
+"How a fixed point stands after an evaluation of f; `nothing`: go on."
+@inline function assess!(s::Iteration, p::AbstractEquation, tol::Float64)
+    size = measure(s.value, p.weights)
+    isfinite(s.merit) && isfinite(size) || return NON_FINITE
+    s.evaluations == 1 && (s.outset = max(s.outset, size))
+    near!(s, p, tol, s.merit, size) && return CONVERGED
+    return s.merit > DIVERGENCE * s.outset ? DIVERGED : nothing
+end

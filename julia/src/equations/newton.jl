@@ -1,0 +1,87 @@
+# Newton's method with a line search, for fixed points and roots.
+
+"The smallest parts of a Newton step that are tried on a root, and on a fixed point, for which a Picard step follows."
+const SMALLEST_ROOT_STEP, SMALLEST_FIXED_POINT_STEP = 2.0^-20, 2.0^-6
+
+function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
+    status = newton!(s, linearization!(s), p, tol)
+    return status === CONVERGED && !p.root && repels!(s, p) ? UNSTABLE : status
+end
+
+"""
+    newton!(s, l, p, tol)
+
+`z ← z + t δ` with the Newton step δ, which is halved until ‖c‖ decreases. A fixed point is judged by ‖f(z) - z‖; a root, whose
+f may have any unit, by ‖δ‖, which estimates the error of z.
+"""
+function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+    evaluate!(s, l, p) || return MAX_ITERATIONS
+    isfinite(s.merit) || return NON_FINITE
+    while true
+        status = p.root ? nothing : assess!(s, p, tol)
+        status === nothing || return deliver!(s, status)
+        solvable = newton_step!(s, l, p)
+        if p.root
+            status = assess_root!(s, l.step, solvable, p, tol)
+            status === nothing || return status
+        end
+        status = search_line!(s, l, solvable, p)
+        status === nothing || return status
+    end
+end
+
+"How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."
+@inline function assess_root!(s::Iteration, step, solvable::Bool, p::AbstractEquation, tol::Float64)
+    size = measure(s.z, p.weights)
+    if solvable
+        near!(s, p, tol, measure(step, p.weights), size) || return nothing
+        @inbounds for i in eachindex(s.z)
+            s.z[i] += step[i]
+        end
+        return CONVERGED
+    end
+    s.merit == 0 || return nothing
+    # An f that has faded away, as exp(-z) does, is zero with all its derivatives.
+    s.evaluations > 1 && all(iszero, s.linear.J) && return SINGULAR
+    near!(s, p, tol, 0.0, size)
+    return CONVERGED
+end
+
+# Move along the step, halved while ‖c‖ does not decrease; where that does not help, by a Picard step for a fixed point. How the
+# iteration ended, or `nothing`.
+function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}) where {T}
+    before, smallest = s.merit, p.root ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP
+    copyto!(s.base, s.z)
+    p.root || copyto!(s.picard, s.value)
+    t = one(T)
+    while solvable && t >= smallest
+        @inbounds for i in eachindex(s.z)
+            s.z[i] = muladd(t, l.step[i], s.base[i])
+        end
+        if !evaluate!(s, l, p)
+            copyto!(s.z, s.base)
+            return MAX_ITERATIONS
+        end
+        s.merit < (1 - 1.0e-4 * t) * before && return nothing
+        t /= 2
+    end
+    if p.root
+        copyto!(s.z, s.base)
+        return settled(s) ? CONVERGED : SINGULAR
+    end
+    copyto!(s.z, s.picard)
+    evaluate!(s, l, p) || return MAX_ITERATIONS
+    return nothing
+end
+
+"Whether Picard iteration moves away from the fixed point: the spectral radius of ∂f/∂z is 1 or more."
+function repels!(s::Iteration{T}, p::AbstractEquation{T}) where {T}
+    J = linearization!(s).J
+    conditions_jacobian!(J, p, s.z, s.sample)
+    for i in axes(J, 1)
+        J[i, i] += one(T)
+    end
+    s.linearized = false
+    length(J) == 1 && return abs(J[1]) >= 1
+    return Base.invokelatest(repels, J, ones(T, p.n, 1))::Bool
+end

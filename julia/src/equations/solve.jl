@@ -1,0 +1,36 @@
+# From an equation and a solver to the solution, one sample after the other.
+
+const ROOT_SOLVERS = Union{Auto, Newton, NLsolver}
+const FIXED_POINT_SOLVERS = Union{Auto, Picard, Anderson, Newton, NLsolver}
+
+"""
+    solve!(Z, outcome, problem, solver)
+
+Solve an [`EquationProblem`](@ref) from the start `Z` (n × samples), which becomes the solution; `outcome` says how each sample
+ended.
+"""
+function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, solver::Solver) where {T}
+    solver isa (problem.root ? ROOT_SOLVERS : FIXED_POINT_SOLVERS) ||
+        throw(ArgumentError("$(nameof(typeof(solver))) does not solve $(problem.root ? "f(z) = 0" : "z = f(z) in general")"))
+    reset!(outcome)
+    equation = Equation(problem)
+    # `f` may be newer than this code.
+    Base.invokelatest(
+        solve_samples!, Z, outcome, problem.samples < MANY ? erased(equation) : equation, solver, Float64(tolerance(solver, T)),
+    )
+    return
+end
+
+"From this many samples on, loops over them are compiled for the function."
+const MANY = 4096
+
+function solve_samples!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
+    s = Iteration{T}(p.n)
+    for sample in axes(Z, 2)
+        begin!(s, p, Z, sample, solver.max_iterations)
+        status = iterate!(solver, s, p, tol)
+        copy_column!(Z, sample, s.z, 1)
+        record!(outcome, sample, status, s.evaluations, s.relative, s.rate)
+    end
+    return
+end
