@@ -18,7 +18,7 @@ function entry_points()
         compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
         interrupt_address,
     )
-    for f in (own..., GENERIC_ENTRY_POINTS...)
+    for f in (own..., EQUATION_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
     end
     return points

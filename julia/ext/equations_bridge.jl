@@ -1,81 +1,107 @@
-# --- generic solving ------------------------------------------------------------------------------------------
-# The entry points of `implicit_rnn.equations`. Each returns None, or where the user's function is at fault what is wrong, as
-# (kind, text) for Python to say with the names it knows.
+# --- equations ------------------------------------------------------------------------------------------------
+# The entry points of `implicit_rnn.equations`. Each returns None or a number, or where the user's function is at fault what is
+# wrong, as (kind, text) for Python to say with the names it knows.
 
-using ImplicitRNN: GenericProblem, compiled_function, solve!, vjp!
+using ImplicitRNN: EquationProblem, Inverses, compiled_function, solve!, vjp!
+
+"""
+An equation on the memory of Python's arrays, which their owner keeps alive as long as the handle: the arguments, and `Z`, which
+holds the start and then the solution, at which `inverses` are found when they are first needed.
+"""
+mutable struct EquationSession{T}
+    const problem::EquationProblem{T}
+    const Z::Matrix{T}
+    inverses::Union{Nothing, Inverses{T}}
+end
+
+inverses!(s::EquationSession) = something(s.inverses, s.inverses = Inverses(s.problem, s.Z))
 
 const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
 
 dtype(d::Py) = getproperty(DTYPES, Symbol(pyconvert(String, d["dtype"])))
 shape(d::Py) = (pyconvert(Vector{Int}, d["shape"])...,)
-lent(arrays::Py, types) = [NumPy{T}(arrays[k - 1]) for (k, T) in enumerate(types)]
 
-complaint(::Exception) = nothing
-complaint(e::ImplicitRNN.WrongShape) = "shape", sprint(showerror, e)
-complaint(e::ImplicitRNN.SingularSolution) = "singular", string(e.sample - 1)
-complaint(e::ImplicitRNN.InvalidCode) = "code", e.text
+fault(::Exception) = nothing
+fault(e::ImplicitRNN.WrongShape) = "shape", sprint(showerror, e)
+fault(e::ImplicitRNN.SingularSolution) = "singular", string(e.sample - 1)
+fault(e::ImplicitRNN.InvalidCode) = "code", e.text
 
-"Call `work`; what the user's function did wrong is returned, other errors are thrown."
+"The value of `work()`; what the user's function did wrong is returned, other errors are thrown."
 function answer(work)
     try
-        work()
-        return nothing
+        return work()
     catch error
-        said = complaint(error)
-        said === nothing && rethrow()
-        return said
+        found = fault(error)
+        found === nothing && rethrow()
+        return found
     end
 end
 
-"`generic_check(code)`: whether a text defines a function."
-generic_check(code::Py) = answer(() -> compiled_function(pyconvert(String, code)))
+"`equation_compile(description, Z, args) -> handle`."
+equation_compile(d::Py, Z::Py, args::Py) = answer(() -> keep(equation_session(dtype(d), d, Z, args)))
 
-# `use(problem, Z, others...)` for the problem that a dictionary describes, on the memory of `Z`, `args` and `others`.
-with_problem(use, d::Py, Z::Py, args::Py, others::Vector) = answer(() -> lend_problem(use, dtype(d), d, Z, args, others))
-
-function lend_problem(use, ::Type{T}, d::Py, Z::Py, args::Py, others::Vector) where {T}
+function equation_session(::Type{T}, d::Py, Z::Py, args::Py) where {T}
     f = compiled_function(pyconvert(String, d["code"]))
-    n, samples, isroot = pyconvert(Int, d["n"]), pyconvert(Int, d["samples"]), pyconvert(Bool, d["root"])
-    shapes = [shape(a) for a in d["args"]]
+    n, samples = pyconvert(Int, d["n"]), pyconvert(Int, d["samples"])
+    arguments = Array[reshape(lasting(NumPy{dtype(a)}(args[k - 1])), shape(a)) for (k, a) in enumerate(d["args"])]
     batched = Bool[pyconvert(Bool, a["batched"]) for a in d["args"]]
-    inputs = lent(args, [dtype(a) for a in d["args"]])
-    borrow(NumPy{T}(Z), inputs..., others...) do z, vectors...
-        arguments = Array[reshape(x, s) for (x, s) in zip(vectors, shapes)]
-        problem = GenericProblem{T}(f, isroot, n, samples, arguments, batched)
-        use(problem, reshape(z, n, samples), vectors[(length(shapes) + 1):end]...)
-        return
-    end
+    weights = inv.(pyconvert(Vector{Float64}, d["scale"]))
+    problem = EquationProblem{T}(f, pyconvert(Bool, d["root"]), n, samples, arguments, batched, weights)
     pydel!(args)          # a tuple keeps its arrays alive
-    return
+    return EquationSession{T}(problem, reshape(lasting(NumPy{T}(Z)), n, samples), nothing)
 end
 
-"`generic_solve(description, Z, args, outs)`: `Z` holds the start and takes the solution, outs = (status, iterations, residual, rate)."
-function generic_solve(d::Py, Z::Py, args::Py, outs::Py)
-    solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
-    said = with_problem(d, Z, args, lent(outs, (Int8, Int32, Float64, Float64))) do problem, Z, status, iterations, residual, rate
-        solve!(Z, Outcome(reinterpret_status(status), iterations, residual, rate), problem, solver)
+"A vector on the memory of an array that its owner keeps."
+function lasting(x::NumPy{T}) where {T}
+    v = view_of(x)
+    vector = unsafe_wrap(Array, v.ptr, length(v))
+    pydel!(v.handle)
+    pydel!(v.py)
+    return vector
+end
+
+"`equation_solve(handle, solver, outs)` with outs = (status, iterations, residual, rate)."
+function equation_solve(handle::Py, solver::Py, outs::Py)
+    s = held(handle)::EquationSession
+    method = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, solver["name"])))(; options(solver["options"])...)
+    s.inverses = nothing
+    arrays = NumPy{Int8}(outs[0]), NumPy{Int32}(outs[1]), NumPy{Float64}(outs[2]), NumPy{Float64}(outs[3])
+    found = answer() do
+        borrow(arrays...) do status, iterations, residual, rate
+            solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
+            nothing
+        end
     end
     pydel!(outs)
-    return said
+    return found
 end
 
-"`generic_vjp(description, Z, args, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
-function generic_vjp(d::Py, Z::Py, args::Py, v::Py, gradients::Py)
-    types = [dtype(a) for a in d["args"]]
-    said = with_problem(d, Z, args, [NumPy{dtype(d)}(v); lent(gradients, types)]) do problem, Z, v, gradients...
-        shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, problem.args)]
-        vjp!(shaped, problem, Z, reshape(v, size(Z)))
-    end
+"`equation_vjp(handle, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
+function equation_vjp(handle::Py, v::Py, gradients::Py)
+    s = held(handle)::EquationSession
+    found = answer(() -> borrow_for_vjp(s, v, gradients))
     pydel!(gradients)
-    return said
+    return found
 end
-
-"`generic_jacobian(description, Z, args, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."
-function generic_jacobian(d::Py, Z::Py, args::Py, index::Py, wanted::Py, J::Py)
-    k = pyconvert(Int, index) + 1
-    return with_problem(d, Z, args, [NumPy{Bool}(wanted), NumPy{dtype(d)}(J)]) do problem, Z, wanted, J
-        ImplicitRNN.jacobian!(reshape(J, problem.n, :, problem.samples), problem, Z, k, wanted)
+function borrow_for_vjp(s::EquationSession{T}, v::Py, gradients::Py) where {T}
+    arrays = [NumPy{eltype(x)}(gradients[k - 1]) for (k, x) in enumerate(s.problem.args)]
+    return borrow(NumPy{T}(v), arrays...) do v, gradients...
+        shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, s.problem.args)]
+        vjp!(shaped, s.problem, inverses!(s), reshape(v, size(s.Z)))
+        nothing
     end
 end
 
-const GENERIC_ENTRY_POINTS = (generic_check, generic_solve, generic_vjp, generic_jacobian)
+"`equation_jacobian(handle, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."
+function equation_jacobian(handle::Py, index::Py, wanted::Py, J::Py)
+    s, k = held(handle)::EquationSession, pyconvert(Int, index) + 1
+    return answer(() -> borrow_for_jacobian(s, k, wanted, J))
+end
+function borrow_for_jacobian(s::EquationSession{T}, k::Int, wanted::Py, J::Py) where {T}
+    return borrow(NumPy{Bool}(wanted), NumPy{T}(J)) do wanted, J
+        ImplicitRNN.jacobian!(reshape(J, s.problem.n, :, s.problem.samples), s.problem, inverses!(s), k, wanted)
+        nothing
+    end
+end
+
+const EQUATION_ENTRY_POINTS = (equation_compile, equation_solve, equation_vjp, equation_jacobian)

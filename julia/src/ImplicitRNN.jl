@@ -16,8 +16,6 @@ using LinearAlgebra: BlasFloat
 using NLsolve: NLsolve, nlsolve
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
-using ReverseDiff: ReverseDiff
-using ReverseDiff: ReverseDiff
 
 export Network, Layer, neurons
 export Free, Perron, InfNorm, Spectral, Monotone

@@ -267,14 +267,14 @@ def _pose(
     per_sample = _positions(batched, names)
     arrays = tuple(_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True))
     for index in sorted(per_sample):
-        shape = arrays[index].shape
+        own = arrays[index].shape
         if len(shape) < 2:
             raise ValueError(
                 f"batched has {names[index]!r}, but z0 of shape {start[0].shape} is one problem; a batch is (B, n)"
             )
-        if not shape or shape[0] != len(start):
+        if not own or own[0] != len(start):
             raise ValueError(
-                f"{names[index]} has shape {shape}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
+                f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
     flags = tuple(index in per_sample for index in range(len(arrays)))
     return Equation(f, root, start, arrays, flags, names, shape, vectorized=vectorized)

@@ -4,6 +4,7 @@
 include("short.jl")
 include("problem.jl")
 include("function_derivatives.jl")
+include("reverse_mode.jl")
 include("pullback.jl")
 include("iteration.jl")
 include("picard_anderson.jl")

@@ -49,7 +49,7 @@ end
 
 "The derivative of the n entries of g at the array x in the direction d."
 function along(g, x::AbstractArray{T}, d, n::Int) where {T}
-    y = checked(g([Seeded{T, 1}(x[i], ForwardDiff.Partials((d[i],))) for i in LinearIndices(x)]), n)
+    y = checked(g(reshape([Seeded{T, 1}(x[i], ForwardDiff.Partials((T(d[i]),))) for i in eachindex(x)], size(x))), n)
     return T[partial(y[i], 1) for i in 1:n]
 end
 

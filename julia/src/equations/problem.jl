@@ -22,7 +22,7 @@ function EquationProblem{T}(f, z0::AbstractVecOrMat, args, batched; root, scale 
     n = size(z0, 1)
     problem = EquationProblem{T}(
         f, root, n, size(z0, 2), Array[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
-        weights_of(scale, n),
+        inverse_scale(scale, n),
     )
     for (i, x) in enumerate(problem.args)
         problem.batched[i] && size(x)[end] != problem.samples &&
@@ -34,9 +34,9 @@ end
 as_argument(::Type{T}, x::Number) where {T} = as_argument(T, fill(x))
 as_argument(::Type{T}, x::AbstractArray) where {T} = eltype(x) <: AbstractFloat ? Array{T}(x) : Array(x)
 
-weights_of(::Nothing, n) = Float64[]
-weights_of(scale::Number, n) = weights_of(fill(scale, n), n)
-function weights_of(scale::AbstractVector, n)
+inverse_scale(::Nothing, n) = Float64[]
+inverse_scale(scale::Number, n) = inverse_scale(fill(scale, n), n)
+function inverse_scale(scale::AbstractVector, n)
     length(scale) == n || throw(DimensionMismatch("scale has $(length(scale)) entries, z has $n"))
     all(s -> 0 < s < Inf, scale) || throw(ArgumentError("scale must be positive and finite"))
     return inv.(Float64.(scale))
@@ -67,8 +67,8 @@ per_sample(x::Matrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) : -1, typ
 """
     AbstractEquation{T}
 
-What solvers see of an equation: whether it is a `root`, the number `n` of unknowns, their `weights`, and [`call!`](@ref) and
-[`conditions_jacobian!`](@ref).
+What solvers see of an equation: whether it is a `root`, the number `n` of unknowns, their `weights`, and the methods of
+function_derivatives.jl and pullback.jl.
 """
 abstract type AbstractEquation{T} end
 
@@ -106,6 +106,12 @@ struct ErasedEquation{T} <: AbstractEquation{T}
 end
 erased(p::ErasedEquation) = p
 erased(p::Equation{T}) where {T} = ErasedEquation{T}(p, p.root, p.n, p.weights)
+
+"From this many samples on, loops over them are compiled for the function."
+const MANY = 4096
+
+"The equation as is best for the number of samples."
+suited(problem::EquationProblem) = problem.samples < MANY ? erased(Equation(problem)) : Equation(problem)
 
 @inline arguments(p::Equation, sample::Int) = map(x -> at(x, sample), p.args)
 

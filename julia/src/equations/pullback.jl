@@ -1,12 +1,69 @@
-# Products λᵀ ∂g/∂x of the user's function, in the mode that is cheaper: forward for an x of a few entries, reverse
-# (ReverseDiff.jl) for one of many.
+# Products of a vector with derivatives of the user's function, and its derivatives with respect to arguments, in the mode that is
+# cheaper: forward for an argument of a few entries, reverse for one of many.
 
 "From this many entries on, reverse mode."
 const REVERSE_FROM = 128
 
-"Add λᵀ ∂g/∂x to the entries of `gradient` behind `offset`."
+"""
+    add_pullbacks!(gradients, equation, z, sample, λ)
+
+Add λᵀ ∂f/∂argument to the gradient of every argument of floating-point numbers, at the place of the sample if it has its own.
+"""
+@inline add_pullbacks!(gradients::Tuple, p::Equation, z, sample::Int, λ) =
+    add_pullbacks!(gradients, p, z, sample, λ, arguments(p, sample), Val(length(gradients)))
+add_pullbacks!(gradients::Tuple, p::ErasedEquation, z, sample::Int, λ) = (add_pullbacks!(gradients, p.equation, z, sample, λ); nothing)
+
+# Of the arguments 1:I.
+@inline add_pullbacks!(gradients, p::Equation, z, sample, λ, args, ::Val{0}) = nothing
+@inline function add_pullbacks!(gradients, p::Equation, z, sample, λ, args, ::Val{I}) where {I}
+    x = args[I]
+    if eltype(x) <: AbstractFloat
+        offset = p.args[I] isa PerSample ? (sample - 1) * length(x) : 0
+        add_pullback!(gradients[I], offset, of_argument(p, z, args, Val(I)), x, λ)
+    end
+    return add_pullbacks!(gradients, p, z, sample, λ, args, Val(I - 1))
+end
+
+"f as a function of argument number I alone."
+@inline of_argument(p::Equation, z, args, index::Val) = y -> p.f(as_point(p, z), replaced(args, y, index)...)
+
+"The tuple with entry I replaced by x."
+@inline replaced(args::Tuple, x, ::Val{1}) = (x, Base.tail(args)...)
+@inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(Base.tail(args), x, Val(I - 1))...)
+
+"λᵀ ∂c/∂z"
+function conditions_pullback(p::Equation{T}, z, sample::Int, λ) where {T}
+    args = arguments(p, sample)
+    product = p.root ? zeros(T, p.n) : -λ
+    add_pullback!(product, 0, z -> p.f(z, args...), Array(z), λ)
+    return product
+end
+conditions_pullback(p::ErasedEquation{T}, z, sample::Int, λ) where {T} = conditions_pullback(p.equation, z, sample, λ)::Vector{T}
+
+"The derivative of the conditions along d."
+function conditions_along(p::Equation{T}, z, sample::Int, d) where {T}
+    args = arguments(p, sample)
+    return along(Opaque(z -> p.f(z, args...)), Array(z), d, p.n) .- (p.root ? zero(d) : d)
+end
+conditions_along(p::ErasedEquation{T}, z, sample::Int, d) where {T} = conditions_along(p.equation, z, sample, d)::Vector{T}
+
+"B = ∂f/∂argument number I of the sample."
+@inline function argument_jacobian!(B, p::Equation, z, sample::Int, index::Val{I}) where {I}
+    args = arguments(p, sample)
+    return jacobian_of!(B, of_argument(p, z, args, index), args[I])
+end
+argument_jacobian!(B, p::ErasedEquation, z, sample::Int, index::Val) = (argument_jacobian!(B, p.equation, z, sample, index); nothing)
+
+"A function of which nothing is known, for loops that are compiled once."
+struct Opaque
+    f::Any
+end
+(g::Opaque)(x) = g.f(x)
+
+# gradient += λᵀ ∂g/∂x from `offset` on
 @inline add_pullback!(gradient, offset::Int, g::G, x::Union{Number, Short}, λ) where {G} = add_forward!(gradient, offset, g, x, λ)
-function add_pullback!(gradient, offset::Int, g::G, x::AbstractArray, λ) where {G}
+add_pullback!(gradient, offset::Int, g, x::AbstractArray, λ) = add_pullback!(gradient, offset, Opaque(g), x, λ)
+function add_pullback!(gradient, offset::Int, g::Opaque, x::AbstractArray, λ)
     found = length(x) < REVERSE_FROM ? nothing : reverse_pullback(g, x, λ)
     found === nothing && return add_forward!(gradient, offset, g, x, λ)
     for (k, value) in enumerate(found)
@@ -24,40 +81,34 @@ end
     return
 end
 
-"λᵀ ∂g/∂x in reverse mode, shaped like x; `nothing` where g cannot be traced, or the trace contradicts the derivative along a line."
-function reverse_pullback(g, x::AbstractArray, λ)
-    n = length(λ)
-    gradient = traced(() -> ReverseDiff.gradient(x -> inner_product(λ, checked(g(x), n)), Array(x)))
-    gradient === nothing && return nothing
-    d = direction(x)
-    return agree(dot(gradient, d), dot(λ, along(g, x, d, n)), dot(abs.(gradient), abs.(d))) ? gradient : nothing
+"λᵀ ∂g/∂x in reverse mode; `nothing` where g cannot be recorded, or the record contradicts the derivative along a line."
+function reverse_pullback(g::Opaque, x::AbstractArray, λ)
+    pull = recorded(g, x, length(λ))
+    pull === nothing && return nothing
+    gradient, d = pull(λ), direction(x)
+    return agree(dot(gradient, d), dot(λ, along(g, x, d, length(λ))), dot(abs.(gradient), abs.(d)), x) ? gradient : nothing
 end
 
-inner_product(λ, y::AbstractVector) = dot(λ, y)
-inner_product(λ, y::Tuple) = only(λ) * only(y)
-
-"∂g/∂x (n × entries of x) in reverse mode, or `nothing`."
-function reverse_jacobian(g, x::AbstractArray, n::Int)
-    J = traced(() -> ReverseDiff.jacobian(x -> as_vector(checked(g(x), n)), Array(x)))
-    J === nothing && return nothing
-    d = vec(direction(x))
-    return all(agree.(J * d, along(g, x, reshape(d, size(x)), n), abs.(J) * abs.(d))) ? J : nothing
+@inline jacobian_of!(J, g::G, x::Union{Number, Short}) where {G} = derivative!(J, g, x)
+function jacobian_of!(J, g, x::AbstractArray)
+    many = length(x) >= REVERSE_FROM && length(x) >= MAX_SHORT * size(J, 1)
+    many && reverse_jacobian!(J, Opaque(g), x) && return J
+    return derivative!(J, Opaque(g), x)
 end
 
-as_vector(y::AbstractVector) = y
-as_vector(y::Tuple) = collect(y)
-
-# What can be differentiated forwards but not traced is no error.
-function traced(trace)
-    try
-        return trace()
-    catch error
-        error isa Union{Interrupted, InterruptException} && rethrow()
-        return nothing
+"J = ∂g/∂x in reverse mode; whether that could be done."
+function reverse_jacobian!(J, g::Opaque, x::AbstractArray)
+    n = size(J, 1)
+    pull = recorded(g, x, n)
+    pull === nothing && return false
+    for i in 1:n
+        J[i, :] = pull(1:n .== i)
     end
+    d = direction(x)
+    return all(agree.(J * d, along(g, x, d, n), abs.(J) * abs.(d), Ref(x)))
 end
 
 # No direction that a formula would single out.
-direction(x::AbstractArray{T}) where {T} = reshape(T[sinpi(T(0.618034) * k) + T(0.1) for k in 1:length(x)], size(x))
+direction(x::AbstractArray{T}) where {T} = T[sinpi(0.618034k) + 0.1 for k in 1:length(x)]
 
-agree(a, b, size) = !(abs(a - b) > sqrt(eps(typeof(size))) * size)
+agree(a, b, size, ::AbstractArray{T}) where {T} = !(abs(a - b) > sqrt(eps(T)) * size)

@@ -46,7 +46,7 @@ A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A 
 within the error δ = A⁻¹c of the solution that no solution need exist or be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a
 double root is 1/2 (the test of Newton and Kantorovich).
 """
-@inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::Equation{T}, sample::Int) where {T}
+@inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     all_kept = size(inverses.kept, 3) == length(inverses.known)
     inverse = view(inverses.kept, :, :, all_kept ? sample : 1)
     all_kept && inverses.known[sample] && return inverse
@@ -55,7 +55,7 @@ double root is 1/2 (the test of Newton and Kantorovich).
     return inverse
 end
 
-@inline function invert!(inverse, w::InverseBuffers{T}, p::Equation{T}, z, sample::Int) where {T}
+@inline function invert!(inverse, w::InverseBuffers{T}, p::AbstractEquation{T}, z, sample::Int) where {T}
     A, n = w.A, p.n
     conditions_jacobian!(A, p, z, sample)
     size_of_A = largest_column_sum(A)
@@ -124,7 +124,7 @@ and is left alone for arguments that are not floating-point numbers. Samples wit
 c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`SingularSolution`](@ref).
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
-    p = Equation(problem)
+    p = suited(problem)
     if is_small(problem) && all(j -> concerned(v, j), axes(v, 2))
         Base.invokelatest(find_inverses!, inverses, p)
         Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
@@ -136,26 +136,26 @@ end
 
 concerned(v, j) = any(!iszero, view(v, :, j))
 
-function find_inverses!(inverses::Inverses{T}, p::Equation{T}) where {T}
+function find_inverses!(inverses::Inverses{T}, p::AbstractEquation{T}) where {T}
     w = InverseBuffers{T}(p.n)
     foreach(j -> inverse!(inverses, w, p, j), axes(inverses.Z, 2))
     return
 end
 
-vjp_by_samples!(gradients, p::Equation, inverses, v) = vjp_by_samples!((gradients...,), p, inverses, v)
-function vjp_by_samples!(gradients::Tuple, p::Equation{T}, inverses, v) where {T}
+vjp_by_samples!(gradients, p::AbstractEquation, inverses, v) = vjp_by_samples!((gradients...,), p, inverses, v)
+function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
     w = InverseBuffers{T}(p.n)
     for j in axes(inverses.Z, 2)
         concerned(v, j) || continue
         adjoint!(w, p, inverses, v, j)
-        add_pullbacks!(gradients, p, view(inverses.Z, :, j), j, w.λ, arguments(p, j), Val(length(gradients)))
+        add_pullbacks!(gradients, p, view(inverses.Z, :, j), j, w.λ)
     end
     return gradients
 end
 
 # w.λ = -A⁻ᵀ v for sample j; for many unknowns without a matrix.
-@inline function adjoint!(w::InverseBuffers{T}, p::Equation{T}, inverses::Inverses{T}, v, j::Int) where {T}
+@inline function adjoint!(w::InverseBuffers{T}, p::AbstractEquation{T}, inverses::Inverses{T}, v, j::Int) where {T}
     p.n <= DENSE || return copyto!(w.λ, adjoint_by_products(p, view(inverses.Z, :, j), j, view(v, :, j)))
     inverse = inverse!(inverses, w, p, j)
     for k in eachindex(w.λ)
@@ -167,14 +167,8 @@ end
     return w.λ
 end
 
-@noinline function adjoint_by_products(p::Equation{T}, z, sample::Int, v) where {T}
-    args = arguments(p, sample)
-    function transposed(λ)
-        check_interrupt()
-        product = p.root ? zeros(T, p.n) : -λ
-        add_pullback!(product, 0, z -> p.f(z, args...), Array(z), λ)
-        return product
-    end
+@noinline function adjoint_by_products(p::AbstractEquation{T}, z, sample::Int, v) where {T}
+    transposed(λ) = (check_interrupt(); conditions_pullback(p, z, sample, λ))
     return solve_by_products(transposed, -Array(v), sample)
 end
 
@@ -185,24 +179,6 @@ function solve_by_products(A, b::Vector{T}, sample::Int) where {T}
     return x
 end
 
-# gradients += λᵀ ∂f/∂argument for the arguments 1:I of sample j.
-@inline add_pullbacks!(gradients, p::Equation, z, j, λ, args, ::Val{0}) = nothing
-@inline function add_pullbacks!(gradients, p::Equation, z, j, λ, args, ::Val{I}) where {I}
-    x = args[I]
-    if eltype(x) <: AbstractFloat
-        offset = p.args[I] isa PerSample ? (j - 1) * length(x) : 0
-        add_pullback!(gradients[I], offset, of_argument(p, z, args, Val(I)), x, λ)
-    end
-    return add_pullbacks!(gradients, p, z, j, λ, args, Val(I - 1))
-end
-
-"f as a function of argument number I alone."
-@inline of_argument(p::Equation, z, args, index::Val) = y -> p.f(as_point(p, z), replaced(args, y, index)...)
-
-"The tuple with entry I replaced by x."
-@inline replaced(args::Tuple, x, ::Val{1}) = (x, Base.tail(args)...)
-@inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(Base.tail(args), x, Val(I - 1))...)
-
 """
     jacobian!(J, problem, inverses, index, wanted = trues(samples))
 
@@ -210,7 +186,7 @@ Write ∂z/∂argument to `J` (n × size of the argument of one sample × sample
 that are not wanted. Throws [`SingularSolution`](@ref).
 """
 function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Inverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}
-    p = Equation(problem)
+    p = suited(problem)
     if is_small(problem) && all(wanted)
         Base.invokelatest(find_inverses!, inverses, p)
         Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
@@ -220,7 +196,7 @@ function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Invers
     return J
 end
 
-function jacobian_by_samples!(J::Array{T, 3}, p::Equation{T}, inverses, index::Val, wanted) where {T}
+function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
     n, entries, samples = size(J)
     w = InverseBuffers{T}(n)
     B = zeros(T, n, entries)
@@ -229,22 +205,14 @@ function jacobian_by_samples!(J::Array{T, 3}, p::Equation{T}, inverses, index::V
             fill!(view(J, :, :, j), T(NaN))
             continue
         end
-        z, args = view(inverses.Z, :, j), arguments(p, j)
-        argument_jacobian!(B, of_argument(p, z, args, index), value_of(args, index))
+        z = view(inverses.Z, :, j)
+        argument_jacobian!(B, p, z, j, index)
         if n <= DENSE
             mul!(view(J, :, :, j), inverse!(inverses, w, p, j), B, -one(T), zero(T))
         else
-            tangent(x) = along(z -> p.f(z, args...), Array(z), x, n) .- (p.root ? zero(x) : x)
+            tangent(x) = (check_interrupt(); conditions_along(p, z, j, x))
             foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), 1:entries)
         end
     end
     return J
-end
-
-value_of(args, ::Val{I}) where {I} = args[I]
-
-@inline argument_jacobian!(B, g::G, x::Union{Number, Short}) where {G} = derivative!(B, g, x)
-function argument_jacobian!(B, g::G, x::AbstractArray) where {G}
-    found = length(x) < REVERSE_FROM * size(B, 1) ? nothing : reverse_jacobian(g, x, size(B, 1))
-    return found === nothing ? derivative!(B, g, x) : copyto!(B, found)
 end

@@ -13,16 +13,10 @@ function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, sol
     solver isa (problem.root ? ROOT_SOLVERS : FIXED_POINT_SOLVERS) ||
         throw(ArgumentError("$(nameof(typeof(solver))) does not solve $(problem.root ? "f(z) = 0" : "z = f(z) in general")"))
     reset!(outcome)
-    equation = Equation(problem)
     # `f` may be newer than this code.
-    Base.invokelatest(
-        solve_samples!, Z, outcome, problem.samples < MANY ? erased(equation) : equation, solver, Float64(tolerance(solver, T)),
-    )
+    Base.invokelatest(solve_samples!, Z, outcome, suited(problem), solver, Float64(tolerance(solver, T)))
     return
 end
-
-"From this many samples on, loops over them are compiled for the function."
-const MANY = 4096
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
     s = Iteration{T}(p.n)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolution
-from implicit_rnn.engines.julia.network import call
+from implicit_rnn.engines.julia.network import Handle, call
 from implicit_rnn.solution import Solution
 from implicit_rnn.solvers import Solver
 
@@ -19,23 +19,26 @@ class JuliaEquation:
 
     def __init__(self, equation: Equation) -> None:
         assert isinstance(equation.f, JuliaFunction)
-        _ask("generic_check", equation.f.text)
         self._equation = equation
-        self._state = equation.start
+        self._args = _lent(equation)  # Julia works on their memory, and on that of the state
+
+    def _bind(self, state: Array) -> None:
+        self._state = state
+        number = _ask("equation_compile", _describe(self._equation), state.reshape(-1), self._args)
+        self._handle = Handle(number)
 
     def solve(self, solver: Solver, out: Solution) -> None:
-        self._state = out.state
-        description = _describe(self._equation) | {"solver": {"name": solver.name, "options": solver.options()}}
+        self._bind(out.state)
         outs = (out.status, out.iterations, out.residual, out.rate)
-        _ask("generic_solve", description, out.state.reshape(-1), _lent(self._equation), outs)
+        _ask("equation_solve", self._handle.number, {"name": solver.name, "options": solver.options()}, outs)
 
     def vjp(self, v: Array) -> list[Array | None]:
         equation = self._equation
-        lent = _lent(equation)
         gradients = tuple(
-            np.zeros_like(array) if equation.is_differentiable(index) else array for index, array in enumerate(lent)
+            np.zeros_like(array) if equation.is_differentiable(index) else array
+            for index, array in enumerate(self._args)
         )
-        _ask("generic_vjp", _describe(equation), self._state.reshape(-1), lent, v.reshape(-1), gradients)
+        _ask("equation_vjp", self._handle.number, v.reshape(-1), gradients)
         return [
             _from_julia(gradient, equation.args[index].shape, equation.batched[index])
             if equation.is_differentiable(index)
@@ -47,23 +50,23 @@ class JuliaEquation:
         equation = self._equation
         shape = equation.entry_shape(index)
         J = np.empty((equation.samples, *reversed(shape), equation.n), self._state.dtype)
-        _ask(
-            "generic_jacobian",
-            _describe(equation),
-            self._state.reshape(-1),
-            _lent(equation),
-            index,
-            wanted,
-            J.reshape(-1),
-        )
+        _ask("equation_jacobian", self._handle.number, index, wanted, J.reshape(-1))
         axes = (0, J.ndim - 1, *range(J.ndim - 2, 0, -1))
         return np.ascontiguousarray(J.transpose(axes)).reshape(equation.samples, equation.n, -1)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"equation": self._equation, "state": self._state}
 
-def _ask(name: str, *arguments: Any) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._equation = state["equation"]
+        self._args = _lent(self._equation)
+        self._bind(state["state"])
+
+
+def _ask(name: str, *arguments: Any) -> Any:
     answer = call(name, *arguments)
-    if answer is None:
-        return
+    if not isinstance(answer, tuple):
+        return answer
     kind, text = answer
     if kind == "singular":
         raise SingularSolution(int(text))
@@ -75,6 +78,7 @@ def _describe(equation: Equation) -> dict[str, Any]:
     return {
         "code": equation.f.text,
         "root": equation.root,
+        "scale": [] if equation.scale is None else equation.scale.tolist(),
         "dtype": equation.start.dtype.name,
         "n": equation.n,
         "samples": equation.samples,

@@ -36,7 +36,7 @@ def call(name: str, *arguments: Any) -> Any:
             raise EngineError(start.first_line(error), str(error)) from None
 
 
-class _Handle:
+class Handle:
     """An object on the Julia side, released with its owner."""
 
     def __init__(self, number: int) -> None:
@@ -49,7 +49,7 @@ class JuliaProgram:
 
     def __init__(self, problem: Problem) -> None:
         number, parameters = call("compile", _describe(problem))
-        self._handle = _Handle(number)
+        self._handle = Handle(number)
         if parameters != problem.topology.parameters:
             raise EngineError(
                 f"the Julia side counts {parameters} parameters, Python {problem.topology.parameters}; the package is damaged"
@@ -82,13 +82,13 @@ class JuliaProgram:
             "unconverged": float(guard.unconverged),
             "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
-        return JuliaTrainer(_Handle(call("trainer", self._handle.number, description)))
+        return JuliaTrainer(Handle(call("trainer", self._handle.number, description)))
 
 
 class JuliaTrainer:
     """See ``engines.base.Trainer``."""
 
-    def __init__(self, handle: _Handle) -> None:
+    def __init__(self, handle: Handle) -> None:
         self._handle = handle
 
     def train(
