@@ -6,10 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from implicit_rnn import __version__
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError, RunError
 
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="implicit-rnn", description="Implicit recurrent networks.")
-    parser.add_argument("--version", action="version", version=metadata.version("implicit-rnn"))
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     xor = commands.add_parser("xor", help="one layer learns XOR: table, figure and JSON")

@@ -20,7 +20,7 @@ from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
 from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
-from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solution import UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.validation import as_real
 
@@ -245,7 +245,7 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
     remedies = ["another z0", "a larger max_iterations", "another solver"]
     if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
-    if (solution.status == Status.UNSTABLE).any():
+    if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     message = f"{failure}. Remedies: {', '.join(remedies)}"
     if on_failure == "raise":

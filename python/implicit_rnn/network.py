@@ -17,7 +17,7 @@ from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, Perron
 from implicit_rnn.model.losses import Loss, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
-from implicit_rnn.solution import GradientReport, Solution
+from implicit_rnn.solution import GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
 from implicit_rnn.validation import as_real, as_samples
 
@@ -389,10 +389,8 @@ def _gradient_failure(quality: Quality, samples: int) -> str | None:
 
 
 def _report(on_failure: str, failure: str, constraint: Constraint, solution: Solution | None) -> None:
-    remedy = "raise max_iterations, loosen tol or damp the solver"
-    if not constraint.unique:
-        remedy += "; constraint=Perron() guarantees one equilibrium that is always reached"
-    message = f"{failure}. Remedies: {remedy}"
+    status = None if solution is None else solution.status
+    message = f"{failure}. Remedies: {remedy(constraint.unique, status)}"
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     if on_failure == "warn":

@@ -19,6 +19,11 @@ class Status(IntEnum):
     SINGULAR = 5
 
 
+CONVERGED, MAX_ITERATIONS, DIVERGED, NON_FINITE, UNSTABLE, SINGULAR = (int(status) for status in Status)
+# Plain numbers to compare arrays with: NumPy looks for attributes on the class of what it is given, which takes long for a
+# member of an enumeration, and a KeyboardInterrupt that comes then is lost in Python 3.10 and 3.11.
+
+
 @dataclass(frozen=True)
 class Solution:
     """The equilibria of a batch of B samples, as plain NumPy arrays."""
@@ -49,7 +54,7 @@ class Solution:
     @property
     def converged(self) -> np.ndarray:
         """(B,) whether each sample reached its equilibrium."""
-        return self.status == Status.CONVERGED
+        return np.asarray(self.status == CONVERGED)
 
     def failure(self) -> str | None:
         """A sentence on the samples that did not converge, or None where all did."""
@@ -71,6 +76,19 @@ class Solution:
             f"Solution({self.state.shape[0]} samples of {self.state.shape[1]} neurons, {self.converged.sum()} converged, "
             f"iterations up to {self.iterations.max()}, residual up to {self.residual.max():.2g})"
         )
+
+
+def remedy(unique: bool, status: np.ndarray | None = None) -> str:
+    """What to do about samples without equilibrium, which ended with these ``status`` (B,), under a constraint or none."""
+    failed = np.array([MAX_ITERATIONS]) if status is None else status[status != CONVERGED]
+    ways = []
+    if (failed != SINGULAR).any():
+        ways.append("raise max_iterations, loosen tol or damp the solver")
+    if (failed == SINGULAR).any():
+        ways.append("where the Jacobian is singular, another start z0 or Anderson(), which needs no Jacobian")
+    if not unique:
+        ways.append("constraint=Perron() guarantees one equilibrium that is always reached")
+    return "; ".join(ways)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ class Solver(Option):
 
     A sample has converged when ``‖f(u + Rz) - z‖₂ <= tol · max(‖f(u + Rz)‖₂, 1e-3 √n)``, with n the
     neurons of the stage; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32.
+    ``max_iterations`` bounds the evaluations of f, for each sample and stage.
     """
 
 

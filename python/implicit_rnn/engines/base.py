@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,8 +58,8 @@ class Samples:
         return len(self.X)
 
 
-class Halt(IntEnum):
-    """Why a net takes no part in the training any more; engines set the first four."""
+class Halt:
+    """Why a net takes no part in the training any more, as plain numbers (see ``solution``); engines set the first four."""
 
     RUNNING = 0
     NOT_FINITE = 1

@@ -16,6 +16,7 @@ from implicit_rnn.engines.numpy.losses import loss_and_gradient
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
+from implicit_rnn.solution import remedy
 from implicit_rnn.solvers import Unrolled
 from implicit_rnn.training import checkpoints
 from implicit_rnn.training.checkpoints import Checkpoint
@@ -92,7 +93,7 @@ class State:
     @property
     def running(self) -> Array:
         """(S,) whether each net is still in training."""
-        return self.nets.halted == Halt.RUNNING
+        return np.asarray(self.nets.halted == Halt.RUNNING)
 
 
 class Training:
@@ -197,7 +198,7 @@ class Training:
         failed = 0 if isinstance(self.settings.adjoint, Unrolled) else int((~solution.converged).sum())
         return float(loss), failed
 
-    def _halt(self, chosen: Array, reason: Halt) -> None:
+    def _halt(self, chosen: Array, reason: int) -> None:
         chosen = chosen & self.state.running
         self.state.nets.halted[chosen] = reason
         self.state.ended[chosen] = self.state.epoch
@@ -264,14 +265,13 @@ class Training:
         if epoch == 0:
             return None
         return reason(
-            Halt(state.nets.halted[k]), epoch, int(state.unconverged[k, epoch - 1]), self.settings, self.remedy
+            int(state.nets.halted[k]), epoch, int(state.unconverged[k, epoch - 1]), self.settings, self.remedy
         )
 
     @property
     def remedy(self) -> str:
         """What to do about samples without equilibrium."""
-        unique = self.nets[0].topology.constraint.unique
-        return f"raise max_iterations, loosen tol or damp the solver{'' if unique else ', or use constraint=Perron()'}"
+        return remedy(self.nets[0].topology.constraint.unique)
 
 
 class _Report:

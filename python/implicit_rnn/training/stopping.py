@@ -62,7 +62,7 @@ class StopTraining(Exception):  # noqa: N818
     """Raised by a callback: the training of all nets of the call ends in good order."""
 
 
-def reason(halt: Halt, epoch: int, unconverged: int, settings: Settings, remedy: str) -> str:
+def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: str) -> str:
     """A sentence on what halted a net in ``epoch``, when so many samples had no equilibrium; ``remedy`` is for these."""
     if halt == Halt.NO_IMPROVEMENT:
         assert settings.early_stopping is not None

@@ -11,7 +11,7 @@ from implicit_rnn.engines import base
 from implicit_rnn.engines.base import SingularSolution
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm
 from implicit_rnn.errors import EngineError
-from implicit_rnn.solution import Solution, Status
+from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
@@ -258,26 +258,11 @@ class _FixedPoint(_Solve):
         step, exists = _solve_each(-_conditions_jacobian(self.problem, rows.Z, rows.index), r)
         return np.where(exists[:, None], step, r)
 
-    def evaluate(self, *extra: Array, steps: int = 1) -> tuple[Array, ...]:
-        # As for networks, but what counts as diverged goes by the residual at the start: z may have any unit.
-        rows = self.rows
-        rows.S = rows.F = self.product(rows, rows.Z)
-        residual, scale = norm(rows.F - rows.Z), self.scale(rows)
-        self.rate = np.where(np.isfinite(rows.residual), (residual / rows.residual) ** (1 / steps), 0)
-        rows.residual, rows.iterations = residual, rows.iterations + steps
+    def largest(self, rows: _Rows, residual: Array) -> Array:
+        # By the residual at the start: z may have any unit.
         new = np.isnan(self.first[rows.index])
         self.first[rows.index[new]] = residual[new]
-        broken = ~np.isfinite(residual)
-        done = (residual <= self.equation.tol * scale) & ~broken  # where the norms overflow, both are infinite
-        diverged = residual > _BLOW_UP * np.maximum(self.first[rows.index], 1 + self.floor)
-        ended = done | broken | diverged
-        if not ended.any():
-            return extra
-        status = np.where(done, Status.CONVERGED, np.where(broken, Status.NON_FINITE, Status.DIVERGED)).astype(int)
-        self.finish(rows.take(ended), status[ended], (residual / scale)[ended], self.rate[ended])
-        self.rows = rows.take(~ended)
-        self.rate = self.rate[~ended]
-        return tuple(array[~ended] for array in extra)
+        return np.asarray(_BLOW_UP * np.maximum(self.first[rows.index], 1 + self.floor))
 
 
 # --- roots ---------------------------------------------------------------------------------------------------
@@ -303,7 +288,7 @@ def _root(problem: base.Equation, tol: float, limit: int, outcome: Outcome) -> A
             stuck[np.flatnonzero(moving)[~better]] = True
             iterations[moving] += evaluations
         ended = done | broken | stuck
-        status = np.where(done, Status.CONVERGED, np.where(broken, Status.NON_FINITE, Status.MAX_ITERATIONS))
+        status = np.where(done, CONVERGED, np.where(broken, NON_FINITE, MAX_ITERATIONS))
         rate = np.where(np.isfinite(last), length / last, 0)
         outcome.merge(
             rows[ended], status[ended], iterations[ended], np.where(broken, np.nan, relative)[ended], rate[ended]

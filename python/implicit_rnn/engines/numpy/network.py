@@ -18,7 +18,7 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import Guard, Optimizer
 from implicit_rnn.model.topology import INPUT, Stage, Topology
-from implicit_rnn.solution import GradientReport, Solution, Status
+from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Implicit, JacobianFree, Unrolled
 
 Array = np.ndarray
@@ -37,7 +37,7 @@ class NumpyEngine:
     name = "numpy"
 
     def compile(self, problem: Problem) -> NumpyProgram:
-        if not isinstance(problem.solver, solvers.SUPPORTED):
+        if not solvers.is_supported(problem.solver):
             raise _unsupported(f"the solver {problem.solver.name}")
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
             raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
@@ -63,6 +63,19 @@ class StageWeights:
     scales: Array  # (S, n), or (S, 0)
 
 
+@dataclass
+class Equilibria:
+    """The result of the forward pass."""
+
+    Z: Array
+    """(S, B, N) states, and the same for S = u + R Z, the activations' arguments, and F = f(S)"""
+    S: Array
+    F: Array
+    outcome: Outcome
+    chains: list[Chain]
+    """the unrolled steps of each stage"""
+
+
 class NumpyProgram:
     """See ``engines.base.Program``."""
 
@@ -81,13 +94,14 @@ class NumpyProgram:
 
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         weights = self._unpack(p[None])
-        Z, _, outcome, _ = self._forward(weights, X, None if z0 is None else z0[None], None)
-        out.state[...] = Z[0]
+        found = self._forward(weights, X, None if z0 is None else z0[None], None)
+        outcome = found.outcome
+        out.state[...] = found.Z[0]
         out.status[...] = outcome.status[0]
         out.iterations[...] = outcome.iterations[0]
         out.residual[...] = outcome.residual[0]
         out.rate[...] = outcome.rate[0]
-        out.bound[...] = self._certify(weights, X, Z)[0]
+        out.bound[...] = self._certify(weights, np.abs(found.F - found.Z))[0]
 
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
@@ -105,7 +119,7 @@ class NumpyProgram:
         """(S, B) samples whose forward or adjoint solve failed; unrolled steps need no equilibrium."""
         if isinstance(self.adjoint, Unrolled):
             return np.zeros(outcome.status.shape, bool)
-        return (outcome.status != Status.CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
+        return (outcome.status != CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
 
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
         raise _unsupported("the Hessian-vector product")
@@ -163,11 +177,10 @@ class NumpyProgram:
 
     def _forward(
         self, weights: list[StageWeights], X: Array, z0: Array | None, unrolled: Unrolled | None
-    ) -> tuple[Array, Array, Outcome, list[Chain]]:
-        """Z, S (S, B, N), how the solves ended, and per stage the chain of its unrolled steps."""
+    ) -> Equilibria:
         nets, samples = len(weights[0].bias), len(X)
         Z = np.zeros((nets, samples, self.topology.neurons), self.dtype)
-        S = np.zeros_like(Z)
+        S, F = np.zeros_like(Z), np.zeros_like(Z)
         outcome = Outcome.converged(nets, samples)
         chains: list[Chain] = []
         for stage, w in zip(self.topology.stages, weights, strict=True):
@@ -178,18 +191,20 @@ class NumpyProgram:
             chain: Chain = []
             if not stage.recurrent:
                 z, s = equation.f(U), U
+                f = z
                 outcome.iterations = np.maximum(outcome.iterations, 1)
-                outcome.status[~np.isfinite(z).all(axis=-1)] = Status.NON_FINITE
+                outcome.status[~np.isfinite(z).all(axis=-1)] = NON_FINITE
             else:
                 start = np.zeros_like(U) if z0 is None else z0[..., stage.rows]
                 if unrolled:
                     chain = _unroll(equation, U, start, unrolled.steps)
                     _, s, z = chain[-1]
+                    f = z
                 else:
-                    z, s = solvers.solve(self.solver, equation, U, start, outcome)
-            Z[..., stage.rows], S[..., stage.rows] = z, s
+                    z, s, f = solvers.solve(self.solver, equation, U, start, outcome)
+            Z[..., stage.rows], S[..., stage.rows], F[..., stage.rows] = z, s, f
             chains.append(chain)
-        return Z, S, outcome, chains
+        return Equilibria(Z, S, F, outcome, chains)
 
     def _drive(self, w: StageWeights, stage: Stage, X: Array, Z: Array) -> Array:
         U = np.broadcast_to(w.bias[:, None, :], (len(w.bias), len(X), stage.neurons)).copy()
@@ -217,14 +232,14 @@ class NumpyProgram:
             for layer in stage.layers
         ]
 
-    def _certify(self, weights: list[StageWeights], X: Array, Z: Array) -> Array:
-        """Certified bound on max |z - z*| per sample: A ‖r + L |feed| e‖ stage by stage, e the error before."""
-        error = np.zeros(Z.shape)
+    def _certify(self, weights: list[StageWeights], residual: Array) -> Array:
+        """Certified bound on max |z - z*| per sample from |f(s) - z| (S, B, N).
+
+        It is A ‖r + L |feed| e‖ stage by stage, e the error before.
+        """
+        error = np.zeros(residual.shape)
         for stage, w, slopes in zip(self.topology.stages, weights, self.slopes, strict=True):
-            U = self._drive(w, stage, X, Z)
-            z = Z[..., stage.rows]
-            f = self._activation(stage)(z @ _transposed(w.recurrent) + U if stage.recurrent else U)
-            e = np.abs(f - z) + slopes * (error[..., : stage.rows.start] @ _transposed(np.abs(w.feed)))
+            e = residual[..., stage.rows] + slopes * (error[..., : stage.rows.start] @ _transposed(np.abs(w.feed)))
             if stage.recurrent:
                 e = constraints.certify(self.topology.constraint, w.recurrent, w.scales, slopes, e)
             error[..., stage.rows] = e
@@ -237,7 +252,8 @@ class NumpyProgram:
         topology, X = self.topology, samples.X
         weights = self._unpack(P)
         unrolled = self.adjoint if isinstance(self.adjoint, Unrolled) else None
-        Z, S, outcome, chains = self._forward(weights, X, None, unrolled)
+        found = self._forward(weights, X, None, unrolled)
+        Z, S = found.Z, found.S
         G = np.zeros((len(P), topology.parameters), self.dtype)
         dZ = np.zeros_like(Z)
         if topology.linear_readout:
@@ -252,7 +268,7 @@ class NumpyProgram:
             for output, neuron in enumerate(topology.read_neurons):
                 dZ[..., neuron] += dY[..., output]
         residual = np.zeros(Z.shape[:2])
-        stages = list(zip(topology.stages, weights, self.slopes, chains, strict=True))
+        stages = list(zip(topology.stages, weights, self.slopes, found.chains, strict=True))
         for stage, w, slopes, chain in reversed(stages):
             g = self._zero_weights(stage, len(P))
             direct: Array | float = 0.0
@@ -277,7 +293,7 @@ class NumpyProgram:
             self._bias(G)[:, stage.rows] = E.sum(axis=1)
             if stage.scales is not None:
                 stage.scales.view(G)[...] = g.scales
-        return loss, G, outcome, residual
+        return loss, G, found.outcome, residual
 
     def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
         return losses.loss_and_gradient(self.loss, Y, samples.Y, samples.weights)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 
-from implicit_rnn.solution import Status
+from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
 Elementwise = Callable[[Array], Array]
-
-SUPPORTED = (Auto, Picard, Anderson, Newton)
-
-# Plain numbers: the members of an IntEnum are slow to look up in a loop.
-_CONVERGED, _MAX_ITERATIONS, _DIVERGED, _NON_FINITE, _UNSTABLE, _SINGULAR = (int(status) for status in Status)
 
 _BLOW_UP = 1e6
 _BLOCK = 8
@@ -25,6 +21,8 @@ _PATIENCE = 16
 _DENSE = 64
 _SMALL = 16
 _SMALLEST_STEP = 2.0**-6
+_ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
+"""Evaluations of a sample by the later methods of Auto."""
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Outcome:
 
 @dataclass
 class Equation:
-    """z = f(u + R z) for one stage of n neurons."""
+    """z = f(u + R z) for one stage of n neurons; it is evaluated at most ``max_iterations`` times for each sample."""
 
     R: Array
     """(S, n, n)"""
@@ -92,9 +90,17 @@ class _Rows:
         )
 
 
-def solve(solver: Solver, equation: Equation, U: Array, Z0: Array, outcome: Outcome) -> tuple[Array, Array]:
-    """The equilibria Z and their arguments S (S, B, n) for the drive U (S, B, n), from Z0; merges into ``outcome``."""
+def solve(solver: Solver, equation: Equation, U: Array, Z0: Array, outcome: Outcome) -> tuple[Array, Array, Array]:
+    """The equilibria Z, their arguments S = u + R Z and f(S), all (S, B, n), for the drive U (S, B, n), from Z0.
+
+    Merges into ``outcome``. f is evaluated at most ``solver.max_iterations`` times for each sample.
+    """
     return _Solve(equation, U, Z0, outcome).run(solver)
+
+
+def is_supported(solver: Solver) -> bool:
+    """Whether this engine has a method for it."""
+    return type(solver) in _METHODS
 
 
 class _Solve:
@@ -105,34 +111,21 @@ class _Solve:
         self.shape = U.shape
         self.floor = 1e-3 * np.sqrt(n)
         self.Z = np.empty((nets * samples, n), U.dtype)
-        self.S = np.empty_like(self.Z)
+        self.S, self.F = np.empty_like(self.Z), np.empty_like(self.Z)
         rows = nets * samples
         z = Z0.reshape(rows, n).copy()
         self.rows = _Rows(U.reshape(rows, n), z, np.arange(rows), z, z, np.full(rows, np.inf), np.zeros(rows, np.int32))
         self.rate = np.zeros(rows)
+        self.limit = np.zeros(rows, np.int32)
+        self.singular = np.zeros(rows, bool)
         if nets > 1:
             self.rows.R = np.repeat(equation.R, samples, axis=0)
 
-    def run(self, solver: Solver) -> tuple[Array, Array]:
-        limit = solver.max_iterations  # type: ignore[attr-defined]
+    def run(self, solver: Solver) -> tuple[Array, Array, Array]:
+        self.limit[...] = solver.max_iterations
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if isinstance(solver, Picard):
-                self.picard(limit, solver.damping)
-            elif isinstance(solver, Anderson):
-                self.anderson(solver, limit)
-            elif isinstance(solver, Newton):
-                self.newton(limit)
-            else:
-                self.auto(limit)
-        rows = self.rows
-        if len(rows.index):
-            self.finish(
-                rows,
-                np.full(len(rows.index), _MAX_ITERATIONS),
-                rows.residual / self.scale(rows),
-                self.rate,
-            )
-        return self.Z.reshape(self.shape), self.S.reshape(self.shape)
+            _METHODS[type(solver)](self, solver)
+        return self.Z.reshape(self.shape), self.S.reshape(self.shape), self.F.reshape(self.shape)
 
     # --- one evaluation ----------------------------------------------------------------------------------
 
@@ -148,7 +141,7 @@ class _Solve:
     def evaluate(self, *extra: Array, steps: int = 1) -> tuple[Array, ...]:
         """Evaluate f at all rows and take out those that are done; returns ``extra`` (rows first) without them.
 
-        ``steps`` counts the evaluations since the last call, this one included.
+        ``steps`` counts the evaluations since the last call, this one included; rows that have had all of theirs are done.
         """
         rows, equation = self.rows, self.equation
         rows.S = self.product(rows, rows.Z) + rows.U
@@ -158,31 +151,38 @@ class _Solve:
         rate = np.where(np.isfinite(rows.residual), (residual / rows.residual) ** (1 / steps), 0)
         rows.residual, rows.iterations = residual, rows.iterations + steps
         self.rate = rate
+        spent = rows.iterations >= self.limit[rows.index]
         broken = ~np.isfinite(residual)
-        done = ~broken & (residual <= equation.tol * scale)
-        lost = broken | (residual > _BLOW_UP * (1 + self.floor))
-        if self.rescued is not None and lost.any():
-            rescued = rows.take(lost)
-            rescued.Z, rescued.residual = np.zeros_like(rescued.Z), np.full_like(rescued.residual, np.inf)
-            self.rescued.append(rescued)
-            ended = done
-        else:
-            ended, lost = done | lost, np.zeros_like(lost)
-        if not (ended | lost).any():
+        converged = ~broken & (residual <= equation.tol * scale)
+        diverged = broken | (residual > self.largest(rows, residual))
+        rescued = np.zeros_like(diverged) if self.rescued is None else diverged & ~spent
+        if rescued.any():
+            again = rows.take(rescued)
+            again.Z, again.residual = np.zeros_like(again.Z), np.full_like(again.residual, np.inf)
+            self.rescued.append(again)
+        left = ~(converged | diverged | spent)
+        if left.all():
             return extra
-        status = np.where(done, _CONVERGED, np.where(broken, _NON_FINITE, _DIVERGED))
+        status = np.where(self.singular[rows.index], SINGULAR, MAX_ITERATIONS)
+        status = np.where(diverged, np.where(broken, NON_FINITE, DIVERGED), status)
+        status[converged] = CONVERGED
+        ended = ~(left | rescued)
         self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
-        left = ~(ended | lost)
         self.rows = rows.take(left)
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
 
+    def largest(self, rows: _Rows, residual: Array) -> Array | float:
+        """The residual above which a row has diverged."""
+        return float(_BLOW_UP * (1 + self.floor))
+
     def finish(self, rows: _Rows, status: Array, residual: Array, rate: Array) -> None:
         self.Z[rows.index] = rows.Z  # the iterate whose residual is known, and the last finite one
         self.S[rows.index] = rows.S
+        self.F[rows.index] = rows.F
         if self.stability_in_question:
-            found = status == _CONVERGED
-            status[found] = np.where(self.repels(rows.take(found)), _UNSTABLE, _CONVERGED)
+            found = status == CONVERGED
+            status[found] = np.where(self.repels(rows.take(found)), UNSTABLE, CONVERGED)
         self.outcome.merge(rows.index, status, rows.iterations, residual, rate)
 
     # --- methods -----------------------------------------------------------------------------------------
@@ -193,6 +193,7 @@ class _Solve:
     """Rows that blew up, to start again from zero by another method; None ends them."""
 
     def picard(self, limit: int, damping: float = 1.0) -> None:
+        """``limit`` evaluations of all rows, which have had equally many."""
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
         steps = 4 if self.shape[-1] <= _SMALL else 1
         first = 0
@@ -213,6 +214,7 @@ class _Solve:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
 
     def anderson(self, solver: Anderson, limit: int) -> None:
+        """Up to ``limit`` evaluations."""
         self.stability_in_question = self.equation.check_stability
         m, n = solver.memory, self.shape[-1]
         dtype = self.rows.Z.dtype
@@ -220,9 +222,9 @@ class _Solve:
         count = len(self.rows.index)
         dR, dF = (np.zeros((count, m, n), dtype) for _ in range(2))
         last_r, last_F = (np.zeros((count, n), dtype) for _ in range(2))
-        last_residual, held = np.full(count, np.inf), np.zeros(count, np.int64)
+        last_residual = np.full(count, np.inf)
         for k in range(limit):
-            dR, dF, last_r, last_F, last_residual, held = self.evaluate(dR, dF, last_r, last_F, last_residual, held)
+            dR, dF, last_r, last_F, last_residual = self.evaluate(dR, dF, last_r, last_F, last_residual)
             rows = self.rows
             if not len(rows.index):
                 return
@@ -232,7 +234,6 @@ class _Solve:
                 dR[:, place], dF[:, place] = r - last_r, rows.F - last_F
                 restart = rows.residual > 2 * last_residual
                 dR[restart], dF[restart] = 0, 0
-                held = np.where(restart, 0, np.minimum(held + 1, m))
             last_r, last_F, last_residual = r, rows.F, rows.residual
             G = dR @ np.swapaxes(dR, 1, 2)
             trace = np.trace(G, axis1=1, axis2=2)[:, None, None]
@@ -245,17 +246,18 @@ class _Solve:
             step = np.swapaxes(dF - (1 - β) * dR, 1, 2) @ γ
             rows.Z = rows.F - (1 - β) * r - step[..., 0]
 
-    def newton(self, limit: int) -> None:
+    def newton(self) -> None:
+        """Until no row is left. The step is halved while ‖r‖ does not decrease; where that does not help, a Picard step."""
         self.stability_in_question = self.equation.check_stability
         count, n = self.rows.Z.shape
         dtype = self.rows.Z.dtype
         base, direction, picard = (np.zeros((count, n), dtype) for _ in range(3))
         t, at_base = np.zeros(count, dtype), np.full(count, np.inf)
-        for _ in range(limit):
+        while True:
             base, direction, picard, t, at_base = self.evaluate(base, direction, picard, t, at_base)
             rows = self.rows
             if not len(rows.index):
-                break
+                return
             worse = (t > 0) & ~(rows.residual < (1 - 1e-4 * t) * at_base)
             t = np.where(worse, t / 2, 1).astype(dtype)
             fresh = ~worse
@@ -269,11 +271,16 @@ class _Solve:
             rows.residual = at_base
 
     def newton_direction(self, rows: _Rows) -> Array:
-        """(I - D R)⁻¹ (F - Z); the Picard step F - Z where that fails."""
+        """(I - D R)⁻¹ (F - Z); the Picard step F - Z where the matrix is singular to rounding, which ``singular`` notes."""
         r = rows.F - rows.Z
         A = np.eye(r.shape[1], dtype=r.dtype) - self.jacobian(rows)
         step = solve_each(A, r[..., None])[..., 0]
-        return np.where(np.isfinite(step), step, r)
+        # ‖A⁻¹‖ >= ‖A⁻¹r‖/‖r‖; the negation holds for NaN as well.
+        largest = norm(r) / (np.finfo(r.dtype).eps * np.abs(A).sum(axis=-1).max(axis=-1))
+        singular = ~(norm(step) < largest)
+        self.singular[rows.index] = singular
+        step[singular] = r[singular]
+        return step
 
     def jacobian(self, rows: _Rows) -> Array:
         """D R for each row (rows, n, n)."""
@@ -288,19 +295,17 @@ class _Solve:
             repels[repels] = np.abs(np.linalg.eigvals(J[repels])).max(axis=-1) >= 1
         return np.asarray(repels)
 
-    def auto(self, limit: int) -> None:
+    def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
         n = self.shape[-1]
         patience = _PATIENCE * (8 if self.equation.check_stability else 1)
         slow: list[_Rows] = []
         self.rescued = slow
-        used = 0
-        while used < limit and len(self.rows.index):
-            self.picard(min(_BLOCK, limit - used))
-            used += _BLOCK
+        left = solver.max_iterations
+        while len(self.rows.index):
+            self.picard(min(_BLOCK, left))
+            left -= _BLOCK
             rows = self.rows
-            if not len(rows.index):
-                break
             goal = self.equation.tol * self.scale(rows)
             predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
             keep = ~(predicted > patience)
@@ -310,12 +315,20 @@ class _Solve:
         self.rescued = None
         self.rows = _join([*slow, self.rows])
         self.rate = np.zeros(len(self.rows.index))
-        left = limit - _BLOCK
         if n > _DENSE and len(self.rows.index):
-            self.anderson(Anderson(), min(60, left))
-            left -= 60
-        if len(self.rows.index):
-            self.newton(min(100, left))
+            self.anderson(Anderson(), _ANDERSON_STEPS)
+        rows = self.rows
+        self.limit[rows.index] = np.minimum(self.limit[rows.index], rows.iterations + _NEWTON_STEPS)
+        self.newton()
+
+
+_METHODS: dict[type[Solver], Callable[[_Solve, Any], None]] = {
+    Auto: _Solve.auto,
+    Picard: lambda solve, solver: solve.picard(solver.max_iterations, solver.damping),
+    Anderson: lambda solve, solver: solve.anderson(solver, solver.max_iterations),
+    Newton: lambda solve, solver: solve.newton(),
+}
+"""How each solver of this engine works; its subclasses are not known to it."""
 
 
 def _join(parts: list[_Rows]) -> _Rows:

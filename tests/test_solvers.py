@@ -1,0 +1,125 @@
+"""Solvers: how often they may evaluate f, and what they say of an equation whose Jacobian is singular."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import implicit_rnn as irnn
+from implicit_rnn.model.activations import ACTIVATIONS
+
+NETWORKS = {
+    "layer": ([irnn.Layer(8)], {}),
+    "single neuron": ([irnn.Layer(1)], {}),
+    "large": ([irnn.Layer(70)], {}),
+    "stages": ([irnn.Layer(9), irnn.Layer(4, lateral=False), irnn.Layer(20)], {}),
+    "feedback": ([irnn.Layer(12), irnn.Layer(5)], {"feedback": True}),
+}
+SOLVERS = (irnn.Auto, irnn.Picard, irnn.Anderson, irnn.Newton, irnn.Chord, irnn.NLsolve)
+
+
+def make(engine, name, spread, seed=0):
+    """A free net whose recurrent weights are that many times as large as at the start of a training."""
+    layers, connections = NETWORKS[name]
+    net = irnn.Network(3, layers, outputs=1, constraint="free", seed=seed, engine=engine, **connections)
+    for name, weight in net.weights.items():
+        if name.startswith("R"):
+            weight *= spread
+    return net
+
+
+@contextlib.contextmanager
+def counted():
+    """Count the evaluations of tanh on the NumPy engine, a row of the array each."""
+    rows = []
+
+    def value(s):
+        rows.append(s.size // s.shape[-1])
+        return np.tanh(s)
+
+    with mock.patch.dict(ACTIVATIONS, tanh=dataclasses.replace(ACTIVATIONS["tanh"], value=value)):
+        yield rows
+
+
+# --- max_iterations ------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(list(NETWORKS)),
+    solver=st.sampled_from(SOLVERS),
+    limit=st.integers(1, 30),
+    spread=st.sampled_from([1.0, 5.0, 20.0]),
+    seed=st.integers(0, 100),
+)
+def test_solver_never_evaluates_f_more_often_than_allowed(engine, name, solver, limit, spread, seed):
+    if engine == "numpy" and solver in (irnn.Chord, irnn.NLsolve):
+        return
+    net = make(engine, name, spread, seed)
+    X = np.random.default_rng(seed).standard_normal((6, 3))
+    solution = net.equilibrium(X, solver=solver(max_iterations=limit), on_failure="ignore")
+    assert (solution.iterations <= limit).all()
+    spent = solution.status == irnn.Status.MAX_ITERATIONS
+    assert (solution.iterations[spent] >= min(limit, 100)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["layer", "single neuron", "large"]),
+    solver=st.sampled_from(SOLVERS[:4]),
+    limit=st.integers(1, 30),
+    spread=st.sampled_from([1.0, 5.0, 20.0]),
+    seed=st.integers(0, 100),
+)
+def test_iterations_are_the_evaluations_of_f(name, solver, limit, spread, seed):
+    net = make("numpy", name, spread, seed)
+    X = np.random.default_rng(seed).standard_normal((6, 3))
+    with counted() as rows:
+        solution = net.equilibrium(X, solver=solver(max_iterations=limit), on_failure="ignore")
+    assert sum(rows) == solution.iterations.sum()
+
+
+def test_state_of_an_unconverged_sample_is_the_one_its_residual_belongs_to(engine):
+    net = make(engine, "layer", 20.0)
+    X = np.ones((1, 3))
+    for solver in (irnn.Auto, irnn.Picard, irnn.Anderson, irnn.Newton):
+        solution = net.equilibrium(X, solver=solver(max_iterations=7), on_failure="ignore")
+        z = solution.state[0]
+        f = np.tanh(net.input_weights @ X[0] + net.recurrent_weights @ z + net.weights["b"])
+        residual = np.linalg.norm(f - z) / max(np.linalg.norm(f), 1e-3 * np.sqrt(8))
+        assert solution.residual[0] == pytest.approx(residual, rel=1e-6)
+
+
+# --- singular Jacobians --------------------------------------------------------------------------------------
+
+
+def make_drifting(engine, neurons):
+    """z = x + z: no equilibrium unless x = 0, and a singular Jacobian everywhere."""
+    net = irnn.Network(1, [irnn.Layer(neurons, "identity")], outputs=[0], constraint="free", engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = 1.0, np.eye(neurons)
+    return net
+
+
+@pytest.mark.parametrize("neurons", [1, 5, 20])
+@pytest.mark.parametrize("solver", [irnn.Newton(), irnn.Auto()])
+def test_singular_jacobian_has_a_status_of_its_own(engine, neurons, solver):
+    solution = make_drifting(engine, neurons).equilibrium([[0.1], [-3.0]], solver=solver, on_failure="ignore")
+    np.testing.assert_array_equal(solution.status, irnn.Status.SINGULAR)
+
+
+def test_singular_jacobian_on_the_way_does_no_harm(engine):
+    """z = max(0, z - 1) has the slope 1 down to z = 1, where Newton's method finds no step."""
+    net = irnn.Network(1, [irnn.Layer(1, "relu")], outputs=[0], constraint="free", engine=engine)
+    net.weights["R"][...], net.weights["b"][...] = 1.0, -1.0
+    assert net.equilibrium([[0.0]], z0=[[5.0]], solver="newton").state == 0
+
+
+def test_error_says_what_to_do_about_a_singular_jacobian(engine):
+    with pytest.raises(irnn.ConvergenceError, match=r"1 singular.*Remedies: .*another start z0.*constraint=Perron"):
+        make_drifting(engine, 5).equilibrium([[0.1]], solver="newton")
