@@ -14,7 +14,10 @@ mutable struct EquationSession{T}
     inverses::Union{Nothing, Inverses{T}}
 end
 
-inverses!(s::EquationSession) = something(s.inverses, s.inverses = Inverses(s.problem, s.Z))
+function inverses!(s::EquationSession{T}) where {T}
+    s.inverses === nothing && (s.inverses = Inverses(s.problem, s.Z))
+    return s.inverses::Inverses{T}
+end
 
 const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
 
@@ -42,6 +45,7 @@ equation_compile(d::Py, Z::Py, args::Py) = answer(() -> keep(equation_session(dt
 
 function equation_session(::Type{T}, d::Py, Z::Py, args::Py) where {T}
     f = compiled_function(pyconvert(String, d["code"]))
+    pyconvert(Bool, d["number"]) && (f = ImplicitRNN.OfNumber(f))
     n, samples = pyconvert(Int, d["n"]), pyconvert(Int, d["samples"])
     arguments = Array[reshape(lasting(NumPy{dtype(a)}(args[k - 1])), shape(a)) for (k, a) in enumerate(d["args"])]
     batched = Bool[pyconvert(Bool, a["batched"]) for a in d["args"]]

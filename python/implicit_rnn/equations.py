@@ -20,7 +20,7 @@ from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
 from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
-from implicit_rnn.solution import UNSTABLE, Solution
+from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.validation import as_real
 
@@ -117,6 +117,7 @@ def fixed_point(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
 ) -> ImplicitSolution:
@@ -129,8 +130,9 @@ def fixed_point(
         and returns (n,). A Python function is differentiated by the complex step where that gives the right derivative,
         else by central differences.
     z0
-        The start: (n,) for one problem, (B, n) for a batch, each row of which is solved for itself. float32 stays float32
-        with float32 arithmetic, all else is done in float64.
+        The start: (n,) for one problem or a number for one unknown, which f is then given as a number and may answer by one;
+        (B, n) for a batch, each row of which is solved for itself. float32 stays float32 with float32 arithmetic, all else is
+        done in float64.
     args
         The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
         differentiated; integers and booleans remain what they are.
@@ -138,11 +140,15 @@ def fixed_point(
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
-        ``‖f(z) - z‖₂ <= tol · max(‖f(z)‖₂, 1e-3 √n)``, with ``tol=None`` for 1e-10 in float64 and 1e-6 in float32. Auto,
+        ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖z‖₂ seen on the way, so that the answer does not depend
+        on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. Auto,
         Newton and NLsolve report a fixed point as UNSTABLE if Picard iteration would move away from it; ``root`` finds
         solutions of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
+    scale
+        The typical size of z, a number or (n,), where its entries are of very different sizes: norms are taken of z / scale,
+        and a step of tol · √n in these units is small enough.
     on_failure
         What happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the solution, "warn", or "ignore".
     engine
@@ -161,7 +167,7 @@ def fixed_point(
     >>> sol.vjp([1.0])["a"]
     array(-0.32420503)
     """
-    return _solve(f, z0, args, batched, solver, vectorized, on_failure, engine, root=False)
+    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=False)
 
 
 def root(
@@ -172,6 +178,7 @@ def root(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
 ) -> ImplicitSolution:
@@ -179,12 +186,12 @@ def root(
 
     The solvers are ``Newton()`` with a line search, ``NLsolve()`` for Julia code, and ``Auto()``, which is the first and, for
     Julia code, the second on samples that the first gave up. A sample has converged when the Newton step is at most
-    ``tol · max(‖z‖₂, 1e-3 √n)``, whatever the unit of f; ``residual`` is that step over that size.
+    ``max(tol · ‖z‖₂, eps · L)``, whatever the unit of f; ``residual`` is that step over that size.
 
     >>> root(lambda z, a: z**2 - a, [1.0], args=(2.0,)).value
     array([1.41421356])
     """
-    return _solve(f, z0, args, batched, solver, vectorized, on_failure, engine, root=True)
+    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=True)
 
 
 def _solve(
@@ -194,6 +201,7 @@ def _solve(
     batched: str | int | Iterable[str | int],
     solver: Solver | str,
     vectorized: bool,
+    scale: ArrayLike | None,
     on_failure: str,
     engine: str | None,
     root: bool,
@@ -202,7 +210,7 @@ def _solve(
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
     _check_function(f, vectorized)
     check_engine(engine)
-    equation = _pose(f, z0, args, batched, vectorized, root)
+    equation = _pose(f, z0, args, batched, vectorized, scale, root)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -247,6 +255,11 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
         remedies.insert(2, "Picard(damping)")
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
+    if (solution.status == SINGULAR).any():
+        remedies = [
+            "another z0, since the Jacobian has no inverse where the iteration came to",
+            "Auto(), which tries more ways",
+        ]
     message = f"{failure}. Remedies: {', '.join(remedies)}"
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
@@ -258,7 +271,13 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
 
 
 def _pose(
-    f: Function, z0: ArrayLike, args: Sequence[ArrayLike], batched: Any, vectorized: bool, root: bool
+    f: Function,
+    z0: ArrayLike,
+    args: Sequence[ArrayLike],
+    batched: Any,
+    vectorized: bool,
+    scale: ArrayLike | None,
+    root: bool,
 ) -> Equation:
     start, shape = _start(z0)
     if isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence):
@@ -277,14 +296,27 @@ def _pose(
                 f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
     flags = tuple(index in per_sample for index in range(len(arrays)))
-    return Equation(f, root, start, arrays, flags, names, shape, vectorized=vectorized)
+    sizes = _sizes(scale, start)
+    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized=vectorized)
+
+
+def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
+    if scale is None:
+        return None
+    sizes = as_real("scale", _as_array("scale", scale), start.dtype)
+    n = start.shape[1]
+    if sizes.shape not in ((), (n,)):
+        raise ValueError(f"scale has shape {sizes.shape}; expected a number or ({n},), a size for each entry of z")
+    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
+        raise ValueError(f"scale must be positive and finite, got {scale!r}")
+    return np.array(np.broadcast_to(sizes, n))
 
 
 def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
     array = _as_array("z0", z0)
-    if array.ndim not in (1, 2) or array.size == 0:
+    if array.ndim > 2 or array.size == 0:
         raise ValueError(
-            f"z0 has shape {array.shape}; expected (n,) for one problem or (B, n) for a batch, none of them 0"
+            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
         )
     dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
     start = np.array(as_real("z0", array, dtype), order="C", ndmin=2)
@@ -360,7 +392,7 @@ class ImplicitSolution(Solution):
     @property
     def value(self) -> Array:
         """The solution, of the shape of z0; of unconverged samples the last finite iterate."""
-        return self.state[0] if self.equation.single else self.state
+        return self.state.reshape(self.equation.shape)
 
     def vjp(self, v: ArrayLike) -> dict[str, Array]:
         """The products vᵀ ∂value/∂argument for all arguments that are floats, by name, each of the shape of its argument.

@@ -37,8 +37,12 @@ class ConvergenceWarning(UserWarning):
     """As ConvergenceError, for ``on_failure="warn"``."""
 
 
+class DerivativeWarning(UserWarning):
+    """A Python function has no derivative at the solution that its values would bear out; NaN stands for it."""
+
+
 class RunError(RuntimeError):
-    """Runs of ``parallel.run_many`` failed; ``tracebacks`` holds what they raised, by their names."""
+    """Runs of ``runs.run_many`` failed; ``tracebacks`` holds what they raised, by their names."""
 
     def __init__(self, message: str, tracebacks: dict[str, str] | None = None) -> None:
         super().__init__(message)

@@ -63,6 +63,7 @@ end
 # gradient += λᵀ ∂g/∂x from `offset` on
 @inline add_pullback!(gradient, offset::Int, g::G, x::Union{Number, Short}, λ) where {G} = add_forward!(gradient, offset, g, x, λ)
 add_pullback!(gradient, offset::Int, g, x::AbstractArray, λ) = add_pullback!(gradient, offset, Opaque(g), x, λ)
+@inline add_pullback!(gradient, offset::Int, g::Opaque, x::Short, λ) = add_forward!(gradient, offset, g, x, λ)
 function add_pullback!(gradient, offset::Int, g::Opaque, x::AbstractArray, λ)
     found = length(x) < REVERSE_FROM ? nothing : reverse_pullback(g, x, λ)
     found === nothing && return add_forward!(gradient, offset, g, x, λ)

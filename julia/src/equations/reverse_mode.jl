@@ -38,6 +38,7 @@ Traced(x::Real) = Traced(Float64(x), 0)
 Base.convert(::Type{Traced}, x::Traced) = x
 Base.convert(::Type{Traced}, x::Real) = Traced(x)
 Base.promote_rule(::Type{Traced}, ::Type{<:Real}) = Traced
+Base.promote_rule(::Type{Traced}, ::Type{ForwardDiff.Dual{T, V, N}}) where {T, V, N} = ForwardDiff.Dual{T, promote_type(Traced, V), N}
 Base.float(x::Traced) = x
 Base.float(::Type{Traced}) = Traced
 Base.zero(::Type{Traced}) = Traced(0.0, 0)

@@ -1,7 +1,8 @@
 """The small protocol between the Python API and an engine: what is posed, compiled, becomes a handle that solves.
 
-A network's ``Problem`` becomes a ``Program``, an ``Equation`` of any function a ``CompiledEquation``. All arrays are C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into
-arrays the caller allocated.
+A network's ``Problem`` becomes a ``Program``, an ``Equation`` of any function a ``CompiledEquation``. All arrays are
+C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into arrays the caller
+allocated.
 """
 
 from __future__ import annotations

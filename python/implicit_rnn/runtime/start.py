@@ -1,7 +1,7 @@
 """The Julia that runs in this process: its start, once, and the one way into it.
 
-The Julia sources that run are always the ones shipped with this package: they come first in Julia's load path, before the
-environment, which only has to provide their dependencies and PythonCall.
+The Julia sources that run are always the ones shipped with this package: they are added to Julia's load path, behind
+the environment, which only has to provide their dependencies and PythonCall.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _import_juliacall() -> Any:
 def _load() -> dict[str, EntryPoint]:
     sources = str(JULIA_SOURCES.resolve())
     known = 'let id = Base.identify_package("ImplicitRNN"); string(id !== nothing && Base.isprecompiled(id)) end'
-    _evaluate(f'(pushfirst!(LOAD_PATH, {julia_string(sources)}); "")')
+    _evaluate(f'(push!(LOAD_PATH, {julia_string(sources)}); "")')
     if _evaluate(known) != "true":
         say("precompiling the Julia sources (once)")
     begin = time.perf_counter()
@@ -128,8 +128,8 @@ def _load() -> dict[str, EntryPoint]:
         say(f"precompiled in {time.perf_counter() - begin:.0f} s")
     if not os.path.samefile(loaded, sources):
         raise EngineError(
-            f"another ImplicitRNN, at {loaded}, was loaded before the one of this package at {sources}; call "
-            "implicit_rnn.get_engine() before what loads it"
+            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {sources}; use a "
+            "project without it: `implicit-rnn setup`, or `implicit-rnn setup --julia EXE --project DIR`"
         )
     extension = "Base.get_extension(Base.require(Main, :ImplicitRNN), :ImplicitRNNPythonCallExt)"
     if _evaluate(f"string({extension})") == "nothing":

@@ -78,6 +78,7 @@ def _describe(equation: Equation) -> dict[str, Any]:
     return {
         "code": equation.f.text,
         "root": equation.root,
+        "number": equation.shape == (),
         "scale": [] if equation.scale is None else equation.scale.tolist(),
         "dtype": equation.start.dtype.name,
         "n": equation.n,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from implicit_rnn.engines import base
 from implicit_rnn.engines.base import SingularSolution
-from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm
-from implicit_rnn.errors import EngineError
-from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, Solution
+from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve
+from implicit_rnn.errors import DerivativeWarning, EngineError, warn
+from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
@@ -20,9 +22,10 @@ STATE = -1
 """The variable z among the arguments 0, 1, …"""
 
 _BLOW_UP = 1e6
-_SMALLEST_STEP = 2.0**-6
-_PROBES = 8
+_SMALLEST_STEP = 2.0**-20
 _LARGEST_CHANGE = 0.25
+_STILL_SHRINKS = 0.4
+"""Steps that become smaller by this factor each lead to a solution that is small, not to the rounding of a large iterate."""
 
 
 class PythonEquation:
@@ -30,195 +33,284 @@ class PythonEquation:
 
     def __init__(self, equation: base.Equation) -> None:
         self._equation = equation
+        self._f = _Function(equation)
         self._state = equation.start
+        self._inverses: dict[int, Array] = {}
 
     def solve(self, solver: Solver, out: Solution) -> None:
-        problem, self._state = self._equation, out.state
-        if not isinstance(solver, (Auto, Newton) if problem.root else (Auto, Newton, Picard, Anderson)):
+        equation, self._state, self._inverses = self._equation, out.state, {}
+        if not isinstance(solver, (Auto, Newton) if equation.root else (Auto, Newton, Picard, Anderson)):
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
-        dtype = problem.start.dtype
-        tol = solver.tol or (1e-6 if dtype == np.float32 else 1e-10)
-        outcome = Outcome.converged(1, problem.samples)
+        tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
+        outcome = Outcome.converged(1, equation.samples)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if problem.root:
-                out.state[...] = _root(problem, tol, solver.max_iterations, outcome)
+            if equation.root:
+                out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
-                out.state[...] = _FixedPoint(problem, tol, outcome).run(solver)[0][0]
+                out.state[...] = _FixedPoint(self._f, tol, outcome).run(solver)[0][0]
         for name in ("status", "iterations", "residual", "rate"):
             getattr(out, name)[...] = getattr(outcome, name)[0]
 
     def vjp(self, v: Array) -> list[Array | None]:
-        problem, state = self._equation, self._state
+        equation, state = self._equation, self._state
         rows = np.flatnonzero(v.any(axis=1))
-        A = _isolated_jacobian(problem, state, rows)
-        λ = -np.linalg.solve(A.swapaxes(1, 2), v[rows][..., None])[..., 0]
+        λ = -np.einsum("bki,bk->bi", self._inverse(rows), v[rows])
         gradients: list[Array | None] = []
-        for index, argument in enumerate(problem.args):
-            gradient = np.zeros_like(argument) if problem.is_differentiable(index) else None
+        for index, argument in enumerate(equation.args):
+            gradient = np.zeros_like(argument) if equation.is_differentiable(index) else None
             gradients.append(gradient)
             if gradient is None or not len(rows):
                 continue
-            for k, dF in enumerate(_derivatives(problem, state[rows], rows, index)):
+            for k, dF in enumerate(self._f.derivatives(state[rows], rows, index, certain=True)):
                 products = np.einsum("bi,bi->b", λ, dF)
-                if problem.batched[index]:
-                    gradient.reshape(problem.samples, -1)[rows, k] = products
+                if equation.batched[index]:
+                    gradient.reshape(equation.samples, -1)[rows, k] = products
                 else:
                     gradient.reshape(-1)[k] = products.sum()
         return gradients
 
     def jacobian(self, index: int, wanted: Array) -> Array:
-        problem, state = self._equation, self._state
-        J = np.full((problem.samples, problem.n, problem.entries(index)), np.nan, state.dtype)
+        equation, state = self._equation, self._state
+        J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, state.dtype)
         rows = np.flatnonzero(wanted)
         if len(rows):
-            B = np.stack(list(_derivatives(problem, state[rows], rows, index)), axis=-1)
-            J[rows] = -np.linalg.solve(_isolated_jacobian(problem, state, rows), B)
+            B = np.stack(list(self._f.derivatives(state[rows], rows, index, certain=True)), axis=-1)
+            J[rows] = -self._inverse(rows) @ B
         return J
+
+    def _inverse(self, rows: Array) -> Array:
+        """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
+
+        ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution that
+        none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (Newton and Kantorovich).
+        """
+        new = np.array([row for row in rows if row not in self._inverses], np.int64)
+        if len(new):
+            f, Z = self._f, self._state[new]
+            A = f.conditions_jacobian(Z, new, certain=True)
+            finite = np.isfinite(A).all(axis=(1, 2))
+            size = np.where(finite, np.abs(A).sum(axis=1).max(axis=-1, initial=0), 0)
+            inverse = np.full_like(A, np.nan)
+            for k in np.flatnonzero(finite):
+                with contextlib.suppress(np.linalg.LinAlgError):
+                    inverse[k] = np.linalg.inv(A[k])
+            inverse[~np.isfinite(inverse).all(axis=(1, 2))] = np.nan
+            singular = finite & ~(
+                size * np.abs(inverse).sum(axis=1).max(axis=-1, initial=0) * np.finfo(A.dtype).eps * f.equation.n < 1
+            )
+            if not singular.any():
+                δ = np.einsum("bij,bj->bi", inverse, f.conditions(f.real(Z, new), Z))
+                corrected = f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new)
+                change = inverse @ corrected - np.eye(f.equation.n, dtype=A.dtype)
+                singular = finite & ~(np.abs(change).sum(axis=1).max(axis=-1, initial=0) <= _LARGEST_CHANGE)
+            if singular.any():
+                raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
+            self._inverses.update(zip(new.tolist(), inverse, strict=True))
+        if not len(rows):
+            return np.empty((0, self._equation.n, self._equation.n), self._state.dtype)
+        return np.stack([self._inverses[row] for row in rows.tolist()])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"equation": self._equation, "state": self._state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["equation"])  # type: ignore[misc]
+        self._state = state["state"]
 
 
 # --- the user's function -------------------------------------------------------------------------------------
 
 
-def _evaluate(
-    problem: base.Equation, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None
-) -> Array:
-    """f for Z (m, n) of the samples ``rows``; the argument ``variable`` may have another ``value``."""
-    assert callable(problem.f)
-    args = [a[rows] if batched else a for a, batched in zip(problem.args, problem.batched, strict=True)]
-    if value is not None:
-        args[variable] = value
-    if problem.vectorized and not problem.single:
-        return _checked(problem, problem.f(Z.copy(), *args), Z.shape)
-    F = [
-        _checked(
-            problem,
-            problem.f(z.copy(), *(a[b] if batched else a for a, batched in zip(args, problem.batched, strict=True))),
-            z.shape,
+class _Function:
+    """The function of an equation: it is given copies and what it returns is copied, so that it may reuse its memory."""
+
+    def __init__(self, equation: base.Equation) -> None:
+        self.equation = equation
+        self._analytic: dict[int, Array] = {}
+
+    def __call__(self, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None) -> Array:
+        """f for Z (m, n) of the samples ``rows``; the argument ``variable`` may have another ``value``."""
+        equation = self.equation
+        assert callable(equation.f)
+        if not len(Z):
+            return Z.copy()
+        args = [a[rows] if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
+        if value is not None:
+            args[variable] = value
+        if equation.vectorized and not equation.single:
+            return self._checked(equation.f(Z.copy(), *args), Z.shape)
+        F = [
+            self._checked(
+                equation.f(
+                    z.copy() if equation.shape else z[0],
+                    *(a[b] if batched else a for a, batched in zip(args, equation.batched, strict=True)),
+                ),
+                z.shape,
+            )
+            for b, z in enumerate(Z)
+        ]
+        return np.stack(F)
+
+    def real(self, Z: Array, rows: Array) -> Array:
+        """f for real z, of which it has to be real."""
+        F = self(Z, rows)
+        if F.dtype.kind == "c":
+            raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
+        return F
+
+    def conditions(self, F: Array, Z: Array) -> Array:
+        """c = f(z) - z, or c = f(z) of a root."""
+        return F if self.equation.root else F - Z
+
+    def _checked(self, y: object, shape: tuple[int, ...]) -> Array:
+        if isinstance(y, tuple):
+            raise TypeError(f"f returned a tuple of {len(y)}; expected one array of shape {shape}, like z")
+        array = np.asarray(y)
+        if array.shape == () and shape == (1,):
+            array = array.reshape(1)  # one unknown may be answered by a number
+        if array.shape != shape:
+            raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
+        if array.dtype.kind not in "biufc":
+            raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
+        return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
+
+    # --- derivatives -----------------------------------------------------------------------------------------
+
+    def conditions_jacobian(self, Z: Array, rows: Array, certain: bool = False) -> Array:
+        """A = ∂c/∂z (m, n, n)."""
+        J = self.jacobian(Z, rows, certain)
+        return J if self.equation.root else J - np.eye(self.equation.n, dtype=J.dtype)
+
+    def jacobian(self, Z: Array, rows: Array, certain: bool = False) -> Array:
+        """∂f/∂z (m, n, n)."""
+        if not len(rows):
+            return np.empty((0, self.equation.n, self.equation.n), Z.dtype)
+        return np.stack(list(self.derivatives(Z, rows, STATE, certain)), axis=-1)
+
+    def derivatives(self, Z: Array, rows: Array, variable: int, certain: bool = False) -> Iterator[Array]:
+        """∂f/∂x (m, n) for each entry x of a variable as one sample sees it.
+
+        By the complex step for rows on which it agrees with a difference quotient, else by difference quotients, of which
+        those of one step and of half of it have to agree. If it is to be ``certain``, each row is examined at this Z, and
+        rows without a trustworthy derivative are NaN and warned of; otherwise what was found at the first Z counts, and
+        their best quotient serves.
+        """
+        if not len(rows):
+            return
+        known = self._analytic.get(variable)
+        if certain or known is None:
+            known = np.zeros(self.equation.samples, np.int8) if known is None or certain else known
+            known[rows] = self._takes_complex_steps(Z, rows, variable)
+            self._analytic[variable] = known
+        analytic = known[rows].astype(bool)
+        x, per_row = self._variable(Z, rows, variable)
+        entries = x.shape[1:] if per_row else x.shape
+        lost = np.zeros(len(rows), bool)
+        for k in range(int(np.prod(entries, dtype=np.int64))):
+            direction = np.zeros(entries, x.dtype)
+            direction.reshape(-1)[k] = 1
+            D = np.empty((len(rows), self.equation.n), Z.dtype)
+            if analytic.any():
+                chosen = np.flatnonzero(analytic)
+                D[chosen] = self._complex_step(Z[chosen], rows[chosen], variable, direction)
+            if not analytic.all():
+                chosen = np.flatnonzero(~analytic)
+                D[chosen], trusted = self._difference(Z[chosen], rows[chosen], variable, direction)
+                if certain:
+                    D[chosen[~trusted]] = np.nan
+                    lost[chosen[~trusted]] = True
+            yield D
+        if lost.any():
+            name = "z" if variable == STATE else self.equation.names[variable]
+            warn(
+                f"f has no trustworthy derivative with respect to {name} at the solution of {lost.sum()} samples (first sample "
+                f"{rows[np.flatnonzero(lost)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
+                "these derivatives are NaN",
+                DerivativeWarning,
+            )
+
+    def _variable(self, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
+        """Its values, and whether each row has its own."""
+        if variable == STATE:
+            return Z, True
+        argument = self.equation.args[variable]
+        return (argument[rows], True) if self.equation.batched[variable] else (argument, False)
+
+    def _shifted(self, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
+        x = self._variable(Z, rows, variable)[0]
+        return self(x + shift, rows) if variable == STATE else self(Z, rows, variable, x + shift)
+
+    def _complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+        """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f."""
+        h = 1e-30 if Z.dtype == np.float32 else 1e-200
+        step = (direction * 1j * h).astype(np.result_type(Z.dtype, np.complex64))
+        return (self._shifted(Z, rows, variable, step).imag / h).astype(Z.dtype)
+
+    def _difference(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array]:
+        """Richardson's extrapolation of two central differences (m, n), and whether each row can be trusted.
+
+        It can where the two differ, and the second differences shrink, as those of a smooth function do, and rounding counts
+        for little; several steps are tried, in units of the variable.
+        """
+        x, per_row = self._variable(Z, rows, variable)
+        m, eps = len(rows), float(np.finfo(Z.dtype).eps)
+        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
+        moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
+        others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
+        size = np.where(moved > 0, moved, np.where(others > 0, others, 1.0))
+        factors = [1.0, 1e-2, 1e2, 1e-4, 1e-6] + ([] if (moved > 0).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e6, 1e12])
+        best, trusted = np.full((m, self.equation.n), np.nan), np.zeros(m, bool)
+        center = self(Z, rows).astype(np.float64)
+        for factor in factors:
+            left = np.flatnonzero(~trusted)
+            if not len(left):
+                break
+            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size * factor))
+            h = step[left] if per_row else np.broadcast_to(step, len(left))
+            values = []
+            for part in (1.0, -1.0, 0.5, -0.5):
+                scaled = part * (step[left].reshape(-1, *[1] * (x.ndim - 1)) if per_row else step.reshape([1] * x.ndim))
+                values.append(self._shifted(Z[left], rows[left], variable, (direction * scaled).astype(x.dtype)))
+            plus, minus, plus2, minus2 = (v.astype(np.float64) for v in values)
+            coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
+            bend = np.abs(plus - 2 * center[left] + minus) / h[:, None]
+            bend2 = np.abs(plus2 - 2 * center[left] + minus2) / (h[:, None] / 2)
+            noise = eps * np.abs(plus).max(axis=1) / (h / 2)
+            large = np.abs(fine).max(axis=1)
+            unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
+            flat = (large == 0) & (np.abs(coarse).max(axis=1) == 0) & (bend.max(axis=1) == 0)
+            good = flat | (
+                (unequal <= 100 * tol * np.maximum(large, bend.max(axis=1)))
+                & (noise <= 100 * tol * np.maximum(large, bend.max(axis=1)))
+                & (kinked <= tol * large + 4 * noise)
+            )
+            value = np.where(good[:, None], fine + (fine - coarse) / 3, fine)
+            first = np.isnan(best[left]).all(axis=1)
+            best[left[good | first]] = value[good | first]
+            trusted[left[good]] = True
+        return best.astype(Z.dtype), trusted
+
+    def _takes_complex_steps(self, Z: Array, rows: Array, variable: int) -> Array:
+        """Whether on each row the complex step agrees with a difference quotient, which it does not where f drops Im x."""
+        x, per_row = self._variable(Z, rows, variable)
+        shape = x.shape[1:] if per_row else x.shape
+        weights = np.random.default_rng(0).uniform(0.5, 1, shape)
+        size = np.abs(x).max(axis=0) if per_row and len(x) else np.abs(x)
+        direction = (weights * np.where(size > 0, size, size.max(initial=0) or 1) / (size.max(initial=0) or 1)).astype(
+            x.dtype
         )
-        for b, z in enumerate(Z)
-    ]
-    return np.stack(F) if F else Z.copy()
-
-
-def _checked(problem: base.Equation, y: object, shape: tuple[int, ...]) -> Array:
-    array = np.asarray(y)
-    if array.shape != shape:
-        raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
-    if array.dtype.kind not in "biufc":
-        raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
-    dtype = problem.start.dtype
-    return array if array.dtype.kind == "c" else array.astype(dtype, copy=False)
-
-
-def _real(problem: base.Equation, Z: Array, rows: Array) -> Array:
-    F = _evaluate(problem, Z, rows)
-    if F.dtype.kind == "c":
-        raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
-    return F
-
-
-# --- its derivatives -----------------------------------------------------------------------------------------
-
-
-def _derivatives(problem: base.Equation, Z: Array, rows: Array, variable: int) -> Iterator[Array]:
-    """∂f/∂x (m, n) for each entry x of a variable as one sample sees it.
-
-    By the complex step where f proves to be differentiated rightly by it, else by central differences.
-    """
-    exact = _takes_complex_steps(problem, Z[:_PROBES], rows[:_PROBES], variable)
-    x, per_row = _variable(problem, Z, rows, variable)
-    size = x[0].size if per_row else x.size
-    for k in range(size):
-        direction = np.zeros(size, x.dtype)
-        direction[k] = 1
-        direction = direction.reshape(x.shape[1:] if per_row else x.shape)
-        yield (_complex_step if exact else _central_difference)(problem, Z, rows, variable, direction)
-
-
-def _variable(problem: base.Equation, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
-    if variable == STATE:
-        return Z, True
-    argument = problem.args[variable]
-    return (argument[rows], True) if problem.batched[variable] else (argument, False)
-
-
-def _shifted(problem: base.Equation, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
-    x = _variable(problem, Z, rows, variable)[0]
-    if variable == STATE:
-        return _evaluate(problem, x + shift, rows)
-    return _evaluate(problem, Z, rows, variable, x + shift)
-
-
-def _complex_step(problem: base.Equation, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-    """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f."""
-    h = 1e-20 if Z.dtype == np.float32 else 1e-100
-    step = (direction * 1j * h).astype(np.result_type(Z.dtype, np.complex64))
-    return (_shifted(problem, Z, rows, variable, step).imag / h).astype(Z.dtype)
-
-
-def _central_difference(problem: base.Equation, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-    x, per_row = _variable(problem, Z, rows, variable)
-    size = np.abs(x * direction)
-    size = size.reshape(len(x), -1).max(axis=1) if per_row else size.max()
-    # A power of two, so that x + h and x - h lie as far apart as they should but for the rounding of x.
-    h = 2.0 ** np.round(np.log2(np.finfo(x.dtype).eps ** (1 / 3) * np.maximum(size, 1)))
-    shift = direction * (h.reshape(-1, *[1] * (x.ndim - 1)) if per_row else h).astype(x.dtype)
-    difference = _shifted(problem, Z, rows, variable, shift) - _shifted(problem, Z, rows, variable, -shift)
-    return np.asarray(difference / (2 * np.reshape(h, (-1, 1)))).astype(Z.dtype)
-
-
-def _takes_complex_steps(problem: base.Equation, Z: Array, rows: Array, variable: int) -> bool:
-    """Whether the complex step agrees with a difference quotient, which it does not where f takes |x| or drops Im x."""
-    x, per_row = _variable(problem, Z, rows, variable)
-    shape = x.shape[1:] if per_row else x.shape
-    direction = np.random.default_rng(0).uniform(0.5, 1, shape).astype(x.dtype)
-    expected = _central_difference(problem, Z, rows, variable, direction)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            found = _complex_step(problem, Z, rows, variable, direction)
-    except Exception:
-        return False
-    tolerance = 1e-2 if Z.dtype == np.float32 else 1e-5
-    return bool(np.allclose(found, expected, rtol=tolerance, atol=tolerance * np.abs(expected).max(), equal_nan=True))
-
-
-def _jacobian(problem: base.Equation, Z: Array, rows: Array) -> Array:
-    """∂f/∂z (m, n, n)."""
-    if not len(rows):
-        return np.empty((0, problem.n, problem.n), Z.dtype)
-    return np.stack(list(_derivatives(problem, Z, rows, STATE)), axis=-1)
-
-
-def _conditions_jacobian(problem: base.Equation, Z: Array, rows: Array) -> Array:
-    """A = ∂c/∂z of the conditions c = f(z) - z, or c = f(z) of a root."""
-    J = _jacobian(problem, Z, rows)
-    return J if problem.root else J - np.eye(problem.n, dtype=J.dtype)
-
-
-def _isolated_jacobian(problem: base.Equation, state: Array, rows: Array) -> Array:
-    """A at the solution of the samples ``rows``.
-
-    ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution that
-    none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (Newton and Kantorovich).
-    """
-    Z = state[rows]
-    A = _conditions_jacobian(problem, Z, rows)
-    if not len(rows):
-        return A
-    finite = np.isfinite(A).all(axis=(1, 2))
-    singular_values = np.linalg.svd(np.where(finite[:, None, None], A, 0), compute_uv=False)
-    singular = singular_values[:, -1] <= np.finfo(A.dtype).eps * problem.n * singular_values[:, 0]
-    if not singular.any():
-        c = _real(problem, Z, rows) - (0 if problem.root else Z)
-        δ = np.linalg.solve(A, c[..., None])[..., 0]
-        change = np.linalg.solve(A, _conditions_jacobian(problem, Z - δ, rows)) - np.eye(problem.n, dtype=A.dtype)
-        singular = ~(np.abs(change).sum(axis=1).max(axis=-1) <= _LARGEST_CHANGE)
-    if singular.any():
-        raise SingularSolution(int(rows[np.flatnonzero(singular)[0]]))
-    return A
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = self._complex_step(Z, rows, variable, direction)
+        except Exception:
+            return np.zeros(len(rows), bool)
+        expected, trusted = self._difference(Z, rows, variable, direction)
+        tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
+        error = np.abs(found - expected).max(axis=1)
+        return np.asarray(trusted & (error <= tolerance * np.abs(expected).max(axis=1)))
 
 
 def _solve_each(A: Array, b: Array) -> tuple[Array, Array]:
@@ -235,85 +327,225 @@ def _solve_each(A: Array, b: Array) -> tuple[Array, Array]:
     return x, np.asarray(np.isfinite(x).all(axis=1))
 
 
+class _Sizes:
+    """Sizes of z without a unit: in that of ``scale`` where there is one, in double precision."""
+
+    def __init__(self, equation: base.Equation, tol: float) -> None:
+        self.weights = 1.0 if equation.scale is None else 1 / equation.scale.astype(np.float64)
+        self.floor = 0.0 if equation.scale is None else float(np.sqrt(equation.n))
+        self.tol, self.eps = tol, float(np.finfo(equation.start.dtype).eps)
+        self.largest = self(equation.start)
+
+    def __call__(self, V: Array) -> Array:
+        W = np.abs(V.astype(np.float64) * self.weights)
+        unit = W.max(axis=-1, initial=0)
+        unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
+        return np.asarray(unit * np.sqrt(np.einsum("bi,bi->b", W / unit[:, None], W / unit[:, None])))
+
+    def reference(self, size: Array, index: Array) -> Array:
+        """What a step is related to, for iterates of that size of the samples ``index``."""
+        self.largest[index] = np.fmax(self.largest[index], size)
+        return np.maximum(np.maximum(size, self.floor), self.eps * self.largest[index] / self.tol)
+
+    def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
+        """Whether steps end the iteration, see ``engines.base.Equation``."""
+        rounding = (step <= self.eps * self.largest[index]) & ((rate > _STILL_SHRINKS) | spent | (step == 0))
+        return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
+
+
 # --- fixed points --------------------------------------------------------------------------------------------
 
 
 class _FixedPoint(_Solve):
     """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
 
-    def __init__(self, problem: base.Equation, tol: float, outcome: Outcome) -> None:
+    def __init__(self, f: _Function, tol: float, outcome: Outcome) -> None:
         identity = Equation(np.empty((1, 0, 0)), lambda S: S, lambda S, F: S, tol, check_stability=True)
-        super().__init__(identity, np.zeros_like(problem.start)[None], problem.start[None], outcome)
-        self.problem = problem
-        self.first = np.full(problem.samples, np.nan)
+        start = f.equation.start
+        super().__init__(identity, np.zeros_like(start)[None], start[None], outcome)
+        self.f, self.sizes = f, _Sizes(f.equation, tol)
+        self.outset = np.full(f.equation.samples, np.nan)
 
     def product(self, rows: _Rows, V: Array) -> Array:
-        return _real(self.problem, V, rows.index)
+        return self.f.real(V, rows.index)
+
+    def size(self, V: Array) -> Array:
+        return self.sizes(V)
+
+    def scale(self, rows: _Rows) -> Array:
+        return self.sizes.reference(self.sizes(rows.F), rows.index)
+
+    def is_near(self, rows: _Rows, scale: Array, spent: Array) -> Array:
+        return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
 
     def jacobian(self, rows: _Rows) -> Array:
-        return _jacobian(self.problem, rows.Z, rows.index)
+        return self.f.jacobian(rows.Z, rows.index)
 
     def newton_direction(self, rows: _Rows) -> Array:
         r = rows.F - rows.Z
-        step, exists = _solve_each(-_conditions_jacobian(self.problem, rows.Z, rows.index), r)
+        step, exists = _solve_each(-self.f.conditions_jacobian(rows.Z, rows.index), r)
+        self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)
 
-    def largest(self, rows: _Rows, residual: Array) -> Array:
-        # By the residual at the start: z may have any unit.
-        new = np.isnan(self.first[rows.index])
-        self.first[rows.index[new]] = residual[new]
-        return np.asarray(_BLOW_UP * np.maximum(self.first[rows.index], 1 + self.floor))
+    def largest(self, rows: _Rows) -> Array:
+        # By the sizes at the start: z may have any unit.
+        new = np.isnan(self.outset[rows.index])
+        fresh = rows.index[new]
+        self.outset[fresh] = np.maximum(self.sizes(rows.Z[new]), self.sizes(rows.F[new]))
+        return np.asarray(_BLOW_UP * self.outset[rows.index])
 
 
 # --- roots ---------------------------------------------------------------------------------------------------
 
 
-def _root(problem: base.Equation, tol: float, limit: int, outcome: Outcome) -> Array:
-    """Newton's method with a line search on ‖f‖, until the step is small; the roots (B, n)."""
-    state = problem.start.copy()
-    floor = 1e-3 * np.sqrt(problem.n)
-    rows = np.arange(problem.samples)
-    Z, F = state.copy(), _real(problem, state, rows)
-    iterations, last = np.ones(len(rows), np.int32), np.full(len(rows), np.inf)
-    for k in range(limit + 1):
-        size = norm(F)
-        step, exists = _solve_each(_conditions_jacobian(problem, Z, rows), -F)
-        length = np.where(exists, norm(step), np.where(size == 0, 0, np.inf))
-        relative = length / np.maximum(norm(Z), floor)
-        done, broken = relative <= tol, ~np.isfinite(size)
-        stuck = ~exists if k < limit else np.ones_like(exists)
-        moving = ~(done | broken | stuck)
-        if moving.any():
-            z, f, evaluations, better = _search_line(problem, Z[moving], step[moving], size[moving], rows[moving])
-            stuck[np.flatnonzero(moving)[~better]] = True
-            iterations[moving] += evaluations
-        ended = done | broken | stuck
-        status = np.where(done, CONVERGED, np.where(broken, NON_FINITE, MAX_ITERATIONS))
-        rate = np.where(np.isfinite(last), length / last, 0)
-        outcome.merge(
-            rows[ended], status[ended], iterations[ended], np.where(broken, np.nan, relative)[ended], rate[ended]
+class _Root:
+    """Newton's method with a line search on ‖f‖ until the step is small, and Powell's hybrid method for what it leaves."""
+
+    def __init__(self, f: _Function, tol: float, solver: Solver) -> None:
+        self.f, self.tol, self.limit = f, tol, int(solver.max_iterations)  # type: ignore[attr-defined]
+        self.hybrid = isinstance(solver, Auto)
+        self.sizes = _Sizes(f.equation, tol)
+
+    def run(self, outcome: Outcome) -> Array:
+        """The roots (B, n)."""
+        start = self.f.equation.start
+        samples = np.arange(len(start))
+        first = max(self.limit // 5, min(self.limit, 60)) if self.hybrid else self.limit
+        Z, status, evaluations, residual, rate = self.newton(start, samples, np.zeros(len(start), np.int32), first)
+        for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
+            for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
+                if evaluations[k] >= self.limit:
+                    break
+                z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
+                evaluations[k] += used
+                one = slice(k, k + 1)
+                found = self.newton(z[None], samples[one], evaluations[one], self.limit)
+                if found[1][0] == CONVERGED or factor == 0.1:
+                    Z[one], status[one], evaluations[one], residual[one], rate[one] = found
+                    if status[k] == CONVERGED:
+                        break
+                else:
+                    evaluations[one] = found[2]
+        outcome.merge(samples, status, evaluations, residual, rate)
+        return Z
+
+    def newton(self, start: Array, rows: Array, used: Array, limit: int) -> tuple[Array, ...]:
+        """Roots, statuses, evaluations (``used`` before), relative steps and rates of the samples ``rows``."""
+        f, sizes, count = self.f, self.sizes, len(rows)
+        Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
+        evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
+        last = np.full(count, np.inf)
+        F = np.full_like(Z, np.nan)
+        going = np.flatnonzero(evaluations < limit)
+        if len(going):
+            F[going] = f.real(Z[going], rows[going])
+            evaluations[going] += 1
+        while len(going):
+            index, z, c = rows[going], Z[going], F[going]
+            merit = _length(c)
+            step, exists = _solve_each(f.conditions_jacobian(z, index), -c)
+            length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
+            size = sizes(z)
+            reference = sizes.reference(size, index)
+            quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
+            spent = evaluations[going] >= limit
+            done = sizes.near(length, size, index, quotient, spent)
+            broken = ~np.isfinite(merit)
+            residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
+            rate[going], last[going] = quotient, length
+            # The last step is there, and as good as another iteration.
+            Z[going] = np.where((done & exists)[:, None], z + step, z)
+            status[going] = np.where(
+                done, CONVERGED, np.where(broken, NON_FINITE, np.where(exists, MAX_ITERATIONS, SINGULAR))
+            )
+            moving = ~(done | broken | ~exists | spent)
+            going, step, merit = going[moving], step[moving], merit[moving]
+            going = self.search(Z, F, rows, going, step, merit, evaluations, status, limit)
+        return Z, status, evaluations, residual, rate
+
+    def search(
+        self,
+        Z: Array,
+        F: Array,
+        rows: Array,
+        going: Array,
+        step: Array,
+        merit: Array,
+        evaluations: Array,
+        status: Array,
+        limit: int,
+    ) -> Array:
+        """z + t step with t halved until ‖f‖ decreases; returns those of ``going`` where it did."""
+        base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
+        while t >= _SMALLEST_STEP:
+            trying = np.flatnonzero(~better & (evaluations[going] < limit))
+            if not len(trying):
+                break
+            z = base[trying] + base.dtype.type(t) * step[trying]
+            c = self.f.real(z, rows[going[trying]])
+            evaluations[going[trying]] += 1
+            good = _length(c) < (1 - 1e-4 * t) * merit[trying]
+            Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
+            better[trying[good]] = True
+            t /= 2
+        status[going[~better & (evaluations[going] < limit)]] = SINGULAR
+        return going[better]
+
+    def powell(self, start: Array, sample: int, budget: int, factor: float, scaled: bool) -> tuple[Array, int]:
+        """MINPACK's hybrid method by SciPy, on unknowns and conditions of the size 1; the best iterate, and evaluations."""
+        from scipy import optimize
+
+        f, row = self.f, np.array([sample])
+        dtype, used = start.dtype, 0
+        best, best_merit = start.copy(), np.inf
+        c0 = f.real(start[None], row)
+        used += 1
+        unit_of_c = float(_length(c0)[0])
+        unit = float(self.sizes(start[None])[0]) if isinstance(self.sizes.weights, float) else 1.0
+        units = np.full(len(start), unit) if isinstance(self.sizes.weights, float) else 1 / self.sizes.weights
+        units = np.where(units > 0, units, 1.0)
+        if not (np.isfinite(unit_of_c) and unit_of_c > 0):
+            return best, used
+
+        def conditions(x: Array) -> Array:
+            nonlocal used, best, best_merit
+            if used >= budget:
+                raise _SpentError
+            used += 1
+            z = (x * units).astype(dtype)
+            c = f.real(z[None], row)[0].astype(np.float64) / unit_of_c
+            if not np.isfinite(c).all():
+                return np.full(len(x), 1e30)
+            if (merit := float(np.linalg.norm(c))) < best_merit:
+                best, best_merit = z, merit
+            return c
+
+        def jacobian(x: Array) -> Array:
+            z = (x * units).astype(dtype)
+            J = f.conditions_jacobian(z[None], row)[0].astype(np.float64) * units / unit_of_c
+            return np.where(np.isfinite(J), J, 0)
+
+        options = {"factor": factor, "xtol": 1e-13, "maxfev": budget} | (
+            {} if scaled else {"diag": np.ones(len(start))}
         )
-        # The last step is there, and as good as another iteration.
-        state[rows[ended]] = np.where((done & exists)[:, None], Z + step, Z)[ended]
-        if ended.all():
-            break
-        Z, F, rows = z[better], f[better], rows[~ended]
-        iterations, last = iterations[~ended], length[~ended]
-    return state
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimize.root(
+                    conditions, start.astype(np.float64) / units, jac=jacobian, method="hybr", options=options
+                )
+        except _SpentError:
+            pass
+        return best, used
 
 
-def _search_line(
-    problem: base.Equation, Z: Array, step: Array, size: Array, rows: Array
-) -> tuple[Array, Array, Array, Array]:
-    """z + t step with t halved until ‖f‖ decreases: z, f, evaluations, and whether it did."""
-    z, f = Z.copy(), Z.copy()
-    evaluations, better = np.zeros(len(Z), np.int32), np.zeros(len(Z), bool)
-    t = 1.0
-    while t >= _SMALLEST_STEP and not better.all():
-        trying = np.flatnonzero(~better)
-        z[trying] = Z[trying] + Z.dtype.type(t) * step[trying]
-        f[trying] = _real(problem, z[trying], rows[trying])
-        evaluations[trying] += 1
-        better[trying] = norm(f[trying]) < (1 - 1e-4 * t) * size[trying]
-        t /= 2
-    return z, f, evaluations, better
+class _SpentError(Exception):
+    pass
+
+
+def _length(C: Array) -> Array:
+    """Euclidean norms of conditions, one a row, in double precision and without overflow on the way."""
+    W = np.abs(C.astype(np.float64))
+    unit = W.max(axis=-1, initial=0)
+    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
+    return np.asarray(unit * np.sqrt(np.einsum("bi,bi->b", W / unit[:, None], W / unit[:, None])))

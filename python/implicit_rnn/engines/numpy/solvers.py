@@ -122,7 +122,7 @@ class _Solve:
             self.rows.R = np.repeat(equation.R, samples, axis=0)
 
     def run(self, solver: Solver) -> tuple[Array, Array, Array]:
-        self.limit[...] = solver.max_iterations
+        self.limit[...] = solver.max_iterations  # type: ignore[attr-defined]
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             _METHODS[type(solver)](self, solver)
         return self.Z.reshape(self.shape), self.S.reshape(self.shape), self.F.reshape(self.shape)
@@ -146,20 +146,20 @@ class _Solve:
         rows, equation = self.rows, self.equation
         rows.S = self.product(rows, rows.Z) + rows.U
         rows.F = equation.f(rows.S)
-        residual = norm(rows.F - rows.Z)
+        residual = self.size(rows.F - rows.Z)
         scale = self.scale(rows)
         rate = np.where(np.isfinite(rows.residual), (residual / rows.residual) ** (1 / steps), 0)
         rows.residual, rows.iterations = residual, rows.iterations + steps
         self.rate = rate
         spent = rows.iterations >= self.limit[rows.index]
         broken = ~np.isfinite(residual)
-        converged = ~broken & (residual <= equation.tol * scale)
-        diverged = broken | (residual > self.largest(rows, residual))
+        converged = ~broken & self.is_near(rows, scale, spent)
+        diverged = broken | (residual > self.largest(rows))
         rescued = np.zeros_like(diverged) if self.rescued is None else diverged & ~spent
         if rescued.any():
             again = rows.take(rescued)
             again.Z, again.residual = np.zeros_like(again.Z), np.full_like(again.residual, np.inf)
-            self.rescued.append(again)
+            self.rescued.append(again)  # type: ignore[union-attr]
         left = ~(converged | diverged | spent)
         if left.all():
             return extra
@@ -172,7 +172,15 @@ class _Solve:
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
 
-    def largest(self, rows: _Rows, residual: Array) -> Array | float:
+    def size(self, V: Array) -> Array:
+        """Of vectors, one a row."""
+        return norm(V)
+
+    def is_near(self, rows: _Rows, scale: Array, spent: Array) -> Array:
+        """Whether rows whose residual is known have converged; ``spent`` are those without another evaluation."""
+        return np.asarray(rows.residual <= self.equation.tol * scale)
+
+    def largest(self, rows: _Rows) -> Array | float:
         """The residual above which a row has diverged."""
         return float(_BLOW_UP * (1 + self.floor))
 

@@ -1,0 +1,288 @@
+"""Equations are never silently wrong: units, memory that f reuses, derivatives of every row, the count of evaluations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import implicit_rnn as irnn
+from implicit_rnn import Anderson, Auto, Newton, NLsolve, Picard, Status, fixed_point, root
+from implicit_rnn.errors import DerivativeWarning
+
+KINDS = ["python", pytest.param("julia", marks=pytest.mark.julia)]
+
+
+def either(kind: str, function: Callable[..., Any], code: str) -> Any:
+    return function if kind == "python" else irnn.julia(code)
+
+
+# --- units ---------------------------------------------------------------------------------------------------
+
+FIXED_POINT_SOLVERS = [Auto(), Picard(), Anderson(), Newton()]
+ROOT_SOLVERS = [Auto(), Newton()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_fixed_point_does_not_depend_on_the_unit(kind, dtype):
+    f = either(
+        kind,
+        lambda z, u: u * np.cos(z[::-1] / u) / 2 + 0.3 * z,
+        "(z, u) -> u .* cos.(reverse(z) ./ u) ./ 2 .+ oftype(u, 0.3) .* z",
+    )
+    tolerance = 1e-8 if dtype == np.float64 else 2e-6
+    for solver in [*FIXED_POINT_SOLVERS, *([NLsolve()] if kind == "julia" else [])]:
+        expected = fixed_point(f, np.array([0.5, 2.0], dtype), args=(dtype(1),), solver=solver).value
+        for k in range(-18, 19, 4):
+            unit = dtype(10.0) ** dtype(k)
+            sol = fixed_point(f, np.array([0.5, 2.0], dtype) * unit, args=(unit,), solver=solver)
+            np.testing.assert_allclose(sol.value / unit, expected, rtol=tolerance, err_msg=f"{solver} at 10^{k}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_root_does_not_depend_on_the_unit(kind, dtype):
+    f = either(kind, lambda z, u: (z / u) ** 3 + z / u - 5, "(z, u) -> (z ./ u) .^ 3 .+ z ./ u .- 5")
+    tolerance = 1e-8 if dtype == np.float64 else 2e-6
+    for solver in [*ROOT_SOLVERS, *([NLsolve()] if kind == "julia" else [])]:
+        expected = root(f, np.array([3.0], dtype), args=(dtype(1),), solver=solver).value
+        for k in range(-18, 19, 4):
+            unit = dtype(10.0) ** dtype(k)
+            sol = root(f, np.array([3.0], dtype) * unit, args=(unit,), solver=solver)
+            np.testing.assert_allclose(sol.value / unit, expected, rtol=tolerance, err_msg=f"{solver} at 10^{k}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solutions_far_below_1_are_found(kind):
+    small = either(kind, lambda z: 0.3 * z + 7e-17, "z -> 0.3 .* z .+ 7e-17")
+    np.testing.assert_allclose(fixed_point(small, [0.0]).value, 1e-16, rtol=1e-9)
+    square = either(kind, lambda z: z**2 - 4e-26, "z -> z .^ 2 .- 4e-26")
+    np.testing.assert_allclose(root(square, [1e-12]).value, 2e-13, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_solution_of_exactly_zero_converges(kind):
+    halve = either(kind, lambda z: 0.5 * np.sin(z), "z -> 0.5 .* sin.(z)")
+    for solver in FIXED_POINT_SOLVERS:
+        sol = fixed_point(halve, [1.0], solver=solver)
+        assert abs(sol.value[0]) < 1e-14, solver
+    sine = either(kind, np.sin, "z -> sin.(z)")
+    assert abs(root(sine, [0.5]).value[0]) < 1e-14
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_entries_of_very_different_sizes_are_found_each_with_its_scale(kind):
+    f = either(
+        kind,
+        lambda z: np.array([0.9 * z[0] + 1e-13, 0.1 * z[1] + 9e5]),
+        "z -> [0.9 * z[1] + 1e-13, 0.1 * z[2] + 9e5]",
+    )
+    sol = fixed_point(f, [0.0, 0.0], scale=[1e-12, 1e6], solver=Picard())
+    np.testing.assert_allclose(sol.value, [1e-12, 1e6], rtol=1e-8)
+
+
+# --- memory that f reuses ------------------------------------------------------------------------------------
+
+
+def test_function_that_reuses_its_memory_gives_each_sample_its_own_answer():
+    memory = np.empty(1)
+
+    def f(z, a):
+        return np.sin(a * z + 1, out=memory) if np.isrealobj(a * z) else np.sin(a * z + 1)
+
+    a = np.array([0.1, 0.5, 0.9])
+    sol = fixed_point(f, np.zeros((3, 1)), args=(a,), batched="a")
+    expected = fixed_point(lambda z, a: np.sin(a * z + 1), np.zeros((3, 1)), args=(a,), batched="a")
+    np.testing.assert_allclose(sol.value, expected.value)
+    np.testing.assert_allclose(sol.jacobian("a"), expected.jacobian("a"), rtol=1e-6)
+
+
+def test_vectorized_function_that_reuses_its_memory_has_its_derivative():
+    memory: dict[Any, np.ndarray] = {}
+
+    def f(z, a):
+        argument = a[:, None] * z + 1
+        out = memory.setdefault((argument.dtype, argument.shape), np.empty_like(argument))
+        return np.sin(argument, out=out)
+
+    a = np.array([0.1, 0.5])
+    sol = fixed_point(f, np.zeros((2, 1)), args=(a,), batched="a", vectorized=True)
+    expected = fixed_point(lambda z, a: np.sin(a * z + 1), np.zeros((2, 1)), args=(a,), batched="a")
+    np.testing.assert_allclose(sol.jacobian("a"), expected.jacobian("a"), rtol=1e-6)
+
+
+def test_function_that_writes_to_its_argument_harms_nothing():
+    def f(z, a):
+        z *= a
+        return np.cos(z)
+
+    np.testing.assert_allclose(fixed_point(f, [0.5], args=(0.8,)).value, [0.8014178535169356])
+
+
+# --- derivatives of every row --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kinked", "slope"),
+    [
+        (lambda z, a: np.where(a > 0, 0.5, 1) * np.abs(a) + 0 * z, lambda a: np.where(a > 0, 0.5, -1.0)),
+        (lambda z, a: np.interp(np.real(a), [-9, 0, 9], [9, 0, 18]) + 0 * z, lambda a: np.where(a > 0, 2.0, -1.0)),
+        (lambda z, a: np.real(a) ** 2 + 0 * z, lambda a: 2 * a),
+        (lambda z, a: (a if np.real(a) > 5 else np.real(a)) * 3 + 0 * z, lambda a: np.full_like(a, 3)),
+    ],
+    ids=["abs", "table", "real part", "comparison"],
+)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_rows_behind_the_first_have_the_right_derivative_too(kinked, slope, backwards):
+    a = np.concatenate([np.linspace(6, 8, 12), np.linspace(-4, -0.5, 5)])
+    a = a[::-1] if backwards else a
+    sol = fixed_point(kinked, np.zeros((len(a), 1)), args=(a,), batched="a")
+    np.testing.assert_allclose(sol.vjp(np.ones((len(a), 1)))["a"], slope(a), rtol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-12, 1e-6, 1.0, 1e9])
+def test_difference_steps_are_scaled_to_the_argument(size):
+    def f(z, c):
+        return np.array([float(np.real(c[0]) ** 2 / size)]) + 0 * z.real  # analytic to nobody
+
+    sol = fixed_point(f, [0.0], args=([3 * size],))
+    np.testing.assert_allclose(sol.jacobian("c"), [[6.0]], rtol=1e-6)
+
+
+def test_derivative_at_an_argument_of_zero_is_right():
+    sol = fixed_point(lambda z, c: np.sin(np.real(c)) + np.real(c) ** 2 + 0 * z.real, [0.3], args=([0.0],))
+    np.testing.assert_allclose(sol.jacobian("c"), [[1.0]], rtol=1e-6)
+
+
+def test_kink_gives_nan_and_a_warning_instead_of_a_number():
+    with pytest.warns(
+        DerivativeWarning, match="no trustworthy derivative with respect to a at the solution of 1 samples"
+    ):
+        J = fixed_point(lambda z, a: np.abs(a) + 0 * z.real, [0.3], args=([0.0],)).jacobian("a")
+    assert np.isnan(J).all()
+
+
+def test_smooth_functions_do_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sol = fixed_point(lambda z, a, b: np.tanh(a * z + b) * np.exp(-(z**2)), [0.3], args=(0.5, 0.1))
+        sol.vjp([1.0])
+
+
+# --- evaluations, statuses, forms ----------------------------------------------------------------------------
+
+
+class Counted:
+    def __init__(self, f: Callable[..., Any]) -> None:
+        self.f, self.real_calls = f, 0
+
+    def __call__(self, z: Any) -> Any:
+        return self.f(z)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("allowed", [1, 2, 3, 7, 20])
+def test_no_more_evaluations_than_allowed(kind, allowed):
+    slow = either(kind, lambda z: np.tanh(1.4 * z[::-1]) + 0.01, "z -> tanh.(1.4 .* reverse(z)) .+ 0.01")
+    for solver in FIXED_POINT_SOLVERS:
+        limited = type(solver)(max_iterations=allowed)
+        sol = fixed_point(slow, np.linspace(0.1, 1, 16), solver=limited, on_failure="ignore")
+        assert sol.iterations.max() <= allowed, limited
+    hard = either(
+        kind,
+        lambda z: np.array([10 * (z[1] - z[0] ** 2), 1 - z[0]]),
+        "z -> [10 * (z[2] - z[1]^2), 1 - z[1]]",
+    )
+    for solver in ROOT_SOLVERS:
+        sol = root(hard, [-1.2, 1.0], solver=type(solver)(max_iterations=allowed), on_failure="ignore")
+        assert sol.iterations.max() <= allowed, solver
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_singular_jacobian_has_its_own_status_and_remedy(kind):
+    f = either(kind, lambda z: np.array([z[0] + z[1] - 1, z[0] + z[1] - 2]), "z -> [z[1] + z[2] - 1, z[1] + z[2] - 2]")
+    sol = root(f, [0.0, 0.0], on_failure="ignore")
+    assert sol.status.tolist() == [Status.SINGULAR]
+    with pytest.raises(irnn.ConvergenceError, match=r"1 singular.*the Jacobian has no inverse"):
+        root(f, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_number_for_one_unknown(kind):
+    sol = root(either(kind, lambda z, a: z**2 - a, "(z, a) -> z^2 - a"), 1.0, args=(2.0,))
+    assert sol.value.shape == ()
+    np.testing.assert_allclose(sol.value, np.sqrt(2))
+    np.testing.assert_allclose(sol.vjp(1.0)["a"], 1 / (2 * np.sqrt(2)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_result_of_one_unknown_may_be_a_number(kind):
+    sol = root(either(kind, lambda z, a: z[0] ** 2 - a, "(z, a) -> z[1]^2 - a"), [1.0], args=(2.0,))
+    np.testing.assert_allclose(sol.value, [np.sqrt(2)])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuple_is_refused_in_our_own_words(kind):
+    f = either(kind, lambda z: (z[0], z[1]), "z -> (z[1], z[2])")
+    with pytest.raises((TypeError, ValueError), match="f returned a tuple of 2; expected"):
+        fixed_point(f, [0.5, 0.5])
+
+
+# --- hard systems --------------------------------------------------------------------------------------------
+
+
+def brown(z):
+    return np.append(z[:-1] + z.sum() - (len(z) + 1), np.prod(z) - 1)
+
+
+def helical_valley(z):
+    angle = np.arctan2(z[1].real, z[0].real) / (2 * np.pi)
+    return np.array([10 * (z[2] - 10 * angle), 10 * (np.hypot(z[0].real, z[1].real) - 1), z[2]])
+
+
+def powell_badly_scaled(z):
+    return np.array([1e4 * z[0] * z[1] - 1, np.exp(-z[0]) + np.exp(-z[1]) - 1.0001])
+
+
+def broyden_tridiagonal(z):
+    return (3 - 2 * z) * z - np.append(0, z[:-1]) - 2 * np.append(z[1:], 0) + 1
+
+
+def trigonometric(z):
+    n = len(z)
+    return n - np.cos(z).sum() + np.arange(1, n + 1) * (1 - np.cos(z)) - np.sin(z)
+
+
+def rosenbrock(z):
+    return np.array([10 * (z[1] - z[0] ** 2), 1 - z[0]])
+
+
+SYSTEMS = {
+    "Brown": (brown, np.full(10, 0.5)),
+    "helical valley": (helical_valley, np.array([-1.0, 0.0, 0.0])),
+    "Powell badly scaled": (powell_badly_scaled, np.array([0.0, 1.0])),
+    "Broyden": (broyden_tridiagonal, np.full(10, -1.0)),
+    "Rosenbrock": (rosenbrock, np.array([-1.2, 1.0])),
+    "trigonometric": (trigonometric, np.full(10, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize("far", [1, 10, 100])
+def test_what_minpack_solves_is_solved_and_nothing_wrong_is_called_converged(name, far):
+    from scipy import optimize
+
+    f, start = SYSTEMS[name]
+    start = start * far
+    sol = root(f, start, on_failure="ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peer = optimize.root(f, start, method="hybr")
+    if peer.success and np.linalg.norm(f(peer.x)) < 1e-8:
+        assert sol.converged.all(), sol
+    if sol.converged.all():
+        assert np.linalg.norm(f(sol.value)) < 1e-6 * max(1, np.abs(sol.value).max())
