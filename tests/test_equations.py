@@ -461,10 +461,10 @@ def test_a_wrong_shape_from_a_vectorized_function_is_refused():
 @pytest.mark.julia
 @pytest.mark.parametrize(
     ("text", "came"),
-    [("z -> [1.0, 2.0]", r"shape \(2,\)"), ("z -> z[1]", "a Float64"), ("z -> ones(1, 1)", r"shape \(1, 1\)")],
+    [("z -> [1.0, 2.0]", r"shape \(2,\)"), ("z -> ones(1, 1)", r"shape \(1, 1\)")],
 )
 def test_a_wrong_shape_from_julia_is_refused(text, came):
-    with pytest.raises(ValueError, match=f"f returned .*{came}; expected a vector of 1 entry, like z"):
+    with pytest.raises(ValueError, match=f"f returned .*{came}; expected a vector of 1 entry, or a number, like z"):
         fixed_point(irnn.julia(text), [0.5])
 
 

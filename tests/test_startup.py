@@ -42,7 +42,7 @@ def test_numpy_engine_starts_nothing_of_julia(run_python: RunPython):
         import sys
         import implicit_rnn as irnn
         net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="numpy")
-        net.fit([[0, 1]], [0], epochs=2)
+        net.fit([[0, 1]], [[0]], epochs=2)
         print([m for m in {HEAVY} if m in sys.modules])
     """
     assert run_python(code).stdout == "[]\n"
@@ -57,7 +57,7 @@ FALLBACK = """
         warnings.simplefilter("always")
         for _ in range(2):
             net = irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0)
-            net.fit([[0, 1], [1, 0]], [0, 1], epochs=3)
+            net.fit([[0, 1], [1, 0]], [[0], [1]], epochs=3)
             net.predict([[0, 1]])
         irnn.get_engine()
     print(json.dumps({

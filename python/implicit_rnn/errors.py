@@ -37,6 +37,10 @@ class ConvergenceWarning(UserWarning):
     """As ConvergenceError, for ``on_failure="warn"``."""
 
 
+class ScaleWarning(UserWarning):
+    """Samples or targets are far from unit scale, at which networks learn."""
+
+
 class DerivativeWarning(UserWarning):
     """A Python function has no derivative at the solution that its values would bear out; NaN stands for it."""
 

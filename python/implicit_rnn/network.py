@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, DTypeLike
 
 from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
@@ -73,7 +73,7 @@ class Network:
         skips: Iterable[tuple[int, int]] = (),
         input_skips: Iterable[int] = (),
         constraint: Constraint | str = Perron(),
-        dtype: str = "float64",
+        dtype: DTypeLike = "float64",
         seed: int | None = None,
         engine: str | None = None,
     ) -> None:
@@ -82,8 +82,12 @@ class Network:
         self._set_up(topology, dtype, engine)
         self._initialise(np.random.default_rng(seed))
 
-    def _set_up(self, topology: Topology, dtype: str, engine: str | None) -> None:
-        if dtype not in ("float64", "float32"):
+    def _set_up(self, topology: Topology, dtype: DTypeLike, engine: str | None) -> None:
+        try:
+            name = "" if dtype is None else np.dtype(dtype).name
+        except TypeError:
+            name = ""
+        if name not in ("float64", "float32"):
             raise ValueError(f"dtype is {dtype!r}; expected 'float64' or 'float32'")
         check_engine(engine)
         self.topology = topology
@@ -119,7 +123,7 @@ class Network:
 
     @parameters.setter
     def parameters(self, values: ArrayLike) -> None:
-        array = np.asarray(values)
+        array = as_real("parameters", values, self.dtype)
         if array.shape != self._parameters.shape:
             raise ValueError(f"parameters has shape {array.shape}; expected {self._parameters.shape}")
         self._parameters[...] = array

@@ -5,11 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import os
+from numbers import Real
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from implicit_rnn.errors import ScaleWarning, warn
+
 _CONVERTIBLE = "biuf"
+
+LARGEST_SCALE, LARGEST_RATIO = 100.0, 1000.0
+"""Means and spreads of a column, and quotients of the spreads of two, beyond which nets do not learn."""
 
 
 def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
@@ -19,6 +26,12 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     else.
     """
     array = _as_array(name, value)
+    if array.dtype.kind == "O":
+        array = _numbers(name, array)
+    if array.dtype.kind == "c":
+        raise TypeError(
+            f"{name} has dtype {array.dtype}; expected real numbers: pass {name}.real if the rest means nothing"
+        )
     if array.dtype.kind not in _CONVERTIBLE:
         raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.itemsize > 8:
@@ -58,10 +71,16 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
 
 
 def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> np.ndarray:
-    """Targets as a (samples, outputs) array; a vector is accepted for a single output."""
+    """Targets as a (samples, outputs) array.
+
+    A vector is refused: beside predictions (samples, 1) it broadcasts to (samples, samples), silently.
+    """
     array = _as_array(name, value)
-    if array.ndim == 1 and outputs == 1:
-        array = array[:, None]
+    if array.ndim == 1 and outputs == 1 and len(array) == samples:
+        raise ValueError(
+            f"{name} has shape {array.shape}, but predictions have shape ({samples}, 1), and the difference of the two would "
+            f"broadcast to ({samples}, {samples}): pass {name}[:, None], or {name}.reshape(-1, 1)"
+        )
     array = as_samples(name, array, outputs, dtype, "outputs")
     if array.shape[0] != samples:
         raise ValueError(f"{name} has {array.shape[0]} samples, X has {samples}")
@@ -88,10 +107,72 @@ def _memory() -> float:
         return math.inf
 
 
+def warn_of_scale(name: str, array: np.ndarray) -> None:
+    """Warn, at most once, of columns (samples, columns) that are so far from unit scale that training will come to nothing."""
+    if len(array) < 2:
+        return
+    columns = array.astype(np.float64)
+    mean, spread = columns.mean(axis=0), columns.std(axis=0)
+    varied = spread > 1e-12 * np.maximum(np.abs(mean), 1e-300)
+    far = np.flatnonzero((np.abs(mean) > LARGEST_SCALE) | (spread > LARGEST_SCALE))
+    if len(far):
+        k = int(far[0])
+        what = f"column {k} of {name} has mean {mean[k]:.3g} and standard deviation {spread[k]:.3g}"
+    elif varied.any() and spread[varied].max() > LARGEST_RATIO * spread[varied].min():
+        big, small = (int(np.flatnonzero(varied)[f(spread[varied])]) for f in (np.argmax, np.argmin))
+        what = f"columns {big} and {small} of {name} have standard deviations {spread[big]:.3g} and {spread[small]:.3g}"
+    else:
+        return
+    warn(
+        f"{what}; networks learn from numbers around 1: standardise it, ({name} - {name}.mean(0)) / {name}.std(0), and undo that "
+        "in what is predicted",
+        ScaleWarning,
+    )
+
+
+def _numbers(name: str, array: np.ndarray) -> np.ndarray:
+    """An array of Python objects as numbers, if they all are."""
+    kinds = {type(entry).__name__ for entry in array.reshape(-1) if not isinstance(entry, Real | np.bool_)}
+    if kinds:
+        raise TypeError(
+            f"{name} has dtype object with entries of type {', '.join(sorted(kinds))}; expected real numbers in all of them"
+        )
+    return array.astype(np.float64)
+
+
 def _as_array(name: str, value: ArrayLike) -> np.ndarray:
-    if isinstance(value, np.ndarray):
+    if type(value) is np.ndarray:
         return value
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise TypeError(
+                f"{name} is a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which have no value here: "
+                f"fill them, {name}.filled(number), or leave their samples out"
+            )
+        return np.ma.getdata(value)
+    if hasattr(value, "toarray") and hasattr(value, "nnz"):
+        raise TypeError(f"{name} is a sparse {type(value).__name__}; expected a dense array: pass {name}.toarray()")
+    if hasattr(value, "iloc"):
+        return _from_pandas(name, value)
     try:
         return np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} is no array of numbers: {error}") from error
+
+
+def _from_pandas(name: str, table: Any) -> np.ndarray:
+    """A data frame or series, also of nullable or of different dtypes, as one array."""
+    missing = table.isna()
+    if bool(np.asarray(missing).any()):
+        raise ValueError(
+            f"{name} has {int(np.asarray(missing).sum())} missing values; fill them, or leave their samples out"
+        )
+    columns = [table[column] for column in table.columns] if hasattr(table, "columns") else [table]
+    for column in columns:
+        if str(column.dtype) == "category" or getattr(column.dtype, "kind", "?") not in _CONVERTIBLE + "O":
+            raise TypeError(
+                f"{name} has a column {column.name!r} of dtype {column.dtype}; expected numbers: encode it, for example with "
+                "pandas.get_dummies"
+            )
+    array = np.asarray(table)
+    return _numbers(name, array) if array.dtype.kind == "O" else array

@@ -57,7 +57,7 @@ class BinaryCrossEntropy(Loss):
     """
 
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
-        """Labels 0 and 1, or probabilities, (samples, outputs) or (samples,) for one output."""
+        """Labels 0 and 1, or probabilities, (samples, outputs)."""
         targets = super().targets(name, Y, samples, outputs, dtype)
         if targets.min() < 0 or targets.max() > 1:
             raise ValueError(
@@ -81,6 +81,8 @@ class CrossEntropy(Loss):
                 "cross-entropy needs an output per class, at least 2; for one output use BinaryCrossEntropy"
             )
         array = np.asarray(Y)
+        if array.size == samples and array.dtype.kind in "OUSf" and array.ndim == 2 and outputs > 1:
+            array = array.reshape(-1)
         if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
             return _one_hot(name, array.reshape(-1), samples, outputs, dtype)
         targets = super().targets(name, array, samples, outputs, dtype)
@@ -103,15 +105,23 @@ def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype
     weights = as_real(name, value, np.dtype(np.float64))
     if weights.shape != (samples,):
         raise ValueError(f"{name} has shape {weights.shape}; expected ({samples},), one weight per sample")
-    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+    if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.max() > 0):
         raise ValueError(f"{name} must be finite and not negative, with a sum above zero")
+    weights = weights / weights.max()  # the sum of large ones would overflow
     return np.ascontiguousarray(weights / weights.mean(), dtype)
 
 
 def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dtype) -> Array:
-    if labels.dtype.kind not in "biu":
+    if labels.dtype.kind == "O" and all(isinstance(label, int | np.integer) for label in labels):
+        labels = labels.astype(np.int64)
+    if labels.dtype.kind == "f" and (labels == np.round(labels)).all():
         raise TypeError(
             f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: pass {name}.astype(int)"
+        )
+    if labels.dtype.kind not in "biu":
+        raise TypeError(
+            f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: "
+            f"classes, labels = np.unique({name}, return_inverse=True) makes such labels, and classes[k] is the name of label k"
         )
     if len(labels) != samples:
         raise ValueError(f"{name} has {len(labels)} samples, X has {samples}")

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
-from implicit_rnn.model.losses import Loss, as_weights
+from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, as_weights
 from implicit_rnn.model.optimizers import Adam, Guard, Optimizer
 from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
 from implicit_rnn.training.checkpoints import Checkpoint, restore
@@ -20,7 +20,7 @@ from implicit_rnn.training.loop import Training, Watch
 from implicit_rnn.training.schedules import Schedule
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import Callback, EarlyStopping
-from implicit_rnn.validation import as_samples
+from implicit_rnn.validation import as_samples, warn_of_scale
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network
@@ -46,7 +46,7 @@ def fit_many(
     restore_best: bool = False,
     early_stopping: EarlyStopping | None = None,
     guard: Guard = Guard(),
-    callbacks: Sequence[Callback] = (),
+    callbacks: Sequence[Callback] | Callback = (),
     callback_every: int = 1,
     checkpoint: Checkpoint | str | Path | None = None,
     resume: str | Path | None = None,
@@ -130,6 +130,9 @@ def fit_many(
         raise ValueError("all nets of one call must have the same topology, dtype and engine")
     chosen = options.choose(Loss, loss, "loss")
     samples = _data(first, chosen, "", X, Y, sample_weights)
+    warn_of_scale("X", samples.X)
+    if not isinstance(chosen, CrossEntropy | BinaryCrossEntropy):
+        warn_of_scale("Y", samples.Y)
     held_out = None
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
@@ -162,7 +165,7 @@ def fit_many(
         seed,
     )
     watch = Watch(
-        tuple(callbacks),
+        (callbacks,) if callable(callbacks) else tuple(callbacks),
         options.check_count("callback_every", callback_every),
         Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint,
         progress,
