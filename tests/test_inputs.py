@@ -132,7 +132,7 @@ def test_array_of_objects_is_taken_if_all_are_numbers(X):
 
 
 def test_complex_numbers_are_refused_instead_of_losing_a_part(X):
-    with pytest.raises(TypeError, match=r"X has dtype complex128.*pass X\.real"):
+    with pytest.raises(TypeError, match="X has dtype complex128; expected real numbers"):
         net().predict(X + 0j)
     some = net()
     with pytest.raises(TypeError, match="parameters has dtype complex128"):

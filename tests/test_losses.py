@@ -146,7 +146,7 @@ def test_labels_and_their_one_hot_vectors_are_the_same_targets(net, X):
 @pytest.mark.parametrize("kind", [bool, int, np.int8, np.uint64, float])
 def test_binary_labels_may_be_of_any_kind(engine, kind, X):
     net = make_net(engine, outputs=1)
-    value = net.loss_and_gradient(X, LABELS.astype(kind), loss="binary_cross_entropy")[0]
+    value = net.loss_and_gradient(X, LABELS[:, None].astype(kind), loss="binary_cross_entropy")[0]
     assert value == net.loss_and_gradient(X, LABELS[:, None].astype(float), loss="binary_cross_entropy")[0]
 
 

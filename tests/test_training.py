@@ -269,32 +269,32 @@ def test_training_without_equilibrium_warns_once_and_counts_the_samples(engine):
     with pytest.warns(
         irnn.ConvergenceWarning, match="2 of 3 samples did not reach an equilibrium in epoch 1"
     ) as caught:
-        run = net.fit(X, np.zeros(3), optimizer=irnn.SGD(1e-9), epochs=4, solver=irnn.Picard())
+        run = net.fit(X, np.zeros((3, 1)), optimizer=irnn.SGD(1e-9), epochs=4, solver=irnn.Picard())
     assert len(caught) == 1
     assert run.unconverged[0] == 2
 
 
 def test_training_without_equilibrium_warns_at_the_line_of_its_caller(engine):
     with pytest.warns(irnn.ConvergenceWarning) as caught:
-        make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard())
+        make_oscillating(engine).fit([[0.5]], [[0.0]], epochs=1, solver=irnn.Picard())
     assert caught[0].filename == __file__
 
 
 def test_training_of_many_nets_without_equilibrium_warns_at_the_line_of_its_caller(engine):
     with pytest.warns(irnn.ConvergenceWarning) as caught:
-        irnn.fit_many([make_oscillating(engine)], [[0.5]], [0.0], epochs=1, solver=irnn.Picard())
+        irnn.fit_many([make_oscillating(engine)], [[0.5]], [[0.0]], epochs=1, solver=irnn.Picard())
     assert caught[0].filename == __file__
 
 
 def test_training_without_equilibrium_raises_if_asked_to(engine):
     with pytest.raises(irnn.ConvergenceError, match="1 of 1 samples"):
-        make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard(), on_failure="raise")
+        make_oscillating(engine).fit([[0.5]], [[0.0]], epochs=1, solver=irnn.Picard(), on_failure="raise")
 
 
 def test_training_without_equilibrium_is_silent_if_failures_are_ignored(engine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run = make_oscillating(engine).fit([[0.5]], [0.0], epochs=1, solver=irnn.Picard(), on_failure="ignore")
+        run = make_oscillating(engine).fit([[0.5]], [[0.0]], epochs=1, solver=irnn.Picard(), on_failure="ignore")
     assert run.unconverged.tolist() == [1]
 
 

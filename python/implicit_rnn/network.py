@@ -12,7 +12,6 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
-from implicit_rnn.engines.numpy import constraints as numpy_constraints
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, Perron
 from implicit_rnn.model.losses import Loss, as_weights
@@ -147,19 +146,7 @@ class Network:
     @property
     def recurrent_weights(self) -> Array:
         """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal."""
-        from implicit_rnn.engines.numpy.network import slope_bounds
-
-        R = np.zeros((self.topology.neurons, self.topology.neurons), self.dtype)
-        for block in self.topology.blocks:
-            if block.source != INPUT:
-                R[self.topology.rows[block.to], self.topology.rows[block.source]] = self._weights[block.name]
-        for stage in self.topology.stages:
-            if stage.recurrent:
-                scales = stage.scales.view(self._parameters[None]) if stage.scales else np.empty((1, 0))
-                raw = R[stage.rows, stage.rows][None]
-                slopes = slope_bounds(self.topology, stage)
-                R[stage.rows, stage.rows] = numpy_constraints.apply(self.topology.constraint, raw, scales, slopes)[0]
-        return R
+        return self.topology.recurrent_weights(self._parameters)
 
     @property
     def input_weights(self) -> Array:
@@ -309,9 +296,7 @@ class Network:
 
         >>> run = net.fit(X, Y, optimizer=Adam(1e-2), schedule="cosine", epochs=300, batch_size=100, validation=(Xv, Yv))
         """
-        unknown = set(settings) - set(training.SETTINGS)
-        if unknown:
-            raise TypeError(f"fit has no setting {', '.join(sorted(unknown))}; it has {', '.join(training.SETTINGS)}")
+        options.check_names("fit", "setting", settings, training.SETTINGS)
         return training.fit_many([self], X, Y, **settings)[0]
 
     def program(
@@ -328,13 +313,14 @@ class Network:
         except TypeError:  # not hashable, so nothing that could be an option, as is said below
             program = None
         if program is None:
+            through = options.choose(Adjoint, adjoint, "adjoint")
             problem = Problem(
                 self.topology,
                 self.dtype.name,
                 options.choose(Solver, solver, "solver"),
-                options.choose(Adjoint, adjoint, "adjoint"),
+                through,
                 options.choose(Loss, loss, "loss"),
-                check_penalty(jacobian_penalty, adjoint),
+                check_penalty(jacobian_penalty, through),
             )
             program = self._programs[choice] = self.engine.compile(problem)
         return program

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import difflib
+import inspect
+from abc import ABCMeta
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -11,19 +15,19 @@ Value = float | int | str | None
 Kind = TypeVar("Kind", bound="Option")
 
 
-class _OptionType(type):
+class _OptionType(ABCMeta):
     """Refuses misspelt options with a list of the valid ones."""
 
     if not TYPE_CHECKING:
 
         def __call__(cls, *values: Any, **options: Any) -> Any:
-            valid = [option.name for option in fields(cls)]
-            unknown = sorted(set(options) - set(valid))
-            if unknown:
-                raise TypeError(
-                    f"{cls.__name__} has no option {', '.join(unknown)}; its options are {', '.join(valid) or 'none'}"
-                )
+            check_names(cls.__name__, "option", options, [option.name for option in fields(cls)])
             return super().__call__(*values, **options)
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            signature = inspect.signature(cls.__init__)
+            return signature.replace(parameters=list(signature.parameters.values())[1:], return_annotation=cls)
 
 
 @dataclass(frozen=True)
@@ -40,36 +44,68 @@ class Option(metaclass=_OptionType):
         return asdict(self)
 
 
+# --- choice by name ------------------------------------------------------------------------------------------
+
+
 def choose(kind: type[Kind], value: object, argument: str) -> Kind:
     """``value`` if it is a configuration object of that kind, or the one of that name with its defaults."""
     if isinstance(value, kind):
         return value
-    known = _by_name(kind)
-    if isinstance(value, str) and (name := value.lower().replace("_", "")) in known:
-        return known[name]()
-    names = ", ".join(option.__name__ for option in known.values())
+    if isinstance(value, str):
+        return _by_name(kind, value, argument)
     if isinstance(value, type) and issubclass(value, kind):
         raise TypeError(f"{argument} is the class {value.__name__}; pass an object: {value.__name__}()")
-    error = ValueError if isinstance(value, str) else TypeError
-    raise error(f"{argument} is {value!r}; expected one of {names}")
+    raise TypeError(f"{argument} is {value!r}; expected one of {', '.join(_known(kind))}")
+
+
+@lru_cache(maxsize=128)
+def _by_name(kind: type[Kind], value: str, argument: str) -> Kind:
+    known = _known(kind)
+    for name, option in known.items():
+        if name.lower() == value.lower().replace("_", ""):
+            return option()
+    raise ValueError(f"{argument} is {value!r}; expected one of {', '.join(known)}{did_you_mean([value], known)}")
 
 
 def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Kind:
     """The configuration object of that kind, name and options; ``ValueError`` if there is none such."""
-    known = {option.__name__: option for option in _leaves(kind)}
+    known = _known(kind)
     if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
     return known[name](**options)
 
 
-@functools.cache
-def _by_name(kind: type[Kind]) -> dict[str, type[Kind]]:
-    return {option.__name__.lower(): option for option in _leaves(kind)}
-
-
-def _leaves(kind: type[Kind]) -> list[type[Kind]]:
+def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
+    """The classes of that kind of which there are objects, by their names."""
     children = kind.__subclasses__()
-    return [leaf for child in children for leaf in _leaves(child)] if children else [kind]
+    if not children:
+        return {kind.__name__: kind}
+    known: dict[str, type[Kind]] = {}
+    for child in children:
+        if not inspect.isabstract(child):
+            known[child.__name__] = child
+        if child.__subclasses__():
+            known |= _known(child)
+    return known
+
+
+def check_names(owner: str, what: str, given: Iterable[str], valid: Collection[str]) -> None:
+    """``TypeError`` for names that are not valid, such as options of a class or settings of a call."""
+    unknown = sorted(set(given) - set(valid))
+    if unknown:
+        known = f"its {what}s are {', '.join(valid) or 'none'}{did_you_mean(unknown, valid)}"
+        raise TypeError(f"{owner} has no {what} {', '.join(unknown)}; {known}")
+
+
+def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
+    """A question for the valid names that are nearest to misspelt ones, to end a message with; empty if none is near."""
+    plain = {candidate.lower().replace("_", ""): candidate for candidate in valid}
+    near = [difflib.get_close_matches(str(name).lower().replace("_", ""), plain, 1) for name in names]
+    found = [plain[match] for matches in near for match in matches]
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+# --- checks --------------------------------------------------------------------------------------------------
 
 
 def check_count(name: str, value: object) -> int:
@@ -122,8 +158,10 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    """``ValueError`` unless it is one of the valid words."""
     if value not in valid:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, valid))}")
+        expected = f"expected one of {', '.join(map(repr, valid))}{did_you_mean([value], valid)}"
+        raise ValueError(f"{name} is {value!r}; {expected}")
 
 
 FAILURE_POLICIES = ("raise", "warn", "ignore")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 from implicit_rnn.options import Option, check_choice, check_count, check_number, check_positive
@@ -18,6 +19,16 @@ class Solver(Option):
     ``max_iterations`` bounds the evaluations of f, for each sample and stage.
     """
 
+    @property
+    @abstractmethod
+    def tol(self) -> float | None:
+        """The tolerance."""
+
+    @property
+    @abstractmethod
+    def max_iterations(self) -> int:
+        """The largest number of evaluations."""
+
 
 @dataclass(frozen=True)
 class Auto(Solver):
@@ -27,7 +38,9 @@ class Auto(Solver):
     """
 
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 1000
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         _check_solver(self.tol, self.max_iterations)
@@ -38,8 +51,11 @@ class Picard(Solver):
     """z ← (1 - damping) z + damping f(u + R z)."""
 
     damping: float = 1.0
+    """Share of each step that is taken, in (0, 1]."""
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 1000
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         _check_damping(self.damping)
@@ -54,10 +70,15 @@ class Anderson(Solver):
     """
 
     memory: int = 5
+    """Iterates that are combined, from 1 to 10."""
     damping: float = 1.0
+    """Share of each step that is taken, in (0, 1]."""
     ridge: float = 1e-10
+    """Regularisation of the least-squares problem, relative to its size."""
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 500
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         if check_count("memory", self.memory) > 10:
@@ -78,7 +99,9 @@ class Newton(Solver):
     """
 
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 100
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         _check_solver(self.tol, self.max_iterations)
@@ -89,7 +112,9 @@ class Chord(Solver):
     """Newton's method with one matrix for many samples, from their mean slope (Julia engine only)."""
 
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 200
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         _check_solver(self.tol, self.max_iterations)
@@ -103,8 +128,11 @@ class NLsolve(Solver):
     """
 
     method: str = "trust_region"
+    """"trust_region", "newton" or "anderson"."""
     tol: float | None = None
+    """Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 200
+    """Largest number of evaluations of f for each sample and stage."""
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, ("trust_region", "newton", "anderson"))
@@ -130,6 +158,15 @@ def _check_solver(tol: float | None, max_iterations: int) -> None:
 class Adjoint(Option):
     """How the gradient passes through an equilibrium."""
 
+    @property
+    @abstractmethod
+    def needs_equilibrium(self) -> bool:
+        """Whether the gradient is that of the loss at an equilibrium only."""
+
+    def reader(self, solver: Solver) -> Solver:
+        """What computes the outputs of a net whose gradients come from ``solver`` and this adjoint."""
+        return solver
+
 
 @dataclass(frozen=True)
 class Implicit(Adjoint):
@@ -140,8 +177,13 @@ class Implicit(Adjoint):
     """
 
     linear_solver: str = "auto"
+    """"auto", "lu", "neumann", "anderson" or "gmres"."""
     tol: float | None = None
+    """Relative tolerance of the iterative solvers; None is 1e-10 in float64, 1e-6 in float32."""
     max_iterations: int = 200
+    """Largest number of their iterations."""
+
+    needs_equilibrium = True
 
     def __post_init__(self) -> None:
         check_choice("linear_solver", self.linear_solver, ("auto", "lu", "neumann", "anderson", "gmres"))
@@ -152,6 +194,8 @@ class Implicit(Adjoint):
 class JacobianFree(Adjoint):
     """λ = ∂L/∂z, with the inverse of I - RᵀD left out (Fung et al. 2022): cheap, and not the gradient."""
 
+    needs_equilibrium = True
+
 
 @dataclass(frozen=True)
 class Unrolled(Adjoint):
@@ -161,16 +205,23 @@ class Unrolled(Adjoint):
     """
 
     steps: int = 8
+    """Picard iterations."""
+
+    needs_equilibrium = False
+
+    def reader(self, solver: Solver) -> Solver:
+        """The unrolled steps."""
+        return Picard(max_iterations=self.steps)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
 
 
-def check_penalty(weight: float, adjoint: object) -> float:
+def check_penalty(weight: float, adjoint: Adjoint) -> float:
     """The weight of the Jacobian penalty, checked."""
     check_number("jacobian_penalty", weight)
     if not weight >= 0:
         raise ValueError(f"jacobian_penalty must not be negative, got {weight}")
-    if weight > 0 and (isinstance(adjoint, Unrolled) or str(adjoint).lower() == "unrolled"):
-        raise ValueError("jacobian_penalty is taken at an equilibrium, which adjoint=Unrolled() does not have")
+    if weight > 0 and not adjoint.needs_equilibrium:
+        raise ValueError(f"jacobian_penalty is taken at an equilibrium, which adjoint={adjoint.name}() does not have")
     return float(weight)

@@ -29,9 +29,7 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     if array.dtype.kind == "O":
         array = _numbers(name, array)
     if array.dtype.kind == "c":
-        raise TypeError(
-            f"{name} has dtype {array.dtype}; expected real numbers: pass {name}.real if the rest means nothing"
-        )
+        raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.kind not in _CONVERTIBLE:
         raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.itemsize > 8:

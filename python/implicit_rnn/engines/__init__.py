@@ -7,6 +7,7 @@ import threading
 
 from implicit_rnn.engines.base import Engine, Halt, Problem, Program, Quality, Replicas, Samples, Trainer
 from implicit_rnn.errors import EngineError, EngineWarning, warn
+from implicit_rnn.options import check_choice
 
 __all__ = ["ENGINES", "Engine", "Halt", "Problem", "Program", "Quality", "Replicas", "Samples", "Trainer", "get_engine"]
 
@@ -35,7 +36,7 @@ def check_engine(name: str | None) -> str:
     chosen = os.environ.get("IMPLICIT_RNN_ENGINE", "auto") if name is None else name
     if chosen not in ENGINES:
         origin = "IMPLICIT_RNN_ENGINE" if name is None else "engine"
-        raise ValueError(f"{origin} is {chosen!r}; expected one of {', '.join(map(repr, ENGINES))}")
+        check_choice(origin, chosen, ENGINES)
     return chosen
 
 

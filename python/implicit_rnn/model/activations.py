@@ -1,4 +1,4 @@
-"""The activations by name: value, slope and the bound on the slope which the constraints use."""
+"""The activations by name: value, derivatives, and what the constraints ask of them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Activation:
-    """f(s); f′(s) and f″(s), each given s and z = f(s); and sup |f′|."""
+    """An elementwise activation f."""
 
     value: Callable[[Array], Array]
+    """f(s)"""
     slope: Callable[[Array, Array], Array]
+    """f′(s), given s and z = f(s)"""
     curvature: Callable[[Array, Array], Array]
+    """f″(s), given s and z = f(s)"""
     slope_bound: float
+    """sup |f′|"""
+    increasing: bool = True
+    """Whether f′ is never negative."""
 
 
 def _logistic(s: Array) -> Array:
@@ -76,8 +82,8 @@ ACTIVATIONS: dict[str, Activation] = {
         lambda s, z: np.where(s > 0, 0, z + 1),
         1.0,
     ),
-    "gelu": Activation(_gelu, _gelu_slope, _gelu_curvature, 1.1289930687),
-    "silu": Activation(lambda s: s * _logistic(s), _silu_slope, _silu_curvature, 1.0998393202),
+    "gelu": Activation(_gelu, _gelu_slope, _gelu_curvature, 1.1289930687, increasing=False),
+    "silu": Activation(lambda s: s * _logistic(s), _silu_slope, _silu_curvature, 1.0998393202, increasing=False),
     "identity": Activation(lambda s: s, lambda s, z: np.ones_like(s), lambda s, z: np.zeros_like(s), 1.0),
 }
 """The activation of each name; gelu is in its tanh form, silu is also called swish."""

@@ -1,26 +1,77 @@
-"""The constraints on the recurrent weights."""
+"""The constraints on the recurrent weights: what each promises, its formula, the exact derivative and the certificate.
+
+Arrays have a leading axis of S nets: raw weights K and weights in force R (S, n, n), learnt scales (S, n), or (S, 0) for a
+constraint without. ``bounds`` (n,) bounds the slope of each neuron's activation; L = diag(bounds).
+"""
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
+from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.options import Option, check_fraction
+
+Array = np.ndarray
 
 
 @dataclass(frozen=True)
 class Constraint(Option):
     """What is promised of the recurrent weights R, where L is the bound on the slope of the activation."""
 
-    unique: ClassVar[bool] = True
-    """Whether every input has exactly one equilibrium."""
+    @property
+    @abstractmethod
+    def unique(self) -> bool:
+        """Whether every input has exactly one equilibrium."""
+
+    scaled: ClassVar[bool] = False
+    """Whether each stage has learnt scales beside K."""
+    needs_increasing: ClassVar[bool] = False
+    """Whether the promise holds only for activations whose slope is never negative."""
+
+    @abstractmethod
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        """The recurrent weights R in force."""
+
+    @abstractmethod
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        """∂L/∂K and ∂L/∂scales from dR = ∂L/∂R."""
+
+    @abstractmethod
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """Elementwise bound on |z - z*| from elementwise bounds on |f(u + Rz) - z| (S, B, n); NaN if there is none."""
+
+    def check_activations(self, names: Iterable[str]) -> None:
+        """``ValueError`` if the promise does not hold for one of these activations."""
+        falling = sorted({name for name in names if not ACTIVATIONS[name].increasing})
+        if self.needs_increasing and falling:
+            raise ValueError(
+                f"the constraint {self.name} needs activations whose slope is never negative, which {', '.join(falling)} is "
+                "not; choose another activation, or Perron, InfNorm or Spectral"
+            )
 
 
 @dataclass(frozen=True)
 class Free(Constraint):
     """No constraint, as in Sanokowski (arXiv 2010.10564): equilibria may be many, unstable or out of reach."""
 
-    unique: ClassVar[bool] = False
+    unique = False
+
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        return K
+
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        return dR, scales
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        return np.full_like(residual, np.nan)
+
+
+# --- rows ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -32,9 +83,28 @@ class Perron(Constraint):
     """
 
     kappa: float = 0.95
+    """Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration."""
+
+    unique = True
+    scaled = True
 
     def __post_init__(self) -> None:
         check_fraction("kappa", self.kappa)
+
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        """R_ij = e^{a_j - a_i} c_i K_ij, with the c of ``InfNorm``."""
+        return InfNorm(self.kappa).apply(K, scales, bounds) * _stretch(scales)
+
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        """∂L/∂K as that of ``InfNorm`` from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
+        dK, _ = InfNorm(self.kappa).pullback(K, scales, bounds, R, dR * _stretch(scales))
+        flow = dR * R
+        return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """That of ``InfNorm`` for e^{A} z."""
+        stretch = np.exp(scales)[:, None, :]
+        return InfNorm(self.kappa).certify(R, scales, bounds, stretch * residual) / stretch
 
 
 @dataclass(frozen=True)
@@ -42,29 +112,125 @@ class InfNorm(Constraint):
     """Every row of L|R| sums to at most ``kappa``: a contraction in the maximum norm."""
 
     kappa: float = 0.95
+    """Largest sum of a row, in (0, 1)."""
+
+    unique = True
 
     def __post_init__(self) -> None:
         check_fraction("kappa", self.kappa)
 
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        """R_ij = c_i K_ij with c_i = min(1, κ / (L_i Σ_j |K_ij|))."""
+        return _row_factors(self.kappa, K, bounds)[0] * K
+
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        """∂L/∂K_ij = c_i (dR_ij - [c_i < 1] sign(K_ij) Σ_k dR_ik K_ik / Σ_k |K_ik|)."""
+        factors, total = _row_factors(self.kappa, K, bounds)
+        inner = np.where(factors < 1, (dR * K).sum(axis=-1, keepdims=True) / np.where(total > 0, total, 1), 0)
+        return factors * (dR - np.sign(K) * inner), scales
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """‖(I - D R)⁻¹‖ <= 1/(1 - κ), D = f′, in the maximum norm."""
+        return np.asarray(residual.max(axis=-1, keepdims=True) / (1 - self.kappa) * np.ones(residual.shape[-1]))
+
+
+def _row_factors(kappa: float, K: Array, bounds: Array) -> tuple[Array, Array]:
+    total = np.abs(K).sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        factors = np.minimum(1, (kappa / bounds)[:, None].astype(K.dtype) / total)
+    return factors, total
+
+
+def _stretch(scales: Array) -> Array:
+    e = np.exp(scales)
+    return np.asarray(e[:, None, :] / e[:, :, None])
+
+
+# --- whole matrices ------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Spectral(Constraint):
+class WholeMatrix(Constraint):
+    """R = c K with c = limit / size(K) where that is below 1, for a size that is homogeneous in K."""
+
+    unique = True
+
+    @property
+    @abstractmethod
+    def limit(self) -> float:
+        """The largest size allowed."""
+
+    @abstractmethod
+    def size(self, M: Array) -> tuple[Array, Array, Array]:
+        """The size of M = L K (S,), and vectors u, v (S, n) such that its derivative with respect to M is u vᵀ."""
+
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        return np.minimum(1, self.limit / self._size(K, bounds)[0]) * K
+
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        """∂L/∂K = c (dR - [c < 1] ⟨dR, K⟩ / size ∂size/∂K)."""
+        size, derivative = self._size(K, bounds)
+        factor = np.minimum(1, self.limit / size)
+        inner = (dR * K).sum(axis=(-2, -1), keepdims=True) / size
+        return factor * (dR - np.where(factor < 1, inner, 0) * derivative), scales
+
+    def _size(self, K: Array, bounds: Array) -> tuple[Array, Array]:
+        """The size (S, 1, 1), at least tiny, and its derivative with respect to K (S, n, n)."""
+        size, u, v = self.size(bounds[:, None] * K)
+        return np.maximum(size, np.finfo(K.dtype).tiny)[:, None, None], (bounds * u)[:, :, None] * v[:, None, :]
+
+
+@dataclass(frozen=True)
+class Spectral(WholeMatrix):
     """The largest singular value of L R is at most ``rho``: a contraction in the Euclidean norm."""
 
     rho: float = 0.95
+    """Largest singular value, in (0, 1)."""
 
     def __post_init__(self) -> None:
         check_fraction("rho", self.rho)
 
+    @property
+    def limit(self) -> float:
+        return self.rho
+
+    def size(self, M: Array) -> tuple[Array, Array, Array]:
+        """The largest singular value, with its singular vectors."""
+        left, values, right = np.linalg.svd(M)
+        return values[:, 0], left[:, :, 0], right[:, 0, :]
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """‖(I - D R)⁻¹‖₂ <= 1/(1 - ρ)."""
+        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        return np.asarray(np.broadcast_to(size / (1 - self.rho), residual.shape))
+
 
 @dataclass(frozen=True)
-class Monotone(Constraint):
+class Monotone(WholeMatrix):
     """I - (L R + RᵀL)/2 ⪰ ``margin`` I: one equilibrium (Winston and Kolter 2020), which Picard may not reach.
 
     Holds for activations whose slope is never negative, hence not for gelu and silu.
     """
 
     margin: float = 0.05
+    """Smallest eigenvalue m of I - (L R + RᵀL)/2, in (0, 1)."""
+
+    needs_increasing = True
 
     def __post_init__(self) -> None:
         check_fraction("margin", self.margin)
+
+    @property
+    def limit(self) -> float:
+        return 1 - self.margin
+
+    def size(self, M: Array) -> tuple[Array, Array, Array]:
+        """The largest eigenvalue of the symmetric part, with its eigenvector twice."""
+        eigenvalues, vectors = np.linalg.eigh((M + np.swapaxes(M, -1, -2)) / 2)
+        return eigenvalues[:, -1], vectors[:, :, -1], vectors[:, :, -1]
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """‖(I - D R)⁻¹‖₂ <= 1 + ‖L R‖₂/m."""
+        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        norms = np.linalg.norm(bounds[:, None] * R, 2, axis=(-2, -1))[:, None, None]
+        return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))

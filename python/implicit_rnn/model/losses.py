@@ -1,4 +1,4 @@
-"""The losses: their options, and the targets each of them takes.
+"""The losses: their options, their formulas, and the targets each of them takes.
 
 The loss of B samples is ``Σ_b w_b ℓ(y_b, t_b) / Σ_b w_b``, with w the weights of the samples (1 where none are given), y the
 outputs and t the targets. Of the losses that look at each output by itself, ℓ is the mean over the outputs.
@@ -6,7 +6,9 @@ outputs and t the targets. Of the losses that look at each output by itself, ℓ
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,6 +23,24 @@ Array = np.ndarray
 class Loss(Option):
     """What is minimised."""
 
+    averaged: ClassVar[bool] = True
+    """Whether ℓ is the mean over the outputs rather than their sum."""
+
+    @abstractmethod
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        """The terms of ℓ, one per output, for outputs Y (..., B, k) and targets T (B, k), and ∂ℓ/∂Y; all in float64."""
+
+    def value_and_gradient(self, Y: Array, T: Array, weights: Array | None) -> tuple[Array, Array]:
+        """The loss for outputs Y (..., B, k) in float64, and its gradient, of the shape and dtype of Y.
+
+        ``weights`` (B,) are those of the samples, with mean 1, or None.
+        """
+        share = np.full((len(T), 1), 1 / len(T)) if weights is None else (weights / len(T))[:, None]
+        if self.averaged:
+            share = share / T.shape[1]
+        values, derivatives = self.values_and_derivatives(Y.astype(np.float64), T.astype(np.float64))
+        return (values * share).sum(axis=(-2, -1)), (derivatives * share).astype(Y.dtype)
+
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
         """Y checked and converted to (samples, outputs); ``name`` is for the messages.
 
@@ -33,10 +53,18 @@ class Loss(Option):
 class MSE(Loss):
     """Mean squared error, ``(y - t)²``."""
 
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        d = Y - T
+        return d**2, 2 * d
+
 
 @dataclass(frozen=True)
 class MAE(Loss):
     """Mean absolute error, ``|y - t|``; its derivative at y = t is taken as 0."""
+
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        d = Y - T
+        return np.abs(d), np.sign(d)
 
 
 @dataclass(frozen=True)
@@ -44,9 +72,15 @@ class Huber(Loss):
     """``d²/2`` for d = |y - t| up to ``delta``, ``delta (d - delta/2)`` beyond (Huber 1964)."""
 
     delta: float = 1.0
+    """The distance up to which the loss is quadratic."""
 
     def __post_init__(self) -> None:
         check_positive("delta", self.delta)
+
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        d, δ = Y - T, self.delta
+        size = np.abs(d)
+        return np.where(size <= δ, d**2 / 2, δ * (size - δ / 2)), np.clip(d, -δ, δ)
 
 
 @dataclass(frozen=True)
@@ -55,6 +89,10 @@ class BinaryCrossEntropy(Loss):
 
     Computed as ``max(y, 0) - t y + log(1 + exp(-|y|))``, which neither overflows nor cancels.
     """
+
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        e = np.exp(-np.abs(Y))
+        return np.maximum(Y, 0) - T * Y + np.log1p(e), np.where(Y < 0, e, 1) / (1 + e) - T
 
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
         """Labels 0 and 1, or probabilities, (samples, outputs)."""
@@ -73,6 +111,14 @@ class CrossEntropy(Loss):
 
     Computed with ``log p_i = y_i - max y - log Σ_k exp(y_k - max y)``, which cannot overflow.
     """
+
+    averaged = False
+
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        y = Y - Y.max(axis=-1, keepdims=True)
+        e = np.exp(y)
+        partition = e.sum(axis=-1, keepdims=True)
+        return T * (np.log(partition) - y), T.sum(axis=-1, keepdims=True) * e / partition - T
 
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
         """Class labels (samples,), whole numbers from 0, or probabilities (samples, outputs) that sum to 1."""

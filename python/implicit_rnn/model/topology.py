@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
-from implicit_rnn.model.constraints import Constraint, Monotone, Perron
-from implicit_rnn.options import from_description
+from implicit_rnn.model.constraints import Constraint, Perron
+from implicit_rnn.options import did_you_mean, from_description
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -26,13 +26,19 @@ class Layer:
     """
 
     neurons: int
+    """How many."""
     activation: str = "tanh"
+    """tanh, sigmoid, softplus, relu, elu, gelu, silu or identity."""
     lateral: bool = True
+    """Whether they are connected among themselves."""
 
     def __post_init__(self) -> None:
         _check_count("neurons", self.neurons)
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+                + did_you_mean([self.activation], ACTIVATIONS)
+            )
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,7 @@ class Topology:
         stack = tuple(_as_layer(layer) for layer in layers)
         if not stack:
             raise ValueError("layers is empty; a network needs at least one Layer")
-        falling = {layer.activation for layer in stack} & {"gelu", "silu"}
-        if isinstance(constraint, Monotone) and falling:
-            raise ValueError(
-                f"the constraint Monotone needs activations whose slope is never negative, which {', '.join(falling)} is not; "
-                "choose another activation, or Perron, InfNorm or Spectral"
-            )
+        constraint.check_activations(layer.activation for layer in stack)
         pairs_back = _feedback_pairs(feedback, len(stack))
         forward = tuple(sorted((int(a), int(b)) for a, b in skips))
         for a, b in forward:
@@ -171,6 +172,24 @@ class Topology:
         """The stages in the order in which they are solved."""
         return self._layout[1]
 
+    def slope_bounds(self, stage: Stage) -> np.ndarray:
+        """(n,) the bound on the slope of the activation of each neuron of a stage."""
+        layers = [self.layers[layer] for layer in stage.layers]
+        return np.concatenate([np.full(layer.neurons, ACTIVATIONS[layer.activation].slope_bound) for layer in layers])
+
+    def recurrent_weights(self, flat: np.ndarray) -> np.ndarray:
+        """(N, N) the matrix R in force for the parameters ``flat``."""
+        R = np.zeros((self.neurons, self.neurons), flat.dtype)
+        for block in self.blocks:
+            if block.source != INPUT:
+                R[self.rows[block.to], self.rows[block.source]] = block.view(flat)
+        for stage in self.stages:
+            if stage.recurrent:
+                scales = stage.scales.view(flat[None]) if stage.scales else np.empty((1, 0))
+                K = R[stage.rows, stage.rows][None]
+                R[stage.rows, stage.rows] = self.constraint.apply(K, scales, self.slope_bounds(stage))[0]
+        return R
+
     def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """The weight arrays by name, as views of ``flat`` (parameters,)."""
         return {block.name: block.view(flat) for block in self.blocks}
@@ -198,7 +217,7 @@ class Topology:
             rows = slice(self.rows[layers[0]].start, self.rows[layers[-1]].stop)
             recurrent = len(layers) > 1 or self.layers[layers[0]].lateral
             scales = None
-            if recurrent and isinstance(self.constraint, Perron):
+            if recurrent and self.constraint.scaled:
                 name = "a" if single else f"a[{','.join(map(str, layers))}]"
                 scales = add(name, (rows.stop - rows.start,))
             stages.append(Stage(layers, rows, recurrent, tuple(b for b in weights if b.to in layers), scales))

@@ -34,8 +34,11 @@ class Checkpoint(Option):
     """
 
     path: str | Path
+    """The file."""
     every_epochs: int | None = None
+    """Epochs between two checkpoints; None for no such rule."""
     every_minutes: float | None = 5.0
+    """Minutes between two checkpoints; None for no such rule."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path):

@@ -147,6 +147,7 @@ def fit_many(
     if clip is not None and not clip > 0:
         raise ValueError(f"clip must be positive, got {clip}")
     size = len(samples) if batch_size is None else options.check_count("batch_size", batch_size)
+    gradient = options.choose(Adjoint, adjoint, "adjoint")
     settings = Settings(
         options.choose(Optimizer, optimizer, "optimizer"),
         options.choose(Schedule, schedule, "schedule"),
@@ -155,9 +156,9 @@ def fit_many(
         len(samples),
         chosen,
         options.choose(Solver, solver, "solver"),
-        options.choose(Adjoint, adjoint, "adjoint"),
+        gradient,
         None if clip is None else float(clip),
-        check_penalty(jacobian_penalty, adjoint),
+        check_penalty(jacobian_penalty, gradient),
         options.check_count("validation_every", validation_every),
         early_stopping,
         bool(restore_best),

@@ -12,12 +12,10 @@ import numpy as np
 from tqdm import tqdm
 
 from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
-from implicit_rnn.engines.numpy.losses import loss_and_gradient
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import remedy
-from implicit_rnn.solvers import Unrolled
 from implicit_rnn.training import checkpoints
 from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.history import Run
@@ -194,8 +192,8 @@ class Training:
     def _loss_of(self, net: Network, samples: Samples) -> tuple[float, int]:
         """The loss on samples, and how many of them did not reach their equilibrium."""
         solution = net.equilibrium(samples.X, solver=self.settings.reader, on_failure="ignore")
-        loss, _ = loss_and_gradient(self.settings.loss, net.read_out(solution.state), samples.Y, samples.weights)
-        failed = 0 if isinstance(self.settings.adjoint, Unrolled) else int((~solution.converged).sum())
+        loss, _ = self.settings.loss.value_and_gradient(net.read_out(solution.state), samples.Y, samples.weights)
+        failed = int((~solution.converged).sum()) if self.settings.adjoint.needs_equilibrium else 0
         return float(loss), failed
 
     def _halt(self, chosen: Array, reason: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,9 +25,9 @@ class Schedule(Option):
         """Whether the factors depend on T, so that such a run cannot be prolonged."""
         return True
 
+    @abstractmethod
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
         """The factors of the steps t (from 0) of ``total``."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Cosine(Schedule):
     """
 
     final: float = 0.0
+    """The factor towards which it falls, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_share("final", self.final)
@@ -65,7 +67,9 @@ class Step(Schedule):
     """``factor`` to the power ⌊epoch / every⌋, epochs counted from 0."""
 
     every: int = 30
+    """Epochs between two steps."""
     factor: float = 0.1
+    """The factor of each step, in (0, 1)."""
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
@@ -89,8 +93,11 @@ class OneCycle(Schedule):
     """
 
     rise: float = 0.3
+    """The share of the run in which it rises, in (0, 1)."""
     start: float = 0.04
+    """The factor at the start, from 0 to 1."""
     final: float = 4e-6
+    """The factor at the end, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_fraction("rise", self.rise)
@@ -110,7 +117,9 @@ class WarmUp(Schedule):
     """Rises in equal steps to 1 in the course of ``epochs`` epochs; ``then`` has the rest of the run for its own."""
 
     epochs: int = 5
+    """Epochs of the rise."""
     then: Schedule = Constant()
+    """The schedule behind it."""
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)

@@ -8,7 +8,7 @@ import numpy as np
 
 from implicit_rnn.model.losses import Loss
 from implicit_rnn.model.optimizers import LBFGS, GradientDescent, Guard, Optimizer
-from implicit_rnn.solvers import Adjoint, Picard, Solver, Unrolled
+from implicit_rnn.solvers import Adjoint, Solver
 from implicit_rnn.training.schedules import Constant, Schedule
 from implicit_rnn.training.stopping import EarlyStopping
 
@@ -54,8 +54,8 @@ class Settings:
 
     @property
     def reader(self) -> Solver:
-        """What reads the outputs of a net in training: an unrolled net computes the result of its steps."""
-        return Picard(max_iterations=self.adjoint.steps) if isinstance(self.adjoint, Unrolled) else self.solver
+        """What computes the outputs of a net in training."""
+        return self.adjoint.reader(self.solver)
 
     def rates(self, steps: Array) -> Array:
         """The learning rates of the steps of these numbers, counted from 0 at the start of the run."""

@@ -23,8 +23,11 @@ class EarlyStopping(Option):
     """
 
     patience: int = 20
+    """Epochs without an improvement that are waited for."""
     min_delta: float = 0.0
+    """The least that counts as an improvement."""
     restore_best: bool = True
+    """Whether the net ends with its best parameters rather than the last."""
 
     def __post_init__(self) -> None:
         check_count("patience", self.patience)

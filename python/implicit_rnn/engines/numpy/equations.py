@@ -402,7 +402,7 @@ class _Root:
     """Newton's method with a line search on ‖f‖ until the step is small, and Powell's hybrid method for what it leaves."""
 
     def __init__(self, f: _Function, tol: float, solver: Solver) -> None:
-        self.f, self.tol, self.limit = f, tol, int(solver.max_iterations)  # type: ignore[attr-defined]
+        self.f, self.tol, self.limit = f, tol, int(solver.max_iterations)
         self.hybrid = isinstance(solver, Auto)
         self.sizes = _Sizes(f.equation, tol)
 

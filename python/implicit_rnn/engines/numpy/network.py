@@ -10,21 +10,22 @@ import numpy as np
 
 from implicit_rnn.engines import base
 from implicit_rnn.engines.base import Halt, Problem, Quality, Replicas, Samples
-from implicit_rnn.engines.numpy import constraints, losses, solvers
+from implicit_rnn.engines.numpy import solvers
 from implicit_rnn.engines.numpy.equations import PythonEquation
-from implicit_rnn.engines.numpy.optimizers import RULES
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
-from implicit_rnn.model.optimizers import Guard, Optimizer
-from implicit_rnn.model.topology import INPUT, Stage, Topology
+from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
+from implicit_rnn.model.topology import INPUT, Stage
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
-from implicit_rnn.solvers import Implicit, JacobianFree, Unrolled
+from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled
 
 Array = np.ndarray
 Chain = list[tuple[Array, Array, Array]]
 """The steps of an unrolled stage: z before, s, z after."""
 
+ADJOINTS: tuple[type[Adjoint], ...] = (Implicit, JacobianFree, Unrolled)
+"""Those of this engine; it knows nothing of their subclasses."""
 _WORST_ADJOINT = 1e-3
 """A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
 _TILE_NUMBERS = 1 << 22
@@ -39,6 +40,8 @@ class NumpyEngine:
     def compile(self, problem: Problem) -> NumpyProgram:
         if not solvers.is_supported(problem.solver):
             raise _unsupported(f"the solver {problem.solver.name}")
+        if type(problem.adjoint) not in ADJOINTS:
+            raise _unsupported(f"the adjoint {problem.adjoint.name}")
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
             raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
         return NumpyProgram(problem)
@@ -88,7 +91,7 @@ class NumpyProgram:
         self.penalty = problem.jacobian_penalty
         tol = problem.solver.options()["tol"]
         self.tol = float(tol) if tol is not None else (1e-10 if self.dtype == np.float64 else 1e-6)
-        self.slopes = [slope_bounds(self.topology, stage).astype(self.dtype) for stage in self.topology.stages]
+        self.bounds = [self.topology.slope_bounds(stage).astype(self.dtype) for stage in self.topology.stages]
 
     # --- protocol ----------------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class NumpyProgram:
 
     def failed(self, outcome: Outcome, adjoint_residual: Array) -> Array:
         """(S, B) samples whose forward or adjoint solve failed; unrolled steps need no equilibrium."""
-        if isinstance(self.adjoint, Unrolled):
+        if not self.adjoint.needs_equilibrium:
             return np.zeros(outcome.status.shape, bool)
         return (outcome.status != CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
 
@@ -135,13 +138,15 @@ class NumpyProgram:
                     out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
     def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> NumpyTrainer:
+        if not isinstance(optimizer, GradientDescent):
+            raise _unsupported(f"the optimizer {optimizer.name}")
         return NumpyTrainer(self, optimizer, nets, clip, guard)
 
     # --- forward -----------------------------------------------------------------------------------------
 
     def _unpack(self, P: Array) -> list[StageWeights]:
         stages = []
-        for stage, slopes in zip(self.topology.stages, self.slopes, strict=True):
+        for stage, bounds in zip(self.topology.stages, self.bounds, strict=True):
             w = self._zero_weights(stage, len(P))
             for block in stage.blocks:
                 self._target(w, stage, block)[...] = block.view(P)
@@ -149,7 +154,7 @@ class NumpyProgram:
             if stage.scales is not None:
                 w.scales[...] = stage.scales.view(P)
             if stage.recurrent:
-                w.recurrent = constraints.apply(self.topology.constraint, w.raw, w.scales, slopes)
+                w.recurrent = self.topology.constraint.apply(w.raw, w.scales, bounds)
             stages.append(w)
         return stages
 
@@ -238,10 +243,10 @@ class NumpyProgram:
         It is A ‖r + L |feed| e‖ stage by stage, e the error before.
         """
         error = np.zeros(residual.shape)
-        for stage, w, slopes in zip(self.topology.stages, weights, self.slopes, strict=True):
-            e = residual[..., stage.rows] + slopes * (error[..., : stage.rows.start] @ _transposed(np.abs(w.feed)))
+        for stage, w, bounds in zip(self.topology.stages, weights, self.bounds, strict=True):
+            e = residual[..., stage.rows] + bounds * (error[..., : stage.rows.start] @ _transposed(np.abs(w.feed)))
             if stage.recurrent:
-                e = constraints.certify(self.topology.constraint, w.recurrent, w.scales, slopes, e)
+                e = self.topology.constraint.certify(w.recurrent, w.scales, bounds, e)
             error[..., stage.rows] = e
         return np.asarray(error.max(axis=-1))
 
@@ -268,8 +273,8 @@ class NumpyProgram:
             for output, neuron in enumerate(topology.read_neurons):
                 dZ[..., neuron] += dY[..., output]
         residual = np.zeros(Z.shape[:2])
-        stages = list(zip(topology.stages, weights, self.slopes, found.chains, strict=True))
-        for stage, w, slopes, chain in reversed(stages):
+        stages = list(zip(topology.stages, weights, self.bounds, found.chains, strict=True))
+        for stage, w, bounds, chain in reversed(stages):
             g = self._zero_weights(stage, len(P))
             direct: Array | float = 0.0
             if stage.recurrent and self.penalty > 0:
@@ -285,9 +290,7 @@ class NumpyProgram:
                 g.feed = Et @ Z[..., : stage.rows.start]
                 dZ[..., : stage.rows.start] += E @ w.feed
             if stage.recurrent:
-                g.raw, g.scales = constraints.pullback(
-                    topology.constraint, w.raw, w.scales, slopes, w.recurrent, g.recurrent
-                )
+                g.raw, g.scales = topology.constraint.pullback(w.raw, w.scales, bounds, w.recurrent, g.recurrent)
             for block in stage.blocks:
                 block.view(G)[...] = self._target(g, stage, block)
             self._bias(G)[:, stage.rows] = E.sum(axis=1)
@@ -296,7 +299,7 @@ class NumpyProgram:
         return loss, G, found.outcome, residual
 
     def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
-        return losses.loss_and_gradient(self.loss, Y, samples.Y, samples.weights)
+        return self.loss.value_and_gradient(Y, samples.Y, samples.weights)
 
     def _backward_stage(
         self,
@@ -381,12 +384,13 @@ def _unroll_back(slope: Callable[[Array, Array], Array], chain: Chain, R: Array,
 class NumpyTrainer:
     """See ``engines.base.Trainer``."""
 
-    def __init__(self, program: NumpyProgram, optimizer: Optimizer, nets: int, clip: float, guard: Guard) -> None:
+    def __init__(self, program: NumpyProgram, optimizer: GradientDescent, nets: int, clip: float, guard: Guard) -> None:
         self._program = program
         self._clip = clip
         self._guard = guard
         self._steps = 0
-        self._rule = RULES[type(optimizer)](optimizer, (nets, program.topology.parameters), program.dtype)
+        self._optimizer = optimizer
+        self._moments = optimizer.start((nets, program.topology.parameters), program.dtype)
 
     def train(
         self,
@@ -425,7 +429,7 @@ class NumpyTrainer:
             total += np.where(alive, loss, np.nan) * len(batch)
             long = alive & (size > self._clip)
             G[long] *= (self._clip / size[long])[:, None]
-            change = self._rule.step(P, np.where(alive[:, None], G, 0), rates[step])
+            change = self._optimizer.step(self._moments, P, np.where(alive[:, None], G, 0), rates[step])
             P -= np.where(alive[:, None], change, 0).astype(P.dtype)
         return total / len(samples), failed
 
@@ -443,10 +447,10 @@ class NumpyTrainer:
         nets.parameters[halted] = nets.good[halted]
 
     def state(self) -> Array:
-        return np.append(self._rule.state(), float(self._steps))
+        return np.append(self._moments.numbers(), float(self._steps))
 
     def restore(self, state: Array) -> None:
-        self._rule.restore(state[:-1])
+        self._moments.restore(state[:-1])
         self._steps = int(state[-1])
 
 
@@ -455,11 +459,6 @@ def _select(samples: Samples, chosen: Array) -> Samples:
         return samples
     weights = samples.weights
     return Samples(samples.X[chosen], samples.Y[chosen], None if weights is None else weights[chosen])
-
-
-def slope_bounds(topology: Topology, stage: Stage) -> Array:
-    layers = [topology.layers[layer] for layer in stage.layers]
-    return np.concatenate([np.full(layer.neurons, ACTIVATIONS[layer.activation].slope_bound) for layer in layers])
 
 
 def _transposed(A: Array) -> Array:

@@ -122,7 +122,7 @@ class _Solve:
             self.rows.R = np.repeat(equation.R, samples, axis=0)
 
     def run(self, solver: Solver) -> tuple[Array, Array, Array]:
-        self.limit[...] = solver.max_iterations  # type: ignore[attr-defined]
+        self.limit[...] = solver.max_iterations
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             _METHODS[type(solver)](self, solver)
         return self.Z.reshape(self.shape), self.S.reshape(self.shape), self.F.reshape(self.shape)

@@ -1,0 +1,158 @@
+"""Configuration objects: what an editor sees of them, what is said of misspelt names, and kinds that an engine does not know."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import textwrap
+
+import pytest
+from conftest import make_net
+
+import implicit_rnn as irnn
+from implicit_rnn.model.constraints import Constraint
+from implicit_rnn.model.losses import Loss
+from implicit_rnn.model.optimizers import Optimizer
+from implicit_rnn.options import Option
+from implicit_rnn.solvers import Adjoint, Solver
+from implicit_rnn.training.schedules import Schedule
+
+CLASSES = [
+    value for name in irnn.__all__ if inspect.isclass(value := getattr(irnn, name)) and issubclass(value, Option)
+]
+
+# --- what an editor sees -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", CLASSES)
+def test_signature_of_an_option_shows_its_fields_with_their_defaults(option):
+    parameters = inspect.signature(option).parameters
+    fields = dataclasses.fields(option)
+    assert list(parameters) == [field.name for field in sorted(fields, key=lambda field: field.kw_only)]
+    for field in fields:
+        has_default = field.default is not dataclasses.MISSING
+        assert parameters[field.name].default == (field.default if has_default else inspect.Parameter.empty)
+
+
+@pytest.mark.parametrize("option", CLASSES)
+def test_every_option_says_what_it_is(option):
+    body = ast.parse(textwrap.dedent(inspect.getsource(option))).body[0].body
+    undescribed = [
+        line.target.id
+        for line, next_line in zip(body, [*body[1:], None], strict=True)
+        if isinstance(line, ast.AnnAssign)
+        and not (isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant))
+    ]
+    assert undescribed == []
+
+
+# --- misspelt names ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda net, X, Y: irnn.Adam(learing_rate=1),
+            "Adam has no option learing_rate; .*; did you mean learning_rate?",
+        ),
+        (lambda net, X, Y: net.predict(X, solver="newtn"), "solver is 'newtn'; .*; did you mean Newton?"),
+        (lambda net, X, Y: irnn.Layer(3, "Tanh"), "unknown activation 'Tanh'; .*; did you mean tanh?"),
+        (lambda net, X, Y: net.fit(X, Y, epohcs=3), "fit has no setting epohcs; .*; did you mean epochs?"),
+        (lambda net, X, Y: net.fit(X, Y, loss="hubber"), "loss is 'hubber'; .*; did you mean Huber?"),
+        (lambda net, X, Y: net.fit(X, Y, optimizer="adma"), "optimizer is 'adma'; .*; did you mean Adam?"),
+        (lambda net, X, Y: net.fit(X, Y, schedule="one cycle"), "schedule is 'one cycle'; .*; did you mean OneCycle?"),
+        (lambda net, X, Y: net.fit(X, Y, on_failure="warm"), "on_failure is 'warm'; .*; did you mean warn?"),
+        (lambda net, X, Y: make_net("nunpy"), "engine is 'nunpy'; .*; did you mean numpy?"),
+        (lambda net, X, Y: irnn.NLsolve("trust-region"), "method is 'trust-region'; .*; did you mean trust_region?"),
+    ],
+)
+def test_misspelt_name_is_refused_with_the_nearest_valid_one(call, message, X, Y):
+    with pytest.raises((TypeError, ValueError), match=message.replace("?", r"\?$")):
+        call(make_net("numpy"), X, Y)
+
+
+def test_name_that_is_like_no_valid_one_gets_no_suggestion(X):
+    with pytest.raises(ValueError, match=r"NLsolve$"):
+        make_net("numpy").predict(X, solver="zzz")
+
+
+# --- kinds of one's own --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Constraint, Loss, Solver, Adjoint, Schedule])
+def test_kind_of_ones_own_without_its_formula_cannot_be_made(kind):
+    made_up = dataclasses.dataclass(frozen=True)(type("MadeUp", (kind,), {}))
+    with pytest.raises(TypeError, match="abstract class MadeUp"):
+        made_up()
+
+
+@dataclasses.dataclass(frozen=True)
+class MySolver(irnn.Picard):
+    """A solver that no engine has, though it looks like one of theirs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MyAdjoint(irnn.Implicit):
+    """Likewise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MyOptimizer(Optimizer):
+    """Likewise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MyLoss(irnn.MSE):
+    """Four times the mean squared error."""
+
+    def values_and_derivatives(self, Y, T):
+        values, derivatives = super().values_and_derivatives(Y, T)
+        return 4 * values, 4 * derivatives
+
+
+@dataclasses.dataclass(frozen=True)
+class MyConstraint(irnn.Free):
+    """Half of the weights."""
+
+    def apply(self, K, scales, bounds):
+        return K / 2
+
+    def pullback(self, K, scales, bounds, R, dR):
+        return dR / 2, scales
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"solver": MySolver()}, {"adjoint": MyAdjoint()}, {"optimizer": MyOptimizer()}],
+    ids=lambda s: next(iter(s)),
+)
+def test_solver_adjoint_or_optimizer_that_the_engine_lacks_is_refused_by_name(engine, settings, X, Y):
+    name = type(next(iter(settings.values()))).__name__
+    with pytest.raises(irnn.EngineError, match=name):
+        make_net(engine).fit(X, Y, epochs=1, **settings)
+
+
+@pytest.mark.julia
+def test_loss_or_constraint_that_the_julia_engine_lacks_is_refused_by_name(X, Y):
+    with pytest.raises(irnn.EngineError, match="MyLoss"):
+        make_net("julia").loss_and_gradient(X, Y, loss=MyLoss())
+    with pytest.raises(irnn.EngineError, match="MyConstraint"):
+        make_net("julia", constraint=MyConstraint()).predict(X)
+
+
+def test_loss_of_ones_own_brings_its_formula_to_the_numpy_engine(X, Y):
+    net = make_net("numpy")
+    assert net.loss_and_gradient(X, Y, loss=MyLoss())[0] == pytest.approx(4 * net.loss_and_gradient(X, Y)[0])
+
+
+def test_constraint_of_ones_own_brings_its_formula_to_the_numpy_engine(X):
+    halved, free = make_net("numpy", constraint=MyConstraint()), make_net("numpy", constraint="free")
+    free.parameters = halved.parameters
+    free.weights["R"][...] /= 2
+    assert (halved.predict(X) == free.predict(X)).all()
+
+
+def test_subclass_does_not_hide_the_class_it_comes_from():
+    assert make_net("numpy", constraint="free").topology.constraint == irnn.Free()
