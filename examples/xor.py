@@ -16,7 +16,7 @@ SMALL = os.environ.get("IMPLICIT_RNN_EXAMPLES") == "small"
 NETS, EPOCHS = (3, 300) if SMALL else (50, 2000)
 
 X = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
-Y = np.array([-0.9, 0.9, 0.9, -0.9])
+Y = np.array([[-0.9], [0.9], [0.9], [-0.9]])
 
 
 def train(lateral: bool) -> tuple[list[irnn.Network], list[irnn.Run]]:
@@ -27,7 +27,7 @@ def train(lateral: bool) -> tuple[list[irnn.Network], list[irnn.Run]]:
 
 for lateral in (False, True):
     nets, runs = train(lateral)
-    solved = [np.array_equal(np.sign(net.predict(X)[:, 0]), np.sign(Y)) for net in nets]
+    solved = [np.array_equal(np.sign(net.predict(X)), np.sign(Y)) for net in nets]
     print(
         f"{'with' if lateral else 'without'} lateral connections: {sum(solved)} of {NETS} nets have all four signs right"
     )
@@ -36,7 +36,7 @@ best = int(np.argmin([run.loss[-1] for run in runs]))
 print(f"weights in force of the best one:\nW =\n{nets[best].input_weights}\nR =\n{nets[best].recurrent_weights}")
 
 figure, (surface, graph, curve) = plt.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
-plotting.decision_surface(nets[best], surface, X, Y)
+plotting.decision_surface(nets[best], surface, X, Y[:, 0])
 plotting.topology(nets[best], graph)
 plotting.loss_curve(runs[best], curve)
 figure.savefig("xor.png", dpi=150)

@@ -212,11 +212,13 @@ def test_too_many_unconverged_samples_halt_the_training(engine):
         r"2 of 3 samples did not reach an equilibrium in epoch 1, more than the share of 0.5 that guard allows.*Perron"
     )
     with pytest.warns(irnn.ConvergenceWarning, match=message) as caught:
-        run = net.fit(X, np.zeros(3), guard=irnn.Guard(unconverged=0.5), **settings)
+        run = net.fit(X, np.zeros((3, 1)), guard=irnn.Guard(unconverged=0.5), **settings)
     assert len(caught) == 1
     assert run.unconverged.tolist() == [2]
     np.testing.assert_array_equal(net.parameters, before)
-    assert len(net.fit(X, np.zeros(3), guard=irnn.Guard(unconverged=0.7), on_failure="ignore", **settings).loss) == 4
+    assert (
+        len(net.fit(X, np.zeros((3, 1)), guard=irnn.Guard(unconverged=0.7), on_failure="ignore", **settings).loss) == 4
+    )
 
 
 def test_guard_raises_if_asked_to(net, X, Y):

@@ -76,16 +76,15 @@ def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Ki
 
 
 def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
-    """The classes of that kind of which there are objects, by their names."""
-    children = kind.__subclasses__()
+    """The classes of that kind in this package of which there are objects, by their names."""
+    children = [child for child in kind.__subclasses__() if child.__module__.startswith("implicit_rnn.")]
     if not children:
         return {kind.__name__: kind}
     known: dict[str, type[Kind]] = {}
     for child in children:
         if not inspect.isabstract(child):
             known[child.__name__] = child
-        if child.__subclasses__():
-            known |= _known(child)
+        known |= {name: option for name, option in _known(child).items() if not inspect.isabstract(option)}
     return known
 
 

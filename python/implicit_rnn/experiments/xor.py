@@ -106,7 +106,15 @@ def train(recurrence: str, neurons: int, seeds: int, engine: str | None = None) 
     """Nets of the seeds 0 to ``seeds`` - 1, trained side by side."""
     nets = [initial_net(recurrence, neurons, seed, engine) for seed in range(seeds)]
     runs = fit_many(
-        nets, X, Y, optimizer=OPTIMIZER, epochs=STEPS, clip=CLIP, solver=SOLVER, on_failure="ignore", progress=False
+        nets,
+        X,
+        Y[:, None],
+        optimizer=OPTIMIZER,
+        epochs=STEPS,
+        clip=CLIP,
+        solver=SOLVER,
+        on_failure="ignore",
+        progress=False,
     )
     return nets, runs
 
