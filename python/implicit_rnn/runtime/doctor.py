@@ -16,7 +16,10 @@ PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "saf
 
 
 def diagnose(install: bool = False) -> dict[str, Any]:
-    """What there is and what is wrong with it, as plain data; starts Julia if it is there, or may be installed."""
+    """What there is and what is wrong with it, as plain data; starts Julia if it is there, or may be installed.
+
+    "ok" says whether an engine is ready, with the settings as they are.
+    """
     report: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": {name: _version(name) for name in PACKAGES},
@@ -27,9 +30,14 @@ def diagnose(install: bool = False) -> dict[str, Any]:
         report["hint"] = hint
     try:
         report["threads setting"] = threads.setting()
-        environment = environments.explicit_environment() or environments.prepared_environment()
-    except (EngineError, ValueError) as error:
-        return report | {"julia engine": f"not available: {error}", "ok": False}
+        explicit = environments.explicit_environment()
+    except (EngineError, ValueError) as error:  # a contradiction, which stops every engine but the one that is named
+        return report | {"julia engine": f"not available: {error}", "ok": report["engine setting"] == "numpy"}
+    without_julia = report["engine setting"] != "julia"
+    try:
+        environment = explicit or environments.prepared_environment()
+    except EngineError as error:
+        return report | {"julia engine": f"not available: {error}", "ok": without_julia}
     if environment is not None:
         needed = environments.manifest_versions(environment.project).get("PythonCall")
         report["julia environment"] = {
@@ -42,7 +50,7 @@ def diagnose(install: bool = False) -> dict[str, Any]:
         environments.find_environment(may_install=install)
         return report | {"julia engine": "ready", "julia": _running_julia(), "ok": True}
     except EngineError as error:
-        return report | {"julia engine": f"not available: {error}", "ok": False}
+        return report | {"julia engine": f"not available: {error}", "ok": without_julia}
 
 
 def _depot_hint() -> str | None:
