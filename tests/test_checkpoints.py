@@ -427,7 +427,7 @@ def test_run_killed_twenty_times_at_random_moments_ends_as_if_it_never_was(tmp_p
             if kills >= 20 and killed.exists():
                 assert finished() == 0
                 break
-            time.sleep(rng.uniform(0, duration / 12))
+            time.sleep(rng.uniform(0, duration / 4))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             if finished() == 0:  # it was faster than the clock: once more from the beginning

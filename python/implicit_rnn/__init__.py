@@ -39,7 +39,10 @@ from implicit_rnn.training import (
     fit_many,
 )
 
-__version__ = metadata.version("implicit-rnn")
+try:
+    __version__ = metadata.version("implicit-rnn")
+except metadata.PackageNotFoundError:  # frozen, or in a zip file
+    __version__ = "unknown"
 
 __all__ = [
     "LBFGS",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -14,9 +16,16 @@ from safetensors import SafetensorError, safe_open
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
 
-    Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Raises ``OSError``.
+    Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Of a symbolic link the target is
+    written. Raises ``OSError``.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    if not path.parent.is_dir():
+        reason = f"{os.strerror(errno.ENOENT)}: {path.parent}, the folder of {path.name}; make it first"
+        raise FileNotFoundError(errno.ENOENT, reason)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -32,7 +41,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def remove_leftovers(path: Path) -> None:
     """Remove what a process that was killed while it wrote ``path`` has left behind."""
-    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
@@ -42,8 +52,13 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, file.metadata() or {}
-    except SafetensorError as reason:
+    except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
         raise error(f"{path} is no safetensors file, or a truncated one: {reason}") from reason
+
+
+def _prefix(path: Path) -> str:
+    name = os.fsencode(path.name)
+    return f".{path.name if len(name) < 200 else hashlib.sha256(name).hexdigest()}."
 
 
 def _sync_folder(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save as serialize
 
-from implicit_rnn.errors import ModelFileError
+from implicit_rnn.errors import ModelFileError, warn
 from implicit_rnn.files import read_tensors, write_atomically
 from implicit_rnn.model.topology import Topology
 
@@ -64,12 +64,31 @@ def load(path: str | Path, engine: str | None = None) -> Network:
     try:
         topology = Topology.from_description(json.loads(metadata["topology"]))
         net = Network.from_topology(topology, metadata["dtype"], engine)
-    except (KeyError, TypeError, ValueError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        MemoryError,
+        RecursionError,
+    ) as error:
         raise ModelFileError(f"{source} describes no network this version knows: {error}") from error
     expected = {name: weight.shape for name, weight in net.weights.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if expected != found:
         raise ModelFileError(f"{source} has the weights {found}, but its topology needs {expected}")
     for name, tensor in tensors.items():
+        if tensor.dtype != net.dtype:
+            raise ModelFileError(
+                f"{source} has the weight {name} in {tensor.dtype}, but says {net.dtype}; the file is damaged"
+            )
         net.weights[name][...] = tensor
+    broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
+    if broken:
+        warn(
+            f"{source} has weights that are not finite: {', '.join(broken)}; the network has no equilibrium",
+            UserWarning,
+        )
     return net
