@@ -313,6 +313,8 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = fa
     for j in c.active:-1:1          # downwards: the column which moves to j has been evaluated
         status, residual = evaluate!(c, p, j)
         if status === nothing
+            # The state returned is the one whose residual is known.
+            c.iterations[j] < c.limit || give_up!(c, p, j)
             continue
         elseif status === CONVERGED && check && repels(c, p, j)
             finish!(c, p, j, UNSTABLE, residual)

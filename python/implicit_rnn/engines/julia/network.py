@@ -73,6 +73,10 @@ class JuliaProgram:
         call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
     def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> JuliaTrainer:
+        if type(optimizer).__module__ != Optimizer.__module__:
+            raise EngineError(
+                f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
+            )
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
