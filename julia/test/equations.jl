@@ -1,6 +1,8 @@
 using ImplicitRNN: Equation, Inverses, Outcome, Short, SingularSolution, compiled_function, find_inverses!, is_small, jacobian!,
     jacobian_by_implicit_function!, jacobian_by_samples!, vjp_by_implicit_function!, vjp_by_samples!
 
+include("classical_systems.jl")
+
 const POISED = z -> tanh.(1.5 .* z .+ 0.05)          # two attracting fixed points, a repelling one between them
 
 @testset "the example of the docs" begin
@@ -34,10 +36,141 @@ end
     @test_throws "does not solve f(z) = 0" root(f, [1.0, 1.0], 5.0; solver = Picard())
 end
 
-@testset "a root is found whatever the unit of f" begin
-    for unit in (1.0e-12, 1.0, 1.0e12)
-        @test root(z -> unit .* (z .^ 3 .- 2), [1.0]).value ≈ [cbrt(2)]
+const ROOT_SOLVERS = (Auto(), Newton(), NLsolver(), NLsolver(method = :newton))
+const FIXED_POINT_SOLVERS = (Auto(), Picard(), Picard(damping = 0.8), Anderson(), Newton(), NLsolver(), NLsolver(method = :anderson))
+
+# Equations of x = z / unit, of one and of several unknowns, in short and in other vectors.
+const LATERAL = [0.3 -0.5 0.1; 0.2 0.4 -0.3; 0.1 0.1 0.5]
+const FIXED_POINTS_IN_UNITS = (
+    (x -> cos.(x), [0.5]),
+    (x -> tanh.(LATERAL * x .+ [0.3, -0.2, 0.7]), zeros(3)),
+    (x -> tanh.(0.1 .* x[[2:12; 1]] .- 0.9 .* x .+ (1:12) ./ 12), zeros(12)),
+)
+const ROOTS_IN_UNITS = (
+    (x -> x .^ 2 .- 4, [1.0]),
+    (x -> exp.(x) .- 3, [0.0]),
+    (x -> [x[1]^2 + x[2]^2 - 5, x[1] - 2x[2]], [1.0, 1.0]),
+    (x -> [10 * (x[2] - x[1]^2), 1 - x[1]], [-1.2, 1.0]),
+    (x -> [x[1:9] .+ sum(x) .- 11; prod(x) - 1], fill(0.5, 10)),
+)
+
+@testset "the unit of z makes no difference: $T" for (T, accuracy) in ((Float64, 1.0e-8), (Float32, 1.0e-4))
+    for (kind, equations, solvers) in ((fixed_point, FIXED_POINTS_IN_UNITS, FIXED_POINT_SOLVERS), (root, ROOTS_IN_UNITS, ROOT_SOLVERS))
+        for (g, x0) in equations, solver in solvers
+            T == Float32 && length(x0) == 10 && continue          # it has two roots, and rounding decides
+            f = kind == root ? (z, unit) -> g(z ./ unit) : (z, unit) -> unit .* g(z ./ unit)
+            expected = kind(f, T.(x0), T(1); solver)
+            @test all(converged(expected))
+            for k in -18:3:18
+                unit = T(10.0^k)
+                solution = kind(f, T.(x0) .* unit, unit; solver)
+                @test all(converged(solution))
+                @test solution.value ./ unit ≈ expected.value rtol = accuracy
+            end
+        end
     end
+end
+
+@testset "the unit of f makes no difference" begin
+    for unit in (1.0e-18, 1.0e-12, 1.0, 1.0e12, 1.0e18), solver in ROOT_SOLVERS
+        @test root(z -> unit .* (z .^ 3 .- 2), [1.0]; solver).value ≈ [cbrt(2)]
+        @test root(z -> unit .* [10 * (z[2] - z[1]^2), 1 - z[1]], [-1.2, 1.0]; solver).value ≈ [1, 1]
+    end
+end
+
+@testset "a small solution is not taken for zero, and zero is found" begin
+    for solver in FIXED_POINT_SOLVERS
+        @test fixed_point(z -> 0.3 .* z .+ 7.0e-17, [0.0]; solver).value ≈ [1.0e-16]
+        @test fixed_point(z -> 0.1 .* z .+ 9.0e-17, [1.0]; solver).value ≈ [1.0e-16]
+        zero_found = fixed_point(z -> 0.9 .* z, [1.0]; solver)
+        @test all(converged(zero_found))
+        @test abs(only(zero_found.value)) <= 1.0e-14
+    end
+    for solver in ROOT_SOLVERS
+        @test root(z -> z .^ 2 .- 4.0e-26, [1.0e-12]; solver).value ≈ [2.0e-13]
+        @test root(z -> z .^ 2 .- 4.0e-26, [1.0]; solver).value ≈ [2.0e-13]
+        for f in (z -> sin.(z), z -> z .^ 3, z -> [z[1] + z[2]^2, z[2] - z[1]^2])
+            zero_found = root(f, f([1.0, 1.0]) isa Vector && length(f([1.0, 1.0])) == 2 ? [0.5, 0.4] : [0.5]; solver)
+            @test all(converged(zero_found))
+            @test norm(zero_found.value) <= 1.0e-13
+        end
+    end
+end
+
+@testset "entries of very different sizes have a scale" begin
+    f = (z, a) -> [z[1] - a, (z[2] - 3.0e-9)^3 / 1.0e-27]
+    g = (z, a) -> [0.5 * z[1] + a, 0.99 * z[2] + 3.0e-11]
+    loose, scaled = (fixed_point(g, [1.0e3, 0.0], 1.0e3; scale, solver = Anderson()) for scale in (nothing, [1.0e3, 1.0e-9]))
+    @test abs(scaled.value[2] - 3.0e-9) < 1.0e-17 < abs(loose.value[2] - 3.0e-9)
+    @test scaled.residual[1] <= 1.0e-10
+    @test_throws "scale has 2 entries" root(z -> z, [1.0]; scale = [1.0, 2.0])
+    @test_throws "scale must be positive" root(z -> z, [1.0]; scale = 0)
+end
+
+@testset "max_iterations is kept, whatever the solver" begin
+    for n in (2, 12), limit in (1, 2, 3, 5, 8, 20, 70), T in (Float64, Float32)
+        count = Ref(0)
+        counted(z) = (count[] += 1; z)
+        A = randn(Xoshiro(1), T, n, n)
+        for (kind, f, solvers) in (
+                (fixed_point, z -> counted(T(3) .* cos.(A * z .+ T(0.1))), FIXED_POINT_SOLVERS),
+                (root, z -> counted(A * z .+ sin.(T(5) .* z) .+ z .^ 2 .+ T(1)), ROOT_SOLVERS),
+            ), solver in solvers
+            count[] = 0
+            limited = typeof(solver)(; (name => name == :max_iterations ? limit : getfield(solver, name) for name in fieldnames(typeof(solver)))...)
+            solution = kind(f, fill(T(0.3), n); solver = limited)
+            @test solution.iterations[1] <= limit
+            n > 8 || continue                                  # with derivatives from further calls
+            count[] = 0
+            kind(z -> eltype(z) == T ? f(z) : (y = f(z); count[] -= 1; y), fill(T(0.3), n); solver = limited)
+            @test count[] <= limit
+        end
+    end
+end
+
+@testset "a Jacobian without inverse has a status of its own" begin
+    for solver in ROOT_SOLVERS
+        @test root(z -> z .^ 2 .+ 1, [0.0]; solver).status == [Status(5)]
+        solver isa NLsolver || @test root(z -> [z[1] + z[2] - 1, z[1] + z[2] - 2], [0.3, 0.1]; solver).status == [Status(5)]
+    end
+    @test root(z -> z .^ 2 .+ 1, [0.5]).status == [Status(5)]
+    @test root(z -> [z[1] + z[2] - 2, 2z[1] + 2z[2] - 4], [0.3, 0.1]).status == [Status(0)]          # any of its roots
+end
+
+@testset "what is no root is not called one" begin
+    for solver in ROOT_SOLVERS, (f, z0) in (
+                (z -> 1 ./ z, [1.0]), (z -> exp.(-z), [0.0]), (z -> exp.(-z .^ 2), [0.5]), (z -> z .* exp.(-z), [2.0]),
+                (z -> z .^ 2 .+ 1.0e-20, [1.0e-9]), (z -> 1 .+ exp.(z), [0.0]), (z -> abs.(z) .+ 1, [1.0]),
+                (z -> 2 .+ atan.(1.0e6 .* z), [3.0]),
+            )
+        @test root(f, z0; solver).status != [Status(0)]
+    end
+    for solver in ROOT_SOLVERS, (f, pole) in ((z -> tan.(z), [π / 2]), (z -> 1 ./ (z .- 1), [1 + 1.0e-14]), (z -> z ./ (z .- 3) .^ 2 .+ 1, [3 - 1.0e-13]))
+        solution = root(f, pole; solver)
+        @test solution.status != [Status(0)] || norm(f(solution.value)) < 1.0e-8
+    end
+    for solver in ROOT_SOLVERS
+        solution = root(freudenstein_roth, [0.5, -2.0]; solver)          # most end in a minimum of ‖f‖
+        @test solution.status != [Status(0)] || solution.value ≈ [5, 4]
+    end
+    @test root(z -> z .^ 2 .- 2, [sqrt(2) + 1.0e-13]).iterations == [1]          # but a start may be a root
+end
+
+@testset "the classical systems are solved where MINPACK solves them" begin
+    for (name, f, start, factors) in CLASSICAL_SYSTEMS, factor in factors
+        solution = root(f, far_start(collect(Float64, start), factor))
+        @test converged(solution) == [true] || error("$name from $factor times its start is not solved")
+        @test norm(f(solution.value)) < 1.0e-7
+    end
+end
+
+@testset "one unknown may be a number" begin
+    solution = root((z, a) -> z^2 - a, 1.0, 2.0)
+    @test solution.value[] ≈ sqrt(2)
+    @test vjp(solution, 1.0)[1] ≈ 1 / sqrt(8)
+    @test fixed_point(cos, 1).value[] ≈ 0.7390851332151607
+    @test root((z, a) -> z[1]^2 - a, [1.0], 2.0).value ≈ [sqrt(2)]
+    @test vjp(fixed_point((z, a) -> only(cos.(a .* z)), [0.5], 0.8), [1.0])[1] ≈ -0.324205030031247
 end
 
 @testset "hard roots are found by Newton's method and by the trust region" begin
@@ -59,7 +192,7 @@ end
     f = (z, a) -> a .* cos.(z)
     a = [0.1 0.5 NaN 0.7 1.0e200 0.9]
     solution = fixed_point(f, zeros(1, 6), a; batched = (1,))
-    @test Int.(solution.status) == [0, 0, 3, 0, 1, 0]
+    @test Int.(solution.status[1:4]) == [0, 0, 3, 0] && !converged(solution)[5]
     for j in (1, 2, 4, 6)
         @test fixed_point(f, zeros(1), a[j]).value == solution.value[:, j]
     end
@@ -161,6 +294,105 @@ end
     @test eltype(solution.value) == Float32
     @test all(converged(solution))
     @test vjp(solution, [1.0f0])[1] ≈ -0.324205f0 rtol = 1.0e-5
+end
+
+@testset "constants of another type do no harm" begin
+    f = (z, a) -> [tanh(0.3 * z[1] - 0.5 * z[2] + a), tanh(0.2 * z[1] + 0.4 * z[2])]
+    single, double = (fixed_point(f, T[0.1, 0.2], T(0.7); solver = Newton()) for T in (Float32, Float64))
+    @test all(converged(single))
+    @test vjp(single, Float32[1, 2])[1] ≈ vjp(double, [1.0, 2.0])[1] rtol = 1.0e-5
+end
+
+# The same for W whatever way it is written.
+const DENSE_LAYERS = (
+    (z, W, x) -> tanh.(W * z .+ x),
+    (z, W, x) -> [tanh(dot(W[i, :], z) + x[i]) for i in eachindex(z)],
+    (z, W, x) -> tanh.(vec(sum(W .* z', dims = 2)) .+ x),
+    (z, W, x) -> map(tanh, transpose(permutedims(W)) * z + x),
+    (z, W, x) -> [(t = exp(-2 * (sum(W[i, j] * z[j] for j in eachindex(z)) + x[i])); (1 - t) / (1 + t)) for i in eachindex(z)],
+)
+
+@testset "large arguments are differentiated in reverse mode" begin
+    for (T, n) in ((Float64, 12), (Float64, 40), (Float32, 40)), f in DENSE_LAYERS
+        W, x, v = T.(0.5 .* randn(Xoshiro(1), n, n) ./ sqrt(n)), randn(Xoshiro(2), T, n), randn(Xoshiro(3), T, n)
+        solution = fixed_point(f, zeros(T, n), W, x; solver = Newton(tol = 4eps(T)))
+        z = solution.value
+        D = Diagonal(1 .- z .^ 2)
+        λ = D * ((I - W' * D) \ v)
+        dW, dx = vjp(solution, v)
+        @test dW ≈ λ * z' rtol = 1000eps(T)
+        @test dx ≈ λ rtol = 1000eps(T)
+        J = ImplicitRNN.jacobian!(zeros(T, n, n^2, 1), solution.problem, solution.inverses, 1)[:, :, 1]
+        @test J' * v ≈ vec(dW) rtol = 1000eps(T)
+        @test ImplicitRNN.recorded(W -> f(z, W, x), W, n) !== nothing
+    end
+end
+
+@testset "what cannot be recorded, or is recorded wrongly, is differentiated forwards" begin
+    inverse(W) = inv(W)                                                    # by LAPACK, but for dual numbers
+    detached(W::AbstractArray{T}) where {T} = T == ImplicitRNN.Traced ? map(w -> T(w.value), W) : W
+    refused(W::AbstractArray{T}) where {T} = T == ImplicitRNN.Traced ? throw(MethodError(refused, (W,))) : W
+    n = 12
+    W, v = 0.3 .* randn(Xoshiro(1), n, n), randn(Xoshiro(3), n)
+    expected = vjp(fixed_point((z, W) -> tanh.(W * z .+ 0.1), zeros(n), W), v)[1]
+    for g in (detached, refused)
+        @test vjp(fixed_point((z, W) -> tanh.(g(W) * z .+ 0.1), zeros(n), W), v)[1] ≈ expected rtol = 1.0e-12
+    end
+    solution = root((z, W) -> (W + 3I) * z .- 1 .+ 0.1 .* inv(W + 4I) * z, zeros(n), W)
+    loss(W) = dot(v, ((reshape(W, n, n) + 3I) + 0.1 .* inv(reshape(W, n, n) + 4I)) \ ones(n))
+    @test vec(vjp(solution, v)[1]) ≈ finite_difference(loss, vec(W)) rtol = 1.0e-8
+end
+
+@testset "recorded numbers are numbers" begin
+    functions = (
+        abs, abs2, inv, sqrt, cbrt, exp, expm1, log, log1p, log2, sin, cos, tan, asin, acos, atan, sinh, cosh, tanh, asinh, atanh, sinpi,
+        x -> x^2, x -> x^3, x -> x^-1, x -> x^0.7, x -> 2^x, x -> 1 / x, x -> x / 3, x -> 3x - 1, x -> -x, x -> hypot(x, 2), x -> max(x, 0.3),
+        x -> min(x, 0.3), x -> atan(x, 2), x -> mod(x, 0.4), x -> x > 0.2 ? x^2 : x, x -> clamp(x, 0.1, 0.9) * x, x -> muladd(x, x, 1),
+        x -> sincos(x)[1], x -> x * sign(x), x -> float(x) * one(x) + zero(x), x -> x^x, x -> floor(x) + x, x -> x + π, x -> x * (1 // 3),
+    )
+    for f in functions
+        pull = ImplicitRNN.recorded(x -> [f(only(x))], [0.7], 1)
+        @test only(pull([1.0])) ≈ ForwardDiff.derivative(f, 0.7)
+    end
+end
+
+@testset "a large equation is solved and differentiated without a matrix" begin
+    n = 3000
+    f = (z, a) -> 0.3 .* a .* sin.(circshift(z, 1)) .+ 0.2 .* cos.(circshift(z, -2)) .+ 0.1
+    a, v = 1 .+ 0.5 .* sin.(1:n), cos.(1:n)
+    gradient_of(v) = (solution = fixed_point(f, zeros(n), a); @assert all(converged(solution)); vjp(solution, v)[1])
+    gradient = gradient_of(v)
+    @test (@allocated gradient_of(v)) < 8n^2
+    loss(t) = dot(v, fixed_point(f, zeros(n), a .+ t .* v; solver = Picard(tol = 1.0e-14)).value)
+    @test dot(gradient, v) ≈ (loss(1.0e-4) - loss(-1.0e-4)) / 2.0e-4 rtol = 1.0e-7
+end
+
+@testset "the Jacobian of the solution is found once" begin
+    count = Ref(0)
+    f = (z, a) -> (eltype(z) <: ForwardDiff.Dual && (count[] += 1); cos.(a .* z))
+    for samples in (1, 50)
+        a = fill(0.8, samples)
+        solution = fixed_point(f, fill(0.5, 1, samples), a; batched = (1,), solver = Picard())
+        vjp(solution, ones(1, samples))
+        used = count[]
+        vjp(solution, ones(1, samples))
+        ImplicitRNN.jacobian!(zeros(1, 1, samples), solution.problem, solution.inverses, 1)
+        samples == 1 || @test count[] == used
+    end
+end
+
+@testset "few samples and many are solved alike" begin
+    samples = ImplicitRNN.MANY
+    f = (z, a, b) -> [tanh(a * z[1] - z[2]), sin(z[1] + b)]
+    a, b, v = randn(Xoshiro(1), samples), 0.3, randn(Xoshiro(2), 2, samples)
+    for solver in (Auto(), Picard(), Anderson(), Newton())
+        many = fixed_point(f, zeros(2, samples), a, b; batched = (1,), solver)
+        few = fixed_point(f, zeros(2, 100), a[1:100], b; batched = (1,), solver)
+        @test few.value == many.value[:, 1:100]
+        @test few.status == many.status[1:100]
+        v[:, .!converged(many)] .= 0
+        @test vjp(few, v[:, 1:100])[1] == vjp(many, v)[1][1:100]
+    end
 end
 
 @testset "short vectors are vectors" begin

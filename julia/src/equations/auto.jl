@@ -30,21 +30,24 @@ function find_root!(s::Iteration, p::AbstractEquation, tol)
     l = linearization!(s)
     status = with_share!(() -> newton!(s, l, p, tol), s, ATTEMPT_SHARES[1])
     status in (CONVERGED, NON_FINITE) && return status
-    return Base.invokelatest(trust_regions!, s, l, erased(p), tol, status)::Status
+    return Base.invokelatest(trust_regions!, s, l, erased(p), tol)::Status
 end
 
-# Each way of the trust region from the start, after something that ended with `status`.
-function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol, status::Status)
+# Each way of the trust region from the start; what is left in the end belongs to one that was not finished.
+function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     w = Dogleg(p.n)
-    exhausted = status === MAX_ITERATIONS
+    unfinished = nothing
     for (way, share) in zip(TRUST_REGIONS, Base.tail(ATTEMPT_SHARES))
         s.evaluations < s.limit || return MAX_ITERATIONS
         restart!(s, p)
         status = with_share!(() -> trust_region!(s, l, w, p, tol, way), s, share)
-        status === CONVERGED && return p.root || !repels!(s, p) ? CONVERGED : UNSTABLE
-        exhausted |= status === MAX_ITERATIONS
+        status === CONVERGED && return attracts(status, s, p)
+        status === MAX_ITERATIONS && (unfinished = way)
     end
-    return exhausted ? MAX_ITERATIONS : SINGULAR
+    unfinished === nothing && return SINGULAR
+    s.evaluations < s.limit || return MAX_ITERATIONS
+    restart!(s, p)
+    return attracts(trust_region!(s, l, w, p, tol, unfinished), s, p)
 end
 
 "Picard iterations between two looks at the rate."
@@ -81,7 +84,7 @@ function slow_fixed_point!(s::Iteration, p::ErasedEquation, tol)
         copyto!(s.start, s.z)
         with_share!(() -> iterate!(Newton(), s, p, tol), s, 0.05) === CONVERGED && return CONVERGED
     end
-    found = trust_regions!(s, linearization!(s), p, tol, status)
+    found = trust_regions!(s, linearization!(s), p, tol)
     return status === DIVERGED && found !== CONVERGED ? DIVERGED : found
 end
 

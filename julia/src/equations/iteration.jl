@@ -136,11 +136,12 @@ const STALLED = 0.4
 """
     near!(s, p, tol, distance, size)
 
-Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, or, since a
-solution may be zero, one below the rounding of the largest iterate on the way, unless the steps shrink so fast that a solution
+Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, in which entries
+count as no smaller than their scale if they have one; or, since a solution may be zero, one below the rounding of the largest iterate on the way, unless the steps shrink so fast that a solution
 which is merely small will be found.
 """
 @inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
+    isempty(p.weights) || (size = max(size, sqrt(p.n)))
     s.largest = max(s.largest, size)
     isfinite(s.distance) && (s.rate = distance == 0 ? 0.0 : distance / s.distance)
     s.distance = distance

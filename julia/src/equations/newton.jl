@@ -4,9 +4,11 @@
 const SMALLEST_ROOT_STEP, SMALLEST_FIXED_POINT_STEP = 2.0^-20, 2.0^-6
 
 function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
-    status = newton!(s, linearization!(s), p, tol)
-    return status === CONVERGED && !p.root && repels!(s, p) ? UNSTABLE : status
+    return attracts(newton!(s, linearization!(s), p, tol), s, p)
 end
+
+"`UNSTABLE` for a fixed point that has been found but repels."
+attracts(status::Status, s::Iteration, p::AbstractEquation) = status === CONVERGED && !p.root && repels!(s, p) ? UNSTABLE : status
 
 """
     newton!(s, l, p, tol)
@@ -22,7 +24,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
         status === nothing || return deliver!(s, status)
         solvable = newton_step!(s, l, p)
         if p.root
-            status = assess_root!(s, l.step, solvable, p, tol)
+            status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
         end
         status = search_line!(s, l, solvable, p)
@@ -31,20 +33,35 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
 end
 
 "How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."
-@inline function assess_root!(s::Iteration, step, solvable::Bool, p::AbstractEquation, tol::Float64)
-    size = measure(s.z, p.weights)
+@inline function assess_root!(s::Iteration, l::Linearization, solvable::Bool, p::AbstractEquation, tol::Float64)
+    size, first = measure(s.z, p.weights), isinf(s.distance)
     if solvable
-        near!(s, p, tol, measure(step, p.weights), size) || return nothing
+        near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
+        if first && s.merit > 0 && !is_steady!(s, l, p)
+            s.distance = Inf
+            return nothing
+        end
         @inbounds for i in eachindex(s.z)
-            s.z[i] += step[i]
+            s.z[i] += l.step[i]
         end
         return CONVERGED
     end
     s.merit == 0 || return nothing
     # An f that has faded away, as exp(-z) does, is zero with all its derivatives.
-    s.evaluations > 1 && all(iszero, s.linear.J) && return SINGULAR
+    s.evaluations > 1 && all(iszero, l.J) && return SINGULAR
     near!(s, p, tol, 0.0, size)
     return CONVERGED
+end
+
+# Whether the Jacobian is about the same two steps further: Newton's steps are as short at a pole as at a root, from which they
+# lead away, but one may start at it.
+@noinline function is_steady!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
+    s.base .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
+    change = similar(l.J)
+    conditions_jacobian!(change, p, s.base, s.sample)
+    change .-= l.J
+    foreach(k -> lu_solve!(view(change, :, k), l.LU, l.pivots), axes(change, 2))
+    return largest_column_sum(change) <= T(0.5)
 end
 
 # Move along the step, halved while ‖c‖ does not decrease; where that does not help, by a Picard step for a fixed point. How the

@@ -40,7 +40,7 @@ function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) 
     end
     function jacobian!(J, x)
         moved!(x)
-        p.root && assessed(assess_root!(s, l.step, newton_step!(s, l, p), p, tol))
+        p.root && assessed(assess_root!(s, l, newton_step!(s, l, p), p, tol))
         p.root || ImplicitRNN.jacobian!(s, l, p)
         all(isfinite, l.J) && isfinite(s.merit) || throw(Stop(NON_FINITE))
         J .= l.J .* (unit / unit_of_c)
@@ -50,11 +50,11 @@ function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) 
     status = erased_nlsolve(
         solver.method, Erased(conditions!), Erased(jacobian!), Erased(both!), Float64.(s.z) ./ unit, s.limit - s.evaluations
     )
+    # It goes through its iterations even where it stays where it is.
+    status === MAX_ITERATIONS && s.evaluations < s.limit && (status = SINGULAR)
     status === CONVERGED && !p.root && deliver!(s, status)
     return attracts(status, s, p)
 end
-
-attracts(status::Status, s::Iteration, p::AbstractEquation) = status === CONVERGED && !p.root && repels!(s, p) ? UNSTABLE : status
 
 # The size of an unknown, and of a condition: for NLsolve's Anderson acceleration, which adds them, one and the same.
 function nlsolve_units(s::Iteration, l::Linearization, p::AbstractEquation, solver::NLsolver)

@@ -43,7 +43,9 @@ Base.float(x::Traced) = x
 Base.float(::Type{Traced}) = Traced
 Base.zero(::Type{Traced}) = Traced(0.0, 0)
 Base.one(::Type{Traced}) = Traced(1.0, 0)
-Base.eps(::Type{Traced}) = eps(Float64)
+for f in (:eps, :floatmin, :floatmax, :typemin, :typemax)
+    @eval Base.$f(::Type{Traced}) = Traced($f(Float64))
+end
 Base.hash(x::Traced, h::UInt) = hash(x.value, h)
 
 Base.:+(x::Traced, y::Traced) = record(x.value + y.value, x.place, 1.0, y.place, 1.0)
@@ -77,6 +79,8 @@ for f in (:^, :atan, :hypot, :log, :max, :min, :mod, :rem)
         return record(plain(r), x.place, partial(r, 1), y.place, partial(r, 2))
     end
 end
+Base.hypot(x::Traced, y::Real) = hypot(x, Traced(y))
+Base.hypot(x::Real, y::Traced) = hypot(Traced(x), y)
 function power(x::Traced, n)
     y = Seeded{Float64, 1}(x.value, ForwardDiff.Partials((1.0,)))^n
     return record(plain(y), x.place, partial(y, 1))

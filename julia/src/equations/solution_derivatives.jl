@@ -25,18 +25,19 @@ function Inverses(problem::EquationProblem{T}, Z::Matrix{T}) where {T}
     return Inverses{T}(Z, Array{T}(undef, n, n, places), zeros(Bool, samples))
 end
 
-"Buffers for the inverse of one sample: A, A at the corrected solution, and that solution."
+"Buffers for the inverse of one sample: A, A at the corrected solution, that solution, and the solution itself, `at`."
 struct InverseBuffers{T}
     A::Matrix{T}
     corrected::Matrix{T}
     pivots::Vector{Int}
     z::Vector{T}
+    at::Vector{T}
     r::Vector{T}
     λ::Vector{T}
 end
 function InverseBuffers{T}(n::Int) where {T}
     m = n <= DENSE ? n : 0
-    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(Int, m), zeros(T, n), zeros(T, n), zeros(T, n))
+    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
 end
 
 """
@@ -50,13 +51,14 @@ double root is 1/2 (the test of Newton and Kantorovich).
     all_kept = size(inverses.kept, 3) == length(inverses.known)
     inverse = view(inverses.kept, :, :, all_kept ? sample : 1)
     all_kept && inverses.known[sample] && return inverse
-    invert!(inverse, w, p, view(inverses.Z, :, sample), sample)
+    copy_column!(w.at, 1, inverses.Z, sample)
+    invert!(inverse, w, p, sample)
     inverses.known[sample] = all_kept
     return inverse
 end
 
-@inline function invert!(inverse, w::InverseBuffers{T}, p::AbstractEquation{T}, z, sample::Int) where {T}
-    A, n = w.A, p.n
+@inline function invert!(inverse, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
+    A, z, n = w.A, w.at, p.n
     conditions_jacobian!(A, p, z, sample)
     size_of_A = largest_column_sum(A)
     lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
@@ -149,14 +151,15 @@ function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) 
     for j in axes(inverses.Z, 2)
         concerned(v, j) || continue
         adjoint!(w, p, inverses, v, j)
-        add_pullbacks!(gradients, p, view(inverses.Z, :, j), j, w.λ)
+        copy_column!(w.at, 1, inverses.Z, j)
+        add_pullbacks!(gradients, p, w.at, j, w.λ)
     end
     return gradients
 end
 
 # w.λ = -A⁻ᵀ v for sample j; for many unknowns without a matrix.
 @inline function adjoint!(w::InverseBuffers{T}, p::AbstractEquation{T}, inverses::Inverses{T}, v, j::Int) where {T}
-    p.n <= DENSE || return copyto!(w.λ, adjoint_by_products(p, view(inverses.Z, :, j), j, view(v, :, j)))
+    p.n <= DENSE || return copyto!(w.λ, adjoint_by_products(p, inverses.Z[:, j], j, v[:, j]))
     inverse = inverse!(inverses, w, p, j)
     for k in eachindex(w.λ)
         w.λ[k] = zero(T)
@@ -169,7 +172,7 @@ end
 
 @noinline function adjoint_by_products(p::AbstractEquation{T}, z, sample::Int, v) where {T}
     transposed(λ) = (check_interrupt(); conditions_pullback(p, z, sample, λ))
-    return solve_by_products(transposed, -Array(v), sample)
+    return solve_by_products(transposed, -v, sample)
 end
 
 function solve_by_products(A, b::Vector{T}, sample::Int) where {T}
@@ -205,12 +208,12 @@ function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, 
             fill!(view(J, :, :, j), T(NaN))
             continue
         end
-        z = view(inverses.Z, :, j)
-        argument_jacobian!(B, p, z, j, index)
+        copy_column!(w.at, 1, inverses.Z, j)
+        argument_jacobian!(B, p, w.at, j, index)
         if n <= DENSE
             mul!(view(J, :, :, j), inverse!(inverses, w, p, j), B, -one(T), zero(T))
         else
-            tangent(x) = (check_interrupt(); conditions_along(p, z, j, x))
+            tangent(x) = (check_interrupt(); conditions_along(p, w.at, j, x))
             foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), 1:entries)
         end
     end

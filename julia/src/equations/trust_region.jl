@@ -45,7 +45,7 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
         status === nothing || status === DIVERGED || return deliver!(s, status)
         solvable = newton_step!(s, l, p)
         if p.root
-            status = assess_root!(s, l.step, solvable, p, tol)
+            status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
         end
         all(isfinite, l.J) && linear_model!(w, s, l, p, way) || return SINGULAR
