@@ -232,6 +232,30 @@ def test_tuple_is_refused_in_our_own_words(kind):
         fixed_point(f, [0.5, 0.5])
 
 
+POLES = {
+    "reciprocal": (lambda z: 1 / (z - 1), "z -> 1 ./ (z .- 1)", 1.0),
+    "cube": (lambda z: 1 / (z - 2) ** 3, "z -> 1 ./ (z .- 2) .^ 3", 2.0),
+    "cosecant": (lambda z: 1 / np.sin(z), "z -> 1 ./ sin.(z)", np.pi),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", POLES)
+@pytest.mark.parametrize("distance", [1e-9, 1e-11, -1e-11, 1e-13])
+def test_pole_is_never_taken_for_a_root(kind, name, distance):
+    function, code, pole = POLES[name]
+    f = either(kind, function, code)
+    for solver in [*ROOT_SOLVERS, *([NLsolve()] if kind == "julia" else [])]:
+        assert not root(f, [pole + distance], solver=solver, on_failure="ignore").converged.any(), solver
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_at_a_root_is_believed(kind):
+    f = either(kind, lambda z: z**3 - 8, "z -> z .^ 3 .- 8")
+    for start in (2.0, 2 + 1e-12, 2 - 1e-11):
+        np.testing.assert_allclose(root(f, [start]).value, [2.0], rtol=1e-10)
+
+
 # --- hard systems --------------------------------------------------------------------------------------------
 
 
