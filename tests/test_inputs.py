@@ -94,6 +94,18 @@ def test_masked_array_is_refused_where_something_is_masked(X):
     np.testing.assert_array_equal(net().predict(np.ma.array(X)), net().predict(X))
 
 
+def test_masked_labels_targets_and_arguments_of_equations_are_refused_too(X):
+    labels = np.ma.array((X[:, 0] > 0).astype(int), mask=[True] + [False] * 7)
+    with pytest.raises(TypeError, match="Y is a masked array with 1 masked entries"):
+        net(2).fit(X, labels, loss="cross_entropy", epochs=1)
+    with pytest.raises(TypeError, match="Y is a masked array"):
+        net().fit(X, np.ma.masked_greater(X[:, :1], 0), epochs=1)
+    with pytest.raises(TypeError, match="a is a masked array"):
+        irnn.fixed_point(lambda z, a: np.cos(a.sum() * z), [0.5], args=(np.ma.array([0.1, 9.0], mask=[False, True]),))
+    with pytest.raises(TypeError, match="z0 is a masked array"):
+        irnn.root(lambda z: z**2 - 2, np.ma.array([1.0], mask=[True]))
+
+
 def test_sparse_matrix_is_refused_with_the_remedy(X):
     sparse = pytest.importorskip("scipy.sparse")
     with pytest.raises(TypeError, match=r"X is a sparse csr_matrix; expected a dense array: pass X.toarray\(\)"):

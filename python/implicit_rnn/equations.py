@@ -22,7 +22,7 @@ from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaF
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
-from implicit_rnn.validation import as_real
+from implicit_rnn.validation import as_array, as_real
 
 __all__ = ["ImplicitSolution", "JuliaFunction", "fixed_point", "julia", "root"]
 
@@ -340,8 +340,8 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
 
 def _as_array(name: str, value: ArrayLike) -> Array:
     try:
-        return np.asarray(value)
-    except (ValueError, TypeError) as error:
+        return as_array(name, value)
+    except ValueError as error:
         raise TypeError(f"{name} cannot be read as an array: {error}") from None
 
 

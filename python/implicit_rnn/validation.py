@@ -25,7 +25,7 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     Booleans, integers and floats up to 64 bits, of either byte order, are converted; ``TypeError`` for anything
     else.
     """
-    array = _as_array(name, value)
+    array = as_array(name, value)
     if array.dtype.kind == "O":
         array = _numbers(name, array)
     if array.dtype.kind == "c":
@@ -48,7 +48,7 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     dtypes that are no real numbers, ``ValueError`` for wrong shapes, no samples, NaN and infinity, and
     ``MemoryError`` for more than the machine has.
     """
-    array = _as_array(name, value)
+    array = as_array(name, value)
     if array.ndim != 2:
         hint = f"; one sample is {name}[None, :]" if array.ndim == 1 and array.shape[0] == columns else ""
         raise ValueError(f"{name} has shape {array.shape}; expected (samples, {columns} {what}){hint}")
@@ -73,7 +73,7 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
 
     A vector is refused: beside predictions (samples, 1) it broadcasts to (samples, samples), silently.
     """
-    array = _as_array(name, value)
+    array = as_array(name, value)
     if array.ndim == 1 and outputs == 1 and len(array) == samples:
         raise ValueError(
             f"{name} has shape {array.shape}, but predictions have shape ({samples}, 1), and the difference of the two would "
@@ -138,18 +138,24 @@ def _numbers(name: str, array: np.ndarray) -> np.ndarray:
     return array.astype(np.float64)
 
 
-def _as_array(name: str, value: ArrayLike) -> np.ndarray:
-    if type(value) is np.ndarray:
-        return value
-    if isinstance(value, np.ma.MaskedArray):
-        if np.ma.is_masked(value):
-            raise TypeError(
-                f"{name} is a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which have no value here: "
-                f"fill them, {name}.filled(number), or leave their samples out"
-            )
-        return np.ma.getdata(value)
+def refuse_masked_or_sparse(name: str, value: object) -> None:
+    """``TypeError`` for arrays of which NumPy would silently take the hidden values, or one object."""
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise TypeError(
+            f"{name} is a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which have no value here: "
+            f"fill them, {name}.filled(number), or leave their samples out"
+        )
     if hasattr(value, "toarray") and hasattr(value, "nnz"):
         raise TypeError(f"{name} is a sparse {type(value).__name__}; expected a dense array: pass {name}.toarray()")
+
+
+def as_array(name: str, value: ArrayLike) -> np.ndarray:
+    """``value`` as an array of whatever dtype; ``TypeError`` or ``ValueError`` for kinds that NumPy would misread."""
+    if type(value) is np.ndarray:
+        return value
+    refuse_masked_or_sparse(name, value)
+    if isinstance(value, np.ma.MaskedArray):
+        return np.ma.getdata(value)
     if hasattr(value, "iloc"):
         return _from_pandas(name, value)
     try:

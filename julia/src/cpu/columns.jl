@@ -302,9 +302,9 @@ end
 """
     evaluate_all!(c, p; check = false, rescue = false)
 
-Evaluate every active column and take out those that are done or have no evaluation left; true when none remains. Methods that may find solutions
-which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are set aside, to
-start again from zero by another method.
+Evaluate every active column and take out those that are done or have no evaluation left; true when none remains. Methods that
+may find solutions which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are
+set aside, to start again from zero by another method.
 """
 function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = false)
     check_interrupt()

@@ -186,10 +186,6 @@ class Equation:
     """(n,) the sizes that the entries of z typically have, of the dtype of ``start``"""
     vectorized: bool = False
     """whether a Python f takes (samples, n) at once"""
-    jac: Callable[..., Any] | None = None
-    """∂f/∂z of a Python f, as ``fixed_point`` says"""
-    vjp: Callable[..., Any] | None = None
-    """the vector-Jacobian products of a Python f, as ``fixed_point`` says"""
 
     @property
     def samples(self) -> int:

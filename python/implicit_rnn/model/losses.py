@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn.options import Option, check_positive
-from implicit_rnn.validation import as_real, as_targets
+from implicit_rnn.validation import as_real, as_targets, refuse_masked_or_sparse
 
 Array = np.ndarray
 
@@ -126,9 +126,8 @@ class CrossEntropy(Loss):
             raise ValueError(
                 "cross-entropy needs an output per class, at least 2; for one output use BinaryCrossEntropy"
             )
+        refuse_masked_or_sparse(name, Y)
         array = np.asarray(Y)
-        if array.size == samples and array.dtype.kind in "OUSf" and array.ndim == 2 and outputs > 1:
-            array = array.reshape(-1)
         if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
             return _one_hot(name, array.reshape(-1), samples, outputs, dtype)
         targets = super().targets(name, array, samples, outputs, dtype)

@@ -20,6 +20,7 @@ import platformdirs
 
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install
+from implicit_rnn.runtime.install import say
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
 PACKAGE_SERVER = "https://pkg.julialang.org"
@@ -109,7 +110,9 @@ def remember(environment: Environment) -> None:
     if not environment.ours:
         installed_path().unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    record = {"exe": environment.exe, "project": environment.project, "version": install.version()}
+    from implicit_rnn import __version__
+
+    record = {"exe": environment.exe, "project": environment.project, "version": __version__}
     path.write_text(json.dumps(record, indent=2), encoding="utf-8")
 
 
@@ -255,9 +258,3 @@ def package_server_answers() -> bool:
 def julia_string(text: str) -> str:
     """The text as a literal of Julia."""
     return json.dumps(text, ensure_ascii=False).replace("$", "\\$")
-
-
-def say(message: str) -> None:
-    """A line on stderr, where there is one, about what takes its time."""
-    if sys.stderr is not None:
-        print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 
 import platformdirs
@@ -30,14 +29,6 @@ RESOLVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import julia
 EXECUTABLE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; print(juliapkg.executable())"
 
 
-def version() -> str:
-    """The version of this package; "unknown" where it came without its metadata."""
-    try:
-        return metadata.version("implicit-rnn")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def log_path() -> Path:
     """Where the output of the last installation is kept."""
     return platformdirs.user_log_path("implicit-rnn") / "install.log"
@@ -51,7 +42,7 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
             f"juliapkg could not install Julia and its packages: {cause()} (all of it: {log_path()}); "
             "run `implicit-rnn setup` to try again"
         )
-    _say(f"installed in {time.perf_counter() - begin:.0f} s")
+    say(f"installed in {time.perf_counter() - begin:.0f} s")
 
 
 def julia_of_juliapkg(env: Mapping[str, str]) -> str:
@@ -94,7 +85,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
                 now = next((name for pattern, name in PHASES if pattern.search(line)), phase)
                 if now != phase:
                     phase = now
-                    _say(f"{phase} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
+                    say(f"{phase} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
             return process.wait()
         except BaseException:
             _end(process)
@@ -128,6 +119,7 @@ def stdout_kept_clean() -> Iterator[None]:
         yield
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
+    """A line on stderr, where there is one, about what takes its time."""
     if sys.stderr is not None:
         print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

@@ -17,7 +17,8 @@ from typing import Any
 
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install, threads
-from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, julia_string, say
+from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, julia_string
+from implicit_rnn.runtime.install import say
 from implicit_rnn.runtime.interrupt import Interrupter
 
 EntryPoint = Callable[..., Any]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 
 from implicit_rnn.engines import base
 from implicit_rnn.engines.base import SingularSolution
-from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve
+from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm, solve_each
 from implicit_rnn.errors import DerivativeWarning, EngineError, warn
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
@@ -35,10 +34,10 @@ class PythonEquation:
         self._equation = equation
         self._f = _Function(equation)
         self._state = equation.start
-        self._inverses: dict[int, Array] = {}
+        self._inverses: Array | None = None
 
     def solve(self, solver: Solver, out: Solution) -> None:
-        equation, self._state, self._inverses = self._equation, out.state, {}
+        equation, self._state, self._inverses = self._equation, out.state, None
         if not isinstance(solver, (Auto, Newton) if equation.root else (Auto, Newton, Picard, Anderson)):
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
@@ -86,31 +85,26 @@ class PythonEquation:
         ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution that
         none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (Newton and Kantorovich).
         """
-        new = np.array([row for row in rows if row not in self._inverses], np.int64)
+        n = self._equation.n
+        if self._inverses is None:
+            self._inverses = np.empty((self._equation.samples, n, n), self._state.dtype)
+            self._known = np.zeros(self._equation.samples, bool)
+        new = rows[~self._known[rows]]
         if len(new):
-            f, Z = self._f, self._state[new]
+            f, Z, identity = self._f, self._state[new], np.eye(n, dtype=self._state.dtype)
             A = f.conditions_jacobian(Z, new, certain=True)
             finite = np.isfinite(A).all(axis=(1, 2))
-            size = np.where(finite, np.abs(A).sum(axis=1).max(axis=-1, initial=0), 0)
-            inverse = np.full_like(A, np.nan)
-            for k in np.flatnonzero(finite):
-                with contextlib.suppress(np.linalg.LinAlgError):
-                    inverse[k] = np.linalg.inv(A[k])
-            inverse[~np.isfinite(inverse).all(axis=(1, 2))] = np.nan
-            singular = finite & ~(
-                size * np.abs(inverse).sum(axis=1).max(axis=-1, initial=0) * np.finfo(A.dtype).eps * f.equation.n < 1
-            )
+            size = np.where(finite, _column_sums(A), 0)
+            inverse = solve_each(np.where(finite[:, None, None], A, np.nan), np.broadcast_to(identity, A.shape))
+            singular = finite & ~(size * _column_sums(inverse) * np.finfo(A.dtype).eps * n < 1)
             if not singular.any():
                 δ = np.einsum("bij,bj->bi", inverse, f.conditions(f.real(Z, new), Z))
                 corrected = f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new)
-                change = inverse @ corrected - np.eye(f.equation.n, dtype=A.dtype)
-                singular = finite & ~(np.abs(change).sum(axis=1).max(axis=-1, initial=0) <= _LARGEST_CHANGE)
+                singular = finite & ~(_column_sums(inverse @ corrected - identity) <= _LARGEST_CHANGE)
             if singular.any():
                 raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
-            self._inverses.update(zip(new.tolist(), inverse, strict=True))
-        if not len(rows):
-            return np.empty((0, self._equation.n, self._equation.n), self._state.dtype)
-        return np.stack([self._inverses[row] for row in rows.tolist()])
+            self._inverses[new], self._known[new] = inverse, True
+        return self._inverses[rows]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"equation": self._equation, "state": self._state}
@@ -313,18 +307,17 @@ class _Function:
         return np.asarray(trusted & (error <= tolerance * np.abs(expected).max(axis=1)))
 
 
-def _solve_each(A: Array, b: Array) -> tuple[Array, Array]:
-    """A⁻¹b for each row, and whether it exists; a singular A harms no other row."""
-    try:
-        x = np.linalg.solve(A, b[..., None])[..., 0]
-    except np.linalg.LinAlgError:
-        x = np.full_like(b, np.nan)
-        for row in range(len(b)):
-            try:
-                x[row] = np.linalg.solve(A[row], b[row])
-            except np.linalg.LinAlgError:
-                continue
-    return x, np.asarray(np.isfinite(x).all(axis=1))
+def _column_sums(A: Array) -> Array:
+    """The largest column sum of each matrix."""
+    return np.asarray(np.abs(A).sum(axis=1).max(axis=-1, initial=0))
+
+
+def _length(V: Array) -> Array:
+    """Euclidean norms, one a row, in double precision and without overflow or underflow on the way."""
+    W = np.abs(V.astype(np.float64))
+    unit = W.max(axis=-1, initial=0)
+    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
+    return np.asarray(unit * norm(W / unit[:, None]))
 
 
 class _Sizes:
@@ -337,10 +330,7 @@ class _Sizes:
         self.largest = self(equation.start)
 
     def __call__(self, V: Array) -> Array:
-        W = np.abs(V.astype(np.float64) * self.weights)
-        unit = W.max(axis=-1, initial=0)
-        unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
-        return np.asarray(unit * np.sqrt(np.einsum("bi,bi->b", W / unit[:, None], W / unit[:, None])))
+        return _length(V.astype(np.float64) * self.weights)
 
     def reference(self, size: Array, index: Array) -> Array:
         """What a step is related to, for iterates of that size of the samples ``index``."""
@@ -383,7 +373,8 @@ class _FixedPoint(_Solve):
 
     def newton_direction(self, rows: _Rows) -> Array:
         r = rows.F - rows.Z
-        step, exists = _solve_each(-self.f.conditions_jacobian(rows.Z, rows.index), r)
+        step = solve_each(-self.f.conditions_jacobian(rows.Z, rows.index), r[..., None])[..., 0]
+        exists = np.isfinite(step).all(axis=1)
         self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)
 
@@ -443,7 +434,8 @@ class _Root:
         while len(going):
             index, z, c = rows[going], Z[going], F[going]
             merit = _length(c)
-            step, exists = _solve_each(f.conditions_jacobian(z, index), -c)
+            step = solve_each(f.conditions_jacobian(z, index), -c[..., None])[..., 0]
+            exists = np.isfinite(step).all(axis=1)
             length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
             size = sizes(z)
             reference = sizes.reference(size, index)
@@ -541,11 +533,3 @@ class _Root:
 
 class _SpentError(Exception):
     pass
-
-
-def _length(C: Array) -> Array:
-    """Euclidean norms of conditions, one a row, in double precision and without overflow on the way."""
-    W = np.abs(C.astype(np.float64))
-    unit = W.max(axis=-1, initial=0)
-    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
-    return np.asarray(unit * np.sqrt(np.einsum("bi,bi->b", W / unit[:, None], W / unit[:, None])))
