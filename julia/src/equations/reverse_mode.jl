@@ -79,8 +79,9 @@ for f in (:^, :atan, :hypot, :log, :max, :min, :mod, :rem)
         return record(plain(r), x.place, partial(r, 1), y.place, partial(r, 2))
     end
 end
-Base.hypot(x::Traced, y::Real) = hypot(x, Traced(y))
-Base.hypot(x::Real, y::Traced) = hypot(Traced(x), y)
+# Those of ForwardDiff.jl for any real number would be as specific.
+Base.hypot(x::Traced, y::Union{AbstractFloat, Integer}) = hypot(x, Traced(y))
+Base.hypot(x::Union{AbstractFloat, Integer}, y::Traced) = hypot(Traced(x), y)
 function power(x::Traced, n)
     y = Seeded{Float64, 1}(x.value, ForwardDiff.Partials((1.0,)))^n
     return record(plain(y), x.place, partial(y, 1))

@@ -6,6 +6,7 @@ import os
 import threading
 
 from implicit_rnn.engines.base import Engine, Halt, Problem, Program, Quality, Replicas, Samples, Trainer
+from implicit_rnn.engines.numpy import NumpyEngine
 from implicit_rnn.errors import EngineError, EngineWarning, warn
 from implicit_rnn.options import check_choice
 
@@ -41,12 +42,11 @@ def check_engine(name: str | None) -> str:
 
 
 def _make(name: str) -> Engine:
-    from implicit_rnn.engines.julia import JuliaEngine
-    from implicit_rnn.engines.numpy import NumpyEngine
-    from implicit_rnn.runtime import environments, threads
-
     if name == "numpy":
         return _engines.get("numpy") or NumpyEngine()
+    from implicit_rnn.engines.julia import JuliaEngine
+    from implicit_rnn.runtime import environments, threads
+
     if name == "julia":
         return _engines.get("julia") or JuliaEngine()
     # A contradiction or a bad value is an error, not a reason to fall back.

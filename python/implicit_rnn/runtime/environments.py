@@ -7,11 +7,8 @@ import json
 import os
 import re
 import shutil
-import ssl
 import sys
 import threading
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -232,6 +229,10 @@ def package_server() -> str:
 def package_server_answers() -> bool:
     """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
     server = package_server()
+    import ssl
+    import urllib.error
+    import urllib.request
+
     if not server:
         return True  # packages come from elsewhere, of which nothing is known here
     # In a thread of its own: name look-ups have no time-out.

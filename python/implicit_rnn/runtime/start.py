@@ -28,6 +28,7 @@ LOCK = threading.RLock()
 
 _entry_points: dict[str, EntryPoint] | None = None
 _interrupter: Interrupter | None = None
+_fault_handler: threads.FaultHandler | None = None
 _forked = False
 
 
@@ -52,13 +53,16 @@ def check_not_forked() -> None:
 
 def entry_points() -> dict[str, EntryPoint]:
     """The functions of the Julia side, with Julia started if it was not; EngineError where that fails."""
-    global _entry_points, _interrupter
+    global _entry_points, _interrupter, _fault_handler
     check_not_forked()
     with LOCK:
         if _entry_points is None:
             points = _start()
             _interrupter = Interrupter(points["interrupt_address"]())
+            _fault_handler = threads.FaultHandler.of_running_julia()
             _entry_points = points
+        if _fault_handler is not None:
+            _fault_handler.restore()
         return _entry_points
 
 

@@ -7,6 +7,7 @@ it therefore has to handle signals; it would then take SIGINT and SIGTERM as wel
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import os
 import signal
@@ -89,6 +90,33 @@ def starting() -> Iterator[None]:
             del os.environ[name]
         if several or signals == "yes":
             _take_back_signals(blocked)
+
+
+class FaultHandler:
+    """Julia's handler of segmentation faults, by which it stops its threads; put back where something has replaced it.
+
+    Ray, for one, resets the handlers of its process when it shuts down; the next garbage collection would be a crash.
+    """
+
+    _LARGEST = 512
+    """Bytes that hold a ``struct sigaction`` of any platform; its first field is the handler."""
+
+    def __init__(self) -> None:
+        self._sigaction = ctypes.CDLL(None).sigaction
+        self._julias, self._present = (ctypes.create_string_buffer(self._LARGEST) for _ in range(2))
+        self._sigaction(signal.SIGSEGV, None, self._julias)
+        self._handler, self._found = (ctypes.c_void_p.from_buffer(b) for b in (self._julias, self._present))
+
+    def restore(self) -> None:
+        """Put it back if it is not in force; costs a microsecond."""
+        self._sigaction(signal.SIGSEGV, None, self._present)
+        if self._found.value != self._handler.value:
+            self._sigaction(signal.SIGSEGV, self._julias, None)
+
+    @classmethod
+    def of_running_julia(cls) -> FaultHandler | None:
+        """That of the Julia that has just started; None where there are no such handlers."""
+        return cls() if os.name == "posix" else None
 
 
 def check_running(config: dict[str, Any], threads: int) -> None:
