@@ -6,17 +6,18 @@ import ast
 import dataclasses
 import inspect
 import textwrap
+from typing import get_args
 
 import pytest
 from conftest import make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.model.constraints import Constraint
-from implicit_rnn.model.losses import Loss
-from implicit_rnn.model.optimizers import Optimizer
-from implicit_rnn.options import Option
-from implicit_rnn.solvers import Adjoint, Solver
-from implicit_rnn.training.schedules import Schedule
+from implicit_rnn.model.constraints import Constraint, ConstraintLike
+from implicit_rnn.model.losses import Loss, LossLike
+from implicit_rnn.model.optimizers import Optimizer, OptimizerLike
+from implicit_rnn.options import Option, choose
+from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike
+from implicit_rnn.training.schedules import Schedule, ScheduleLike
 
 CLASSES = [
     value for name in irnn.__all__ if inspect.isclass(value := getattr(irnn, name)) and issubclass(value, Option)
@@ -45,6 +46,32 @@ def test_every_option_says_what_it_is(option):
         and not (isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant))
     ]
     assert undescribed == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "like"),
+    [
+        (Solver, SolverLike),
+        (Adjoint, AdjointLike),
+        (Loss, LossLike),
+        (Constraint, ConstraintLike),
+        (Optimizer, OptimizerLike),
+        (Schedule, ScheduleLike),
+    ],
+)
+def test_every_name_that_a_type_checker_completes_chooses_an_option_of_its_own(kind, like):
+    names = get_args(get_args(like)[1])
+    chosen = {type(choose(kind, name, "argument")) for name in names if name != "warm_up"}  # needs its epochs
+    known = {option for option in CLASSES if issubclass(option, kind)}
+    assert chosen == known - {irnn.WarmUp}
+    assert len(names) == len(known)
+
+
+def test_fit_shows_the_settings_of_fit_many_with_their_defaults():
+    one = inspect.signature(irnn.Network.fit).parameters
+    many = inspect.signature(irnn.fit_many).parameters
+    assert list(one)[1:] == list(many)[1:]
+    assert one["epochs"].default == many["epochs"].default == 100
 
 
 # --- misspelt names ------------------------------------------------------------------------------------------

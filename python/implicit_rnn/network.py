@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, DTypeLike
 from implicit_rnn import options, serialization, training
 from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
-from implicit_rnn.model.constraints import Constraint, Perron
-from implicit_rnn.model.losses import Loss, as_weights
+from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
+from implicit_rnn.model.losses import Loss, LossLike, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
+from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import GradientReport, Solution, remedy
-from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
+from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
 from implicit_rnn.validation import as_real, as_samples
 
 Array = np.ndarray
@@ -71,7 +72,7 @@ class Network:
         feedback: bool | Iterable[tuple[int, int]] = False,
         skips: Iterable[tuple[int, int]] = (),
         input_skips: Iterable[int] = (),
-        constraint: Constraint | str = Perron(),
+        constraint: ConstraintLike = Perron(),
         dtype: DTypeLike = "float64",
         seed: int | None = None,
         engine: str | None = None,
@@ -92,7 +93,7 @@ class Network:
         self.topology = topology
         self.dtype = np.dtype(dtype)
         self._engine_name = engine
-        self._programs: dict[tuple[Solver | str, Adjoint | str, Loss | str, float], Program] = {}
+        self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
         self._parameters = np.zeros(topology.parameters, self.dtype)
         self._weights = MappingProxyType(topology.views(self._parameters))
 
@@ -168,9 +169,9 @@ class Network:
         self,
         X: ArrayLike,
         *,
-        solver: Solver | str = Auto(),
+        solver: SolverLike = Auto(),
         z0: ArrayLike | None = None,
-        on_failure: str = "raise",
+        on_failure: OnFailure = "raise",
     ) -> Solution:
         """The equilibria for the samples X (B, inputs), from the start ``z0`` (B, N), by default zero.
 
@@ -193,9 +194,9 @@ class Network:
         self,
         X: ArrayLike,
         *,
-        solver: Solver | str = Auto(),
+        solver: SolverLike = Auto(),
         z0: ArrayLike | None = None,
-        on_failure: str = "raise",
+        on_failure: OnFailure = "raise",
     ) -> Array:
         """The outputs (B, outputs) for the samples X (B, inputs); arguments and errors as in ``equilibrium``."""
         return self.read_out(self.equilibrium(X, solver=solver, z0=z0, on_failure=on_failure).state)
@@ -211,13 +212,13 @@ class Network:
         X: ArrayLike,
         Y: ArrayLike,
         *,
-        loss: Loss | str = "mse",
+        loss: LossLike = "mse",
         sample_weights: ArrayLike | None = None,
-        solver: Solver | str = Auto(),
-        adjoint: Adjoint | str = Implicit(),
+        solver: SolverLike = Auto(),
+        adjoint: AdjointLike = Implicit(),
         jacobian_penalty: float = 0.0,
         probe: int = 0,
-        on_failure: str = "raise",
+        on_failure: OnFailure = "raise",
         report: GradientReport | None = None,
     ) -> tuple[float, Array]:
         """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
@@ -253,9 +254,9 @@ class Network:
         Y: ArrayLike,
         v: ArrayLike,
         *,
-        loss: Loss | str = "mse",
+        loss: LossLike = "mse",
         sample_weights: ArrayLike | None = None,
-        solver: Solver | str = Auto(),
+        solver: SolverLike = Auto(),
     ) -> Array:
         """The Hessian of the loss with respect to the parameters, times v (P,), exactly (Julia engine only).
 
@@ -274,7 +275,7 @@ class Network:
         return product
 
     def spectral_radius(
-        self, X: ArrayLike, *, solver: Solver | str = Auto(), z0: ArrayLike | None = None, on_failure: str = "raise"
+        self, X: ArrayLike, *, solver: SolverLike = Auto(), z0: ArrayLike | None = None, on_failure: OnFailure = "raise"
     ) -> Array:
         """(B,) the spectral radius of the Jacobian D R at the equilibrium of each sample: below 1, it attracts.
 
@@ -286,6 +287,7 @@ class Network:
         self.program(solver).spectral_radius(self._parameters, x, state, radius)
         return radius
 
+    @training.with_settings_of(training.fit_many)
     def fit(self, X: ArrayLike, Y: ArrayLike, **settings: Any) -> training.Run:
         """Train on X (B, inputs) and Y (B, outputs), or labels; the settings are those of ``fit_many``.
 
@@ -296,14 +298,13 @@ class Network:
 
         >>> run = net.fit(X, Y, optimizer=Adam(1e-2), schedule="cosine", epochs=300, batch_size=100, validation=(Xv, Yv))
         """
-        options.check_names("fit", "setting", settings, training.SETTINGS)
         return training.fit_many([self], X, Y, **settings)[0]
 
     def program(
         self,
-        solver: Solver | str = Auto(),
-        adjoint: Adjoint | str = Implicit(),
-        loss: Loss | str = "mse",
+        solver: SolverLike = Auto(),
+        adjoint: AdjointLike = Implicit(),
+        loss: LossLike = "mse",
         jacobian_penalty: float = 0.0,
     ) -> Program:
         """The compiled problem behind the calls above."""
@@ -328,7 +329,7 @@ class Network:
     def _samples(self, name: str, X: ArrayLike) -> Array:
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
 
-    def _with_targets(self, x: Array, Y: ArrayLike, loss: Loss | str, sample_weights: ArrayLike | None) -> Samples:
+    def _with_targets(self, x: Array, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
         targets = options.choose(Loss, loss, "loss").targets("Y", Y, len(x), self.topology.output_size, self.dtype)
         return Samples(x, targets, as_weights("sample_weights", sample_weights, len(x), self.dtype))
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 Value = float | int | str | None
 Kind = TypeVar("Kind", bound="Option")
@@ -163,10 +163,11 @@ def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; {expected}")
 
 
-FAILURE_POLICIES = ("raise", "warn", "ignore")
+OnFailure = Literal["raise", "warn", "ignore"]
+"""What happens when a sample does not converge."""
 
 
 def check_on_failure(value: object) -> str:
     """What to do about unconverged samples, checked."""
-    check_choice("on_failure", value, FAILURE_POLICIES)
+    check_choice("on_failure", value, get_args(OnFailure))
     return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 from implicit_rnn.options import Option, check_choice, check_count, check_number, check_positive
 
@@ -151,6 +152,10 @@ def _check_solver(tol: float | None, max_iterations: int) -> None:
     check_count("max_iterations", max_iterations)
 
 
+SolverLike = Solver | Literal["auto", "picard", "anderson", "newton", "chord", "nlsolve"]
+"""A solver, or the name of one with its default options."""
+
+
 # --- adjoints ------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +220,10 @@ class Unrolled(Adjoint):
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
+
+
+AdjointLike = Adjoint | Literal["implicit", "jacobian_free", "unrolled"]
+"""An adjoint, or the name of one with its default options."""
 
 
 def check_penalty(weight: float, adjoint: Adjoint) -> float:

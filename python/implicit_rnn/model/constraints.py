@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -234,3 +234,7 @@ class Monotone(WholeMatrix):
         size = np.linalg.norm(residual, axis=-1, keepdims=True)
         norms = np.linalg.norm(bounds[:, None] * R, 2, axis=(-2, -1))[:, None, None]
         return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))
+
+
+ConstraintLike = Constraint | Literal["free", "perron", "inf_norm", "spectral", "monotone"]
+"""A constraint, or the name of one with its default options."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -138,6 +138,10 @@ class CrossEntropy(Loss):
                 f"value is {targets.min():.3g} and a sum is off by {off:.2g}"
             )
         return targets
+
+
+LossLike = Loss | Literal["mse", "mae", "huber", "cross_entropy", "binary_cross_entropy"]
+"""A loss, or the name of one with its default options."""
 
 
 def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype) -> Array | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -233,6 +233,10 @@ class LBFGS(Optimizer):
     def __post_init__(self) -> None:
         check_count("memory", self.memory)
         check_count("search_steps", self.search_steps)
+
+
+OptimizerLike = Optimizer | Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs"]
+"""An optimiser, or the name of one with its default options."""
 
 
 # --- the guard -----------------------------------------------------------------------------------------------

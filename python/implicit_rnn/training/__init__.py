@@ -6,13 +6,12 @@ is resumed from, ``history`` its record.
 """
 
 from implicit_rnn.training.checkpoints import Checkpoint
-from implicit_rnn.training.fit import SETTINGS, fit_many
+from implicit_rnn.training.fit import fit_many, with_settings_of
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.schedules import Constant, Cosine, OneCycle, Schedule, Step, WarmUp
 from implicit_rnn.training.stopping import EarlyStopping, Progress, StopTraining
 
 __all__ = [
-    "SETTINGS",
     "Checkpoint",
     "Constant",
     "Cosine",
@@ -25,4 +24,5 @@ __all__ = [
     "StopTraining",
     "WarmUp",
     "fit_many",
+    "with_settings_of",
 ]

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
-from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, as_weights
-from implicit_rnn.model.optimizers import Adam, Guard, Optimizer
-from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, check_penalty
+from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossLike, as_weights
+from implicit_rnn.model.optimizers import Adam, Guard, Optimizer, OptimizerLike
+from implicit_rnn.options import OnFailure
+from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
 from implicit_rnn.training.checkpoints import Checkpoint, restore
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
-from implicit_rnn.training.schedules import Schedule
+from implicit_rnn.training.schedules import Schedule, ScheduleLike
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import Callback, EarlyStopping
 from implicit_rnn.validation import as_samples, warn_of_scale
@@ -31,14 +33,14 @@ def fit_many(
     X: ArrayLike,
     Y: ArrayLike,
     *,
-    optimizer: Optimizer | str = Adam(),
+    optimizer: OptimizerLike = Adam(),
     epochs: int = 100,
     batch_size: int | None = None,
-    loss: Loss | str = "mse",
+    loss: LossLike = "mse",
     sample_weights: ArrayLike | None = None,
-    schedule: Schedule | str = "constant",
-    solver: Solver | str = Auto(),
-    adjoint: Adjoint | str = Implicit(),
+    schedule: ScheduleLike = "constant",
+    solver: SolverLike = Auto(),
+    adjoint: AdjointLike = Implicit(),
     clip: float | None = None,
     jacobian_penalty: float = 0.0,
     validation: tuple[ArrayLike, ...] | None = None,
@@ -52,7 +54,7 @@ def fit_many(
     resume: str | Path | None = None,
     seed: int = 0,
     progress: bool | None = None,
-    on_failure: str = "warn",
+    on_failure: OnFailure = "warn",
 ) -> list[Run]:
     """Train nets of one topology, each from its own parameters, on the same samples.
 
@@ -185,5 +187,29 @@ def _data(net: Network, loss: Loss, name: str, X: ArrayLike, Y: ArrayLike, weigh
     return Samples(x, y, as_weights(names[2], weights, len(x), net.dtype))
 
 
-SETTINGS = tuple(name for name in inspect.signature(fit_many).parameters if name not in ("nets", "X", "Y"))
-"""The settings of a fit."""
+P = ParamSpec("P")
+Many = Callable[Concatenate[Sequence["Network"], ArrayLike, ArrayLike, P], list[Run]]
+One = Callable[Concatenate["Network", ArrayLike, ArrayLike, P], Run]
+
+
+def with_settings_of(many: Many[P]) -> Callable[[Callable[..., Run]], One[P]]:
+    """A decorator: gives the method that trains one net the settings of the function that trains many.
+
+    Type checkers, editors and ``inspect.signature`` see them, and a misspelt one is refused with the nearest.
+    """
+    settings = list(inspect.signature(many).parameters.values())[1:]
+
+    def decorate(one: Callable[..., Run]) -> One[P]:
+        names = [setting.name for setting in settings[2:]]
+
+        @wraps(one)
+        def fit(net: Network, *data: Any, **given: Any) -> Run:
+            options.check_names(one.__name__, "setting", given.keys() - {"X", "Y"}, names)
+            return one(net, *data, **given)
+
+        signature = inspect.signature(one)
+        described = signature.replace(parameters=[signature.parameters["self"], *settings])
+        fit.__signature__ = described  # type: ignore[attr-defined]
+        return cast("One[P]", fit)
+
+    return decorate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -141,3 +142,7 @@ class WarmUp(Schedule):
 def _cosine(begin: float, end: float, s: Array) -> Array:
     """From ``begin`` at s = 0 to ``end`` at s = 1."""
     return np.asarray(end + (begin - end) * (1 + np.cos(np.pi * s)) / 2)
+
+
+ScheduleLike = Schedule | Literal["constant", "cosine", "step", "one_cycle", "warm_up"]
+"""A schedule, or the name of one with its default options."""
