@@ -18,7 +18,7 @@ from implicit_rnn.errors import (
     ModelFileError,
 )
 from implicit_rnn.model.constraints import Free, InfNorm, Monotone, Perron, Spectral
-from implicit_rnn.model.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, Huber
+from implicit_rnn.model.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, CustomLoss, Huber
 from implicit_rnn.model.optimizers import LBFGS, SGD, Adam, AdamW, Guard, Momentum, Nesterov, RMSProp
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
@@ -62,6 +62,7 @@ __all__ = [
     "ConvergenceWarning",
     "Cosine",
     "CrossEntropy",
+    "CustomLoss",
     "EarlyStopping",
     "EngineError",
     "EngineWarning",

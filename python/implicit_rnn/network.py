@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from implicit_rnn import options, serialization, training
-from implicit_rnn.engines import Engine, Problem, Program, Quality, Samples, check_engine, get_engine
+from implicit_rnn.engines import Engine, Of, Problem, Program, Quality, Samples, check_engine, get_engine
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import Loss, LossLike, as_weights
@@ -19,7 +19,7 @@ from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
-from implicit_rnn.validation import as_real, as_samples
+from implicit_rnn.validation import as_real, as_samples, check_samples
 
 Array = np.ndarray
 
@@ -180,9 +180,7 @@ class Network:
         the machine can hold.
         """
         x = self._samples("X", X)
-        start = None if z0 is None else as_samples("z0", z0, self.topology.neurons, self.dtype, "neurons")
-        if start is not None and len(start) != len(x):
-            raise ValueError(f"z0 has {len(start)} samples, X has {len(x)}")
+        start = self._start(z0, len(x))
         options.check_on_failure(on_failure)
         solution = Solution.empty(len(x), self.topology.neurons, self.dtype)
         self.program(solver).solve(self._parameters, x, start, solution)
@@ -203,9 +201,7 @@ class Network:
 
     def read_out(self, state: Array) -> Array:
         """The outputs (B, outputs) of states (B, N)."""
-        if self.topology.linear_readout:
-            return np.asarray(state[:, self.topology.rows[-1]] @ self._weights["C"].T + self._weights["d"])
-        return state[:, self.topology.read_neurons]
+        return self.topology.read_out(self._parameters, state)
 
     def loss_and_gradient(
         self,
@@ -225,8 +221,8 @@ class Network:
 
         The gradient has the layout of ``parameters``; ``named`` views it by name. ``loss`` is "mse", "mae", "huber",
         "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``; both cross-entropies take the
-        outputs for logits, and "cross_entropy" takes class labels (B,) for Y. With ``sample_weights`` w (B,) the
-        loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. ``jacobian_penalty`` adds that much of
+        outputs for logits, and "cross_entropy" takes class labels (B,) for Y; ``CustomLoss(function)`` is one of
+        one's own. With ``sample_weights`` w (B,) the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. ``jacobian_penalty`` adds that much of
         mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and Kolter 2021), estimated
         with one random vector per sample, which ``probe`` numbers. Errors as in ``equilibrium``; samples
         without an equilibrium make the gradient meaningless and are reported according to ``on_failure``. The arrays of a
@@ -238,15 +234,83 @@ class Network:
         gradient = np.empty_like(self._parameters)
         if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
             raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
-        if report is not None and len(report.status) != len(x):
-            raise ValueError(
-                f"report is for {len(report.status)} samples, X has {len(x)}; use GradientReport.empty({len(x)})"
-            )
+        _check_report(report, len(x))
         program = self.program(solver, adjoint, loss, jacobian_penalty)
         value, quality = program.gradient(self._parameters, samples, gradient, int(probe), report)
-        if failure := _gradient_failure(quality, len(x)):
-            _report(on_failure, failure, self.topology.constraint, None)
+        self._tell(quality, len(x), on_failure, "the gradient is not that of the loss")
         return value, gradient
+
+    def vjp(
+        self,
+        X: ArrayLike,
+        V: ArrayLike,
+        *,
+        of: Of = "outputs",
+        solver: SolverLike = Auto(),
+        adjoint: AdjointLike = Implicit(),
+        z0: ArrayLike | None = None,
+        on_failure: OnFailure = "raise",
+        report: GradientReport | None = None,
+    ) -> tuple[Array, Array]:
+        """The derivatives of ``Σ_b ⟨V_b, outputs_b⟩`` with respect to the parameters (P,) and the samples (B, inputs).
+
+        With V = ∂L/∂outputs (B, outputs) for any loss L these are its gradients; with ``of="state"`` V = ∂L/∂state (B, N),
+        that of all neurons. The first is laid out like ``parameters``, row b of the second belongs to sample b alone.
+
+        ``z0`` (B, N) is the start of the solver, by default zero. A caller who has the equilibria already, as
+        ``equilibrium(X).state`` at the same parameters, passes them here: one evaluation of f confirms each, and nothing is
+        solved twice. A state that is no equilibrium is a start like any other, from which the solver goes on to ``tol``.
+
+        Arguments, ``report`` and errors are otherwise those of ``loss_and_gradient``. Raises ``ValueError`` for a ``z0``
+        with ``Unrolled``, whose steps begin at zero.
+
+        >>> solution = net.equilibrium(X)
+        >>> Y = net.read_out(solution.state)
+        >>> gradient, dX = net.vjp(X, 2 * (Y - T), z0=solution.state)  # of Σ (Y - T)²
+        """
+        x, start, through = self._at(X, z0, adjoint)
+        v = self._rows("V", V, len(x), self._width(of), of if of == "outputs" else "neurons")
+        options.check_on_failure(on_failure)
+        _check_report(report, len(x))
+        gradient, dX = np.empty_like(self._parameters), np.empty_like(x)
+        program = self.program(solver, through)
+        quality = program.vjp(self._parameters, x, start, v, of, gradient, dX, report)
+        self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
+        return gradient, dX
+
+    def jvp(
+        self,
+        X: ArrayLike,
+        dX: ArrayLike | None = None,
+        dparameters: ArrayLike | None = None,
+        *,
+        of: Of = "outputs",
+        solver: SolverLike = Auto(),
+        adjoint: AdjointLike = Implicit(),
+        z0: ArrayLike | None = None,
+        on_failure: OnFailure = "raise",
+        report: GradientReport | None = None,
+    ) -> Array:
+        """The derivative of the outputs (B, outputs), or with ``of="state"`` of the states (B, N), along a direction.
+
+        The direction is ``dX`` (B, inputs) in the samples and ``dparameters`` (P,) in the parameters, each zero where it is
+        not given. This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
+        ``(I - D R) z′ = D (u′ + R′ z)`` are solved by LU, sample by sample, whatever its ``linear_solver``, and the adjoint
+        residuals of a ``report`` are theirs. Arguments and errors are otherwise those of ``vjp``.
+        """
+        x, start, through = self._at(X, z0, adjoint)
+        if dX is None and dparameters is None:
+            raise TypeError("jvp needs a direction: dX (B, inputs), dparameters (P,) or both")
+        width = self._width(of)
+        dx = np.zeros_like(x) if dX is None else self._rows("dX", dX, len(x), self.topology.inputs, "features")
+        dp = np.zeros_like(self._parameters) if dparameters is None else self._direction("dparameters", dparameters)
+        options.check_on_failure(on_failure)
+        _check_report(report, len(x))
+        tangent = np.empty((len(x), width), self.dtype)
+        program = self.program(solver, through)
+        quality = program.jvp(self._parameters, x, start, dp, dx, of, tangent, report)
+        self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
+        return tangent
 
     def hessian_vector_product(
         self,
@@ -267,9 +331,7 @@ class Network:
         """
         x = self._samples("X", X)
         samples = self._with_targets(x, Y, loss, sample_weights)
-        direction = np.ascontiguousarray(as_real("v", v, self.dtype))
-        if direction.shape != self._parameters.shape:
-            raise ValueError(f"v has shape {direction.shape}; expected {self._parameters.shape}")
+        direction = self._direction("v", v)
         product = np.empty_like(self._parameters)
         self.program(solver, loss=loss).hessian_vector_product(self._parameters, samples, direction, product)
         return product
@@ -329,6 +391,44 @@ class Network:
     def _samples(self, name: str, X: ArrayLike) -> Array:
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
 
+    def _rows(self, name: str, value: ArrayLike, samples: int, columns: int, what: str) -> Array:
+        rows = as_samples(name, value, columns, self.dtype, what)
+        check_samples(name, rows, samples)
+        return rows
+
+    def _start(self, z0: ArrayLike | None, samples: int) -> Array | None:
+        return None if z0 is None else self._rows("z0", z0, samples, self.topology.neurons, "neurons")
+
+    def _at(self, X: ArrayLike, z0: ArrayLike | None, adjoint: AdjointLike) -> tuple[Array, Array | None, Adjoint]:
+        """Where a derivative is taken, and through what: the samples, the start and the adjoint, checked."""
+        x = self._samples("X", X)
+        through = options.choose(Adjoint, adjoint, "adjoint")
+        if z0 is not None and not through.needs_equilibrium:
+            raise ValueError(
+                f"z0 is the start of a solver, which adjoint={through} does not use: its steps begin at zero"
+            )
+        return x, self._start(z0, len(x)), through
+
+    def _width(self, of: str) -> int:
+        options.check_choice("of", of, ("outputs", "state"))
+        return self.topology.output_size if of == "outputs" else self.topology.neurons
+
+    def _direction(self, name: str, value: ArrayLike) -> Array:
+        direction = np.ascontiguousarray(as_real(name, value, self.dtype))
+        if direction.shape != self._parameters.shape:
+            raise ValueError(f"{name} has shape {direction.shape}; expected {self._parameters.shape}")
+        return direction
+
+    def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
+        """Tell of samples without equilibrium or adjoint, as ``on_failure`` says."""
+        if quality.unconverged:
+            failure = (
+                f"{quality.unconverged} of {samples} samples did not reach an equilibrium with a solvable adjoint system "
+                f"(largest relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so "
+                f"{consequence}"
+            )
+            _report(on_failure, failure, self.topology.constraint, None)
+
     def _with_targets(self, x: Array, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
         targets = options.choose(Loss, loss, "loss").targets("Y", Y, len(x), self.topology.output_size, self.dtype)
         return Samples(x, targets, as_weights("sample_weights", sample_weights, len(x), self.dtype))
@@ -369,14 +469,11 @@ class Network:
         self._parameters[...] = state["parameters"]
 
 
-def _gradient_failure(quality: Quality, samples: int) -> str | None:
-    if not quality.unconverged:
-        return None
-    return (
-        f"{quality.unconverged} of {samples} samples did not reach an equilibrium with a solvable adjoint system (largest "
-        f"relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so the gradient is not "
-        "that of the loss"
-    )
+def _check_report(report: GradientReport | None, samples: int) -> None:
+    if report is not None and len(report.status) != samples:
+        raise ValueError(
+            f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
+        )
 
 
 def _report(on_failure: str, failure: str, constraint: Constraint, solution: Solution | None) -> None:

@@ -6,7 +6,7 @@ import difflib
 import inspect
 from abc import ABCMeta
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -54,13 +54,15 @@ def choose(kind: type[Kind], value: object, argument: str) -> Kind:
     if isinstance(value, str):
         return _by_name(kind, value, argument)
     if isinstance(value, type) and issubclass(value, kind):
-        raise TypeError(f"{argument} is the class {value.__name__}; pass an object: {value.__name__}()")
+        raise TypeError(
+            f"{argument} is the class {value.__name__}; pass an object: {value.__name__}({', '.join(_required(value))})"
+        )
     raise TypeError(f"{argument} is {value!r}; expected one of {', '.join(_known(kind))}")
 
 
 @lru_cache(maxsize=128)
 def _by_name(kind: type[Kind], value: str, argument: str) -> Kind:
-    known = _known(kind)
+    known = {name: option for name, option in _known(kind).items() if not _required(option)}
     for name, option in known.items():
         if name.lower() == value.lower().replace("_", ""):
             return option()
@@ -86,6 +88,11 @@ def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
             known[child.__name__] = child
         known |= {name: option for name, option in _known(child).items() if not inspect.isabstract(option)}
     return known
+
+
+def _required(option: type[Option]) -> list[str]:
+    """The options without a default, without which there is no object."""
+    return [f.name for f in fields(option) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def check_names(owner: str, what: str, given: Iterable[str], valid: Collection[str]) -> None:

@@ -215,8 +215,8 @@ class Unrolled(Adjoint):
     needs_equilibrium = False
 
     def reader(self, solver: Solver) -> Solver:
-        """The unrolled steps."""
-        return Picard(max_iterations=self.steps)
+        """The unrolled steps: a solver returns the last state whose residual it knows, which takes another evaluation."""
+        return Picard(max_iterations=self.steps + 1)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)

@@ -80,9 +80,15 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
             f"broadcast to ({samples}, {samples}): pass {name}[:, None], or {name}.reshape(-1, 1)"
         )
     array = as_samples(name, array, outputs, dtype, "outputs")
-    if array.shape[0] != samples:
-        raise ValueError(f"{name} has {array.shape[0]} samples, X has {samples}")
+    check_samples(name, array, samples)
     return array
+
+
+def check_samples(name: str, array: np.ndarray, samples: int) -> None:
+    """``ValueError`` unless the first axis counts as many samples as X has."""
+    if array.ndim == 0 or array.shape[0] != samples:
+        found = f"{array.shape[0]} samples" if array.ndim else "no axis"
+        raise ValueError(f"{name} has {found}, X has {samples}")
 
 
 def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None:

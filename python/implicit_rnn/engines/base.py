@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -18,6 +18,12 @@ from implicit_rnn.model.optimizers import Guard, Optimizer
 from implicit_rnn.model.topology import Topology
 from implicit_rnn.solution import GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Solver
+
+Of = Literal["outputs", "state"]
+"""What of a network is differentiated."""
+
+WORST_ADJOINT = 1e-3
+"""A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,7 @@ class Quality:
     residual: float
     """Worst relative residual of the forward solves."""
     adjoint_residual: float
-    """Worst relative residual of the adjoint systems, NaN where one was singular."""
+    """Worst relative residual of the adjoint systems (of the tangents for a jvp), NaN where one was singular."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Samples:
     X: np.ndarray
     """(B, inputs)"""
     Y: np.ndarray
-    """(B, outputs)"""
+    """(B, outputs), or what else a loss of Python's takes, with B entries"""
     weights: np.ndarray | None = None
     """(B,) with mean 1 over the whole data, None for all equal"""
 
@@ -127,6 +133,39 @@ class Program(Protocol):
         """The loss on the samples; its gradient goes to g (parameters,).
 
         ``probe`` numbers the random vectors of the Jacobian penalty; a ``report`` is filled in.
+        """
+
+    def vjp(
+        self,
+        p: np.ndarray,
+        X: np.ndarray,
+        z0: np.ndarray | None,
+        V: np.ndarray,
+        of: Of,
+        g: np.ndarray,
+        dX: np.ndarray,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        """The gradient of ⟨V, outputs⟩ or ⟨V, state⟩ goes to g (parameters,), that of each sample to dX (B, inputs).
+
+        The equilibria are found from the start z0 (B, N) or zero, as in ``solve``; where z0 holds them, one evaluation of f
+        says so. The loss and the Jacobian penalty of the problem play no part. A ``report`` is filled in.
+        """
+
+    def jvp(
+        self,
+        p: np.ndarray,
+        X: np.ndarray,
+        z0: np.ndarray | None,
+        dp: np.ndarray,
+        dX: np.ndarray,
+        of: Of,
+        out: np.ndarray,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        """The derivative of the outputs or states along dp (parameters,) and dX (B, inputs) goes to out (B, outputs or N).
+
+        The equilibria are found as in ``vjp``; the residuals are those of the linear systems of the tangents.
         """
 
     def hessian_vector_product(self, p: np.ndarray, samples: Samples, v: np.ndarray, h: np.ndarray) -> None:

@@ -42,6 +42,10 @@ class Constraint(Option):
         """∂L/∂K and ∂L/∂scales from dR = ∂L/∂R."""
 
     @abstractmethod
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        """The derivative of R along dK and dscales."""
+
+    @abstractmethod
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """Elementwise bound on |z - z*| from elementwise bounds on |f(u + Rz) - z| (S, B, n); NaN if there is none."""
 
@@ -66,6 +70,9 @@ class Free(Constraint):
 
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
         return dR, scales
+
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        return dK
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         return np.full_like(residual, np.nan)
@@ -101,6 +108,11 @@ class Perron(Constraint):
         flow = dR * R
         return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
 
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        """That of ``InfNorm`` times e^{a_j - a_i}, and R_ij (a′_j - a′_i)."""
+        rows = InfNorm(self.kappa).pushforward(K, scales, bounds, R, dK, dscales)
+        return rows * _stretch(scales) + R * (dscales[:, None, :] - dscales[:, :, None])
+
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """That of ``InfNorm`` for e^{A} z."""
         stretch = np.exp(scales)[:, None, :]
@@ -128,6 +140,12 @@ class InfNorm(Constraint):
         factors, total = _row_factors(self.kappa, K, bounds)
         inner = np.where(factors < 1, (dR * K).sum(axis=-1, keepdims=True) / np.where(total > 0, total, 1), 0)
         return factors * (dR - np.sign(K) * inner), scales
+
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        """c_i (dK_ij - [c_i < 1] K_ij Σ_k sign(K_ik) dK_ik / Σ_k |K_ik|)."""
+        factors, total = _row_factors(self.kappa, K, bounds)
+        growth = (np.sign(K) * dK).sum(axis=-1, keepdims=True)
+        return factors * (dK - np.where(factors < 1, growth / np.where(total > 0, total, 1), 0) * K)
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖ <= 1/(1 - κ), D = f′, in the maximum norm."""
@@ -173,6 +191,13 @@ class WholeMatrix(Constraint):
         factor = np.minimum(1, self.limit / size)
         inner = (dR * K).sum(axis=(-2, -1), keepdims=True) / size
         return factor * (dR - np.where(factor < 1, inner, 0) * derivative), scales
+
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        """c (dK - [c < 1] ⟨∂size/∂K, dK⟩ / size K)."""
+        size, derivative = self._size(K, bounds)
+        factor = np.minimum(1, self.limit / size)
+        growth = (derivative * dK).sum(axis=(-2, -1), keepdims=True) / size
+        return factor * (dK - np.where(factor < 1, growth, 0) * K)
 
     def _size(self, K: Array, bounds: Array) -> tuple[Array, Array]:
         """The size (S, 1, 1), at least tiny, and its derivative with respect to K (S, n, n)."""

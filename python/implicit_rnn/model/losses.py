@@ -7,14 +7,15 @@ outputs and t the targets. Of the losses that look at each output by itself, ℓ
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn.options import Option, check_positive
-from implicit_rnn.validation import as_real, as_targets, refuse_masked_or_sparse
+from implicit_rnn.validation import as_array, as_real, as_targets, check_samples, refuse_masked_or_sparse
 
 Array = np.ndarray
 
@@ -28,7 +29,7 @@ class Loss(Option):
 
     @abstractmethod
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
-        """The terms of ℓ, one per output, for outputs Y (..., B, k) and targets T (B, k), and ∂ℓ/∂Y; all in float64."""
+        """The terms of ℓ, one per output, for outputs Y (..., B, k) in float64 and targets T (B, k), and ∂ℓ/∂Y."""
 
     def value_and_gradient(self, Y: Array, T: Array, weights: Array | None) -> tuple[Array, Array]:
         """The loss for outputs Y (..., B, k) in float64, and its gradient, of the shape and dtype of Y.
@@ -38,7 +39,7 @@ class Loss(Option):
         share = np.full((len(T), 1), 1 / len(T)) if weights is None else (weights / len(T))[:, None]
         if self.averaged:
             share = share / T.shape[1]
-        values, derivatives = self.values_and_derivatives(Y.astype(np.float64), T.astype(np.float64))
+        values, derivatives = self.values_and_derivatives(Y.astype(np.float64), T)
         return (values * share).sum(axis=(-2, -1)), (derivatives * share).astype(Y.dtype)
 
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
@@ -118,7 +119,8 @@ class CrossEntropy(Loss):
         y = Y - Y.max(axis=-1, keepdims=True)
         e = np.exp(y)
         partition = e.sum(axis=-1, keepdims=True)
-        return T * (np.log(partition) - y), T.sum(axis=-1, keepdims=True) * e / partition - T
+        mass = T.sum(axis=-1, keepdims=True, dtype=np.float64)
+        return T * (np.log(partition) - y), mass * e / partition - T
 
     def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
         """Class labels (samples,), whole numbers from 0, or probabilities (samples, outputs) that sum to 1."""
@@ -140,8 +142,113 @@ class CrossEntropy(Loss):
         return targets
 
 
+# --- of one's own --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, repr=False)
+class CustomLoss(Loss):
+    """A loss of one's own: the mean over the samples of ``function``'s values, with their weights.
+
+    The function takes the outputs y (B, outputs) in float64 and the targets t, an array of B numbers or rows as it was
+    given, and returns the values ℓ (B,), one per sample, and the derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with
+    batches of any size and must treat samples alike. Both engines take it; on the Julia engine the equilibria and the
+    gradient through them are still Julia's, but every step of a training comes back to Python for its loss.
+
+    Raises ``TypeError`` for what cannot be called, and for results that are no real numbers; ``ValueError`` for results
+    of other shapes than these, and, at the first call, for derivatives that are not those of the values.
+
+    >>> def quantile(y, t, q=0.9):  # Koenker and Bassett 1978
+    ...     d = t - y
+    ...     return np.maximum(q * d, (q - 1) * d)[:, 0], np.where(d > 0, -q, 1 - q)
+    >>> net.fit(X, Y, loss=CustomLoss(quantile))
+    """
+
+    function: Callable[[Array, Array], tuple[ArrayLike, ArrayLike]]
+    """(outputs, targets) -> (values, derivatives)."""
+
+    averaged = False
+    _verified: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"function must take outputs and targets, got {self.function!r}")
+        object.__setattr__(self, "_verified", False)
+
+    def __repr__(self) -> str:
+        named = hasattr(self.function, "__qualname__")
+        return f"{self.name}({self.function.__module__}.{self.function.__qualname__ if named else self.function!r})"
+
+    def options(self) -> dict[str, Any]:
+        """The function itself, which ``asdict`` would copy."""
+        return {"function": self.function}
+
+    def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        """Net by net, with the values as (..., B, 1)."""
+        if Y.ndim > 2:
+            values, derivatives = zip(*(self.values_and_derivatives(y, T) for y in Y), strict=True)
+            return np.stack(values), np.stack(derivatives)
+        values, derivatives = self._call(Y, T)
+        if not self._verified:
+            self._verify(Y[:_VERIFIED], T[:_VERIFIED])
+            object.__setattr__(self, "_verified", True)
+        return values[:, None], derivatives
+
+    def _call(self, Y: Array, T: Array) -> tuple[Array, Array]:
+        result = self.function(Y.copy(), T)
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            raise TypeError(f"{self} returned {type(result).__name__}; expected (values, derivatives)")
+        arrays = []
+        for what, array, shape in zip(("values", "derivatives"), result, (Y.shape[:1], Y.shape), strict=True):
+            arrays.append(as_real(f"the array of {what} from {self}", array, np.dtype(np.float64)))
+            if arrays[-1].shape != shape:
+                raise ValueError(
+                    f"{self} returned {what} of shape {arrays[-1].shape}; expected {shape}: for outputs (B, k) values (B,), one "
+                    "per sample, and derivatives (B, k)"
+                )
+        return arrays[0], arrays[1]
+
+    def _verify(self, Y: Array, T: Array) -> None:
+        """``ValueError`` unless, in most samples, the derivative lies between the difference quotients of both sides.
+
+        Where the loss has a kink that is a subgradient. The tolerances allow for a function that computes in float32.
+        """
+        direction = np.random.default_rng(0).choice([-1.0, 1.0], Y.shape)
+        h = 1e-3 * np.maximum(1, np.abs(Y).max())
+        values, derivatives = self._call(Y, T)
+        along = (derivatives * direction).sum(axis=1)
+        right = (self._call(Y + h * direction, T)[0] - values) / h
+        left = (values - self._call(Y - h * direction, T)[0]) / h
+        size = np.maximum(np.maximum(np.abs(left), np.abs(right)), np.abs(along))
+        margin = 1e-2 * size + 1e-3 * np.abs(values)
+        off = (along < np.minimum(left, right) - margin) | (along > np.maximum(left, right) + margin)
+        if off.mean() > 0.5:
+            k = int(np.argmax(off))
+            raise ValueError(
+                f"the derivatives that {self} returns are not those of its values: in sample {k} the derivative along "
+                f"{direction[k].tolist()} is {along[k]:.4g}, the difference quotient {(left[k] + right[k]) / 2:.4g}; expected in "
+                "each row the derivative of the value of that sample, not divided by the number of samples"
+            )
+
+    def targets(self, name: str, Y: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> Array:
+        """Numbers of any real dtype, (samples, ...)."""
+        array = as_array(name, Y)
+        check_samples(name, array, samples)
+        if array.dtype.kind not in "biu":
+            array = as_real(name, array, np.dtype(np.float64))
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name} has NaN or infinity")
+        return np.ascontiguousarray(array)
+
+
+_VERIFIED = 64
+"""Samples on which derivatives are compared with differences."""
+
+
 LossLike = Loss | Literal["mse", "mae", "huber", "cross_entropy", "binary_cross_entropy"]
 """A loss, or the name of one with its default options."""
+
+
+# --- weights of samples --------------------------------------------------------------------------------------
 
 
 def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype) -> Array | None:

@@ -190,6 +190,17 @@ class Topology:
                 R[stage.rows, stage.rows] = self.constraint.apply(K, scales, self.slope_bounds(stage))[0]
         return R
 
+    def read_out(self, flat: np.ndarray, Z: np.ndarray) -> np.ndarray:
+        """The outputs (..., B, outputs) of states Z (..., B, N) with the parameters ``flat`` (..., parameters)."""
+        if not self.linear_readout:
+            return np.asarray(Z[..., self.read_neurons])
+        C, d = self.block("C").view(flat), self.block("d").view(flat)
+        return np.asarray(Z[..., self.rows[-1]] @ np.swapaxes(C, -1, -2) + d[..., None, :])
+
+    def block(self, name: str) -> Block:
+        """The weight array of that name."""
+        return next(block for block in self.blocks if block.name == name)
+
     def views(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """The weight arrays by name, as views of ``flat`` (parameters,)."""
         return {block.name: block.view(flat) for block in self.blocks}

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
-from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossLike, as_weights
+from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import Adam, Guard, Optimizer, OptimizerLike
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
@@ -71,7 +71,8 @@ def fit_many(
     epochs, batch_size
         Passes over the data, and samples per step; ``None`` takes all samples at once.
     loss
-        "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``.
+        "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``;
+        ``CustomLoss(function)`` is one of one's own.
     sample_weights
         Weights w (B,) of the samples: the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. A minibatch of m samples takes
         ``Σ_b w_b ℓ_b / m`` with the weights scaled to a mean of 1 over all samples.
@@ -133,7 +134,7 @@ def fit_many(
     chosen = options.choose(Loss, loss, "loss")
     samples = _data(first, chosen, "", X, Y, sample_weights)
     warn_of_scale("X", samples.X)
-    if not isinstance(chosen, CrossEntropy | BinaryCrossEntropy):
+    if not isinstance(chosen, CrossEntropy | BinaryCrossEntropy | CustomLoss):
         warn_of_scale("Y", samples.Y)
     held_out = None
     if validation is not None:

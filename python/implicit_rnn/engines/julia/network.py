@@ -8,12 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.engines.base import Problem, Quality, Replicas, Samples
+from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Replicas, Samples, Trainer
+from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
-from implicit_rnn.model.optimizers import Guard, Optimizer
+from implicit_rnn.model.losses import MSE, CustomLoss
+from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
 from implicit_rnn.options import Option
 from implicit_rnn.runtime import start
-from implicit_rnn.solution import GradientReport, Solution
+from implicit_rnn.solution import CONVERGED, GradientReport, Solution
 
 Array = np.ndarray
 
@@ -48,6 +50,7 @@ class JuliaProgram:
     """See ``engines.base.Program``."""
 
     def __init__(self, problem: Problem) -> None:
+        self._problem = problem
         number, parameters = call("compile", _describe(problem))
         self._handle = Handle(number)
         if parameters != problem.topology.parameters:
@@ -62,21 +65,95 @@ class JuliaProgram:
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:
-        per_sample = () if report is None else (report.status, report.residual, report.adjoint_residual)
-        loss, *quality = call("gradient", self._handle.number, (p, *_flat(samples), g, *per_sample), probe)
+        if isinstance(self._problem.loss, CustomLoss):
+            return self._gradient_of_python_loss(p, samples, g, probe, report)
+        arrays = (p, *_flat(samples), g, *_per_sample(report))
+        loss, *quality = call("gradient", self._handle.number, arrays, probe)
         return loss, Quality(*quality)
 
+    def _gradient_of_python_loss(
+        self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None
+    ) -> tuple[float, Quality]:
+        """Forward in Julia, the loss in Python, and back in Julia from the equilibria found."""
+        topology, X = self._problem.topology, samples.X
+        found = Solution.empty(len(X), topology.neurons, X.dtype)
+        self.solve(p, X, None, found)
+        Y = topology.read_out(p, found.state)
+        loss, V = self._problem.loss.value_and_gradient(Y, samples.Y, samples.weights)
+        back = GradientReport.empty(len(X)) if report is None else report
+        start = found.state if self._problem.adjoint.needs_equilibrium else None
+        penalty, _ = self._vjp(p, X, start, V, "outputs", g, np.empty_like(X), back, probe)
+        # A sample that has not converged goes on in the second solve, while the loss is that of the first.
+        lost = found.status != CONVERGED
+        back.status[lost], back.residual[lost] = found.status[lost], found.residual[lost]
+        failed = (back.status != CONVERGED) | ~(back.adjoint_residual < WORST_ADJOINT)
+        unconverged = int(failed.sum()) if self._problem.adjoint.needs_equilibrium else 0
+        return float(loss) + penalty, Quality(
+            unconverged, float(back.residual.max()), float(back.adjoint_residual.max())
+        )
+
+    def vjp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        V: Array,
+        of: Of,
+        g: Array,
+        dX: Array,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        return self._vjp(p, X, z0, V, of, g, dX, report, 0)[1]
+
+    def _vjp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        V: Array,
+        of: Of,
+        g: Array,
+        dX: Array,
+        report: GradientReport | None,
+        probe: int,
+    ) -> tuple[float, Quality]:
+        """The Jacobian penalty of the problem, which is part of the gradient, and how the solves went."""
+        arrays = (p, X.reshape(-1), _start(z0, X), V.reshape(-1), g, dX.reshape(-1), *_per_sample(report))
+        penalty, *quality = call("vjp", self._handle.number, arrays, of == "state", probe)
+        return penalty, Quality(*quality)
+
+    def jvp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        dp: Array,
+        dX: Array,
+        of: Of,
+        out: Array,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        arrays = (p, X.reshape(-1), _start(z0, X), dp, dX.reshape(-1), out.reshape(-1), *_per_sample(report))
+        return Quality(*call("jvp", self._handle.number, arrays, of == "state"))
+
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
+        if isinstance(self._problem.loss, CustomLoss):
+            raise EngineError(
+                f"{self._problem.loss} has no second derivatives, which the Hessian needs; use a loss of the package"
+            )
         call("hessian_vector_product", self._handle.number, (p, *_flat(samples), v, h))
 
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
-    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> JuliaTrainer:
+    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> Trainer:
         if type(optimizer).__module__ != Optimizer.__module__:
             raise EngineError(
                 f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
             )
+        if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
+            shape, dtype = (nets, self._problem.topology.parameters), np.dtype(self._problem.dtype)
+            return StepTrainer(self._gradients, optimizer, shape, dtype, clip, guard)
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
@@ -87,6 +164,14 @@ class JuliaProgram:
             "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
         return JuliaTrainer(Handle(call("trainer", self._handle.number, description)))
+
+    def _gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Array]:
+        """Net by net, for a trainer in Python."""
+        losses, G, unconverged = np.empty(len(P)), np.empty_like(P), np.empty(len(P), np.int64)
+        for s, p in enumerate(P):
+            losses[s], quality = self.gradient(p, samples, G[s], probe)
+            unconverged[s] = quality.unconverged
+        return losses, G, unconverged
 
 
 class JuliaTrainer:
@@ -122,6 +207,15 @@ def _flat(samples: Samples) -> tuple[Array, Array, Array]:
     return samples.X.reshape(-1), samples.Y.reshape(-1), weights
 
 
+def _per_sample(report: GradientReport | None) -> tuple[Array, ...]:
+    return () if report is None else (report.status, report.residual, report.adjoint_residual)
+
+
+def _start(z0: Array | None, X: Array) -> Array:
+    """An empty vector stands for none."""
+    return np.empty(0, X.dtype) if z0 is None else z0.reshape(-1)
+
+
 def _describe(problem: Problem) -> dict[str, Any]:
     topology = problem.topology
     outputs = topology.outputs
@@ -134,7 +228,8 @@ def _describe(problem: Problem) -> dict[str, Any]:
         "constraint": {"name": topology.constraint.name, "values": list(topology.constraint.options().values())},
         "solver": _option(problem.solver),
         "adjoint": _option(problem.adjoint),
-        "loss": _option(problem.loss),
+        # A loss of Python's stays here, and Julia is asked for vector-Jacobian products only.
+        "loss": _option(MSE() if isinstance(problem.loss, CustomLoss) else problem.loss),
         "jacobian_penalty": float(problem.jacobian_penalty),
     }
 

@@ -1,4 +1,4 @@
-"""The NumPy engine: problems, their two passes (forward to the equilibrium, adjoint back), and training."""
+"""The NumPy engine: problems and their passes: forward to the equilibrium, adjoint back, and tangents forward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.engines import base
-from implicit_rnn.engines.base import Halt, Problem, Quality, Replicas, Samples
+from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples
 from implicit_rnn.engines.numpy import solvers
 from implicit_rnn.engines.numpy.equations import PythonEquation
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
+from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
@@ -26,8 +27,6 @@ Chain = list[tuple[Array, Array, Array]]
 
 ADJOINTS: tuple[type[Adjoint], ...] = (Implicit, JacobianFree, Unrolled)
 """Those of this engine; it knows nothing of their subclasses."""
-_WORST_ADJOINT = 1e-3
-"""A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
 _TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary array of the adjoint."""
 
@@ -109,20 +108,65 @@ class NumpyProgram:
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:
-        loss, gradients, outcome, adjoint_residual = self.gradients(p[None], samples, probe)
+        loss, gradients, outcome, residual = self._gradients(p[None], samples, probe)
         g[...] = gradients[0]
+        return float(loss[0]), self._quality(outcome, residual, report)
+
+    def vjp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        V: Array,
+        of: Of,
+        g: Array,
+        dX: Array,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        P, G = p[None], g[None]
+        weights = self._unpack(P)
+        found = self._forward(weights, X, None if z0 is None else z0[None], self._unrolled)
+        G[...], dX[...] = 0, 0
+        dZ = V[None].copy() if of == "state" else self._read_out_pullback(P, found.Z, V[None], G)
+        _, residual = self._pullback(weights, X, found, dZ, G, dX=dX)
+        return self._quality(found.outcome, residual, report)
+
+    def jvp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        dp: Array,
+        dX: Array,
+        of: Of,
+        out: Array,
+        report: GradientReport | None = None,
+    ) -> Quality:
+        P, dP = p[None], dp[None]
+        weights = self._unpack(P)
+        found = self._forward(weights, X, None if z0 is None else z0[None], self._unrolled)
+        dZ, residual = self._pushforward(weights, X, found, self._unpack_tangent(weights, dP), dX)
+        out[...] = (dZ if of == "state" else self._read_out_tangent(P, found.Z, dP, dZ))[0]
+        return self._quality(found.outcome, residual, report)
+
+    @property
+    def _unrolled(self) -> Unrolled | None:
+        return self.adjoint if isinstance(self.adjoint, Unrolled) else None
+
+    def _quality(self, outcome: Outcome, residual: Array, report: GradientReport | None) -> Quality:
+        """How the solves of the one net went, with the residuals (1, B) of the linear systems; fills the report."""
         if report is not None:
             report.status[...] = outcome.status[0]
             report.residual[...] = outcome.residual[0]
-            report.adjoint_residual[...] = adjoint_residual[0]
-        unconverged = int(self.failed(outcome, adjoint_residual).sum())
-        return float(loss[0]), Quality(unconverged, float(outcome.residual.max()), float(adjoint_residual.max()))
+            report.adjoint_residual[...] = residual[0]
+        unconverged = int(self.failed(outcome, residual).sum())
+        return Quality(unconverged, float(outcome.residual.max()), float(residual.max()))
 
     def failed(self, outcome: Outcome, adjoint_residual: Array) -> Array:
         """(S, B) samples whose forward or adjoint solve failed; unrolled steps need no equilibrium."""
         if not self.adjoint.needs_equilibrium:
             return np.zeros(outcome.status.shape, bool)
-        return (outcome.status != CONVERGED) | ~(adjoint_residual < _WORST_ADJOINT)
+        return (outcome.status != CONVERGED) | ~(adjoint_residual < WORST_ADJOINT)
 
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
         raise _unsupported("the Hessian-vector product")
@@ -137,24 +181,46 @@ class NumpyProgram:
                 for k, d in enumerate(D):
                     out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
-    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> NumpyTrainer:
+    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> StepTrainer:
         if not isinstance(optimizer, GradientDescent):
             raise _unsupported(f"the optimizer {optimizer.name}")
-        return NumpyTrainer(self, optimizer, nets, clip, guard)
+        shape = (nets, self.topology.parameters)
+        return StepTrainer(self._train_gradients, optimizer, shape, self.dtype, clip, guard)
+
+    def _train_gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Array]:
+        loss, G, outcome, residual = self._gradients(P, samples, probe)
+        return loss, G, self.failed(outcome, residual).sum(axis=1)
 
     # --- forward -----------------------------------------------------------------------------------------
 
     def _unpack(self, P: Array) -> list[StageWeights]:
+        """The weights in force."""
+        weights = self._fill(P)
+        for stage, w, bounds in zip(self.topology.stages, weights, self.bounds, strict=True):
+            if stage.recurrent:
+                w.recurrent = self.topology.constraint.apply(w.raw, w.scales, bounds)
+        return weights
+
+    def _unpack_tangent(self, weights: list[StageWeights], dP: Array) -> list[StageWeights]:
+        """The derivative of the weights in force along dP."""
+        tangents = self._fill(dP)
+        for stage, w, t, bounds in zip(self.topology.stages, weights, tangents, self.bounds, strict=True):
+            if stage.recurrent:
+                t.recurrent = self.topology.constraint.pushforward(
+                    w.raw, w.scales, bounds, w.recurrent, t.raw, t.scales
+                )
+        return tangents
+
+    def _fill(self, P: Array) -> list[StageWeights]:
+        """The parameters as weights, before any constraint."""
         stages = []
-        for stage, bounds in zip(self.topology.stages, self.bounds, strict=True):
+        for stage in self.topology.stages:
             w = self._zero_weights(stage, len(P))
             for block in stage.blocks:
                 self._target(w, stage, block)[...] = block.view(P)
             w.bias[...] = self._bias(P)[:, stage.rows]
             if stage.scales is not None:
                 w.scales[...] = stage.scales.view(P)
-            if stage.recurrent:
-                w.recurrent = self.topology.constraint.apply(w.raw, w.scales, bounds)
             stages.append(w)
         return stages
 
@@ -175,7 +241,7 @@ class NumpyProgram:
         return w.raw[:, rows, _shift(columns, stage.rows.start)]
 
     def _block(self, name: str, P: Array) -> Array:
-        return next(block for block in self.topology.blocks if block.name == name).view(P)
+        return self.topology.block(name).view(P)
 
     def _bias(self, P: Array) -> Array:
         return self._block("b", P)
@@ -212,7 +278,11 @@ class NumpyProgram:
         return Equilibria(Z, S, F, outcome, chains)
 
     def _drive(self, w: StageWeights, stage: Stage, X: Array, Z: Array) -> Array:
+        """U = W x + feed z_before + b: all that drives a stage from outside."""
         U = np.broadcast_to(w.bias[:, None, :], (len(w.bias), len(X), stage.neurons)).copy()
+        return self._add_products(U, w, stage, X, Z)
+
+    def _add_products(self, U: Array, w: StageWeights, stage: Stage, X: Array, Z: Array) -> Array:
         if w.input.shape[-1]:
             U += X @ _transposed(w.input)
         if w.feed.shape[-1]:
@@ -252,40 +322,62 @@ class NumpyProgram:
 
     # --- backward ----------------------------------------------------------------------------------------
 
-    def gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Outcome, Array]:
+    def _gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Outcome, Array]:
         """Losses (S,), gradients (S, P), how the solves ended, and the adjoint residuals (S, B)."""
-        topology, X = self.topology, samples.X
         weights = self._unpack(P)
-        unrolled = self.adjoint if isinstance(self.adjoint, Unrolled) else None
-        found = self._forward(weights, X, None, unrolled)
-        Z, S = found.Z, found.S
-        G = np.zeros((len(P), topology.parameters), self.dtype)
+        found = self._forward(weights, samples.X, None, self._unrolled)
+        loss, dY = self._loss(self.topology.read_out(P, found.Z), samples)
+        G = np.zeros((len(P), self.topology.parameters), self.dtype)
+        dZ = self._read_out_pullback(P, found.Z, dY, G)
+        penalty, residual = self._pullback(weights, samples.X, found, dZ, G, probe=probe)
+        return loss + penalty, G, found.outcome, residual
+
+    def _read_out_pullback(self, P: Array, Z: Array, dY: Array, G: Array) -> Array:
+        """∂L/∂z from dY = ∂L/∂y; the gradient of the readout is written to G."""
         dZ = np.zeros_like(Z)
-        if topology.linear_readout:
-            last = topology.rows[-1]
-            C = self._block("C", P)
-            loss, dY = self._loss(Z[..., last] @ _transposed(C) + self._block("d", P)[:, None], samples)
-            dZ[..., last] = dY @ C
+        if self.topology.linear_readout:
+            last = self.topology.rows[-1]
+            dZ[..., last] = dY @ self._block("C", P)
             self._block("C", G)[...] = _transposed(dY) @ Z[..., last]
             self._block("d", G)[...] = dY.sum(axis=1)
         else:
-            loss, dY = self._loss(Z[..., topology.read_neurons], samples)
-            for output, neuron in enumerate(topology.read_neurons):
+            for output, neuron in enumerate(self.topology.read_neurons):
                 dZ[..., neuron] += dY[..., output]
-        residual = np.zeros(Z.shape[:2])
+        return dZ
+
+    def _pullback(
+        self,
+        weights: list[StageWeights],
+        X: Array,
+        found: Equilibria,
+        dZ: Array,
+        G: Array,
+        *,
+        probe: int = 0,
+        dX: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """From dZ = ∂L/∂z, which is used up, to the gradient, written to G, and to the inputs of one net, added to dX.
+
+        Returns the Jacobian penalties (S,) and the adjoint residuals (S, B).
+        """
+        topology, Z, S = self.topology, found.Z, found.S
+        nets = len(Z)
+        penalty, residual = np.zeros(nets), np.zeros(Z.shape[:2])
         stages = list(zip(topology.stages, weights, self.bounds, found.chains, strict=True))
         for stage, w, bounds, chain in reversed(stages):
-            g = self._zero_weights(stage, len(P))
+            g = self._zero_weights(stage, nets)
             direct: Array | float = 0.0
             if stage.recurrent and self.penalty > 0:
                 amount, direct = self._add_penalty(stage, w, S, Z, dZ, g, probe)
-                loss += amount
+                penalty += amount
             E = self._backward_stage(stage, w, S, Z, dZ, chain, g, residual) + direct
             if stage.recurrent and not chain:
                 g.recurrent += _transposed(E) @ Z[..., stage.rows]
             Et = _transposed(E)
             if w.input.shape[-1]:
                 g.input = Et @ X
+                if dX is not None:
+                    dX += (E @ w.input)[0]
             if w.feed.shape[-1]:
                 g.feed = Et @ Z[..., : stage.rows.start]
                 dZ[..., : stage.rows.start] += E @ w.feed
@@ -296,7 +388,7 @@ class NumpyProgram:
             self._bias(G)[:, stage.rows] = E.sum(axis=1)
             if stage.scales is not None:
                 stage.scales.view(G)[...] = g.scales
-        return loss, G, found.outcome, residual
+        return penalty, residual
 
     def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
         return self.loss.value_and_gradient(Y, samples.Y, samples.weights)
@@ -346,19 +438,62 @@ class NumpyProgram:
         return float(c) * (q.astype(np.float64) ** 2).sum(axis=(1, 2)), e
 
     def _solve_adjoint(self, R: Array, D: Array, g: Array, residual: Array) -> Array:
-        """λ with (I - RᵀD) λ = g, by one LU factorisation per sample."""
-        n = D.shape[-1]
-        λ = np.empty_like(D)
+        """λ with (I - RᵀD) λ = g."""
+        return self._solve_linear(lambda tile: _transposed(R)[:, None] * D[:, tile, None, :], g, residual)
+
+    def _solve_linear(self, matrix: Callable[[slice], Array], b: Array, residual: Array) -> Array:
+        """x with (I - M) x = b, by one LU factorisation per sample; ``matrix`` gives the M (S, m, n, n) of some samples.
+
+        The relative residuals are merged into ``residual`` (S, B).
+        """
+        n = b.shape[-1]
+        x = np.empty_like(b)
         identity = np.eye(n, dtype=self.dtype)
-        width = max(1, _TILE_NUMBERS // (n * n * len(D)))
-        for first in range(0, D.shape[1], width):
+        width = max(1, _TILE_NUMBERS // (n * n * len(b)))
+        for first in range(0, b.shape[1], width):
             tile = slice(first, first + width)
-            A = identity - _transposed(R)[:, None] * D[:, tile, None, :]
-            solution = solvers.solve_each(A, g[:, tile, :, None])
-            λ[:, tile] = solution[..., 0]
-            size = np.maximum(norm(λ[:, tile]), np.finfo(self.dtype).tiny)
-            residual[:, tile] = np.maximum(residual[:, tile], norm((A @ solution)[..., 0] - g[:, tile]) / size)
-        return λ
+            A = identity - matrix(tile)
+            solution = solvers.solve_each(A, b[:, tile, :, None])
+            x[:, tile] = solution[..., 0]
+            size = np.maximum(norm(x[:, tile]), np.finfo(self.dtype).tiny)
+            residual[:, tile] = np.maximum(residual[:, tile], norm((A @ solution)[..., 0] - b[:, tile]) / size)
+        return x
+
+    # --- tangents ----------------------------------------------------------------------------------------
+
+    def _pushforward(
+        self, weights: list[StageWeights], X: Array, found: Equilibria, tangents: list[StageWeights], dX: Array
+    ) -> tuple[Array, Array]:
+        """The derivative of the states (S, B, N) along tangents of weights and inputs, and the residuals (S, B).
+
+        Differentiating z = f(u + R z): (I - D R) z′ = D (u′ + R′ z), with D = f′.
+        """
+        Z, S = found.Z, found.S
+        dZ, residual = np.zeros_like(Z), np.zeros(Z.shape[:2])
+        for stage, w, t, chain in zip(self.topology.stages, weights, tangents, found.chains, strict=True):
+            rows, slope = stage.rows, self._slope(stage)
+            drive = self._add_products(self._drive(t, stage, X, Z), w, stage, dX, dZ)
+            if chain:
+                dZ[..., rows] = _unroll_tangent(slope, chain, w.recurrent, t.recurrent, drive)
+                continue
+            D = slope(S[..., rows], Z[..., rows])
+            if stage.recurrent:
+                drive += Z[..., rows] @ _transposed(t.recurrent)
+            dZ[..., rows] = D * drive
+            if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
+                dZ[..., rows] = self._solve_tangent(w.recurrent, D, dZ[..., rows], residual)
+        return dZ, residual
+
+    def _solve_tangent(self, R: Array, D: Array, b: Array, residual: Array) -> Array:
+        """z′ with (I - D R) z′ = b."""
+        return self._solve_linear(lambda tile: D[:, tile, :, None] * R[:, None], b, residual)
+
+    def _read_out_tangent(self, P: Array, Z: Array, dP: Array, dZ: Array) -> Array:
+        """The derivative of the outputs (S, B, outputs)."""
+        if not self.topology.linear_readout:
+            return dZ[..., self.topology.read_neurons]
+        last = self.topology.rows[-1]
+        return dZ[..., last] @ _transposed(self._block("C", P)) + self.topology.read_out(dP, Z)
 
 
 def _unroll(equation: Equation, U: Array, z: Array, steps: int) -> Chain:
@@ -381,84 +516,11 @@ def _unroll_back(slope: Callable[[Array, Array], Array], chain: Chain, R: Array,
     return E
 
 
-class NumpyTrainer:
-    """See ``engines.base.Trainer``."""
-
-    def __init__(self, program: NumpyProgram, optimizer: GradientDescent, nets: int, clip: float, guard: Guard) -> None:
-        self._program = program
-        self._clip = clip
-        self._guard = guard
-        self._steps = 0
-        self._optimizer = optimizer
-        self._moments = optimizer.start((nets, program.topology.parameters), program.dtype)
-
-    def train(
-        self,
-        nets: Replicas,
-        samples: Samples,
-        order: Array,
-        batch_size: int,
-        rates: Array,
-        losses: Array,
-        unconverged: Array,
-    ) -> None:
-        steps = len(rates) // len(order)
-        for epoch, permutation in enumerate(order):
-            running = nets.halted == Halt.RUNNING
-            before = nets.parameters.copy()
-            loss, failed = self._epoch(
-                nets.parameters, running, samples, permutation, batch_size, rates[epoch * steps :]
-            )
-            losses[:, epoch] = np.where(running, loss, np.nan)
-            unconverged[:, epoch] = np.where(running, failed, 0)
-            self._judge(nets, running, before, loss, failed / len(samples))
-
-    def _epoch(
-        self, P: Array, running: Array, samples: Samples, permutation: Array, batch_size: int, rates: Array
-    ) -> tuple[Array, Array]:
-        """The mean loss of each net, NaN as soon as a loss or gradient is not finite, and its unconverged samples."""
-        total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
-        alive = running.copy()
-        for step, first in enumerate(range(0, len(samples), batch_size)):
-            batch = _select(samples, permutation[first : first + batch_size])
-            self._steps += 1
-            loss, G, outcome, adjoint_residual = self._program.gradients(P, batch, self._steps)
-            failed += np.where(alive, self._program.failed(outcome, adjoint_residual).sum(axis=1), 0)
-            size = norm(G)
-            alive &= np.isfinite(loss) & np.isfinite(size)
-            total += np.where(alive, loss, np.nan) * len(batch)
-            long = alive & (size > self._clip)
-            G[long] *= (self._clip / size[long])[:, None]
-            change = self._optimizer.step(self._moments, P, np.where(alive[:, None], G, 0), rates[step])
-            P -= np.where(alive[:, None], change, 0).astype(P.dtype)
-        return total / len(samples), failed
-
-    def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
-        """Halt the nets that went wrong in this epoch, and note what was good."""
-        limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
-        size = norm(nets.parameters)
-        broken, lost = ~np.isfinite(loss), unconverged > self._guard.unconverged
-        good = running & ~broken & ~lost
-        nets.good[good] = before[good]
-        halt = np.where(np.isfinite(size) & (size <= limit), Halt.RUNNING, Halt.TOO_LARGE)
-        halt = np.where(broken, Halt.NOT_FINITE, np.where(lost, Halt.TOO_MANY_UNCONVERGED, halt))
-        halted = running & (halt != Halt.RUNNING)
-        nets.halted[halted] = halt[halted]
-        nets.parameters[halted] = nets.good[halted]
-
-    def state(self) -> Array:
-        return np.append(self._moments.numbers(), float(self._steps))
-
-    def restore(self, state: Array) -> None:
-        self._moments.restore(state[:-1])
-        self._steps = int(state[-1])
-
-
-def _select(samples: Samples, chosen: Array) -> Samples:
-    if len(chosen) == len(samples):
-        return samples
-    weights = samples.weights
-    return Samples(samples.X[chosen], samples.Y[chosen], None if weights is None else weights[chosen])
+def _unroll_tangent(slope: Callable[[Array, Array], Array], chain: Chain, R: Array, dR: Array, drive: Array) -> Array:
+    dz = np.zeros_like(drive)
+    for before, s, after in chain:
+        dz = slope(s, after) * (drive + before @ _transposed(dR) + dz @ _transposed(R))
+    return dz
 
 
 def _transposed(A: Array) -> Array:

@@ -1,0 +1,109 @@
+"""Training whose steps Python takes, on top of any engine's gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from implicit_rnn.engines.base import Halt, Replicas, Samples
+from implicit_rnn.model.optimizers import GradientDescent, Guard
+
+Array = np.ndarray
+
+Gradients = Callable[[Array, Samples, int], tuple[Array, Array, Array]]
+"""Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, with
+the number of the random vectors of the Jacobian penalty."""
+
+
+class StepTrainer:
+    """See ``engines.base.Trainer``; the parameters of the nets have the ``shape`` (nets, parameters)."""
+
+    def __init__(
+        self,
+        gradients: Gradients,
+        optimizer: GradientDescent,
+        shape: tuple[int, int],
+        dtype: np.dtype,
+        clip: float,
+        guard: Guard,
+    ) -> None:
+        self._gradients = gradients
+        self._clip = clip
+        self._guard = guard
+        self._steps = 0
+        self._optimizer = optimizer
+        self._moments = optimizer.start(shape, dtype)
+
+    def train(
+        self,
+        nets: Replicas,
+        samples: Samples,
+        order: Array,
+        batch_size: int,
+        rates: Array,
+        losses: Array,
+        unconverged: Array,
+    ) -> None:
+        steps = len(rates) // len(order)
+        for epoch, permutation in enumerate(order):
+            running = nets.halted == Halt.RUNNING
+            before = nets.parameters.copy()
+            loss, failed = self._epoch(
+                nets.parameters, running, samples, permutation, batch_size, rates[epoch * steps :]
+            )
+            losses[:, epoch] = np.where(running, loss, np.nan)
+            unconverged[:, epoch] = np.where(running, failed, 0)
+            self._judge(nets, running, before, loss, failed / len(samples))
+
+    def _epoch(
+        self, P: Array, running: Array, samples: Samples, permutation: Array, batch_size: int, rates: Array
+    ) -> tuple[Array, Array]:
+        """The mean loss of each net, NaN as soon as a loss or gradient is not finite, and its unconverged samples."""
+        total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
+        alive = running.copy()
+        for step, first in enumerate(range(0, len(samples), batch_size)):
+            batch = _select(samples, permutation[first : first + batch_size])
+            self._steps += 1
+            loss, G, lost = self._gradients(P, batch, self._steps)
+            failed += np.where(alive, lost, 0)
+            size = _norms(G)
+            alive &= np.isfinite(loss) & np.isfinite(size)
+            total += np.where(alive, loss, np.nan) * len(batch)
+            long = alive & (size > self._clip)
+            G[long] *= (self._clip / size[long])[:, None]
+            change = self._optimizer.step(self._moments, P, np.where(alive[:, None], G, 0), rates[step])
+            P -= np.where(alive[:, None], change, 0).astype(P.dtype)
+        return total / len(samples), failed
+
+    def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
+        """Halt the nets that went wrong in this epoch, and note what was good."""
+        limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
+        size = _norms(nets.parameters)
+        broken, lost = ~np.isfinite(loss), unconverged > self._guard.unconverged
+        good = running & ~broken & ~lost
+        nets.good[good] = before[good]
+        halt = np.where(np.isfinite(size) & (size <= limit), Halt.RUNNING, Halt.TOO_LARGE)
+        halt = np.where(broken, Halt.NOT_FINITE, np.where(lost, Halt.TOO_MANY_UNCONVERGED, halt))
+        halted = running & (halt != Halt.RUNNING)
+        nets.halted[halted] = halt[halted]
+        nets.parameters[halted] = nets.good[halted]
+
+    def state(self) -> Array:
+        return np.append(self._moments.numbers(), float(self._steps))
+
+    def restore(self, state: Array) -> None:
+        self._moments.restore(state[:-1])
+        self._steps = int(state[-1])
+
+
+def _norms(P: Array) -> Array:
+    """(S,) Euclidean, infinite without a warning where they overflow."""
+    return np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P)))
+
+
+def _select(samples: Samples, chosen: Array) -> Samples:
+    if len(chosen) == len(samples):
+        return samples
+    weights = samples.weights
+    return Samples(samples.X[chosen], samples.Y[chosen], None if weights is None else weights[chosen])
