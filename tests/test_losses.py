@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import make_net
+from conftest import make_net, make_oscillating
 from scipy.special import expit, log_softmax, logsumexp
 from test_gradients import EXACT, central_differences
 
@@ -181,6 +181,156 @@ def test_binary_targets_outside_of_0_to_1_are_refused(net, X, Y):
 def test_huber_of_no_positive_delta_is_refused(delta):
     with pytest.raises(ValueError, match="delta must be positive and finite"):
         irnn.Huber(delta)
+
+
+# --- of one's own --------------------------------------------------------------------------------------------
+
+
+def squared(y, t):
+    """The mean squared error, by hand."""
+    d = y - t
+    return (d**2).mean(axis=1), 2 * d / y.shape[1]
+
+
+def log_loss(y, labels):
+    """The cross-entropy, by hand, of labels as they were given."""
+    assert labels.dtype == LABELS.dtype
+    log_p = log_softmax(y, axis=1)
+    rows = np.arange(len(y))
+    derivatives = np.exp(log_p)
+    derivatives[rows, labels] -= 1
+    return -log_p[rows, labels], derivatives
+
+
+@pytest.mark.parametrize(
+    ("own", "known"), [(squared, irnn.MSE()), (log_loss, irnn.CrossEntropy())], ids=["squared", "log"]
+)
+class TestLossOfOnesOwn:
+    def test_has_the_value_and_the_gradient_of_its_formula(self, net, own, known, weights, X, Y):
+        T = targets_for(known, Y)
+        answers = [
+            net.loss_and_gradient(X, T, loss=loss, sample_weights=weights, solver=EXACT, jacobian_penalty=0.3, probe=2)
+            for loss in (irnn.CustomLoss(own), known)
+        ]
+        assert answers[0][0] == pytest.approx(answers[1][0], rel=1e-12)
+        np.testing.assert_allclose(answers[0][1], answers[1][1], rtol=0, atol=1e-11)
+
+    @pytest.mark.parametrize("settings", [{"batch_size": 5}, {"optimizer": "lbfgs"}, {"adjoint": "unrolled"}], ids=str)
+    def test_trains_like_a_loss_of_the_package(self, engine, own, known, settings, weights, X, Y):
+        T = targets_for(known, Y)
+        nets = [make_net(engine, seed=3) for _ in range(2)]
+        runs = [
+            net.fit(X, T, loss=loss, sample_weights=weights, epochs=5, validation=(X, T), **settings)
+            for net, loss in zip(nets, (irnn.CustomLoss(own), known), strict=True)
+        ]
+        np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-8)
+        np.testing.assert_allclose(runs[0].validation_loss, runs[1].validation_loss, rtol=1e-8)
+        np.testing.assert_allclose(nets[0].parameters, nets[1].parameters, rtol=0, atol=1e-7)
+
+    def test_trains_many_nets_side_by_side(self, engine, own, known, X, Y):
+        T = targets_for(known, Y)
+        groups = [[make_net(engine, seed=s) for s in range(3)] for _ in range(2)]
+        for group, loss in zip(groups, (irnn.CustomLoss(own), known), strict=True):
+            irnn.fit_many(group, X, T, loss=loss, epochs=5, clip=0.1)
+        for ours, theirs in zip(*groups, strict=True):
+            np.testing.assert_allclose(ours.parameters, theirs.parameters, rtol=0, atol=1e-9)
+
+
+def test_loss_of_ones_own_takes_targets_of_any_shape(net, X):
+    """Such as a time and whether it was seen to end, for an exponential distribution of log rate y."""
+
+    def survival(y, t):
+        hazard = np.exp(y[:, 0]) * t[:, 0]
+        events = t[:, 1]
+        return hazard - events * y[:, 0], np.stack([hazard - events, 0 * hazard], axis=1)
+
+    T = np.stack([np.linspace(0.1, 2, 12), np.arange(12) % 2], axis=1)
+    run = net.fit(X, T, loss=irnn.CustomLoss(survival), optimizer=irnn.Adam(0.02), epochs=30, batch_size=4)
+    assert run.loss[-1] < run.loss[0]
+
+
+def test_unconverged_samples_are_told_with_a_loss_of_ones_own(engine):
+    net, X = make_oscillating(engine), np.array([[0.1], [5.0]])
+    report, solver = irnn.GradientReport.empty(2), irnn.Picard(max_iterations=50)
+    settings = {"loss": irnn.CustomLoss(squared), "solver": solver}
+    with pytest.raises(irnn.ConvergenceError, match="1 of 2 samples"):
+        net.loss_and_gradient(X, X, **settings)
+    net.loss_and_gradient(X, X, **settings, report=report, on_failure="ignore")
+    assert report.status.tolist() == [irnn.Status.MAX_ITERATIONS, irnn.Status.CONVERGED]
+    assert net.fit(X, X, **settings, epochs=2, on_failure="ignore").unconverged.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda y, t: (((y - t) ** 2).mean(), 2 * (y - t)), ValueError, r"values of shape \(\); expected \(12,\)"),
+        (lambda y, t: ((y - t) ** 2, 2 * (y - t)), ValueError, r"values of shape \(12, 2\); expected \(12,\)"),
+        (lambda y, t: ((y - t).sum(axis=1), y[:, 0]), ValueError, r"derivatives of shape \(12,\); expected \(12, 2\)"),
+        (lambda y, t: ((y - t) ** 2).sum(axis=1), TypeError, r"returned ndarray; expected \(values, derivatives\)"),
+        (lambda y, t: (["a"] * len(y), y), TypeError, "expected real numbers"),
+        (lambda y, t: (((y - t) ** 2).sum(axis=1), y - t), ValueError, "derivatives .* are not those of its values"),
+        (lambda y, t: (((y - t) ** 2).sum(axis=1), 2 * (y - t) / len(y)), ValueError, "not divided by the number of"),
+    ],
+    ids=["mean", "per output", "one column", "no derivatives", "text", "half", "mean of derivatives"],
+)
+def test_function_that_returns_something_else_is_refused(net, function, error, message, X, Y):
+    for call in (net.loss_and_gradient, net.fit):
+        with pytest.raises(error, match=message):
+            call(X, Y, loss=irnn.CustomLoss(function))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_kinks_and_single_precision_pass_for_derivatives(net, kind, X):
+    def absolute(y, t):
+        d = (y - t).astype(kind)
+        return np.abs(d).sum(axis=1), np.sign(d)
+
+    at_the_kink = net.predict(X)
+    value, _ = net.loss_and_gradient(X, at_the_kink, loss=irnn.CustomLoss(absolute))
+    assert value == pytest.approx(0, abs=1e-6)
+
+
+def test_function_may_not_change_the_outputs_it_is_given(net, X, Y):
+    def careless(y, t):
+        y -= t
+        return (y**2).mean(axis=1), 2 * y / y.shape[1]
+
+    expected = net.loss_and_gradient(X, Y)[1]
+    np.testing.assert_allclose(net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(careless))[1], expected, atol=1e-11)
+
+
+def test_targets_that_are_none_are_refused_for_a_loss_of_ones_own(net, X, Y):
+    with pytest.raises(ValueError, match="Y has 11 samples, X has 12"):
+        net.fit(X, Y[:11], loss=irnn.CustomLoss(squared))
+    with pytest.raises(ValueError, match="Y has NaN or infinity"):
+        net.fit(X, np.full((12, 2), np.nan), loss=irnn.CustomLoss(squared))
+
+
+def test_loss_of_ones_own_needs_its_function(net, X, Y):
+    with pytest.raises(TypeError, match="function must take outputs and targets, got 3"):
+        irnn.CustomLoss(3)
+    with pytest.raises(TypeError, match=r"pass an object: CustomLoss\(function\)"):
+        net.fit(X, Y, loss=irnn.CustomLoss)
+    with pytest.raises(ValueError, match="loss is 'customloss'; expected one of MSE, MAE, Huber"):
+        net.fit(X, Y, loss="customloss")
+
+
+def test_run_with_a_loss_of_ones_own_goes_on_from_its_checkpoint(engine, tmp_path, X, Y):
+    path, settings = tmp_path / "run", {"loss": irnn.CustomLoss(squared), "batch_size": 5}
+    whole, parts = make_net(engine), make_net(engine)
+    whole.fit(X, Y, epochs=6, **settings)
+    parts.fit(X, Y, epochs=3, checkpoint=path, **settings)
+    parts.fit(X, Y, epochs=6, resume=path, **settings)
+    np.testing.assert_array_equal(parts.parameters, whole.parameters)
+    with pytest.raises(irnn.CheckpointError, match=r"loss is CustomLoss\(test_losses.squared\) there and MSE\(\) here"):
+        parts.fit(X, Y, epochs=6, resume=path, batch_size=5)
+
+
+@pytest.mark.julia
+def test_hessian_of_a_loss_of_ones_own_is_refused_by_name(X, Y):
+    net = make_net("julia")
+    with pytest.raises(irnn.EngineError, match=r"CustomLoss\(test_losses.squared\) has no second derivatives"):
+        net.hessian_vector_product(X, Y, net.parameters, loss=irnn.CustomLoss(squared))
 
 
 # --- weights of samples --------------------------------------------------------------------------------------

@@ -22,6 +22,12 @@ def test_run_records_every_epoch(net, engine, X, Y):
     assert run.seconds > 0
 
 
+def test_validation_of_unrolled_steps_takes_all_of_them(net, X, Y):
+    before, _ = net.loss_and_gradient(X, Y, adjoint=irnn.Unrolled(3))
+    run = net.fit(X, Y, adjoint=irnn.Unrolled(3), optimizer=irnn.SGD(1e-300), epochs=1, validation=(X, Y))
+    assert run.validation_loss[0] == pytest.approx(before, rel=1e-12)
+
+
 def test_training_reduces_the_loss(net, X, Y):
     run = net.fit(X, Y, optimizer=irnn.Adam(0.02), epochs=200)
     assert run.loss[-1] < 0.5 * run.loss[0]

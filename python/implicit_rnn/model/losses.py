@@ -167,7 +167,7 @@ class CustomLoss(Loss):
     """(outputs, targets) -> (values, derivatives)."""
 
     averaged = False
-    _verified: ClassVar[bool] = False
+    _verified = False
 
     def __post_init__(self) -> None:
         if not callable(self.function):
@@ -176,7 +176,8 @@ class CustomLoss(Loss):
 
     def __repr__(self) -> str:
         named = hasattr(self.function, "__qualname__")
-        return f"{self.name}({self.function.__module__}.{self.function.__qualname__ if named else self.function!r})"
+        what = f"{self.function.__module__}.{self.function.__qualname__}" if named else repr(self.function)
+        return f"{self.name}({what})"
 
     def options(self) -> dict[str, Any]:
         """The function itself, which ``asdict`` would copy."""

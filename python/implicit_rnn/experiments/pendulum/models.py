@@ -8,7 +8,7 @@ from implicit_rnn.experiments.pendulum.simulation import TIMES
 from implicit_rnn.model.constraints import Constraint, Free, Monotone, Perron
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.solvers import Adjoint, Auto, Implicit, Picard, Solver, Unrolled
+from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, Unrolled
 
 SOLVER = Auto(tol=1e-8, max_iterations=200)
 INITIAL_SEED = 10_000
@@ -38,7 +38,7 @@ class Model:
     @property
     def solver(self) -> Solver:
         """What computes the outputs: a net trained by K unrolled steps is its K steps, not a fixed point."""
-        return Picard(max_iterations=self.adjoint.steps) if isinstance(self.adjoint, Unrolled) else SOLVER
+        return self.adjoint.reader(SOLVER)
 
     def network(self, seed: int | None = None, engine: str | None = None) -> Network:
         """The untrained net of a seed: W ~ N(0, 1/32), feed-forward N(0, 1/n), recurrent N(0, 0.09/n), biases 0."""
