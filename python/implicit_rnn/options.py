@@ -32,7 +32,18 @@ class _OptionType(ABCMeta):
 
 @dataclass(frozen=True)
 class Option(metaclass=_OptionType):
-    """Base of all configuration objects."""
+    """Base of all configuration objects: frozen, compared by value, and strict about the names of their options.
+
+    Examples
+    --------
+    >>> irnn.Picard(damping=0.5).options()
+    {'damping': 0.5, 'tol': None, 'max_iterations': 1000}
+    >>> irnn.Picard().name
+    'Picard'
+    >>> irnn.Picard(damp=0.5)
+    Traceback (most recent call last):
+    TypeError: Picard has no option damp; its options are damping, tol, max_iterations; did you mean damping?
+    """
 
     @property
     def name(self) -> str:

@@ -268,7 +268,15 @@ SolverLike = Solver | Literal["auto", "picard", "anderson", "newton", "chord", "
 
 @dataclass(frozen=True)
 class Adjoint(Option):
-    """How the gradient passes through an equilibrium."""
+    """How the gradient passes through an equilibrium.
+
+    Examples
+    --------
+    >>> irnn.Implicit().needs_equilibrium, irnn.Unrolled(8).needs_equilibrium
+    (True, False)
+    >>> irnn.Unrolled(8).reader(irnn.Auto())
+    Picard(damping=1.0, tol=None, max_iterations=8)
+    """
 
     @property
     @abstractmethod
@@ -276,7 +284,13 @@ class Adjoint(Option):
         """Whether the gradient is that of the loss at an equilibrium only."""
 
     def reader(self, solver: Solver) -> Solver:
-        """What computes the outputs of a net whose gradients come from ``solver`` and this adjoint."""
+        """What computes the outputs of a net whose gradients come from a solver and this adjoint.
+
+        Parameters
+        ----------
+        solver
+            The solver.
+        """
         return solver
 
 

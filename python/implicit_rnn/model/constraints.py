@@ -21,7 +21,29 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Constraint(Option):
-    """What is promised of the recurrent weights R, where L is the bound on the slope of the activation."""
+    """What is promised of the recurrent weights R, where L is the bound on the slope of the activation.
+
+    Examples
+    --------
+    The formulas, for one net of two neurons with raw weights K, whose slopes are bounded by 1:
+
+    >>> constraint, K = irnn.InfNorm(0.5), np.array([[[0.0, 2.0], [0.1, 0.1]]])
+    >>> scales, bounds = np.empty((1, 0)), np.ones(2)
+    >>> R = constraint.apply(K, scales, bounds)
+    >>> R
+    array([[[0. , 0.5],
+            [0.1, 0.1]]])
+    >>> dK, dscales = constraint.pullback(K, scales, bounds, R, dR=np.ones((1, 2, 2)))
+    >>> dK.shape, dscales.shape
+    ((1, 2, 2), (1, 0))
+    >>> constraint.certify(R, scales, bounds, residual=np.full((1, 1, 2), 1e-6))
+    array([[[2.e-06, 2.e-06]]])
+    >>> constraint.unique
+    True
+    >>> irnn.Monotone().check_activations(["gelu"])
+    Traceback (most recent call last):
+    ValueError: the constraint Monotone needs activations whose slope is never negative, which gelu is not; choose ...
+    """
 
     @property
     @abstractmethod
@@ -35,11 +57,39 @@ class Constraint(Option):
 
     @abstractmethod
     def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
-        """The recurrent weights R in force."""
+        """The recurrent weights R in force.
+
+        Parameters
+        ----------
+        K
+            Raw weights (S, n, n).
+        scales
+            Learnt scales (S, n), or (S, 0) for a constraint without.
+        bounds
+            Bounds (n,) on the slopes of the activations.
+
+        Returns
+        -------
+        R (S, n, n).
+        """
 
     @abstractmethod
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
-        """∂L/∂K and ∂L/∂scales from dR = ∂L/∂R."""
+        """∂L/∂K and ∂L/∂scales from dR = ∂L/∂R.
+
+        Parameters
+        ----------
+        K, scales, bounds
+            As for ``apply``: (S, n, n), (S, n) and (n,).
+        R
+            What ``apply`` made of them, (S, n, n).
+        dR
+            ∂L/∂R (S, n, n).
+
+        Returns
+        -------
+        ∂L/∂K (S, n, n) and ∂L/∂scales, of the shape of ``scales``.
+        """
 
     @abstractmethod
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
@@ -47,10 +97,33 @@ class Constraint(Option):
 
     @abstractmethod
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
-        """Elementwise bound on |z - z*| from elementwise bounds on |f(u + Rz) - z| (S, B, n); NaN if there is none."""
+        """Elementwise bounds on |z - z*|, from those on the residuals.
+
+        Parameters
+        ----------
+        R, scales, bounds
+            Weights in force (S, n, n), and the rest as for ``apply``: (S, n) and (n,).
+        residual
+            Bounds (S, B, n) on |f(u + Rz) - z|.
+
+        Returns
+        -------
+        The bounds (S, B, n), NaN if there are none.
+        """
 
     def check_activations(self, names: Iterable[str]) -> None:
-        """``ValueError`` if the promise does not hold for one of these activations."""
+        """Refuse activations for which the promise does not hold.
+
+        Parameters
+        ----------
+        names
+            The names of the activations.
+
+        Raises
+        ------
+        ValueError
+            If it does not hold for one of them.
+        """
         falling = sorted({name for name in names if not ACTIVATIONS[name].increasing})
         if self.needs_increasing and falling:
             raise ValueError(
@@ -61,7 +134,16 @@ class Constraint(Option):
 
 @dataclass(frozen=True)
 class Free(Constraint):
-    """No constraint, as in Sanokowski (arXiv 2010.10564): equilibria may be many, unstable or out of reach."""
+    """No constraint, as in Sanokowski (arXiv 2010.10564): equilibria may be many, unstable or out of reach.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Free(), seed=0)
+    >>> bool((net.recurrent_weights == net.weights["R"]).all())
+    True
+    >>> net.equilibrium([[0.5, -1.0]]).bound
+    array([nan])
+    """
 
     unique = False
 
@@ -83,14 +165,32 @@ class Free(Constraint):
 
 @dataclass(frozen=True)
 class Perron(Constraint):
-    """R = e^{-A} K e^{A} with a learnt diagonal A and rows of L|K| summing to at most ``kappa``.
+    """R = e^{-A} K e^{A} with a learnt diagonal A and rows of L|K| summing to at most ``kappa``: the default.
 
     One equilibrium, global convergence of Picard iteration and a certified error bound, at little cost in
     expressiveness (El Ghaoui et al. 2021, well-posedness by the Perron-Frobenius eigenvalue of L|R|).
+
+    Parameters
+    ----------
+    kappa
+        Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Perron(0.9), seed=0)
+    >>> net.weights["R"][...] = 5.0  # whatever the weights, the promise holds
+    >>> bool(np.abs(np.linalg.eigvals(net.recurrent_weights)).max() <= 0.9 + 1e-12)
+    True
+    >>> bool(net.equilibrium([[0.5, -1.0]]).bound[0] < 1e-8)
+    True
     """
 
     kappa: float = 0.95
-    """Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration."""
 
     unique = True
     scaled = True
@@ -121,10 +221,27 @@ class Perron(Constraint):
 
 @dataclass(frozen=True)
 class InfNorm(Constraint):
-    """Every row of L|R| sums to at most ``kappa``: a contraction in the maximum norm."""
+    """Every row of L|R| sums to at most ``kappa``: a contraction in the maximum norm.
+
+    Parameters
+    ----------
+    kappa
+        Largest sum of a row, in (0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.InfNorm(0.9), seed=0)
+    >>> net.weights["R"][...] = 5.0
+    >>> np.abs(net.recurrent_weights).sum(axis=1).round(12)
+    array([0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9])
+    """
 
     kappa: float = 0.95
-    """Largest sum of a row, in (0, 1)."""
 
     unique = True
 
@@ -207,10 +324,27 @@ class WholeMatrix(Constraint):
 
 @dataclass(frozen=True)
 class Spectral(WholeMatrix):
-    """The largest singular value of L R is at most ``rho``: a contraction in the Euclidean norm."""
+    """The largest singular value of L R is at most ``rho``: a contraction in the Euclidean norm.
+
+    Parameters
+    ----------
+    rho
+        Largest singular value, in (0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Spectral(0.9), seed=0)
+    >>> net.weights["R"][...] = 5.0
+    >>> print(f"{np.linalg.norm(net.recurrent_weights, 2):.6f}")
+    0.900000
+    """
 
     rho: float = 0.95
-    """Largest singular value, in (0, 1)."""
 
     def __post_init__(self) -> None:
         check_fraction("rho", self.rho)
@@ -235,10 +369,29 @@ class Monotone(WholeMatrix):
     """I - (L R + RᵀL)/2 ⪰ ``margin`` I: one equilibrium (Winston and Kolter 2020), which Picard may not reach.
 
     Holds for activations whose slope is never negative, hence not for gelu and silu.
+
+    Parameters
+    ----------
+    margin
+        Smallest eigenvalue m of I - (L R + RᵀL)/2, in (0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Monotone(0.1), seed=0)
+    >>> net.weights["R"][...] = [[0, 5] * 4, [-5, 0] * 4] * 4  # rotation may be strong
+    >>> R = net.recurrent_weights
+    >>> bool(np.linalg.eigvalsh((R + R.T) / 2).max() <= 0.9 + 1e-12), bool(np.linalg.norm(R, 2) > 1)
+    (True, True)
+    >>> net.equilibrium([[0.5, -1.0]]).converged
+    array([ True])
     """
 
     margin: float = 0.05
-    """Smallest eigenvalue m of I - (L R + RᵀL)/2, in (0, 1)."""
 
     needs_increasing = True
 

@@ -49,13 +49,35 @@ class Moments:
 class GradientDescent(Optimizer):
     """One step along each gradient; the formulas are those of Optimisers.jl.
 
-    ``weight_decay`` λ adds λ p to the gradient of all parameters p, as if λ ‖p‖² / 2 were added to the loss.
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0, which adds λ p to the gradient of all parameters p, as if λ ‖p‖² / 2 were added to the loss.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> p, g = np.array([[1.0, 2.0]]), np.array([[0.5, -0.5]])  # one net of two parameters
+    >>> optimizer = irnn.Momentum(0.1)
+    >>> state = optimizer.start(p.shape, p.dtype)
+    >>> for _ in range(2):
+    ...     p -= optimizer.step(state, p, g, rate=0.1)
+    >>> print(p)
+    [[0.855 2.145]]
+    >>> irnn.Adam().decay_rates
+    (0.9, 0.999)
+    >>> print(irnn.SGD().change(irnn.SGD().start(p.shape, p.dtype), g, rate=0.1))
+    [[ 0.05 -0.05]]
     """
 
     learning_rate: float = 1e-3
-    """η; a schedule changes it in the course of a run."""
     weight_decay: float = field(default=0.0, kw_only=True)
-    """λ >= 0."""
 
     averages: ClassVar[int] = 0
     """How many averages over the gradients the formula needs."""
@@ -70,27 +92,83 @@ class GradientDescent(Optimizer):
         check_not_negative("weight_decay", self.weight_decay)
 
     def start(self, shape: tuple[int, int], dtype: np.dtype) -> Moments:
-        """The state before the first step, for parameters of that shape."""
+        """The state before the first step.
+
+        Parameters
+        ----------
+        shape, dtype
+            Those of the parameters: (nets, parameters), and float64 or float32.
+        """
         return Moments(
             [np.zeros(shape, dtype) for _ in range(self.averages)], np.array([self.decay_rates] * shape[0], dtype)
         )
 
     def step(self, state: Moments, p: Array, g: Array, rate: float) -> Array:
-        """What is to be subtracted from p; ``rate`` is the learning rate of this step."""
+        """What is to be subtracted from the parameters, weight decay included.
+
+        Parameters
+        ----------
+        state
+            The moments, which are brought up to date.
+        p
+            Parameters (nets, parameters).
+        g
+            Their gradients (nets, parameters).
+        rate
+            The learning rate of this step.
+
+        Returns
+        -------
+        The change (nets, parameters).
+        """
         λ = p.dtype.type(self.weight_decay)
         return self.change(state, g + λ * p if λ else g, rate)
 
     @abstractmethod
     def change(self, state: Moments, g: Array, rate: float) -> Array:
-        """What is to be subtracted, by the gradient alone; brings ``state`` up to date."""
+        """What is to be subtracted by the gradient alone; parameters as for ``step``.
+
+        Parameters
+        ----------
+        state
+            The moments, which are brought up to date.
+        g
+            Gradients (nets, parameters).
+        rate
+            The learning rate of this step.
+
+        Returns
+        -------
+        The change (nets, parameters).
+        """
 
 
 @dataclass(frozen=True)
 class SGD(GradientDescent):
-    """p ← p - η g."""
+    """Gradient descent, p ← p - η g.
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.SGD(0.3), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
+    """
 
     learning_rate: float = 1e-1
-    """η; a schedule changes it in the course of a run."""
 
     def change(self, state: Moments, g: Array, rate: float) -> Array:
         return np.asarray(rate * g)
@@ -98,12 +176,33 @@ class SGD(GradientDescent):
 
 @dataclass(frozen=True)
 class Momentum(GradientDescent):
-    """v ← ρ v + η g; p ← p - v."""
+    """Gradient descent with momentum, v ← ρ v + η g; p ← p - v.
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0.
+    momentum
+        ρ in [0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.Momentum(0.05), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
+    """
 
     learning_rate: float = 1e-2
-    """η; a schedule changes it in the course of a run."""
     momentum: float = 0.9
-    """ρ in [0, 1)."""
 
     averages = 1
 
@@ -119,12 +218,33 @@ class Momentum(GradientDescent):
 
 @dataclass(frozen=True)
 class Nesterov(GradientDescent):
-    """Nesterov's accelerated gradient in its momentum form: v ← ρ v - η g; p ← p - ρ² v + (1 + ρ) η g, v that before."""
+    """Nesterov's accelerated gradient in its momentum form: v ← ρ v - η g; p ← p - ρ² v + (1 + ρ) η g, v that before.
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0.
+    momentum
+        ρ in [0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.Nesterov(0.05), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
+    """
 
     learning_rate: float = 1e-2
-    """η; a schedule changes it in the course of a run."""
     momentum: float = 0.9
-    """ρ in [0, 1)."""
 
     averages = 1
 
@@ -145,16 +265,38 @@ class Adam(GradientDescent):
     """Adam (Kingma and Ba, arXiv 1412.6980).
 
     m ← β₁ m + (1 - β₁) g; v ← β₂ v + (1 - β₂) g²; p ← p - η m̂ / (√v̂ + ε), with m̂ = m / (1 - β₁ᵗ), v̂ = v / (1 - β₂ᵗ).
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0.
+    beta1
+        Decay rate of the mean of the gradients, in [0, 1).
+    beta2
+        Decay rate of the mean of their squares, in [0, 1).
+    epsilon
+        ε > 0, which bounds the step where gradients vanish.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.Adam(0.02), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
     """
 
     learning_rate: float = 1e-2
-    """η; a schedule changes it in the course of a run."""
     beta1: float = 0.9
-    """Decay rate of the mean of the gradients, in [0, 1)."""
     beta2: float = 0.999
-    """Decay rate of the mean of their squares, in [0, 1)."""
     epsilon: float = 1e-8
-    """ε > 0, which bounds the step where gradients vanish."""
 
     averages = 2
 
@@ -180,10 +322,36 @@ class Adam(GradientDescent):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam whose ``weight_decay`` λ shrinks the parameters by η λ p beside its step (Loshchilov and Hutter, 1711.05101)."""
+    """Adam whose weight decay is apart from its step (Loshchilov and Hutter, arXiv 1711.05101).
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0; the parameters shrink by η λ p beside each step.
+    beta1
+        Decay rate of the mean of the gradients, in [0, 1).
+    beta2
+        Decay rate of the mean of their squares, in [0, 1).
+    epsilon
+        ε > 0, which bounds the step where gradients vanish.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.AdamW(0.02, weight_decay=1e-3), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
+    """
 
     weight_decay: float = field(default=1e-2, kw_only=True)
-    """λ >= 0."""
 
     def step(self, state: Moments, p: Array, g: Array, rate: float) -> Array:
         return self.change(state, g, rate) + p.dtype.type(rate * self.weight_decay) * p
@@ -191,14 +359,36 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class RMSProp(GradientDescent):
-    """v ← ρ v + (1 - ρ) g²; p ← p - η g / (√v + ε) (Tieleman and Hinton 2012)."""
+    """v ← ρ v + (1 - ρ) g²; p ← p - η g / (√v + ε) (Tieleman and Hinton 2012).
+
+    Parameters
+    ----------
+    learning_rate
+        η; a schedule changes it in the course of a run.
+    weight_decay
+        λ >= 0.
+    decay
+        ρ in [0, 1).
+    epsilon
+        ε > 0, which bounds the step where gradients vanish.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.RMSProp(0.005), epochs=200, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
+    """
 
     learning_rate: float = 1e-3
-    """η; a schedule changes it in the course of a run."""
     decay: float = 0.9
-    """ρ in [0, 1)."""
     epsilon: float = 1e-8
-    """ε > 0, which bounds the step where gradients vanish."""
 
     averages = 1
 
@@ -221,14 +411,32 @@ class LBFGS(Optimizer):
     """The quasi-Newton method of limited memory (Liu and Nocedal 1989), for all samples at once.
 
     An epoch is one iteration: a search along the direction that the last ``memory`` steps suggest for one that meets the
-    strong Wolfe conditions, with at most ``search_steps`` lengthenings; most often one or two gradients are enough.
-    Where no step lowers the loss any more, the parameters stay as they are.
+    strong Wolfe conditions; most often one or two gradients are enough. Where no step lowers the loss any more, the
+    parameters stay as they are.
+
+    Parameters
+    ----------
+    memory
+        Steps that the direction is made from.
+    search_steps
+        Largest number of lengthenings in a line search.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, optimizer=irnn.LBFGS(), epochs=30, progress=False)
+    >>> bool(run.loss[-1] < 0.5 * run.loss[0])
+    True
     """
 
     memory: int = 10
-    """Steps that the direction is made from."""
     search_steps: int = 20
-    """Largest number of lengthenings in a line search."""
 
     def __post_init__(self) -> None:
         check_count("memory", self.memory)
@@ -246,16 +454,33 @@ OptimizerLike = Optimizer | Literal["sgd", "momentum", "nesterov", "adam", "adam
 class Guard(Option):
     """When the training of a net is halted, besides a loss or gradient that is not finite.
 
-    When more than the share ``unconverged`` of an epoch's samples does not reach its equilibrium (1 lets all pass), or
-    when the Euclidean norm of the parameters is more than ``parameter_norm`` after an epoch (None: any will do). A net
-    that is halted has the parameters from which its last good epoch began: one with finite losses and no more
+    A net that is halted has the parameters from which its last good epoch began: one with finite losses and no more
     unconverged samples than allowed.
+
+    Parameters
+    ----------
+    unconverged
+        Largest share of an epoch's samples that may miss their equilibrium, from 0 to 1, which lets all pass.
+    parameter_norm
+        Largest Euclidean norm of the parameters after an epoch; None for any.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> guard = irnn.Guard(parameter_norm=100)
+    >>> run = net.fit(X, X**2, optimizer=irnn.SGD(1e4), epochs=9, guard=guard, on_failure="ignore", progress=False)
+    >>> print(run.stopped[:73])
+    training halted: the norm of the parameters exceeds 100 after epoch 1; th
     """
 
     unconverged: float = 1.0
-    """Largest share of samples without equilibrium, from 0 to 1."""
     parameter_norm: float | None = 1e6
-    """Largest Euclidean norm of the parameters; None for any."""
 
     def __post_init__(self) -> None:
         check_share("unconverged", self.unconverged)

@@ -20,17 +20,32 @@ INPUT = -1
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of ``neurons`` neurons; ``lateral`` says whether they are connected among themselves.
+    """A layer of neurons, by default connected among themselves.
 
-    Raises ``ValueError`` for a number of neurons below one and for an unknown activation.
+    Parameters
+    ----------
+    neurons
+        How many.
+    activation
+        "tanh", "sigmoid", "softplus", "relu", "elu", "gelu", "silu" or "identity".
+    lateral
+        Whether the neurons of the layer are connected among themselves.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a number of neurons that is no whole number from 1, and for an unknown activation.
+
+    Examples
+    --------
+    >>> net = irnn.Network(3, [irnn.Layer(4, "relu", lateral=False), irnn.Layer(2)], outputs=1, seed=0)
+    >>> print(net)
+    Network(3 inputs, [4 relu, 2 tanh lateral], 1 outputs, Perron(kappa=0.95), 35 parameters, float64)
     """
 
     neurons: int
-    """How many."""
     activation: str = "tanh"
-    """tanh, sigmoid, softplus, relu, elu, gelu, silu or identity."""
     lateral: bool = True
-    """Whether they are connected among themselves."""
 
     def __post_init__(self) -> None:
         _check_count("neurons", self.neurons)
