@@ -9,7 +9,17 @@ import numpy as np
 
 
 class Status(IntEnum):
-    """How the solve of one sample ended."""
+    """How the solve of one sample ended; a solution's ``status`` holds the numbers.
+
+    What each means and what to do about it is on the page *How to choose*.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> solution = net.equilibrium([[0.5, -1.0]], solver=irnn.Picard(max_iterations=3), on_failure="ignore")
+    >>> irnn.Status(solution.status[0]).name
+    'MAX_ITERATIONS'
+    """
 
     CONVERGED = 0
     MAX_ITERATIONS = 1
@@ -26,24 +36,53 @@ CONVERGED, MAX_ITERATIONS, DIVERGED, NON_FINITE, UNSTABLE, SINGULAR = (int(statu
 
 @dataclass(frozen=True)
 class Solution:
-    """The equilibria of a batch of B samples, as plain NumPy arrays."""
+    """The equilibria of a batch of B samples, as plain NumPy arrays.
+
+    Attributes
+    ----------
+    state
+        (B, N) the state z of all neurons; of unconverged samples the last finite iterate.
+    status
+        (B,) ``Status`` of each sample.
+    iterations
+        (B,) evaluations of f, the most of any stage.
+    residual
+        (B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √n), the worst of any stage.
+    rate
+        (B,) quotient of the last two residuals: the contraction observed.
+    bound
+        (B,) certified bound on max |z - z*|, NaN where the constraint gives none.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> solution = net.equilibrium([[0.5, -1.0], [0.2, 0.1]])
+    >>> solution.state.shape, solution.status, solution.converged
+    ((2, 8), array([0, 0], dtype=int8), array([ True,  True]))
+    >>> bool(solution.bound.max() < 1e-8)  # certified: no entry of the state is further from the equilibrium
+    True
+    >>> print(solution.failure())
+    None
+    >>> irnn.Solution.empty(samples=2, neurons=8, dtype=np.dtype("float64")).state.shape
+    (2, 8)
+    """
 
     state: np.ndarray
-    """(B, N) the state z of all neurons; of unconverged samples the last finite iterate."""
     status: np.ndarray
-    """(B,) ``Status`` of each sample."""
     iterations: np.ndarray
-    """(B,) evaluations of f, the most of any stage."""
     residual: np.ndarray
-    """(B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √n), the worst of any stage."""
     rate: np.ndarray
-    """(B,) quotient of the last two residuals: the contraction observed."""
     bound: np.ndarray
-    """(B,) certified bound on max |z - z*|, NaN where the constraint gives none."""
 
     @classmethod
     def empty(cls, samples: int, neurons: int, dtype: np.dtype) -> Solution:
-        """A solution whose arrays an engine will fill."""
+        """A solution whose arrays an engine will fill.
+
+        Parameters
+        ----------
+        samples, neurons, dtype
+            B, N and the type of the states.
+        """
         return cls(
             np.empty((samples, neurons), dtype),
             np.empty(samples, np.int8),
@@ -93,16 +132,38 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """How the solves behind a gradient went, for each of B samples."""
+    """How the solves behind a gradient went, for each of B samples.
+
+    Attributes
+    ----------
+    status
+        (B,) ``Status`` of the forward solve.
+    residual
+        (B,) relative residual of the forward solve, as in ``Solution``.
+    adjoint_residual
+        (B,) relative residual of the adjoint system, the worst of any stage; NaN where it was singular.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> X, Y = [[0.5, -1.0], [0.2, 0.1]], [[0.3], [0.0]]
+    >>> report = irnn.GradientReport.empty(2)
+    >>> loss, gradient = net.loss_and_gradient(X, Y, report=report)
+    >>> report.status, bool(report.adjoint_residual.max() < 1e-10)
+    (array([0, 0], dtype=int8), True)
+    """
 
     status: np.ndarray
-    """(B,) ``Status`` of the forward solve."""
     residual: np.ndarray
-    """(B,) relative residual of the forward solve, as in ``Solution``."""
     adjoint_residual: np.ndarray
-    """(B,) relative residual of the adjoint system, the worst of any stage; NaN where it was singular."""
 
     @classmethod
     def empty(cls, samples: int) -> GradientReport:
-        """A report whose arrays an engine will fill."""
+        """A report whose arrays an engine will fill.
+
+        Parameters
+        ----------
+        samples
+            B, the number of samples of the gradient.
+        """
         return cls(np.empty(samples, np.int8), np.empty(samples), np.empty(samples))

@@ -31,14 +31,38 @@ class Checkpoint(Option):
     """Where and when to write checkpoints: at the start, every so many epochs or minutes, and at the end.
 
     The file is replaced as a whole: it always holds a complete checkpoint, the last.
+
+    Parameters
+    ----------
+    path
+        The file.
+    every_epochs
+        Epochs between two checkpoints; None for no such rule.
+    every_minutes
+        Minutes between two checkpoints; None for no such rule.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+    OSError
+        During the run, if the file cannot be written.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/run.ckpt"
+    >>> run = net.fit(X, X**2, epochs=10, checkpoint=irnn.Checkpoint(path, every_epochs=5), progress=False)
+    >>> run = net.fit(X, X**2, epochs=20, resume=path, progress=False)  # the first 10 are there
+    >>> len(run.loss)
+    20
     """
 
     path: str | Path
-    """The file."""
     every_epochs: int | None = None
-    """Epochs between two checkpoints; None for no such rule."""
     every_minutes: float | None = 5.0
-    """Minutes between two checkpoints; None for no such rule."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path):

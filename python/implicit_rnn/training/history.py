@@ -15,29 +15,70 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Run:
-    """The record of the training of one net, E epochs long."""
+    """The record of the training of one net, E epochs long.
+
+    Attributes
+    ----------
+    loss
+        (E,) mean training loss of each epoch, each step's before its update.
+    unconverged
+        (E,) samples that did not reach their equilibrium.
+    learning_rate
+        (E,) of the first step of each epoch.
+    validation_epochs
+        (V,) the epochs (from 1) after which the validation loss was taken.
+    validation_loss
+        (V,) the validation loss at those epochs; empty without validation data.
+    validation_unconverged
+        (V,) validation samples that did not reach their equilibrium at those epochs.
+    best_epoch
+        The epoch after which the validation loss was lowest; None if there is none.
+    stopped
+        Why training ended before the last epoch that was asked for; None if it did not.
+    seconds
+        How long the training took.
+    engine
+        The name of the engine.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, epochs=30, validation=(X, X**2), validation_every=10, progress=False)
+    >>> run.loss.shape, run.validation_epochs, run.stopped
+    ((30,), array([10, 20, 30]), None)
+    """
 
     loss: Array
-    """(E,) mean training loss of each epoch, each step's before its update."""
     unconverged: Array
-    """(E,) samples that did not reach their equilibrium."""
     learning_rate: Array
-    """(E,) of the first step of each epoch."""
     validation_epochs: Array
-    """The epochs (from 1) after which the validation loss was taken."""
     validation_loss: Array
-    """The validation loss at those epochs; empty without validation data."""
     validation_unconverged: Array
-    """Validation samples that did not reach their equilibrium at those epochs."""
     best_epoch: int | None
-    """The epoch after which the validation loss was lowest; None if there is none."""
     stopped: str | None
-    """Why training ended before the last epoch that was asked for; None if it did not."""
     seconds: float
     engine: str
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the losses against the epoch, by default into a new figure."""
+        """Draw the losses against the epoch.
+
+        Parameters
+        ----------
+        ax
+            Matplotlib's axes; ``None`` for those of a new figure.
+
+        Returns
+        -------
+        The axes.
+
+        Examples
+        --------
+        >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+        >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, progress=False)
+        >>> run.plot().get_xlabel()
+        'epoch'
+        """
         from matplotlib import pyplot
 
         from implicit_rnn import plotting

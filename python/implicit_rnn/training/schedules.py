@@ -19,6 +19,13 @@ class Schedule(Option):
 
     The rate of a step is ``learning_rate`` of the optimiser times a factor that depends on the number t of the step
     (from 0), the steps per epoch, and with some schedules on the number T of steps of the whole run.
+
+    Examples
+    --------
+    >>> irnn.WarmUp(epochs=2).factors(np.arange(4), steps_per_epoch=1, total=4)
+    array([0.5, 1. , 1. , 1. ])
+    >>> irnn.Cosine().needs_end, irnn.Step().needs_end
+    (True, False)
     """
 
     @property
@@ -28,12 +35,32 @@ class Schedule(Option):
 
     @abstractmethod
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
-        """The factors of the steps t (from 0) of ``total``."""
+        """The factors on the learning rate.
+
+        Parameters
+        ----------
+        t
+            Numbers of steps (n,), from 0.
+        steps_per_epoch, total
+            How many steps an epoch has, and the whole run.
+
+        Returns
+        -------
+        The factors (n,).
+        """
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The learning rate of the optimiser throughout."""
+    """The learning rate of the optimiser throughout.
+
+    Examples
+    --------
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, optimizer=irnn.SGD(1.0), schedule=irnn.Constant(), progress=False)
+    >>> print(run.learning_rate.round(3))
+    [1. 1. 1.]
+    """
 
     @property
     def needs_end(self) -> bool:
@@ -47,13 +74,29 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Falls from 1 towards ``final`` along half a cosine: ``final + (1 - final) (1 + cos(π t / T)) / 2``.
+    """Falls from 1 along half a cosine: ``final + (1 - final) (1 + cos(π t / T)) / 2``.
 
     Loshchilov and Hutter, arXiv 1608.03983, without restarts.
+
+    Parameters
+    ----------
+    final
+        The factor towards which it falls, from 0 to 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=4, optimizer=irnn.SGD(1.0), schedule=irnn.Cosine(), progress=False)
+    >>> print(run.learning_rate.round(3))
+    [1.    0.854 0.5   0.146]
     """
 
     final: float = 0.0
-    """The factor towards which it falls, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_share("final", self.final)
@@ -65,12 +108,30 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """``factor`` to the power ⌊epoch / every⌋, epochs counted from 0."""
+    """``factor`` to the power ⌊epoch / every⌋, epochs counted from 0.
+
+    Parameters
+    ----------
+    every
+        Epochs between two steps.
+    factor
+        The factor of each step, in (0, 1).
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=5, optimizer=irnn.SGD(1.0), schedule=irnn.Step(every=2, factor=0.1), progress=False)
+    >>> print(run.learning_rate.round(3))
+    [1.   1.   0.1  0.1  0.01]
+    """
 
     every: int = 30
-    """Epochs between two steps."""
     factor: float = 0.1
-    """The factor of each step, in (0, 1)."""
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
@@ -91,14 +152,32 @@ class OneCycle(Schedule):
     """Rises from ``start`` to 1 in the first ``rise`` of the run and falls to ``final``, both along half a cosine.
 
     The learning rate of the optimiser is that of the peak. Smith and Topin, arXiv 1708.07120.
+
+    Parameters
+    ----------
+    rise
+        The share of the run in which it rises, in (0, 1).
+    start
+        The factor at the start, from 0 to 1.
+    final
+        The factor at the end, from 0 to 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=4, optimizer=irnn.SGD(1.0), schedule=irnn.OneCycle(rise=0.5), progress=False)
+    >>> print(run.learning_rate.round(3))
+    [0.04 0.52 1.   0.5 ]
     """
 
     rise: float = 0.3
-    """The share of the run in which it rises, in (0, 1)."""
     start: float = 0.04
-    """The factor at the start, from 0 to 1."""
     final: float = 4e-6
-    """The factor at the end, from 0 to 1."""
 
     def __post_init__(self) -> None:
         check_fraction("rise", self.rise)
@@ -115,12 +194,30 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class WarmUp(Schedule):
-    """Rises in equal steps to 1 in the course of ``epochs`` epochs; ``then`` has the rest of the run for its own."""
+    """Rises in equal steps to 1 in the course of ``epochs`` epochs; ``then`` has the rest of the run for its own.
+
+    Parameters
+    ----------
+    epochs
+        Epochs of the rise.
+    then
+        The schedule behind it.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=6, optimizer=irnn.SGD(1.0), schedule=irnn.WarmUp(2, then=irnn.Cosine()), progress=False)
+    >>> print(run.learning_rate.round(3))
+    [0.5   1.    1.    0.854 0.5   0.146]
+    """
 
     epochs: int = 5
-    """Epochs of the rise."""
     then: Schedule = Constant()
-    """The schedule behind it."""
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)

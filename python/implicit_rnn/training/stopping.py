@@ -16,18 +16,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EarlyStopping(Option):
-    """Training ends once the validation loss has not improved for ``patience`` epochs.
+    """Training ends once the validation loss no longer improves.
 
-    An improvement is a loss lower by more than ``min_delta`` than at the last improvement. With ``restore_best`` the
-    net then has the parameters of its lowest validation loss.
+    Parameters
+    ----------
+    patience
+        Epochs without an improvement that are waited for.
+    min_delta
+        How much lower than at the last improvement a loss must be to count as one.
+    restore_best
+        Whether the net ends with the parameters of its lowest validation loss rather than the last.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> stop = irnn.EarlyStopping(patience=5)
+    >>> data = {"validation": (X + 0.05, X**2), "early_stopping": stop}
+    >>> run = net.fit(X, X**2, optimizer=irnn.Adam(0.1), epochs=500, progress=False, **data)
+    >>> len(run.loss) - run.best_epoch
+    5
+    >>> print(run.stopped[:64])
+    the validation loss has not improved in the 5 epochs up to epoch
     """
 
     patience: int = 20
-    """Epochs without an improvement that are waited for."""
     min_delta: float = 0.0
-    """The least that counts as an improvement."""
     restore_best: bool = True
-    """Whether the net ends with its best parameters rather than the last."""
 
     def __post_init__(self) -> None:
         check_count("patience", self.patience)
@@ -36,33 +56,68 @@ class EarlyStopping(Option):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told about a net in training."""
+    """What a callback is told about a net in training.
+
+    Attributes
+    ----------
+    net
+        The net, with the parameters of this epoch; not to be changed.
+    index
+        Its place among the nets of the call.
+    epoch
+        Epochs done.
+    epochs
+        Epochs asked for.
+    loss
+        Mean training loss of this epoch.
+    unconverged
+        Samples of this epoch that did not reach their equilibrium.
+    validation_loss
+        The last one taken.
+    best_epoch
+        The epoch of the lowest validation loss so far.
+    learning_rate
+        Of the first step of this epoch.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> def show(progress):
+    ...     print(progress.epoch, progress.epochs, progress.unconverged)
+    >>> run = net.fit(X, X**2, epochs=20, callbacks=show, callback_every=10, progress=False)
+    10 20 0
+    20 20 0
+    """
 
     net: Network
-    """The net, with the parameters of this epoch; not to be changed."""
     index: int
-    """Its place among the nets of the call."""
     epoch: int
-    """Epochs done."""
     epochs: int
-    """Epochs asked for."""
     loss: float
-    """Mean training loss of this epoch."""
     unconverged: int
-    """Samples of this epoch that did not reach their equilibrium."""
     validation_loss: float | None
-    """The last one taken."""
     best_epoch: int | None
-    """The epoch of the lowest validation loss so far."""
     learning_rate: float
-    """Of the first step of this epoch."""
 
 
 Callback = Callable[[Progress], bool | None]
 
 
 class StopTraining(Exception):  # noqa: N818
-    """Raised by a callback: the training of all nets of the call ends in good order."""
+    """Raised by a callback: the training of all nets of the call ends in good order.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> def enough(progress):
+    ...     if progress.loss < 0.02:
+    ...         raise irnn.StopTraining
+    >>> run = net.fit(X, X**2, optimizer=irnn.Adam(0.05), epochs=500, callbacks=enough, progress=False)
+    >>> run.stopped.startswith("a callback ended the training after epoch")
+    True
+    """
 
 
 def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: str) -> str:
