@@ -40,17 +40,32 @@ _PARAMETER = re.compile(r"(?P<name>[^\W\d]\w*!?)\s*(::[^=,]+)?")
 def julia(text: str) -> JuliaFunction:
     """A function given as Julia code, for ``fixed_point`` and ``root``.
 
-    ``text`` is one anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; the names of its
-    parameters behind the first name the arguments. The code sees each sample as a vector z, arguments as numbers and
-    arrays indexed as in NumPy but from 1, and it may use Julia's LinearAlgebra. It is compiled at its first use, once per
-    text. It must be differentiable by ForwardDiff.jl, so parameters should not be declared Float64. Broadcast formulas on
-    vectors of up to 8 entries are the fastest; these vectors cannot be written to.
+    The code sees each sample as a vector z, arguments as numbers and arrays indexed as in NumPy but from 1, and it may use
+    Julia's LinearAlgebra. It is compiled at its first use, once per text. It must be differentiable by ForwardDiff.jl, so
+    parameters should not be declared Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
+    vectors cannot be written to.
 
-    >>> kepler = julia("(E, M, e) -> M .+ e .* sin.(E)")
+    Parameters
+    ----------
+    text
+        One anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; the names of its parameters behind
+        the first name the arguments.
+
+    Raises
+    ------
+    TypeError
+        For anything but a string.
+    ValueError
+        For text of another form.
+
+    Examples
+    --------
+    >>> kepler = irnn.julia("(E, M, e) -> M .+ e .* sin.(E)")
     >>> kepler.arguments
     ('M', 'e')
-
-    Raises ``TypeError`` for anything but a string and ``ValueError`` for text of another form.
+    >>> solution = irnn.fixed_point(kepler, [1.0], args=(1.0, 0.3), engine="julia")
+    >>> print(solution.value.round(6))
+    [1.288091]
     """
     if not isinstance(text, str):
         raise TypeError(f"text is {text!r}; expected Julia code as a string, such as '(z, a) -> cos.(a .* z)'")
@@ -163,9 +178,20 @@ def fixed_point(
     ConvergenceError
         See ``on_failure``.
 
-    >>> sol = fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(0.8,))
-    >>> sol.vjp([1.0])["a"]
-    array(-0.32420503)
+    Examples
+    --------
+    >>> solution = irnn.fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(0.8,))
+    >>> print(solution.value.round(6))
+    [0.801418]
+    >>> print(solution.vjp([1.0])["a"].round(6))  # dz/da
+    -0.324205
+
+    A batch, of which each sample has an ``a`` of its own:
+
+    >>> a = np.array([[0.2], [0.8]])
+    >>> solution = irnn.fixed_point(lambda z, a: np.cos(a * z), [[0.5], [0.5]], args=(a,), batched="a")
+    >>> print(solution.value.round(6).ravel())
+    [0.980821 0.801418]
     """
     return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=False)
 
@@ -182,14 +208,31 @@ def root(
     on_failure: str = "raise",
     engine: str | None = None,
 ) -> ImplicitSolution:
-    """Solve ``f(z, *args) = 0``; parameters and errors as for ``fixed_point``.
+    """Solve ``f(z, *args) = 0``.
 
-    The solvers are ``Newton()`` with a line search, ``NLsolve()`` for Julia code, and ``Auto()``, which is the first and, for
-    Julia code, the second on samples that the first gave up. A sample has converged when the Newton step is at most
-    ``max(tol · ‖z‖₂, eps · L)``, whatever the unit of f; ``residual`` is that step over that size.
+    A sample has converged when the Newton step is at most ``max(tol · ‖z‖₂, eps · L)``, L the largest ‖z‖₂ seen on the way,
+    whatever the unit of f; ``residual`` is that step over that size.
 
-    >>> root(lambda z, a: z**2 - a, [1.0], args=(2.0,)).value
-    array([1.41421356])
+    Parameters
+    ----------
+    f, z0, args, batched, vectorized, scale, on_failure, engine
+        As for ``fixed_point``, but that f returns what is to be zero, (n,).
+    solver
+        ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and, for Julia code,
+        the second on samples that the first gave up.
+
+    Raises
+    ------
+    ValueError, TypeError, EngineError, ConvergenceError
+        As ``fixed_point``.
+
+    Examples
+    --------
+    >>> solution = irnn.root(lambda z, a: z**2 - a, [1.0], args=(2.0,))
+    >>> print(solution.value.round(6))
+    [1.414214]
+    >>> print(solution.jacobian("a").round(6))  # 1 / (2 z)
+    [[0.353553]]
     """
     return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=True)
 
@@ -371,6 +414,14 @@ class ImplicitSolution(Solution):
     """The solution of ``fixed_point`` or ``root``, and its derivatives with respect to the arguments.
 
     ``status``, ``iterations`` (evaluations of f), ``residual`` and ``rate`` are per sample, (B,); no ``bound`` is certified.
+
+    Examples
+    --------
+    >>> solution = irnn.root(lambda z, a, b: z**2 - a * b, [1.0], args=(2.0, 8.0))
+    >>> solution.value, solution.names, solution.converged
+    (array([4.]), ('a', 'b'), array([ True]))
+    >>> print(solution.failure())
+    None
     """
 
     equation: Equation = field(kw_only=True)
@@ -378,7 +429,13 @@ class ImplicitSolution(Solution):
 
     @classmethod
     def starting(cls, equation: Equation, compiled: CompiledEquation) -> ImplicitSolution:
-        """A solution whose arrays an engine will fill, with the start in ``state``."""
+        """A solution whose arrays an engine will fill, with the start in ``state``.
+
+        Parameters
+        ----------
+        equation, compiled
+            What is to be solved, and the handle that solves it.
+        """
         empty = Solution.empty(equation.samples, 0, equation.start.dtype)
         empty.bound[...] = np.nan
         arrays = (empty.status, empty.iterations, empty.residual, empty.rate, empty.bound)
@@ -395,13 +452,33 @@ class ImplicitSolution(Solution):
         return self.state.reshape(self.equation.shape)
 
     def vjp(self, v: ArrayLike) -> dict[str, Array]:
-        """The products vᵀ ∂value/∂argument for all arguments that are floats, by name, each of the shape of its argument.
+        """The products vᵀ ∂value/∂argument, by the implicit function theorem.
 
-        ``v`` has the shape of ``value``: of a scalar loss L(value) it is ∂L/∂value, and the result ∂L/∂argument; those of
-        shared arguments are summed over the batch. From c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args.
+        From c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args.
 
-        Raises ``ConvergenceError`` where the Jacobian of the equation is singular at a solution, and if ``v`` is not zero
-        for a sample that has not converged; ``ValueError``/``TypeError`` for a bad ``v``.
+        Parameters
+        ----------
+        v
+            Of the shape of ``value``, (n,) or (B, n): of a scalar loss L(value) it is ∂L/∂value, and the result ∂L/∂argument.
+
+        Returns
+        -------
+        The products for all arguments that are floats, by name, each of the shape of its argument; those of shared arguments
+        are summed over the batch.
+
+        Raises
+        ------
+        ConvergenceError
+            Where the Jacobian of the equation is singular at a solution, and if v is not zero for a sample that has not
+            converged.
+        ValueError, TypeError
+            For a bad v.
+
+        Examples
+        --------
+        >>> solution = irnn.root(lambda z, a, b: z**2 - a * b, [1.0], args=(2.0, 8.0))
+        >>> {name: float(product.round(6)) for name, product in solution.vjp([1.0]).items()}
+        {'a': 1.0, 'b': 0.25}
         """
         array = _as_array("v", v)
         if array.shape != self.value.shape:
@@ -416,11 +493,33 @@ class ImplicitSolution(Solution):
         return {name: g for name, g in zip(self.equation.names, gradients, strict=True) if g is not None}
 
     def jacobian(self, argument: str | int) -> Array:
-        """∂value/∂argument for an argument given by name or position: (n, size), or (B, n, size) for a batch.
+        """The derivatives ∂value/∂argument.
 
-        ``size`` counts the entries of the argument, of one sample if it is batched, in C order. Rows of samples that have not
-        converged are NaN; for a single problem that is a ``ConvergenceError``. Raises ``ValueError`` for an unknown argument,
-        ``TypeError`` for one that is not of floats, and ``ConvergenceError`` as ``vjp``.
+        Parameters
+        ----------
+        argument
+            Its name or position.
+
+        Returns
+        -------
+        (n, size), or (B, n, size) for a batch, with ``size`` the entries of the argument, of one sample if it is batched, in C
+        order. Rows of samples that have not converged are NaN.
+
+        Raises
+        ------
+        ConvergenceError
+            As for ``vjp``, and for a single problem that has not converged.
+        ValueError
+            For an unknown argument.
+        TypeError
+            For one that is not of floats.
+
+        Examples
+        --------
+        >>> solution = irnn.root(lambda z, A, b: A @ z - b, [0.0, 0.0], args=([[2.0, 0.0], [0.0, 4.0]], [1.0, 1.0]))
+        >>> print(solution.jacobian("b").round(6))  # the inverse of A
+        [[0.5  0.  ]
+         [0.   0.25]]
         """
         index = _position(argument, self.equation.names, "the Jacobian was asked for")
         if not self.equation.is_differentiable(index):

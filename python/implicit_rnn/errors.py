@@ -13,7 +13,21 @@ if TYPE_CHECKING:
 class EngineError(RuntimeError):
     """An engine cannot be used, or failed.
 
-    ``julia_traceback`` holds Julia's own backtrace where the failure came from Julia, else ``None``.
+    Parameters
+    ----------
+    message
+        What failed and what to do.
+    julia_traceback
+        Julia's own backtrace where the failure came from Julia, else ``None``; also an attribute.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, engine="numpy")
+    >>> try:
+    ...     net.predict([[0.5, -1.0]], solver=irnn.Chord())
+    ... except irnn.EngineError as error:
+    ...     print(error)
+    the solver Chord is not available on the NumPy engine; use engine="julia"
     """
 
     def __init__(self, message: str, julia_traceback: str | None = None) -> None:
@@ -22,11 +36,36 @@ class EngineError(RuntimeError):
 
 
 class EngineWarning(UserWarning):
-    """The Julia engine could not be had and the NumPy engine is used instead."""
+    """The Julia engine could not be had and the NumPy engine is used instead.
+
+    Examples
+    --------
+    Make it an error, so that nothing runs on the slower engine unseen:
+
+    >>> import warnings
+    >>> warnings.simplefilter("error", irnn.EngineWarning)
+    """
 
 
 class ConvergenceError(RuntimeError):
-    """Samples did not reach an equilibrium; ``solution`` (where there is one) says which and how far they came."""
+    """Samples did not reach an equilibrium.
+
+    Parameters
+    ----------
+    message
+        How many did not, why, and what to do.
+    solution
+        The solution (where there is one), which says which and how far they came; also an attribute.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> try:
+    ...     net.equilibrium([[0.5, -1.0]], solver=irnn.Picard(max_iterations=3))
+    ... except irnn.ConvergenceError as error:
+    ...     print(error.solution.converged)
+    [False]
+    """
 
     def __init__(self, message: str, solution: Solution | None = None) -> None:
         super().__init__(message)
@@ -34,19 +73,70 @@ class ConvergenceError(RuntimeError):
 
 
 class ConvergenceWarning(UserWarning):
-    """As ConvergenceError, for ``on_failure="warn"``."""
+    """As ConvergenceError, for ``on_failure="warn"``.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     y = net.predict([[0.5, -1.0]], solver=irnn.Picard(max_iterations=3), on_failure="warn")
+    >>> told[0].category.__name__
+    'ConvergenceWarning'
+    """
 
 
 class ScaleWarning(UserWarning):
-    """Samples or targets are far from unit scale, at which networks learn."""
+    """Samples or targets are far from unit scale, at which networks learn.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     run = net.fit([[1e6], [2e6]], [[0.3], [0.5]], epochs=1, progress=False)
+    >>> told[0].category.__name__
+    'ScaleWarning'
+    """
 
 
 class DerivativeWarning(UserWarning):
-    """A Python function has no derivative at the solution that its values would bear out; NaN stands for it."""
+    """A Python function has no derivative at the solution that its values would bear out; NaN stands for it.
+
+    Examples
+    --------
+    >>> import warnings
+    >>> solution = irnn.root(lambda z, a: z - np.abs(a), [1.0], args=(0.0,))  # a kink
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     warnings.simplefilter("always")
+    ...     gradient = solution.vjp([1.0])["a"]
+    >>> gradient, told[0].category.__name__
+    (array(nan), 'DerivativeWarning')
+    """
 
 
 class RunError(RuntimeError):
-    """Runs of ``runs.run_many`` failed; ``tracebacks`` holds what they raised, by their names."""
+    """Runs of ``runs.run_many`` failed.
+
+    Parameters
+    ----------
+    message
+        Which failed, and the error of the first.
+    tracebacks
+        What they raised, by their names; also an attribute.
+
+    Examples
+    --------
+    >>> from implicit_rnn.errors import RunError
+    >>> from implicit_rnn.runs import run_many
+    >>> try:
+    ...     run_many(lambda x: {"y": 1 / x}, {"one": {"x": 1}, "zero": {"x": 0}})
+    ... except RunError as error:
+    ...     print(error)
+    1 of 2 runs failed: zero. zero: ZeroDivisionError: division by zero
+    """
 
     def __init__(self, message: str, tracebacks: dict[str, str] | None = None) -> None:
         super().__init__(message)
@@ -54,11 +144,37 @@ class RunError(RuntimeError):
 
 
 class ModelFileError(ValueError):
-    """A file is not a model this version can read."""
+    """A file is not a model this version can read.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> path = Path(tempfile.mkdtemp()) / "net.safetensors"
+    >>> _ = path.write_text("no model")
+    >>> try:
+    ...     irnn.load(path)
+    ... except irnn.ModelFileError as error:
+    ...     print("refused")
+    refused
+    """
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint this version can read, or that of another run than the one to be resumed."""
+    """A file is not a checkpoint this version can read, or that of another run than the one to be resumed.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/run.ckpt"
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=2, checkpoint=path, progress=False)
+    >>> try:
+    ...     net.fit([[0.1], [0.2]], [[0.3], [0.7]], epochs=4, resume=path, progress=False)
+    ... except irnn.CheckpointError as error:
+    ...     print(str(error).partition(" is ")[2][:66])
+    the checkpoint of another run: fingerprint of the training data is
+    """
 
 
 def warn(message: str, category: type[Warning]) -> None:

@@ -42,10 +42,34 @@ def notes(path: str | Path) -> dict[str, str]:
 
 
 def load(path: str | Path, engine: str | None = None) -> Network:
-    """The network that ``Network.save`` wrote to ``path``.
+    """The network that ``Network.save`` wrote.
 
-    Raises ``FileNotFoundError``, and ``ModelFileError`` for a file that is no model, is truncated or was written by a
-    later format version.
+    Parameters
+    ----------
+    path
+        The file.
+    engine
+        As for ``Network``; the file says nothing about it.
+
+    Returns
+    -------
+    The network, with equal topology, dtype and parameters.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ModelFileError
+        For a file that is no model, is truncated or was written by a later format version.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> path = tempfile.mkdtemp() + "/net.safetensors"
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+    >>> net.save(path)
+    >>> bool((irnn.load(path).parameters == net.parameters).all())
+    True
     """
     from implicit_rnn.network import Network
 

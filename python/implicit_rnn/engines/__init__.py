@@ -33,9 +33,25 @@ _engines: dict[str, Engine] = {}
 def get_engine(name: str | None = None) -> Engine:
     """The engine of that name, started at its first use.
 
-    ``None`` reads IMPLICIT_RNN_ENGINE, else means "auto": the Julia engine, or the NumPy engine with one warning
-    that says why the Julia engine cannot be had. Raises ``ValueError`` for an unknown name and ``EngineError`` if
-    "julia" was asked for and cannot be had, or if the environment's settings contradict each other.
+    Networks and equations do this by themselves; call it to choose the moment, or to learn which engine there is.
+
+    Parameters
+    ----------
+    name
+        "julia", "numpy", or "auto": the Julia engine, or the NumPy engine with one ``EngineWarning`` that says why the
+        Julia engine cannot be had. ``None`` reads IMPLICIT_RNN_ENGINE, else means "auto".
+
+    Raises
+    ------
+    ValueError
+        For an unknown name.
+    EngineError
+        If "julia" was asked for and cannot be had, or if the environment's settings contradict each other.
+
+    Examples
+    --------
+    >>> irnn.get_engine("numpy").name
+    'numpy'
     """
     chosen = check_engine(name)
     with _lock:

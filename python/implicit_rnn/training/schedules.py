@@ -57,7 +57,8 @@ class Constant(Schedule):
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, optimizer=irnn.SGD(1.0), schedule=irnn.Constant(), progress=False)
+    >>> settings = {"optimizer": irnn.SGD(1.0), "epochs": 3, "progress": False}
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], schedule=irnn.Constant(), **settings)
     >>> print(run.learning_rate.round(3))
     [1. 1. 1.]
     """
@@ -91,7 +92,8 @@ class Cosine(Schedule):
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=4, optimizer=irnn.SGD(1.0), schedule=irnn.Cosine(), progress=False)
+    >>> settings = {"optimizer": irnn.SGD(1.0), "epochs": 4, "progress": False}
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], schedule=irnn.Cosine(), **settings)
     >>> print(run.learning_rate.round(3))
     [1.    0.854 0.5   0.146]
     """
@@ -125,7 +127,8 @@ class Step(Schedule):
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=5, optimizer=irnn.SGD(1.0), schedule=irnn.Step(every=2, factor=0.1), progress=False)
+    >>> settings = {"optimizer": irnn.SGD(1.0), "epochs": 5, "progress": False}
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], schedule=irnn.Step(every=2, factor=0.1), **settings)
     >>> print(run.learning_rate.round(3))
     [1.   1.   0.1  0.1  0.01]
     """
@@ -170,7 +173,8 @@ class OneCycle(Schedule):
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=4, optimizer=irnn.SGD(1.0), schedule=irnn.OneCycle(rise=0.5), progress=False)
+    >>> settings = {"optimizer": irnn.SGD(1.0), "epochs": 4, "progress": False}
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], schedule=irnn.OneCycle(rise=0.5), **settings)
     >>> print(run.learning_rate.round(3))
     [0.04 0.52 1.   0.5 ]
     """
@@ -211,7 +215,8 @@ class WarmUp(Schedule):
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=6, optimizer=irnn.SGD(1.0), schedule=irnn.WarmUp(2, then=irnn.Cosine()), progress=False)
+    >>> settings = {"optimizer": irnn.SGD(1.0), "epochs": 6, "progress": False}
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], schedule=irnn.WarmUp(2, then=irnn.Cosine()), **settings)
     >>> print(run.learning_rate.round(3))
     [0.5   1.    1.    0.854 0.5   0.146]
     """
