@@ -61,6 +61,14 @@ class Network:
     ------
     ValueError, TypeError
         For arguments out of range or of the wrong kind; the message says what was expected.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8), irnn.Layer(4, "sigmoid")], feedback=True, outputs=1, seed=0)
+    >>> net.predict([[0.5, -1.0], [0.2, 0.1]]).shape
+    (2, 1)
+    >>> net.topology.neurons, net.dtype
+    (12, dtype('float64'))
     """
 
     def __init__(
@@ -99,7 +107,22 @@ class Network:
 
     @classmethod
     def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None) -> Network:
-        """A network of that topology with all parameters zero."""
+        """A network of a given topology, with all parameters zero.
+
+        Parameters
+        ----------
+        topology
+            That of another network, ``net.topology``.
+        dtype, engine
+            As for ``Network``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> zero = irnn.Network.from_topology(net.topology, "float32")
+        >>> zero.parameters.shape == net.parameters.shape, bool(zero.parameters.any())
+        (True, False)
+        """
         net = cls.__new__(cls)
         net._set_up(topology, dtype, engine)
         return net
@@ -118,6 +141,14 @@ class Network:
         """(P,) all parameters: the memory itself, in which engines read and write.
 
         A write counts at the next call. Assigning an array copies its values.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> net.parameters.shape
+        (105,)
+        >>> net.parameters *= 0.5
+        >>> net.parameters = np.zeros(105)
         """
         return self._parameters
 
@@ -134,11 +165,36 @@ class Network:
 
         With several layers W[l], R[to,from] and a[layers] name the blocks. Under a constraint the R blocks are the raw
         weights; ``recurrent_weights`` has those in force.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> {name: weight.shape for name, weight in net.weights.items()}
+        {'W': (8, 2), 'R': (8, 8), 'b': (8,), 'a': (8,), 'C': (1, 8), 'd': (1,)}
+        >>> net.weights["b"][...] = 0.1  # counts at the next call
         """
         return self._weights
 
     def named(self, flat: ArrayLike) -> dict[str, Array]:
-        """Views of a flat vector (P,), such as a gradient, by the names of ``weights``."""
+        """Views of a flat vector by the names of ``weights``.
+
+        Parameters
+        ----------
+        flat
+            A vector (P,), such as a gradient.
+
+        Raises
+        ------
+        ValueError
+            For an array of another shape.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> loss, gradient = net.loss_and_gradient([[0.5, -1.0]], [[0.3]])
+        >>> net.named(gradient)["C"].shape
+        (1, 8)
+        """
         array = np.asarray(flat)
         if array.shape != self._parameters.shape:
             raise ValueError(f"the vector has shape {array.shape}; expected {self._parameters.shape}")
@@ -146,12 +202,26 @@ class Network:
 
     @property
     def recurrent_weights(self) -> Array:
-        """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal."""
+        """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> bool(np.abs(np.linalg.eigvals(net.recurrent_weights)).max() < 0.95)
+        True
+        """
         return self.topology.recurrent_weights(self._parameters)
 
     @property
     def input_weights(self) -> Array:
-        """(N, inputs) the matrix W; zero where no connection exists."""
+        """(N, inputs) the matrix W; zero where no connection exists.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8), irnn.Layer(4)], outputs=1, seed=0)
+        >>> net.input_weights.shape, bool(net.input_weights[8:].any())
+        ((12, 2), False)
+        """
         W = np.zeros((self.topology.neurons, self.topology.inputs), self.dtype)
         for block in self.topology.blocks:
             if block.name.startswith("W"):
@@ -162,7 +232,15 @@ class Network:
 
     @property
     def engine(self) -> Engine:
-        """The engine, started if it was not."""
+        """The engine, started if it was not.
+
+        Raises ``EngineError`` as ``get_engine``.
+
+        Examples
+        --------
+        >>> irnn.Network(2, [irnn.Layer(8)], outputs=1, engine="numpy").engine.name
+        'numpy'
+        """
         return get_engine(self._engine_name)
 
     def equilibrium(
@@ -173,11 +251,39 @@ class Network:
         z0: ArrayLike | None = None,
         on_failure: OnFailure = "raise",
     ) -> Solution:
-        """The equilibria for the samples X (B, inputs), from the start ``z0`` (B, N), by default zero.
+        """The equilibria of samples, with a status and an error for each.
 
-        ``on_failure`` says what happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the
-        solution, "warn", or "ignore". Raises ``ValueError``/``TypeError`` for bad input, ``MemoryError`` for more than
-        the machine can hold.
+        Parameters
+        ----------
+        X
+            Samples (B, inputs).
+        solver
+            A solver, or its name: ``Auto()``, ``Picard()``, ``Anderson()``, ``Newton()``, ``Chord()`` or ``NLsolve()``.
+        z0
+            The start (B, N), by default zero.
+        on_failure
+            What happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the solution, "warn", or
+            "ignore".
+
+        Returns
+        -------
+        A ``Solution``, whose ``state`` is (B, N).
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad input.
+        ConvergenceError
+            See ``on_failure``.
+        MemoryError
+            For more than the machine can hold.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> solution = net.equilibrium([[0.5, -1.0], [0.2, 0.1]])
+        >>> solution.state.shape, solution.converged
+        ((2, 8), array([ True,  True]))
         """
         x = self._samples("X", X)
         start = self._start(z0, len(x))
@@ -196,11 +302,49 @@ class Network:
         z0: ArrayLike | None = None,
         on_failure: OnFailure = "raise",
     ) -> Array:
-        """The outputs (B, outputs) for the samples X (B, inputs); arguments and errors as in ``equilibrium``."""
+        """The outputs for samples, at their equilibria.
+
+        Parameters
+        ----------
+        X, solver, z0, on_failure
+            As for ``equilibrium``: samples (B, inputs), and the start (B, N).
+
+        Returns
+        -------
+        The outputs (B, outputs).
+
+        Raises
+        ------
+        ValueError, TypeError, ConvergenceError, MemoryError
+            As ``equilibrium``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> net.predict([[0.5, -1.0], [0.2, 0.1]]).shape
+        (2, 1)
+        """
         return self.read_out(self.equilibrium(X, solver=solver, z0=z0, on_failure=on_failure).state)
 
     def read_out(self, state: Array) -> Array:
-        """The outputs (B, outputs) of states (B, N)."""
+        """The outputs of states.
+
+        Parameters
+        ----------
+        state
+            States (B, N).
+
+        Returns
+        -------
+        The outputs (B, outputs).
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> X = [[0.5, -1.0], [0.2, 0.1]]
+        >>> bool((net.read_out(net.equilibrium(X).state) == net.predict(X)).all())
+        True
+        """
         return self.topology.read_out(self._parameters, state)
 
     def loss_and_gradient(
@@ -217,16 +361,49 @@ class Network:
         on_failure: OnFailure = "raise",
         report: GradientReport | None = None,
     ) -> tuple[float, Array]:
-        """The loss of the outputs for X (B, inputs) against Y (B, outputs), and its gradient (P,).
+        """The loss of the outputs, and its gradient with respect to all parameters.
 
-        The gradient has the layout of ``parameters``; ``named`` views it by name. ``loss`` is "mse", "mae", "huber",
-        "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``; both cross-entropies take the
-        outputs for logits, and "cross_entropy" takes class labels (B,) for Y; ``CustomLoss(function)`` is one of
-        one's own. With ``sample_weights`` w (B,) the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. ``jacobian_penalty`` adds that much of
-        mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and Kolter 2021), estimated
-        with one random vector per sample, which ``probe`` numbers. Errors as in ``equilibrium``; samples
-        without an equilibrium make the gradient meaningless and are reported according to ``on_failure``. The arrays of a
-        ``report`` (``GradientReport.empty(B)``) are filled with the status and the residuals, forward and adjoint, per sample.
+        Parameters
+        ----------
+        X, Y
+            Samples (B, inputs) and targets (B, outputs); for "cross_entropy" class labels (B,) as well.
+        loss
+            "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``, or
+            ``CustomLoss(function)``, one of your own; both cross-entropies take the outputs for logits.
+        sample_weights
+            Weights w (B,): the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``.
+        solver
+            As for ``equilibrium``.
+        adjoint
+            How the gradient passes through the equilibrium: ``Implicit()``, ``JacobianFree()`` or ``Unrolled(steps)``.
+        jacobian_penalty
+            Adds that much of mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and
+            Kolter 2021), estimated with one random vector per sample.
+        probe
+            The number of that random vector.
+        on_failure
+            What happens if a sample has no equilibrium, which makes the gradient meaningless: "raise" a
+            ``ConvergenceError``, "warn", or "ignore".
+        report
+            A ``GradientReport.empty(B)``, whose arrays are filled with the status and the residuals of each sample.
+
+        Returns
+        -------
+        The loss, and its gradient (P,) in the layout of ``parameters``; ``named`` views it by name.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad input.
+        ConvergenceError
+            See ``on_failure``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> loss, gradient = net.loss_and_gradient([[0.5, -1.0], [0.2, 0.1]], [[0.3], [0.0]])
+        >>> gradient.shape, net.named(gradient)["R"].shape
+        ((105,), (8, 8))
         """
         x = self._samples("X", X)
         samples = self._with_targets(x, Y, loss, sample_weights)
@@ -322,12 +499,35 @@ class Network:
         sample_weights: ArrayLike | None = None,
         solver: SolverLike = Auto(),
     ) -> Array:
-        """The Hessian of the loss with respect to the parameters, times v (P,), exactly (Julia engine only).
+        """The Hessian of the loss with respect to the parameters, times a vector, exactly (Julia engine only).
 
-        ``loss`` and ``sample_weights`` are those of ``loss_and_gradient``.
+        Parameters
+        ----------
+        X, Y, loss, sample_weights, solver
+            As for ``loss_and_gradient``: samples (B, inputs), targets (B, outputs) and weights (B,).
+        v
+            The vector (P,).
 
-        Raises ``EngineError`` on the NumPy engine and where a sample does not reach its equilibrium; bad input as in
-        ``equilibrium``.
+        Returns
+        -------
+        The product (P,).
+
+        Raises
+        ------
+        EngineError
+            On the NumPy engine, and where a sample does not reach its equilibrium.
+        ValueError, TypeError
+            For bad input.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0, engine="julia")
+        >>> X, Y, v = [[0.5, -1.0]], [[0.3]], net.parameters.copy()
+        >>> product = net.hessian_vector_product(X, Y, v)
+        >>> before = net.loss_and_gradient(X, Y)[1]
+        >>> net.parameters += 1e-6 * v
+        >>> np.allclose((net.loss_and_gradient(X, Y)[1] - before) / 1e-6, product, atol=1e-4)
+        True
         """
         x = self._samples("X", X)
         samples = self._with_targets(x, Y, loss, sample_weights)
@@ -339,9 +539,29 @@ class Network:
     def spectral_radius(
         self, X: ArrayLike, *, solver: SolverLike = Auto(), z0: ArrayLike | None = None, on_failure: OnFailure = "raise"
     ) -> Array:
-        """(B,) the spectral radius of the Jacobian D R at the equilibrium of each sample: below 1, it attracts.
+        """The spectral radius of the Jacobian D R at the equilibrium of each sample: below 1, it attracts.
 
-        Of the stages of a layered net, the largest. Arguments and errors as in ``equilibrium``.
+        Of the stages of a layered net, the largest.
+
+        Parameters
+        ----------
+        X, solver, z0, on_failure
+            As for ``equilibrium``: samples (B, inputs), and the start (B, N).
+
+        Returns
+        -------
+        The radii (B,).
+
+        Raises
+        ------
+        ValueError, TypeError, ConvergenceError, MemoryError
+            As ``equilibrium``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> bool(net.spectral_radius([[0.5, -1.0], [0.2, 0.1]]).max() < 0.95)
+        True
         """
         x = self._samples("X", X)
         state = self.equilibrium(x, solver=solver, z0=z0, on_failure=on_failure).state
@@ -369,7 +589,24 @@ class Network:
         loss: LossLike = "mse",
         jacobian_penalty: float = 0.0,
     ) -> Program:
-        """The compiled problem behind the calls above."""
+        """The compiled problem behind the calls above, made at its first use: for those who count microseconds.
+
+        Parameters
+        ----------
+        solver, adjoint, loss, jacobian_penalty
+            As for ``loss_and_gradient``.
+
+        Raises
+        ------
+        EngineError
+            If the engine lacks one of them.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> net.program("newton") is net.program("newton")
+        True
+        """
         choice = (solver, adjoint, loss, jacobian_penalty)
         try:
             program = self._programs.get(choice)
@@ -436,11 +673,45 @@ class Network:
     # --- the rest ----------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the network to a safetensors file; the file appears whole or not at all."""
+        """Write the network to a safetensors file; the file appears whole or not at all.
+
+        Parameters
+        ----------
+        path
+            The file; ``irnn.load`` reads it.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written; what was there before is kept.
+
+        Examples
+        --------
+        >>> import tempfile
+        >>> path = tempfile.mkdtemp() + "/net.safetensors"
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> net.save(path)
+        >>> irnn.load(path)
+        Network(2 inputs, [8 tanh lateral], 1 outputs, Perron(kappa=0.95), 105 parameters, float64)
+        """
         serialization.save(self, path)
 
     def summary(self) -> str:
-        """Layers, connections and parameter counts as a table."""
+        """Layers, connections and parameter counts as a table.
+
+        Examples
+        --------
+        >>> print(irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0).summary())
+        Network(2 inputs, [8 tanh lateral], 1 outputs, Perron(kappa=0.95), 105 parameters, float64)
+        block               shape   parameters
+        W                   8 x 2           16
+        R                   8 x 8           64
+        b                       8            8
+        a                       8            8
+        C                   1 x 8            8
+        d                       1            1
+        total                              105
+        """
         lines = [f"{'block':<12} {'shape':>12} {'parameters':>12}"]
         lines += [f"{b.name:<12} {' x '.join(map(str, b.shape)):>12} {b.size:>12}" for b in self.topology.blocks]
         lines.append(f"{'total':<12} {'':>12} {self.topology.parameters:>12}")
