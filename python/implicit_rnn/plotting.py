@@ -18,7 +18,27 @@ POSITIVE, NEGATIVE, NEUTRAL = "#c8442d", "#2b6cb0", "#4a5568"
 
 
 def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float = 1.5, points: int = 121) -> None:
-    """The first output of a net with two inputs over the plane, with samples X (B, 2) marked by the sign of Y (B,)."""
+    """The first output of a net with two inputs over the plane, with samples marked by the sign of their targets.
+
+    Parameters
+    ----------
+    net
+        The network.
+    ax
+        Matplotlib's axes.
+    X, Y
+        Samples (B, 2) and targets (B,).
+    reach, points
+        The plane is [-reach, reach]², in so many points each way.
+
+    Examples
+    --------
+    >>> from matplotlib import pyplot
+    >>> from implicit_rnn import plotting
+    >>> net = irnn.Network(2, [irnn.Layer(2)], outputs=[0], seed=0)
+    >>> X, Y = np.array([[-1.0, 1.0], [1.0, 1.0]]), np.array([1.0, -1.0])
+    >>> plotting.decision_surface(net, pyplot.figure().gca(), X, Y, points=11)
+    """
     grid = np.linspace(-reach, reach, points)
     plane = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     surface = net.predict(plane, on_failure="ignore")[:, 0].reshape(points, points)
@@ -51,7 +71,23 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 
 
 def loss_curve(run: Run, ax: Axes) -> None:
-    """Training and validation loss against the epoch, on a logarithmic scale, with the best epoch marked."""
+    """Training and validation loss against the epoch, on a logarithmic scale, with the best epoch marked.
+
+    Parameters
+    ----------
+    run
+        What ``fit`` returned; ``run.plot()`` does the same.
+    ax
+        Matplotlib's axes.
+
+    Examples
+    --------
+    >>> from matplotlib import pyplot
+    >>> from implicit_rnn import plotting
+    >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
+    >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, progress=False)
+    >>> plotting.loss_curve(run, pyplot.figure().gca())
+    """
     ax.semilogy(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training")
     if len(run.validation_loss):
         ax.semilogy(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
@@ -66,8 +102,22 @@ def loss_curve(run: Run, ax: Axes) -> None:
 def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
     """The graph of a net's weights: inputs at the left, a column of neurons per layer, outputs at the right.
 
-    Width shows the size of a weight, colour its sign; under a constraint the weights in force are drawn. ``labels``
-    writes the numbers beside the arrows, by default in nets of up to four neurons.
+    Width shows the size of a weight, colour its sign; under a constraint the weights in force are drawn.
+
+    Parameters
+    ----------
+    net
+        The network.
+    ax
+        Matplotlib's axes.
+    labels
+        Whether the numbers are written beside the arrows; by default in nets of up to four neurons.
+
+    Examples
+    --------
+    >>> from matplotlib import pyplot
+    >>> from implicit_rnn import plotting
+    >>> plotting.topology(irnn.Network(2, [irnn.Layer(2)], outputs=[0], seed=0), pyplot.figure().gca())
     """
     places = _places(net)
     labels = net.topology.neurons <= 4 if labels is None else labels

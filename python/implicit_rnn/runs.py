@@ -43,7 +43,7 @@ def run_many(
     settings: Mapping[str, Any] | None = None,
     report: Callable[[str, bool], None] = lambda name, kept: None,
 ) -> dict[str, Any]:
-    """Call ``run(**arguments)`` for the arguments of every task; returns the results by the tasks' names.
+    """Call ``run(**arguments)`` for the arguments of every task.
 
     Parameters
     ----------
@@ -64,11 +64,28 @@ def run_many(
     report
         Called here with the name of each task that is done, and whether its result had been kept.
 
+    Returns
+    -------
+    The results by the tasks' names.
+
     Raises
     ------
+    ValueError, TypeError
+        For jobs or names that are none.
     RunError
         If runs failed, after all others are done, or as soon as a worker process died. It names them; what is done by then is
         kept in ``folder``, so that the same call goes on from there.
+
+    Examples
+    --------
+    >>> from implicit_rnn.runs import run_many
+    >>> def train(seed):
+    ...     net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=seed)
+    ...     run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=10, progress=False)
+    ...     return {"loss": run.loss[-1]}
+    >>> results = run_many(train, {f"seed-{seed}": {"seed": seed} for seed in range(3)})
+    >>> list(results)
+    ['seed-0', 'seed-1', 'seed-2']
     """
     options.check_count("jobs", jobs)
     for name in tasks:
@@ -108,9 +125,27 @@ def run_many(
 
 
 def prepare_worker(engine: str | None = None) -> str:
-    """Give this process one thread for Julia and for BLAS, and start its engine; returns the engine's name.
+    """Give this process one thread for Julia and for BLAS, and start its engine.
 
     It has to come before anything else starts Julia in the process, and from its main thread.
+
+    Parameters
+    ----------
+    engine
+        As for ``get_engine``.
+
+    Returns
+    -------
+    The engine's name.
+
+    Raises
+    ------
+    EngineError
+        As ``get_engine``.
+
+    Examples
+    --------
+    On Dask, before the first run: ``client.run(implicit_rnn.runs.prepare_worker)``.
     """
     from implicit_rnn.engines import get_engine
 

@@ -78,6 +78,8 @@ def fit_many(
         ``Σ_b w_b ℓ_b / m`` with the weights scaled to a mean of 1 over all samples.
     schedule
         How the learning rate changes: ``Constant()``, ``Cosine()``, ``Step()``, ``OneCycle()`` or ``WarmUp()``.
+    solver, adjoint
+        How equilibria are found and how gradients pass through them, see ``Network.loss_and_gradient``.
     clip
         Largest Euclidean norm of a gradient; longer ones are scaled down to it.
     jacobian_penalty
@@ -125,6 +127,14 @@ def fit_many(
         With ``on_failure="raise"``.
     KeyboardInterrupt
         At Ctrl-C, at once. A single net has the parameters of the last step then, several those of some epoch before.
+
+    Examples
+    --------
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> nets = [irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=seed) for seed in range(3)]
+    >>> runs = irnn.fit_many(nets, X, X**2, optimizer=irnn.Adam(0.05), epochs=50, batch_size=5, progress=False)
+    >>> [bool(run.loss[-1] < run.loss[0]) for run in runs]
+    [True, True, True]
     """
     if not nets:
         raise ValueError("nets is empty")
