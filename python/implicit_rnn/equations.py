@@ -420,6 +420,8 @@ class ImplicitSolution(Solution):
     >>> solution = irnn.root(lambda z, a, b: z**2 - a * b, [1.0], args=(2.0, 8.0))
     >>> solution.value, solution.names, solution.converged
     (array([4.]), ('a', 'b'), array([ True]))
+    >>> irnn.ImplicitSolution.starting(solution.equation, solution.compiled).value  # as it was before the solve
+    array([1.])
     >>> print(solution.failure())
     None
     """

@@ -578,7 +578,13 @@ class Network:
         ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Who watches: ``callbacks``, ``callback_every``,
         ``progress``, ``checkpoint``, and ``resume`` to go on. Raises ``TypeError`` for a setting that does not exist.
 
-        >>> run = net.fit(X, Y, optimizer=Adam(1e-2), schedule="cosine", epochs=300, batch_size=100, validation=(Xv, Yv))
+        Examples
+        --------
+        >>> X = np.linspace(-1, 1, 20)[:, None]
+        >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+        >>> run = net.fit(X, X**2, optimizer=irnn.Adam(1e-2), schedule="cosine", epochs=50, batch_size=10, progress=False)
+        >>> bool(run.loss[-1] < run.loss[0])
+        True
         """
         return training.fit_many([self], X, Y, **settings)[0]
 

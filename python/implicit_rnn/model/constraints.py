@@ -286,7 +286,14 @@ def _stretch(scales: Array) -> Array:
 
 @dataclass(frozen=True)
 class WholeMatrix(Constraint):
-    """R = c K with c = limit / size(K) where that is below 1, for a size that is homogeneous in K."""
+    """R = c K with c = limit / size(K) where that is below 1, for a size that is homogeneous in K.
+
+    Examples
+    --------
+    >>> size, u, v = irnn.Spectral(0.9).size(np.array([[[3.0, 0.0], [0.0, 1.0]]]))
+    >>> size, irnn.Spectral(0.9).limit
+    (array([3.]), 0.9)
+    """
 
     unique = True
 
@@ -297,7 +304,17 @@ class WholeMatrix(Constraint):
 
     @abstractmethod
     def size(self, M: Array) -> tuple[Array, Array, Array]:
-        """The size of M = L K (S,), and vectors u, v (S, n) such that its derivative with respect to M is u vᵀ."""
+        """The size of a matrix and its derivative.
+
+        Parameters
+        ----------
+        M
+            L K (S, n, n).
+
+        Returns
+        -------
+        The size (S,), and vectors u, v (S, n) such that its derivative with respect to M is u vᵀ.
+        """
 
     def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
         return np.minimum(1, self.limit / self._size(K, bounds)[0]) * K

@@ -85,7 +85,8 @@ def fit_many(
     jacobian_penalty
         Adds that much of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
     validation, validation_every
-        Samples, targets and optionally their weights, on which the loss is taken every so many epochs.
+        Samples (V, inputs), targets (V, outputs) and optionally their weights (V,), on which the loss is taken every so
+        many epochs.
     restore_best
         Leave the nets with the parameters of their lowest validation loss rather than the last.
     early_stopping
