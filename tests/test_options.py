@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
-import textwrap
 from typing import get_args
 
 import pytest
@@ -34,18 +32,6 @@ def test_signature_of_an_option_shows_its_fields_with_their_defaults(option):
     for field in fields:
         has_default = field.default is not dataclasses.MISSING
         assert parameters[field.name].default == (field.default if has_default else inspect.Parameter.empty)
-
-
-@pytest.mark.parametrize("option", CLASSES)
-def test_every_option_says_what_it_is(option):
-    body = ast.parse(textwrap.dedent(inspect.getsource(option))).body[0].body
-    undescribed = [
-        line.target.id
-        for line, next_line in zip(body, [*body[1:], None], strict=True)
-        if isinstance(line, ast.AnnAssign)
-        and not (isinstance(next_line, ast.Expr) and isinstance(next_line.value, ast.Constant))
-    ]
-    assert undescribed == []
 
 
 @pytest.mark.parametrize(
