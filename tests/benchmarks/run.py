@@ -22,7 +22,7 @@ import tables
 from implicit_rnn.experiments import cost
 from implicit_rnn.runtime import threads
 
-FIGURES = Path(__file__).parents[2] / "examples" / "figures"
+FIGURES = Path(__file__).parents[2] / "python" / "docs" / "figures"
 
 
 def main() -> int:
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="put figures into examples/figures and tables into python/docs/performance.md",
+        help="put figures into python/docs/figures and tables into python/docs/performance.md",
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
