@@ -65,6 +65,13 @@ def test_julia_package_and_python_package_accept_the_same_python_call():
     assert re.search(r'^PythonCall = "([^"]+)"', project.split("[compat]")[1], re.MULTILINE).group(1) == oldest
 
 
+def test_citation_has_the_version_and_names_the_paper(version):
+    text = (CHECKOUT / "CITATION.cff").read_text("utf-8")
+    assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [version]
+    assert {"cff-version", "title", "message", "authors"} <= set(re.findall(r"^([\w-]+):", text, re.MULTILINE))
+    assert "arXiv:2010.10564" in text
+
+
 # --- the wheel -----------------------------------------------------------------------------------------------
 
 
