@@ -7,22 +7,21 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import CHECKOUT
 
+import implicit_rnn as irnn
+
 TIME_LIMIT = 120
-PAGES = [
-    "README.md",
-    "python/docs/choosing.md",
-    "python/docs/mathematics.md",
-    "python/docs/training.md",
-    "python/docs/experiments.md",
-]
-LINKED_PAGES = [*PAGES, "python/docs/performance.md"]
+FOLDER = CHECKOUT / "python" / "docs"
+LINKED_PAGES = ["README.md", *sorted(str(path.relative_to(CHECKOUT)) for path in FOLDER.rglob("*.md"))]
+PAGES = [page for page in LINKED_PAGES if "```python\n" in (CHECKOUT / page).read_text("utf-8")]
 
 
-def python_blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", (CHECKOUT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+def blocks_of(page: str, language: str) -> list[str]:
+    text = (CHECKOUT / page).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def links(page: str) -> list[str]:
@@ -32,8 +31,7 @@ def links(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
-    blocks = python_blocks(page)
-    assert blocks
+    blocks = blocks_of(page, "python")
     for number, block in enumerate(blocks, 1):
         (tmp_path / f"block{number}.py").write_text(block, "utf-8")
     # Compiled one by one, so that a traceback names the block and its line.
@@ -55,6 +53,13 @@ def test_python_blocks_of_a_page_run_in_order(page, tmp_path):
         timeout=TIME_LIMIT,
     )
     assert finished.returncode == 0, finished.stderr
+
+
+@pytest.mark.julia
+def test_julia_code_of_the_page_on_equations_runs(capsys):
+    for block in blocks_of("python/docs/equations.md", "py"):
+        exec(block, {"np": np, "irnn": irnn})
+    assert capsys.readouterr().out == "True (100000, 1) (100000, 1)\n"
 
 
 @pytest.mark.parametrize("page", LINKED_PAGES)
