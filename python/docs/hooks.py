@@ -18,6 +18,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def _mathml(found: re.Match[str]) -> str:
     tag, text = found.groups()
-    formula = html.unescape(text).strip().removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
+    formula = (
+        html.unescape(text).strip().removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
+    )
     mathml = convert(formula.strip(), display="block" if tag == "div" else "inline")
     return f'<{tag} class="formula">{mathml}</{tag}>'
