@@ -8,7 +8,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\s*\\[(\[](.*?)\\[)\]]\s*</\1>', re.DOTALL)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -17,9 +17,6 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 def _mathml(found: re.Match[str]) -> str:
-    tag, text = found.groups()
-    formula = (
-        html.unescape(text).strip().removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]")
-    )
-    mathml = convert(formula.strip(), display="block" if tag == "div" else "inline")
+    tag, formula = found.groups()
+    mathml = convert(html.unescape(formula).strip(), display="block" if tag == "div" else "inline")
     return f'<{tag} class="formula">{mathml}</{tag}>'
