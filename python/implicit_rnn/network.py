@@ -429,21 +429,45 @@ class Network:
         on_failure: OnFailure = "raise",
         report: GradientReport | None = None,
     ) -> tuple[Array, Array]:
-        """The derivatives of ``Σ_b ⟨V_b, outputs_b⟩`` with respect to the parameters (P,) and the samples (B, inputs).
+        """The derivatives of ``Σ_b ⟨V_b, outputs_b⟩`` with respect to the parameters and the samples.
 
-        With V = ∂L/∂outputs (B, outputs) for any loss L these are its gradients; with ``of="state"`` V = ∂L/∂state (B, N),
-        that of all neurons. The first is laid out like ``parameters``, row b of the second belongs to sample b alone.
+        Parameters
+        ----------
+        X
+            Samples (B, inputs).
+        V
+            ∂L/∂outputs (B, outputs) of any loss L, whose gradients are the result; with ``of="state"`` ∂L/∂state (B, N).
+        of
+            "outputs", or "state" for all neurons.
+        z0
+            The start (B, N) of the solver, by default zero. A caller who has the equilibria already, as
+            ``equilibrium(X).state`` at the same parameters, passes them here: one evaluation of f confirms each, and nothing
+            is solved twice. A state that is no equilibrium is a start like any other, from which the solver goes on to
+            ``tol``.
+        solver, adjoint, on_failure, report
+            As for ``loss_and_gradient``.
 
-        ``z0`` (B, N) is the start of the solver, by default zero. A caller who has the equilibria already, as
-        ``equilibrium(X).state`` at the same parameters, passes them here: one evaluation of f confirms each, and nothing is
-        solved twice. A state that is no equilibrium is a start like any other, from which the solver goes on to ``tol``.
+        Returns
+        -------
+        The derivatives with respect to the parameters (P,), laid out like ``parameters``, and to the samples (B, inputs), of
+        which row b belongs to sample b alone.
 
-        Arguments, ``report`` and errors are otherwise those of ``loss_and_gradient``. Raises ``ValueError`` for a ``z0``
-        with ``Unrolled``, whose steps begin at zero.
+        Raises
+        ------
+        ValueError, TypeError
+            For bad input, and for a ``z0`` with ``Unrolled``, whose steps begin at zero.
+        ConvergenceError
+            See ``on_failure``.
 
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> X, T = np.array([[0.5, -1.0], [0.2, 0.1]]), np.array([[0.3], [0.0]])
         >>> solution = net.equilibrium(X)
         >>> Y = net.read_out(solution.state)
         >>> gradient, dX = net.vjp(X, 2 * (Y - T), z0=solution.state)  # of Σ (Y - T)²
+        >>> gradient.shape, dX.shape
+        ((105,), (2, 2))
         """
         x, start, through = self._at(X, z0, adjoint)
         v = self._rows("V", V, len(x), self._width(of), of if of == "outputs" else "neurons")
@@ -468,12 +492,39 @@ class Network:
         on_failure: OnFailure = "raise",
         report: GradientReport | None = None,
     ) -> Array:
-        """The derivative of the outputs (B, outputs), or with ``of="state"`` of the states (B, N), along a direction.
+        """The derivative of the outputs, or of the states, along a direction.
 
-        The direction is ``dX`` (B, inputs) in the samples and ``dparameters`` (P,) in the parameters, each zero where it is
-        not given. This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
+        This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
         ``(I - D R) z′ = D (u′ + R′ z)`` are solved by LU, sample by sample, whatever its ``linear_solver``, and the adjoint
-        residuals of a ``report`` are theirs. Arguments and errors are otherwise those of ``vjp``.
+        residuals of a ``report`` are theirs.
+
+        Parameters
+        ----------
+        X
+            Samples (B, inputs).
+        dX, dparameters
+            The direction: (B, inputs) in the samples and (P,) in the parameters, each zero where it is not given.
+        of, z0, solver, adjoint, on_failure, report
+            As for ``vjp``, with the start (B, N).
+
+        Returns
+        -------
+        The derivative (B, outputs), with ``of="state"`` (B, N).
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad input, and without a direction.
+        ConvergenceError
+            See ``on_failure``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> X, dX = np.array([[0.5, -1.0]]), np.array([[1.0, 0.0]])
+        >>> slope = (net.predict(X + 1e-6 * dX) - net.predict(X - 1e-6 * dX)) / 2e-6
+        >>> np.allclose(net.jvp(X, dX), slope, atol=1e-6)
+        True
         """
         x, start, through = self._at(X, z0, adjoint)
         if dX is None and dparameters is None:

@@ -275,7 +275,7 @@ class Adjoint(Option):
     >>> irnn.Implicit().needs_equilibrium, irnn.Unrolled(8).needs_equilibrium
     (True, False)
     >>> irnn.Unrolled(8).reader(irnn.Auto())
-    Picard(damping=1.0, tol=None, max_iterations=8)
+    Picard(damping=1.0, tol=None, max_iterations=9)
     """
 
     @property

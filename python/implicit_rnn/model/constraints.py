@@ -36,6 +36,9 @@ class Constraint(Option):
     >>> dK, dscales = constraint.pullback(K, scales, bounds, R, dR=np.ones((1, 2, 2)))
     >>> dK.shape, dscales.shape
     ((1, 2, 2), (1, 0))
+    >>> constraint.pushforward(K, scales, bounds, R, dK=np.ones((1, 2, 2)), dscales=scales)
+    array([[[0.25, 0.  ],
+            [1.  , 1.  ]]])
     >>> constraint.certify(R, scales, bounds, residual=np.full((1, 1, 2), 1e-6))
     array([[[2.e-06, 2.e-06]]])
     >>> constraint.unique
@@ -93,7 +96,19 @@ class Constraint(Option):
 
     @abstractmethod
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
-        """The derivative of R along dK and dscales."""
+        """The derivative of R along a direction.
+
+        Parameters
+        ----------
+        K, scales, bounds, R
+            As for ``pullback``: (S, n, n), (S, n), (n,) and (S, n, n).
+        dK, dscales
+            The direction, of the shapes (S, n, n) and (S, n) of K and scales.
+
+        Returns
+        -------
+        The derivative (S, n, n).
+        """
 
     @abstractmethod
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:

@@ -252,24 +252,38 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True, repr=False)
 class CustomLoss(Loss):
-    """A loss of one's own: the mean over the samples of ``function``'s values, with their weights.
+    """A loss of one's own: the mean over the samples of a function's values, with their weights.
 
-    The function takes the outputs y (B, outputs) in float64 and the targets t, an array of B numbers or rows as it was
-    given, and returns the values ℓ (B,), one per sample, and the derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with
-    batches of any size and must treat samples alike. Both engines take it; on the Julia engine the equilibria and the
-    gradient through them are still Julia's, but every step of a training comes back to Python for its loss.
+    Both engines take it; on the Julia engine the equilibria and the gradient through them are still Julia's, but every step of
+    a training comes back to Python for its loss.
 
-    Raises ``TypeError`` for what cannot be called, and for results that are no real numbers; ``ValueError`` for results
-    of other shapes than these, and, at the first call, for derivatives that are not those of the values.
+    Parameters
+    ----------
+    function
+        ``(outputs, targets) -> (values, derivatives)``: it takes the outputs y (B, outputs) in float64 and the targets
+        t, an array of B numbers or rows as it was given, and returns the values ℓ (B,), one per sample, and the
+        derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with batches of any size and must treat samples alike.
 
+    Raises
+    ------
+    TypeError
+        For what cannot be called, and for results that are no real numbers.
+    ValueError
+        For results of other shapes than these, and, at the first call, for derivatives that are not those of the values.
+
+    Examples
+    --------
     >>> def quantile(y, t, q=0.9):  # Koenker and Bassett 1978
     ...     d = t - y
     ...     return np.maximum(q * d, (q - 1) * d)[:, 0], np.where(d > 0, -q, 1 - q)
-    >>> net.fit(X, Y, loss=CustomLoss(quantile))
+    >>> X = np.linspace(-1, 1, 20)[:, None]
+    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
+    >>> run = net.fit(X, X**2, loss=irnn.CustomLoss(quantile), epochs=50, progress=False)
+    >>> bool(run.loss[-1] < run.loss[0])
+    True
     """
 
     function: Callable[[Array, Array], tuple[ArrayLike, ArrayLike]]
-    """(outputs, targets) -> (values, derivatives)."""
 
     averaged = False
     _verified = False
