@@ -117,6 +117,8 @@ def fixed_point(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    jac: Callable[..., Any] | None = None,
+    vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
@@ -146,6 +148,21 @@ def fixed_point(
         solutions of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
+    jac
+        The Jacobian ∂f/∂z of a Python f: ``jac(z, *args)`` returns (n, n), a NumPy array or a sparse matrix of SciPy; with
+        ``vectorized`` it takes what f takes and returns (m, n, n). Without it, and without ``vjp``, it is found from values of f.
+    vjp
+        The products of a Python f with a vector v (n,): ``vjp(v, z, *args)`` returns a tuple of v times ∂f/∂z, (n,), and of v
+        times ∂f/∂argument for each argument, of the shape of the argument; None stands for an argument of integers, or one that
+        is to be differentiated from values of f. With ``vectorized`` v and z are (m, n), and the products are (m, n), (m, ...)
+        for batched arguments, and sums over the samples for shared ones.
+
+        Both hooks are given numbers, and may answer by numbers, where z0 is a number. They are compared with the values of f
+        along a random direction, where the iteration begins and where derivatives are taken.
+
+        Beyond 2048 unknowns no dense Jacobian is made: Newton steps and derivatives are found by GMRES, and by sparse LU where
+        ``jac`` gives a sparse matrix or the values of f show that few unknowns are coupled. A gradient then needs ``vjp``, or a
+        sparse Jacobian of either origin, unless it is with respect to few numbers.
     scale
         The typical size of z, a number or (n,), where its entries are of very different sizes: norms are taken of z / scale,
         and a step of tol · √n in these units is small enough.
@@ -157,7 +174,8 @@ def fixed_point(
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range or of the wrong kind, code that cannot be parsed, and an f that returns the wrong shape.
+        For arguments out of range or of the wrong kind, code that cannot be parsed, an f, jac or vjp that returns the wrong
+        shape, and a jac or vjp that contradicts f.
     EngineError
         If Julia code fails, or cannot be run. What a Python f raises is passed on as it is.
     ConvergenceError
@@ -167,7 +185,7 @@ def fixed_point(
     >>> sol.vjp([1.0])["a"]
     array(-0.32420503)
     """
-    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=False)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=False)
 
 
 def root(
@@ -178,6 +196,8 @@ def root(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    jac: Callable[..., Any] | None = None,
+    vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
@@ -191,7 +211,7 @@ def root(
     >>> root(lambda z, a: z**2 - a, [1.0], args=(2.0,)).value
     array([1.41421356])
     """
-    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=True)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=True)
 
 
 def _solve(
@@ -201,6 +221,8 @@ def _solve(
     batched: str | int | Iterable[str | int],
     solver: Solver | str,
     vectorized: bool,
+    jac: Callable[..., Any] | None,
+    vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
     on_failure: str,
     engine: str | None,
@@ -208,9 +230,9 @@ def _solve(
 ) -> ImplicitSolution:
     options.check_on_failure(on_failure)
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
-    _check_function(f, vectorized)
+    _check_function(f, vectorized, jac, vjp)
     check_engine(engine)
-    equation = _pose(f, z0, args, batched, vectorized, scale, root)
+    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -219,13 +241,18 @@ def _solve(
     return solution
 
 
-def _check_function(f: Function, vectorized: bool) -> None:
+def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> None:
     if isinstance(f, str):
         raise TypeError(f"f is the string {f!r}; pass Julia code as irnn.julia(text)")
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected irnn.julia(text) or a function")
     if isinstance(f, JuliaFunction) and vectorized:
         raise ValueError("vectorized=True is for Python functions; Julia code is always given one sample, at no cost")
+    for name, hook in (("jac", jac), ("vjp", vjp)):
+        if hook is not None and isinstance(f, JuliaFunction):
+            raise ValueError(f"{name} is for Python functions; Julia code is differentiated exactly without it")
+        if hook is not None and not callable(hook):
+            raise TypeError(f"{name} is {hook!r}; expected a function, see help(irnn.fixed_point)")
 
 
 def _check_solver(solver: Solver, root: bool) -> Solver:
@@ -276,6 +303,8 @@ def _pose(
     args: Sequence[ArrayLike],
     batched: Any,
     vectorized: bool,
+    jac: Callable[..., Any] | None,
+    vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
     root: bool,
 ) -> Equation:
@@ -297,7 +326,7 @@ def _pose(
             )
     flags = tuple(index in per_sample for index in range(len(arrays)))
     sizes = _sizes(scale, start)
-    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized=vectorized)
+    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp)
 
 
 def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:

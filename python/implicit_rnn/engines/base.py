@@ -186,6 +186,10 @@ class Equation:
     """(n,) the sizes that the entries of z typically have, of the dtype of ``start``"""
     vectorized: bool = False
     """whether a Python f takes (samples, n) at once"""
+    jac: Callable[..., Any] | None = None
+    """∂f/∂z of a Python f, see ``fixed_point``"""
+    vjp: Callable[..., Any] | None = None
+    """products with the partial derivatives of a Python f, see ``fixed_point``"""
 
     @property
     def samples(self) -> int:

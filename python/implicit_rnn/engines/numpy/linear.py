@@ -1,0 +1,146 @@
+"""Linear systems of one sample with so many unknowns that a dense matrix would take the memory, or the time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+_KRYLOV, _CYCLES = 50, 4
+"""Vectors that GMRES keeps, and how often it begins anew."""
+_SMALLEST_GAIN = 1 / 4
+"""The change of A within the error of a solution, relative to A, from which the solution need not be isolated."""
+
+
+class UnsolvedError(ArithmeticError):
+    """A system was not solved, since it is singular or GMRES does not converge."""
+
+
+class TransposeError(ArithmeticError):
+    """Products with the transposed matrix are not to be had."""
+
+
+class Operator:
+    """A = J - shift · I by products J d and, where they are known, vᵀJ; or J as a sparse, or a dense, ``matrix``.
+
+    All is done in double precision. Every solution is judged by its true residual: ``tol`` relative to the right side, which
+    is ``product_tol`` for A itself if its products are not exact.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        shift: int,
+        product: Callable[[Array], Array],
+        transposed: Callable[[Array], Array] | None,
+        matrix: Any | None,
+        tol: float = 1e-10,
+        product_tol: float = 1e-10,
+    ) -> None:
+        self.n, self.shift, self.tol, self.product_tol = n, shift, tol, product_tol
+        self._product, self._transposed, self.matrix = product, transposed, matrix
+        self._factors: Any | None = None
+
+    @property
+    def has_transpose(self) -> bool:
+        """Whether ``solve(b, transposed=True)`` is possible."""
+        return self.matrix is not None or self._transposed is not None
+
+    def jacobian_product(self, d: Array) -> Array:
+        """J d."""
+        return np.asarray(self._product(d) if self.matrix is None else self.matrix @ d, np.float64)
+
+    def product(self, d: Array, transposed: bool = False) -> Array:
+        """A d, or Aᵀ d."""
+        if not transposed:
+            return self.jacobian_product(d) - self.shift * d
+        if self.matrix is not None:
+            return self.matrix.T @ d - self.shift * d
+        if self._transposed is None:
+            raise TransposeError
+        return np.asarray(self._transposed(d), np.float64) - self.shift * d
+
+    def solve(self, b: Array, transposed: bool = False) -> Array:
+        """x with A x = b, or of Aᵀ, by GMRES and, where there is a matrix, LU; else ``UnsolvedError``."""
+        b, tol = b.astype(np.float64), self.tol if transposed else self.product_tol
+        size = np.linalg.norm(b)
+        if not np.isfinite(size):
+            raise UnsolvedError
+        if size == 0:
+            return b
+
+        def residual(x: Array) -> Array:
+            return b - self.product(x, transposed)
+
+        if self._factors is None:
+            x = _gmres(lambda d: self.product(d, transposed), b, tol / 10)
+            if np.linalg.norm(residual(x)) <= tol * size:
+                return x
+        if self.matrix is not None:
+            x = self._eliminate(b, transposed)
+            x += self._eliminate(residual(x), transposed)
+            if np.linalg.norm(residual(x)) <= tol * size:
+                return x
+        raise UnsolvedError
+
+    def _eliminate(self, b: Array, transposed: bool) -> Array:
+        from scipy import linalg, sparse
+        from scipy.sparse.linalg import splu
+
+        if isinstance(self.matrix, np.ndarray):
+            if self._factors is None:
+                self._factors = linalg.lu_factor(self.matrix - self.shift * np.eye(self.n), check_finite=False)
+            return np.asarray(linalg.lu_solve(self._factors, b, int(transposed), check_finite=False))
+        if self._factors is None:
+            J, identity = sparse.csc_matrix(self.matrix, dtype=np.float64), sparse.identity(self.n, format="csc")
+            try:
+                self._factors = splu(sparse.csc_matrix(J - self.shift * identity))
+            except RuntimeError:  # singular
+                raise UnsolvedError from None
+        return np.asarray(self._factors.solve(b, "T" if transposed else "N"))
+
+    def repels(self) -> bool:
+        """Whether the spectral radius of J is 1 or more, as far as Arnoldi's method sees it."""
+        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+
+        if self.matrix is not None and min(abs(self.matrix).sum(axis=axis).max() for axis in (0, 1)) < 1:
+            return False
+        J = LinearOperator((self.n, self.n), matvec=lambda d: self.jacobian_product(d.reshape(-1)), dtype=np.float64)
+        start, values = np.random.default_rng(0).standard_normal(self.n), np.empty(0)
+        try:
+            values = eigs(J, 1, which="LM", v0=start, tol=1e-4, return_eigenvectors=False)
+        except ArpackNoConvergence as error:
+            values = error.eigenvalues
+        if len(values):
+            return bool(np.abs(values).max() >= 1)
+        d, growth = start, []  # eigenvalues of equal size, or none that is not 0
+        for _ in range(100):
+            d = self.jacobian_product(d / np.linalg.norm(d))
+            growth.append(np.linalg.norm(d))
+            if growth[-1] == 0:
+                return False
+        return bool(np.exp(np.log(growth[20:]).mean()) >= 1)
+
+
+def _gmres(product: Callable[[Array], Array], b: Array, tol: float) -> Array:
+    from scipy.sparse.linalg import LinearOperator, gmres
+
+    n = len(b)
+    A = LinearOperator((n, n), matvec=lambda d: product(np.asarray(d).reshape(-1)), dtype=np.float64)
+    relative = "rtol" if "rtol" in inspect.signature(gmres).parameters else "tol"  # as SciPy before 1.12 names it
+    with np.errstate(all="ignore"):
+        return np.asarray(gmres(A, b, restart=min(_KRYLOV, n), maxiter=_CYCLES, atol=0.0, **{relative: tol})[0])
+
+
+def is_isolated(here: Operator, nearby: Operator, error: Array) -> bool:
+    """Whether A changes little along the error of a solution, from ``here`` to where the error takes it, ``nearby``."""
+    size = np.linalg.norm(error)
+    if size == 0:
+        return True
+    d = error / size
+    change = here.solve(nearby.product(d) - here.product(d))
+    return bool(np.linalg.norm(change) <= _SMALLEST_GAIN)
