@@ -11,6 +11,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,8 @@ def _argument_names(f: Function, count: int) -> tuple[str, ...]:
         listed = f" ({', '.join(names)})" if names else ""
         number = least if count < least else most
         raise ValueError(f"f takes z and {number} argument{'s'[: number != 1]}{listed}; args has {count}")
+    if len(names) == count:
+        return names
     return (*names[:count], *(f"args[{index}]" for index in range(len(names), count)))
 
 
@@ -96,6 +100,11 @@ def _julia_parameters(f: JuliaFunction) -> tuple[tuple[str, ...], int, float]:
 
 def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:
     """Names behind the first, and how few and how many arguments may follow it."""
+    if type(f) is FunctionType and not f.__dict__:  # as its signature would say, in no time
+        code = f.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+        most = np.inf if code.co_flags & inspect.CO_VARARGS else len(names)
+        return names, max(code.co_argcount - len(f.__defaults__ or ()) - 1, 0), most
     try:
         parameters = list(inspect.signature(f).parameters.values())
     except (TypeError, ValueError):  # some builtins do not tell
@@ -236,7 +245,7 @@ def _solve(
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
-    if failure := solution.failure():
+    if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution)
     return solution
 
@@ -309,11 +318,11 @@ def _pose(
     root: bool,
 ) -> Equation:
     start, shape = _start(z0)
-    if isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence):
+    if type(args) is not tuple and (isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence)):
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     names = _argument_names(f, len(args))
     per_sample = _positions(batched, names)
-    arrays = tuple(_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True))
+    arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
@@ -324,7 +333,7 @@ def _pose(
             raise ValueError(
                 f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
-    flags = tuple(index in per_sample for index in range(len(arrays)))
+    flags = tuple([index in per_sample for index in range(len(arrays))])
     sizes = _sizes(scale, start)
     return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp)
 
@@ -349,10 +358,20 @@ def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
         )
     dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
     start = np.array(as_real("z0", array, dtype), order="C", ndmin=2)
-    if not np.isfinite(start).all():
+    if not _is_finite(start):
         bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
         raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
     return start, array.shape
+
+
+_KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
+"""What becomes of arguments that are no floats, by their kind."""
+
+
+def _is_finite(array: Array) -> bool:
+    if array.size == 1:
+        return isfinite(array.item())
+    return bool(np.isfinite(array).all())
 
 
 def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
@@ -361,7 +380,7 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    target = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}.get(array.dtype.kind, dtype)
+    target = _KEPT.get(array.dtype.kind, dtype)
     array = np.array(as_real(name, array, target))
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
@@ -408,9 +427,10 @@ class ImplicitSolution(Solution):
     @classmethod
     def starting(cls, equation: Equation, compiled: CompiledEquation) -> ImplicitSolution:
         """A solution whose arrays an engine will fill, with the start in ``state``."""
-        empty = Solution.empty(equation.samples, 0, equation.start.dtype)
-        empty.bound[...] = np.nan
-        arrays = (empty.status, empty.iterations, empty.residual, empty.rate, empty.bound)
+        samples = equation.samples
+        residual, rate, bound = np.empty(samples), np.empty(samples), np.empty(samples)
+        bound.fill(np.nan)
+        arrays = (np.empty(samples, np.int8), np.empty(samples, np.int32), residual, rate, bound)
         return cls(equation.start.copy(), *arrays, equation=equation, compiled=compiled)
 
     @property

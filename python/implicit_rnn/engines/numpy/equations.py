@@ -10,6 +10,7 @@ import numpy as np
 
 from implicit_rnn.engines import base
 from implicit_rnn.engines.base import SingularSolution
+from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.functions import Function
 from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm, solve_each
@@ -25,10 +26,7 @@ _PART = 2**24
 """Numbers that derivatives may take at a time."""
 
 _BLOW_UP = 1e6
-_SMALLEST_STEP = 2.0**-20
 _LARGEST_CHANGE = 0.25
-_STILL_SHRINKS = 0.4
-"""Steps that become smaller by this factor each lead to a solution that is small, not to the rounding of a large iterate."""
 
 
 class PythonEquation:
@@ -49,8 +47,12 @@ class PythonEquation:
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
         tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
-        outcome = Outcome.converged(1, equation.samples)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if equation.root and (found := single.find_root(equation, tol, _newton_limit(solver))):
+                out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found
+                out.status[0] = CONVERGED
+                return
+            outcome = Outcome.converged(1, equation.samples)
             if equation.root:
                 out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
@@ -196,6 +198,12 @@ class PythonEquation:
         self._state = state["state"]
 
 
+def _newton_limit(solver: Solver) -> int:
+    """Evaluations of the first attempt at a root, which leaves some for the next."""
+    limit = int(solver.max_iterations)
+    return max(limit // 5, min(limit, 60)) if isinstance(solver, Auto) else limit
+
+
 def _parts(rows: int, numbers: int) -> list[slice]:
     """The samples in parts that take not too many numbers."""
     size = max(1, _PART // max(numbers, 1))
@@ -245,7 +253,7 @@ class _Sizes:
 
     def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
         """Whether steps end the iteration, see ``engines.base.Equation``."""
-        rounding = (step <= self.eps * self.largest[index]) & ((rate > _STILL_SHRINKS) | spent | (step == 0))
+        rounding = (step <= self.eps * self.largest[index]) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
         return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
 
 
@@ -304,7 +312,7 @@ class _Root:
     """Newton's method with a line search on ‖f‖ until the step is small, and Powell's hybrid method for what it leaves."""
 
     def __init__(self, f: Function, tol: float, solver: Solver) -> None:
-        self.f, self.tol, self.limit = f, tol, int(solver.max_iterations)
+        self.f, self.tol, self.solver, self.limit = f, tol, solver, int(solver.max_iterations)
         self.hybrid = isinstance(solver, Auto) and not f.is_large()
         self.sizes = _Sizes(f.equation, tol)
 
@@ -312,7 +320,7 @@ class _Root:
         """The roots (B, n)."""
         start = self.f.equation.start
         samples = np.arange(len(start))
-        first = max(self.limit // 5, min(self.limit, 60)) if self.hybrid else self.limit
+        first = _newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = self.newton(start, samples, np.zeros(len(start), np.int32), first)
         for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
             for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
@@ -380,7 +388,7 @@ class _Root:
     ) -> Array:
         """z + t step with t halved until ‖f‖ decreases; returns those of ``going`` where it did."""
         base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
-        while t >= _SMALLEST_STEP:
+        while t >= single.SMALLEST_STEP:
             trying = np.flatnonzero(~better & (evaluations[going] < limit))
             if not len(trying):
                 break

@@ -7,7 +7,7 @@ compared with difference quotients along one direction, and difference quotients
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,8 @@ STATE = -1
 LARGE = 2048
 """Unknowns beyond which no dense Jacobian is made."""
 
-_FEW = 256
-"""Entries of a variable up to which each is moved for itself."""
+_FEW = 128
+"""Entries of a variable up to which each is moved for itself, and unknowns up to which all Jacobians are dense."""
 
 
 class Function:
@@ -41,16 +41,16 @@ class Function:
         self._analytic: dict[int, Array] = {}
         self._groups: dict[int, list[Group] | None] = {}
         self._hook_checked = np.zeros(equation.samples, bool)
-        self._sparse = False
+        self._large: bool | None = None
 
     def is_large(self) -> bool:
         """Whether the Jacobian of a sample is an ``Operator`` rather than a dense matrix."""
         equation = self.equation
-        if equation.n <= _FEW or equation.jac is None:
-            return equation.n > LARGE
-        if not self._sparse:
-            self._sparse = _is_sparse(self._given(equation.start[:1], np.array([0]))[0])
-        return self._sparse
+        if self._large is None:
+            self._large = equation.n > LARGE
+            if _FEW < equation.n <= LARGE and (equation.jac or equation.vjp):
+                self._large = equation.jac is None or _is_sparse(self._given(equation.start[:1], np.array([0]))[0])
+        return self._large
 
     # --- values ----------------------------------------------------------------------------------------------
 
@@ -134,14 +134,17 @@ class Function:
     def operator(self, z: Array, row: int, certain: bool = False) -> Operator:
         """A = ∂c/∂z of one sample with many unknowns at z (n,), without a dense matrix unless ``jac`` gives one."""
         equation, rows, Z = self.equation, np.array([row]), z[None]
-        matrix, transposed = None, None
+        matrix: Any | None = None
+        transposed: Callable[[Array], Array] | None = None
         if equation.jac is not None:
             matrix = self._given(Z, rows)[0]
             direction = self._direction(Z, rows, STATE)
             products = (matrix @ direction)[None], (abs(matrix) @ abs(direction))[None]
             self._check_jacobian(*products, direction, Z, rows, certain)
         elif equation.vjp is not None:
-            transposed = lambda v: self.products(v[None].astype(z.dtype), Z, rows)[0][0]  # noqa: E731
+
+            def transposed(v: Array) -> Array:
+                return self.products(v[None].astype(z.dtype), Z, rows)[0][0]
         else:
             matrix = self._sparse_jacobian(Z, rows, certain)
         analytic = matrix is None and bool(self._is_analytic(Z, rows, STATE, certain)[0])
@@ -155,7 +158,8 @@ class Function:
 
         tol = 1e-4 if z.dtype == np.float32 else 1e-10
         product_tol = tol if analytic or matrix is not None else max(tol, 1e-6)
-        return Operator(equation.n, 0 if equation.root else 1, product, transposed, matrix, tol, product_tol)
+        make = None if equation.n > LARGE else lambda: np.asarray(self.jacobian(Z, rows)[0], np.float64)
+        return Operator(equation.n, 0 if equation.root else 1, product, transposed, matrix, make, tol, product_tol)
 
     def _sparse_jacobian(self, Z: Array, rows: Array, certain: bool) -> Any | None:
         """∂f/∂z of one sample where few of its unknowns are coupled."""

@@ -25,10 +25,10 @@ class TransposeError(ArithmeticError):
 
 
 class Operator:
-    """A = J - shift · I by products J d and, where they are known, vᵀJ; or J as a sparse, or a dense, ``matrix``.
+    """A = J - shift · I by products J d and, where they are known, vᵀJ; or by J as a sparse, or a dense, ``matrix``.
 
     All is done in double precision. Every solution is judged by its true residual: ``tol`` relative to the right side, which
-    is ``product_tol`` for A itself if its products are not exact.
+    is ``product_tol`` for A itself if its products are not exact. ``make_matrix`` gives J where GMRES does not do.
     """
 
     def __init__(
@@ -38,12 +38,14 @@ class Operator:
         product: Callable[[Array], Array],
         transposed: Callable[[Array], Array] | None,
         matrix: Any | None,
-        tol: float = 1e-10,
-        product_tol: float = 1e-10,
+        make_matrix: Callable[[], Array] | None,
+        tol: float,
+        product_tol: float,
     ) -> None:
         self.n, self.shift, self.tol, self.product_tol = n, shift, tol, product_tol
-        self._product, self._transposed, self.matrix = product, transposed, matrix
-        self._factors: Any | None = None
+        self._product, self._transposed = product, transposed
+        self.matrix, self._make_matrix = matrix, make_matrix
+        self._solve_exactly: Callable[[Array, bool], Array] | None = None
 
     @property
     def has_transpose(self) -> bool:
@@ -73,35 +75,51 @@ class Operator:
         if size == 0:
             return b
 
-        def residual(x: Array) -> Array:
-            return b - self.product(x, transposed)
+        def residual(x: Array) -> float:
+            return float(np.linalg.norm(b - self.product(x, transposed)))
 
-        if self._factors is None:
-            x = _gmres(lambda d: self.product(d, transposed), b, tol / 10)
-            if np.linalg.norm(residual(x)) <= tol * size:
+        if self._solve_exactly is None:
+            x = _gmres(lambda d: self.product(d, transposed), b, tol / 100)
+            if residual(x) <= tol * size:
                 return x
-        if self.matrix is not None:
-            x = self._eliminate(b, transposed)
-            x += self._eliminate(residual(x), transposed)
-            if np.linalg.norm(residual(x)) <= tol * size:
-                return x
-        raise UnsolvedError
+            if self.matrix is None and self._make_matrix is not None:
+                self.matrix = self._make_matrix()
+            if self.matrix is None:
+                raise UnsolvedError
+            self._solve_exactly = self._factorise()
+        return self._solve_exactly(b, transposed)
 
-    def _eliminate(self, b: Array, transposed: bool) -> Array:
+    def _factorise(self) -> Callable[[Array, bool], Array]:
+        """Solves with A or Aᵀ by LU; ``UnsolvedError`` if A is singular to rounding."""
         from scipy import linalg, sparse
-        from scipy.sparse.linalg import splu
+        from scipy.sparse.linalg import LinearOperator, onenormest, splu
 
+        solve: Callable[[Array, bool], Array]
         if isinstance(self.matrix, np.ndarray):
-            if self._factors is None:
-                self._factors = linalg.lu_factor(self.matrix - self.shift * np.eye(self.n), check_finite=False)
-            return np.asarray(linalg.lu_solve(self._factors, b, int(transposed), check_finite=False))
-        if self._factors is None:
-            J, identity = sparse.csc_matrix(self.matrix, dtype=np.float64), sparse.identity(self.n, format="csc")
+            A = self.matrix - self.shift * np.eye(self.n)
+            factors = linalg.lu_factor(A, check_finite=False)
+
+            def solve(b: Array, transposed: bool) -> Array:
+                return np.asarray(linalg.lu_solve(factors, b, int(transposed), check_finite=False))
+        else:
+            identity = sparse.identity(self.n, format="csc")
+            A = sparse.csc_matrix(sparse.csc_matrix(self.matrix, dtype=np.float64) - self.shift * identity)
             try:
-                self._factors = splu(sparse.csc_matrix(J - self.shift * identity))
+                lu = splu(A)
             except RuntimeError:  # singular
                 raise UnsolvedError from None
-        return np.asarray(self._factors.solve(b, "T" if transposed else "N"))
+
+            def solve(b: Array, transposed: bool) -> Array:
+                return np.asarray(lu.solve(b, "T" if transposed else "N"))
+
+        inverse = LinearOperator(
+            (self.n, self.n), matvec=lambda b: solve(b, False), rmatvec=lambda b: solve(b, True), dtype=np.float64
+        )
+        with np.errstate(all="ignore"):
+            condition = abs(A).sum(axis=0).max() * onenormest(inverse)
+        if not condition * np.finfo(np.float64).eps * self.n < 1:
+            raise UnsolvedError
+        return solve
 
     def repels(self) -> bool:
         """Whether the spectral radius of J is 1 or more, as far as Arnoldi's method sees it."""

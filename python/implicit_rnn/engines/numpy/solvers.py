@@ -204,10 +204,11 @@ class _Solve:
         """``limit`` evaluations of all rows, which have had equally many."""
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
         steps = 4 if self.shape[-1] <= _SMALL else 1
-        first = 0
+        first, at_start = 0, not self.rows.iterations.any()
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
-            self.stability_in_question = self.equation.check_stability and (first == 0 or damping < 1)
+            self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
+            at_start = False
             count = 1 if first == 0 else min(steps, limit - first)
             first += count
             for _ in range(count - 1):
