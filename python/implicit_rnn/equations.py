@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
-from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
+from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
@@ -261,7 +261,7 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
         if hook is not None and isinstance(f, JuliaFunction):
             raise ValueError(f"{name} is for Python functions; Julia code is differentiated exactly without it")
         if hook is not None and not callable(hook):
-            raise TypeError(f"{name} is {hook!r}; expected a function, see help(irnn.fixed_point)")
+            raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
 
 
 def _check_solver(solver: Solver, root: bool) -> Solver:
@@ -296,6 +296,9 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
             "another z0, since the Jacobian has no inverse where the iteration came to",
             "Auto(), which tries more ways",
         ]
+    equation = solution.equation
+    if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
+        remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")
     message = f"{failure}. Remedies: {', '.join(remedies)}"
     if on_failure == "raise":
         raise ConvergenceError(message, solution)

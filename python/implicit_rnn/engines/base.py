@@ -152,6 +152,10 @@ class JuliaFunction:
     """The names of its parameters behind the first."""
 
 
+LARGE = 2048
+"""Unknowns beyond which no dense Jacobian is made of a Python function."""
+
+
 @dataclass(frozen=True)
 class Equation:
     """``z = f(z, *args)``, or ``f(z, *args) = 0`` if ``root``, for each of B samples z of n numbers.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from implicit_rnn.engines.base import SingularSolution
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.functions import Function
 from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
-from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm, solve_each
+from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Equation, Outcome, _Rows, _Solve, norm, solve_each
 from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
@@ -25,7 +26,6 @@ _FORWARD = 64
 _PART = 2**24
 """Numbers that derivatives may take at a time."""
 
-_BLOW_UP = 1e6
 _LARGEST_CHANGE = 0.25
 
 
@@ -48,7 +48,7 @@ class PythonEquation:
             )
         tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            if equation.root and (found := single.find_root(equation, tol, _newton_limit(solver))):
+            if found := _find_single(equation, tol, solver):
                 out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found
                 out.status[0] = CONVERGED
                 return
@@ -198,6 +198,17 @@ class PythonEquation:
         self._state = state["state"]
 
 
+def _find_single(equation: base.Equation, tol: float, solver: Solver) -> single.Found | None:
+    limit = int(solver.max_iterations)
+    if equation.root:
+        return single.find_root(equation, tol, _newton_limit(solver))
+    if isinstance(solver, Auto):
+        return single.find_fixed_point(equation, tol, limit, BLOCK, PATIENCE)
+    if isinstance(solver, Picard) and solver.damping == 1:
+        return single.find_fixed_point(equation, tol, limit, limit, inf)
+    return None
+
+
 def _newton_limit(solver: Solver) -> int:
     """Evaluations of the first attempt at a root, which leaves some for the next."""
     limit = int(solver.max_iterations)
@@ -302,7 +313,7 @@ class _FixedPoint(_Solve):
         new = np.isnan(self.outset[rows.index])
         fresh = rows.index[new]
         self.outset[fresh] = np.maximum(self.sizes(rows.Z[new]), self.sizes(rows.F[new]))
-        return np.asarray(_BLOW_UP * self.outset[rows.index])
+        return np.asarray(single.BLOW_UP * self.outset[rows.index])
 
 
 # --- roots ---------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.engines import base
+from implicit_rnn.engines.base import LARGE
 from implicit_rnn.engines.numpy.linear import Operator
 from implicit_rnn.engines.numpy.sparsity import Group, find_groups
 from implicit_rnn.errors import DerivativeWarning, warn
@@ -23,8 +24,6 @@ Block = tuple[Array, Array, Array]
 
 STATE = -1
 """The variable z among the arguments 0, 1, …"""
-LARGE = 2048
-"""Unknowns beyond which no dense Jacobian is made."""
 
 _FEW = 128
 """Entries of a variable up to which each is moved for itself, and unknowns up to which all Jacobians are dense."""

@@ -12,6 +12,8 @@ Array = np.ndarray
 
 _KRYLOV, _CYCLES = 50, 4
 """Vectors that GMRES keeps, and how often it begins anew."""
+_RESTARTS, _POWERS = 10, 100
+"""Restarts of Arnoldi's method, and powers of J, after which the spectral radius is taken as it is."""
 _SMALLEST_GAIN = 1 / 4
 """The change of A within the error of a solution, relative to A, from which the solution need not be isolated."""
 
@@ -123,25 +125,25 @@ class Operator:
 
     def repels(self) -> bool:
         """Whether the spectral radius of J is 1 or more, as far as Arnoldi's method sees it."""
-        from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs
+        from scipy.sparse.linalg import ArpackError, LinearOperator, eigs
 
         if self.matrix is not None and min(abs(self.matrix).sum(axis=axis).max() for axis in (0, 1)) < 1:
             return False
         J = LinearOperator((self.n, self.n), matvec=lambda d: self.jacobian_product(d.reshape(-1)), dtype=np.float64)
         start, values = np.random.default_rng(0).standard_normal(self.n), np.empty(0)
         try:
-            values = eigs(J, 1, which="LM", v0=start, tol=1e-4, return_eigenvectors=False)
-        except ArpackNoConvergence as error:
-            values = error.eigenvalues
+            values = eigs(J, 1, which="LM", v0=start, tol=1e-4, maxiter=_RESTARTS, return_eigenvectors=False)
+        except ArpackError as error:
+            values = getattr(error, "eigenvalues", values)  # those that were found
         if len(values):
             return bool(np.abs(values).max() >= 1)
         d, growth = start, []  # eigenvalues of equal size, or none that is not 0
-        for _ in range(100):
+        for _ in range(_POWERS):
             d = self.jacobian_product(d / np.linalg.norm(d))
             growth.append(np.linalg.norm(d))
             if growth[-1] == 0:
                 return False
-        return bool(np.exp(np.log(growth[20:]).mean()) >= 1)
+        return bool(np.exp(np.log(growth[_POWERS // 2 :]).mean()) >= 1)
 
 
 def _gmres(product: Callable[[Array], Array], b: Array, tol: float) -> Array:

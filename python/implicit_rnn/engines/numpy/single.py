@@ -1,16 +1,16 @@
-"""Newton's method for one problem of few unknowns, with as little as can be around the calls of f.
+"""One problem of few unknowns on plain numbers, with as little as can be around the calls of f.
 
-It makes the steps of the method for batches, on plain numbers, and it answers only where it converges and the way there shows
-that the derivatives were right: that each condition became much smaller than it was, by steps that were to make it zero. In all
-other cases the method for batches, which examines the derivatives, solves the problem from the start.
+The steps are those of the methods for batches, which solve the problem from the start wherever the ones of here do not
+converge. A root is only believed if the way there shows that the derivatives were right: if each condition became much smaller
+than it was, by steps that were to make it zero.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from math import hypot, inf, isfinite
-from operator import add, mul
+from math import hypot, inf, isfinite, log
+from operator import add, mul, sub
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -28,17 +28,20 @@ STILL_SHRINKS = 0.4
 SMALLEST_STEP = 2.0**-20
 """Share of a Newton step below which no shorter one is tried."""
 
+BLOW_UP = 1e6
+"""A residual so much larger than z at the start is divergence."""
+
 _PROOF, _LAST = 1e-3, 0.1
 """What is left of each condition, and of all of them after the last step, where derivatives have proved right."""
 _STEP = 1e-200
-_EPS = float(np.finfo(np.float64).eps)
+_EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
 _takes_complex: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Whether functions, by their code, take complex numbers without a warning."""
 
 
-class Root(NamedTuple):
-    """A root, and how it was found."""
+class Found(NamedTuple):
+    """A solution, and how it was found."""
 
     z: Numbers
     evaluations: int
@@ -50,37 +53,76 @@ class _UncertainError(Exception):
     pass
 
 
-def find_root(equation: Equation, tol: float, limit: int) -> Root | None:
+def find_root(equation: Equation, tol: float, limit: int) -> Found | None:
     """The root of one problem, or None where the method for batches has to find it, or to tell what is wrong."""
+    return _try(_newton, equation, tol, limit)
+
+
+def find_fixed_point(equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
+    """Likewise a fixed point by Picard iteration, looked at after 1, 5 and so on of ``block`` evaluations.
+
+    After each block it is given up if at its rate it would take more than ``patience`` evaluations.
+    """
+    return _try(_picard, equation, tol, limit, block, patience)
+
+
+def _try(method: Callable[..., Found | None], equation: Equation, *options: float) -> Found | None:
     if equation.samples > 1 or equation.n > MOST or equation.start.dtype != np.float64:
         return None
     try:
-        return _newton(_Calls(equation), equation, tol, limit)
+        return method(_Calls(equation), equation, *options)
     except _UncertainError:
         return None
 
 
-def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Root | None:
-    weights = None if equation.scale is None else (1 / equation.scale).tolist()
-    floor = 0.0 if weights is None else equation.n**0.5
+def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
+    size, floor = _size(equation)
+    z = equation.start[0].tolist()
+    largest, before, evaluations, in_block = size(z), inf, 0, 0
+    while True:
+        steps = min(4, block - in_block) if in_block else 1
+        evaluations, in_block = evaluations + steps, in_block + steps
+        if evaluations >= limit:
+            return None
+        for _ in range(steps - 1):
+            z = calls.real(z)
+        F = calls.real(z)
+        residual, here = size([*map(sub, F, z)]), size(F)
+        largest = max(largest, here)
+        if evaluations == 1:
+            outset = largest
+        if not residual <= BLOW_UP * outset:
+            return None
+        rate = (residual / before) ** (1 / steps) if before < inf else 0.0
+        reference = max(here, floor, _EPS * largest / tol)
+        if _is_near(residual, max(here, floor), tol, _EPS * largest, rate):
+            # Undamped iteration ends at what attracts it, unless it starts there.
+            return Found(z, evaluations, residual / reference if residual else 0.0, rate) if evaluations > 1 else None
+        if in_block == block:
+            if log(tol) + log(max(reference, _TINY)) - log(residual) < patience * log(min(rate, 0.9999) or _TINY):
+                return None
+            in_block = 0
+        z, before = F, residual
+
+
+def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found | None:
+    size, floor = _size(equation)
+    if calls.jac is None:
+        calls.prepare_slopes(equation.start[0])
     z = equation.start[0].tolist()
     c = calls.value(z)
     merit, seen = hypot(*c), [c]
     evaluations, largest, last, before, looked = 1, 0.0, inf, inf, False
     while True:
         step = calls.newton_step(z, c)
-        here, length = (
-            (hypot(*z), hypot(*step)) if weights is None else (hypot(*map(mul, v, weights)) for v in (z, step))
-        )
+        here, length = size(z), size(step)
         if not isfinite(merit + length):
             return None
         if here > largest:
             largest = here
         rate = length / (last or 1.0) if last < inf else 0.0
         rounding = _EPS * largest
-        if length <= tol * (here if here > floor else floor) or (
-            length <= rounding and (rate > STILL_SHRINKS or evaluations >= limit or length == 0)
-        ):
+        if _is_near(length, here if here > floor else floor, tol, rounding, rate, evaluations >= limit):
             if calls.complex_only and not looked:
                 c, looked = calls.real(z), True
                 merit = hypot(*c)
@@ -88,7 +130,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Root |
             if merit > _LAST * before or not _has_vanished(c, seen):
                 return None
             residual = length / max(here, floor, rounding / tol) if length else 0.0
-            return Root([*map(add, z, step)], evaluations, residual, rate)
+            return Found([*map(add, z, step)], evaluations, residual, rate)
         if looked:
             return None
         last, before, start, t = length, merit, z, 1.0
@@ -103,6 +145,23 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Root |
                 break
             t /= 2
         seen.append(c)
+
+
+def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:
+    """The size of z, in units of the scale where there is one, and a floor under it."""
+    if equation.scale is None:
+        return _length, 0.0
+    weights = (1 / equation.scale).tolist()
+    return lambda z: hypot(*map(mul, z, weights)), equation.n**0.5
+
+
+def _length(z: Numbers) -> float:
+    return hypot(*z)
+
+
+def _is_near(step: float, size: float, tol: float, rounding: float, rate: float, spent: bool = False) -> bool:
+    """Whether steps end the iteration, see ``engines.base.Equation``."""
+    return step <= tol * size or (step <= rounding and (rate > STILL_SHRINKS or spent or step == 0))
 
 
 def _has_vanished(c: Numbers, seen: list[Numbers]) -> bool:
@@ -127,16 +186,19 @@ class _Calls:
             self.posed = _as_row
         if True in equation.batched and self.posed is not _as_row:
             self.args = tuple(a[0] if own else a for a, own in zip(equation.args, equation.batched, strict=True))
+        self.complex = self.complex_only = False
+        self.slope = 0.0
+
+    def prepare_slopes(self, start: Array) -> None:
+        """See whether the complex step is to be tried, which is remembered of a function."""
         key = getattr(self.f, "__code__", self.f)
         try:
             known = _takes_complex.get(key)
             if known is None:
-                known = _takes_complex[key] = self._try_complex(equation.start[0])
+                known = _takes_complex[key] = self._try_complex(start)
         except TypeError:  # no weak reference
-            known = self._try_complex(equation.start[0])
-        self.complex = known
-        self.complex_only = known and self.n == 1 and self.jac is None
-        self.slope = 0.0
+            known = self._try_complex(start)
+        self.complex, self.complex_only = known, known and self.n == 1
 
     def _try_complex(self, start: Array) -> bool:
         try:

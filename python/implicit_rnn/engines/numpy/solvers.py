@@ -16,8 +16,10 @@ Array = np.ndarray
 Elementwise = Callable[[Array], Array]
 
 _BLOW_UP = 1e6
-_BLOCK = 8
-_PATIENCE = 16
+BLOCK = 8
+"""Picard steps after which Auto looks at the rates."""
+PATIENCE = 128
+"""Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
 _DENSE = 64
 _SMALL = 16
 _SMALLEST_STEP = 2.0**-6
@@ -307,13 +309,13 @@ class _Solve:
     def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
         n = self.shape[-1]
-        patience = _PATIENCE * (8 if self.equation.check_stability else 1)
+        patience = PATIENCE // (1 if self.equation.check_stability else 8)
         slow: list[_Rows] = []
         self.rescued = slow
         left = solver.max_iterations
         while len(self.rows.index):
-            self.picard(min(_BLOCK, left))
-            left -= _BLOCK
+            self.picard(min(BLOCK, left))
+            left -= BLOCK
             rows = self.rows
             goal = self.equation.tol * self.scale(rows)
             predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
