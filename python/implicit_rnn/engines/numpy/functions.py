@@ -169,8 +169,9 @@ class Function:
         blocks = self._grouped(Z, rows, STATE, certain)
         if blocks is None:
             return None
-        inputs, outputs = (np.concatenate([block[part] for block in blocks]) for part in (0, 1))
-        values = np.concatenate([D[0] for *_, D in blocks])
+        none = np.empty(0, np.int64)
+        inputs, outputs = (np.concatenate([none, *(block[part] for block in blocks)]) for part in (0, 1))
+        values = np.concatenate([np.empty(0, Z.dtype), *(D[0] for *_, D in blocks)])
         return sparse.csc_matrix((values, (outputs, inputs)), (self.equation.n, self.equation.n))
 
     def _given(self, Z: Array, rows: Array) -> Any:
