@@ -180,10 +180,11 @@ class _Calls:
         assert not isinstance(equation.f, JuliaFunction)
         self.f, self.jac, self.n, self.args = equation.f, equation.jac, equation.n, equation.args
         self.posed: Callable[[Array], Any] = _as_it_is
+        self.shape: tuple[int, ...] = (self.n,)
         if not equation.shape:
             self.posed = _as_number
         elif equation.vectorized and len(equation.shape) == 2:
-            self.posed = _as_row
+            self.posed, self.shape = _as_row, (1, self.n)
         if True in equation.batched and self.posed is not _as_row:
             self.args = tuple(a[0] if own else a for a, own in zip(equation.args, equation.batched, strict=True))
         self.complex = self.complex_only = False
@@ -238,7 +239,7 @@ class _Calls:
         return y
 
     def _fits(self, y: Array) -> bool:
-        return y.shape == (self.n,) or (y.size == self.n and (not y.shape or self.posed is _as_row))
+        return y.shape == self.shape or (not y.shape and self.shape == (1,))
 
     def newton_step(self, z: Numbers, c: Numbers) -> Numbers:
         """-J⁻¹ c; ``_UncertainError`` where it does not exist."""
