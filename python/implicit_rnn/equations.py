@@ -11,6 +11,8 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_engine, get_engine
-from implicit_rnn.engines.base import CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
+from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
@@ -102,6 +104,8 @@ def _argument_names(f: Function, count: int) -> tuple[str, ...]:
         listed = f" ({', '.join(names)})" if names else ""
         number = least if count < least else most
         raise ValueError(f"f takes z and {number} argument{'s'[: number != 1]}{listed}; args has {count}")
+    if len(names) == count:
+        return names
     return (*names[:count], *(f"args[{index}]" for index in range(len(names), count)))
 
 
@@ -111,6 +115,11 @@ def _julia_parameters(f: JuliaFunction) -> tuple[tuple[str, ...], int, float]:
 
 def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:
     """Names behind the first, and how few and how many arguments may follow it."""
+    if type(f) is FunctionType and not f.__dict__:  # as its signature would say, in no time
+        code = f.__code__
+        names = code.co_varnames[1 : code.co_argcount]
+        most = np.inf if code.co_flags & inspect.CO_VARARGS else len(names)
+        return names, max(code.co_argcount - len(f.__defaults__ or ()) - 1, 0), most
     try:
         parameters = list(inspect.signature(f).parameters.values())
     except (TypeError, ValueError):  # some builtins do not tell
@@ -132,6 +141,8 @@ def fixed_point(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    jac: Callable[..., Any] | None = None,
+    vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
@@ -161,6 +172,21 @@ def fixed_point(
         solutions of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
+    jac
+        The Jacobian ∂f/∂z of a Python f: ``jac(z, *args)`` returns (n, n), a NumPy array or a sparse matrix of SciPy; with
+        ``vectorized`` it takes what f takes and returns (m, n, n). Without it, and without ``vjp``, it is found from values of f.
+    vjp
+        The products of a Python f with a vector v (n,): ``vjp(v, z, *args)`` returns a tuple of v times ∂f/∂z, (n,), and of v
+        times ∂f/∂argument for each argument, of the shape of the argument; None stands for an argument of integers, or one that
+        is to be differentiated from values of f. With ``vectorized`` v and z are (m, n), and the products are (m, n), (m, ...)
+        for batched arguments, and sums over the samples for shared ones.
+
+        Both hooks are given numbers, and may answer by numbers, where z0 is a number. They are compared with the values of f
+        along a random direction, where the iteration begins and where derivatives are taken.
+
+        Beyond 2048 unknowns no dense Jacobian is made: Newton steps and derivatives are found by GMRES, and by sparse LU where
+        ``jac`` gives a sparse matrix or the values of f show that few unknowns are coupled. A gradient then needs ``vjp``, or a
+        sparse Jacobian of either origin, unless it is with respect to few numbers.
     scale
         The typical size of z, a number or (n,), where its entries are of very different sizes: norms are taken of z / scale,
         and a step of tol · √n in these units is small enough.
@@ -172,7 +198,8 @@ def fixed_point(
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range or of the wrong kind, code that cannot be parsed, and an f that returns the wrong shape.
+        For arguments out of range or of the wrong kind, code that cannot be parsed, an f, jac or vjp that returns the wrong
+        shape, and a jac or vjp that contradicts f.
     EngineError
         If Julia code fails, or cannot be run. What a Python f raises is passed on as it is.
     ConvergenceError
@@ -193,7 +220,7 @@ def fixed_point(
     >>> print(solution.value.round(6).ravel())
     [0.980821 0.801418]
     """
-    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=False)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=False)
 
 
 def root(
@@ -204,6 +231,8 @@ def root(
     batched: str | int | Iterable[str | int] = (),
     solver: Solver | str = Auto(),
     vectorized: bool = False,
+    jac: Callable[..., Any] | None = None,
+    vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
@@ -215,7 +244,7 @@ def root(
 
     Parameters
     ----------
-    f, z0, args, batched, vectorized, scale, on_failure, engine
+    f, z0, args, batched, vectorized, jac, vjp, scale, on_failure, engine
         As for ``fixed_point``, but that f returns what is to be zero, (n,).
     solver
         ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and, for Julia code,
@@ -234,7 +263,7 @@ def root(
     >>> print(solution.jacobian("a").round(6))  # 1 / (2 z)
     [[0.353553]]
     """
-    return _solve(f, z0, args, batched, solver, vectorized, scale, on_failure, engine, root=True)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=True)
 
 
 def _solve(
@@ -244,6 +273,8 @@ def _solve(
     batched: str | int | Iterable[str | int],
     solver: Solver | str,
     vectorized: bool,
+    jac: Callable[..., Any] | None,
+    vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
     on_failure: str,
     engine: str | None,
@@ -251,24 +282,29 @@ def _solve(
 ) -> ImplicitSolution:
     options.check_on_failure(on_failure)
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
-    _check_function(f, vectorized)
+    _check_function(f, vectorized, jac, vjp)
     check_engine(engine)
-    equation = _pose(f, z0, args, batched, vectorized, scale, root)
+    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
-    if failure := solution.failure():
+    if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution)
     return solution
 
 
-def _check_function(f: Function, vectorized: bool) -> None:
+def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> None:
     if isinstance(f, str):
         raise TypeError(f"f is the string {f!r}; pass Julia code as irnn.julia(text)")
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected irnn.julia(text) or a function")
     if isinstance(f, JuliaFunction) and vectorized:
         raise ValueError("vectorized=True is for Python functions; Julia code is always given one sample, at no cost")
+    for name, hook in (("jac", jac), ("vjp", vjp)):
+        if hook is not None and isinstance(f, JuliaFunction):
+            raise ValueError(f"{name} is for Python functions; Julia code is differentiated exactly without it")
+        if hook is not None and not callable(hook):
+            raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
 
 
 def _check_solver(solver: Solver, root: bool) -> Solver:
@@ -303,6 +339,9 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
             "another z0, since the Jacobian has no inverse where the iteration came to",
             "Auto(), which tries more ways",
         ]
+    equation = solution.equation
+    if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
+        remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")
     message = f"{failure}. Remedies: {', '.join(remedies)}"
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
@@ -319,15 +358,17 @@ def _pose(
     args: Sequence[ArrayLike],
     batched: Any,
     vectorized: bool,
+    jac: Callable[..., Any] | None,
+    vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
     root: bool,
 ) -> Equation:
     start, shape = _start(z0)
-    if isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence):
+    if type(args) is not tuple and (isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence)):
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     names = _argument_names(f, len(args))
     per_sample = _positions(batched, names)
-    arrays = tuple(_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True))
+    arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
@@ -338,9 +379,9 @@ def _pose(
             raise ValueError(
                 f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
-    flags = tuple(index in per_sample for index in range(len(arrays)))
+    flags = tuple([index in per_sample for index in range(len(arrays))])
     sizes = _sizes(scale, start)
-    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized=vectorized)
+    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp)
 
 
 def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
@@ -363,10 +404,20 @@ def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
         )
     dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
     start = np.array(as_real("z0", array, dtype), order="C", ndmin=2)
-    if not np.isfinite(start).all():
+    if not _is_finite(start):
         bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
         raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
     return start, array.shape
+
+
+_KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
+"""What becomes of arguments that are no floats, by their kind."""
+
+
+def _is_finite(array: Array) -> bool:
+    if array.size == 1:
+        return isfinite(array.item())
+    return bool(np.isfinite(array).all())
 
 
 def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
@@ -375,7 +426,7 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    target = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}.get(array.dtype.kind, dtype)
+    target = _KEPT.get(array.dtype.kind, dtype)
     array = np.array(as_real(name, array, target))
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
@@ -438,9 +489,10 @@ class ImplicitSolution(Solution):
         equation, compiled
             What is to be solved, and the handle that solves it.
         """
-        empty = Solution.empty(equation.samples, 0, equation.start.dtype)
-        empty.bound[...] = np.nan
-        arrays = (empty.status, empty.iterations, empty.residual, empty.rate, empty.bound)
+        samples = equation.samples
+        residual, rate, bound = np.empty(samples), np.empty(samples), np.empty(samples)
+        bound.fill(np.nan)
+        arrays = (np.empty(samples, np.int8), np.empty(samples, np.int32), residual, rate, bound)
         return cls(equation.start.copy(), *arrays, equation=equation, compiled=compiled)
 
     @property

@@ -191,6 +191,10 @@ class JuliaFunction:
     """The names of its parameters behind the first."""
 
 
+LARGE = 2048
+"""Unknowns beyond which no dense Jacobian is made of a Python function."""
+
+
 @dataclass(frozen=True)
 class Equation:
     """``z = f(z, *args)``, or ``f(z, *args) = 0`` if ``root``, for each of B samples z of n numbers.
@@ -225,6 +229,10 @@ class Equation:
     """(n,) the sizes that the entries of z typically have, of the dtype of ``start``"""
     vectorized: bool = False
     """whether a Python f takes (samples, n) at once"""
+    jac: Callable[..., Any] | None = None
+    """∂f/∂z of a Python f, see ``fixed_point``"""
+    vjp: Callable[..., Any] | None = None
+    """products with the partial derivatives of a Python f, see ``fixed_point``"""
 
     @property
     def samples(self) -> int:

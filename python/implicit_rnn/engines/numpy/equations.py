@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Iterator
+from math import inf
 from typing import Any
 
 import numpy as np
 
 from implicit_rnn.engines import base
 from implicit_rnn.engines.base import SingularSolution
-from implicit_rnn.engines.numpy.solvers import Equation, Outcome, _Rows, _Solve, norm, solve_each
-from implicit_rnn.errors import DerivativeWarning, EngineError, warn
+from implicit_rnn.engines.numpy import single
+from implicit_rnn.engines.numpy.functions import Function
+from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
+from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Equation, Outcome, _Rows, _Solve, norm, solve_each
+from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
 
-STATE = -1
-"""The variable z among the arguments 0, 1, …"""
+_FORWARD = 64
+"""Numbers among the arguments for each of which a system may be solved where the transposed one cannot be."""
+_PART = 2**24
+"""Numbers that derivatives may take at a time."""
 
-_BLOW_UP = 1e6
-_SMALLEST_STEP = 2.0**-20
 _LARGEST_CHANGE = 0.25
-_STILL_SHRINKS = 0.4
-"""Steps that become smaller by this factor each lead to a solution that is small, not to the rounding of a large iterate."""
 
 
 class PythonEquation:
@@ -32,19 +34,25 @@ class PythonEquation:
 
     def __init__(self, equation: base.Equation) -> None:
         self._equation = equation
-        self._f = _Function(equation)
+        self._f = Function(equation)
         self._state = equation.start
         self._inverses: Array | None = None
+        self._operators: dict[int, Operator] = {}
 
     def solve(self, solver: Solver, out: Solution) -> None:
         equation, self._state, self._inverses = self._equation, out.state, None
+        self._operators = {}
         if not isinstance(solver, (Auto, Newton) if equation.root else (Auto, Newton, Picard, Anderson)):
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
         tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
-        outcome = Outcome.converged(1, equation.samples)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if found := _find_single(equation, tol, solver):
+                out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found
+                out.status[0] = CONVERGED
+                return
+            outcome = Outcome.converged(1, equation.samples)
             if equation.root:
                 out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
@@ -53,31 +61,107 @@ class PythonEquation:
             getattr(out, name)[...] = getattr(outcome, name)[0]
 
     def vjp(self, v: Array) -> list[Array | None]:
-        equation, state = self._equation, self._state
         rows = np.flatnonzero(v.any(axis=1))
-        λ = -np.einsum("bki,bk->bi", self._inverse(rows), v[rows])
+        if not self._f.is_large():
+            return self._products(-np.einsum("bki,bk->bi", self._inverse(rows), v[rows]), rows)
+        operators = [self._operator(int(row)) for row in rows]
+        if all(operator.has_transpose for operator in operators):
+            solutions = [
+                self._solved(o, v[row], int(row), transposed=True) for o, row in zip(operators, rows, strict=True)
+            ]
+            return self._products(-np.stack(solutions).astype(v.dtype) if len(rows) else v[rows], rows)
+        return self._products_forward(v, rows)
+
+    def _products(self, λ: Array, rows: Array) -> list[Array | None]:
+        """The sums λᵀ ∂f/∂argument over the samples ``rows`` that share it."""
+        equation, f = self._equation, self._f
+        given: list[Any] = [None] * (1 + len(equation.args))
+        if equation.vjp is not None and len(rows):
+            given = f.products(λ, self._state[rows], rows)
+            f.check_products(λ, given, self._state[rows], rows)
         gradients: list[Array | None] = []
         for index, argument in enumerate(equation.args):
             gradient = np.zeros_like(argument) if equation.is_differentiable(index) else None
             gradients.append(gradient)
             if gradient is None or not len(rows):
                 continue
-            for k, dF in enumerate(self._f.derivatives(state[rows], rows, index, certain=True)):
-                products = np.einsum("bi,bi->b", λ, dF)
-                if equation.batched[index]:
-                    gradient.reshape(equation.samples, -1)[rows, k] = products
-                else:
-                    gradient.reshape(-1)[k] = products.sum()
+            if given[index + 1] is not None:
+                gradient[rows if equation.batched[index] else ...] = given[index + 1]
+                continue
+            flat = gradient.reshape(equation.samples if equation.batched[index] else 1, -1)
+            for part in _parts(len(rows), equation.entries(index)):
+                Z, own = self._state[rows[part]], rows[part]
+                for inputs, outputs, D in f.derivatives(Z, own, index, certain=True):
+                    products = λ[part][:, outputs] * D
+                    if equation.batched[index]:
+                        np.add.at(flat, (own[:, None], inputs), products)
+                    else:
+                        np.add.at(flat[0], inputs, products.sum(axis=0))
+        return gradients
+
+    def _products_forward(self, v: Array, rows: Array) -> list[Array | None]:
+        """As ``vjp``, by a system for each entry of an argument, where there are no products with the transposed Jacobian."""
+        equation = self._equation
+        floats = [index for index in range(len(equation.args)) if equation.is_differentiable(index)]
+        if sum(equation.entries(index) for index in floats) > _FORWARD:
+            raise EngineError(
+                f"the gradient of {equation.n} unknowns with respect to more than {_FORWARD} numbers needs products with the "
+                "transposed Jacobian of f, and f couples too many unknowns to find them from its values (the dense Jacobian "
+                f"would take {equation.n**2 * 8 / 2**30:.2g} GiB): give vjp=, or jac= as a sparse matrix"
+            )
+        gradients: list[Array | None] = [np.zeros_like(a) if k in floats else None for k, a in enumerate(equation.args)]
+        wanted = np.zeros(equation.samples, bool)
+        wanted[rows] = True
+        for index in floats:
+            products = np.einsum("bi,bik->bk", v[rows], self.jacobian(index, wanted)[rows])
+            gradient = gradients[index]
+            assert gradient is not None
+            if equation.batched[index]:
+                gradient.reshape(equation.samples, -1)[rows] = products
+            else:
+                gradient.reshape(-1)[:] = products.sum(axis=0)
         return gradients
 
     def jacobian(self, index: int, wanted: Array) -> Array:
-        equation, state = self._equation, self._state
-        J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, state.dtype)
+        equation, f = self._equation, self._f
+        J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, self._state.dtype)
         rows = np.flatnonzero(wanted)
-        if len(rows):
-            B = np.stack(list(self._f.derivatives(state[rows], rows, index, certain=True)), axis=-1)
-            J[rows] = -self._inverse(rows) @ B
+        for part in _parts(len(rows), equation.n * equation.entries(index)):
+            own = rows[part]
+            B = f.argument_jacobian(self._state[own], own, index)
+            if not f.is_large():
+                J[own] = -self._inverse(own) @ B
+                continue
+            for row, b in zip(own, B, strict=True):
+                operator = self._operator(int(row))
+                J[row] = -np.stack([self._solved(operator, column, int(row)) for column in b.T], axis=-1)
         return J
+
+    def _operator(self, row: int) -> Operator:
+        """∂c/∂z at the solution of one sample with many unknowns, found once; ``SingularSolution`` as ``_inverse``."""
+        if row not in self._operators:
+            f, z, own = self._f, self._state[row], np.array([row])
+            operator = f.operator(z, row, certain=True)
+            δ = self._solved(operator, f.conditions(f.real(z[None], own), z[None])[0], row)
+            nearby = f.operator((z - δ).astype(z.dtype), row)
+            try:
+                if not is_isolated(operator, nearby, δ):
+                    raise SingularSolution(row)
+            except UnsolvedError:
+                raise SingularSolution(row) from None
+            self._operators[row] = operator
+        return self._operators[row]
+
+    def _solved(self, operator: Operator, b: Array, row: int, transposed: bool = False) -> Array:
+        try:
+            return operator.solve(b, transposed)
+        except UnsolvedError:
+            if operator.matrix is not None:
+                raise SingularSolution(row) from None
+            raise ConvergenceError(
+                f"GMRES did not solve the linear system of {operator.n} unknowns at the solution, which has no derivative if the "
+                "Jacobian of f is singular there; if it is not, give jac= as a sparse matrix, which is then factorised"
+            ) from None
 
     def _inverse(self, rows: Array) -> Array:
         """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
@@ -114,197 +198,38 @@ class PythonEquation:
         self._state = state["state"]
 
 
-# --- the user's function -------------------------------------------------------------------------------------
+def _find_single(equation: base.Equation, tol: float, solver: Solver) -> single.Found | None:
+    limit = int(solver.max_iterations)
+    if equation.root:
+        return single.find_root(equation, tol, _newton_limit(solver))
+    if isinstance(solver, Auto):
+        return single.find_fixed_point(equation, tol, limit, BLOCK, PATIENCE)
+    if isinstance(solver, Picard) and solver.damping == 1:
+        return single.find_fixed_point(equation, tol, limit, limit, inf)
+    return None
 
 
-class _Function:
-    """The function of an equation: it is given copies and what it returns is copied, so that it may reuse its memory."""
+def _newton_limit(solver: Solver) -> int:
+    """Evaluations of the first attempt at a root, which leaves some for the next."""
+    limit = int(solver.max_iterations)
+    return max(limit // 5, min(limit, 60)) if isinstance(solver, Auto) else limit
 
-    def __init__(self, equation: base.Equation) -> None:
-        self.equation = equation
-        self._analytic: dict[int, Array] = {}
 
-    def __call__(self, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None) -> Array:
-        """f for Z (m, n) of the samples ``rows``; the argument ``variable`` may have another ``value``."""
-        equation = self.equation
-        assert callable(equation.f)
-        if not len(Z):
-            return Z.copy()
-        args = [a[rows] if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
-        if value is not None:
-            args[variable] = value
-        if equation.vectorized and not equation.single:
-            return self._checked(equation.f(Z.copy(), *args), Z.shape)
-        F = [
-            self._checked(
-                equation.f(
-                    z.copy() if equation.shape else z[0],
-                    *(a[b] if batched else a for a, batched in zip(args, equation.batched, strict=True)),
-                ),
-                z.shape,
-            )
-            for b, z in enumerate(Z)
-        ]
-        return np.stack(F)
+def _parts(rows: int, numbers: int) -> list[slice]:
+    """The samples in parts that take not too many numbers."""
+    size = max(1, _PART // max(numbers, 1))
+    return [slice(k, k + size) for k in range(0, rows, size)]
 
-    def real(self, Z: Array, rows: Array) -> Array:
-        """f for real z, of which it has to be real."""
-        F = self(Z, rows)
-        if F.dtype.kind == "c":
-            raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
-        return F
 
-    def conditions(self, F: Array, Z: Array) -> Array:
-        """c = f(z) - z, or c = f(z) of a root."""
-        return F if self.equation.root else F - Z
-
-    def _checked(self, y: object, shape: tuple[int, ...]) -> Array:
-        if isinstance(y, tuple):
-            raise TypeError(f"f returned a tuple of {len(y)}; expected one array of shape {shape}, like z")
-        array = np.asarray(y)
-        if array.shape == () and shape == (1,):
-            array = array.reshape(1)  # one unknown may be answered by a number
-        if array.shape != shape:
-            raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
-        if array.dtype.kind not in "biufc":
-            raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
-        return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
-
-    # --- derivatives -----------------------------------------------------------------------------------------
-
-    def conditions_jacobian(self, Z: Array, rows: Array, certain: bool = False) -> Array:
-        """A = ∂c/∂z (m, n, n)."""
-        J = self.jacobian(Z, rows, certain)
-        return J if self.equation.root else J - np.eye(self.equation.n, dtype=J.dtype)
-
-    def jacobian(self, Z: Array, rows: Array, certain: bool = False) -> Array:
-        """∂f/∂z (m, n, n)."""
-        if not len(rows):
-            return np.empty((0, self.equation.n, self.equation.n), Z.dtype)
-        return np.stack(list(self.derivatives(Z, rows, STATE, certain)), axis=-1)
-
-    def derivatives(self, Z: Array, rows: Array, variable: int, certain: bool = False) -> Iterator[Array]:
-        """∂f/∂x (m, n) for each entry x of a variable as one sample sees it.
-
-        By the complex step for rows on which it agrees with a difference quotient, else by difference quotients, of which
-        those of one step and of half of it have to agree. If it is to be ``certain``, each row is examined at this Z, and
-        rows without a trustworthy derivative are NaN and warned of; otherwise what was found at the first Z counts, and
-        their best quotient serves.
-        """
-        if not len(rows):
-            return
-        known = self._analytic.get(variable)
-        if certain or known is None:
-            known = np.zeros(self.equation.samples, np.int8) if known is None or certain else known
-            known[rows] = self._takes_complex_steps(Z, rows, variable)
-            self._analytic[variable] = known
-        analytic = known[rows].astype(bool)
-        x, per_row = self._variable(Z, rows, variable)
-        entries = x.shape[1:] if per_row else x.shape
-        lost = np.zeros(len(rows), bool)
-        for k in range(int(np.prod(entries, dtype=np.int64))):
-            direction = np.zeros(entries, x.dtype)
-            direction.reshape(-1)[k] = 1
-            D = np.empty((len(rows), self.equation.n), Z.dtype)
-            if analytic.any():
-                chosen = np.flatnonzero(analytic)
-                D[chosen] = self._complex_step(Z[chosen], rows[chosen], variable, direction)
-            if not analytic.all():
-                chosen = np.flatnonzero(~analytic)
-                D[chosen], trusted = self._difference(Z[chosen], rows[chosen], variable, direction)
-                if certain:
-                    D[chosen[~trusted]] = np.nan
-                    lost[chosen[~trusted]] = True
-            yield D
-        if lost.any():
-            name = "z" if variable == STATE else self.equation.names[variable]
-            warn(
-                f"f has no trustworthy derivative with respect to {name} at the solution of {lost.sum()} samples (first sample "
-                f"{rows[np.flatnonzero(lost)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
-                "these derivatives are NaN",
-                DerivativeWarning,
-            )
-
-    def _variable(self, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
-        """Its values, and whether each row has its own."""
-        if variable == STATE:
-            return Z, True
-        argument = self.equation.args[variable]
-        return (argument[rows], True) if self.equation.batched[variable] else (argument, False)
-
-    def _shifted(self, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
-        x = self._variable(Z, rows, variable)[0]
-        return self(x + shift, rows) if variable == STATE else self(Z, rows, variable, x + shift)
-
-    def _complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-        """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f."""
-        h = 1e-30 if Z.dtype == np.float32 else 1e-200
-        step = (direction * 1j * h).astype(np.result_type(Z.dtype, np.complex64))
-        return (self._shifted(Z, rows, variable, step).imag / h).astype(Z.dtype)
-
-    def _difference(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array]:
-        """Richardson's extrapolation of two central differences (m, n), and whether each row can be trusted.
-
-        It can where the two differ, and the second differences shrink, as those of a smooth function do, and rounding counts
-        for little; several steps are tried, in units of the variable.
-        """
-        x, per_row = self._variable(Z, rows, variable)
-        m, eps = len(rows), float(np.finfo(Z.dtype).eps)
-        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
-        moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        size = np.where(moved > 0, moved, np.where(others > 0, others, 1.0))
-        factors = [1.0, 1e-2, 1e2, 1e-4, 1e-6] + ([] if (moved > 0).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e6, 1e12])
-        best, trusted = np.full((m, self.equation.n), np.nan), np.zeros(m, bool)
-        center = self(Z, rows).astype(np.float64)
-        for factor in factors:
-            left = np.flatnonzero(~trusted)
-            if not len(left):
-                break
-            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size * factor))
-            h = step[left] if per_row else np.broadcast_to(step, len(left))
-            values = []
-            for part in (1.0, -1.0, 0.5, -0.5):
-                scaled = part * (step[left].reshape(-1, *[1] * (x.ndim - 1)) if per_row else step.reshape([1] * x.ndim))
-                values.append(self._shifted(Z[left], rows[left], variable, (direction * scaled).astype(x.dtype)))
-            plus, minus, plus2, minus2 = (v.astype(np.float64) for v in values)
-            coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
-            bend = np.abs(plus - 2 * center[left] + minus) / h[:, None]
-            bend2 = np.abs(plus2 - 2 * center[left] + minus2) / (h[:, None] / 2)
-            noise = eps * np.abs(plus).max(axis=1) / (h / 2)
-            large = np.abs(fine).max(axis=1)
-            unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
-            flat = (large == 0) & (np.abs(coarse).max(axis=1) == 0) & (bend.max(axis=1) == 0)
-            good = flat | (
-                (unequal <= 100 * tol * np.maximum(large, bend.max(axis=1)))
-                & (noise <= 100 * tol * np.maximum(large, bend.max(axis=1)))
-                & (kinked <= tol * large + 4 * noise)
-            )
-            value = np.where(good[:, None], fine + (fine - coarse) / 3, fine)
-            first = np.isnan(best[left]).all(axis=1)
-            best[left[good | first]] = value[good | first]
-            trusted[left[good]] = True
-        return best.astype(Z.dtype), trusted
-
-    def _takes_complex_steps(self, Z: Array, rows: Array, variable: int) -> Array:
-        """Whether on each row the complex step agrees with a difference quotient, which it does not where f drops Im x."""
-        x, per_row = self._variable(Z, rows, variable)
-        shape = x.shape[1:] if per_row else x.shape
-        weights = np.random.default_rng(0).uniform(0.5, 1, shape)
-        size = np.abs(x).max(axis=0) if per_row and len(x) else np.abs(x)
-        direction = (weights * np.where(size > 0, size, size.max(initial=0) or 1) / (size.max(initial=0) or 1)).astype(
-            x.dtype
-        )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = self._complex_step(Z, rows, variable, direction)
-        except Exception:
-            return np.zeros(len(rows), bool)
-        expected, trusted = self._difference(Z, rows, variable, direction)
-        tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
-        error = np.abs(found - expected).max(axis=1)
-        return np.asarray(trusted & (error <= tolerance * np.abs(expected).max(axis=1)))
+def _newton_steps(f: Function, Z: Array, rows: Array, C: Array) -> Array:
+    """-A⁻¹c (m, n), not finite where A has no inverse."""
+    if not f.is_large():
+        return solve_each(f.conditions_jacobian(Z, rows), -C[..., None])[..., 0]
+    steps = np.full_like(Z, np.nan)
+    for k, row in enumerate(rows):
+        with contextlib.suppress(UnsolvedError):
+            steps[k] = f.operator(Z[k], int(row)).solve(-C[k])
+    return steps
 
 
 def _column_sums(A: Array) -> Array:
@@ -339,7 +264,7 @@ class _Sizes:
 
     def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
         """Whether steps end the iteration, see ``engines.base.Equation``."""
-        rounding = (step <= self.eps * self.largest[index]) & ((rate > _STILL_SHRINKS) | spent | (step == 0))
+        rounding = (step <= self.eps * self.largest[index]) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
         return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
 
 
@@ -349,7 +274,7 @@ class _Sizes:
 class _FixedPoint(_Solve):
     """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
 
-    def __init__(self, f: _Function, tol: float, outcome: Outcome) -> None:
+    def __init__(self, f: Function, tol: float, outcome: Outcome) -> None:
         identity = Equation(np.empty((1, 0, 0)), lambda S: S, lambda S, F: S, tol, check_stability=True)
         start = f.equation.start
         super().__init__(identity, np.zeros_like(start)[None], start[None], outcome)
@@ -373,17 +298,22 @@ class _FixedPoint(_Solve):
 
     def newton_direction(self, rows: _Rows) -> Array:
         r = rows.F - rows.Z
-        step = solve_each(-self.f.conditions_jacobian(rows.Z, rows.index), r[..., None])[..., 0]
+        step = _newton_steps(self.f, rows.Z, rows.index, r)
         exists = np.isfinite(step).all(axis=1)
         self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)
+
+    def repels(self, rows: _Rows) -> Array:
+        if not self.f.is_large():
+            return super().repels(rows)
+        return np.array([self.f.operator(z, int(k)).repels() for z, k in zip(rows.Z, rows.index, strict=True)], bool)
 
     def largest(self, rows: _Rows) -> Array:
         # By the sizes at the start: z may have any unit.
         new = np.isnan(self.outset[rows.index])
         fresh = rows.index[new]
         self.outset[fresh] = np.maximum(self.sizes(rows.Z[new]), self.sizes(rows.F[new]))
-        return np.asarray(_BLOW_UP * self.outset[rows.index])
+        return np.asarray(single.BLOW_UP * self.outset[rows.index])
 
 
 # --- roots ---------------------------------------------------------------------------------------------------
@@ -392,16 +322,16 @@ class _FixedPoint(_Solve):
 class _Root:
     """Newton's method with a line search on ‖f‖ until the step is small, and Powell's hybrid method for what it leaves."""
 
-    def __init__(self, f: _Function, tol: float, solver: Solver) -> None:
-        self.f, self.tol, self.limit = f, tol, int(solver.max_iterations)
-        self.hybrid = isinstance(solver, Auto)
+    def __init__(self, f: Function, tol: float, solver: Solver) -> None:
+        self.f, self.tol, self.solver, self.limit = f, tol, solver, int(solver.max_iterations)
+        self.hybrid = isinstance(solver, Auto) and not f.is_large()
         self.sizes = _Sizes(f.equation, tol)
 
     def run(self, outcome: Outcome) -> Array:
         """The roots (B, n)."""
         start = self.f.equation.start
         samples = np.arange(len(start))
-        first = max(self.limit // 5, min(self.limit, 60)) if self.hybrid else self.limit
+        first = _newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = self.newton(start, samples, np.zeros(len(start), np.int32), first)
         for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
             for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
@@ -434,7 +364,7 @@ class _Root:
         while len(going):
             index, z, c = rows[going], Z[going], F[going]
             merit = _length(c)
-            step = solve_each(f.conditions_jacobian(z, index), -c[..., None])[..., 0]
+            step = _newton_steps(f, z, index, c)
             exists = np.isfinite(step).all(axis=1)
             length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
             size = sizes(z)
@@ -469,7 +399,7 @@ class _Root:
     ) -> Array:
         """z + t step with t halved until ‖f‖ decreases; returns those of ``going`` where it did."""
         base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
-        while t >= _SMALLEST_STEP:
+        while t >= single.SMALLEST_STEP:
             trying = np.flatnonzero(~better & (evaluations[going] < limit))
             if not len(trying):
                 break

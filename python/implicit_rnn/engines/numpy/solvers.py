@@ -16,8 +16,10 @@ Array = np.ndarray
 Elementwise = Callable[[Array], Array]
 
 _BLOW_UP = 1e6
-_BLOCK = 8
-_PATIENCE = 16
+BLOCK = 8
+"""Picard steps after which Auto looks at the rates."""
+PATIENCE = 128
+"""Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
 _DENSE = 64
 _SMALL = 16
 _SMALLEST_STEP = 2.0**-6
@@ -204,10 +206,11 @@ class _Solve:
         """``limit`` evaluations of all rows, which have had equally many."""
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
         steps = 4 if self.shape[-1] <= _SMALL else 1
-        first = 0
+        first, at_start = 0, not self.rows.iterations.any()
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
-            self.stability_in_question = self.equation.check_stability and (first == 0 or damping < 1)
+            self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
+            at_start = False
             count = 1 if first == 0 else min(steps, limit - first)
             first += count
             for _ in range(count - 1):
@@ -306,13 +309,13 @@ class _Solve:
     def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
         n = self.shape[-1]
-        patience = _PATIENCE * (8 if self.equation.check_stability else 1)
+        patience = PATIENCE // (1 if self.equation.check_stability else 8)
         slow: list[_Rows] = []
         self.rescued = slow
         left = solver.max_iterations
         while len(self.rows.index):
-            self.picard(min(_BLOCK, left))
-            left -= _BLOCK
+            self.picard(min(BLOCK, left))
+            left -= BLOCK
             rows = self.rows
             goal = self.equation.tol * self.scale(rows)
             predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
