@@ -1,0 +1,366 @@
+"""Networks as functions of JAX, and fixed points and roots of functions written in JAX, with exact gradients.
+
+The engines work on the CPU; a network is called from compiled code by ``jax.pure_callback``.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from implicit_rnn import equations
+from implicit_rnn.network import Network
+from implicit_rnn.options import OnFailure, choose
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike
+
+try:
+    import jax
+    import jax.numpy as jnp
+except ImportError as error:
+    raise ImportError("implicit_rnn.jax needs JAX: pip install 'implicit-rnn[jax]'") from error
+
+__all__ = ["fixed_point", "function", "parameters", "root"]
+
+Array = np.ndarray
+Parameters = dict[str, Any]
+
+
+# --- networks ------------------------------------------------------------------------------------------------
+
+
+def parameters(net: Network) -> Parameters:
+    """The parameters of a network as a pytree: arrays by the names of ``Network.weights``, copied."""
+    _check_precision(net.dtype)
+    return {name: jnp.array(weights) for name, weights in net.weights.items()}
+
+
+def function(
+    net: Network,
+    *,
+    of: Literal["outputs", "state"] = "outputs",
+    solver: SolverLike = Auto(),
+    adjoint: AdjointLike = Implicit(),
+    on_failure: OnFailure = "raise",
+) -> Callable[[Parameters, Any], jax.Array]:
+    """The network as a pure function ``(parameters, X) -> outputs``.
+
+    It has a derivative by the implicit function theorem with respect to both, in reverse mode and of first order, and works
+    under ``jit``, ``grad``, ``value_and_grad`` and ``vmap``, over parameters, over X or over both: samples that share their
+    parameters are solved in one call.
+
+    Parameters
+    ----------
+    net
+        Gives the topology and the engine; its own parameters, which ``parameters(net)`` has, play no part.
+    of
+        "outputs" for the outputs of the network, "state" for the equilibrium of all neurons.
+    solver, adjoint, on_failure
+        As in ``Network.equilibrium`` and ``Network.vjp``. What is raised inside compiled code arrives as a
+        ``jax.errors.JaxRuntimeError`` with the message of the ``ConvergenceError``.
+
+    Returns
+    -------
+    A function of a pytree as ``parameters`` makes it and X (..., inputs), whose value is (..., outputs) or (..., N), all of the
+    dtype of the network.
+
+    Raises
+    ------
+    TypeError
+        For a ``net`` that is none, and for a float64 network where JAX has no 64-bit numbers; in a call, for parameters or
+        inputs of another dtype.
+
+    >>> import implicit_rnn as irnn, implicit_rnn.jax, jax, jax.numpy as jnp
+    >>> net = irnn.Network(inputs=2, layers=[8], outputs=1, dtype="float32", seed=0)
+    >>> f, p = irnn.jax.function(net), irnn.jax.parameters(net)
+    >>> gradient = jax.jit(jax.grad(lambda p, X: (f(p, X) ** 2).mean()))(p, jnp.ones((5, 2)))
+    >>> gradient["R"].shape
+    (8, 8)
+    """
+    if not isinstance(net, Network):
+        raise TypeError(f"net is {net!r}; expected a Network")
+    if of not in ("outputs", "state"):
+        raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
+    _check_precision(net.dtype)
+    host = _Host(net, of, solver, adjoint, on_failure)
+
+    @jax.custom_vjp
+    def call(p: jax.Array, x: jax.Array) -> jax.Array:
+        return host.solve(p, x)[0]
+
+    def forward(p: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        y, state = host.solve(p, x)
+        return y, (p, x, state)
+
+    call.defvjp(forward, lambda kept, v: host.pull_back(*kept, v))
+
+    shapes = {name: weights.shape for name, weights in net.weights.items()}
+
+    def apply(parameters: Parameters, X: Any) -> jax.Array:
+        found = {name: np.shape(weights) for name, weights in parameters.items()}
+        if found != shapes:
+            raise ValueError(f"the parameters have the shapes {found}; expected {shapes}")
+        x = jnp.asarray(X)
+        for name, array in (("X", x), *parameters.items()):
+            if array.dtype != net.dtype:
+                raise TypeError(f"{name} has dtype {array.dtype}, but the network has {net.dtype}")
+        if x.ndim == 0 or x.shape[-1] != net.topology.inputs:
+            raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
+        flat = jnp.concatenate([jnp.ravel(parameters[name]) for name in shapes])
+        y = call(flat, x.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return apply
+
+
+class _Host:
+    """What runs outside JAX: a network of its own for parameters p (P,) that come with the call, one call at a time."""
+
+    def __init__(
+        self, net: Network, of: str, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure
+    ) -> None:
+        self._net = copy.copy(net)
+        self._of = of
+        self._forward = {"solver": solver, "on_failure": on_failure}
+        self._backward = self._forward | {"adjoint": adjoint, "of": of}
+        self._lock = threading.Lock()
+
+    def solve(self, p: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The outputs (B, outputs) and the states (B, N) for x (B, inputs)."""
+        net = self._net
+        sizes = [net.topology.neurons if self._of == "state" else net.topology.output_size, net.topology.neurons]
+        shapes = tuple(jax.ShapeDtypeStruct((len(x), size), net.dtype) for size in sizes)
+        y, state = jax.pure_callback(self._solve, shapes, p, x, vmap_method="expand_dims")
+        return y, state
+
+    def pull_back(self, p: jax.Array, x: jax.Array, state: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The cotangents of p and x for v, that of the outputs."""
+        shapes = tuple(jax.ShapeDtypeStruct(array.shape, self._net.dtype) for array in (p, x))
+        gradient, dx = jax.pure_callback(self._pull_back, shapes, p, x, state, v, vmap_method="expand_dims")
+        return gradient, dx
+
+    def _solve(self, p: Array, x: Array) -> tuple[Array, ...]:
+        if p.size == p.shape[-1]:  # vmap over x alone: one network for all samples
+            y, state = self._solve_one(np.reshape(p, -1), np.reshape(x, (-1, x.shape[-1])))
+            return tuple(array.reshape(*x.shape[:-1], -1) for array in (y, state))
+        return _each(self._solve_one, (p, 1), (x, 2))
+
+    def _pull_back(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, ...]:
+        return _each(self._pull_back_one, (p, 1), (x, 2), (state, 2), (v, 2))
+
+    def _solve_one(self, p: Array, x: Array) -> tuple[Array, Array]:
+        with self._lock:
+            self._net.parameters = p
+            state = self._net.equilibrium(x, **self._forward).state
+            return (state if self._of == "state" else self._net.read_out(state)), state
+
+    def _pull_back_one(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, Array]:
+        with self._lock:
+            self._net.parameters = p
+            return self._net.vjp(x, v, z0=state, **self._backward)
+
+
+def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) -> tuple[Array, ...]:
+    """The function of arrays with so many axes each, over the axes that vmap has put before them, 1 where it maps nothing."""
+    whole = [(np.asarray(array), axes) for array, axes in arrays]
+    lead = np.broadcast_shapes(*(array.shape[: array.ndim - axes] for array, axes in whole))
+    views = [np.broadcast_to(array, lead + array.shape[array.ndim - axes :]) for array, axes in whole]
+    results = [function(*(view[index] for view in views)) for index in np.ndindex(*lead)]
+    return tuple(np.reshape(np.stack(parts), lead + parts[0].shape) for parts in zip(*results, strict=True))
+
+
+def _check_precision(dtype: np.dtype) -> None:
+    if dtype == np.float64 and not jax.config.jax_enable_x64:
+        raise TypeError(
+            "the network has dtype float64, and JAX has no 64-bit numbers here: jax.config.update('jax_enable_x64', True), or "
+            "Network(..., dtype='float32')"
+        )
+
+
+# --- equations -----------------------------------------------------------------------------------------------
+
+
+def fixed_point(
+    f: Callable[..., jax.Array],
+    z0: Any,
+    *,
+    args: Sequence[Any] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: SolverLike = Auto(),
+    on_failure: OnFailure = "raise",
+) -> jax.Array:
+    """The solution of ``z = f(z, *args)`` with f written in JAX, differentiable in the arguments, any number of times.
+
+    Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
+    the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
+    in reverse mode. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the iteration is a damped Newton method
+    within JAX, by the same criterion; samples that do not converge are NaN there, and ``solver`` gives the tolerance and the
+    largest number of iterations. It also finds fixed points that Picard iteration would leave.
+
+    Parameters
+    ----------
+    f
+        A function of arrays, given one sample z (n,) and returning (n,); it is mapped over a batch by ``jax.vmap``.
+    z0
+        The start: (n,), or (B, n) for a batch, float32 or float64.
+    args
+        The further arguments of f: arrays and numbers.
+    batched, solver, on_failure
+        As in ``implicit_rnn.fixed_point``.
+
+    Returns
+    -------
+    The solution, of the shape of z0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range or of the wrong kind, and an f that returns the wrong shape.
+    ConvergenceError
+        For samples that do not converge, unless ``on_failure`` says otherwise; not under ``jit`` and ``vmap``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> z = lambda a: fixed_point(lambda z, a: jnp.cos(a * z), jnp.array([0.5]), args=(a,))[0]
+    >>> print(f"{jax.jit(jax.grad(z))(0.8):.4f}")
+    -0.3242
+    """
+    return _solve(equations.fixed_point, f, z0, args, batched, solver, on_failure)
+
+
+def root(
+    f: Callable[..., jax.Array],
+    z0: Any,
+    *,
+    args: Sequence[Any] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: SolverLike = Auto(),
+    on_failure: OnFailure = "raise",
+) -> jax.Array:
+    """The solution of ``f(z, *args) = 0``, with f written in JAX; all else as in ``fixed_point``."""
+    return _solve(equations.root, f, z0, args, batched, solver, on_failure)
+
+
+def _solve(
+    pose: Callable[..., equations.ImplicitSolution],
+    f: Callable[..., jax.Array],
+    z0: Any,
+    args: Sequence[Any],
+    batched: str | int | Iterable[str | int],
+    solver: SolverLike,
+    on_failure: OnFailure,
+) -> jax.Array:
+    if not callable(f):
+        raise TypeError(f"f is {f!r}; expected a function of arrays")
+    start = jnp.asarray(z0)
+    if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
+        raise TypeError(f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64")
+    arrays = [jnp.asarray(arg) for arg in args]
+    arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
+    positions = equations.positions(f, len(arrays), batched)
+    axes = (0, *(0 if k in positions else None for k in range(len(arrays))))
+    chosen = choose(Solver, solver, "solver")
+    problem = _Problem(pose, jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes), sorted(positions), chosen, on_failure)
+    z = _solution(problem, start.reshape(-1, start.shape[-1]), arrays)
+    return z.reshape(start.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """An equation of a batch of samples: what is posed, f and its Jacobian ∂f/∂z of all samples, and how it is solved."""
+
+    pose: Callable[..., equations.ImplicitSolution]
+    f: Callable[..., jax.Array]
+    jacobian: Callable[..., jax.Array]
+    batched: list[int]
+    solver: Solver
+    on_failure: OnFailure
+
+    @property
+    def root(self) -> bool:
+        return self.pose is equations.root
+
+    def conditions(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        """c (B, n), zero at the solution."""
+        return self.f(z, *args) if self.root else self.f(z, *args) - z
+
+    def direction(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
+        """-(∂c/∂z)⁻¹ c (B, n), the step of Newton's method."""
+        J = self.jacobian(z, *args)
+        if not self.root:
+            J = J - jnp.eye(z.shape[1], dtype=z.dtype)
+        return -jnp.linalg.solve(J, c[..., None])[..., 0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+    """The solutions (B, n)."""
+    if any(isinstance(array, jax.core.Tracer) for array in (start, *args)):
+        return _newton(problem, start, args)
+    solution = problem.pose(
+        _on_arrays(problem.f),
+        np.asarray(start),
+        args=[np.asarray(array) for array in args],
+        batched=problem.batched,
+        solver=problem.solver,
+        vectorized=True,
+        jac=_on_arrays(problem.jacobian),
+        on_failure=problem.on_failure,
+    )
+    return jnp.where(solution.converged[:, None], solution.state, np.nan)
+
+
+@_solution.defjvp
+def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    start, args = primals
+    z = _solution(problem, start, args)
+    _, c = jax.jvp(lambda args: problem.conditions(z, args), (args,), (tangents[1],))
+    return z, problem.direction(z, args, c)
+
+
+def _on_arrays(f: Callable[..., jax.Array]) -> Callable[..., Array]:
+    """The function of JAX as one of NumPy arrays, compiled."""
+    compiled = jax.jit(f)
+    return lambda *arrays: np.asarray(compiled(*arrays))
+
+
+def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+    """Newton's method with steps that are halved as long as ‖c‖ does not shrink; NaN for samples that do not converge.
+
+    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and at most half the step
+    before, so that a start near a pole, from which steps grow, is not taken for a root.
+    """
+    eps = float(jnp.finfo(start.dtype).eps)
+    tol = problem.solver.tol or (1e-10 if start.dtype == np.float64 else 1e-6)
+
+    def norm(x: jax.Array) -> jax.Array:
+        return jnp.linalg.norm(x, axis=1)
+
+    def direct(z: jax.Array, c: jax.Array) -> jax.Array:
+        return jnp.where((norm(c) == 0)[:, None], 0, problem.direction(z, args, c))
+
+    def advance(state: Any) -> Any:
+        z, c, step, length, share, largest, done, count = state
+        trial = z + share[:, None] * step
+        c_trial = problem.conditions(trial, args)
+        better = (norm(c_trial) <= norm(c)) & jnp.isfinite(norm(trial)) & ~done
+        z, c = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
+        step = jnp.where(better[:, None], direct(z, c), step)
+        largest = jnp.maximum(largest, norm(z))
+        small = jnp.maximum(tol * norm(z), eps * largest)
+        shrinks = (norm(step) <= length / 2) | (norm(c) == 0)
+        done = done | (better & shrinks & (norm(step) <= small))
+        length = jnp.where(better, norm(step), length)
+        share = jnp.where(better, jnp.minimum(2 * share, 1), share / 2)
+        return z, c, step, length, share, largest, done, count + 1
+
+    c = problem.conditions(start, args)
+    step = direct(start, c)
+    first = (start, c, step, norm(step), jnp.ones_like(norm(c)), norm(start), norm(c) == 0, 1)
+    limit = problem.solver.max_iterations
+    z, c, step, *_, done, _ = jax.lax.while_loop(lambda s: (s[-1] < limit) & ~jnp.all(s[-2]), advance, first)
+    return jnp.where(done[:, None], z + jnp.where(done[:, None], step, 0), np.nan)

@@ -1,0 +1,394 @@
+"""Networks as layers of PyTorch, and fixed points and roots of functions written in PyTorch, with exact gradients.
+
+The engines work on the CPU, in the memory of the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from implicit_rnn import equations
+from implicit_rnn.errors import ConvergenceError
+from implicit_rnn.network import Network
+from implicit_rnn.options import OnFailure
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ImportError as error:
+    raise ImportError("implicit_rnn.torch needs PyTorch: pip install 'implicit-rnn[torch]', or see pytorch.org") from error
+
+__all__ = ["ImplicitRNN", "fixed_point", "root"]
+
+
+# --- networks ------------------------------------------------------------------------------------------------
+
+
+class ImplicitRNN(nn.Module):
+    """A network as a layer: differentiable in its parameters and in its inputs, by the implicit function theorem.
+
+    The parameters, under the names of ``Network.weights``, are the memory of the network: what an optimiser of PyTorch
+    changes, ``net`` has at once, and the other way round. The layer runs on the CPU, in the precision of the network.
+    First derivatives only, in reverse and in forward mode.
+
+    Parameters
+    ----------
+    net
+        The network. ``layer.double()`` and ``layer.float()`` give the layer another, of that precision.
+    of
+        "outputs" for the outputs of the network, "state" for the equilibrium of all neurons.
+    solver, adjoint, on_failure
+        As in ``Network.equilibrium`` and ``Network.vjp``.
+
+    Raises
+    ------
+    TypeError
+        For a ``net`` that is none; in a call, for inputs of another dtype or on another device than the parameters.
+    ConvergenceError
+        In a call or its backward pass, for samples without equilibrium, unless ``on_failure`` says otherwise.
+
+    >>> import implicit_rnn as irnn, torch
+    >>> from implicit_rnn.torch import ImplicitRNN
+    >>> net = irnn.Network(inputs=4, layers=[8], outputs=2, dtype="float32", seed=0)
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), ImplicitRNN(net), torch.nn.Softmax(-1))
+    >>> model(torch.zeros(5, 3)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(
+        self,
+        net: Network,
+        *,
+        of: Literal["outputs", "state"] = "outputs",
+        solver: SolverLike = Auto(),
+        adjoint: AdjointLike = Implicit(),
+        on_failure: OnFailure = "raise",
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, Network):
+            raise TypeError(f"net is {net!r}; expected a Network")
+        if of not in ("outputs", "state"):
+            raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
+        self.net = net
+        self.of = of
+        self.solver, self.adjoint, self.on_failure = solver, adjoint, on_failure
+        for name, weights in net.weights.items():
+            self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
+        self.register_load_state_dict_post_hook(_share_memory)
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        """The outputs (..., outputs), or the states (..., N), for the inputs x (..., inputs)."""
+        weights = tuple(self._parameters.values())
+        tensor = weights[0]
+        if x.device.type != "cpu" or tensor.device.type != "cpu":
+            raise TypeError(
+                f"x is on {x.device} and the parameters are on {tensor.device}, but the engines work on the CPU: keep this layer "
+                "there, layer.cpu(), and call layer(x.cpu()).to(x.device)"
+            )
+        if x.dtype != tensor.dtype:
+            raise TypeError(
+                f"x has dtype {x.dtype}, but the parameters have {tensor.dtype}; convert x, or the layer by .float() or .double()"
+            )
+        if x.ndim == 0 or x.shape[-1] != self.net.topology.inputs:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {self.net.topology.inputs})")
+        y, _ = _Equilibrium.apply(self, x.reshape(-1, x.shape[-1]), *weights)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def network(self, weights: Iterable[Tensor]) -> Network:
+        """The network with these parameters: ``net`` if they are its memory, as they are but in ``functional_call``."""
+        tensors = dict(zip(self.net.weights, weights, strict=True))
+        if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
+            return self.net
+        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        net = Network.from_topology(self.net.topology, dtype, self.net.engine.name)
+        for name, view in net.weights.items():
+            view[...] = tensors[name].detach().numpy()
+        return net
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImplicitRNN:
+        super()._apply(fn, recurse)
+        _share_memory(self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a pickle or deep copy has parted them
+        super().__setstate__(state)
+        _share_memory(self)
+
+    def extra_repr(self) -> str:
+        return f"{self.net!r}, of={self.of!r}"
+
+
+def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
+    """Let the network follow the parameters where these have got memory of their own."""
+    if all(weights.device.type == "cpu" for weights in layer._parameters.values()):
+        layer.net = layer.network(layer._parameters.values())
+        for name, view in layer.net.weights.items():
+            layer._parameters[name].data = torch.from_numpy(view)
+
+
+def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
+    return tensor.data_ptr() == view.ctypes.data and tensor.is_contiguous()
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().contiguous().numpy()
+
+
+class _Equilibrium(torch.autograd.Function):
+    """(layer, x (B, inputs), *parameters) -> outputs, and the states for the backward pass."""
+
+    @staticmethod
+    def forward(layer: ImplicitRNN, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        net = layer.network(weights)
+        state = net.equilibrium(_numpy(x), solver=layer.solver, on_failure=layer.on_failure).state
+        y = state.copy() if layer.of == "state" else net.read_out(state)
+        return torch.from_numpy(y), torch.from_numpy(state)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        layer, *tensors = inputs
+        ctx.layer = layer
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(output[1], *tensors)
+        ctx.save_for_forward(output[1], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_Pullback.apply(ctx.layer, v, *ctx.saved_tensors)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, dx: Tensor | None, *directions: Tensor | None) -> tuple[Tensor, None]:
+        state, x, *weights = ctx.saved_tensors
+        net = ctx.layer.network(weights)
+        direction = np.zeros_like(net.parameters)
+        for part, given in zip(net.named(direction).values(), directions, strict=True):
+            if given is not None:
+                part[...] = _numpy(given)
+        tangent = net.jvp(
+            _numpy(x),
+            None if dx is None else _numpy(dx),
+            direction,
+            of=ctx.layer.of,
+            solver=ctx.layer.solver,
+            z0=_numpy(state),
+            on_failure=ctx.layer.on_failure,
+        )
+        return torch.from_numpy(tangent), None
+
+
+class _Pullback(torch.autograd.Function):
+    """(layer, cotangent (B, outputs), states, x, *parameters) -> the cotangents of x and of the parameters."""
+
+    @staticmethod
+    def forward(layer: ImplicitRNN, v: Tensor, state: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        net = layer.network(weights)
+        gradient, dx = net.vjp(
+            _numpy(x),
+            _numpy(v),
+            of=layer.of,
+            solver=layer.solver,
+            adjoint=layer.adjoint,
+            z0=_numpy(state),
+            on_failure=layer.on_failure,
+        )
+        return torch.from_numpy(dx), *map(torch.from_numpy, net.named(gradient).values())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "an ImplicitRNN layer has first derivatives only, and this differentiates its gradient again (create_graph=True); "
+            "Network.hessian_vector_product gives exact products with the Hessian of a loss"
+        )
+
+
+# --- equations -----------------------------------------------------------------------------------------------
+
+
+def fixed_point(
+    f: Callable[..., Tensor],
+    z0: Tensor,
+    *,
+    args: Sequence[Tensor] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: SolverLike = Auto(),
+    vectorized: bool = False,
+    scale: Tensor | None = None,
+    on_failure: OnFailure = "raise",
+) -> Tensor:
+    """The solution of ``z = f(z, *args)`` with f written in PyTorch, differentiable in the arguments.
+
+    Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from autograd. Gradients
+    come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, and so do second
+    derivatives; what happens on the way to the solution is not recorded.
+
+    Parameters
+    ----------
+    f
+        A function of tensors, given one sample z (n,) and returning (n,), which is mapped over a batch by
+        ``torch.func.vmap``; with ``vectorized`` it takes any number of samples at once, z (m, n) and batched arguments (m, ...).
+    z0
+        The start: (n,), or (B, n) for a batch, float32 or float64 on the CPU.
+    args
+        The further arguments of f: tensors and numbers.
+    batched, solver, scale, on_failure
+        As in ``implicit_rnn.fixed_point``. ``scale`` is a number or (n,).
+
+    Returns
+    -------
+    The solution, of the shape of z0.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For arguments out of range or of the wrong kind, and an f that returns the wrong shape.
+    ConvergenceError
+        For samples that do not converge, unless ``on_failure`` says otherwise; in the backward pass, where the derivative of
+        such a sample is asked for, or of one with a singular Jacobian.
+
+    >>> a = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
+    >>> z = fixed_point(lambda z, a: torch.cos(a * z), torch.tensor([0.5], dtype=torch.float64), args=(a,))
+    >>> z.sum().backward()
+    >>> a.grad
+    tensor([-0.3242], dtype=torch.float64)
+    """
+    return _solve(equations.fixed_point, f, z0, args, batched, solver, vectorized, scale, on_failure)
+
+
+def root(
+    f: Callable[..., Tensor],
+    z0: Tensor,
+    *,
+    args: Sequence[Tensor] = (),
+    batched: str | int | Iterable[str | int] = (),
+    solver: SolverLike = Auto(),
+    vectorized: bool = False,
+    scale: Tensor | None = None,
+    on_failure: OnFailure = "raise",
+) -> Tensor:
+    """The solution of ``f(z, *args) = 0``, with f written in PyTorch; all else as in ``fixed_point``."""
+    return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure)
+
+
+class _Conditions:
+    """The conditions c(z, args) = 0 of a batch: f(z) - z, or f(z) for a root, and their Jacobians."""
+
+    def __init__(self, f: Callable[..., Tensor], batched: Sequence[bool], vectorized: bool, root: bool) -> None:
+        self.f = f if vectorized else torch.func.vmap(f, in_dims=(0, *(0 if each else None for each in batched)))
+        self.batched = batched
+        self.root = root
+
+    def values(self, z: Tensor, *args: Tensor) -> Tensor:
+        """c (m, n)."""
+        return self.f(z, *args) if self.root else self.f(z, *args) - z
+
+    def jacobians(self, z: Tensor, *args: Tensor) -> Tensor:
+        """∂f/∂z (m, n, n), as a function that can be differentiated."""
+        values, pull = torch.func.vjp(lambda z: self.f(z, *args), z)
+        units = torch.eye(z.shape[1], dtype=z.dtype)
+        return torch.func.vmap(lambda unit: pull(unit.expand_as(values))[0], out_dims=1)(units)
+
+    def newton(self, z: Tensor, *args: Tensor) -> Tensor:
+        """A step of Newton's method: z itself at a solution, where each step brings one to the next derivatives in args."""
+        jacobians = self.jacobians(z, *args)
+        if not self.root:
+            jacobians = jacobians - torch.eye(z.shape[1], dtype=z.dtype)
+        return z - torch.linalg.solve(jacobians, self.values(z, *args))
+
+
+class _Solution(torch.autograd.Function):
+    """(solve, conditions, start, *arguments) -> the solutions (B, n)."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: Callable[..., Any], conditions: _Conditions, start: Tensor, *args: Tensor) -> Tensor:
+        solution = solve(*map(_numpy, (start, *args)))
+        z = torch.from_numpy(solution.state)
+        ctx.conditions, ctx.solution = conditions, solution
+        ctx.save_for_backward(z, *args)
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        z, *args = ctx.saved_tensors
+        failed = v.detach().numpy().any(axis=1) & ~ctx.solution.converged
+        if failed.any():
+            raise ConvergenceError(
+                f"{failed.sum()} of {len(failed)} samples did not converge (first sample {failed.argmax()}) and have no "
+                "derivative; leave them out of what is differentiated",
+                ctx.solution,
+            )
+        again = torch.is_grad_enabled()
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        rows = torch.from_numpy(ctx.solution.converged)
+        with torch.enable_grad():
+            leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
+            given = [arg[rows] if each else arg for arg, each in zip(leaves, ctx.conditions.batched, strict=True)]
+            z = z.detach()[rows]
+            try:
+                for _ in range(1 + again):
+                    z = ctx.conditions.newton(z, *given)
+            except torch.linalg.LinAlgError as error:
+                raise ConvergenceError(
+                    f"the Jacobian of the equation is singular at a solution, which has no derivative there: {error}", ctx.solution
+                ) from None
+        gradients = torch.autograd.grad(z, [leaves[k] for k in wanted], v[rows], create_graph=again, allow_unused=True)
+        found = dict(zip(wanted, gradients, strict=True))
+        return None, None, None, *(found.get(k) for k in range(len(args)))
+
+
+def _solve(
+    pose: Callable[..., equations.ImplicitSolution],
+    f: Callable[..., Tensor],
+    z0: Tensor,
+    args: Sequence[Tensor],
+    batched: str | int | Iterable[str | int],
+    solver: SolverLike,
+    vectorized: bool,
+    scale: Tensor | None,
+    on_failure: OnFailure,
+) -> Tensor:
+    if not callable(f):
+        raise TypeError(f"f is {f!r}; expected a function of tensors")
+    if not isinstance(z0, Tensor) or z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
+        raise TypeError(f"z0 is {z0!r}; expected a tensor (n,) or (B, n) of float32 or float64")
+    tensors = [torch.as_tensor(arg) for arg in args]
+    for name, tensor in (("z0", z0), *((f"args[{k}]", tensor) for k, tensor in enumerate(tensors))):
+        if tensor.device.type != "cpu":
+            raise TypeError(f"{name} is on {tensor.device}, but the engines work on the CPU: pass {name}.cpu()")
+    positions = equations.positions(f, len(tensors), batched)
+    conditions = _Conditions(f, [k in positions for k in range(len(tensors))], vectorized, pose is equations.root)
+
+    def solve(start: np.ndarray, *arrays: np.ndarray) -> equations.ImplicitSolution:
+        return pose(
+            _on_arrays(conditions.f),
+            start,
+            args=arrays,
+            batched=sorted(positions),
+            solver=solver,
+            vectorized=True,
+            jac=_on_arrays(conditions.jacobians),
+            scale=None if scale is None else _numpy(torch.as_tensor(scale)),
+            on_failure=on_failure,
+        )
+
+    floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    z: Tensor = _Solution.apply(solve, conditions, z0.reshape(-1, z0.shape[-1]), *floats)
+    return z.reshape(z0.shape)
+
+
+def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
+    """The function of tensors as one of arrays, which share their memory."""
+
+    @torch.no_grad()
+    def g(*arrays: np.ndarray) -> np.ndarray:
+        return f(*(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays)).numpy()
+
+    return g

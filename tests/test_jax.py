@@ -1,0 +1,208 @@
+"""The door to JAX: a network as a pure function, and equations written in JAX."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+from conftest import make_net, make_oscillating
+
+import implicit_rnn as irnn
+
+jax = pytest.importorskip("jax", reason="JAX is not installed")
+
+import jax.numpy as jnp  # noqa: E402
+from jax.test_util import check_grads  # noqa: E402
+
+import implicit_rnn.jax as door  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def double():
+    """64-bit numbers."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(name="p")
+def parameters_of_the_net(net):
+    return door.parameters(net)
+
+
+@pytest.fixture(name="f")
+def function_of_the_net(net):
+    return door.function(net, solver=irnn.Auto(tol=1e-13))
+
+
+def close(found, expected, rtol=1e-9, atol=1e-11):
+    np.testing.assert_allclose(np.asarray(found), expected, rtol=rtol, atol=atol)
+
+
+def with_parameters(net, p):
+    other = copy.copy(net)
+    for name, weights in other.weights.items():
+        weights[...] = p[name]
+    return other
+
+
+# --- a network as a function ---------------------------------------------------------------------------------
+
+
+def test_function_gives_the_outputs_of_the_network_with_and_without_jit(net, f, p, X):
+    expected = net.predict(X)
+    close(f(p, X), expected)
+    close(jax.jit(f)(p, X), expected)
+    close(jax.jit(f)(p, X.reshape(3, 4, 3)), expected.reshape(3, 4, 2))
+    close(f(p, X[0]), expected[0])
+
+
+def test_function_is_pure(net, f, p, X):
+    before = net.parameters.copy()
+    doubled = jax.tree.map(lambda w: 2 * w, p)
+    close(f(doubled, X), with_parameters(net, doubled).predict(X))
+    close(f(p, X), net.predict(X))
+    np.testing.assert_array_equal(net.parameters, before)
+
+
+@pytest.mark.parametrize("of", ["outputs", "state"])
+def test_check_grads_passes_for_parameters_and_inputs(net, p, X, of):
+    f = door.function(net, of=of, solver=irnn.Auto(tol=1e-13))
+    check_grads(f, (p, X[:3]), order=1, modes=["rev"])
+    check_grads(jax.jit(f), (p, X[:3]), order=1, modes=["rev"])
+
+
+def test_value_and_gradient_are_those_of_the_network(net, f, p, X, Y):
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: ((f(p, X) - Y) ** 2).sum(1).mean()))(p)
+    expected, flat = net.loss_and_gradient(X, Y)
+    scale = expected / value
+    for name, part in net.named(flat).items():
+        close(scale * gradient[name], part, rtol=1e-7)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_vmap_over_parameters_over_samples_and_over_both(net, f, p, X, compiled):
+    nets = [with_parameters(net, jax.tree.map(lambda w, k=k: k * w, p)) for k in (0.5, 1.0)]
+    both = jax.tree.map(lambda *w: jnp.stack(w), *(door.parameters(each) for each in nets))
+    split = jnp.asarray(X.reshape(2, 6, 3))
+    wrap = jax.jit if compiled else lambda g: g
+    close(wrap(jax.vmap(f, (0, None)))(both, X), [each.predict(X) for each in nets])
+    close(wrap(jax.vmap(f, (None, 0)))(p, split), [net.predict(part) for part in split])
+    close(wrap(jax.vmap(f))(both, split), [each.predict(part) for each, part in zip(nets, split, strict=True)])
+    close(wrap(jax.vmap(jax.vmap(f, (None, 0)), (0, None)))(both, split)[1, 0], nets[1].predict(split[0]))
+
+
+def test_vmap_of_the_gradient_gives_that_of_each_sample(net, f, p, X):
+    each = jax.jit(jax.vmap(jax.grad(lambda p, x: f(p, x).sum()), (None, 0)))(p, X)
+    for k in range(3):
+        expected, _ = net.vjp(X[k : k + 1], np.ones((1, 2)))
+        for name, part in net.named(expected).items():
+            close(each[name][k], part, rtol=1e-7, atol=1e-9)
+
+
+def test_sample_without_equilibrium_is_an_error_that_says_so(engine):
+    net = make_oscillating(engine)
+    f = door.function(net, solver="picard")
+    with pytest.raises(Exception, match="1 of 2 samples did not reach an equilibrium"):
+        jax.block_until_ready(jax.jit(f)(door.parameters(net), np.array([[0.1], [5.0]])))
+
+
+def test_bad_input_is_refused_by_name(X):
+    net = make_net("numpy")
+    f, p = door.function(net), door.parameters(net)
+    with pytest.raises(ValueError, match=r"X has shape \(12, 2\); expected \(\.\.\., 3\)"):
+        f(p, X[:, :2])
+    with pytest.raises(TypeError, match="X has dtype float32, but the network has float64"):
+        f(p, X.astype(np.float32))
+    with pytest.raises(ValueError, match="the parameters have the shapes"):
+        f(p | {"W": p["W"][:2]}, X)
+    with pytest.raises(TypeError, match="net is 3"):
+        door.function(3)
+    with pytest.raises(ValueError, match="Unrolled"):
+        door.function(net, adjoint=irnn.Unrolled(3))
+    with jax.enable_x64(False), pytest.raises(TypeError, match="jax_enable_x64"):
+        door.parameters(net)
+
+
+# Julia collects its garbage in these calls, on threads of XLA.
+@pytest.mark.julia
+def test_ten_thousand_calls_from_compiled_code_end(X):
+    net = make_net("julia", dtype="float32")
+    f, p, x = door.function(net), door.parameters(net), jnp.asarray(X, jnp.float32)
+    steps = 1000
+
+    @jax.jit
+    def descend(p):
+        def step(p, _):
+            value, g = jax.value_and_grad(lambda p: (f(p, x) ** 2).mean())(p)
+            return jax.tree.map(lambda w, d: w - jnp.float32(0.01) * d, p, g), value
+
+        return jax.lax.scan(step, p, None, length=steps)
+
+    for _ in range(5):  # a call forward and one back in each step
+        p, values = jax.block_until_ready(descend(p))
+    assert values[-1] < 1e-3
+
+
+# --- equations -----------------------------------------------------------------------------------------------
+
+COUPLING = 0.3 * np.random.default_rng(0).standard_normal((4, 4))
+DRIVE = np.random.default_rng(1).standard_normal((6, 4))
+
+
+def tanh(z, W, x):
+    return jnp.tanh(W @ z + x)
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "newton", "auto"])
+def test_fixed_point_of_each_sample_with_and_without_jit(solver):
+    def solve(W, x):
+        return door.fixed_point(tanh, np.zeros((6, 4)), args=(W, x), batched="x", solver=solver)
+
+    for z in (solve(COUPLING, DRIVE), jax.jit(solve)(COUPLING, DRIVE)):
+        close(z, np.tanh(z @ COUPLING.T + DRIVE))
+
+
+def test_check_grads_passes_for_equations_to_the_third_order():
+    def solve(W, x):
+        start = np.zeros((6, 4))
+        return door.root(lambda z, W, x: tanh(z, W, x) - z, start, args=(W, x), batched=[1])
+
+    check_grads(jax.jit(solve), (COUPLING, DRIVE), order=2)
+    check_grads(solve, (COUPLING, DRIVE), order=1)
+    kepler = jax.jit(lambda e: door.root(lambda E, e: E - e * jnp.sin(E) - 1, np.ones(1), args=(e,)))
+    check_grads(kepler, (0.5,), order=3)
+
+
+def test_vmap_over_equations():
+    def z(a):
+        return door.fixed_point(lambda z, a: jnp.cos(a * z), np.array([0.5]), args=(a,))[0]
+
+    a = np.linspace(0.1, 1.2, 5)
+    expected = irnn.fixed_point(lambda z, a: np.cos(a * z), np.full((5, 1), 0.5), args=(a[:, None],), batched="a").value
+    close(jax.vmap(z)(a), expected[:, 0])
+    close(jax.jit(jax.vmap(jax.grad(z)))(a), [jax.grad(z)(each) for each in a], rtol=1e-8)
+
+
+def test_answer_in_compiled_code_does_not_depend_on_the_unit():
+    sizes = 10.0 ** np.arange(-18, 19, 4)[:, None]
+    z = jax.jit(lambda a: door.root(lambda z, a: z**2 - a, 3 * sizes, args=(a,), batched="a"))(4 * sizes**2)
+    close(z / sizes, np.full_like(sizes, 2.0), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("f", "start"), [(lambda z: z**2 + 1, 1.0), (lambda z: 1 / (z - 1), 1 + 1e-13), (lambda z: jnp.exp(z), 0.0)]
+)
+def test_equation_without_a_root_is_nan_in_compiled_code_and_an_error_outside(f, start):
+    assert np.isnan(jax.jit(lambda z0: door.root(f, z0))(np.array([start]))).all()
+    with pytest.raises(irnn.ConvergenceError):
+        door.root(f, np.array([start]))
+
+
+def test_bad_equations_are_refused_by_name():
+    with pytest.raises(TypeError, match="f is 3; expected a function"):
+        door.root(3, np.zeros(2))
+    with pytest.raises(TypeError, match="z0 has shape"):
+        door.root(lambda z: z, np.zeros(2, int))
+    with pytest.raises(ValueError, match="f takes z and 1 argument"):
+        door.root(lambda z, a: z - a, np.zeros(2))

@@ -1,0 +1,262 @@
+"""The door to PyTorch: a network as a layer, and equations written in PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import numpy as np
+import pytest
+from conftest import make_net, make_oscillating
+
+import implicit_rnn as irnn
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+
+from torch import nn  # noqa: E402
+from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+
+from implicit_rnn.torch import ImplicitRNN, fixed_point, root  # noqa: E402
+
+
+def make_deep(engine, **settings):
+    layers = [irnn.Layer(4), irnn.Layer(3, "sigmoid")]
+    return irnn.Network(3, layers, outputs=2, feedback=True, input_skips=[1], seed=3, engine=engine, **settings)
+
+
+def flat(layer):
+    return nn.utils.parameters_to_vector(layer.parameters()).detach().numpy()
+
+
+@pytest.fixture
+def layer(engine):
+    return ImplicitRNN(make_net(engine))
+
+
+@pytest.fixture
+def x(X):
+    return torch.from_numpy(X)
+
+
+# --- a network as a layer ------------------------------------------------------------------------------------
+
+
+def test_layer_gives_the_outputs_of_the_network_in_the_shape_of_its_inputs(layer, x):
+    expected = layer.net.predict(x.numpy())
+    np.testing.assert_array_equal(layer(x).detach(), expected)
+    np.testing.assert_allclose(layer(x[0]).detach(), expected[0], rtol=1e-9)
+    np.testing.assert_array_equal(layer(x.reshape(3, 4, 3)).detach(), expected.reshape(3, 4, 2))
+
+
+def test_parameters_are_the_memory_of_the_network(layer, x):
+    assert [name for name, _ in layer.named_parameters()] == list(layer.net.weights)
+    np.testing.assert_array_equal(flat(layer), layer.net.parameters)
+    layer.net.parameters[...] *= 2
+    np.testing.assert_array_equal(flat(layer), layer.net.parameters)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(x).sum().backward()
+    optimizer.step()
+    np.testing.assert_array_equal(flat(layer), layer.net.parameters)
+
+
+@pytest.mark.parametrize("of", ["outputs", "state"])
+@pytest.mark.parametrize("make", [make_net, make_deep])
+def test_gradcheck_passes_in_reverse_and_forward_mode(engine, make, of, x):
+    layer = ImplicitRNN(make(engine), of=of, solver=irnn.Auto(tol=1e-13))
+    inputs = (x[:4].clone().requires_grad_(), *layer.parameters())
+    assert gradcheck(lambda x, *_: layer(x), inputs, check_forward_ad=True)
+
+
+def test_gradient_of_a_loss_is_that_of_the_network(layer, x, Y):
+    loss = nn.functional.mse_loss(layer(x), torch.from_numpy(Y))
+    loss.backward()
+    value, gradient = layer.net.loss_and_gradient(x.numpy(), Y, loss="mse")
+    found = np.concatenate([p.grad.numpy().reshape(-1) for p in layer.parameters()])
+    scale = value / loss.item()  # torch averages over the outputs too
+    np.testing.assert_allclose(scale * found, gradient, rtol=1e-8, atol=1e-10)
+
+
+def test_gradient_through_a_second_use_of_the_layer(layer, x):
+    layer.net.parameters[...] *= 0.5
+    once, twice = layer(x), layer(2 * x)
+    (once * twice).sum().backward()
+    p, g = layer.net.parameters, np.concatenate([w.grad.numpy().reshape(-1) for w in layer.parameters()])
+    direction = np.random.default_rng(0).standard_normal(len(p))
+
+    def value(h):
+        net = copy.deepcopy(layer.net)
+        net.parameters = p + h * direction
+        solver = irnn.Auto(tol=1e-13)
+        return (net.predict(x.numpy(), solver=solver) * net.predict(2 * x.numpy(), solver=solver)).sum()
+
+    assert g @ direction == pytest.approx((value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-6)
+
+
+def test_second_derivatives_are_refused_in_so_many_words(layer, x):
+    (g,) = torch.autograd.grad(layer(x).sum(), layer.W, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*hessian_vector_product"):
+        g.sum().backward()
+
+
+def test_transforms_of_functions_see_the_parameters_they_are_given(layer, x):
+    weights = {name: 0.5 * w.detach() for name, w in layer.named_parameters()}
+    halved = copy.deepcopy(layer.net)
+    halved.parameters /= 2
+    y = torch.func.functional_call(layer, weights, x)
+    np.testing.assert_allclose(y.detach(), halved.predict(x.numpy()), rtol=1e-9)
+    g = torch.func.grad(lambda w: torch.func.functional_call(layer, w, x).sum())(weights)
+    expected, _ = halved.vjp(x.numpy(), np.ones((12, 2)))
+    np.testing.assert_allclose(np.concatenate([part.reshape(-1) for part in g.values()]), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "save", "state_dict", "assign", "double", "share_memory"])
+def test_network_follows_the_parameters_whatever_torch_does_to_them(engine, way, x):
+    layer = ImplicitRNN(make_net(engine, dtype="float32"))
+    expected = layer(x.float()).detach()
+    other = ImplicitRNN(make_net(engine, dtype="float32", seed=99))
+    if way == "deepcopy":
+        other = copy.deepcopy(layer)
+    elif way == "save":
+        torch.save(layer, stream := io.BytesIO())
+        stream.seek(0)
+        other = torch.load(stream, weights_only=False)
+    elif way in ("state_dict", "assign"):
+        other.load_state_dict(layer.state_dict(), assign=way == "assign")
+    elif way == "double":
+        other = copy.deepcopy(layer).double()
+        assert other.net.dtype == np.float64
+        x = x.double()
+    else:
+        other = copy.deepcopy(layer).share_memory()
+    np.testing.assert_allclose(other(x.to(other.W.dtype)).detach(), expected, rtol=1e-5, atol=1e-6)
+    assert other.net is not layer.net
+    np.testing.assert_array_equal(flat(other), other.net.parameters)
+    with torch.no_grad():
+        other.W += 1
+    np.testing.assert_array_equal(flat(other), other.net.parameters)
+
+
+def test_training_in_a_model_with_other_layers_lowers_the_loss(engine):
+    torch.manual_seed(0)
+    net = irnn.Network(4, [8], outputs=4, dtype="float32", seed=0, engine=engine)
+    model = nn.Sequential(nn.Linear(2, 4), ImplicitRNN(net), nn.Tanh(), nn.Linear(4, 1))
+    x = torch.rand(64, 2) * 2 - 1
+    y = x[:, :1] * x[:, 1:]
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        for xb, yb in DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(xb), yb)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_compiled_model_computes_the_same(layer, x):
+    model = nn.Sequential(layer, nn.Tanh())
+    compiled = torch.compile(model, backend="aot_eager")
+    np.testing.assert_allclose(compiled(x).detach(), model(x).detach(), rtol=1e-12)
+    compiled(x).sum().backward()
+    assert layer.W.grad is not None
+
+
+def test_frozen_parameters_get_no_gradient(layer, x):
+    layer.R.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.R.grad is None
+    assert layer.W.grad is not None
+
+
+def test_sample_without_equilibrium_is_an_error_forward(engine):
+    layer = ImplicitRNN(make_oscillating(engine), solver="picard")
+    with pytest.raises(irnn.ConvergenceError, match="1 of 2 samples"):
+        layer(torch.tensor([[0.1], [5.0]], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.zeros(2, 3), TypeError, r"x has dtype torch.float32.*\.double\(\)"),
+        (torch.zeros(2, 4, dtype=torch.float64), ValueError, r"shape \(2, 4\); expected \(\.\.\., 3\)"),
+        (torch.full((2, 3), torch.nan, dtype=torch.float64), ValueError, "NaN"),
+        (torch.zeros(2, 3, dtype=torch.float64, device="meta"), TypeError, "x is on meta.*CPU"),
+    ],
+)
+def test_bad_input_is_refused_by_name(bad, error, message):
+    with pytest.raises(error, match=message):
+        ImplicitRNN(make_net("numpy"))(bad)
+
+
+def test_bad_settings_are_refused_by_name():
+    with pytest.raises(TypeError, match="net is 3; expected a Network"):
+        ImplicitRNN(3)
+    with pytest.raises(ValueError, match="of is 'logits'"):
+        ImplicitRNN(make_net("numpy"), of="logits")
+    with pytest.raises(ValueError, match="Unrolled"):
+        ImplicitRNN(make_net("numpy"), adjoint=irnn.Unrolled(3))
+
+
+# --- equations -----------------------------------------------------------------------------------------------
+
+COUPLING = 0.3 * torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+DRIVE = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+ZEROS = torch.zeros(6, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("solver", ["picard", "anderson", "newton", "auto"])
+def test_fixed_point_of_each_sample(solver):
+    z = fixed_point(lambda z, W, x: torch.tanh(W @ z + x), ZEROS, args=(COUPLING, DRIVE), batched="x", solver=solver)
+    torch.testing.assert_close(z, torch.tanh(z @ COUPLING.T + DRIVE), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_derivatives_of_a_solution_of_first_and_second_order(vectorized):
+    def f(z, W, x):
+        return torch.tanh((z @ W.T if vectorized else W @ z) + x) - z
+
+    def solve(W, x):
+        return root(f, ZEROS, args=(W, x), batched=[1], vectorized=vectorized, solver=irnn.Newton(tol=1e-13))
+
+    arguments = COUPLING.clone().requires_grad_(), DRIVE.clone().requires_grad_()
+    assert gradcheck(solve, arguments)
+    assert gradgradcheck(solve, arguments)
+
+
+def test_one_problem_and_its_gradient_agree_with_implicit_rnn_fixed_point():
+    a = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    z = fixed_point(lambda z, a: torch.cos(a * z), torch.tensor([0.5], dtype=torch.float64), args=(a,))
+    z.sum().backward()
+    expected = irnn.fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(0.8,))
+    assert z.item() == pytest.approx(expected.value[0], rel=1e-9)
+    assert a.grad.item() == pytest.approx(expected.vjp([1.0])["a"], rel=1e-8)
+
+
+def test_unconverged_samples_raise_and_have_no_derivative():
+    def f(z, a):
+        return z**2 + a
+
+    a = torch.tensor([[1.0], [-4.0]], dtype=torch.float64, requires_grad=True)
+    start = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.raises(irnn.ConvergenceError, match="1 of 2 samples"):
+        root(f, start, args=(a,), batched="a")
+    z = root(f, start, args=(a,), batched="a", on_failure="ignore")
+    assert z[1].item() == pytest.approx(2)
+    z[1].sum().backward(retain_graph=True)
+    np.testing.assert_allclose(a.grad, [[0], [-0.25]])
+    with pytest.raises(irnn.ConvergenceError, match="no derivative"):
+        z.sum().backward()
+
+
+def test_bad_equations_are_refused_by_name():
+    z0 = torch.zeros(3, 2, dtype=torch.float64)
+    with pytest.raises(TypeError, match="f is 3; expected a function"):
+        root(3, z0)
+    with pytest.raises(TypeError, match="expected a tensor"):
+        root(lambda z: z, np.zeros(2))
+    with pytest.raises(ValueError, match="f takes z and 1 argument"):
+        root(lambda z, a: z - a, z0)
+    with pytest.raises(TypeError, match=r"args\[0\] is on meta"):
+        root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
