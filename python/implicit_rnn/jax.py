@@ -17,7 +17,7 @@ import numpy as np
 from implicit_rnn import equations
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, choose
-from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
 
 try:
     import jax
@@ -87,7 +87,7 @@ def function(
     if of not in ("outputs", "state"):
         raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
     _check_precision(net.dtype)
-    host = _Host(net, of, solver, adjoint, on_failure)
+    host = _Host(net, of, solver, at_equilibrium(adjoint), on_failure)
 
     @jax.custom_vjp
     def call(p: jax.Array, x: jax.Array) -> jax.Array:
@@ -111,7 +111,7 @@ def function(
                 raise TypeError(f"{name} has dtype {array.dtype}, but the network has {net.dtype}")
         if x.ndim == 0 or x.shape[-1] != net.topology.inputs:
             raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
-        flat = jnp.concatenate([jnp.ravel(parameters[name]) for name in shapes])
+        flat = jnp.concatenate([jnp.ravel(parameters[name].T) for name in shapes])  # blocks are stored column by column
         y = call(flat, x.reshape(-1, x.shape[-1]))
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -121,9 +121,7 @@ def function(
 class _Host:
     """What runs outside JAX: a network of its own for parameters p (P,) that come with the call, one call at a time."""
 
-    def __init__(
-        self, net: Network, of: str, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure
-    ) -> None:
+    def __init__(self, net: Network, of: str, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure) -> None:
         self._net = copy.copy(net)
         self._of = of
         self._forward = {"solver": solver, "on_failure": on_failure}
@@ -258,7 +256,9 @@ def _solve(
         raise TypeError(f"f is {f!r}; expected a function of arrays")
     start = jnp.asarray(z0)
     if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
-        raise TypeError(f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64")
+        raise TypeError(
+            f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64"
+        )
     arrays = [jnp.asarray(arg) for arg in args]
     arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
     positions = equations.positions(f, len(arrays), batched)
@@ -331,8 +331,8 @@ def _on_arrays(f: Callable[..., jax.Array]) -> Callable[..., Array]:
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """Newton's method with steps that are halved as long as ‖c‖ does not shrink; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and at most half the step
-    before, so that a start near a pole, from which steps grow, is not taken for a root.
+    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and at most a quarter of
+    the step before: towards a pole or an infinity steps do not shrink like that.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = problem.solver.tol or (1e-10 if start.dtype == np.float64 else 1e-6)
@@ -352,7 +352,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         step = jnp.where(better[:, None], direct(z, c), step)
         largest = jnp.maximum(largest, norm(z))
         small = jnp.maximum(tol * norm(z), eps * largest)
-        shrinks = (norm(step) <= length / 2) | (norm(c) == 0)
+        shrinks = (norm(step) <= length / 4) | (norm(c) == 0)
         done = done | (better & shrinks & (norm(step) <= small))
         length = jnp.where(better, norm(step), length)
         share = jnp.where(better, jnp.minimum(2 * share, 1), share / 2)

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from implicit_rnn.options import Option, check_choice, check_count, check_number, check_positive
+from implicit_rnn.options import Option, check_choice, check_count, check_number, check_positive, choose
 
 # --- solvers -------------------------------------------------------------------------------------------------
 
@@ -390,6 +390,14 @@ class Unrolled(Adjoint):
 
 AdjointLike = Adjoint | Literal["implicit", "jacobian_free", "unrolled"]
 """An adjoint, or the name of one with its default options."""
+
+
+def at_equilibrium(adjoint: AdjointLike) -> Adjoint:
+    """The adjoint, checked: one of an equilibrium, for a network that is part of something else."""
+    chosen = choose(Adjoint, adjoint, "adjoint")
+    if not chosen.needs_equilibrium:
+        raise ValueError(f"adjoint is {chosen}, which unrolls steps from zero; expected Implicit() or JacobianFree()")
+    return chosen
 
 
 def check_penalty(weight: float, adjoint: Adjoint) -> float:

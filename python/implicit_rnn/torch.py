@@ -14,13 +14,15 @@ from implicit_rnn import equations
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure
-from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike, at_equilibrium
 
 try:
     import torch
     from torch import Tensor, nn
 except ImportError as error:
-    raise ImportError("implicit_rnn.torch needs PyTorch: pip install 'implicit-rnn[torch]', or see pytorch.org") from error
+    raise ImportError(
+        "implicit_rnn.torch needs PyTorch: pip install 'implicit-rnn[torch]', or see pytorch.org"
+    ) from error
 
 __all__ = ["ImplicitRNN", "fixed_point", "root"]
 
@@ -33,7 +35,7 @@ class ImplicitRNN(nn.Module):
 
     The parameters, under the names of ``Network.weights``, are the memory of the network: what an optimiser of PyTorch
     changes, ``net`` has at once, and the other way round. The layer runs on the CPU, in the precision of the network.
-    First derivatives only, in reverse and in forward mode.
+    Derivatives are of first order, in reverse mode.
 
     Parameters
     ----------
@@ -75,7 +77,7 @@ class ImplicitRNN(nn.Module):
             raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
         self.net = net
         self.of = of
-        self.solver, self.adjoint, self.on_failure = solver, adjoint, on_failure
+        self.solver, self.adjoint, self.on_failure = solver, at_equilibrium(adjoint), on_failure
         for name, weights in net.weights.items():
             self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
         self.register_load_state_dict_post_hook(_share_memory)
@@ -132,7 +134,8 @@ def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
 
 
 def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
-    return tensor.data_ptr() == view.ctypes.data and tensor.is_contiguous()
+    strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
+    return tensor.data_ptr() == view.ctypes.data and strides == view.strides
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -155,30 +158,10 @@ class _Equilibrium(torch.autograd.Function):
         ctx.layer = layer
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(output[1], *tensors)
-        ctx.save_for_forward(output[1], *tensors)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Pullback.apply(ctx.layer, v, *ctx.saved_tensors)
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, dx: Tensor | None, *directions: Tensor | None) -> tuple[Tensor, None]:
-        state, x, *weights = ctx.saved_tensors
-        net = ctx.layer.network(weights)
-        direction = np.zeros_like(net.parameters)
-        for part, given in zip(net.named(direction).values(), directions, strict=True):
-            if given is not None:
-                part[...] = _numpy(given)
-        tangent = net.jvp(
-            _numpy(x),
-            None if dx is None else _numpy(dx),
-            direction,
-            of=ctx.layer.of,
-            solver=ctx.layer.solver,
-            z0=_numpy(state),
-            on_failure=ctx.layer.on_failure,
-        )
-        return torch.from_numpy(tangent), None
 
 
 class _Pullback(torch.autograd.Function):
@@ -337,7 +320,8 @@ class _Solution(torch.autograd.Function):
                     z = ctx.conditions.newton(z, *given)
             except torch.linalg.LinAlgError as error:
                 raise ConvergenceError(
-                    f"the Jacobian of the equation is singular at a solution, which has no derivative there: {error}", ctx.solution
+                    f"the Jacobian of the equation is singular at a solution: {error}",
+                    ctx.solution,
                 ) from None
         gradients = torch.autograd.grad(z, [leaves[k] for k in wanted], v[rows], create_graph=again, allow_unused=True)
         found = dict(zip(wanted, gradients, strict=True))
@@ -389,6 +373,8 @@ def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 
     @torch.no_grad()
     def g(*arrays: np.ndarray) -> np.ndarray:
-        return f(*(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays)).numpy()
+        return f(
+            *(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays)
+        ).numpy()
 
     return g
