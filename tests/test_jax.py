@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import sys
 
 import numpy as np
 import pytest
@@ -203,3 +205,12 @@ def test_bad_equations_are_refused_by_name():
         door.root(lambda z: z, np.zeros(2, int))
     with pytest.raises(ValueError, match="f takes z and 1 argument"):
         door.root(lambda z, a: z - a, np.zeros(2))
+
+
+# --- the documentation ---------------------------------------------------------------------------------------
+
+
+def test_examples_of_the_docstrings_give_what_they_say():
+    finished = doctest.testmod(sys.modules["implicit_rnn.jax"], extraglobs={"irnn": irnn})
+    assert finished.attempted > 5
+    assert not finished.failed

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -265,3 +267,12 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0)
     with pytest.raises(TypeError, match=r"args\[0\] is on meta"):
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
+
+
+# --- the documentation ---------------------------------------------------------------------------------------
+
+
+def test_examples_of_the_docstrings_give_what_they_say():
+    finished = doctest.testmod(sys.modules["implicit_rnn.torch"], extraglobs={"irnn": irnn})
+    assert finished.attempted > 5
+    assert not finished.failed

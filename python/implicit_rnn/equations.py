@@ -439,6 +439,11 @@ def _as_array(name: str, value: ArrayLike) -> Array:
         raise TypeError(f"{name} cannot be read as an array: {error}") from None
 
 
+def positions(f: Function, count: int, batched: str | int | Iterable[str | int]) -> set[int]:
+    """The positions of the arguments named in ``batched``, of ``count`` arguments of f; ``ValueError`` for others."""
+    return _positions(batched, _argument_names(f, count))
+
+
 def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
     listed = (batched,) if isinstance(batched, (str, int)) else batched
     return {_position(key, names, "batched has") for key in listed}

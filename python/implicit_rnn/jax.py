@@ -35,7 +35,24 @@ Parameters = dict[str, Any]
 
 
 def parameters(net: Network) -> Parameters:
-    """The parameters of a network as a pytree: arrays by the names of ``Network.weights``, copied."""
+    """The parameters of a network as a pytree: arrays by the names of ``Network.weights``, copied.
+
+    Parameters
+    ----------
+    net
+        The network.
+
+    Raises
+    ------
+    TypeError
+        For a float64 network where JAX has no 64-bit numbers.
+
+    Examples
+    --------
+    >>> net = irnn.Network(inputs=2, layers=[8], outputs=1, dtype="float32", seed=0)
+    >>> {name: w.shape for name, w in parameters(net).items()}
+    {'W': (8, 2), 'R': (8, 8), 'b': (8,), 'a': (8,), 'C': (1, 8), 'd': (1,)}
+    """
     _check_precision(net.dtype)
     return {name: jnp.array(weights) for name, weights in net.weights.items()}
 
@@ -75,9 +92,10 @@ def function(
         For a ``net`` that is none, and for a float64 network where JAX has no 64-bit numbers; in a call, for parameters or
         inputs of another dtype.
 
-    >>> import implicit_rnn as irnn, implicit_rnn.jax, jax, jax.numpy as jnp
+    Examples
+    --------
     >>> net = irnn.Network(inputs=2, layers=[8], outputs=1, dtype="float32", seed=0)
-    >>> f, p = irnn.jax.function(net), irnn.jax.parameters(net)
+    >>> f, p = function(net), parameters(net)
     >>> gradient = jax.jit(jax.grad(lambda p, X: (f(p, X) ** 2).mean()))(p, jnp.ones((5, 2)))
     >>> gradient["R"].shape
     (8, 8)
@@ -222,7 +240,8 @@ def fixed_point(
     ConvergenceError
         For samples that do not converge, unless ``on_failure`` says otherwise; not under ``jit`` and ``vmap``.
 
-    >>> import jax, jax.numpy as jnp
+    Examples
+    --------
     >>> z = lambda a: fixed_point(lambda z, a: jnp.cos(a * z), jnp.array([0.5]), args=(a,))[0]
     >>> print(f"{jax.jit(jax.grad(z))(0.8):.4f}")
     -0.3242
@@ -239,7 +258,28 @@ def root(
     solver: SolverLike = Auto(),
     on_failure: OnFailure = "raise",
 ) -> jax.Array:
-    """The solution of ``f(z, *args) = 0``, with f written in JAX; all else as in ``fixed_point``."""
+    """The solution of ``f(z, *args) = 0`` with f written in JAX, differentiable in the arguments, any number of times.
+
+    Parameters
+    ----------
+    f, z0, args, batched, solver, on_failure
+        As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
+
+    Returns
+    -------
+    The solution, of the shape of z0.
+
+    Raises
+    ------
+    ValueError, TypeError, ConvergenceError
+        As ``fixed_point``.
+
+    Examples
+    --------
+    >>> z = lambda a: root(lambda z, a: z**2 - a, jnp.ones(1), args=(a,))[0]
+    >>> print(f"{z(2.0):.4f} {jax.grad(z)(2.0):.4f} {jax.grad(jax.grad(z))(2.0):.4f}")
+    1.4142 0.3536 -0.0884
+    """
     return _solve(equations.root, f, z0, args, batched, solver, on_failure)
 
 

@@ -53,8 +53,8 @@ class ImplicitRNN(nn.Module):
     ConvergenceError
         In a call or its backward pass, for samples without equilibrium, unless ``on_failure`` says otherwise.
 
-    >>> import implicit_rnn as irnn, torch
-    >>> from implicit_rnn.torch import ImplicitRNN
+    Examples
+    --------
     >>> net = irnn.Network(inputs=4, layers=[8], outputs=2, dtype="float32", seed=0)
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), ImplicitRNN(net), torch.nn.Softmax(-1))
     >>> model(torch.zeros(5, 3)).shape
@@ -84,7 +84,13 @@ class ImplicitRNN(nn.Module):
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        """The outputs (..., outputs), or the states (..., N), for the inputs x (..., inputs)."""
+        """The outputs (..., outputs), or the states (..., N).
+
+        Parameters
+        ----------
+        x
+            The inputs (..., inputs), of the dtype of the parameters.
+        """
         weights = tuple(self._parameters.values())
         tensor = weights[0]
         if x.device.type != "cpu" or tensor.device.type != "cpu":
@@ -102,7 +108,13 @@ class ImplicitRNN(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def network(self, weights: Iterable[Tensor]) -> Network:
-        """The network with these parameters: ``net`` if they are its memory, as they are but in ``functional_call``."""
+        """The network with other parameters, or ``net`` if these are its memory, as they are but in ``functional_call``.
+
+        Parameters
+        ----------
+        weights
+            Tensors in the order and of the shapes of ``parameters()``.
+        """
         tensors = dict(zip(self.net.weights, weights, strict=True))
         if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
             return self.net
@@ -122,6 +134,7 @@ class ImplicitRNN(nn.Module):
         _share_memory(self)
 
     def extra_repr(self) -> str:
+        """What ``repr`` says of the layer."""
         return f"{self.net!r}, of={self.of!r}"
 
 
@@ -237,6 +250,8 @@ def fixed_point(
         For samples that do not converge, unless ``on_failure`` says otherwise; in the backward pass, where the derivative of
         such a sample is asked for, or of one with a singular Jacobian.
 
+    Examples
+    --------
     >>> a = torch.tensor([0.8], dtype=torch.float64, requires_grad=True)
     >>> z = fixed_point(lambda z, a: torch.cos(a * z), torch.tensor([0.5], dtype=torch.float64), args=(a,))
     >>> z.sum().backward()
@@ -257,7 +272,30 @@ def root(
     scale: Tensor | None = None,
     on_failure: OnFailure = "raise",
 ) -> Tensor:
-    """The solution of ``f(z, *args) = 0``, with f written in PyTorch; all else as in ``fixed_point``."""
+    """The solution of ``f(z, *args) = 0`` with f written in PyTorch, differentiable in the arguments.
+
+    Parameters
+    ----------
+    f, z0, args, batched, solver, vectorized, scale, on_failure
+        As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
+
+    Returns
+    -------
+    The solution, of the shape of z0.
+
+    Raises
+    ------
+    ValueError, TypeError, ConvergenceError
+        As ``fixed_point``.
+
+    Examples
+    --------
+    >>> a = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    >>> z = root(lambda z, a: z**2 - a, torch.ones(1, dtype=torch.float64), args=(a,))
+    >>> z.sum().backward()
+    >>> print(f"{z.item():.6f} {a.grad.item():.6f}")
+    1.414214 0.353553
+    """
     return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure)
 
 
