@@ -10,11 +10,12 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from implicit_rnn import equations
+from implicit_rnn.engines import Of
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
@@ -60,7 +61,7 @@ def parameters(net: Network) -> Parameters:
 def function(
     net: Network,
     *,
-    of: Literal["outputs", "state"] = "outputs",
+    of: Of = "outputs",
     solver: SolverLike = Auto(),
     adjoint: AdjointLike = Implicit(),
     on_failure: OnFailure = "raise",
@@ -115,7 +116,11 @@ def function(
         y, state = host.solve(p, x)
         return y, (p, x, state)
 
-    call.defvjp(forward, lambda kept, v: host.pull_back(*kept, v))
+    def backward(kept: tuple[jax.Array, ...], v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        p, x, state = kept
+        return host.pull_back(p, x, state, v)
+
+    call.defvjp(forward, backward)
 
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
@@ -139,11 +144,9 @@ def function(
 class _Host:
     """What runs outside JAX: a network of its own for parameters p (P,) that come with the call, one call at a time."""
 
-    def __init__(self, net: Network, of: str, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure) -> None:
+    def __init__(self, net: Network, of: Of, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure) -> None:
         self._net = copy.copy(net)
-        self._of = of
-        self._forward = {"solver": solver, "on_failure": on_failure}
-        self._backward = self._forward | {"adjoint": adjoint, "of": of}
+        self._of, self._solver, self._adjoint, self._on_failure = of, solver, adjoint, on_failure
         self._lock = threading.Lock()
 
     def solve(self, p: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -172,13 +175,15 @@ class _Host:
     def _solve_one(self, p: Array, x: Array) -> tuple[Array, Array]:
         with self._lock:
             self._net.parameters = p
-            state = self._net.equilibrium(x, **self._forward).state
+            state = self._net.equilibrium(x, solver=self._solver, on_failure=self._on_failure).state
             return (state if self._of == "state" else self._net.read_out(state)), state
 
     def _pull_back_one(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, Array]:
         with self._lock:
             self._net.parameters = p
-            return self._net.vjp(x, v, z0=state, **self._backward)
+            return self._net.vjp(
+                x, v, of=self._of, solver=self._solver, adjoint=self._adjoint, z0=state, on_failure=self._on_failure
+            )
 
 
 def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) -> tuple[Array, ...]:

@@ -6,11 +6,12 @@ The engines work on the CPU, in the memory of the tensors.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from implicit_rnn import equations
+from implicit_rnn.engines import Of
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure
@@ -65,7 +66,7 @@ class ImplicitRNN(nn.Module):
         self,
         net: Network,
         *,
-        of: Literal["outputs", "state"] = "outputs",
+        of: Of = "outputs",
         solver: SolverLike = Auto(),
         adjoint: AdjointLike = Implicit(),
         on_failure: OnFailure = "raise",
