@@ -97,7 +97,7 @@ def function(
     --------
     >>> net = irnn.Network(inputs=2, layers=[8], outputs=1, dtype="float32", seed=0)
     >>> f, p = function(net), parameters(net)
-    >>> gradient = jax.jit(jax.grad(lambda p, X: (f(p, X) ** 2).mean()))(p, jnp.ones((5, 2)))
+    >>> gradient = jax.jit(jax.grad(lambda p, X: (f(p, X) ** 2).mean()))(p, jnp.ones((5, 2), "float32"))
     >>> gradient["R"].shape
     (8, 8)
     """
