@@ -249,6 +249,25 @@ def test_pole_is_never_taken_for_a_root(kind, name, distance):
         assert not root(f, [pole + distance], solver=solver, on_failure="ignore").converged.any(), solver
 
 
+@pytest.mark.parametrize("distance", [1e-9, 1e-11, 1e-13])
+@pytest.mark.parametrize("vectorized", [False, True])
+@pytest.mark.parametrize("hook", ["jac", "vjp"])
+def test_pole_is_never_taken_for_a_root_by_a_derivative_that_was_given(distance, vectorized, hook):
+    hooks = {
+        "jac": lambda z: (-1 / (z - 1) ** 2)[..., None],
+        "vjp": lambda v, z: (-v / (z - 1) ** 2,),
+    }
+    given = {hook: hooks[hook], "vectorized": vectorized}
+    assert not root(lambda z: 1 / (z - 1), [1 + distance], on_failure="ignore", **given).converged.any()
+    assert root(
+        lambda z: 1 / z - 1, [1 + distance], on_failure="ignore", **{**given, hook: _inverse(hook)}
+    ).converged.all()
+
+
+def _inverse(hook):
+    return (lambda z: (-1 / z**2)[..., None]) if hook == "jac" else (lambda v, z: (-v / z**2,))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_start_at_a_root_is_believed(kind):
     f = either(kind, lambda z: z**3 - 8, "z -> z .^ 3 .- 8")

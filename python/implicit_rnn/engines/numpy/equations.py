@@ -232,6 +232,21 @@ def _newton_steps(f: Function, Z: Array, rows: Array, C: Array) -> Array:
     return steps
 
 
+def _is_steady(f: Function, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
+    """Whether A is about the same two steps further, along the step.
+
+    Newton's steps are as short at a pole as at a root, from which they lead away, but one may start at it.
+    """
+    further = Z + 2 * steps + 8 * np.finfo(Z.dtype).eps * Z
+    if f.is_large():
+        products = np.stack(
+            [f.operator(z, int(row)).product(d) for z, row, d in zip(further, rows, steps, strict=True)]
+        )
+    else:
+        products = (f.conditions_jacobian(further, rows) @ steps[..., None])[..., 0]
+    return np.asarray(_length(products + C) <= 0.5 * _length(C))
+
+
 def _column_sums(A: Array) -> Array:
     """The largest column sum of each matrix."""
     return np.asarray(np.abs(A).sum(axis=1).max(axis=-1, initial=0))
@@ -372,9 +387,13 @@ class _Root:
             quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
             spent = evaluations[going] >= limit
             done = sizes.near(length, size, index, quotient, spent)
+            first = np.isinf(last[going])
+            doubtful = done & exists & first & (merit > 0)
+            if doubtful.any():
+                done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
             broken = ~np.isfinite(merit)
             residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
-            rate[going], last[going] = quotient, length
+            rate[going], last[going] = quotient, np.where(doubtful & ~done, np.inf, length)
             # The last step is there, and as good as another iteration.
             Z[going] = np.where((done & exists)[:, None], z + step, z)
             status[going] = np.where(
