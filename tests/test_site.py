@@ -57,3 +57,12 @@ def test_formulas_are_mathml_that_needs_no_script(pages):
 def test_public_name_is_in_the_reference_once(pages, name):
     headings = [re.findall(rf'<h2 id="implicit_rnn\.{name}"', text) for text in pages.values()]
     assert sum(map(len, headings)) == 1
+
+
+def test_exported_name_of_julia_is_in_its_reference_with_its_docstring(pages):
+    source = (CHECKOUT / "julia" / "src" / "ImplicitRNN.jl").read_text("utf-8")
+    exported = [name for line in re.findall(r"^export (.+)$", source, re.MULTILINE) for name in line.split(", ")]
+    sections = re.split(r'<h2 id="([\w!]+)"', pages["reference/julia.html"])
+    assert sections[1::2] == exported
+    assert all("<p>" in text for text in sections[2::2])
+    assert "$(" not in pages["reference/julia.html"]

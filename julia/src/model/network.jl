@@ -74,6 +74,7 @@ struct Network{T <: AbstractFloat}
     parameters::Int
 end
 
+"The number of neurons of all layers, N."
 neurons(net::Network) = last(last(net.stages).rows)
 Base.length(net::Network) = net.parameters
 Base.eltype(::Network{T}) where {T} = T
