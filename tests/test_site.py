@@ -59,6 +59,12 @@ def test_public_name_is_in_the_reference_once(pages, name):
     assert sum(map(len, headings)) == 1
 
 
+def test_parameters_that_are_described_together_keep_their_own_defaults(pages):
+    row = re.search(r"<code>batch_size</code>.*?</tr>", pages["reference/training.html"], re.DOTALL)[0]
+    assert "<code>None</code>" in row
+    assert "100" not in row
+
+
 def test_exported_name_of_julia_is_in_its_reference_with_its_docstring(pages):
     source = (CHECKOUT / "julia" / "src" / "ImplicitRNN.jl").read_text("utf-8")
     exported = [name for line in re.findall(r"^export (.+)$", source, re.MULTILINE) for name in line.split(", ")]

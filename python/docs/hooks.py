@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
 from latex2mathml.converter import convert
 
 # --- the Julia package: the docstrings of what it exports ----------------------------------------------------------
@@ -61,3 +62,20 @@ def _mathml(found: re.Match[str]) -> str:
     tag, formula = found.groups()
     mathml = convert(html.unescape(formula).strip(), display="block" if tag == "div" else "inline")
     return f'<{tag} class="formula">{mathml}</{tag}>'
+
+
+# --- the API reference ---------------------------------------------------------------------------------------
+
+
+class TypesOfGroups(griffe.Extension):
+    """Gives each of several parameters that a docstring describes together its own type and default, not the first one's."""
+
+    def on_function(self, *, func: griffe.Function, **_: Any) -> None:
+        """Correct what the docstring of a function, or of the class that it makes, says."""
+        owner = func.parent if func.name == "__init__" and func.parent else func
+        for section in owner.docstring.parsed if owner.docstring else ():
+            if section.kind is griffe.DocstringSectionKind.parameters:
+                for described in section.value:
+                    if described.name in [parameter.name for parameter in func.parameters]:
+                        described.annotation = func.parameters[described.name].annotation
+                        described.value = func.parameters[described.name].default
