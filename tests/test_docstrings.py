@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
+import importlib
 import inspect
 import re
 import warnings
@@ -200,6 +201,22 @@ def test_examples_give_what_they_say_on_the_numpy_engine(name, monkeypatch):
     monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "numpy")
     with warnings.catch_warnings():  # examples may change the filters
         run([test for test in examples(name) if not needs_julia(test)])
+
+
+# --- the doors to other libraries, where these are installed -----------------------------------------------------
+
+
+@pytest.mark.parametrize("door", ["jax", "torch"])
+def test_names_of_a_door_are_described_and_their_examples_run(door, monkeypatch):
+    pytest.importorskip(door)
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "numpy")
+    module = importlib.import_module(f"implicit_rnn.{door}")
+    for name in module.__all__:
+        value = getattr(module, name)
+        doc = inspect.getdoc(value)
+        assert section(doc, "Examples"), name
+        assert not parameters(value).keys() - described(doc).keys(), name
+        run(doctest.DocTestFinder().find(value, name, extraglobs={"np": np, "irnn": irnn}))
 
 
 @pytest.mark.julia

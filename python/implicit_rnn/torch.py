@@ -236,7 +236,7 @@ def fixed_point(
         The start: (n,), or (B, n) for a batch, float32 or float64 on the CPU.
     args
         The further arguments of f: tensors and numbers.
-    batched, solver, scale, on_failure
+    batched, solver, vectorized, scale, on_failure
         As in ``implicit_rnn.fixed_point``. ``scale`` is a number or (n,).
 
     Returns
