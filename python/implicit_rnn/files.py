@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, f"{path} cannot be written: the working folder was deleted") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -37,6 +41,25 @@ def write_atomically(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
+    """Make sure, before the work begins, that files of these names can be written to a folder, which is made.
+
+    Raises ``OSError`` that names the folder as it was given.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for path in (folder / name for name in names):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"its {path.name} is a folder")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, f"its {path.name} may not be written")
+    except FileExistsError as error:
+        raise FileExistsError(error.errno, f"no results can be written to {folder}: it is no folder") from error
+    except OSError as error:
+        raise type(error)(error.errno, f"no results can be written to {folder}: {error.strerror}") from error
 
 
 def remove_leftovers(path: Path) -> None:

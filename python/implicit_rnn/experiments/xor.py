@@ -45,6 +45,7 @@ STEPS = 2000
 CLIP = 10.0
 STARTS = 64
 SOLVER = Auto(tol=1e-8, max_iterations=500)
+FILES = ("xor.json", "xor.png")
 DEFAULT_SEEDS = {"julia": 200, "numpy": 10}
 
 
@@ -191,10 +192,10 @@ def table(result: Result) -> str:
 def save(result: Result, folder: Path) -> list[Path]:
     """Write xor.json and, if a net was found that solves XOR, xor.png; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "xor.json"]
+    written = [folder / FILES[0]]
     written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
     if result.net is not None and result.run is not None:
-        written.append(folder / "xor.png")
+        written.append(folder / FILES[1])
         _figure(result.net, result.run, written[1])
     return written
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from implicit_rnn.console import html_table
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from implicit_rnn.training.snapshot import Snapshot
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """The record of the training of one net, E epochs long.
 
@@ -59,6 +63,30 @@ class Run:
     stopped: str | None
     seconds: float
     engine: str
+    snapshot: Snapshot | None = field(default=None, compare=False)
+    """The state at the end, optimiser and random numbers included, from which ``fit(resume=run)`` goes on."""
+
+    def __repr__(self) -> str:
+        return f"Run({', '.join(f'{name} {text}' for name, text in self._facts().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Run on the {self.engine} engine", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"epochs": str(len(self.loss))}
+        if len(self.loss):
+            facts["loss"] = f"{self.loss[-1]:.4g}"
+        if len(self.validation_loss):
+            facts["validation loss"] = f"{self.validation_loss[-1]:.4g}"
+        if self.best_epoch is not None:
+            lowest = self.validation_loss[self.validation_epochs == self.best_epoch]
+            facts["lowest"] = f"{float(lowest[0]):.4g} after epoch {self.best_epoch}"
+        if self.unconverged.any():
+            facts["unconverged"] = f"{self.unconverged.sum()} in all epochs, {self.unconverged[-1]} in the last"
+        facts["seconds"] = f"{self.seconds:.3g}"
+        if self.stopped is not None:
+            facts["stopped:"] = self.stopped.partition(";")[0]
+        return facts
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses against the epoch.
