@@ -278,7 +278,7 @@ def test_going_on_with_other_data_is_refused(X, Y):
     net = make_net("numpy")
     run = net.fit(X, Y, epochs=2)
     X[3, 1] += 1e-12
-    with pytest.raises(Failure, match="resume is of another run: X has other values$"):
+    with pytest.raises(Failure, match=r"resume is of another run: X has other values$"):
         net.fit(X, Y, epochs=4, resume=run)
 
 
@@ -357,7 +357,10 @@ def checkpoint(path, X, Y) -> Path:
         ({"early_stopping": irnn.EarlyStopping(3)}, "early_stopping is None there and EarlyStopping here"),
         ({"validation": None}, r"validation\[0\] is given there only; validation\[1\] is given there only$"),
         ({"epochs": 8}, "epochs is 4 there and 8 here, and the learning rates of Cosine"),
-        ({"optimizer": "sgd", "batch_size": 3}, "optimizer is Adam there and SGD here; batch_size is 5 there and 3 here"),
+        (
+            {"optimizer": "sgd", "batch_size": 3},
+            "optimizer is Adam there and SGD here; batch_size is 5 there and 3 here",
+        ),
     ],
     ids=str,
 )
@@ -372,9 +375,12 @@ def test_resuming_with_other_settings_is_refused_and_says_which(checkpoint, chan
 
 def test_resuming_with_other_data_is_refused(checkpoint, X, Y):
     settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
-    with pytest.raises(Failure, match=r"X has the shape \(12, 3\) there and \(11, 3\) here; Y has the shape \(12, 2\) there and \(11, 2\) here$"):
+    with pytest.raises(
+        Failure,
+        match=r"X has the shape \(12, 3\) there and \(11, 3\) here; Y has the shape \(12, 2\) there and \(11, 2\) here$",
+    ):
         make_net("numpy").fit(X[:11], Y[:11], **settings)
-    with pytest.raises(Failure, match="of another run: X has other values$"):
+    with pytest.raises(Failure, match=r"of another run: X has other values$"):
         make_net("numpy").fit(X + 1e-15, Y, **settings)
 
 

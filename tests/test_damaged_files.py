@@ -1,4 +1,4 @@
-"""Damaged model files and checkpoints are told as such, whatever the damage; files that are written appear whole under any name."""
+"""Damage to model files and checkpoints is told as such; files that are written appear whole, under any name."""
 
 from __future__ import annotations
 

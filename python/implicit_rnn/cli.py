@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from implicit_rnn import __version__
-from implicit_rnn.console import abandon_unwritten_output, prepare_streams, progress_bar, warnings_in_one_line
+from implicit_rnn.console import abandon_unwritten_output, prepare_streams, progress_bar, say, warnings_in_one_line
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError, RunError
 from implicit_rnn.files import prepare_folder
@@ -28,13 +28,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # who reads has seen enough
         return 1
     except (EngineError, ConvergenceError, RunError, ValueError, OSError, MemoryError) as error:
-        print(f"implicit-rnn: {error}", file=sys.stderr)
+        say(_reason(error))
         return 1
     except KeyboardInterrupt:
-        print("implicit-rnn: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
     finally:
         abandon_unwritten_output()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the number of the operating system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,14 +142,14 @@ def _xor(options: argparse.Namespace) -> int:
     engine = get_engine(options.engine)
     seeds = options.seeds or xor.DEFAULT_SEEDS[engine.name]
     fewer = " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
-    print(f"implicit-rnn: {engine.name} engine, {seeds} seeds per entry{fewer}", file=sys.stderr)
+    say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
     with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
         result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
     try:
         files = xor.save(result, options.out)
     finally:  # the result is not lost with a full disk
         print(json.dumps(result.as_dict()) if options.json else xor.table(result))
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -157,7 +164,7 @@ def _cost(options: argparse.Namespace) -> int:
         files = cost.save(result, options.out)
     finally:  # the result is not lost with a full disk
         print(json.dumps(result.as_dict()) if options.json else cost.table(result))
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -170,7 +177,7 @@ def _pendulum(options: argparse.Namespace) -> int:
     if not (options.data and options.model):
         prepare_folder(options.out)
     engine = get_engine(options.engine).name
-    print(f"implicit-rnn: {engine} engine", file=sys.stderr)
+    say(f"{engine} engine")
     if options.data:
         return _pendulum_of_ones_own(options, engine)
     protocol, seeds = (pendulum.QUICK, min(options.seeds, 3)) if options.quick else (pendulum.FULL, options.seeds)
@@ -193,8 +200,8 @@ def _pendulum(options: argparse.Namespace) -> int:
         finally:
             print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
         kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
-        print(f"implicit-rnn: {study.seconds:.0f} s with {options.jobs} jobs{kept}", file=sys.stderr)
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+        say(f"{study.seconds:.0f} s with {options.jobs} jobs{kept}")
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -206,11 +213,11 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
         reader = pendulum.Reader.load(options.model, engine)
     else:
         shipped = pendulum.MODELS[pendulum.SHIPPED]
-        print(f"implicit-rnn: training a model ({shipped.title})", file=sys.stderr)
+        say(f"training a model ({shipped.title})")
         reader, _ = pendulum.train(shipped, 0, shipped.learning_rate, engine=engine)
         options.out.mkdir(parents=True, exist_ok=True)
         reader.save(options.out / pendulum.MODEL_FILE)
-        print(f"implicit-rnn: wrote {options.out / pendulum.MODEL_FILE}, for --model", file=sys.stderr)
+        say(f"wrote {options.out / pendulum.MODEL_FILE}, for --model")
     estimate = pendulum.estimate(reader, angles)
     print(json.dumps(estimate.as_dict()) if options.json else estimate)
     return 0
@@ -233,10 +240,10 @@ def _setup(options: argparse.Namespace) -> int:
 
     if options.remove:
         for path in remove():
-            print(f"implicit-rnn: deleted {path}", file=sys.stderr)
+            say(f"deleted {path}")
         return 0
     prepared = setup(options.julia, options.project)
-    print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
+    say(f"ready, {prepared.exe} with the project {prepared.project}")
     return 0
 
 

@@ -16,6 +16,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+# --- messages ------------------------------------------------------------------------------------------------
+
+
+def say(message: str) -> None:
+    """A line on stderr; where that is missing or full, it is the least that matters."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)
+
+
 # --- progress ------------------------------------------------------------------------------------------------
 
 
@@ -93,12 +103,13 @@ def _plain(character: str) -> str:
 
 
 def abandon_unwritten_output() -> None:
-    """Where stdout no longer takes anything (a full disk, a closed pipe), spare Python the attempt at its exit."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Where a stream no longer takes anything (a full disk, a closed pipe), spare Python the attempt at its exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextlib.contextmanager
@@ -106,7 +117,7 @@ def warnings_in_one_line() -> Iterator[None]:
     """Print warnings as the messages of the command, without the line of Python that led to them."""
 
     def show(message: Warning | str, *where: object, **more: object) -> None:
-        print(f"implicit-rnn: warning: {' '.join(str(message).split())}", file=sys.stderr)
+        say(f"warning: {' '.join(str(message).split())}")
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -20,16 +20,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Of a symbolic link the target is
     written. Raises ``OSError``.
     """
+    _check_working_folder(path)
     if not path.parent.is_dir():
         reason = f"{os.strerror(errno.ENOENT)}: {path.parent}, the folder of {path.name}; make it first"
         raise FileNotFoundError(errno.ENOENT, reason)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    try:
-        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, f"{path} cannot be written: the working folder was deleted") from error
+    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -49,6 +47,7 @@ def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
     Raises ``OSError`` that names the folder as it was given.
     """
     try:
+        _check_working_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         for path in (folder / name for name in names):
@@ -77,6 +76,14 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
             return tensors, file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
         raise error(f"{path} is no safetensors file, or a truncated one: {reason}") from reason
+
+
+def _check_working_folder(path: Path) -> None:
+    if not path.is_absolute():
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "the working folder has been deleted") from error
 
 
 def _prefix(path: Path) -> str:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import platformdirs
 
+from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install
-from implicit_rnn.runtime.install import say
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
 PACKAGE_SERVER = "https://pkg.julialang.org"

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import platformdirs
 
+from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
 
 PHASES = (
@@ -47,7 +48,10 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
 
 def julia_of_juliapkg(env: Mapping[str, str]) -> str:
     """The Julia executable that juliapkg uses with these settings."""
-    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not done.stdout.strip():
+        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise EngineError(f"juliapkg does not tell which Julia it has installed: {said[0]}")
     return done.stdout.splitlines()[-1]
 
 
@@ -117,9 +121,3 @@ def stdout_kept_clean() -> Iterator[None]:
     """Let what is printed meanwhile go to stderr, since stdout may be read by a program."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def say(message: str) -> None:
-    """A line on stderr, where there is one, about what takes its time."""
-    if sys.stderr is not None:
-        print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def write(path: Path, snapshot: Snapshot) -> None:
         write_atomically(path, save(arrays, texts | {"checksum": _checksum(arrays, texts)}))
     except OSError as error:
         message = (
-            f"the checkpoint of epoch {snapshot.epoch} could not be written to {path}: {os.strerror(error.errno or 0)}. "
+            f"the checkpoint of epoch {snapshot.epoch} could not be written to {path}: {error.strerror}. "
             "The file is as it was before, and the net keeps the parameters of this epoch"
         )
         raise OSError(error.errno, message) from error

@@ -67,10 +67,12 @@ class Run:
     """The state at the end, optimiser and random numbers included, from which ``fit(resume=run)`` goes on."""
 
     def __repr__(self) -> str:
-        return f"Run({', '.join(f'{name} {text}' for name, text in self._facts().items())})"
+        facts = self._facts()
+        epochs = facts.pop("epochs")
+        return f"Run({epochs} epochs, {', '.join(f'{name} {text}' for name, text in facts.items())})"
 
     def _repr_html_(self) -> str:
-        return html_table(f"Run on the {self.engine} engine", self._facts())
+        return html_table("Run", self._facts())
 
     def _facts(self) -> dict[str, str]:
         facts = {"epochs": str(len(self.loss))}
@@ -83,9 +85,9 @@ class Run:
             facts["lowest"] = f"{float(lowest[0]):.4g} after epoch {self.best_epoch}"
         if self.unconverged.any():
             facts["unconverged"] = f"{self.unconverged.sum()} in all epochs, {self.unconverged[-1]} in the last"
-        facts["seconds"] = f"{self.seconds:.3g}"
+        facts |= {"seconds": f"{self.seconds:.3g}", "engine": self.engine}
         if self.stopped is not None:
-            facts["stopped:"] = self.stopped.partition(";")[0]
+            facts["stopped"] = self.stopped.partition(";")[0]
         return facts
 
     def plot(self, ax: Axes | None = None) -> Axes:
