@@ -229,6 +229,7 @@ def package_server() -> str:
 def package_server_answers() -> bool:
     """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
     server = package_server()
+    import http.client
     import ssl
     import urllib.error
     import urllib.request
@@ -246,7 +247,7 @@ def package_server_answers() -> bool:
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ssl.SSLError):
                 return
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return
         reached.set()
 
