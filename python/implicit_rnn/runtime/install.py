@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import platformdirs
 
@@ -64,12 +65,11 @@ def _python(code: str) -> list[str]:
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
 
-    What it starts ends with it when this process is interrupted.
+    What it starts ends with it when this process is interrupted. Raises ``EngineError`` where the log cannot be written.
     """
-    log_path().parent.mkdir(parents=True, exist_ok=True)
     begin, phase = time.perf_counter(), ""
     with (
-        log_path().open("w", encoding="utf-8") as log,
+        _open_log() as log,
         subprocess.Popen(
             command,
             env=None if env is None else dict(env),
@@ -94,6 +94,14 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
         except BaseException:
             _end(process)
             raise
+
+
+def _open_log() -> TextIO:
+    try:
+        log_path().parent.mkdir(parents=True, exist_ok=True)
+        return log_path().open("w", encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"the log of the installation, {log_path()}, cannot be written: {error.strerror}") from error
 
 
 def _end(process: subprocess.Popen[str]) -> None:
