@@ -14,8 +14,10 @@ from conftest import ENVIRONMENT, RunPython, make_net, run_process
 from tqdm import tqdm
 
 from implicit_rnn import cli, console, engines
+from implicit_rnn.errors import RunError
 from implicit_rnn.experiments import cost, xor
 from implicit_rnn.files import prepare_folder
+from implicit_rnn.runs import run_many
 
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors and devices of POSIX")
 
@@ -212,6 +214,15 @@ def test_in_a_deleted_working_folder_only_relative_paths_are_refused(line, statu
     assert done.stderr.splitlines()[-1].startswith(f"implicit-rnn: {message}"), str(done)
 
 
+def test_worker_processes_without_a_working_folder_are_refused_with_the_reason(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(RunError, match="the working folder has been deleted"):
+        run_many(pow, {"one": {"base": 2, "exp": 3}}, jobs=2)
+    assert run_many(pow, {"one": {"base": 2, "exp": 3}}) == {"one": 8}
+
+
 def test_network_and_training_do_without_a_working_folder(tmp_path, monkeypatch, X, Y):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
@@ -226,3 +237,30 @@ def test_network_and_training_do_without_a_working_folder(tmp_path, monkeypatch,
         FileNotFoundError, match="epoch 0 could not be written to run: the working folder has been deleted"
     ):
         net.fit(X, Y, checkpoint="run")
+
+
+# --- a real notebook -----------------------------------------------------------------------------------------
+
+
+def test_notebook_shows_the_bar_and_the_tables_without_a_warning(tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "numpy")
+    cells = [
+        "import numpy as np, implicit_rnn as irnn\n"
+        "net = irnn.Network(1, [2], outputs=1, seed=0)\n"
+        "X = np.linspace(-1, 1, 9)[:, None]\n"
+        "run = net.fit(X, X, epochs=3)",
+        "net",
+        "run",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    resources = {"metadata": {"path": tmp_path}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    bar, *tables = [cell.outputs for cell in notebook.cells]
+    shown = str(bar)
+    assert "3/3" in shown
+    assert "Warning" not in shown
+    for (table,), title in zip(tables, ("Network", "Run"), strict=True):
+        assert f"<caption>{title}</caption>" in table["data"]["text/html"]
+        assert table["data"]["text/plain"].startswith(f"{title}(")
