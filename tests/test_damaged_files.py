@@ -175,3 +175,22 @@ def test_missing_folder_is_named_as_it_was_written(tmp_path: Path, monkeypatch):
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path):
     with pytest.raises(IsADirectoryError, match="is a folder; expected the name of a file"):
         net().save(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
+def test_device_is_written_and_never_replaced_by_a_file():
+    with pytest.raises(OSError, match="No space left on device"):
+        net().save("/dev/full")
+    net().save(os.devnull)
+    assert Path("/dev/full").is_char_device()
+    assert Path(os.devnull).is_char_device()
+
+
+def test_file_that_cannot_be_written_is_named_as_it_was_written(tmp_path: Path, monkeypatch):
+    def refuse(prefix, suffix, dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x{suffix}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("implicit_rnn.files.tempfile.mkstemp", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: 'net\.safetensors'"):
+        net().save("net.safetensors")

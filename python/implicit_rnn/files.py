@@ -18,7 +18,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
 
     Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Of a symbolic link the target is
-    written. Raises ``OSError``.
+    written; a device or a pipe is written as it is. Raises ``OSError``.
     """
     _check_working_folder(path)
     if not path.parent.is_dir():
@@ -26,8 +26,14 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise FileNotFoundError(errno.ENOENT, reason)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    except OSError as error:  # which names the temporary file
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
