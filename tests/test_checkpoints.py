@@ -315,6 +315,17 @@ def test_ctrl_c_in_a_callback_writes_the_last_epoch_before_it_raises(engine, pat
     np.testing.assert_array_equal(resumed.parameters, whole.parameters)
 
 
+@pytest.mark.parametrize("error", [Killed, SystemExit, MemoryError])
+def test_error_in_a_callback_writes_the_last_epoch_before_it_is_raised(error, path, X, Y):
+    def fail(progress: irnn.Progress) -> None:
+        if progress.epoch == 5:
+            raise error
+
+    with pytest.raises(error):
+        make_net("numpy").fit(X, Y, epochs=9, checkpoint=path, callbacks=fail)
+    assert epoch_of(path) == 4
+
+
 def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_bit_by_bit(engine, path, X, Y):
     timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
 

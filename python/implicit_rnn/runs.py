@@ -166,7 +166,9 @@ def _in_workers(
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise RunError("the working folder has been deleted, which worker processes need; jobs=1 does without") from error
+        raise RunError(
+            "the working folder has been deleted, which worker processes need; jobs=1 does without"
+        ) from error
     backend, _ = get_active_backend()
     client = getattr(backend, "client", None)
     results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)

@@ -25,7 +25,8 @@ TEXTS = ("run", "epoch", "seconds", "random")
 
 @dataclass(frozen=True)
 class Checkpoint(Option):
-    """Where and when to write checkpoints: at the start, every so many epochs or minutes, at the end, and at Ctrl-C.
+    """Where and when to write checkpoints: at the start, every so many epochs or minutes, at the end, and at Ctrl-C
+    or another exception.
 
     The file is replaced as a whole: it always holds a complete checkpoint, the last.
 

@@ -101,7 +101,7 @@ def fit_many(
         ``StopTraining`` that of all nets.
     checkpoint
         A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, at the end, and
-        at Ctrl-C.
+        before Ctrl-C or another exception leaves the call.
     resume
         The path of such a file, or what an earlier call returned (a ``Run``, of several nets their list): the run goes on
         from there and ends, bit by bit, as if it had never stopped. Data, nets, engine and all settings that decide the

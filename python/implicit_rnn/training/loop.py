@@ -125,7 +125,9 @@ class Training:
         writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
         try:
             self._train_to_the_end(watch, writer)
-        except KeyboardInterrupt:
+        except OSError:
+            raise
+        except BaseException:  # Ctrl-C, a callback's error, a signal's handler that exits
             if writer is not None:
                 writer.save()
             raise
