@@ -282,13 +282,15 @@ def test_going_on_with_other_data_is_refused(X, Y):
         net.fit(X, Y, epochs=4, resume=run)
 
 
-def test_runs_of_several_calls_are_no_run_of_several_nets(X, Y):
+def test_runs_other_than_all_of_one_call_are_refused(X, Y):
     nets = [make_net("numpy", seed=seed) for seed in range(2)]
-    runs = [net.fit(X, Y, epochs=2 + k) for k, net in enumerate(nets)]
+    runs, others = (irnn.fit_many(nets, X, Y, epochs=epochs) for epochs in (2, 3))
     with pytest.raises(Failure, match="resume has runs of several calls"):
-        irnn.fit_many(nets, X, Y, epochs=4, resume=runs)
-    with pytest.raises(Failure, match="nets is 1 there and 2 here"):
-        irnn.fit_many(nets, X, Y, epochs=4, resume=runs[0])
+        irnn.fit_many(nets, X, Y, epochs=4, resume=[runs[0], others[1]])
+    with pytest.raises(Failure, match="resume has 1 runs of a call that has returned 2; expected all"):
+        nets[0].fit(X, Y, epochs=4, resume=runs[0])
+    with pytest.raises(Failure, match="nets is 2 there and 3 here"):
+        irnn.fit_many([*nets, make_net("numpy")], X, Y, epochs=4, resume=runs)
 
 
 @pytest.mark.parametrize("resume", [5, [], ["run"], {"epoch": 3}], ids=str)
