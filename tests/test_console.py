@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -150,6 +151,24 @@ def test_result_is_kept_where_streams_are_closed_or_full(line, status, tmp_path)
     assert (tmp_path / "out" / "xor.json").stat().st_size > 0
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_results_are_written_without_the_metadata_of_the_package(run_python: RunPython, tmp_path):
+    code = f"""
+        from importlib import metadata
+
+        def without(name, known=metadata.distribution):
+            if "implicit" in name:
+                raise metadata.PackageNotFoundError(name)
+            return known(name)
+
+        metadata.distribution = without
+        from implicit_rnn import cli
+        raise SystemExit(cli.main({[*XOR, "out"]}))
+    """
+    done = run_python(code)
+    assert done.returncode == 0, str(done)
+    assert json.loads((tmp_path / "out" / "xor.json").read_text())["versions"]["implicit-rnn"] == "unknown"
 
 
 # --- folders for results -------------------------------------------------------------------------------------

@@ -49,7 +49,11 @@ class Environment:
             raise EngineError(
                 f"the Julia project {self.project} ({self.source}) lacks {', '.join(missing)}; {again if self.ours else remedy}"
             )
-        installed, needed = metadata.version("juliacall"), versions["PythonCall"]
+        needed = versions["PythonCall"]
+        try:
+            installed: str | None = metadata.version("juliacall")
+        except metadata.PackageNotFoundError:  # frozen, or in a zip file
+            installed = needed
         if needed and installed != needed:
             remedy = f"pip install juliacall=={needed}"
             raise EngineError(

@@ -73,7 +73,9 @@ class Snapshot:
         """The whole from the parts of its nets; ``CheckpointError`` for parts of several runs, or some of one."""
         first = parts[0]
         if len(parts) != first.run["nets"]:
-            raise CheckpointError(f"resume has {len(parts)} runs of a call that has returned {first.run['nets']}; expected all")
+            raise CheckpointError(
+                f"resume has {len(parts)} runs of a call that has returned {first.run['nets']}; expected all"
+            )
         if any((part.run, part.epoch, part.random) != (first.run, first.epoch, first.random) for part in parts):
             raise CheckpointError(
                 "resume has runs of several calls; expected the list that one call of fit_many returned"
