@@ -43,6 +43,8 @@ class Run:
         How long the training took.
     engine
         The name of the engine.
+    snapshot
+        The state at the end, optimiser and order of the minibatches included, from which ``fit(resume=run)`` goes on.
 
     Examples
     --------
@@ -51,6 +53,9 @@ class Run:
     >>> run = net.fit(X, X**2, epochs=30, validation=(X, X**2), validation_every=10, progress=False)
     >>> run.loss.shape, run.validation_epochs, run.stopped
     ((30,), array([10, 20, 30]), None)
+    >>> run = net.fit(X, X**2, epochs=40, validation=(X, X**2), validation_every=10, resume=run, progress=False)  # 10 more
+    >>> run.loss.shape
+    (40,)
     """
 
     loss: Array
@@ -64,7 +69,6 @@ class Run:
     seconds: float
     engine: str
     snapshot: Snapshot | None = field(default=None, compare=False)
-    """The state at the end, optimiser and random numbers included, from which ``fit(resume=run)`` goes on."""
 
     def __repr__(self) -> str:
         facts = self._facts()
