@@ -62,7 +62,7 @@ for _ in range(8):  # Gauss and Newton's method in one unknown
     residual = 1 - found * np.cos(E) - distances
     slope = -np.cos(E) + found * np.sin(E) * change
     found = float(np.clip(found - (slope * residual).sum() / (slope**2).sum(), 0, 0.95))
-print(f"eccentricity {found:.4f} ± {NOISE / np.sqrt((slope**2).sum()):.4f}, true {TRUE}")
+print(f"eccentricity {found:.4f} +/- {NOISE / np.sqrt((slope**2).sum()):.4f}, true {TRUE}")
 
 figure, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
 ax.plot(phases, distances, ".", color="black", markersize=4, label="measured")

@@ -49,7 +49,7 @@ for name, net in nets.items():
     errors = np.sqrt(((found - test.parameters) ** 2).mean(axis=0))
     print(
         f"{name:<12} {net.parameters.size} parameters, {run.seconds:.1f} s: "
-        f"length ± {errors[0]:.3f} m, damping ± {errors[1]:.3f} 1/s"
+        f"length +/- {errors[0]:.3f} m, damping +/- {errors[1]:.3f} 1/s"
     )
 
 shown = 3

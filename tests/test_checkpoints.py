@@ -7,10 +7,12 @@ import errno
 import itertools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -192,6 +194,158 @@ def test_number_of_threads_does_not_change_a_run_resumed_or_not(tmp_path):
     assert outcome(1) == outcome(2, "resumed")
 
 
+# --- runs in memory ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_fits_of_one_epoch_each_are_one_fit(engine, name, X, Y):
+    epochs = 150 if name == "adamw" else 12
+    settings = {"batch_size": 5, "validation": (X[:4], Y[:4]), "validation_every": 2, "seed": 3} | RUNS[name]
+    if name in ("nesterov", "adam"):
+        settings["schedule"] = irnn.WarmUp(3)  # those of RUNS depend on the last epoch
+    whole, net, run = make_net(engine), make_net(engine), None
+    expected = whole.fit(X, Y, epochs=epochs, **settings)
+    for epoch in range(1, epochs + 1):
+        run = net.fit(X, Y, epochs=epoch, resume=run, **settings)
+    np.testing.assert_array_equal(net.parameters, whole.parameters)
+    assert_equal_runs(run, expected)
+
+
+def test_run_that_was_pickled_is_gone_on_from_with_any_net_of_its_kind(engine, X, Y):
+    settings = {"batch_size": 5, "optimizer": irnn.Nesterov(0.05), "restore_best": True, "validation": (X[:4], -Y[:4])}
+    whole, part, other = make_net(engine), make_net(engine), make_net(engine, seed=99)
+    expected = whole.fit(X, Y, epochs=20, **settings)
+    run = pickle.loads(pickle.dumps(part.fit(X, Y, epochs=8, **settings)))
+    assert_equal_runs(other.fit(X, Y, epochs=20, resume=run, **settings), expected)
+    np.testing.assert_array_equal(other.parameters, whole.parameters)
+
+
+def test_run_is_not_changed_by_what_goes_on_from_it(net, X, Y):
+    run = net.fit(X, Y, epochs=3, batch_size=5)
+    before = pickle.dumps(run)
+    once = net.fit(X, Y, epochs=9, batch_size=5, resume=run)
+    again = net.fit(X, Y, epochs=9, batch_size=5, resume=run)
+    assert pickle.dumps(run) == before
+    assert_equal_runs(once, again)
+
+
+def test_many_nets_go_on_from_their_runs(engine, X, Y):
+    def nets():
+        return [make_net(engine, seed=seed) for seed in range(3)]
+
+    settings = {"optimizer": irnn.Adam(0.2), "validation": (X[:4], -Y[:4]), "batch_size": 5}
+    settings["early_stopping"] = irnn.EarlyStopping(4, min_delta=1e-3)
+    whole, parts = nets(), nets()
+    expected = irnn.fit_many(whole, X, Y, epochs=30, **settings)
+    ends = sorted(len(run.loss) for run in expected)
+    assert ends[0] < ends[-1]
+    begun = irnn.fit_many(parts, X, Y, epochs=ends[0] + 1, **settings)
+    begun = [pickle.loads(pickle.dumps(run)) for run in begun]
+    runs = irnn.fit_many(parts, X, Y, epochs=30, resume=begun, **settings)
+    for net, other, run, other_run in zip(whole, parts, runs, expected, strict=True):
+        np.testing.assert_array_equal(net.parameters, other.parameters)
+        assert_equal_runs(run, other_run)
+
+
+def test_run_with_all_its_epochs_is_refused_rather_than_returned(X, Y):
+    net = make_net("numpy")
+    run = net.fit(X, Y, epochs=5)
+    before = net.parameters.copy()
+    with pytest.raises(Failure, match="resume is at epoch 5 already, and epochs=5 counts from the start of its run"):
+        net.fit(X, Y, epochs=5, resume=run)
+    np.testing.assert_array_equal(net.parameters, before)
+
+
+@pytest.mark.parametrize(
+    ("net", "change", "message"),
+    [
+        ({"neurons": 4}, {}, r"resume is of another run: layers\[0\]\.neurons is 5 there and 4 here$"),
+        ({"dtype": "float32"}, {}, "dtype is 'float64' there and 'float32' here"),
+        ({}, {"batch_size": 4}, "resume is of another run: batch_size is 5 there and 4 here$"),
+        ({}, {"optimizer": irnn.Adam(0.02)}, r"optimizer\.learning_rate is 0\.01 there and 0\.02 here$"),
+        ({}, {"sample_weights": np.arange(1, 13)}, "resume is of another run: sample_weights is given here only$"),
+        ({}, {"schedule": "cosine"}, "schedule is Constant there and Cosine here"),
+    ],
+    ids=str,
+)
+def test_going_on_from_the_run_of_another_net_or_other_settings_is_refused(net, change, message, X, Y):
+    run = make_net("numpy").fit(X, Y, epochs=2, batch_size=5)
+    with pytest.raises(Failure, match=message):
+        make_net("numpy", **net).fit(X, Y, **({"epochs": 4, "batch_size": 5, "resume": run} | change))
+
+
+def test_going_on_with_other_data_is_refused(X, Y):
+    net = make_net("numpy")
+    run = net.fit(X, Y, epochs=2)
+    X[3, 1] += 1e-12
+    with pytest.raises(Failure, match=r"resume is of another run: X has other values$"):
+        net.fit(X, Y, epochs=4, resume=run)
+
+
+def test_runs_other_than_all_of_one_call_are_refused(X, Y):
+    nets = [make_net("numpy", seed=seed) for seed in range(2)]
+    runs, others = (irnn.fit_many(nets, X, Y, epochs=epochs) for epochs in (2, 3))
+    with pytest.raises(Failure, match="resume has runs of several calls"):
+        irnn.fit_many(nets, X, Y, epochs=4, resume=[runs[0], others[1]])
+    with pytest.raises(Failure, match="resume has 1 runs of a call that has returned 2; expected all"):
+        nets[0].fit(X, Y, epochs=4, resume=runs[0])
+    with pytest.raises(Failure, match="nets is 2 there and 3 here"):
+        irnn.fit_many([*nets, make_net("numpy")], X, Y, epochs=4, resume=runs)
+
+
+@pytest.mark.parametrize("resume", [5, [], ["run"], {"epoch": 3}], ids=str)
+def test_what_is_neither_a_path_nor_a_run_is_refused(resume, X, Y):
+    with pytest.raises(TypeError, match="resume must be the path of a checkpoint, a Run"):
+        make_net("numpy").fit(X, Y, resume=resume)
+
+
+# --- Ctrl-C --------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_in_a_callback_writes_the_last_epoch_before_it_raises(engine, path, X, Y):
+    def interrupt(progress: irnn.Progress) -> None:
+        if progress.epoch == 7:
+            signal.raise_signal(signal.SIGINT)
+
+    settings = {"epochs": 20, "batch_size": 5, "optimizer": irnn.Adam(0.03), "schedule": "cosine"}
+    whole, resumed = make_net(engine), make_net(engine)
+    expected = whole.fit(X, Y, **settings)
+    with pytest.raises(KeyboardInterrupt):
+        resumed.fit(X, Y, checkpoint=path, callbacks=interrupt, **settings)
+    assert epoch_of(path) == 6
+    assert_equal_runs(resumed.fit(X, Y, resume=path, **settings), expected)
+    np.testing.assert_array_equal(resumed.parameters, whole.parameters)
+
+
+@pytest.mark.parametrize("error", [Killed, SystemExit, MemoryError])
+def test_error_in_a_callback_writes_the_last_epoch_before_it_is_raised(error, path, X, Y):
+    def fail(progress: irnn.Progress) -> None:
+        if progress.epoch == 5:
+            raise error
+
+    with pytest.raises(error):
+        make_net("numpy").fit(X, Y, epochs=9, checkpoint=path, callbacks=fail)
+    assert epoch_of(path) == 4
+
+
+def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_bit_by_bit(engine, path, X, Y):
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+
+    def start(progress: irnn.Progress) -> None:
+        if progress.epoch == 3:
+            timer.start()
+
+    settings = {"batch_size": 5, "optimizer": irnn.Adam(0.03), "validation": (X[:4], Y[:4])}
+    with pytest.raises(KeyboardInterrupt):
+        make_net(engine).fit(X, Y, epochs=10**6, checkpoint=path, callbacks=start, callback_every=3, **settings)
+    epochs = epoch_of(path) + 5
+    assert epochs > 7
+    whole, resumed = make_net(engine), make_net(engine)
+    expected = whole.fit(X, Y, epochs=epochs, **settings)
+    assert_equal_runs(resumed.fit(X, Y, epochs=epochs, resume=path, **settings), expected)
+    np.testing.assert_array_equal(resumed.parameters, whole.parameters)
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
 
 
@@ -204,18 +358,22 @@ def checkpoint(path, X, Y) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"optimizer": irnn.Adam(0.02)}, r"optimizer is Adam\(learning_rate=0.01.* there and Adam\(learning_rate=0.02"),
+        ({"optimizer": irnn.Adam(0.02)}, r"of another run: optimizer\.learning_rate is 0\.01 there and 0\.02 here$"),
+        ({"optimizer": irnn.Adam(beta2=0.99)}, r"of another run: optimizer\.beta2 is 0\.999 there and 0\.99 here$"),
         ({"batch_size": 4}, "batch_size is 5 there and 4 here"),
-        ({"loss": "mae"}, r"loss is MSE\(\) there and MAE\(\) here"),
-        ({"schedule": irnn.Cosine(0.1)}, "schedule is Cosine"),
+        ({"loss": "mae"}, "loss is MSE there and MAE here"),
+        ({"schedule": irnn.Cosine(0.1)}, r"schedule\.final is 0\.0 there and 0\.1 here"),
         ({"clip": 1.0}, "clip is None there and 1.0 here"),
         ({"seed": 1}, "seed is 0 there and 1 here"),
-        ({"solver": "newton"}, "solver is Auto"),
+        ({"solver": "newton"}, "solver is Auto there and Newton here"),
         ({"restore_best": True}, "restore_best is False there and True here"),
-        ({"early_stopping": irnn.EarlyStopping(3)}, "early_stopping is None there"),
-        ({"validation": None}, "shape of the validation data"),
+        ({"early_stopping": irnn.EarlyStopping(3)}, "early_stopping is None there and EarlyStopping here"),
+        ({"validation": None}, r"validation\[0\] is given there only; validation\[1\] is given there only$"),
         ({"epochs": 8}, "epochs is 4 there and 8 here, and the learning rates of Cosine"),
-        ({"optimizer": "sgd", "batch_size": 3}, "optimizer is Adam.*; batch_size is 5 there and 3 here"),
+        (
+            {"optimizer": "sgd", "batch_size": 3},
+            "optimizer is Adam there and SGD here; batch_size is 5 there and 3 here",
+        ),
     ],
     ids=str,
 )
@@ -230,19 +388,23 @@ def test_resuming_with_other_settings_is_refused_and_says_which(checkpoint, chan
 
 def test_resuming_with_other_data_is_refused(checkpoint, X, Y):
     settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
-    with pytest.raises(Failure, match="shape of the training data"):
+    with pytest.raises(
+        Failure,
+        match=r"X has the shape \(12, 3\) there and \(11, 3\) here; Y has the shape \(12, 2\) there and \(11, 2\) here$",
+    ):
         make_net("numpy").fit(X[:11], Y[:11], **settings)
-    with pytest.raises(Failure, match="fingerprint of the training data"):
+    with pytest.raises(Failure, match=r"of another run: X has other values$"):
         make_net("numpy").fit(X + 1e-15, Y, **settings)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"neurons": 4}, "topology is"),
-        ({"activation": "relu"}, "topology is"),
-        ({"constraint": irnn.Free()}, "topology is"),
-        ({"dtype": "float32"}, "dtype is float64 there and float32 here"),
+        ({"neurons": 4}, r"of another run: layers\[0\]\.neurons is 5 there and 4 here$"),
+        ({"activation": "relu"}, r"of another run: layers\[0\]\.activation is 'tanh' there and 'relu' here$"),
+        ({"constraint": irnn.Free()}, "of another run: constraint is Perron there and Free here$"),
+        ({"constraint": irnn.Perron(0.9)}, r"of another run: constraint\.kappa is 0\.95 there and 0\.9 here$"),
+        ({"dtype": "float32"}, "dtype is 'float64' there and 'float32' here"),
     ],
     ids=str,
 )
@@ -261,13 +423,13 @@ def test_resuming_other_numbers_of_nets_is_refused(checkpoint, X, Y):
 @pytest.mark.julia
 def test_resuming_on_another_engine_is_refused(checkpoint, X, Y):
     settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
-    with pytest.raises(Failure, match="engine is numpy there and julia here"):
+    with pytest.raises(Failure, match="engine is 'numpy' there and 'julia' here"):
         make_net("julia").fit(X, Y, **settings)
 
 
 def test_resuming_beyond_the_epochs_asked_for_is_refused(path, X, Y):
     make_net("numpy").fit(X, Y, epochs=6, checkpoint=path)
-    with pytest.raises(Failure, match="is at epoch 6 already, beyond epochs=5"):
+    with pytest.raises(Failure, match="is at epoch 6 already, and epochs=5 counts from the start of its run"):
         make_net("numpy").fit(X, Y, epochs=5, resume=path)
 
 

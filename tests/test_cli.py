@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -124,9 +128,10 @@ def test_xor_tells_the_engine_and_the_number_of_seeds_on_stderr(xor):
     assert "numpy engine, 2 seeds per entry" in xor[0].stderr
 
 
-def test_xor_without_json_prints_a_table(run_cli: RunPython):
+def test_xor_without_json_prints_a_table_and_what_its_words_mean(run_cli: RunPython):
     done = run_cli("xor", "--neurons", "1", "--constraint", "none", "--seeds", "1", "--engine", "numpy")
-    assert [line.split()[0] for line in done.stdout.splitlines()] == ["recurrence", "none"], str(done)
+    table, _ = done.stdout.split("\n\n")
+    assert [line.split()[0] for line in table.splitlines()] == ["recurrence", "none"], str(done)
 
 
 def test_xor_into_a_folder_that_cannot_be_made_exits_with_1_and_the_reason(run_cli: RunPython, tmp_path):
@@ -254,10 +259,35 @@ def test_setup_that_fails_remembers_nothing(no_prepared_julia, fake_julia):
     assert environments.prepared_environment() is None
 
 
-def test_setup_without_network_exits_with_1_and_a_remedy(run_cli: RunPython, fresh_machine):
+@pytest.fixture
+def proxy_that_talks_nonsense() -> Iterator[str]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    connection.recv(4096)
+                    connection.sendall(b"please log in to the hotel's network\r\n\r\n")
+                    connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_setup_behind_a_proxy_that_talks_nonsense_prints_one_line(run_cli, fresh_machine, proxy_that_talks_nonsense):
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), proxy_that_talks_nonsense)
+    done = run_cli("setup", env=fresh_machine | proxies | {"JULIA_PKG_SERVER": "http://pkg.julialang.org"})
+    assert done.returncode == 1, str(done)
+    assert len(done.stderr.splitlines()) == 1, str(done)
+
+
+def test_setup_without_network_exits_with_1_and_one_line_with_a_remedy(run_cli: RunPython, fresh_machine):
     done = run_cli("setup", env=fresh_machine, timeout=60)
     assert done.returncode == 1, str(done)
-    assert "implicit-rnn setup --julia EXE --project DIR" in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("implicit-rnn setup --julia EXE --project DIR")
     assert done.seconds < 30
 
 

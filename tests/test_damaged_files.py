@@ -1,4 +1,4 @@
-"""Damaged model files are told as such, whatever the damage; files that are written appear whole under any name."""
+"""Damage to model files and checkpoints is told as such; files that are written appear whole, under any name."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import implicit_rnn as irnn
-from implicit_rnn.errors import ModelFileError
+from implicit_rnn.errors import CheckpointError, ModelFileError
 
 MUTATIONS = 5000
+
+# --- models --------------------------------------------------------------------------------------------------
 
 
 def net() -> irnn.Network:
@@ -75,6 +79,68 @@ def test_damaged_model_files_raise_nothing_but_model_file_errors(tmp_path: Path)
     assert all(str(path) in message for message in refused)
 
 
+# --- checkpoints ---------------------------------------------------------------------------------------------
+
+DATA = np.linspace(-1, 1, 6).reshape(3, 2), np.linspace(0, 1, 3).reshape(3, 1)
+
+
+def train(**settings) -> tuple[irnn.Network, irnn.Run]:
+    some = net()
+    return some, some.fit(*DATA, epochs=2, batch_size=2, validation=DATA, **settings)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    train(checkpoint=tmp_path / "run.safetensors")
+    return tmp_path / "run.safetensors"
+
+
+def test_damaged_checkpoints_raise_nothing_but_checkpoint_errors_and_none_is_taken_for_whole(checkpoint: Path):
+    rng = np.random.default_rng(16)
+    whole = checkpoint.read_bytes()
+    expected, _ = train(resume=checkpoint)
+    refused: list[str] = []
+    for _ in range(MUTATIONS):
+        checkpoint.write_bytes(mutated(whole, rng))
+        try:
+            some, _ = train(resume=checkpoint)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:  # the mutation has changed nothing, such as a type to itself
+            np.testing.assert_array_equal(some.parameters, expected.parameters)
+    assert len(refused) > 0.95 * MUTATIONS
+    assert all(str(checkpoint) in message for message in refused)
+
+
+def test_checkpoint_without_a_field_is_told_what_it_lacks(checkpoint: Path):
+    header, body = header_and_body(checkpoint.read_bytes())
+    del header["__metadata__"]["random"]
+    checkpoint.write_bytes(file_of(header, body))
+    with pytest.raises(CheckpointError, match=r"run\.safetensors is damaged: it lacks random"):
+        train(resume=checkpoint)
+
+
+def test_parameters_of_a_checkpoint_that_are_not_finite_are_said(checkpoint: Path):
+    arrays = load_file(checkpoint)
+    arrays["parameters"][0, 3] = np.nan
+    with safe_open(checkpoint, "numpy") as file:
+        save_file(arrays, checkpoint, file.metadata())
+    with pytest.raises(CheckpointError, match=r"is damaged.*not finite \(parameters\)"):
+        train(resume=checkpoint)
+
+
+def test_checkpoint_of_a_net_whose_parameters_never_were_finite_is_read_with_a_warning(tmp_path: Path):
+    some = net()
+    some.parameters[0] = np.nan
+    settings = {"epochs": 2, "checkpoint": tmp_path / "run.safetensors", "on_failure": "ignore"}
+    some.fit(*DATA, **settings)
+    with pytest.warns(UserWarning, match="has parameters that are not finite"):
+        some.fit(*DATA, resume=tmp_path / "run.safetensors", **settings)
+
+
+# --- weights, links and names --------------------------------------------------------------------------------
+
+
 def test_weights_that_are_not_finite_are_said(tmp_path: Path):
     some = net()
     some.weights["b"][...] = np.nan
@@ -109,3 +175,22 @@ def test_missing_folder_is_named_as_it_was_written(tmp_path: Path, monkeypatch):
 def test_folder_in_place_of_a_file_is_refused(tmp_path: Path):
     with pytest.raises(IsADirectoryError, match="is a folder; expected the name of a file"):
         net().save(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
+def test_device_is_written_and_never_replaced_by_a_file():
+    with pytest.raises(OSError, match="No space left on device"):
+        net().save("/dev/full")
+    net().save(os.devnull)
+    assert Path("/dev/full").is_char_device()
+    assert Path(os.devnull).is_char_device()
+
+
+def test_file_that_cannot_be_written_is_named_as_it_was_written(tmp_path: Path, monkeypatch):
+    def refuse(prefix, suffix, dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x{suffix}")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("implicit_rnn.files.tempfile.mkstemp", refuse)
+    with pytest.raises(PermissionError, match=r"Permission denied: 'net\.safetensors'"):
+        net().save("net.safetensors")

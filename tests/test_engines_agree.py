@@ -185,4 +185,4 @@ def test_many_nets_trained_side_by_side_agree(X, Y):
 def test_a_state_of_the_wrong_length_is_refused(optimizer, X):
     trainer = make_net("julia").program().trainer(optimizer, 1, len(X), np.inf, irnn.Guard())
     with pytest.raises((irnn.EngineError, ValueError), match="numbers"):
-        trainer.restore(np.zeros(len(trainer.state()) + 1))
+        trainer.restore(np.zeros((1, trainer.state().shape[1] + 1)))

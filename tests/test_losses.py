@@ -322,7 +322,7 @@ def test_run_with_a_loss_of_ones_own_goes_on_from_its_checkpoint(engine, tmp_pat
     parts.fit(X, Y, epochs=3, checkpoint=path, **settings)
     parts.fit(X, Y, epochs=6, resume=path, **settings)
     np.testing.assert_array_equal(parts.parameters, whole.parameters)
-    with pytest.raises(irnn.CheckpointError, match=r"loss is CustomLoss\(test_losses.squared\) there and MSE\(\) here"):
+    with pytest.raises(irnn.CheckpointError, match="loss is CustomLoss there and MSE here"):
         parts.fit(X, Y, epochs=6, resume=path, batch_size=5)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -317,6 +318,29 @@ def test_copy_predicts_the_same_and_is_independent(net, X, duplicate):
 def test_repr_tells_the_structure():
     text = "Network(3 inputs, [5 tanh lateral], 2 outputs, Perron(kappa=0.95), 62 parameters, float64)"
     assert repr(make_net("numpy")) == text
+
+
+def test_repr_tells_of_feedback_skips_and_chosen_neurons():
+    layers = [4, irnn.Layer(3, "relu", lateral=False), 2]
+    net = irnn.Network(2, layers, feedback=[(2, 0)], skips=[(0, 2)], input_skips=[2], outputs=[0, 3], constraint="free")
+    assert repr(net) == (
+        "Network(2 inputs, [4 tanh lateral, 3 relu, 2 tanh lateral], feedback 2->0, skips 0->2, input skips ->2, "
+        "2 outputs (neurons 0, 3), Free(), 75 parameters, float64)"
+    )
+
+
+def test_repr_of_a_deep_network_stays_one_short_line():
+    text = repr(irnn.Network(3, [5] * 20, feedback=True, outputs=2))
+    assert "feedback 1->0, 2->0, 2->1, 3->0, 3->1, 3->2, 4->0, 4->1, and 182 more" in text
+    assert "\n" not in text
+    assert len(text) < 400
+
+
+def test_notebook_shows_a_network_as_a_table():
+    html = irnn.Network(2, [4, 3], feedback=True, outputs=1)._repr_html_()
+    assert html.startswith("<table><caption>Network</caption>")
+    assert "1-&gt;0" in html
+    ElementTree.fromstring(html)  # well-formed
 
 
 def test_summary_lists_every_block_and_the_total():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -350,3 +352,27 @@ def test_ctrl_c_ends_training_soon_and_leaves_finite_trained_parameters(engine, 
     done = run_python(INTERRUPTED.format(engine=engine, nets=nets), ENVIRONMENT)
     assert done.stdout.split("\n")[:4] == ["interrupted True", "finite True", "trained True", "usable True"], str(done)
     assert done.returncode == 0, str(done)
+
+
+# --- what a person sees --------------------------------------------------------------------------------------
+
+
+def test_repr_of_a_run_is_one_line_with_its_losses_and_its_end(X, Y):
+    run = make_net("numpy").fit(X, Y, epochs=4, validation=(X, Y))
+    text = repr(run)
+    assert text.startswith(
+        f"Run(4 epochs, loss {run.loss[-1]:.4g}, validation loss {run.validation_loss[-1]:.4g}, lowest "
+    )
+    assert text.endswith("engine numpy)")
+    assert "\n" not in text
+
+
+def test_repr_of_a_run_that_ended_early_says_why(X, Y):
+    run = make_net("numpy").fit(X, Y, epochs=4, callbacks=lambda progress: True)
+    assert repr(run).endswith("stopped a callback ended the training after epoch 1)")
+
+
+def test_notebook_shows_a_run_as_a_table_in_which_texts_are_escaped(X, Y):
+    run = dataclasses.replace(make_net("numpy").fit(X, Y, epochs=2), stopped="a < b & c")
+    table = ElementTree.fromstring(run._repr_html_())
+    assert [row[1].text for row in table.iter("tr")][-1] == "a < b & c"

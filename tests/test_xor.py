@@ -116,9 +116,11 @@ def test_feed_forward_nets_solve_nothing(feed_forward):
     assert [cell.solved for cell in feed_forward.cells] == [0, 0]
 
 
-def test_table_has_a_line_per_kind_of_net(feed_forward):
-    lines = xor.table(feed_forward).splitlines()
+def test_table_has_a_line_per_kind_of_net_and_explains_its_words(feed_forward):
+    table, legend = xor.table(feed_forward).split("\n\n")
+    lines = table.splitlines()
     assert len(lines) == 3
+    assert all(line.split()[0] in lines[0] for line in legend.splitlines())
     assert lines[1].split()[:5] == ["none", "1", "0", "of", "2"]
 
 

@@ -10,21 +10,38 @@ from pathlib import Path
 from typing import Any
 
 from implicit_rnn import __version__
+from implicit_rnn.console import abandon_unwritten_output, prepare_streams, progress_bar, say, warnings_in_one_line
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError, RunError
+from implicit_rnn.files import prepare_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status: 0, 1 for a failure, 2 for wrong usage, 130 for Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    prepare_streams()
     try:
-        return int(options.run(options))
+        with warnings_in_one_line():
+            options = _parser().parse_args(arguments)
+            status = int(options.run(options))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # who reads has seen enough
+        return 1
     except (EngineError, ConvergenceError, RunError, ValueError, OSError, MemoryError) as error:
-        print(f"implicit-rnn: {error}", file=sys.stderr)
+        say(_reason(error))
         return 1
     except KeyboardInterrupt:
-        print("implicit-rnn: interrupted", file=sys.stderr)
+        say("interrupted")
         return 130
+    finally:
+        abandon_unwritten_output()
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, without the number of the operating system's."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error) or type(error).__name__
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     xor.add_argument("--seeds", type=_positive, help="nets per entry (200 on the Julia engine, 10 on the NumPy engine)")
     xor.add_argument(
-        "--out", type=Path, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)"
+        "--out", type=_folder, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)"
     )
     _common(xor)
     xor.set_defaults(run=_xor)
@@ -53,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, nargs="+", metavar="K", help="lengths of the unrolled chain (5 to 1000)"
     )
     cost.add_argument(
-        "--out", type=Path, default=Path("cost"), help="folder for cost.json and cost.png (default: %(default)s)"
+        "--out", type=_folder, default=Path("cost"), help="folder for cost.json and cost.png (default: %(default)s)"
     )
     _common(cost)
     cost.set_defaults(run=_cost)
@@ -79,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     pendulum.add_argument(
         "--out",
-        type=Path,
+        type=_folder,
         default=Path("pendulum"),
         help="folder for data, figures, the best model and what an interrupted call goes on from (default: %(default)s)",
     )
@@ -111,35 +128,43 @@ def _positive(text: str) -> int:
     return value
 
 
-def _xor(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder, got an empty one")
+    return Path(text)
 
+
+def _xor(options: argparse.Namespace) -> int:
     from implicit_rnn.engines import get_engine
     from implicit_rnn.experiments import xor
 
+    prepare_folder(options.out, xor.FILES)
     engine = get_engine(options.engine)
     seeds = options.seeds or xor.DEFAULT_SEEDS[engine.name]
     fewer = " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
-    print(f"implicit-rnn: {engine.name} engine, {seeds} seeds per entry{fewer}", file=sys.stderr)
-    with tqdm(total=len(options.neurons) * len(options.constraint), unit="entry", disable=None) as bar:
+    say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
+    with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
         result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
-    files = xor.save(result, options.out)
-    print(json.dumps(result.as_dict()) if options.json else xor.table(result))
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    try:
+        files = xor.save(result, options.out)
+    finally:  # the result is not lost with a full disk
+        print(json.dumps(result.as_dict()) if options.json else xor.table(result))
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
 def _cost(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from implicit_rnn.experiments import cost
 
+    prepare_folder(options.out, cost.FILES)
     steps = options.steps or cost.STEPS
-    with tqdm(total=len(cost.settings(steps)), unit="point", disable=None) as bar:
+    with progress_bar(total=len(cost.settings(steps)), unit="point") as bar:
         result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
-    files = cost.save(result, options.out)
-    print(json.dumps(result.as_dict()) if options.json else cost.table(result))
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+    try:
+        files = cost.save(result, options.out)
+    finally:  # the result is not lost with a full disk
+        print(json.dumps(result.as_dict()) if options.json else cost.table(result))
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -149,30 +174,34 @@ def _pendulum(options: argparse.Namespace) -> int:
 
     if options.model and not options.data:
         raise ValueError("--model goes with --data")
+    if not (options.data and options.model):
+        prepare_folder(options.out)
     engine = get_engine(options.engine).name
-    print(f"implicit-rnn: {engine} engine", file=sys.stderr)
+    say(f"{engine} engine")
     if options.data:
         return _pendulum_of_ones_own(options, engine)
-    from tqdm import tqdm
-
     protocol, seeds = (pendulum.QUICK, min(options.seeds, 3)) if options.quick else (pendulum.FULL, options.seeds)
     models = options.models or list(pendulum.MODELS)
     work = {"engine": engine, "jobs": options.jobs, "folder": options.out / "runs"}
     runs = len(models) * (len(pendulum.TUNING_SEEDS) * len(pendulum.RATES) if options.tune else seeds)
-    with tqdm(total=runs, unit="run", disable=None) as bar:
+    with progress_bar(total=runs, unit="run") as bar:
         if options.tune:
             tuning = pendulum.tune(models, report=lambda name, kept: _advance(bar), **work)
         else:
             study = pendulum.run(models, range(seeds), protocol, report=lambda name, kept: _advance(bar), **work)
     if options.tune:
-        print(json.dumps(pendulum.tuning_as_dict(tuning)) if options.json else pendulum.tuning_table(tuning))
-        files = [pendulum.save_tuning(tuning, options.out)]
+        try:
+            files = [pendulum.save_tuning(tuning, options.out)]
+        finally:
+            print(json.dumps(pendulum.tuning_as_dict(tuning)) if options.json else pendulum.tuning_table(tuning))
     else:
-        print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
-        files = pendulum.save(study, options.out)
+        try:
+            files = pendulum.save(study, options.out)
+        finally:
+            print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
         kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
-        print(f"implicit-rnn: {study.seconds:.0f} s with {options.jobs} jobs{kept}", file=sys.stderr)
-    print(f"implicit-rnn: wrote {', '.join(map(str, files))}", file=sys.stderr)
+        say(f"{study.seconds:.0f} s with {options.jobs} jobs{kept}")
+    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -184,11 +213,11 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
         reader = pendulum.Reader.load(options.model, engine)
     else:
         shipped = pendulum.MODELS[pendulum.SHIPPED]
-        print(f"implicit-rnn: training a model ({shipped.title})", file=sys.stderr)
+        say(f"training a model ({shipped.title})")
         reader, _ = pendulum.train(shipped, 0, shipped.learning_rate, engine=engine)
         options.out.mkdir(parents=True, exist_ok=True)
         reader.save(options.out / pendulum.MODEL_FILE)
-        print(f"implicit-rnn: wrote {options.out / pendulum.MODEL_FILE}, for --model", file=sys.stderr)
+        say(f"wrote {options.out / pendulum.MODEL_FILE}, for --model")
     estimate = pendulum.estimate(reader, angles)
     print(json.dumps(estimate.as_dict()) if options.json else estimate)
     return 0
@@ -211,10 +240,10 @@ def _setup(options: argparse.Namespace) -> int:
 
     if options.remove:
         for path in remove():
-            print(f"implicit-rnn: deleted {path}", file=sys.stderr)
+            say(f"deleted {path}")
         return 0
     prepared = setup(options.julia, options.project)
-    print(f"implicit-rnn: ready, {prepared.exe} with the project {prepared.project}", file=sys.stderr)
+    say(f"ready, {prepared.exe} with the project {prepared.project}")
     return 0
 
 

@@ -161,7 +161,7 @@ class ModelFileError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """A file is not a checkpoint this version can read, or that of another run than the one to be resumed.
+    """What is to be resumed is no checkpoint that this version can read, a damaged one, or of another run.
 
     Examples
     --------
@@ -172,8 +172,8 @@ class CheckpointError(ValueError):
     >>> try:
     ...     net.fit([[0.1], [0.2]], [[0.3], [0.7]], epochs=4, resume=path, progress=False)
     ... except irnn.CheckpointError as error:
-    ...     print(str(error).partition(" is ")[2][:66])
-    the checkpoint of another run: fingerprint of the training data is
+    ...     print(str(error).partition(" is ")[2])
+    of another run: Y has other values
     """
 
 

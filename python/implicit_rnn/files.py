@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +18,22 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
 
     Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Of a symbolic link the target is
-    written. Raises ``OSError``.
+    written; a device or a pipe is written as it is. Raises ``OSError``.
     """
+    _check_working_folder(path)
     if not path.parent.is_dir():
         reason = f"{os.strerror(errno.ENOENT)}: {path.parent}, the folder of {path.name}; make it first"
         raise FileNotFoundError(errno.ENOENT, reason)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+    except OSError as error:  # which names the temporary file
+        raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
@@ -37,6 +45,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
+    """Make sure, before the work begins, that files of these names can be written to a folder, which is made.
+
+    Raises ``OSError`` that names the folder as it was given.
+    """
+    try:
+        _check_working_folder(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        for path in (folder / name for name in names):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"its {path.name} is a folder")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(errno.EACCES, f"its {path.name} may not be written")
+    except FileExistsError as error:
+        raise FileExistsError(error.errno, f"no results can be written to {folder}: it is no folder") from error
+    except OSError as error:
+        raise type(error)(error.errno, f"no results can be written to {folder}: {error.strerror}") from error
 
 
 def remove_leftovers(path: Path) -> None:
@@ -54,6 +82,14 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
             return tensors, file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
         raise error(f"{path} is no safetensors file, or a truncated one: {reason}") from reason
+
+
+def _check_working_folder(path: Path) -> None:
+    if not path.is_absolute():
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(errno.ENOENT, "the working folder has been deleted") from error
 
 
 def _prefix(path: Path) -> str:

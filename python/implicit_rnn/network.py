@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
 from implicit_rnn import options, serialization, training
+from implicit_rnn.console import html_table
 from implicit_rnn.engines import Engine, Of, Problem, Program, Quality, Samples, check_engine, get_engine
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
@@ -775,14 +776,43 @@ class Network:
         return "\n".join([repr(self), *lines])
 
     def __repr__(self) -> str:
-        layers = ", ".join(
-            f"{layer.neurons} {layer.activation}{' lateral' if layer.lateral else ''}" for layer in self.topology.layers
-        )
-        constraint = self.topology.constraint
-        return (
-            f"Network({self.topology.inputs} inputs, [{layers}], {self.topology.output_size} outputs, {constraint}, "
-            f"{self.topology.parameters} parameters, {self.dtype.name})"
-        )
+        facts = self._facts()
+        counts = [f"{facts.pop(name)} {name}" for name in ("inputs", "parameters")]
+        named = [f"{name} {facts.pop(name)}" for name in ("feedback", "skips", "input skips") if name in facts]
+        parts = [
+            counts[0],
+            f"[{facts['layers']}]",
+            *named,
+            facts["outputs"],
+            facts["constraint"],
+            counts[1],
+            facts["dtype"],
+        ]
+        return f"Network({', '.join(parts)})"
+
+    def _repr_html_(self) -> str:
+        return html_table("Network", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        """What a person wants to know of it, in a few words each."""
+        topology = self.topology
+        connections = {
+            "feedback": [f"{later}->{earlier}" for later, earlier in topology.feedback],
+            "skips": [f"{earlier}->{later}" for earlier, later in topology.skips],
+            "input skips": [f"->{layer}" for layer in topology.input_skips],
+        }
+        outputs = f"{topology.output_size} outputs"
+        return {
+            "inputs": str(topology.inputs),
+            "layers": _some(
+                f"{layer.neurons} {layer.activation}{' lateral' * layer.lateral}" for layer in topology.layers
+            ),
+            **{name: _some(arrows) for name, arrows in connections.items() if arrows},
+            "outputs": outputs if topology.linear_readout else f"{outputs} (neurons {_some(topology.read_neurons)})",
+            "constraint": str(topology.constraint),
+            "parameters": str(topology.parameters),
+            "dtype": self.dtype.name,
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -795,6 +825,13 @@ class Network:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set_up(state["topology"], state["dtype"], state["engine"])
         self._parameters[...] = state["parameters"]
+
+
+def _some(entries: Iterable[object], most: int = 8) -> str:
+    """The entries, or the first of many and the number of the rest."""
+    texts = [str(entry) for entry in entries]
+    rest = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return ", ".join([*texts[:most], *rest])
 
 
 def _check_report(report: GradientReport | None, samples: int) -> None:

@@ -163,6 +163,12 @@ def _in_workers(
 ) -> Iterator[tuple[str, Any, Any]]:
     from joblib.parallel import get_active_backend
 
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise RunError(
+            "the working folder has been deleted, which worker processes need; jobs=1 does without"
+        ) from error
     backend, _ = get_active_backend()
     client = getattr(backend, "client", None)
     results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)

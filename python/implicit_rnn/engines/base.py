@@ -115,7 +115,10 @@ class Trainer(Protocol):
         """
 
     def state(self) -> np.ndarray:
-        """The optimiser's state and the number of steps as one float64 vector, the same on every engine."""
+        """The optimiser's state of each net as a row (nets, numbers) of float64, the same on every engine.
+
+        Where steps count, their number is the last of each row.
+        """
 
     def restore(self, state: np.ndarray) -> None:
         """The inverse of ``state``."""

@@ -90,11 +90,12 @@ class StepTrainer:
         nets.parameters[halted] = nets.good[halted]
 
     def state(self) -> Array:
-        return np.append(self._moments.numbers(), float(self._steps))
+        numbers = self._moments.numbers()
+        return np.column_stack([numbers, np.full(len(numbers), float(self._steps))])
 
     def restore(self, state: Array) -> None:
-        self._moments.restore(state[:-1])
-        self._steps = int(state[-1])
+        self._moments.restore(state[:, :-1])
+        self._steps = int(state[0, -1])
 
 
 def _norms(P: Array) -> Array:

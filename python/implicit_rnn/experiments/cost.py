@@ -42,6 +42,7 @@ EXACT = 1e-13
 SECONDS, MOST_CALLS = 1.0, 20
 """Aimed-at length of the timing of a point, and the most calls in it; at least three are made."""
 
+FILES = ("cost.json", "cost.png")
 LABELS = {"unrolled": "BPTT", "picard": "implicit, Picard", "auto": "implicit, default"}
 
 Array = np.ndarray
@@ -256,7 +257,7 @@ def table(result: Result) -> str:
 def save(result: Result, folder: Path) -> list[Path]:
     """Write cost.json and cost.png; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "cost.json", folder / "cost.png"]
+    written = [folder / name for name in FILES]
     written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
     draw(result, written[1])
     return written

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import platform
-from importlib import metadata
 
 import numpy as np
+
+import implicit_rnn
 
 
 def versions() -> dict[str, str]:
     """The versions of what computes, and the kind of machine."""
     return {
-        "implicit-rnn": metadata.version("implicit-rnn"),
+        "implicit-rnn": implicit_rnn.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -44,7 +44,14 @@ OPTIMIZER = Adam(0.03)
 STEPS = 2000
 CLIP = 10.0
 STARTS = 64
+SOLVED_BELOW = 0.01
 SOLVER = Auto(tol=1e-8, max_iterations=500)
+LEGEND = f"""\
+recurrence   lateral connections: none, free weights, or under Perron(0.95), which guarantees one equilibrium
+solved       nets whose four outputs have the right sign and converged, with a mean squared error below {SOLVED_BELOW}
+interval     of the share of all such nets that would solve XOR (Wilson's, at 95 %)
+multistable  among the solved: nets with a second equilibrium, whose answer depends on where the iteration starts"""
+FILES = ("xor.json", "xor.png")
 DEFAULT_SEEDS = {"julia": 200, "numpy": 10}
 
 
@@ -124,7 +131,7 @@ def solves(net: Network) -> bool:
     solution = net.equilibrium(X, solver=SOLVER, on_failure="ignore")
     outputs = net.read_out(solution.state)[:, 0]
     right = np.sign(outputs) == np.sign(Y)
-    return bool(solution.converged.all() and right.all() and np.mean((outputs - Y) ** 2) < 0.01)
+    return bool(solution.converged.all() and right.all() and np.mean((outputs - Y) ** 2) < SOLVED_BELOW)
 
 
 def is_multistable(net: Network, seed: int) -> bool:
@@ -185,16 +192,16 @@ def table(result: Result) -> str:
         lines.append(
             f"{cell.recurrence:<11} {cell.neurons:>7} {solved:>11} {interval:>16} {multistable:>12} {cell.seconds:>8.1f}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "", LEGEND])
 
 
 def save(result: Result, folder: Path) -> list[Path]:
     """Write xor.json and, if a net was found that solves XOR, xor.png; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "xor.json"]
+    written = [folder / FILES[0]]
     written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
     if result.net is not None and result.run is not None:
-        written.append(folder / "xor.png")
+        written.append(folder / FILES[1])
         _figure(result.net, result.run, written[1])
     return written
 

@@ -34,14 +34,14 @@ class Moments:
     """(S, decay rates)"""
 
     def numbers(self) -> Array:
-        """The state as one float64 vector, net by net."""
-        return np.concatenate([*self.averages, self.powers], axis=1).astype(np.float64).reshape(-1)
+        """The state of each net as a row of float64."""
+        return np.concatenate([*self.averages, self.powers], axis=1).astype(np.float64)
 
     def restore(self, numbers: Array) -> None:
         """The inverse of ``numbers``."""
         arrays = [*self.averages, self.powers]
         ends = np.cumsum([array.shape[1] for array in arrays])[:-1]
-        for array, part in zip(arrays, np.split(numbers.reshape(len(self.powers), -1), ends, axis=1), strict=True):
+        for array, part in zip(arrays, np.split(numbers, ends, axis=1), strict=True):
             array[...] = part
 
 

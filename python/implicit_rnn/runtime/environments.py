@@ -15,9 +15,9 @@ from pathlib import Path
 
 import platformdirs
 
+from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install
-from implicit_rnn.runtime.install import say
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
 PACKAGE_SERVER = "https://pkg.julialang.org"
@@ -49,7 +49,11 @@ class Environment:
             raise EngineError(
                 f"the Julia project {self.project} ({self.source}) lacks {', '.join(missing)}; {again if self.ours else remedy}"
             )
-        installed, needed = metadata.version("juliacall"), versions["PythonCall"]
+        needed = versions["PythonCall"]
+        try:
+            installed: str | None = metadata.version("juliacall")
+        except metadata.PackageNotFoundError:  # frozen, or in a zip file
+            installed = needed
         if needed and installed != needed:
             remedy = f"pip install juliacall=={needed}"
             raise EngineError(
@@ -229,6 +233,7 @@ def package_server() -> str:
 def package_server_answers() -> bool:
     """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
     server = package_server()
+    import http.client
     import ssl
     import urllib.error
     import urllib.request
@@ -246,7 +251,7 @@ def package_server_answers() -> bool:
         except urllib.error.URLError as error:
             if not isinstance(error.reason, ssl.SSLError):
                 return
-        except (OSError, ValueError):
+        except (OSError, ValueError, http.client.HTTPException):
             return
         reached.set()
 

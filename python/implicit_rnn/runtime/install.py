@@ -12,9 +12,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 import platformdirs
 
+from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
 
 PHASES = (
@@ -47,7 +49,10 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
 
 def julia_of_juliapkg(env: Mapping[str, str]) -> str:
     """The Julia executable that juliapkg uses with these settings."""
-    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, check=True)
+    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
+    if done.returncode != 0 or not done.stdout.strip():
+        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+        raise EngineError(f"juliapkg does not tell which Julia it has installed: {said[0]}")
     return done.stdout.splitlines()[-1]
 
 
@@ -60,12 +65,11 @@ def _python(code: str) -> list[str]:
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
 
-    What it starts ends with it when this process is interrupted.
+    What it starts ends with it when this process is interrupted. Raises ``EngineError`` where the log cannot be written.
     """
-    log_path().parent.mkdir(parents=True, exist_ok=True)
     begin, phase = time.perf_counter(), ""
     with (
-        log_path().open("w", encoding="utf-8") as log,
+        _open_log() as log,
         subprocess.Popen(
             command,
             env=None if env is None else dict(env),
@@ -90,6 +94,14 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
         except BaseException:
             _end(process)
             raise
+
+
+def _open_log() -> TextIO:
+    try:
+        log_path().parent.mkdir(parents=True, exist_ok=True)
+        return log_path().open("w", encoding="utf-8")
+    except OSError as error:
+        raise EngineError(f"the log of the installation, {log_path()}, cannot be written: {error.strerror}") from error
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -117,9 +129,3 @@ def stdout_kept_clean() -> Iterator[None]:
     """Let what is printed meanwhile go to stderr, since stdout may be read by a program."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
-
-
-def say(message: str) -> None:
-    """A line on stderr, where there is one, about what takes its time."""
-    if sys.stderr is not None:
-        print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)

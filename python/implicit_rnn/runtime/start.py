@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install, threads
 from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, julia_string
-from implicit_rnn.runtime.install import say
 from implicit_rnn.runtime.interrupt import Interrupter
 
 EntryPoint = Callable[..., Any]

@@ -1,8 +1,8 @@
 """Training: settings, the loop over chunks of epochs, and what a run leaves behind.
 
 ``fit`` holds the call, ``settings`` what decides its result, ``loop`` the run from chunk to chunk, ``schedules`` the
-learning rates, ``lbfgs`` the optimiser that is no engine's, ``stopping`` what ends a run early, ``checkpoints`` what a run
-is resumed from, ``history`` its record.
+learning rates, ``lbfgs`` the optimiser that is no engine's, ``stopping`` what ends a run early, ``snapshot`` what a run is
+resumed from, ``checkpoints`` its file, ``history`` the record of a run.
 """
 
 from implicit_rnn.training.checkpoints import Checkpoint

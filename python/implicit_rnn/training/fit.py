@@ -12,15 +12,17 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
+from implicit_rnn.errors import CheckpointError
 from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import Adam, Guard, Optimizer, OptimizerLike
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
-from implicit_rnn.training.checkpoints import Checkpoint, restore
+from implicit_rnn.training.checkpoints import Checkpoint, read
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
 from implicit_rnn.training.schedules import Schedule, ScheduleLike
 from implicit_rnn.training.settings import Settings
+from implicit_rnn.training.snapshot import Snapshot
 from implicit_rnn.training.stopping import Callback, EarlyStopping
 from implicit_rnn.validation import as_samples, warn_of_scale
 
@@ -51,7 +53,7 @@ def fit_many(
     callbacks: Sequence[Callback] | Callback = (),
     callback_every: int = 1,
     checkpoint: Checkpoint | str | Path | None = None,
-    resume: str | Path | None = None,
+    resume: str | Path | Run | Sequence[Run] | None = None,
     seed: int = 0,
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
@@ -98,16 +100,18 @@ def fit_many(
         validation of that epoch. One that returns True ends the training of the net, one that raises
         ``StopTraining`` that of all nets.
     checkpoint
-        A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, and at the end.
+        A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, at the end, and
+        before Ctrl-C or another exception leaves the call.
     resume
-        The path of such a file: the run goes on from there and ends, bit by bit, as if it had never stopped. Data,
-        nets, engine and all settings that decide the result must be those of the checkpoint; ``epochs`` may be another
+        The path of such a file, or what an earlier call returned (a ``Run``, of several nets their list): the run goes on
+        from there and ends, bit by bit, as if it had never stopped. Data, nets, engine and all settings that decide the
+        result must be those of the earlier call; ``epochs``, which counts from the start of the run, may be another
         number where the schedule does not depend on it (``Constant``, ``Step``, and ``WarmUp`` to one of these). The
         parameters of the nets at the call do not count.
     seed
         Of the order of the minibatches, the same on every engine.
     progress
-        A progress bar on stderr; ``None`` shows it on a terminal only.
+        A progress bar on stderr; ``None`` shows it on a terminal and in a notebook.
     on_failure
         What happens when samples do not reach their equilibrium or the guard halts a net: "raise", "warn" (once for
         each) or "ignore".
@@ -121,13 +125,15 @@ def fit_many(
     ValueError, TypeError
         For bad data or options.
     CheckpointError
-        If ``resume`` names a file that is no checkpoint, or one of another run; the message says what differs.
+        If ``resume`` names a file that is no checkpoint or a damaged one, is of another run (the message says what differs),
+        or is a ``Run`` that has all its epochs.
     OSError
         If a checkpoint cannot be written; the one before and the parameters are kept.
     ConvergenceError
         With ``on_failure="raise"``.
     KeyboardInterrupt
-        At Ctrl-C, at once. A single net has the parameters of the last step then, several those of some epoch before.
+        At Ctrl-C, at once, after the ``checkpoint`` has been written: of the last epoch at whose end Python had control. A
+        single net has the parameters of the last step then, several those of some epoch before.
 
     Examples
     --------
@@ -188,8 +194,24 @@ def fit_many(
     )
     training = Training(nets, samples, held_out, settings)
     if resume is not None:
-        restore(Path(resume), training)
+        _resume(training, resume)
     return training.run(watch)
+
+
+def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> None:
+    epochs = training.settings.epochs
+    if isinstance(resume, str | Path):
+        read(Path(resume)).restore(training, str(resume), epochs)
+        return
+    runs = [resume] if isinstance(resume, Run) else resume
+    if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):
+        raise TypeError(f"resume must be the path of a checkpoint, a Run, or the Runs of several nets, got {resume!r}")
+    parts = [run.snapshot for run in runs if run.snapshot is not None]
+    if len(parts) < len(runs):
+        raise CheckpointError("resume has no state to go on from; expected a Run that fit has returned")
+    whole = Snapshot.join(parts)
+    # A script that is run again may find its checkpoint finished; who goes on from a Run means to train.
+    whole.restore(training, "resume", epochs - 1 if whole.goes_on else epochs)
 
 
 def _data(net: Network, loss: Loss, name: str, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:

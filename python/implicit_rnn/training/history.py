@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from implicit_rnn.console import html_table
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from implicit_rnn.training.snapshot import Snapshot
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Run:
     """The record of the training of one net, E epochs long.
 
@@ -39,6 +43,8 @@ class Run:
         How long the training took.
     engine
         The name of the engine.
+    snapshot
+        The state at the end, optimiser and order of the minibatches included, from which ``fit(resume=run)`` goes on.
 
     Examples
     --------
@@ -47,6 +53,9 @@ class Run:
     >>> run = net.fit(X, X**2, epochs=30, validation=(X, X**2), validation_every=10, progress=False)
     >>> run.loss.shape, run.validation_epochs, run.stopped
     ((30,), array([10, 20, 30]), None)
+    >>> run = net.fit(X, X**2, epochs=40, validation=(X, X**2), validation_every=10, resume=run, progress=False)  # 10 more
+    >>> run.loss.shape
+    (40,)
     """
 
     loss: Array
@@ -59,6 +68,31 @@ class Run:
     stopped: str | None
     seconds: float
     engine: str
+    snapshot: Snapshot | None = field(default=None, compare=False)
+
+    def __repr__(self) -> str:
+        facts = self._facts()
+        epochs = facts.pop("epochs")
+        return f"Run({epochs} epochs, {', '.join(f'{name} {text}' for name, text in facts.items())})"
+
+    def _repr_html_(self) -> str:
+        return html_table("Run", self._facts())
+
+    def _facts(self) -> dict[str, str]:
+        facts = {"epochs": str(len(self.loss))}
+        if len(self.loss):
+            facts["loss"] = f"{self.loss[-1]:.4g}"
+        if len(self.validation_loss):
+            facts["validation loss"] = f"{self.validation_loss[-1]:.4g}"
+        if self.best_epoch is not None:
+            lowest = self.validation_loss[self.validation_epochs == self.best_epoch]
+            facts["lowest"] = f"{float(lowest[0]):.4g} after epoch {self.best_epoch}"
+        if self.unconverged.any():
+            facts["unconverged"] = f"{self.unconverged.sum()} in all epochs, {self.unconverged[-1]} in the last"
+        facts |= {"seconds": f"{self.seconds:.3g}", "engine": self.engine}
+        if self.stopped is not None:
+            facts["stopped"] = self.stopped.partition(";")[0]
+        return facts
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the losses against the epoch.

@@ -57,10 +57,10 @@ class LBFGSTrainer:
                     p[...] = nets.good[s]
 
     def state(self) -> Array:
-        return np.concatenate([curvature.state() for curvature in self._curvatures])
+        return np.stack([curvature.state() for curvature in self._curvatures])
 
     def restore(self, state: Array) -> None:
-        for curvature, part in zip(self._curvatures, np.split(state, len(self._curvatures)), strict=True):
+        for curvature, part in zip(self._curvatures, state, strict=True):
             curvature.restore(part)
 
     def _iterate(self, objective: _Objective, curvature: _Curvature, p: Array, loss: float, g: Array) -> Array:

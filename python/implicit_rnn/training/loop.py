@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm import tqdm
 
+from implicit_rnn.console import progress_bar
 from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
@@ -21,9 +22,12 @@ from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
+from implicit_rnn.training.snapshot import Snapshot, describe
 from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from implicit_rnn.network import Network
 
 Array = np.ndarray
@@ -111,14 +115,35 @@ class Training:
             clip = np.inf if settings.clip is None else settings.clip
             self.trainer = program.trainer(settings.optimizer, len(nets), settings.batch_size, clip, settings.guard)
 
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """What must be equal for another run to go on from this one."""
+        return describe(self)
+
     def run(self, watch: Watch) -> list[Run]:
         """Train to the end; the nets have their parameters then."""
+        writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
+        try:
+            self._train_to_the_end(watch, writer)
+        except OSError:
+            raise
+        except BaseException:  # Ctrl-C, a callback's error, a signal's handler that exits
+            if writer is not None:
+                writer.save()
+            raise
+        state, settings = self.state, self.settings
+        end = Snapshot.of(self)
+        if settings.restore_best or (settings.early_stopping and settings.early_stopping.restore_best):
+            for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
+                if epoch:
+                    net.parameters = best
+        return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]
+
+    def _train_to_the_end(self, watch: Watch, writer: _Writer | None) -> None:
         state, settings = self.state, self.settings
         report = _Report(self, watch.on_failure)
-        hidden = None if watch.progress is None else not watch.progress
-        writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
         chunk = 1
-        with tqdm(total=settings.epochs, initial=state.epoch, disable=hidden, unit="epoch") as bar:
+        with progress_bar(watch.progress, total=settings.epochs, initial=state.epoch, unit="epoch") as bar:
             while state.epoch < settings.epochs and state.running.any():
                 begin = time.perf_counter()
                 before, running = state.epoch, state.running
@@ -133,11 +158,6 @@ class Training:
                 if writer is not None:
                     writer()
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
-        if settings.restore_best or (settings.early_stopping and settings.early_stopping.restore_best):
-            for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
-                if epoch:
-                    net.parameters = best
-        return [self._record(k) for k in range(len(self.nets))]
 
     def _until_next_stop(self, chunk: int, watch: Watch) -> int:
         intervals = [self.settings.epochs]
@@ -239,7 +259,7 @@ class Training:
         bar.set_postfix(shown, refresh=False)
         bar.update(count)
 
-    def _record(self, k: int) -> Run:
+    def _record(self, k: int, end: Snapshot) -> Run:
         state, settings = self.state, self.settings
         epochs = int(state.ended[k]) or state.epoch
         taken = [n for n, counts in enumerate(state.validation_unconverged) if counts[k] >= 0]
@@ -254,6 +274,7 @@ class Training:
             self.why_halted(k),
             state.seconds,
             self.nets[0].engine.name,
+            end,
         )
 
     def why_halted(self, k: int) -> str | None:
@@ -310,20 +331,27 @@ class _Writer:
     def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
         self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
         remove_leftovers(self.path)
+        self.latest = Snapshot.of(training)
         self._write()
 
     def __call__(self) -> None:
-        """Write one if it is time for it."""
+        """Take a snapshot at the end of an epoch, and write it if it is time for it."""
         state, checkpoint = self.training.state, self.checkpoint
-        minutes = (time.perf_counter() - self.written) / 60
+        self.latest = Snapshot.of(self.training)
+        minutes = (time.perf_counter() - self.when) / 60
         ended = state.epoch >= self.training.settings.epochs or not state.running.any()
         by_epoch = checkpoint.every_epochs is not None and state.epoch % checkpoint.every_epochs == 0
         if ended or by_epoch or (checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes):
             self._write()
 
+    def save(self) -> None:
+        """Write the latest snapshot, whatever the training has come to since, unless the file has it."""
+        if self.latest is not self.written:
+            self._write()
+
     def _write(self) -> None:
-        checkpoints.write(self.path, self.training)
-        self.written = time.perf_counter()
+        checkpoints.write(self.path, self.latest)
+        self.written, self.when = self.latest, time.perf_counter()
 
 
 def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -63,7 +63,3 @@ class Settings:
             return np.full(len(steps), np.nan)
         factors = self.schedule.factors(steps, self.steps_per_epoch, self.epochs * self.steps_per_epoch)
         return self.optimizer.learning_rate * factors
-
-    def description(self) -> dict[str, str]:
-        """Every setting by name, as text that is equal only for equal settings."""
-        return {field.name: repr(getattr(self, field.name)) for field in fields(self)}

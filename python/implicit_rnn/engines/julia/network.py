@@ -163,7 +163,7 @@ class JuliaProgram:
             "unconverged": float(guard.unconverged),
             "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
-        return JuliaTrainer(Handle(call("trainer", self._handle.number, description)))
+        return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), nets)
 
     def _gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Array]:
         """Net by net, for a trainer in Python."""
@@ -177,8 +177,9 @@ class JuliaProgram:
 class JuliaTrainer:
     """See ``engines.base.Trainer``."""
 
-    def __init__(self, handle: Handle) -> None:
+    def __init__(self, handle: Handle, nets: int) -> None:
         self._handle = handle
+        self._nets = nets
 
     def train(
         self,
@@ -196,10 +197,11 @@ class JuliaTrainer:
         call("train", self._handle.number, batch_size, arrays)
 
     def state(self) -> Array:
-        return np.array(call("state", self._handle.number))
+        numbers = np.array(call("state", self._handle.number))
+        return np.column_stack([numbers[:-1].reshape(self._nets, -1), np.full(self._nets, numbers[-1])])
 
     def restore(self, state: Array) -> None:
-        call("restore", self._handle.number, np.ascontiguousarray(state, np.float64))
+        call("restore", self._handle.number, np.append(state[:, :-1], state[0, -1]))
 
 
 def _flat(samples: Samples) -> tuple[Array, Array, Array]:

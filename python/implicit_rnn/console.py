@@ -1,0 +1,124 @@
+"""What a person sees, wherever the program runs: progress bars, tables in notebooks, and streams that take any text."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import html
+import io
+import os
+import sys
+import unicodedata
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# --- messages ------------------------------------------------------------------------------------------------
+
+
+def say(message: str) -> None:
+    """A line on stderr; where that is missing or full, it is the least that matters."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)
+
+
+# --- progress ------------------------------------------------------------------------------------------------
+
+
+def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
+    """A bar of tqdm on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
+    notebook = _in_notebook()
+    if sys.stderr is None and not notebook:
+        shown = False
+    elif shown is None and notebook:
+        shown = True
+    hidden = None if shown is None else not shown
+    return _bar_type(notebook)(disable=hidden, **settings)
+
+
+def _bar_type(notebook: bool) -> type[tqdm[Any]]:
+    if not notebook:
+        from tqdm import tqdm
+
+        return tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that ipywidgets are missing, without which the bar is one of text
+        from tqdm.auto import tqdm as auto
+
+    return auto
+
+
+def _in_notebook() -> bool:
+    """Whether a kernel of Jupyter runs this."""
+    with contextlib.suppress(KeyError, AttributeError):
+        return "IPKernelApp" in sys.modules["IPython"].get_ipython().config
+    return False
+
+
+# --- notebooks -----------------------------------------------------------------------------------------------
+
+
+def html_table(title: str, rows: Mapping[str, str]) -> str:
+    """A small table with a title, as HTML; texts are escaped."""
+    cells = "".join(
+        f'<tr><th style="text-align: left">{html.escape(name)}</th>'
+        f'<td style="text-align: left">{html.escape(text)}</td></tr>'
+        for name, text in rows.items()
+    )
+    return f"<table><caption>{html.escape(title)}</caption><tbody>{cells}</tbody></table>"
+
+
+# --- the streams of the command ------------------------------------------------------------------------------
+
+PLAIN = {"±": "+/-", "×": "x", "·": "*", "µ": "u", "–": "-", "→": "->", "≤": "<=", "≥": ">=", "⁻": "^-"}
+"""How characters are written where the encoding of a stream lacks them; others lose their accents or become ``?``."""
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take any text, and take it even where there are none (``pythonw``, ``>&-``)."""
+    codecs.register_error("implicit-rnn", _in_plain_characters)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (for the life of the process)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="implicit-rnn")
+
+
+def _in_plain_characters(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(_plain, error.object[error.start : error.end])), error.end
+
+
+def _plain(character: str) -> str:
+    if character in PLAIN:
+        return PLAIN[character]
+    raised = "^" if unicodedata.decomposition(character).startswith("<super>") else ""
+    return raised + unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
+
+
+def abandon_unwritten_output() -> None:
+    """Where a stream no longer takes anything (a full disk, a closed pipe), spare Python the attempt at its exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def warnings_in_one_line() -> Iterator[None]:
+    """Print warnings as the messages of the command, without the line of Python that led to them."""
+
+    def show(message: Warning | str, *where: object, **more: object) -> None:
+        say(f"warning: {' '.join(str(message).split())}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

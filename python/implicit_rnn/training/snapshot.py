@@ -1,0 +1,210 @@
+"""A run at the end of an epoch, taken out of the loop to be put back later: it goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from implicit_rnn.engines import Halt, Samples
+from implicit_rnn.errors import CheckpointError
+from implicit_rnn.options import Option
+
+if TYPE_CHECKING:
+    from implicit_rnn.training.loop import Training
+
+Array = np.ndarray
+
+COMMON = "validation_epochs"
+"""The one array that has no leading axis of nets."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that S nets in training are at the end of an epoch."""
+
+    run: Mapping[str, Any]
+    """What must be equal for a run to go on from here bit by bit, see ``describe``."""
+    epoch: int
+    seconds: float
+    random: Mapping[str, Any]
+    """The state of the generator of the minibatches' order."""
+    arrays: Mapping[str, Array]
+    """The rest by name, with a leading axis of nets."""
+
+    @classmethod
+    def of(cls, training: Training) -> Snapshot:
+        """The state of a run, copied."""
+        state = training.state
+        table = (len(state.validation_epochs), len(training.nets))
+        arrays = {
+            "parameters": state.nets.parameters,
+            "good": state.nets.good,
+            "halted": state.nets.halted,
+            "ended": state.ended,
+            "optimizer": training.trainer.state(),
+            "losses": state.losses[:, : state.epoch],
+            "unconverged": state.unconverged[:, : state.epoch],
+            "best": state.best,
+            "best_loss": state.best_loss,
+            "best_epoch": state.best_epoch,
+            "improved_loss": state.improved_loss,
+            "improved_epoch": state.improved_epoch,
+            COMMON: np.array(state.validation_epochs, np.int64),
+            "validation_losses": np.array(state.validation_losses, np.float64).reshape(table).T,
+            "validation_unconverged": np.array(state.validation_unconverged, np.int64).reshape(table).T,
+        }
+        copies = {name: np.array(array, order="C") for name, array in arrays.items()}
+        return cls(training.description, state.epoch, state.seconds, state.rng.bit_generator.state, copies)
+
+    def of_net(self, k: int) -> Snapshot:
+        """The part of one net."""
+        return replace(
+            self, arrays={name: a if name == COMMON else a[k : k + 1].copy() for name, a in self.arrays.items()}
+        )
+
+    @classmethod
+    def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
+        """The whole from the parts of its nets; ``CheckpointError`` for parts of several runs, or some of one."""
+        first = parts[0]
+        if len(parts) != first.run["nets"]:
+            raise CheckpointError(
+                f"resume has {len(parts)} runs of a call that has returned {first.run['nets']}; expected all"
+            )
+        if any((part.run, part.epoch, part.random) != (first.run, first.epoch, first.random) for part in parts):
+            raise CheckpointError(
+                "resume has runs of several calls; expected the list that one call of fit_many returned"
+            )
+        stacked = {
+            name: np.concatenate([part.arrays[name] for part in parts]) for name in first.arrays if name != COMMON
+        }
+        return replace(first, arrays=stacked | {COMMON: first.arrays[COMMON]})
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether any net can be trained on."""
+        return bool(np.isin(self.arrays["halted"], (Halt.RUNNING, Halt.BY_CALLBACK)).any())
+
+    def restore(self, training: Training, origin: str, last: int) -> None:
+        """Put a run into this state, in which nets go on that a callback has ended just then.
+
+        Raises ``CheckpointError``, which calls this ``origin``, for a run that differs in its data, nets or settings, and
+        for a state behind the epoch ``last``.
+        """
+        self._check(training, origin, last)
+        state, arrays = training.state, self.arrays
+        state.epoch, state.seconds = self.epoch, self.seconds
+        state.rng.bit_generator.state = self.random
+        state.losses[:, : self.epoch] = arrays["losses"]
+        state.unconverged[:, : self.epoch] = arrays["unconverged"]
+        state.nets.parameters[...] = arrays["parameters"]
+        state.nets.good[...] = arrays["good"]
+        state.nets.halted[...] = arrays["halted"]
+        for name in ("ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch"):
+            getattr(state, name)[...] = arrays[name]
+        state.validation_epochs = arrays[COMMON].tolist()
+        state.validation_losses = list(arrays["validation_losses"].T)
+        state.validation_unconverged = list(arrays["validation_unconverged"].T)
+        paused = (state.nets.halted == Halt.BY_CALLBACK) & (state.ended == state.epoch)
+        state.nets.halted[paused], state.ended[paused] = Halt.RUNNING, 0
+        training.trainer.restore(arrays["optimizer"])
+        training.publish()
+
+    def _check(self, training: Training, origin: str, last: int) -> None:
+        here, settings = training.description, training.settings
+        differ = list(_differences(self.run, here))
+        if self.run["epochs"] != here["epochs"] and settings.schedule.needs_end:
+            differ.append(
+                f"epochs is {self.run['epochs']} there and {here['epochs']} here, and the learning rates of "
+                f"{settings.schedule} depend on it (those of Constant, Step, and WarmUp to one of these do not)"
+            )
+        if differ:
+            raise CheckpointError(f"{origin} is of another run: {'; '.join(differ)}")
+        if self.epoch > last:
+            raise CheckpointError(
+                f"{origin} is at epoch {self.epoch} already, and epochs={settings.epochs} counts from the start of its run"
+            )
+
+
+# --- what must be equal --------------------------------------------------------------------------------------
+
+
+def describe(training: Training) -> dict[str, Any]:
+    """Engine, nets, settings and data of a run, as JSON knows them; equal only if a run may go on in the other."""
+    first, held_out = training.nets[0], training.held_out
+    run = {
+        "engine": first.engine.name,
+        "dtype": first.dtype.name,
+        "nets": len(training.nets),
+        **first.topology.description(),
+        "constraint": _plain(first.topology.constraint),
+        **{field.name: _plain(getattr(training.settings, field.name)) for field in fields(training.settings)},
+        "data": {
+            **_fingerprints(training.samples, ("X", "Y", "sample_weights")),
+            **_fingerprints(held_out, ("validation[0]", "validation[1]", "validation[2]")),
+        },
+    }
+    described: dict[str, Any] = json.loads(json.dumps(run))
+    return described
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Option):
+        return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(value) and hasattr(value, "__qualname__"):  # whose repr has its address
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _fingerprints(samples: Samples | None, names: Sequence[str]) -> dict[str, Any]:
+    arrays = (None, None, None) if samples is None else (samples.X, samples.Y, samples.weights)
+    return {name: _fingerprint(array) for name, array in zip(names, arrays, strict=True)}
+
+
+def _fingerprint(array: Array | None) -> dict[str, Any] | None:
+    if array is None:
+        return None
+    digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
+    return {"shape": list(array.shape), "digest": digest.hexdigest()}
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """What differs between two descriptions, field by field, but for the epochs."""
+    for name in here:
+        if name == "data":
+            for array in here[name]:
+                yield from _data_difference(array, there[name][array], here[name][array])
+        elif name not in ("epochs", "samples"):  # the shape of X tells of the samples
+            yield from _field_differences(name, there.get(name), here[name])
+
+
+def _field_differences(name: str, there: Any, here: Any) -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict) and there.get("name") == here.get("name"):
+        for key in here:
+            yield from _field_differences(f"{name}.{key}", there.get(key), here[key])
+    elif name == "layers" and len(there) == len(here):
+        for k, layers in enumerate(zip(there, here, strict=True)):
+            yield from _field_differences(f"{name}[{k}]", *layers)
+    elif there != here:
+        yield f"{name} is {_word(there)} there and {_word(here)} here"
+
+
+def _data_difference(name: str, there: Any, here: Any) -> Iterator[str]:
+    shapes = [None if array is None else tuple(array["shape"]) for array in (there, here)]
+    if shapes[0] != shapes[1]:
+        yield (
+            f"{name} has the shape {shapes[0]} there and {shapes[1]} here"
+            if all(shapes)
+            else (f"{name} is given {'there' if there else 'here'} only")
+        )
+    elif there != here:
+        yield f"{name} has other values"
+
+
+def _word(value: Any) -> str:
+    return str(value["name"]) if isinstance(value, dict) and "name" in value else reprlib.repr(value)
