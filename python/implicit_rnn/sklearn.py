@@ -19,7 +19,7 @@ from implicit_rnn import options
 from implicit_rnn.engines import Samples
 from implicit_rnn.model.constraints import Constraint
 from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, as_weights
-from implicit_rnn.model.optimizers import LBFGS, Guard, Optimizer
+from implicit_rnn.model.optimizers import LBFGS, Adam, Guard, Optimizer
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
 from implicit_rnn.solvers import Adjoint, Solver, check_penalty
@@ -48,8 +48,8 @@ Array = np.ndarray
 Self = TypeVar("Self", bound="_ImplicitRNN")
 Pairs = Iterable[tuple[int, int]]
 
-WEIGHT_DECAY = 1e-2
-"""That of an optimizer given by its name."""
+AUTO_OPTIMIZER = Adam(3e-3, weight_decay=1e-3)
+"""What optimizer="auto" stands for."""
 BATCH_SIZE = 200
 """What batch_size="auto" takes at once of more samples."""
 FLOATS = [np.float64, np.float32]
@@ -96,7 +96,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         ``known`` are the labels that the targets can be, where not all of them may be there.
         """
         first = not hasattr(self, "network_") or not (partial or self.warm_start)
-        X, y = validate_data(self, X, y, reset=first, dtype=FLOATS, **checks)
+        X, y = validate_data(self, X, y, reset=first, dtype=FLOATS, order="C", **checks)
         weights = None
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
@@ -224,12 +224,11 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         return [Layer(int(layer), self.activation) if isinstance(layer, sizes) else layer for layer in self.layers]
 
     def _chosen_optimizer(self) -> Optimizer:
-        """The optimiser with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""
-        optimizer = options.choose(Optimizer, self.optimizer, "optimizer")
+        """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""
+        auto = isinstance(self.optimizer, str) and self.optimizer == "auto"
+        optimizer = AUTO_OPTIMIZER if auto else options.choose(Optimizer, self.optimizer, "optimizer")
         given = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
         changes = {name: value for name, value in given.items() if value is not None}
-        if isinstance(self.optimizer, str) and "weight_decay" in optimizer.options():
-            changes.setdefault("weight_decay", WEIGHT_DECAY)
         options.check_names(optimizer.name, "option", changes, optimizer.options())
         return replace(optimizer, **changes)
 
@@ -245,21 +244,21 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         if self.early_stopping:
             raise ValueError("partial_fit cannot stop early: it sees no validation samples; set early_stopping=False")
         if self._minimises_all_at_once():
-            raise ValueError("partial_fit needs an optimizer of minibatches such as 'adam'; LBFGS needs all samples")
+            raise ValueError("partial_fit needs an optimizer for minibatches such as Adam; LBFGS needs all samples")
         if options.choose(Schedule, self.schedule, "schedule") != Constant():
             raise ValueError(
                 f"partial_fit has no end by which schedule={self.schedule!r} could go; set schedule='constant'"
             )
 
     def _minimises_all_at_once(self) -> bool:
-        return isinstance(options.choose(Optimizer, self.optimizer, "optimizer"), LBFGS)
+        return isinstance(self._chosen_optimizer(), LBFGS)
 
     # --- prediction --------------------------------------------------------------------------------------
 
     def _predict_outputs(self, X: Any) -> Array:
         """The outputs (B, outputs) of the network."""
         check_is_fitted(self)
-        inputs = self._inputs(validate_data(self, X, reset=False, dtype=FLOATS))
+        inputs = self._inputs(validate_data(self, X, reset=False, dtype=FLOATS, order="C"))
         adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
         return self.network_.predict(
             inputs,
@@ -282,12 +281,10 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     loss
         "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets.
     optimizer
-        "adam", "lbfgs" and so on, or an object such as ``Adam(beta1=0.8)``.
-    learning_rate
-        ``None`` for that of the optimiser, which is 0.01 for Adam.
-    weight_decay
-        The strength of the penalty ``λ ‖p‖² / 2`` on all parameters; ``None`` for 0.01 with an optimiser given by its name
-        (LBFGS has none), and for that of an object.
+        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.001)``.
+    learning_rate, weight_decay
+        Where they are given, they take the place of the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on
+        all parameters.
     schedule
         How the learning rate changes in the course of ``fit``: "constant", "cosine", "one_cycle", ...
     epochs
@@ -347,7 +344,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         input_skips: Iterable[int] = (),
         constraint: str | Constraint = "perron",
         loss: str | Loss = "mse",
-        optimizer: str | Optimizer = "adam",
+        optimizer: str | Optimizer = "auto",
         learning_rate: float | None = None,
         weight_decay: float | None = None,
         schedule: str | Schedule = "constant",
@@ -475,7 +472,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         input_skips: Iterable[int] = (),
         constraint: str | Constraint = "perron",
         class_weight: Mapping[Any, float] | str | None = None,
-        optimizer: str | Optimizer = "adam",
+        optimizer: str | Optimizer = "auto",
         learning_rate: float | None = None,
         weight_decay: float | None = None,
         schedule: str | Schedule = "constant",
