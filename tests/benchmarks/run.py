@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument(
         "--publish",
         action="store_true",
-        help="put figures into python/docs/figures and tables into python/docs/performance.md",
+        help="put figures into python/docs/figures and tables into python/docs",
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -121,6 +121,13 @@ def run_bridge(options: argparse.Namespace) -> dict[str, Any]:
     return bridge.run()
 
 
+def run_datasets(options: argparse.Namespace) -> dict[str, Any]:
+    """the scikit-learn estimators without tuning, on ten data sets"""
+    import datasets  # needs scikit-learn, which the others do not
+
+    return datasets.run()
+
+
 BENCHMARKS = {
     "step": run_step,
     "fit": run_fit,
@@ -128,6 +135,7 @@ BENCHMARKS = {
     "scale": run_scale,
     "startup": run_startup,
     "bridge": run_bridge,
+    "datasets": run_datasets,
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of python/docs/performance.md, from the results of the benchmarks."""
+"""The tables of the pages in python/docs, from the results of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from step import OURS, PEERS
 
 from implicit_rnn.experiments.cost import LABELS
 
-PAGE = Path(__file__).parents[2] / "python" / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "python" / "docs"
 
 
 def publish(name: str, result: dict[str, Any]) -> None:
     """Put the table of a benchmark between its marks in the page."""
-    machine = result["machine"]
+    machine, page = result["machine"], DOCS / ("sklearn.md" if name == "datasets" else "performance.md")
     where = f"{machine['processor']}, {machine['cores']} cores, Julia threads {machine['threads']}, load {machine['load']:.1f}"
-    text = PAGE.read_text("utf-8")
+    text = page.read_text("utf-8")
     begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
     table = f"{begin}\n{TABLES[name](result)}\n\n*{where}.*\n\n{end}"
     changed, count = re.subn(pattern, lambda _: table, text, flags=re.DOTALL)
     if count != 1:
-        raise ValueError(f"{PAGE} has {count} places marked {begin.strip()}; expected one")
-    PAGE.write_text(changed, "utf-8")
+        raise ValueError(f"{page} has {count} places marked {begin.strip()}; expected one")
+    page.write_text(changed, "utf-8")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -103,8 +103,36 @@ def bridge(result: dict[str, Any]) -> str:
     )
 
 
+def datasets(result: dict[str, Any]) -> str:
+    header = ["data", "samples", "score", "ours", "MLP", "difference", "p", "verdict", "fit", "MLP fit"]
+    rows = [
+        [
+            r["data"],
+            f"{r['samples']}",
+            r["score"],
+            f"{r['ours']:.3f}",
+            f"{r['MLP']:.3f}",
+            f"{r['difference']:+.3f}",
+            f"{r['p']:.3f}",
+            r["verdict"],
+            f"{r['seconds']:.2f} s",
+            f"{r['MLP seconds']:.2f} s",
+        ]
+        for r in result["rows"]
+    ]
+    return markdown(header, rows)
+
+
 def median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-TABLES = {"step": step, "fit": fit, "memory": memory, "scale": scale, "startup": startup, "bridge": bridge}
+TABLES = {
+    "step": step,
+    "fit": fit,
+    "memory": memory,
+    "scale": scale,
+    "startup": startup,
+    "bridge": bridge,
+    "datasets": datasets,
+}

@@ -1,0 +1,601 @@
+"""Estimators for scikit-learn: ``ImplicitRNNRegressor`` and ``ImplicitRNNClassifier``.
+
+A ``Network`` with what the pipelines, searches and cross-validations of scikit-learn expect around it: data are checked and
+scaled, labels encoded, options are parameters. Needs ``pip install 'implicit-rnn[sklearn]'``.
+"""
+
+from __future__ import annotations
+
+from abc import ABCMeta, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import expit, log_expit, log_softmax, softmax
+
+from implicit_rnn import options
+from implicit_rnn.engines import Samples
+from implicit_rnn.model.constraints import Constraint
+from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, as_weights
+from implicit_rnn.model.optimizers import LBFGS, Adam, Guard, Optimizer
+from implicit_rnn.model.topology import Layer
+from implicit_rnn.network import Network
+from implicit_rnn.solvers import Adjoint, Solver, check_penalty
+from implicit_rnn.training.history import Run
+from implicit_rnn.training.loop import Training, Watch
+from implicit_rnn.training.schedules import Constant, Schedule
+from implicit_rnn.training.settings import Settings
+from implicit_rnn.training.stopping import EarlyStopping
+from implicit_rnn.validation import as_samples, warn_of_scale
+
+try:
+    from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+    from sklearn.model_selection import train_test_split
+    from sklearn.preprocessing import LabelEncoder, StandardScaler
+    from sklearn.utils import Tags, check_random_state, compute_sample_weight
+    from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
+    from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
+except ImportError as error:
+    raise ImportError(
+        f"implicit_rnn.sklearn needs scikit-learn 1.6 or newer ({error}): pip install 'implicit-rnn[sklearn]'"
+    ) from error
+
+__all__ = ["ImplicitRNNClassifier", "ImplicitRNNRegressor"]
+
+Array = np.ndarray
+Self = TypeVar("Self", bound="_ImplicitRNN")
+Pairs = Iterable[tuple[int, int]]
+
+AUTO_OPTIMIZER = Adam(3e-3, weight_decay=1e-3)
+"""What optimizer="auto" stands for."""
+BATCH_SIZE = 200
+"""What batch_size="auto" takes at once of more samples."""
+FLOATS = [np.float64, np.float32]
+
+
+class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
+    """What both estimators share: the checks and the scaling of data, the network and its training."""
+
+    network_: Network
+    loss_curve_: list[float]
+    validation_loss_curve_: list[float]
+    _optimizer_state: tuple[str, Array] | None
+    """The name of the optimiser and the state in which the last training left it."""
+
+    # --- what each knows of its targets ------------------------------------------------------------------
+
+    @abstractmethod
+    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+        """Learn from the first targets, or all labels that they can be, what later ones have to agree with."""
+
+    @abstractmethod
+    def _encode(self, y: Array) -> Array:
+        """The targets as the loss takes them; ``ValueError`` where they do not agree with the first ones."""
+
+    @property
+    @abstractmethod
+    def _outputs(self) -> int:
+        """How many outputs the network has."""
+
+    @property
+    @abstractmethod
+    def _chosen_loss(self) -> Loss:
+        """What is minimised."""
+
+    def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+        """The weights of samples with these targets, from those the caller gave."""
+        return weights
+
+    # --- training ----------------------------------------------------------------------------------------
+
+    def _fit(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
+        """One more epoch if ``partial``, else a whole training, which goes on from the last one with ``warm_start``.
+
+        ``known`` are the labels that the targets can be, where not all of them may be there.
+        """
+        first = not hasattr(self, "network_") or not (partial or self.warm_start)
+        X, y = validate_data(self, X, y, reset=first, dtype=FLOATS, order="C", **checks)
+        weights = None
+        if sample_weight is not None:
+            weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            counted = weights > 0  # a sample of no weight must not count in scaling, batches and validation either
+            if not counted.any():
+                raise ValueError("sample_weight is zero for all samples; expected a weight above zero")
+            X, y, weights = X[counted], y[counted], weights[counted]
+        if first:
+            self._random = check_random_state(self.random_state)
+        stopping = self._check_partial() if partial else self._early_stopping()
+        weights = self._weigh(y, weights)
+        held_out = None
+        if stopping is not None:
+            (X, y, weights), held_out = self._split(X, y, weights)
+        if first:
+            self._input_scaler = self._scaler().fit(X, sample_weight=weights)
+            self._learn_targets(y if known is None else known, weights)
+        self._take_network(X.shape[1], first)
+        samples = self._samples(X, y, weights)
+        warn_of_scale("X", samples.X)
+        validation = None if held_out is None else self._samples(*held_out)
+        run = self._train(samples, validation, 1 if partial else self.epochs, stopping)
+        self.loss_curve_ += run.loss.tolist()
+        if stopping is not None:
+            self.validation_loss_curve_ += run.validation_loss.tolist()
+        self.n_iter_ = len(self.loss_curve_)
+        return self
+
+    def _train(
+        self, samples: Samples, validation: Samples | None, epochs: int, early_stopping: EarlyStopping | None
+    ) -> Run:
+        """Train the network, with the state in which the optimiser was left where it is of the same kind."""
+        largest = len(samples) if self._minimises_all_at_once() else min(BATCH_SIZE, len(samples))
+        size = largest if self.batch_size == "auto" else options.check_count("batch_size", self.batch_size)
+        adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
+        if self.clip is not None:
+            options.check_positive("clip", self.clip)
+        settings = Settings(
+            optimizer=self._chosen_optimizer(),
+            schedule=options.choose(Schedule, self.schedule, "schedule"),
+            epochs=options.check_count("epochs", epochs),
+            batch_size=min(size, len(samples)),
+            samples=len(samples),
+            loss=self._chosen_loss,
+            solver=options.choose(Solver, self.solver, "solver"),
+            adjoint=adjoint,
+            clip=self.clip,
+            jacobian_penalty=check_penalty(self.jacobian_penalty, adjoint),
+            validation_every=1,
+            early_stopping=early_stopping,
+            restore_best=False,
+            guard=Guard(),
+            seed=self._draw_seed(),
+        )
+        training = Training([self.network_], samples, validation, settings)
+        if self._optimizer_state is not None:
+            kind, state = self._optimizer_state
+            if kind == settings.optimizer.name and state.shape == training.trainer.state().shape:
+                training.trainer.restore(state)
+        (run,) = training.run(Watch((), 1, None, bool(self.verbose), "warn"))
+        self._optimizer_state = settings.optimizer.name, training.trainer.state()
+        return run
+
+    def _take_network(self, features: int, first: bool) -> None:
+        """Make the network, or see that the one there is what the parameters say."""
+        net = Network(
+            features,
+            self._chosen_layers(),
+            outputs=self._outputs,
+            feedback=self.feedback,
+            skips=self.skips,
+            input_skips=self.input_skips,
+            constraint=self.constraint,
+            dtype=self.dtype,
+            seed=self._draw_seed() if first else 0,
+            engine=self.engine,
+        )
+        if first:
+            self.network_ = net
+            self._optimizer_state = None
+            self.loss_curve_, self.validation_loss_curve_ = [], []
+        elif (net.topology, net.dtype) != (self.network_.topology, self.network_.dtype):
+            raise ValueError(
+                f"the parameters describe {net}, but what was fitted is {self.network_}, from which warm_start and "
+                "partial_fit cannot go on; fit with warm_start=False, or set the parameters back"
+            )
+
+    def _samples(self, X: Array, y: Array, weights: Array | None) -> Samples:
+        net = self.network_
+        return Samples(
+            self._inputs(X),
+            self._chosen_loss.targets("y", self._encode(y), len(X), net.topology.output_size, net.dtype),
+            as_weights("sample_weight", weights, len(X), net.dtype),
+        )
+
+    def _inputs(self, X: Array) -> Array:
+        topology = self.network_.topology
+        scaled = self._input_scaler.transform(X)
+        return as_samples("X", scaled, topology.inputs, self.network_.dtype, "features", topology.neurons)
+
+    def _split(self, X: Array, y: Array, weights: Array | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """The samples to learn from, and those on which the loss is watched."""
+        arrays = [X, y] if weights is None else [X, y, weights]
+        parts = train_test_split(
+            *arrays,
+            test_size=self.validation_fraction,
+            random_state=self._draw_seed(),
+            stratify=y if isinstance(self, ClassifierMixin) else None,
+        )
+        learnt, watched = parts[::2], parts[1::2]
+        return (*learnt, None)[:3], (*watched, None)[:3]
+
+    # --- parameters --------------------------------------------------------------------------------------
+
+    def _scaler(self) -> StandardScaler:
+        return StandardScaler(with_mean=self.scale, with_std=self.scale)
+
+    def _draw_seed(self) -> int:
+        return int(self._random.randint(np.iinfo(np.int32).max))
+
+    def _chosen_layers(self) -> list[Layer]:
+        if not isinstance(self.layers, Iterable):
+            raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
+        sizes = int | np.integer
+        return [Layer(int(layer), self.activation) if isinstance(layer, sizes) else layer for layer in self.layers]
+
+    def _chosen_optimizer(self) -> Optimizer:
+        """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""
+        auto = isinstance(self.optimizer, str) and self.optimizer == "auto"
+        optimizer = AUTO_OPTIMIZER if auto else options.choose(Optimizer, self.optimizer, "optimizer")
+        given = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
+        changes = {name: value for name, value in given.items() if value is not None}
+        options.check_names(optimizer.name, "option", changes, optimizer.options())
+        return replace(optimizer, **changes)
+
+    def _early_stopping(self) -> EarlyStopping | None:
+        if isinstance(self.early_stopping, EarlyStopping):
+            return self.early_stopping
+        if not isinstance(self.early_stopping, bool | np.bool_):
+            raise TypeError(f"early_stopping must be True, False or an EarlyStopping, got {self.early_stopping!r}")
+        return EarlyStopping() if self.early_stopping else None
+
+    def _check_partial(self) -> None:
+        """Refuse what a training that has no end and sees its data piece by piece cannot do."""
+        if self.early_stopping:
+            raise ValueError("partial_fit cannot stop early: it sees no validation samples; set early_stopping=False")
+        if self._minimises_all_at_once():
+            raise ValueError("partial_fit needs an optimizer for minibatches such as Adam; LBFGS needs all samples")
+        if options.choose(Schedule, self.schedule, "schedule") != Constant():
+            raise ValueError(
+                f"partial_fit has no end by which schedule={self.schedule!r} could go; set schedule='constant'"
+            )
+
+    def _minimises_all_at_once(self) -> bool:
+        return isinstance(self._chosen_optimizer(), LBFGS)
+
+    # --- prediction --------------------------------------------------------------------------------------
+
+    def _predict_outputs(self, X: Any) -> Array:
+        """The outputs (B, outputs) of the network."""
+        check_is_fitted(self)
+        inputs = self._inputs(validate_data(self, X, reset=False, dtype=FLOATS, order="C"))
+        adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
+        return self.network_.predict(
+            inputs,
+            solver=adjoint.reader(options.choose(Solver, self.solver, "solver")),
+            on_failure="raise" if adjoint.needs_equilibrium else "ignore",
+        )
+
+
+class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
+    """Regression of one or many targets by the equilibrium of an implicit recurrent network.
+
+    Parameters
+    ----------
+    layers
+        The sizes of the layers, or ``Layer`` objects.
+    activation
+        That of the layers given by their size: tanh, sigmoid, softplus, relu, elu, gelu, silu or identity.
+    feedback, skips, input_skips, constraint
+        Connections between layers, and what is promised of the recurrent weights, as in ``Network``.
+    loss
+        "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets.
+    optimizer
+        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.001)``.
+    learning_rate, weight_decay
+        Where they are given, they take the place of the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on
+        all parameters.
+    schedule
+        How the learning rate changes in the course of ``fit``: "constant", "cosine", "one_cycle", ...
+    epochs
+        Passes over the data in a call of ``fit``.
+    batch_size
+        Samples in a step. "auto" takes all up to 200, and 200 of more; with LBFGS always all.
+    clip, jacobian_penalty, solver, adjoint
+        As in ``Network.fit``.
+    scale
+        Whether every feature and every target is brought to mean 0 and standard deviation 1, by the weights of the samples,
+        and predictions back.
+    early_stopping
+        ``True``, or an ``EarlyStopping``: ends the training when the loss on samples held out for that no longer improves.
+    validation_fraction
+        Their share of the samples; of every class the same.
+    warm_start
+        Whether a further ``fit`` goes on: with the parameters, the scale and the state of the optimiser as they are.
+    random_state
+        Of the parameters at the start, the order of the samples, and the choice of those held out.
+    dtype
+        "float64" or "float32".
+    engine
+        "julia", "numpy", or ``None`` for what is there, as in ``Network``.
+    verbose
+        Whether to show a progress bar on stderr.
+
+    Attributes
+    ----------
+    network_
+        The ``Network``, between scaled features and scaled targets.
+    n_iter_
+        Epochs done since training began anew.
+    loss_curve_
+        The mean training loss in each of them.
+    validation_loss_curve_
+        The loss on the samples held out, after each epoch with ``early_stopping``; otherwise empty.
+    n_features_in_
+        The number of features.
+    feature_names_in_
+        Their names, if X had names that are strings.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_diabetes
+    >>> X, y = load_diabetes(return_X_y=True)
+    >>> ImplicitRNNRegressor(random_state=0).fit(X, y).predict(X[:2]).shape
+    (2,)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int | Layer] = (32,),
+        *,
+        activation: str = "tanh",
+        feedback: bool | Pairs = False,
+        skips: Pairs = (),
+        input_skips: Iterable[int] = (),
+        constraint: str | Constraint = "perron",
+        loss: str | Loss = "mse",
+        optimizer: str | Optimizer = "auto",
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        schedule: str | Schedule = "constant",
+        epochs: int = 200,
+        batch_size: int | str = "auto",
+        clip: float | None = None,
+        jacobian_penalty: float = 0.0,
+        solver: str | Solver = "auto",
+        adjoint: str | Adjoint = "implicit",
+        scale: bool = True,
+        early_stopping: bool | EarlyStopping = False,
+        validation_fraction: float = 0.1,
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        dtype: str = "float64",
+        engine: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.layers = layers
+        self.activation = activation
+        self.feedback = feedback
+        self.skips = skips
+        self.input_skips = input_skips
+        self.constraint = constraint
+        self.loss = loss
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.clip = clip
+        self.jacobian_penalty = jacobian_penalty
+        self.solver = solver
+        self.adjoint = adjoint
+        self.scale = scale
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.dtype = dtype
+        self.engine = engine
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNRegressor:
+        """Train on samples X (B, features) and targets y (B,) or (B, targets), with weights (B,).
+
+        With integer weights and all samples in one batch the result is that of samples repeated so often.
+        """
+        return self._fit(X, y, sample_weight, partial=False, multi_output=True, y_numeric=True)
+
+    def partial_fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNRegressor:
+        """Train for one epoch on these samples, from where the last call of ``fit`` or ``partial_fit`` ended.
+
+        The samples of the first call decide the scale.
+        """
+        return self._fit(X, y, sample_weight, partial=True, multi_output=True, y_numeric=True)
+
+    def predict(self, X: ArrayLike) -> Array:
+        """The targets (B,) or (B, targets), in the shape of those that were learnt.
+
+        Raises ``ConvergenceError`` where a sample has no equilibrium.
+        """
+        outputs = self._predict_outputs(X)
+        return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
+
+    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+        self._target_shape = y.shape[1:]
+        self._target_scaler = self._scaler().fit(y.reshape(len(y), -1), sample_weight=weights)
+
+    def _encode(self, y: Array) -> Array:
+        if y.shape[1:] != self._target_shape:
+            raise ValueError(f"y has shape {y.shape}; expected {('samples', *self._target_shape)}, as it was at first")
+        return np.asarray(self._target_scaler.transform(y.reshape(len(y), -1)))
+
+    @property
+    def _outputs(self) -> int:
+        return int(self._target_scaler.n_features_in_)
+
+    @property
+    def _chosen_loss(self) -> Loss:
+        return options.choose(Loss, self.loss, "loss")
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
+
+class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
+    """Classification into two or more classes by the equilibrium of an implicit recurrent network.
+
+    The loss is the cross-entropy.
+
+    Parameters
+    ----------
+    class_weight
+        Weights of the classes, by which those of their samples are multiplied; "balanced" for the inverse of their
+        frequencies, ``None`` for all equal.
+    layers, activation, ...
+        All others are those of ``ImplicitRNNRegressor``.
+
+    Attributes
+    ----------
+    classes_
+        The labels, sorted.
+    network_, n_iter_, loss_curve_, validation_loss_curve_, n_features_in_, feature_names_in_
+        Those of ``ImplicitRNNRegressor``; the outputs of the network are logits.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> ImplicitRNNClassifier(random_state=0).fit(X, y).predict_proba(X[:2]).shape
+    (2, 3)
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int | Layer] = (32,),
+        *,
+        activation: str = "tanh",
+        feedback: bool | Pairs = False,
+        skips: Pairs = (),
+        input_skips: Iterable[int] = (),
+        constraint: str | Constraint = "perron",
+        class_weight: Mapping[Any, float] | str | None = None,
+        optimizer: str | Optimizer = "auto",
+        learning_rate: float | None = None,
+        weight_decay: float | None = None,
+        schedule: str | Schedule = "constant",
+        epochs: int = 200,
+        batch_size: int | str = "auto",
+        clip: float | None = None,
+        jacobian_penalty: float = 0.0,
+        solver: str | Solver = "auto",
+        adjoint: str | Adjoint = "implicit",
+        scale: bool = True,
+        early_stopping: bool | EarlyStopping = False,
+        validation_fraction: float = 0.1,
+        warm_start: bool = False,
+        random_state: int | np.random.RandomState | None = None,
+        dtype: str = "float64",
+        engine: str | None = None,
+        verbose: bool = False,
+    ) -> None:
+        self.layers = layers
+        self.activation = activation
+        self.feedback = feedback
+        self.skips = skips
+        self.input_skips = input_skips
+        self.constraint = constraint
+        self.class_weight = class_weight
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.clip = clip
+        self.jacobian_penalty = jacobian_penalty
+        self.solver = solver
+        self.adjoint = adjoint
+        self.scale = scale
+        self.early_stopping = early_stopping
+        self.validation_fraction = validation_fraction
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.dtype = dtype
+        self.engine = engine
+        self.verbose = verbose
+
+    def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNClassifier:
+        """Train on samples X (B, features) and labels y (B,) of any kind, with weights (B,).
+
+        With integer weights and all samples in one batch the result is that of samples repeated so often.
+        """
+        return self._fit(X, y, sample_weight, partial=False)
+
+    def partial_fit(
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        classes: ArrayLike | None = None,
+        sample_weight: ArrayLike | None = None,
+    ) -> ImplicitRNNClassifier:
+        """Train for one epoch on these samples, from where the last call of ``fit`` or ``partial_fit`` ended.
+
+        The first call has to name all ``classes``; its samples decide the scale.
+        """
+        _check_partial_fit_first_call(self, classes)
+        return self._fit(X, y, sample_weight, partial=True, known=self.classes_)
+
+    def predict(self, X: ArrayLike) -> Array:
+        """The most probable class (B,) of each sample; errors as in ``decision_function``."""
+        decision = self.decision_function(X)
+        chosen = decision > 0 if decision.ndim == 1 else decision.argmax(axis=1)
+        return np.asarray(self.classes_[chosen.astype(np.intp)])
+
+    def decision_function(self, X: ArrayLike) -> Array:
+        """The logits (B, classes); of two classes only that of the second (B,).
+
+        Raises ``ConvergenceError`` where a sample has no equilibrium.
+        """
+        outputs = self._predict_outputs(X)
+        return outputs[:, 0] if len(self.classes_) == 2 else outputs
+
+    def predict_proba(self, X: ArrayLike) -> Array:
+        """The probabilities (B, classes), in the order of ``classes_``."""
+        decision = self.decision_function(X)
+        if decision.ndim == 1:
+            return np.stack([expit(-decision), expit(decision)], axis=1)
+        return np.asarray(softmax(decision, axis=1))
+
+    def predict_log_proba(self, X: ArrayLike) -> Array:
+        """Their logarithms (B, classes), which are finite."""
+        decision = self.decision_function(X)
+        if decision.ndim == 1:
+            return np.stack([log_expit(-decision), log_expit(decision)], axis=1)
+        return np.asarray(log_softmax(decision, axis=1))
+
+    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+        check_classification_targets(y)
+        self._label_encoder = LabelEncoder().fit(y)
+        self.classes_ = self._label_encoder.classes_
+        if len(self.classes_) < 2:
+            raise ValueError(
+                f"y has 1 class, {self.classes_[0]!r}, where weights are above zero; expected 2 or more classes"
+            )
+
+    def _encode(self, y: Array) -> Array:
+        labels = self._label_encoder.transform(y)
+        return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
+
+    def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+        if self.class_weight is None:
+            return weights
+        of_class = compute_sample_weight(self.class_weight, y)
+        return np.asarray(of_class if weights is None else of_class * weights)
+
+    def _check_partial(self) -> None:
+        super()._check_partial()
+        if self.class_weight == "balanced":
+            raise ValueError(
+                "partial_fit cannot balance classes of which it sees a part; pass class_weight as a dict of their weights"
+            )
+
+    @property
+    def _outputs(self) -> int:
+        return 1 if len(self.classes_) == 2 else len(self.classes_)
+
+    @property
+    def _chosen_loss(self) -> Loss:
+        return BinaryCrossEntropy() if len(self.classes_) == 2 else CrossEntropy()

@@ -1,0 +1,366 @@
+"""The estimators for scikit-learn."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+
+import implicit_rnn as irnn
+
+pytest.importorskip("sklearn", "1.6", reason="needs scikit-learn 1.6 or newer")
+
+from joblib import Parallel, delayed, parallel_config
+from scipy.sparse import csr_array
+from sklearn.base import clone
+from sklearn.datasets import load_iris, load_linnerud, make_friedman1, make_moons
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.class_weight import compute_sample_weight
+from sklearn.utils.estimator_checks import check_estimator
+
+from implicit_rnn.sklearn import ImplicitRNNClassifier, ImplicitRNNRegressor
+
+BOTH = pytest.mark.parametrize("kind", [ImplicitRNNRegressor, ImplicitRNNClassifier])
+
+
+@pytest.fixture(params=[ImplicitRNNRegressor, ImplicitRNNClassifier])
+def estimator(request, engine):
+    return request.param((4,), epochs=5, random_state=0, engine=engine)
+
+
+@pytest.fixture
+def regressor(engine):
+    return ImplicitRNNRegressor((6,), epochs=60, learning_rate=0.03, random_state=0, engine=engine)
+
+
+@pytest.fixture
+def classifier(engine):
+    return ImplicitRNNClassifier((6,), epochs=60, learning_rate=0.03, random_state=0, engine=engine)
+
+
+@pytest.fixture(scope="module")
+def iris():
+    X, y = load_iris(return_X_y=True)
+    return X, load_iris().target_names[y]
+
+
+@pytest.fixture(scope="module")
+def friedman():
+    return make_friedman1(120, noise=0.5, random_state=0)
+
+
+@pytest.fixture
+def data(estimator, friedman):
+    """Samples and targets that both kinds of estimator take."""
+    X, y = friedman
+    return X, (y > 14).astype(int)
+
+
+# --- the contract of scikit-learn ----------------------------------------------------------------------------
+
+
+@BOTH
+def test_every_check_of_scikit_learn_passes(kind, engine):
+    settings = {"layers": (3,), "epochs": 20, "learning_rate": 0.1, "engine": engine}
+    results = check_estimator(kind(**settings), on_skip=None, on_fail=None)
+    failures = {result["check_name"]: result["exception"] for result in results if result["status"] != "passed"}
+    failures.pop("check_array_api_input", None)  # of scikit-learn 1.9, skipped where SciPy's array API is off
+    assert failures == {}
+    assert len(results) > 50
+
+
+def test_a_search_over_parameters_in_threads_and_in_processes_gives_the_same(estimator, data):
+    search = GridSearchCV(
+        estimator, {"layers": [(3,), (irnn.Layer(4, "relu"),)], "constraint": ["perron", "free"]}, cv=2
+    )
+    scores = []
+    for backend, jobs in (("loky", 1), ("threading", 2), ("loky", 2)):
+        with parallel_config(backend=backend):
+            scores.append(clone(search).set_params(n_jobs=jobs).fit(*data).cv_results_["mean_test_score"])
+    assert_array_equal(scores[1], scores[0])
+    assert_array_equal(scores[2], scores[0])
+
+
+def test_data_in_memory_that_cannot_be_written_is_read_only(estimator, data):
+    X, y = data
+    expected = estimator.fit(X, y).predict(X)
+    fitted = Parallel(n_jobs=2, max_nbytes=1)(delayed(clone(estimator).fit)(X, y) for _ in range(2))
+    predicted = Parallel(n_jobs=2, max_nbytes=1)(delayed(one.predict)(X) for one in fitted)
+    assert_array_equal(predicted, [expected, expected])
+
+
+def test_a_pickled_estimator_predicts_and_goes_on_as_the_original(estimator, data):
+    estimator.fit(*data)
+    copy = pickle.loads(pickle.dumps(estimator))
+    assert_array_equal(copy.predict(data[0]), estimator.predict(data[0]))
+    assert_array_equal(copy.partial_fit(*data).loss_curve_, estimator.partial_fit(*data).loss_curve_)
+
+
+def test_in_a_pipeline_the_names_of_the_columns_arrive(classifier, iris):
+    pandas = pytest.importorskip("pandas")
+    X = pandas.DataFrame(iris[0], columns=["a", "b", "c", "d"])
+    pipeline = make_pipeline(StandardScaler(), classifier).set_output(transform="pandas").fit(X, iris[1])
+    assert_array_equal(pipeline[-1].feature_names_in_, ["a", "b", "c", "d"])
+    assert pipeline.score(X, iris[1]) > 0.9
+
+
+def test_nullable_columns_are_numbers(estimator, data):
+    pandas = pytest.importorskip("pandas")
+    X, y = np.round(10 * data[0]), data[1]
+    expected = clone(estimator).fit(X, y).predict(X)
+    table = pandas.DataFrame(X).astype("Int64")
+    assert_array_equal(estimator.fit(table, pandas.Series(y, dtype="Int64")).predict(table), expected)
+    table.iloc[0, 0] = pandas.NA
+    with pytest.raises(ValueError, match="NaN"):
+        estimator.predict(table)
+
+
+# --- targets -------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_a_function(regressor, friedman):
+    assert cross_val_score(regressor, *friedman, cv=3).mean() > 0.5
+
+
+def test_predictions_have_the_shape_of_the_targets(regressor):
+    X, Y = load_linnerud(return_X_y=True)
+    assert regressor.fit(X, Y).predict(X).shape == Y.shape
+    assert regressor.fit(X, Y[:, :1]).predict(X).shape == (20, 1)
+    assert regressor.fit(X, Y[:, 0]).predict(X).shape == (20,)
+
+
+@BOTH
+def test_the_unit_of_the_features_and_targets_does_not_matter(kind, friedman):
+    X, y = friedman
+    y = y if kind is ImplicitRNNRegressor else y > 14
+    estimator = kind((4,), epochs=5, random_state=0, engine="numpy")
+    expected = clone(estimator).fit(X, y).predict(X)
+    if kind is ImplicitRNNRegressor:
+        predicted = estimator.fit(1e6 * X - 5e6, 1e-3 * y).predict(1e6 * X - 5e6) * 1e3
+    else:
+        predicted = estimator.fit(1e6 * X - 5e6, y).predict(1e6 * X - 5e6)
+    assert_allclose(predicted, expected, rtol=1e-6)
+
+
+def test_without_scaling_the_network_sees_the_numbers_as_they_are(friedman):
+    X, y = friedman
+    regressor = ImplicitRNNRegressor((4,), epochs=5, scale=False, random_state=0, engine="numpy").fit(X, y)
+    assert_array_equal(regressor.predict(X), regressor.network_.predict(X)[:, 0])
+    with pytest.warns(irnn.errors.ScaleWarning, match="column 0 of X has mean"):
+        regressor.fit(X + 1000, y)
+
+
+def test_labels_are_those_that_were_given(classifier, iris):
+    X, y = iris
+    classifier.fit(X, y)
+    assert_array_equal(classifier.classes_, ["setosa", "versicolor", "virginica"])
+    assert classifier.score(X, y) > 0.9
+    assert_array_equal(classifier.classes_[classifier.predict_proba(X).argmax(axis=1)], classifier.predict(X))
+
+
+def test_the_logits_of_one_two_and_three_classes(classifier, iris):
+    X, y = iris
+    three = classifier.fit(X, y)
+    assert three.decision_function(X).shape == (150, 3)
+    assert_allclose(np.log(three.predict_proba(X)), three.predict_log_proba(X), rtol=1e-9)
+    two = classifier.fit(X[:100], y[:100])
+    logits = two.decision_function(X)
+    assert logits.shape == (150,)
+    assert_array_equal(two.predict(X) == "versicolor", logits > 0)
+    assert_allclose(two.predict_proba(X)[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-12)
+    assert_allclose(np.log(two.predict_proba(X)), two.predict_log_proba(X), rtol=1e-9)
+    with pytest.raises(ValueError, match=r"y has 1 class, .*setosa.*; expected 2 or more classes"):
+        classifier.fit(X[:50], y[:50])
+
+
+# --- weights -------------------------------------------------------------------------------------------------
+
+
+def test_a_weight_of_two_is_a_sample_that_is_there_twice(estimator, data):
+    X, y = data
+    weights = np.arange(len(X)) % 3
+    weighted = clone(estimator).fit(X, y, sample_weight=weights)
+    repeated = estimator.fit(np.repeat(X, weights, axis=0), np.repeat(y, weights))
+    assert_allclose(weighted.predict(X), repeated.predict(X), rtol=1e-6)
+
+
+def test_a_sample_without_weight_does_not_count_in_minibatches_and_validation_either(estimator, data):
+    X, y = data
+    estimator.set_params(batch_size=10, early_stopping=True)
+    weights = (np.arange(len(X)) % 4 > 0).astype(float)
+    weighted = clone(estimator).fit(X, y, sample_weight=weights)
+    without = estimator.fit(X[weights > 0], y[weights > 0])
+    assert_allclose(weighted.validation_loss_curve_, without.validation_loss_curve_, rtol=1e-6)
+    with pytest.raises(ValueError, match="zero"):
+        estimator.fit(X, y, sample_weight=0 * weights)
+
+
+def test_balanced_classes_weigh_the_same(classifier, iris):
+    X, y = iris[0][:120], iris[1][:120]
+    balanced = clone(classifier).set_params(class_weight="balanced").fit(X, y)
+    weighted = classifier.fit(X, y, sample_weight=compute_sample_weight("balanced", y))
+    assert_array_equal(balanced.loss_curve_, weighted.loss_curve_)
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("random_state", [3, "RandomState(3)", None])
+def test_the_same_random_state_gives_the_same_result(estimator, data, random_state):
+    def predictions():
+        state = np.random.RandomState(3) if isinstance(random_state, str) else random_state
+        np.random.seed(5)  # the generator that None stands for in scikit-learn
+        return clone(estimator).set_params(random_state=state, batch_size=20).fit(*data).loss_curve_
+
+    assert_array_equal(predictions(), predictions())
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "momentum", "lbfgs"])
+def test_a_warm_start_goes_on_where_the_last_training_ended(estimator, data, optimizer):
+    estimator.set_params(optimizer=optimizer)
+    whole = clone(estimator).set_params(epochs=10).fit(*data)
+    halves = estimator.set_params(warm_start=True, epochs=5).fit(*data).fit(*data)
+    assert halves.n_iter_ == 10
+    assert_array_equal(halves.loss_curve_, whole.loss_curve_)
+    assert_array_equal(halves.predict(data[0]), whole.predict(data[0]))
+
+
+def test_without_a_warm_start_a_second_training_begins_anew(estimator, data):
+    first = list(estimator.fit(*data).loss_curve_)
+    assert estimator.fit(*data).loss_curve_ == first
+
+
+def test_calls_of_partial_fit_are_epochs_of_fit(estimator, data):
+    X, y = data
+    piecewise = clone(estimator)
+    for _ in range(5):
+        piecewise.partial_fit(X, y, **({"classes": [0, 1]} if isinstance(piecewise, ImplicitRNNClassifier) else {}))
+    assert_array_equal(piecewise.loss_curve_, estimator.fit(X, y).loss_curve_)
+    assert piecewise.n_iter_ == 5
+
+
+def test_a_stream_of_minibatches_is_learnt(classifier):
+    X, y = make_moons(400, noise=0.1, random_state=0)
+    for _ in range(20):
+        for first in range(0, 400, 50):
+            part = slice(first, first + 50)
+            classifier.partial_fit(X[part], y[part], classes=[0, 1])
+    assert classifier.score(X, y) > 0.95
+
+
+def test_early_stopping_ends_the_training_at_the_best_parameters(estimator, data):
+    stopping = irnn.EarlyStopping(patience=3)
+    estimator.set_params(early_stopping=stopping, validation_fraction=0.25, epochs=300, learning_rate=0.3).fit(*data)
+    assert estimator.n_iter_ < 300
+    assert len(estimator.validation_loss_curve_) == estimator.n_iter_
+    assert estimator.n_iter_ - 1 - np.argmin(estimator.validation_loss_curve_) >= 3
+
+
+def test_the_validation_samples_have_their_share_of_a_rare_class():
+    X, y = np.random.default_rng(0).standard_normal((40, 2)), np.arange(40) % 10 == 0
+    classifier = ImplicitRNNClassifier((2,), epochs=2, early_stopping=True, validation_fraction=0.5, engine="numpy")
+    assert_array_equal(classifier.fit(X, y).classes_, [False, True])
+    with pytest.raises(ValueError, match="least populated class"):
+        classifier.fit(X, np.arange(40) == 0)
+
+
+def test_options_reach_the_optimiser():
+    def chosen(**parameters):
+        return ImplicitRNNRegressor(**parameters)._chosen_optimizer()
+
+    assert chosen() == irnn.Adam(0.003, weight_decay=0.001)
+    assert chosen(learning_rate=0.1, weight_decay=0.0) == irnn.Adam(0.1)
+    assert chosen(optimizer="adam") == irnn.Adam()
+    assert chosen(optimizer=irnn.AdamW(0.2, weight_decay=0.3)) == irnn.AdamW(0.2, weight_decay=0.3)
+    assert chosen(optimizer=irnn.Adam(0.2, beta1=0.8), learning_rate=0.1) == irnn.Adam(0.1, beta1=0.8)
+    assert chosen(optimizer="lbfgs") == irnn.LBFGS()
+    with pytest.raises(TypeError, match="LBFGS has no option weight_decay"):
+        chosen(optimizer="lbfgs", weight_decay=0.1)
+
+
+def test_unrolled_nets_predict_by_the_steps_they_were_trained_with(friedman):
+    X, y = friedman
+    regressor = ImplicitRNNRegressor((4,), epochs=3, adjoint=irnn.Unrolled(3), random_state=0, engine="numpy").fit(X, y)
+    exact = clone(regressor).set_params(epochs=3).fit(X, y).set_params(adjoint="implicit")
+    assert np.abs(regressor.predict(X) - exact.predict(X)).max() > 1e-6
+
+
+# --- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_sparse_samples_are_refused_by_name(estimator, data):
+    with pytest.raises(TypeError, match="Sparse data was passed for X, but dense data is required"):
+        estimator.fit(csr_array(data[0]), data[1])
+
+
+def test_predictions_before_a_fit_are_refused(estimator, data):
+    with pytest.raises(NotFittedError):
+        estimator.predict(data[0])
+
+
+def test_a_warm_start_with_another_network_is_refused(estimator, data):
+    estimator.set_params(warm_start=True).fit(*data).set_params(layers=(7,))
+    with pytest.raises(ValueError, match="from which warm_start and partial_fit cannot go on"):
+        estimator.fit(*data)
+
+
+def test_a_warm_start_with_other_targets_is_refused(regressor, classifier, friedman, iris):
+    X, y = friedman
+    with pytest.raises(ValueError, match=r"y has shape \(120, 2\); expected \('samples',\), as it was at first"):
+        regressor.set_params(warm_start=True, epochs=1).fit(X, y).fit(X, np.stack([y, y], axis=1))
+    with pytest.raises(ValueError, match="previously unseen labels"):
+        classifier.set_params(warm_start=True, epochs=1).fit(iris[0][:100], iris[1][:100]).fit(*iris)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"early_stopping": True}, "set early_stopping=False"),
+        ({"optimizer": "lbfgs"}, "LBFGS needs all samples"),
+        ({"schedule": "cosine"}, "set schedule='constant'"),
+        ({"class_weight": "balanced"}, "pass class_weight as a dict"),
+    ],
+)
+def test_partial_fit_refuses_what_it_cannot_do(iris, parameters, message):
+    with pytest.raises(ValueError, match=message):
+        ImplicitRNNClassifier(**parameters).partial_fit(*iris, classes=np.unique(iris[1]))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "message"),
+    [
+        ({"layers": 8}, TypeError, "layers must be a sequence of sizes or Layer objects"),
+        ({"layers": (0,)}, ValueError, "neurons"),
+        ({"activation": "tanj"}, ValueError, "did you mean tanh"),
+        ({"constraint": "peron"}, ValueError, "did you mean Perron"),
+        ({"optimizer": "adan"}, ValueError, "did you mean Adam"),
+        ({"early_stopping": 5}, TypeError, "early_stopping must be True, False or an EarlyStopping"),
+        ({"early_stopping": True, "validation_fraction": 2.0}, ValueError, "test_size"),
+        ({"batch_size": "all"}, TypeError, "batch_size must be a whole number"),
+        ({"epochs": 0}, ValueError, "epochs must be a whole number from 1"),
+        ({"clip": -1.0}, ValueError, "clip must be positive"),
+        ({"dtype": "int"}, ValueError, "expected 'float64' or 'float32'"),
+        ({"engine": "fortran"}, ValueError, "engine"),
+    ],
+)
+def test_parameters_out_of_range_are_named_by_fit(friedman, parameters, error, message):
+    with pytest.raises(error, match=message):
+        ImplicitRNNRegressor(**parameters).fit(*friedman)
+
+
+# --- without scikit-learn ------------------------------------------------------------------------------------
+
+
+def test_without_scikit_learn_the_import_says_what_to_install(monkeypatch):
+    import importlib
+    import sys
+
+    monkeypatch.delitem(sys.modules, "implicit_rnn.sklearn")
+    monkeypatch.setitem(sys.modules, "sklearn.base", None)
+    with pytest.raises(ImportError, match=r"pip install 'implicit-rnn\[sklearn\]'"):
+        importlib.import_module("implicit_rnn.sklearn")
