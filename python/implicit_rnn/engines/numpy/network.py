@@ -457,8 +457,8 @@ class NumpyProgram:
         """
         n, adjoint = b.shape[-1], self.adjoint
         x, size = np.empty(b.shape, b.dtype), np.full(residual.shape, np.inf)
-        iterative = isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto"
-        if iterative and residual.size >= _FEW_SAMPLES and n > _TINY:
+        series = residual.size >= _FEW_SAMPLES and n > _TINY
+        if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
             tol = adjoint.tol or (1e-10 if self.dtype == np.float64 else 1e-6)
             x, size = _neumann_series(product, b, tol, min(adjoint.max_iterations, max(_SERIES, n)))
         left = np.flatnonzero((size == np.inf).any(axis=0))
