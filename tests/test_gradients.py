@@ -183,3 +183,37 @@ def test_report_tells_the_residuals_of_each_sample(engine, X, Y):
 def test_report_of_another_size_is_refused(engine, X, Y):
     with pytest.raises(ValueError, match=f"X has {len(X)}"):
         make_net(engine).loss_and_gradient(X, Y, report=irnn.GradientReport.empty(len(X) + 1))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("kappa", [0.3, 0.95, 0.9999])
+def test_adjoint_that_is_chosen_for_speed_is_that_of_lu(engine, dtype, kappa, rng):
+    """Fast, slow and hardly converging series of the adjoint, the last of which are left to LU."""
+    layers = [irnn.Layer(20, "identity")]
+    net = irnn.Network(3, layers, outputs=2, constraint=irnn.InfNorm(kappa), dtype=dtype, engine=engine, seed=0)
+    net.weights["R"][...] = kappa / 20 + 0.001 * rng.standard_normal((20, 20))
+    X, Y = rng.standard_normal((64, 3)), rng.standard_normal((64, 2))
+    exact = net.loss_and_gradient(X, Y, solver=irnn.Newton(), adjoint=irnn.Implicit("lu"))[1]
+    report = irnn.GradientReport.empty(64)
+    gradient = net.loss_and_gradient(X, Y, solver=irnn.Newton(), report=report)[1]
+    rounding = 1e-8 if dtype == "float64" else 2e-2
+    assert np.linalg.norm(gradient - exact) <= rounding * np.linalg.norm(exact)
+    assert (report.adjoint_residual <= (1e-10 if dtype == "float64" else 1e-5)).all()
+
+
+def test_tolerance_of_the_adjoint_is_kept(rng):
+    net = irnn.Network(3, [irnn.Layer(20)], outputs=2, engine="numpy", seed=0)
+    X, Y = rng.standard_normal((64, 3)), rng.standard_normal((64, 2))
+    report = irnn.GradientReport.empty(64)
+    net.loss_and_gradient(X, Y, adjoint=irnn.Implicit(tol=1e-3), report=report)
+    assert 1e-7 < report.adjoint_residual.max() <= 1e-3
+
+
+def test_adjoint_of_a_sample_that_is_not_finite_harms_no_other(rng):
+    net = irnn.Network(3, [irnn.Layer(20, "identity")], outputs=2, constraint=irnn.Free(), engine="numpy", seed=0)
+    X, Y = rng.standard_normal((64, 3)), rng.standard_normal((64, 2))
+    X[5] = 1e308
+    report = irnn.GradientReport.empty(64)
+    with np.errstate(all="ignore"):
+        net.loss_and_gradient(X, Y, on_failure="ignore", report=report)
+    assert (np.delete(report.adjoint_residual, 5) <= 1e-10).all()

@@ -302,7 +302,8 @@ class Implicit(Adjoint):
     ----------
     linear_solver
         "lu" (exact, per sample), "auto", or on the Julia engine one of the iterative "neumann", "anderson" and "gmres";
-        what they leave unsolved goes to LU.
+        what they leave unsolved goes to LU. "auto" takes what is fast: on the NumPy engine the Neumann series in batches of
+        32 and more, and LU where that would take long.
     tol
         Tolerance of the iterative solvers, relative to λ; None is 1e-10 in float64, 1e-6 in float32.
     max_iterations

@@ -27,6 +27,10 @@ Chain = list[tuple[Array, Array, Array]]
 
 ADJOINTS: tuple[type[Adjoint], ...] = (Implicit, JacobianFree, Unrolled)
 """Those of this engine; it knows nothing of their subclasses."""
+_FEW_SAMPLES, _TINY = 32, 8
+"""Samples and neurons up to which LU is faster than the Neumann series."""
+_SERIES, _STEPS = 60, 4
+"""Terms of the series that cost no more than LU, at least, and terms between two looks at the residual."""
 _TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary array of the adjoint."""
 
@@ -439,24 +443,35 @@ class NumpyProgram:
 
     def _solve_adjoint(self, R: Array, D: Array, g: Array, residual: Array) -> Array:
         """λ with (I - RᵀD) λ = g."""
-        return self._solve_linear(lambda tile: _transposed(R)[:, None] * D[:, tile, None, :], g, residual)
+        return self._solve_linear(
+            lambda λ: np.matmul(D * λ, R), lambda some: _transposed(R)[:, None] * D[:, some, None, :], g, residual
+        )
 
-    def _solve_linear(self, matrix: Callable[[slice], Array], b: Array, residual: Array) -> Array:
-        """x with (I - M) x = b, by one LU factorisation per sample; ``matrix`` gives the M (S, m, n, n) of some samples.
+    def _solve_linear(
+        self, product: Callable[[Array], Array], matrix: Callable[[Array], Array], b: Array, residual: Array
+    ) -> Array:
+        """x with (I - M) x = b: by the Neumann series where it converges fast, else by one LU factorisation per sample.
 
-        The relative residuals are merged into ``residual`` (S, B).
+        ``product`` multiplies by M, ``matrix`` gives the M (S, m, n, n) of some samples (m,). The relative residuals are merged
+        into ``residual`` (S, B).
         """
-        n = b.shape[-1]
-        x = np.empty_like(b)
+        n, adjoint = b.shape[-1], self.adjoint
+        x, size = np.empty(b.shape, b.dtype), np.full(residual.shape, np.inf)
+        series = residual.size >= _FEW_SAMPLES and n > _TINY
+        if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
+            tol = adjoint.tol or (1e-10 if self.dtype == np.float64 else 1e-6)
+            x, size = _neumann_series(product, b, tol, min(adjoint.max_iterations, max(_SERIES, n)))
+        left = np.flatnonzero((size == np.inf).any(axis=0))
         identity = np.eye(n, dtype=self.dtype)
         width = max(1, _TILE_NUMBERS // (n * n * len(b)))
-        for first in range(0, b.shape[1], width):
-            tile = slice(first, first + width)
-            A = identity - matrix(tile)
-            solution = solvers.solve_each(A, b[:, tile, :, None])
-            x[:, tile] = solution[..., 0]
-            size = np.maximum(norm(x[:, tile]), np.finfo(self.dtype).tiny)
-            residual[:, tile] = np.maximum(residual[:, tile], norm((A @ solution)[..., 0] - b[:, tile]) / size)
+        for first in range(0, len(left), width):
+            some = left[first : first + width]
+            A = identity - matrix(some)
+            solution = solvers.solve_each(A, b[:, some, :, None])
+            x[:, some] = solution[..., 0]
+            length = np.maximum(norm(x[:, some]), np.finfo(self.dtype).tiny)
+            size[:, some] = norm((A @ solution)[..., 0] - b[:, some]) / length
+        np.maximum(residual, size, out=residual)
         return x
 
     # --- tangents ----------------------------------------------------------------------------------------
@@ -486,7 +501,9 @@ class NumpyProgram:
 
     def _solve_tangent(self, R: Array, D: Array, b: Array, residual: Array) -> Array:
         """z′ with (I - D R) z′ = b."""
-        return self._solve_linear(lambda tile: D[:, tile, :, None] * R[:, None], b, residual)
+        return self._solve_linear(
+            lambda v: D * np.matmul(v, _transposed(R)), lambda some: D[:, some, :, None] * R[:, None], b, residual
+        )
 
     def _read_out_tangent(self, P: Array, Z: Array, dP: Array, dZ: Array) -> Array:
         """The derivative of the outputs (S, B, outputs)."""
@@ -494,6 +511,27 @@ class NumpyProgram:
             return dZ[..., self.topology.read_neurons]
         last = self.topology.rows[-1]
         return dZ[..., last] @ _transposed(self._block("C", P)) + self.topology.read_out(dP, Z)
+
+
+def _neumann_series(product: Callable[[Array], Array], b: Array, tol: float, limit: int) -> tuple[Array, Array]:
+    """x = b + M x by iteration, and its relative residuals (S, B), infinite where more than ``limit`` terms would be needed."""
+    tiny = np.finfo(b.dtype).tiny
+    x, taken, before = b, 0, np.full(b.shape[:-1], np.inf)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        while True:
+            for _ in range(_STEPS):
+                x, last = product(x), x
+                x += b
+            taken += _STEPS
+            size = norm(x - last) / np.maximum(norm(last), tiny)
+            done = size <= tol
+            hopeless = np.zeros_like(done)
+            if taken > _STEPS:
+                predicted = taken + _STEPS * np.log(tol / size) / np.log(size / before)
+                hopeless = ~done & ~(predicted <= limit)
+            if taken >= limit or (done | hopeless).all() or hopeless.mean() > 0.5:
+                return last, np.where(done, size, np.inf)  # the iterate whose residual is known
+            before = size
 
 
 def _unroll(equation: Equation, U: Array, z: Array, steps: int) -> Chain:

@@ -80,7 +80,7 @@ def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: in
     z = equation.start[0].tolist()
     largest, before, evaluations, in_block = size(z), inf, 0, 0
     while True:
-        steps = min(4, block - in_block) if in_block else 1
+        steps = min(4, block - in_block) if evaluations else 1
         evaluations, in_block = evaluations + steps, in_block + steps
         if evaluations >= limit:
             return None

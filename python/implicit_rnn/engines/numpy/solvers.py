@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -80,15 +80,17 @@ class _Rows:
     def take(self, mask: Array) -> _Rows:
         """The rows of a boolean mask."""
         kept = np.flatnonzero(mask)
+        if len(kept) == len(mask):
+            return self
         return _Rows(
-            self.U[kept],
-            self.Z[kept],
-            self.index[kept],
-            self.S[kept],
-            self.F[kept],
-            self.residual[kept],
-            self.iterations[kept],
-            None if self.R is None else self.R[kept],
+            self.U.take(kept, 0),
+            self.Z.take(kept, 0),
+            self.index.take(kept),
+            self.S.take(kept, 0),
+            self.F.take(kept, 0),
+            self.residual.take(kept),
+            self.iterations.take(kept),
+            None if self.R is None else self.R.take(kept, 0),
         )
 
 
@@ -150,25 +152,25 @@ class _Solve:
         rows.F = equation.f(rows.S)
         residual = self.size(rows.F - rows.Z)
         scale = self.scale(rows)
-        rate = np.where(np.isfinite(rows.residual), (residual / rows.residual) ** (1 / steps), 0)
+        self.rate = rate = (residual / rows.residual) ** (1 / steps)  # 0 at the first look
         rows.residual, rows.iterations = residual, rows.iterations + steps
-        self.rate = rate
         spent = rows.iterations >= self.limit[rows.index]
-        broken = ~np.isfinite(residual)
-        converged = ~broken & self.is_near(rows, scale, spent)
-        diverged = broken | (residual > self.largest(rows))
-        rescued = np.zeros_like(diverged) if self.rescued is None else diverged & ~spent
-        if rescued.any():
-            again = rows.take(rescued)
-            again.Z, again.residual = np.zeros_like(again.Z), np.full_like(again.residual, np.inf)
-            self.rescued.append(again)  # type: ignore[union-attr]
-        left = ~(converged | diverged | spent)
+        largest, near = self.largest(rows), self.is_near(rows, scale, spent) & (residual < np.inf)
+        left = (residual <= largest) & ~(near | spent)
         if left.all():
             return extra
-        status = np.where(self.singular[rows.index], SINGULAR, MAX_ITERATIONS)
-        status = np.where(diverged, np.where(broken, NON_FINITE, DIVERGED), status)
-        status[converged] = CONVERGED
-        ended = ~(left | rescued)
+        status = np.zeros(len(residual), np.int8)
+        ended, failed = ~left, ~(left | near)
+        if failed.any():
+            broken = ~np.isfinite(residual)
+            diverged = broken | (residual > largest)
+            status[failed] = np.where(self.singular[rows.index], SINGULAR, MAX_ITERATIONS)[failed]
+            status[diverged] = np.where(broken, NON_FINITE, DIVERGED)[diverged]
+            if self.rescued is not None and (rescued := diverged & ~spent).any():
+                again = replace(rows.take(rescued))
+                again.Z, again.residual = np.zeros_like(again.Z), np.full_like(again.residual, np.inf)
+                self.rescued.append(again)
+                ended &= ~rescued
         self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
         self.rows = rows.take(left)
         self.rate = rate[left]
@@ -205,13 +207,13 @@ class _Solve:
     def picard(self, limit: int, damping: float = 1.0) -> None:
         """``limit`` evaluations of all rows, which have had equally many."""
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
-        steps = 4 if self.shape[-1] <= _SMALL else 1
+        steps = 4 if self.shape[-1] <= _SMALL else 2 if self.shape[-1] <= _DENSE else 1
         first, at_start = 0, not self.rows.iterations.any()
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
             self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
+            count = 1 if at_start and self.equation.check_stability else min(steps, limit - first)
             at_start = False
-            count = 1 if first == 0 else min(steps, limit - first)
             first += count
             for _ in range(count - 1):
                 rows = self.rows
@@ -317,6 +319,8 @@ class _Solve:
             self.picard(min(BLOCK, left))
             left -= BLOCK
             rows = self.rows
+            if not len(rows.index):
+                break
             goal = self.equation.tol * self.scale(rows)
             predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
             keep = ~(predicted > patience)
@@ -324,9 +328,11 @@ class _Solve:
             self.rows = rows.take(keep)
             self.rate = self.rate[keep]
         self.rescued = None
-        self.rows = _join([*slow, self.rows])
+        if not any(len(rows.index) for rows in slow):
+            return
+        self.rows = _join(slow)
         self.rate = np.zeros(len(self.rows.index))
-        if n > _DENSE and len(self.rows.index):
+        if n > _DENSE:
             self.anderson(Anderson(), _ANDERSON_STEPS)
         rows = self.rows
         self.limit[rows.index] = np.minimum(self.limit[rows.index], rows.iterations + _NEWTON_STEPS)
