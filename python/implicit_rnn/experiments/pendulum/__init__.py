@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from implicit_rnn.experiments.pendulum.measured import Estimate, estimate, read
+from implicit_rnn.experiments.pendulum.measured import Estimate, estimate
+from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.report import as_dict, findings, table, tuning_as_dict, tuning_table
@@ -37,6 +38,7 @@ __all__ = [
     "Estimate",
     "Protocol",
     "Reader",
+    "Record",
     "Study",
     "Tuning",
     "as_dict",

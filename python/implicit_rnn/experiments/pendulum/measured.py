@@ -1,140 +1,368 @@
-"""Length and damping of a pendulum of one's own, from its measured trajectory.
+"""Length and damping of a pendulum of one's own, from what was recorded of it.
 
-A record is a CSV file with the columns ``time`` (s) and ``angle`` (rad, from the position of rest), evenly sampled at
-intervals of at most 0.125 s, that begins where the pendulum is released from rest and lasts at least 3.875 s. A cubic
-spline through the record is read at the 32 times that the networks know; a record sampled at these times is taken as it
-is. A pendulum released on the negative side is mirrored, which changes neither of its parameters.
+A record may begin before the release or in mid-swing, its zero may be anywhere, and its pendulum of any length. The release
+is found and what precedes it cut; similarity maps the swing into the range that the networks know: with the time in units
+of s, a pendulum of l and γ is one of l/s² and γ s. A network reads it, and least squares of the equation of motion refine
+the answer. The errors of both are those that the residual of this record implies.
 """
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.data import Data
+from implicit_rnn.experiments.pendulum.motion import EXTENSIONS, Fit, Motion, extended, fit, grow, noise
+from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
-from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, INTERVAL, LENGTHS, RELEASES, TIMES, trajectories
+from implicit_rnn.experiments.pendulum.record import Record, read
+from implicit_rnn.experiments.pendulum.release import first_motion, swing_period
+from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, LENGTHS, RELEASES, TIMES, trajectories
+from implicit_rnn.experiments.pendulum.units import VELOCITY
 
 Array = np.ndarray
 
-COLUMNS = ("time", "angle")
-EVEN = 0.01
-"""Largest departure of an interval from the median one, relative."""
+TYPICAL_LENGTH = 1.1
+"""To which a length is mapped, if the record lasts long enough, in m."""
+PERIODS = 1.5
+"""After the release that a record must have."""
+LONGEST_GAP = 0.5
+"""In a record after the release, in periods."""
+PLAUSIBLE = (0.01, 100.0)
+"""Lengths of pendulums in m; others come from a wrong unit of time."""
+EXPLAINED = 0.9
+"""The share of the record's variance that a pendulum must explain; what explains less is refused."""
+MISFIT = 1.5
+"""Residual by noise from which on a remark says what does not fit."""
+NEGLIGIBLE = 1e-4
+"""Residual by amplitude up to which it is rounding, and not remarked upon."""
+BETTER = 0.8
+"""Of the residual that another equation must leave at most to be named."""
+DECISIVE = 5.0
+"""Logarithm of the ratio of likelihoods by which one unit of angles is preferred to the other."""
+OUTLIER, OUTLIERS = 8.0, 0.02
+"""Residual by its median size beyond which a sample is left out as misread, and the largest share of such samples."""
+TRIALS = 200
+"""Simulated records by which the error of the network's answer is found."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a network says of a pendulum; each error is the network's root mean squared error on the test set."""
+class Reading:
+    """A length (m) and a damping (1/s) with their standard errors."""
 
     length: float
     length_error: float
     damping: float
     damping_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"length {_with_error(self.length, self.length_error)} m, "
+            f"damping {_with_error(self.damping, self.damping_error)} 1/s"
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a pendulum from a record of it."""
+
+    network: Reading
+    """The network's answer; the errors are those of its answers to simulated records of this pendulum and this residual."""
+    refined: Reading
+    """Least squares of the equation of motion; the errors follow from the residual."""
+    release: float
+    """The angle at the release or the first turning point, from the position of rest, in rad."""
+    release_time: float
+    """Of that, in s from the first sample of the record; what precedes it is not used."""
+    zero: float
+    """What the record shows at the position of rest, in rad, or rad/s for angular velocities."""
+    periods: float
+    """From the release to the end of the record."""
     residual: float
-    """Root mean square of the record minus the trajectory of these parameters, in rad; the noise of the training data is 0.02."""
+    """Standard deviation of the record from the refined pendulum, in rad or rad/s."""
+    noise: float
+    """The part of the residual that is independent from sample to sample."""
+    unit: str
+    understood: str
+    """How the file was read."""
     remarks: tuple[str, ...]
-    """What is out of the range that the network was trained on."""
+    """What the reader has to know to believe the numbers."""
+    record: Record = field(repr=False)
+    motion: Motion = field(repr=False)
 
     def __str__(self) -> str:
         lines = [
-            f"length   {self.length:.4f} ± {self.length_error:.4f} m",
-            f"damping  {self.damping:.4f} ± {self.damping_error:.4f} 1/s",
-            f"residual {self.residual:.4f} rad, root mean square",
+            f"read      {self.understood}",
+            f"network   {self.network}",
+            f"refined   {self.refined}  (standard errors)",
+            f"release   {self.release:.4g} rad ({np.degrees(self.release):.1f}°) at {self.release_time:.4g} s; "
+            f"position of rest at {self.zero:.4g} {self.unit}",
+            f"residual  {self.residual:.3g} {self.unit} over {self.periods:.1f} periods; noise {self.noise:.3g} {self.unit}",
         ]
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
+        """Plain data for JSON; length and damping are the refined ones."""
+        numbers = ("release", "release_time", "zero", "periods", "residual", "noise", "unit", "understood", "remarks")
+        return (
+            asdict(self.refined) | {"network": asdict(self.network)} | {name: getattr(self, name) for name in numbers}
+        )
 
 
-def read(path: str | Path) -> Array:
-    """(32,) the angles of a record at ``TIMES`` from its first row; ``ValueError`` says what is wrong with a file."""
-    times, angles = _columns(Path(path))
-    return resample(times, angles, str(path))
+def estimate(reader: Reader, record: Record | str | Path) -> Estimate:
+    """The pendulum in a record; ``ValueError`` says why there is none that could be believed."""
+    if not isinstance(record, Record):
+        record = read(record)
+    if not record.assumed:
+        return _estimate(reader, record)
+    return _in_either_unit(reader, record)
 
 
-def resample(times: Array, angles: Array, name: str = "the record") -> Array:
-    """(32,) the angles at ``TIMES`` after the first of ``times``; ``ValueError`` for records that do not allow it."""
+def _estimate(reader: Reader, record: Record) -> Estimate:
+    rough, period = first_motion(record)
+    after = record.times >= rough.begin
+    times, values, lines = record.times[after], record.values[after], record.lines[after]
+    _check_extent(record, times, lines, period)
+    network, mapped = _network_reading(reader, rough, times, values, period)
+    found = _refined(network, rough, times, values, period)
+    outliers = _outliers(found)
+    remarks = []
+    if outliers.any():
+        remarks.append(_left_out(lines[outliers], len(lines)))
+        times, values = times[~outliers], values[~outliers]
+        found = fit(found.motion, times, values)
+    motion = found.motion
+    _check_pendulum(record, found, times, values)
+    remarks += _misfit(record, found, times, values)
+    remarks += _out_of_range(mapped)
+    refined = Reading(motion.length, found.length_error, motion["damping"], found.error("damping"))
+    if refined.damping < -3 * refined.damping_error:
+        remarks.append("the swing grows, so that something drives it, or the record runs backwards")
+    return Estimate(
+        network,
+        refined,
+        motion["angle"],
+        motion.begin,
+        motion["zero"],
+        float(times[-1] - times[0]) / swing_period(motion),
+        found.residual,
+        noise(found.residuals),
+        _unit(record),
+        record.understood,
+        tuple(remarks),
+        record,
+        motion,
+    )
+
+
+def _in_either_unit(reader: Reader, record: Record) -> Estimate:
+    """The estimate in rad or in degrees, whichever fits, for a record that does not say."""
+    found, refusals = {}, []
+    for unit, size in (("rad", 1.0), ("degrees", np.pi / 180)):
+        try:
+            found[unit] = _estimate(reader, replace(record, values=size * record.values, assumed=False))
+        except ValueError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    if len(found) == 1:
+        unit, only = next(iter(found.items()))
+        return _noted(only, f"the angles have no unit; a pendulum fits them only if they are in {unit}") if unit != "rad" else only
+    rad, degrees = found["rad"], found["degrees"]
+    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
+    evidence = len(record.times) * np.log(rad.residual / (degrees.residual * 180 / np.pi))
+    if evidence > DECISIVE:
+        return _noted(degrees, "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad")
+    other = abs(rad.refined.length - degrees.refined.length)
+    if evidence < -DECISIVE or other < rad.refined.length_error:
+        return rad
+    return _noted(
+        rad,
+        f"the angles have no unit and are taken as rad; if they are degrees, the length is {degrees.refined.length:.4g} m: "
+        "--units rad or --units deg says which",
+    )
+
+
+def _noted(found: Estimate, remark: str) -> Estimate:
+    return replace(found, remarks=(*found.remarks, remark))
+
+
+def _unit(record: Record) -> str:
+    return "rad/s" if record.quantity == VELOCITY else "rad"
+
+
+# --- what can be believed ------------------------------------------------------------------------------------
+
+
+def _check_extent(record: Record, times: Array, lines: Array, period: float) -> None:
+    """Refuse a record that is too short, or has too long a gap."""
+    lasts = float(times[-1] - times[0])
+    if lasts < PERIODS * period:
+        raise ValueError(
+            f"{record.name} shows {lasts:.3g} s of free swing after {times[0]:.3g} s (line {lines[0]}), {lasts / period:.2g} periods of "
+            f"{period:.3g} s; expected at least {PERIODS}: record it for longer"
+        )
+    gaps = np.diff(times)
+    k = int(np.argmax(gaps))
+    if gaps[k] > LONGEST_GAP * period:
+        raise ValueError(
+            f"{record.name} has a gap of {gaps[k]:.3g} s after line {lines[k]}, with a period of {period:.3g} s; expected gaps of at most "
+            "half a period: keep only what is before or after it"
+        )
+
+
+def _check_pendulum(record: Record, found: Fit, times: Array, values: Array) -> None:
+    """Refuse what is not the swing of a pendulum."""
+    explained = 1 - np.var(found.residuals) / np.var(values)
+    if not explained > EXPLAINED:
+        raise ValueError(
+            f"{record.name} is not the free swing of a pendulum: the best that fits, {found.motion.length:.3g} m long, leaves a residual of "
+            f"{found.residual:.3g} {_unit(record)} of a root mean square of {np.std(values):.3g}, most of it around "
+            f"{_worst(found, times):.3g} s. Cut the record to the free swing, or check --columns and --units"
+        )
+    if not PLAUSIBLE[0] <= found.motion.length <= PLAUSIBLE[1]:
+        raise ValueError(
+            f"{record.name}: a pendulum with this period would be {found.motion.length:.3g} m long; expected {PLAUSIBLE[0]:g} to "
+            f"{PLAUSIBLE[1]:g} m. Check the unit of the time, and give the true one by --units or --fps"
+        )
+
+
+def _worst(found: Fit, times: Array) -> float:
+    """The time around which the residual is largest."""
+    width = max(len(times) // 20, 1)
+    power = np.convolve(found.residuals**2, np.ones(width), "same")
+    return float(times[int(np.argmax(power))])
+
+
+def _outliers(found: Fit) -> Array:
+    """(n,) which samples are misread; none if they are many."""
+    size = np.abs(found.residuals)
+    outliers = size > OUTLIER * np.median(size)
+    few = 0 < outliers.sum() <= max(OUTLIERS * len(size), 1)
+    return outliers if few else np.zeros(len(size), bool)
+
+
+def _left_out(lines: Array, total: int) -> str:
+    some, more = ", ".join(map(str, lines[:5])), ", ..." if len(lines) > 5 else ""
+    return f"{len(lines)} of {total} samples are far off and left out (line {some}{more})"
+
+
+def _misfit(record: Record, found: Fit, times: Array, values: Array) -> list[str]:
+    """A remark on what does not fit, if the residual is well above the noise."""
+    independent = noise(found.residuals)
+    negligible = NEGLIGIBLE * np.ptp(values)
+    ratio = found.residual / max(independent, 1e-300)
+    if ratio < MISFIT + 3 / np.sqrt(len(found.residuals)) or found.residual < negligible:
+        return []
+    better, words = extended(found, times, values, _unit(record), list(EXTENSIONS))
+    cause = (
+        f"{words} would leave {better:.2g}"
+        if better < BETTER * found.residual
+        else f"it is largest around {_worst(found, times):.3g} s"
+    )
+    return [
+        f"the residual of {found.residual:.2g} {_unit(record)} is {ratio:.1f} times the noise of this record: {cause}. The errors "
+        "allow for it as if it were random"
+    ]
+
+
+# --- the network ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mapped:
+    """A pendulum in the units in which a network sees it."""
+
+    length: float
+    damping: float
+    release: float
+
+
+def _network_reading(
+    reader: Reader, rough: Motion, times: Array, values: Array, period: float
+) -> tuple[Reading, _Mapped]:
+    """What the network says, and the pendulum in its units.
+
+    Small swings are those of a linear equation: those below the releases that were learnt are enlarged.
+    """
+    lasts = float(times[-1] - times[0])
+    scale = min(np.sqrt(rough.length / TYPICAL_LENGTH), lasts / TIMES[-1])
+    sign = 1.0 if rough["angle"] >= 0 else -1.0
+    gain = sign * max(RELEASES[0] / max(abs(rough["angle"]), 1e-12), 1.0)
+    seen = gain * _angles(rough, times, values)
+    angles = _at(times[0] + scale * TIMES, times, seen, period)
+    mapped = _Mapped(rough.length / scale**2, rough["damping"] * scale, abs(gain * rough["angle"]))
+    answer = reader.solve(angles[None])[0][0]
+
+    truth = np.array([mapped.length, mapped.damping])
+    release = np.array([mapped.release])
+    expected = trajectories(truth[:1], truth[1:], release)[0]
+    noisy = expected + np.std(angles - expected) * np.random.default_rng(0).standard_normal((TRIALS, len(TIMES)))
+    errors = np.sqrt(np.mean((reader.solve(noisy)[0] - truth) ** 2, axis=0))
+    return (
+        Reading(
+            float(answer[0] * scale**2), float(errors[0] * scale**2), float(answer[1] / scale), float(errors[1] / scale)
+        ),
+        mapped,
+    )
+
+
+def _angles(motion: Motion, times: Array, values: Array) -> Array:
+    """(n,) the angles from the position of rest."""
+    if motion.quantity != VELOCITY:
+        return values - motion["zero"]
+    velocities = values - motion["zero"]
+    steps = np.diff(times) * (velocities[1:] + velocities[:-1]) / 2
+    return motion["angle"] + np.concatenate([[0.0], np.cumsum(steps)])
+
+
+def _at(wanted: Array, times: Array, angles: Array, period: float) -> Array:
+    """(32,) the angles at the times wanted, by a spline through averages; before the release, the mirror image of after."""
     from scipy.interpolate import CubicSpline
 
-    for column, values in zip(COLUMNS, (times, angles), strict=True):
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            raise ValueError(f"{name}: {column} is {values[bad[0]]} in record {bad[0] + 1}; expected finite numbers")
-    if len(times) < 4:
-        raise ValueError(f"{name} has {len(times)} records; expected at least {len(TIMES)}")
-    intervals = np.diff(times)
-    if not (intervals > 0).all():
-        raise ValueError(f"{name}: time does not increase after record {int(np.argmin(intervals > 0)) + 1}")
-    usual = float(np.median(intervals))
-    worst = int(np.argmax(np.abs(intervals - usual)))
-    if abs(intervals[worst] - usual) > EVEN * usual:
-        raise ValueError(
-            f"{name} is not evenly sampled: {intervals[worst]:.4g} s after record {worst + 1}, elsewhere {usual:.4g} s; expected "
-            f"equal intervals within {EVEN:.0%}"
-        )
-    if usual > INTERVAL * (1 + EVEN):
-        raise ValueError(f"{name} has a sample every {usual:.4g} s; expected one at least every {INTERVAL} s")
-    times = times - times[0]
-    if times[-1] < TIMES[-1] - EVEN * usual:
-        raise ValueError(f"{name} lasts {times[-1]:.4g} s; expected at least {TIMES[-1]} s")
-    if np.abs(angles).max() > np.pi:
-        raise ValueError(
-            f"{name} has an angle of {np.abs(angles).max():.4g}; expected rad, between -π and π, not degrees"
-        )
-    return np.asarray(CubicSpline(times, angles)(np.minimum(TIMES, times[-1])))
+    mean_times, means = binned(times, angles, period)
+    own = mean_times > times[0]
+    mirrored = slice(3, None, -1)
+    knots = np.concatenate([2 * times[0] - mean_times[own][mirrored], mean_times])
+    return np.asarray(CubicSpline(knots, np.concatenate([means[own][mirrored], means]))(np.minimum(wanted, times[-1])))
 
 
-def _columns(path: Path) -> tuple[Array, Array]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        header = [column.strip() for column in rows.fieldnames or ()]
-        missing = [column for column in COLUMNS if column not in header]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {' and no column '.join(missing)}; its first line must name the columns time (s) and "
-                f"angle (rad), it is {','.join(header)!r}"
-            )
-        rows.fieldnames = header
-        values: list[tuple[float, ...]] = []
-        for row in rows:
-            try:
-                values.append(tuple(float(row[column]) for column in COLUMNS))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}: time {row['time']!r} and angle {row['angle']!r}; expected numbers"
-                ) from error
-    times, angles = np.array(values, np.float64).reshape(-1, 2).T
-    return times, angles
-
-
-def error_on_test_set(reader: Reader) -> Array:
-    """(2,) the root mean squared errors of length (m) and damping (1/s) on the test set of the study."""
-    test = Data.of_seed(0).test
-    return np.asarray(np.sqrt(np.mean((reader.predict(test.measured) - test.parameters) ** 2, axis=0)))
-
-
-def estimate(reader: Reader, angles: Array) -> Estimate:
-    """The parameters of the pendulum with these angles (32,) at ``TIMES``."""
-    upright = angles if angles[0] >= 0 else -angles
-    length, damping = map(float, reader.predict(upright[None])[0])
-    errors = error_on_test_set(reader)
-    remarks = [
-        f"the {what} is {value:.3g} {unit}, out of the range of {low} to {high} {unit} that was learnt"
+def _out_of_range(mapped: _Mapped) -> list[str]:
+    return [
+        f"the network has learnt {what} of {low} to {high} {unit}, and sees {value:.3g}: do not rely on its answer but on the refined one"
         for what, value, (low, high), unit in (
-            ("angle at release", float(upright[0]), RELEASES, "rad"),
-            ("length", length, LENGTHS, "m"),
-            ("damping", damping, DAMPINGS, "1/s"),
+            ("releases", mapped.release, RELEASES, "rad"),
+            ("lengths", mapped.length, LENGTHS, "m"),
+            ("dampings", mapped.damping, DAMPINGS, "1/s"),
         )
         if not low - 0.05 * (high - low) <= value <= high + 0.05 * (high - low)
     ]
-    residual = float("nan")
-    if length > 0:
-        again = trajectories(np.array([length]), np.array([damping]), upright[:1])[0]
-        residual = float(np.sqrt(np.mean((upright - again) ** 2)))
-    return Estimate(length, float(errors[0]), damping, float(errors[1]), residual, tuple(remarks))
+
+
+# --- the refinement ------------------------------------------------------------------------------------------
+
+
+def _refined(network: Reading, rough: Motion, times: Array, values: Array, period: float) -> Fit:
+    """Least squares from the network's answer; from the rough fit if that leads nowhere."""
+    fits = []
+    if network.length > 0:
+        parameters = rough.parameters.copy()
+        parameters[:2] = np.log(network.length), network.damping
+        try:
+            fits.append(grow(replace(rough, parameters=parameters), times, values, period))
+        except (FloatingPointError, np.linalg.LinAlgError):
+            pass
+    if not fits or np.var(fits[0].residuals) > (1 - EXPLAINED) * np.var(values):
+        fits.append(grow(rough, times, values, period))
+    return min(fits, key=lambda found: found.residual)
+
+
+def _with_error(value: float, error: float) -> str:
+    """The value to the second digit of its error: 1.1023 ± 0.0014."""
+    if not (np.isfinite(error) and error > 0):
+        return f"{value:.6g} ± {error:.2g}"
+    digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 12))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
