@@ -48,6 +48,7 @@ __all__ = [
     "read",
     "run",
     "save",
+    "save_figure",
     "save_tuning",
     "table",
     "train",
@@ -80,6 +81,14 @@ def save(study: Study, folder: Path) -> list[Path]:
     name, index = best_net(study)
     study.reader(name, index).save(model)
     return [data, model, *figures.draw(study, name, index, folder)]
+
+
+def save_figure(found: Estimate, folder: Path) -> Path:
+    """Draw a record and the pendulum found in it to RECORD-pendulum.png; returns its path."""
+    from implicit_rnn.experiments.pendulum import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return figures.draw_record(found, folder / f"{Path(found.record.name).stem}-pendulum.png")
 
 
 def save_tuning(tuning: Tuning, folder: Path) -> Path:

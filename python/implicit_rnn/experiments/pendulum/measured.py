@@ -126,8 +126,9 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
     after = record.times >= rough.begin
     times, values, lines = record.times[after], record.values[after], record.lines[after]
     _check_extent(record, times, lines, period)
-    network, mapped = _network_reading(reader, rough, times, values, period)
-    found = _refined(network, rough, times, values, period)
+    view = _View.of(rough, times, period)
+    answer = view.read(reader, values[:, None])[0]
+    found = _refined(answer, rough, times, values, period)
     outliers = _outliers(found)
     remarks = []
     if outliers.any():
@@ -137,7 +138,9 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
     motion = found.motion
     _check_pendulum(record, found, times, values)
     remarks += _misfit(record, found, times, values)
-    remarks += _out_of_range(mapped)
+    remarks += view.out_of_range(motion)
+    errors = view.errors(reader, found)
+    network = Reading(float(answer[0]), float(errors[0]), float(answer[1]), float(errors[1]))
     refined = Reading(motion.length, found.length_error, motion["damping"], found.error("damping"))
     if refined.damping < -3 * refined.damping_error:
         remarks.append("the swing grows, so that something drives it, or the record runs backwards")
@@ -273,84 +276,85 @@ def _misfit(record: Record, found: Fit, times: Array, values: Array) -> list[str
 
 
 @dataclass(frozen=True)
-class _Mapped:
-    """A pendulum in the units in which a network sees it."""
-
-    length: float
-    damping: float
-    release: float
-
-
-def _network_reading(
-    reader: Reader, rough: Motion, times: Array, values: Array, period: float
-) -> tuple[Reading, _Mapped]:
-    """What the network says, and the pendulum in its units.
+class _View:
+    """How a network sees a record: from the release on, in units in which its pendulum is one of those that were learnt.
 
     Small swings are those of a linear equation: those below the releases that were learnt are enlarged.
     """
-    lasts = float(times[-1] - times[0])
-    scale = min(np.sqrt(rough.length / TYPICAL_LENGTH), lasts / TIMES[-1])
-    sign = 1.0 if rough["angle"] >= 0 else -1.0
-    gain = sign * max(RELEASES[0] / max(abs(rough["angle"]), 1e-12), 1.0)
-    seen = gain * _angles(rough, times, values)
-    angles = _at(times[0] + scale * TIMES, times, seen, period)
-    mapped = _Mapped(rough.length / scale**2, rough["damping"] * scale, abs(gain * rough["angle"]))
-    answer = reader.solve(angles[None])[0][0]
 
-    truth = np.array([mapped.length, mapped.damping])
-    release = np.array([mapped.release])
-    expected = trajectories(truth[:1], truth[1:], release)[0]
-    noisy = expected + np.std(angles - expected) * np.random.default_rng(0).standard_normal((TRIALS, len(TIMES)))
-    errors = np.sqrt(np.mean((reader.solve(noisy)[0] - truth) ** 2, axis=0))
-    return (
-        Reading(
-            float(answer[0] * scale**2), float(errors[0] * scale**2), float(answer[1] / scale), float(errors[1] / scale)
-        ),
-        mapped,
-    )
+    motion: Motion
+    """Of the release: its position of rest is subtracted."""
+    times: Array
+    period: float
+    scale: float
+    """Seconds of the record in a second of the network."""
+    gain: float
 
+    @classmethod
+    def of(cls, motion: Motion, times: Array, period: float) -> _View:
+        scale = min(np.sqrt(motion.length / TYPICAL_LENGTH), float(times[-1] - times[0]) / TIMES[-1])
+        sign = 1.0 if motion["angle"] >= 0 else -1.0
+        gain = sign * max(RELEASES[0] / max(abs(motion["angle"]), 1e-12), 1.0)
+        return cls(motion, times, period, scale, gain)
 
-def _angles(motion: Motion, times: Array, values: Array) -> Array:
-    """(n,) the angles from the position of rest."""
-    if motion.quantity != VELOCITY:
-        return values - motion["zero"]
-    velocities = values - motion["zero"]
-    steps = np.diff(times) * (velocities[1:] + velocities[:-1]) / 2
-    return motion["angle"] + np.concatenate([[0.0], np.cumsum(steps)])
+    def angles(self, values: Array) -> Array:
+        """(B, 32) what the network sees of B records (n, B), by splines through averages.
 
+        Before the release they go on as the mirror image of what follows.
+        """
+        from scipy.interpolate import CubicSpline
 
-def _at(wanted: Array, times: Array, angles: Array, period: float) -> Array:
-    """(32,) the angles at the times wanted, by a spline through averages; before the release, the mirror image of after."""
-    from scipy.interpolate import CubicSpline
-
-    mean_times, means = binned(times, angles, period)
-    own = mean_times > times[0]
-    mirrored = slice(3, None, -1)
-    knots = np.concatenate([2 * times[0] - mean_times[own][mirrored], mean_times])
-    return np.asarray(CubicSpline(knots, np.concatenate([means[own][mirrored], means]))(np.minimum(wanted, times[-1])))
-
-
-def _out_of_range(mapped: _Mapped) -> list[str]:
-    return [
-        f"the network has learnt {what} of {low} to {high} {unit}, and sees {value:.3g}: do not rely on its answer but on the refined one"
-        for what, value, (low, high), unit in (
-            ("releases", mapped.release, RELEASES, "rad"),
-            ("lengths", mapped.length, LENGTHS, "m"),
-            ("dampings", mapped.damping, DAMPINGS, "1/s"),
+        knots, means = binned(self.times, self.gain * self._angles(values), self.period)
+        own = slice(3, 0, -1)
+        knots, means = (
+            np.concatenate([2 * self.times[0] - knots[own], knots]),
+            np.concatenate([means[own], means]),
         )
-        if not low - 0.05 * (high - low) <= value <= high + 0.05 * (high - low)
-    ]
+        wanted = np.minimum(self.times[0] + self.scale * TIMES, self.times[-1])
+        return np.asarray(CubicSpline(knots, means)(wanted).T)
+
+    def _angles(self, values: Array) -> Array:
+        """(n, B) the angles from the position of rest."""
+        centred = values - self.motion["zero"]
+        if self.motion.quantity != VELOCITY:
+            return centred
+        steps = np.diff(self.times)[:, None] * (centred[1:] + centred[:-1]) / 2
+        return self.motion["angle"] + np.concatenate([np.zeros_like(centred[:1]), np.cumsum(steps, axis=0)])
+
+    def read(self, reader: Reader, values: Array) -> Array:
+        """(B, 2) lengths and dampings, as the network reads them from records (n, B)."""
+        answers = reader.solve(self.angles(values))[0]
+        return answers * [self.scale**2, 1 / self.scale]
+
+    def errors(self, reader: Reader, found: Fit) -> Array:
+        """(2,) root mean squared errors of the answers to simulated records of the pendulum and the residual found."""
+        noise = found.residual * np.random.default_rng(0).standard_normal((len(self.times), TRIALS))
+        answers = self.read(reader, found.motion.observed(self.times)[:, None] + noise)
+        truth = [found.motion.length, found.motion["damping"]]
+        return np.sqrt(np.mean((answers - truth) ** 2, axis=0))
+
+    def out_of_range(self, motion: Motion) -> list[str]:
+        """Remarks on what the network sees and has not learnt."""
+        return [
+            f"the network has learnt {what} of {low} to {high} {unit} and sees one of {value:.3g}: rely on the refined answer"
+            for what, value, (low, high), unit in (
+                ("releases", abs(self.gain * motion["angle"]), RELEASES, "rad"),
+                ("lengths", motion.length / self.scale**2, LENGTHS, "m"),
+                ("dampings", motion["damping"] * self.scale, DAMPINGS, "1/s"),
+            )
+            if not low - 0.05 * (high - low) <= value <= high + 0.05 * (high - low)
+        ]
 
 
 # --- the refinement ------------------------------------------------------------------------------------------
 
 
-def _refined(network: Reading, rough: Motion, times: Array, values: Array, period: float) -> Fit:
+def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: float) -> Fit:
     """Least squares from the network's answer; from the rough fit if that leads nowhere."""
     fits = []
-    if network.length > 0:
+    if answer[0] > 0:
         parameters = rough.parameters.copy()
-        parameters[:2] = np.log(network.length), network.damping
+        parameters[:2] = np.log(answer[0]), answer[1]
         try:
             fits.append(grow(replace(rough, parameters=parameters), times, values, period))
         except (FloatingPointError, np.linalg.LinAlgError):

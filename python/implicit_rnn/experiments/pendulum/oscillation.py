@@ -31,11 +31,12 @@ def rough_period(times: Array, values: Array) -> float:
 
 
 def binned(times: Array, values: Array, period: float) -> tuple[Array, Array]:
-    """Mean time and mean value of each bin of a ``BINS``-th of a period; sparser records stay as they are."""
+    """Mean times (m,) and mean values (m, ...) of bins of a ``BINS``-th of a period; sparser records stay as they are."""
     bins = np.floor((times - times[0]) / (period / BINS)).astype(int)
     first = np.flatnonzero(np.diff(bins, prepend=-1))
     counts = np.diff(np.append(first, len(times)))
-    return np.add.reduceat(times, first) / counts, np.add.reduceat(values, first) / counts
+    sums = np.add.reduceat(values, first, axis=0)
+    return np.add.reduceat(times, first) / counts, (sums.T / counts).T
 
 
 def turning_points(times: Array, values: Array, period: float) -> tuple[Array, Array]:
