@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.motion import EXTENSIONS, Fit, Motion, extended, fit, grow, noise
+from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, alternative, fit, grow, noise
 from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
@@ -35,12 +35,14 @@ PLAUSIBLE = (0.01, 100.0)
 """Lengths of pendulums in m; others come from a wrong unit of time."""
 EXPLAINED = 0.9
 """The share of the record's variance that a pendulum must explain; what explains less is refused."""
-MISFIT = 1.5
-"""Residual by noise from which on a remark says what does not fit."""
+MISFIT = 1.2
+"""Residual by noise, in a long record, from which on a remark says what does not fit."""
 NEGLIGIBLE = 1e-4
-"""Residual by amplitude up to which it is rounding, and not remarked upon."""
+"""Residual by range up to which it is rounding, and not remarked upon."""
 BETTER = 0.8
-"""Of the residual that another equation must leave at most to be named."""
+"""Of the residual that another equation must leave at most to be the cause of it."""
+EVIDENCE = 25.0
+"""χ² by which another equation must fit better to be believed: five standard errors."""
 DECISIVE = 5.0
 """Logarithm of the ratio of likelihoods by which one unit of angles is preferred to the other."""
 OUTLIER, OUTLIERS = 8.0, 0.02
@@ -137,11 +139,21 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
         found = fit(found.motion, times, values)
     motion = found.motion
     _check_pendulum(record, found, times, values)
-    remarks += _misfit(record, found, times, values)
+    other = None
+    if found.residual > NEGLIGIBLE * np.ptp(values):
+        other = alternative(found, times, values, _unit(record))
+        other = other if other is not None and other.evidence > EVIDENCE else None
+        remarks += _misfit(record, found, other, times)
     remarks += view.out_of_range(motion)
     errors = view.errors(reader, found)
     network = Reading(float(answer[0]), float(errors[0]), float(answer[1]), float(errors[1]))
-    refined = Reading(motion.length, found.length_error, motion["damping"], found.error("damping"))
+    shift = other.fit.motion if other is not None else motion
+    refined = Reading(
+        motion.length,
+        float(np.hypot(found.length_error, shift.length - motion.length)),
+        motion["damping"],
+        float(np.hypot(found.error("damping"), shift["damping"] - motion["damping"])),
+    )
     if refined.damping < -3 * refined.damping_error:
         remarks.append("the swing grows, so that something drives it, or the record runs backwards")
     return Estimate(
@@ -164,9 +176,9 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
 def _in_either_unit(reader: Reader, record: Record) -> Estimate:
     """The estimate in rad or in degrees, whichever fits, for a record that does not say."""
     found, refusals = {}, []
-    for unit, size in (("rad", 1.0), ("degrees", np.pi / 180)):
+    for unit, candidate in (("rad", record), ("degrees", record.in_degrees())):
         try:
-            found[unit] = _estimate(reader, replace(record, values=size * record.values, assumed=False))
+            found[unit] = _estimate(reader, candidate)
         except ValueError as error:
             refusals.append(error)
     if not found:
@@ -253,23 +265,24 @@ def _left_out(lines: Array, total: int) -> str:
     return f"{len(lines)} of {total} samples are far off and left out (line {some}{more})"
 
 
-def _misfit(record: Record, found: Fit, times: Array, values: Array) -> list[str]:
-    """A remark on what does not fit, if the residual is well above the noise."""
+def _misfit(record: Record, found: Fit, other: Alternative | None, times: Array) -> list[str]:
+    """A remark on what does not fit, if the residual is well above the noise or another equation fits clearly better."""
     independent = noise(found.residuals)
-    negligible = NEGLIGIBLE * np.ptp(values)
     ratio = found.residual / max(independent, 1e-300)
-    if ratio < MISFIT + 3 / np.sqrt(len(found.residuals)) or found.residual < negligible:
-        return []
-    better, words = extended(found, times, values, _unit(record), list(EXTENSIONS))
-    cause = (
-        f"{words} would leave {better:.2g}"
-        if better < BETTER * found.residual
-        else f"it is largest around {_worst(found, times):.3g} s"
-    )
-    return [
-        f"the residual of {found.residual:.2g} {_unit(record)} is {ratio:.1f} times the noise of this record: {cause}. The errors "
-        "allow for it as if it were random"
-    ]
+    above = ratio > MISFIT + 3 / np.sqrt(len(found.residuals))
+    residual = f"the residual of {found.residual:.2g} {_unit(record)} is {ratio:.1f} times the noise of this record"
+    if other is not None and (not above or other.fit.residual < BETTER * found.residual):
+        length = _with_error(other.fit.motion.length, other.fit.length_error)
+        return [
+            f"{residual}; {other.words} would leave {other.fit.residual:.2g} and make the length {length} m: the errors "
+            "include the difference"
+        ]
+    if above:
+        return [
+            f"{residual}, and largest around {_worst(found, times):.3g} s: something there is not the free swing of a pendulum. "
+            "The errors count it as noise"
+        ]
+    return []
 
 
 # --- the network ---------------------------------------------------------------------------------------------

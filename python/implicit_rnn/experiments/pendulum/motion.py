@@ -7,7 +7,6 @@ samples: neighbouring residuals that agree tell less than independent ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,7 +22,7 @@ EXTENSIONS = {
     "drift": ("a zero that moves by {value:.2g} {unit} per second", 0.0),
     "drag": ("air drag that grows with the square of the velocity (coefficient {value:.2g} 1/rad)", 0.0),
     "friction": ("dry friction in the bearing (a deceleration of {value:.2g} rad/s²)", 0.0),
-    "scale": ("angles of {value:.3g} times their true size, as by another unit or an oblique camera", 1.0),
+    "scale": ("angles of {value:.3g} times their true size (another unit, an oblique camera)", 1.0),
 }
 """What a record can have that the equation has not, one at a time: in words, and the value where it is absent."""
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
@@ -194,20 +193,43 @@ def noise(residuals: Array) -> float:
     return float(np.sqrt(np.mean(differences**2) / 70))
 
 
-def extended(found: Fit, times: Array, values: Array, unit: str, candidates: Sequence[str]) -> tuple[float, str]:
-    """The residual of the best of the extensions, and what it is in words."""
-    best = (found.residual, "")
-    for name in candidates:
-        words, absent = EXTENSIONS[name]
-        motion = replace(
-            found.motion,
-            names=(*found.motion.names, name),
-            parameters=np.append(found.motion.parameters, absent),
-        )
-        try:
-            more = fit(motion, times, values)
-        except (FloatingPointError, np.linalg.LinAlgError):
-            continue
-        if more.residual < best[0]:
-            best = more.residual, words.format(value=more.motion[name], unit=unit)
-    return best
+@dataclass(frozen=True)
+class Alternative:
+    """A fit with one thing more in it than the equation of a pendulum."""
+
+    fit: Fit
+    words: str
+    """What it is, and of which size."""
+    evidence: float
+    """χ² by which it fits better, for residuals that are correlated as those of this fit are."""
+
+
+def alternative(found: Fit, times: Array, values: Array, unit: str) -> Alternative | None:
+    """The one of the extensions that the residuals ask for most.
+
+    It is found by the score test: what the residuals lose by a small step along each, beside the parameters fitted.
+    """
+    extensions = list(EXTENSIONS)
+    motion = found.motion
+    absent = [EXTENSIONS[name][1] for name in extensions]
+    every = replace(
+        motion, names=(*motion.names, *extensions), parameters=np.concatenate([motion.parameters, absent])
+    )
+    jacobian = every.linearised(times)[1]
+    base = np.linalg.qr(jacobian[:, : len(motion.names)])[0]
+    scores = []
+    for direction in jacobian[:, len(motion.names) :].T:
+        new = direction - base @ (base.T @ direction)
+        size = float(new @ new)
+        scores.append((found.residuals @ new) ** 2 / size if size > 1e-18 * float(direction @ direction) else 0.0)
+    best = int(np.argmax(scores))
+    name, (words, value) = extensions[best], EXTENSIONS[extensions[best]]
+    start = replace(motion, names=(*motion.names, name), parameters=np.append(motion.parameters, value))
+    try:
+        more = fit(start, times, values)
+    except (FloatingPointError, np.linalg.LinAlgError):
+        return None
+    if not 0 < more.residual < found.residual:
+        return None
+    evidence = 2 * len(times) * np.log(found.residual / more.residual) / correlation_time(more.residuals)
+    return Alternative(more, words.format(value=more.motion[name], unit=unit), float(evidence))

@@ -7,7 +7,7 @@ all of it said in one line. What can be understood in two ways that lead to diff
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,9 @@ PERIODS = (0.2, 60.0)
 """Of pendulums that people record, in s: by them a time without a unit is told to be in s, ms, µs or ns."""
 DOMINANT = 0.9
 """The share of the mean square of all axes that the one must have about which a pendulum with a gyroscope swings."""
+FEWEST = 12
+"""Rows in a record."""
+_GUESSED = " (no unit given)"
 COUNTING = 4
 """Rows that may share one rounded time, on average."""
 
@@ -44,6 +47,11 @@ class Record:
     """One line for the reader."""
     assumed: bool = False
     """Whether nobody said that the angles are in rad, and they could be in degrees as well."""
+
+    def in_degrees(self) -> Record:
+        """The same numbers, taken as degrees."""
+        understood = self.understood.replace(f"in rad{_GUESSED}", f"in deg{_GUESSED}")
+        return replace(self, values=np.radians(self.values), understood=understood)
 
 
 def read(
@@ -98,14 +106,14 @@ def read(
     if unit is None:
         unit, size = _guessed_angle_unit(table, values, column)
         assumed = unit == "rad"
-    guess = " (no unit given)" if unit is not None and _unsaid(headings[column], given, quantity) else ""
+    guess = _GUESSED if unit is not None and _unsaid(headings[column], given, quantity) else ""
     values = values * size
     if quantity == ANGLE:
         values = np.unwrap(values)
     time_guess = ""
     if time_size is None:
         time_unit, time_size = _guessed_time_unit(table, times, values, source)
-        time_guess = " (no unit given)"
+        time_guess = _GUESSED
     times = (times - times[0]) * time_size
 
     missing = len(table.cells) - int(there.sum())
@@ -175,6 +183,7 @@ def _time_column(table: Table, headings: Sequence[Heading], fps: float | None, s
         raise ValueError(
             f"{table.file} has no column that is a time by its name, and not exactly one that increases; say which by --columns "
             f"TIME,ANGLE (among {_listed(table)}), or give --fps N if its rows are frames"
+            + ("; if the commas are decimal commas, export it with semicolons or tabs" if table.perhaps_decimal_commas else "")
         )
     return chosen
 
@@ -213,6 +222,7 @@ def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -
         raise ValueError(
             f"{table.file} has {len(unknown)} columns that could be the angle: "
             f"{', '.join(table.title(k) for k in unknown)}; choose by --columns TIME,ANGLE, by name or by number"
+            + ("; if the commas are decimal commas, export it with semicolons or tabs" if table.perhaps_decimal_commas else "")
         )
     raise ValueError(
         f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the unit rad or "
@@ -339,8 +349,8 @@ def _guessed_time_unit(table: Table, times: Array, values: Array, source: str) -
 
 def _in_order(table: Table, times: Array, values: Array, lines: Array, source: str) -> tuple[Array, Array, Array]:
     """The rows by increasing time, those of equal (rounded) times averaged."""
-    if len(times) < 4:
-        raise ValueError(f"{table.file} has {len(times)} rows with a time and an angle; expected at least some ten")
+    if len(times) < FEWEST:
+        raise ValueError(f"{table.file} has {len(times)} rows with a time and an angle; expected at least {FEWEST}")
     if (np.diff(times) < 0).all():
         times, values, lines = times[::-1], values[::-1], lines[::-1]
     back = np.flatnonzero(np.diff(times) < 0)

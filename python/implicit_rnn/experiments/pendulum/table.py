@@ -68,6 +68,11 @@ class Table:
     numeric: tuple[bool, ...]
     """The columns that hold numbers."""
 
+    @property
+    def perhaps_decimal_commas(self) -> bool:
+        """Whether the commas between whole numbers could be decimal signs as well."""
+        return self.separator == "," and _whole(self.cells)
+
     def title(self, column: int) -> str:
         """How messages name a column."""
         return f"column {column + 1}" + (f" ({self.header[column]!r})" if self.header[column] else "")
@@ -118,7 +123,7 @@ def read_table(path: Path) -> Table:
         if len(cells) > columns:
             raise ValueError(f"{path}, line {number} has {len(cells)} cells; expected {columns}, as elsewhere in the file")
     preamble = [(line, cells) for (_, line), (_, cells) in zip(lines[:first], rows[:first], strict=True)]
-    header = _header(preamble, columns)
+    header = _header(preamble, columns, separator)
     if separator == "," and _decimal_commas(preamble, body, columns):
         raise ValueError(
             f"{path}, line {body[0][0]} has {columns} whole numbers between commas under {columns // 2} names; if the commas are "
@@ -274,9 +279,9 @@ def _block(
     return first
 
 
-def _header(preamble: Sequence[tuple[str, tuple[str, ...]]], columns: int) -> tuple[str, ...]:
+def _header(preamble: Sequence[tuple[str, tuple[str, ...]]], columns: int, separator: str) -> tuple[str, ...]:
     """The names of the columns, each with the unit that stands beneath it; empty if there are none."""
-    rows = [found for line, cells in preamble if (found := _names(line, cells, columns))]
+    rows = [found for line, cells in preamble if (found := _names(line, cells, columns, separator))]
     if not rows:
         return ()
     units = [unit_of(cell) for cell in rows[-1]]
@@ -285,7 +290,7 @@ def _header(preamble: Sequence[tuple[str, tuple[str, ...]]], columns: int) -> tu
     return rows[-1]
 
 
-def _names(line: str, cells: tuple[str, ...], columns: int) -> tuple[str, ...]:
+def _names(line: str, cells: tuple[str, ...], columns: int, separator: str) -> tuple[str, ...]:
     """A line of the preamble as names of the columns; empty if it is not one."""
     bare = line.lstrip("#%!/ ").strip()
     ways = [
@@ -296,11 +301,17 @@ def _names(line: str, cells: tuple[str, ...], columns: int) -> tuple[str, ...]:
     ]
     for way in ways:
         names = _trimmed(way)
-        if names and (len(way) == columns or len(names) == columns or (way is cells and len(cells) > columns > 1)):
+        # Unlike words between blanks, cells beyond the last number are names of empty columns.
+        more = way is cells and separator != BLANKS and len(cells) > columns > 1
+        if names and (len(way) == columns or len(names) == columns or more):
             names = _padded(names, columns)[:columns]
             if all(re.search(r"[^\W\d_]|°", name) or not name for name in names):
                 return names
     return ()
+
+
+def _whole(cells: Sequence[Sequence[str]]) -> bool:
+    return all(re.fullmatch(r"[+-]?\d*", cell) for row in cells for cell in row)
 
 
 def _decimal_commas(
@@ -309,5 +320,4 @@ def _decimal_commas(
     """Whether twice as many whole numbers as names stand between commas: 0,5,1,25 under time,angle."""
     if columns % 2 or not preamble:
         return False
-    whole = all(re.fullmatch(r"[+-]?\d*", cell) for _, cells in body for cell in cells)
-    return whole and len(_trimmed(preamble[-1][1])) == columns // 2 > 1
+    return _whole([cells for _, cells in body]) and len(_trimmed(preamble[-1][1])) == columns // 2 > 1

@@ -78,7 +78,7 @@ class Heading:
     @property
     def name(self) -> str:
         """Without the unit, in small letters: what two columns of one quantity in two units share."""
-        return " ".join(_words(_split(self.text)[0]))
+        return " ".join(re.findall(r"[^\W_]+", _split(self.text)[0].lower()))
 
 
 def heading(text: str) -> Heading:
