@@ -8,7 +8,6 @@ the answer. The errors of both are those that the residual of this record implie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,12 @@ LONGEST_GAP = 0.5
 """In a record after the release, in periods."""
 PLAUSIBLE = (0.01, 100.0)
 """Lengths of pendulums in m; others come from a wrong unit of time."""
-EXPLAINED = 0.9
-"""The share of the record's variance that a pendulum must explain; what explains less is refused."""
+NOISY, STRANGE = 0.5, 0.01
+"""The largest shares of the record's variance that may be residual, and residual that is not noise."""
+POOR = 0.1
+"""The share that is residual from which on the refinement begins anew, from the rough fit."""
+UNCERTAIN = 0.01
+"""The largest relative difference in length between two equations that fit."""
 MISFIT = 1.2
 """Residual by noise, in a long record, from which on a remark says what does not fit."""
 NEGLIGIBLE = 1e-4
@@ -118,12 +121,32 @@ def estimate(reader: Reader, record: Record | str | Path) -> Estimate:
     """The pendulum in a record; ``ValueError`` says why there is none that could be believed."""
     if not isinstance(record, Record):
         record = read(record)
-    if not record.assumed:
-        return _estimate(reader, record)
-    return _in_either_unit(reader, record)
+    if record.assumed:
+        return _in_either_unit(reader, record)
+    return _judged(reader, _analysed(reader, record))
 
 
-def _estimate(reader: Reader, record: Record) -> Estimate:
+@dataclass(frozen=True)
+class _Analysis:
+    """A record with the motion found in it, not yet judged."""
+
+    record: Record
+    view: _View
+    answer: Array
+    """(2,) the network's length and damping."""
+    found: Fit
+    times: Array
+    values: Array
+    """What was fitted."""
+    remarks: tuple[str, ...]
+
+    @property
+    def negligible(self) -> bool:
+        """Whether the residual is but rounding."""
+        return self.found.residual <= NEGLIGIBLE * np.ptp(self.values)
+
+
+def _analysed(reader: Reader, record: Record) -> _Analysis:
     rough, period = first_motion(record)
     after = record.times >= rough.begin
     times, values, lines = record.times[after], record.values[after], record.lines[after]
@@ -131,22 +154,28 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
     view = _View.of(rough, times, period)
     answer = view.read(reader, values[:, None])[0]
     found = _refined(answer, rough, times, values, period)
-    outliers = _outliers(found)
-    remarks = []
+    outliers = _outliers(found, values)
+    remarks = ()
     if outliers.any():
-        remarks.append(_left_out(lines[outliers], len(lines)))
+        remarks = (_left_out(lines[outliers], len(lines)),)
         times, values = times[~outliers], values[~outliers]
         found = fit(found.motion, times, values)
-    motion = found.motion
-    _check_pendulum(record, found, times, values)
+    return _Analysis(record, view, answer, found, times, values, remarks)
+
+
+def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
+    """The estimate with its errors and remarks; ``ValueError`` for what is no pendulum."""
+    record, found, motion = analysis.record, analysis.found, analysis.found.motion
+    remarks = list(analysis.remarks)
     other = None
-    if found.residual > NEGLIGIBLE * np.ptp(values):
-        other = alternative(found, times, values, _unit(record))
+    if not analysis.negligible:
+        other = alternative(found, analysis.times, analysis.values, _unit(record))
         other = other if other is not None and other.evidence > EVIDENCE else None
-        remarks += _misfit(record, found, other, times)
-    remarks += view.out_of_range(motion)
-    errors = view.errors(reader, found)
-    network = Reading(float(answer[0]), float(errors[0]), float(answer[1]), float(errors[1]))
+    _check_pendulum(analysis, other)
+    if not analysis.negligible:
+        remarks += _misfit(analysis, other)
+    remarks += analysis.view.out_of_range(motion)
+    errors = analysis.view.errors(reader, found)
     shift = other.fit.motion if other is not None else motion
     refined = Reading(
         motion.length,
@@ -157,47 +186,46 @@ def _estimate(reader: Reader, record: Record) -> Estimate:
     if refined.damping < -3 * refined.damping_error:
         remarks.append("the swing grows, so that something drives it, or the record runs backwards")
     return Estimate(
-        network,
-        refined,
-        motion["angle"],
-        motion.begin,
-        motion["zero"],
-        float(times[-1] - times[0]) / swing_period(motion),
-        found.residual,
-        noise(found.residuals),
-        _unit(record),
-        record.understood,
-        tuple(remarks),
-        record,
-        motion,
+        network=Reading(float(analysis.answer[0]), float(errors[0]), float(analysis.answer[1]), float(errors[1])),
+        refined=refined,
+        release=motion["angle"],
+        release_time=motion.begin,
+        zero=motion["zero"],
+        periods=float(analysis.times[-1] - analysis.times[0]) / swing_period(motion),
+        residual=found.residual,
+        noise=noise(found.residuals),
+        unit=_unit(record),
+        understood=record.understood,
+        remarks=tuple(remarks),
+        record=record,
+        motion=motion,
     )
 
 
 def _in_either_unit(reader: Reader, record: Record) -> Estimate:
-    """The estimate in rad or in degrees, whichever fits, for a record that does not say."""
-    found, refusals = {}, []
-    for unit, candidate in (("rad", record), ("degrees", record.in_degrees())):
-        try:
-            found[unit] = _estimate(reader, candidate)
-        except ValueError as error:
-            refusals.append(error)
-    if not found:
-        raise refusals[0]
-    if len(found) == 1:
-        unit, only = next(iter(found.items()))
-        return _noted(only, f"the angles have no unit; a pendulum fits them only if they are in {unit}") if unit != "rad" else only
-    rad, degrees = found["rad"], found["degrees"]
+    """The estimate in rad or in degrees, whichever fits, for a record that does not say.
+
+    A wide swing takes longer than a narrow one, so that the record itself tells which it is, if its swing is wide or its
+    noise small; where it does not, rad is taken and the other answer mentioned.
+    """
+    degrees = _analysed(reader, record.in_degrees())
+    try:
+        rad = _analysed(reader, record)
+    except ValueError:
+        return _noted(_judged(reader, degrees), "the angles have no unit; as rad they are no swing, so that they are taken as degrees")
     # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
-    evidence = len(record.times) * np.log(rad.residual / (degrees.residual * 180 / np.pi))
+    evidence = len(record.times) * np.log(rad.found.residual / np.degrees(degrees.found.residual))
     if evidence > DECISIVE:
-        return _noted(degrees, "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad")
-    other = abs(rad.refined.length - degrees.refined.length)
-    if evidence < -DECISIVE or other < rad.refined.length_error:
-        return rad
+        return _noted(
+            _judged(reader, degrees), "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad"
+        )
+    found, length = _judged(reader, rad), degrees.found.motion.length
+    if evidence < -DECISIVE or abs(length - found.refined.length) < found.refined.length_error:
+        return found
     return _noted(
-        rad,
-        f"the angles have no unit and are taken as rad; if they are degrees, the length is {degrees.refined.length:.4g} m: "
-        "--units rad or --units deg says which",
+        found,
+        f"the angles have no unit and are taken as rad; if they are degrees, the length is {length:.4g} m: --units rad or --units deg "
+        "says which",
     )
 
 
@@ -229,19 +257,33 @@ def _check_extent(record: Record, times: Array, lines: Array, period: float) -> 
         )
 
 
-def _check_pendulum(record: Record, found: Fit, times: Array, values: Array) -> None:
-    """Refuse what is not the swing of a pendulum."""
-    explained = 1 - np.var(found.residuals) / np.var(values)
-    if not explained > EXPLAINED:
+def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
+    """Refuse what is not the swing of a pendulum, and what is not known well enough to be one."""
+    record, found, times, values = analysis.record, analysis.found, analysis.times, analysis.values
+    length, residual, unit = found.motion.length, found.residual, _unit(record)
+    best = found if other is None else other.fit
+    variance = np.var(values)
+    if best.residual**2 - noise(best.residuals) ** 2 > STRANGE * variance:
         raise ValueError(
-            f"{record.name} is not the free swing of a pendulum: the best that fits, {found.motion.length:.3g} m long, leaves a residual of "
-            f"{found.residual:.3g} {_unit(record)} of a root mean square of {np.std(values):.3g}, most of it around "
-            f"{_worst(found, times):.3g} s. Cut the record to the free swing, or check --columns and --units"
+            f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a residual of "
+            f"{residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around {_worst(found, times):.3g} s. Cut the "
+            "record to the free swing, or check --columns and --units"
         )
-    if not PLAUSIBLE[0] <= found.motion.length <= PLAUSIBLE[1]:
+    if residual**2 > NOISY * variance:
         raise ValueError(
-            f"{record.name}: a pendulum with this period would be {found.motion.length:.3g} m long; expected {PLAUSIBLE[0]:g} to "
+            f"{record.name} is too noisy: the swing has a root mean square of {np.std(values):.3g} {unit}, the noise of {residual:.3g}; record "
+            "a wider swing"
+        )
+    if not PLAUSIBLE[0] <= length <= PLAUSIBLE[1]:
+        raise ValueError(
+            f"{record.name}: a pendulum with this period would be {length:.3g} m long; expected {PLAUSIBLE[0]:g} to "
             f"{PLAUSIBLE[1]:g} m. Check the unit of the time, and give the true one by --units or --fps"
+        )
+    if other is not None and abs(other.fit.motion.length - length) > UNCERTAIN * length:
+        raise ValueError(
+            f"{record.name} does not tell the length: as it is, a pendulum of {length:.4g} m leaves a residual of {residual:.2g} {unit}; "
+            f"{other.words} would leave {other.fit.residual:.2g} and make it {other.fit.motion.length:.4g} m. Remove the cause, or record a "
+            "smaller swing"
         )
 
 
@@ -252,21 +294,25 @@ def _worst(found: Fit, times: Array) -> float:
     return float(times[int(np.argmax(power))])
 
 
-def _outliers(found: Fit) -> Array:
-    """(n,) which samples are misread; none if they are many."""
+def _outliers(found: Fit, values: Array) -> Array:
+    """(n,) which samples are misread: far from the motion and from their neighbours; none if they are many."""
+    from scipy.ndimage import median_filter
+
     size = np.abs(found.residuals)
-    outliers = size > OUTLIER * np.median(size)
-    few = 0 < outliers.sum() <= max(OUTLIERS * len(size), 1)
+    alone = np.abs(found.residuals - median_filter(found.residuals, 5, mode="mirror"))
+    outliers = np.minimum(size, alone) > max(OUTLIER * np.median(size), NEGLIGIBLE * np.ptp(values))
+    few = outliers.sum() <= max(OUTLIERS * len(size), 1)
     return outliers if few else np.zeros(len(size), bool)
 
 
 def _left_out(lines: Array, total: int) -> str:
     some, more = ", ".join(map(str, lines[:5])), ", ..." if len(lines) > 5 else ""
-    return f"{len(lines)} of {total} samples are far off and left out (line {some}{more})"
+    return f"{len(lines)} of {total} samples far off {'is' if len(lines) == 1 else 'are'} left out (line {some}{more})"
 
 
-def _misfit(record: Record, found: Fit, other: Alternative | None, times: Array) -> list[str]:
+def _misfit(analysis: _Analysis, other: Alternative | None) -> list[str]:
     """A remark on what does not fit, if the residual is well above the noise or another equation fits clearly better."""
+    record, found = analysis.record, analysis.found
     independent = noise(found.residuals)
     ratio = found.residual / max(independent, 1e-300)
     above = ratio > MISFIT + 3 / np.sqrt(len(found.residuals))
@@ -279,7 +325,7 @@ def _misfit(record: Record, found: Fit, other: Alternative | None, times: Array)
         ]
     if above:
         return [
-            f"{residual}, and largest around {_worst(found, times):.3g} s: something there is not the free swing of a pendulum. "
+            f"{residual}, and largest around {_worst(found, analysis.times):.3g} s: something there is not the free swing of a pendulum. "
             "The errors count it as noise"
         ]
     return []
@@ -372,7 +418,7 @@ def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: 
             fits.append(grow(replace(rough, parameters=parameters), times, values, period))
         except (FloatingPointError, np.linalg.LinAlgError):
             pass
-    if not fits or np.var(fits[0].residuals) > (1 - EXPLAINED) * np.var(values):
+    if not fits or np.var(fits[0].residuals) > POOR * np.var(values):
         fits.append(grow(rough, times, values, period))
     return min(fits, key=lambda found: found.residual)
 

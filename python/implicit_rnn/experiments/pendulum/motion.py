@@ -27,6 +27,8 @@ EXTENSIONS = {
 """What a record can have that the equation has not, one at a time: in words, and the value where it is absent."""
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
 """Tolerances of the integration."""
+RESOLUTION = 1e-7
+"""Of a motion, relative to its range: smaller residuals say nothing."""
 STEP = 1e-30
 """Of the derivative by a complex step."""
 
@@ -148,7 +150,7 @@ def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-10) -
     )
     found, jacobian = replace(motion, parameters=solution.x), solution.jac
     residuals = -solution.fun
-    variance = np.sum(residuals**2) / max(len(times) - len(motion.parameters), 1)
+    variance = np.sum(residuals**2) / max(len(times) - len(motion.parameters), 1) + (RESOLUTION * np.ptp(values)) ** 2
     scale = np.linalg.norm(jacobian, axis=0)
     scale[scale == 0] = 1
     covariance = np.linalg.pinv((jacobian / scale).T @ (jacobian / scale)) / np.outer(scale, scale)

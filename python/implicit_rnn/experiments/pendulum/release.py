@@ -50,6 +50,11 @@ def first_motion(record: Record) -> tuple[Motion, float]:
     times, swing = record.times, angles(record)
     period = rough_period(times, record.values)
     check_rate(record, period)
+    if np.ptp(swing) > 2 * TOP and record.quantity != VELOCITY:
+        raise ValueError(
+            f"{record.name} ranges over {np.ptp(swing):.3g} rad, over the top; expected the swing of a pendulum. If these are degrees, "
+            "give --units deg"
+        )
     turns, turning = turning_points(times, swing, period)
     if len(turns) < 2:
         raise ValueError(
@@ -57,11 +62,6 @@ def first_motion(record: Record) -> tuple[Motion, float]:
             "at least one and a half times after its release"
         )
     zero = centre(turning, swing)
-    if np.abs(swing - zero).max() > TOP and record.quantity != VELOCITY:
-        raise ValueError(
-            f"{record.name} reaches {np.abs(swing - zero).max():.3g} rad from the position of rest, over the top; expected the swing of "
-            "a pendulum. If the angles are in degrees, give --units deg"
-        )
     reach = np.abs(turning - zero)
     widest = int(np.argmax(reach >= WIDE * reach.max()))
     later = widest + 1 if widest + 1 < len(turns) and times[-1] - turns[widest + 1] > period else widest
@@ -122,13 +122,16 @@ def _back(record: Record, found: Fit, period: float) -> float:
     tolerance = 3 * found.residual + AGREEMENT * np.ptp(shown) / 2
     before = record.times <= motion.begin
     times, values = binned(record.times[before], record.values[before], period)
-    agrees = motion.begin
+    agrees, missed = motion.begin, False
     for time, value in zip(times[::-1], values[::-1], strict=True):
         if time >= motion.begin:
             continue
-        if abs(motion.observed(np.array([motion.begin, time]))[-1] - value) > tolerance:
+        if abs(motion.observed(np.array([motion.begin, time]))[-1] - value) <= tolerance:
+            agrees, missed = float(time), False
+        elif missed:  # the second in a row: not a misread sample
             break
-        agrees = float(time)
+        else:
+            missed = True
     fine = agrees + period * np.linspace(-SLACK, 0.6, 200)
     velocity = _velocities(motion, fine)
     turned = np.flatnonzero(velocity[:-1] * velocity[1:] <= 0)
