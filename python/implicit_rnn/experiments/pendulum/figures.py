@@ -85,7 +85,9 @@ def record(axes: Sequence[Axes], found: Estimate) -> None:
     axes[0].set_title(f"{Path(record.name).name}: {found.refined}", fontsize=11)
     handles, labels = axes[0].get_legend_handles_labels()
     shown = slice(None) if (~used).any() else slice(1, None)
-    axes[0].legend(handles[shown], labels[shown], loc="lower left", bbox_to_anchor=(0, 1.12), ncols=3, fontsize=8, frameon=False)
+    axes[0].legend(
+        handles[shown], labels[shown], loc="lower left", bbox_to_anchor=(0, 1.12), ncols=3, fontsize=8, frameon=False
+    )
     axes[-1].plot(
         record.times[used], record.values[used] - motion.observed(record.times[used]), ".", color=NEUTRAL, markersize=3
     )

@@ -32,10 +32,12 @@ LONGEST_GAP = 0.5
 """In a record after the release, in periods."""
 PLAUSIBLE = (0.01, 100.0)
 """Lengths of pendulums in m; others come from a wrong unit of time."""
-NOISY, STRANGE = 0.5, 0.01
+NOISY, STRANGE = 0.5, 0.004
 """The largest shares of the record's variance that may be residual, and residual that is not noise."""
 POOR = 0.1
 """The share that is residual from which on the refinement begins anew, from the rough fit."""
+GROWTH = 0.02
+"""Of the energy, over the record, that is refused."""
 UNCERTAIN = 0.01
 """The largest relative difference in length between two equations that fit."""
 MISFIT = 1.2
@@ -183,15 +185,19 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
         motion["damping"],
         float(np.hypot(found.error("damping"), shift["damping"] - motion["damping"])),
     )
-    if refined.damping < -3 * refined.damping_error:
-        remarks.append("the swing grows, so that something drives it, or the record runs backwards")
+    lasts = float(analysis.times[-1] - analysis.times[0])
+    if refined.damping < -3 * refined.damping_error and refined.damping * lasts < -GROWTH:
+        raise ValueError(
+            f"{record.name}: the swing grows, with a damping of {_with_error(refined.damping, refined.damping_error)} 1/s: something drives "
+            "it, or the record runs backwards. A free pendulum is expected"
+        )
     return Estimate(
         network=Reading(float(analysis.answer[0]), float(errors[0]), float(analysis.answer[1]), float(errors[1])),
         refined=refined,
         release=motion["angle"],
         release_time=motion.begin,
         zero=motion["zero"],
-        periods=float(analysis.times[-1] - analysis.times[0]) / swing_period(motion),
+        periods=lasts / swing_period(motion),
         residual=found.residual,
         noise=noise(found.residuals),
         unit=_unit(record),
@@ -212,12 +218,16 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
     try:
         rad = _analysed(reader, record)
     except ValueError:
-        return _noted(_judged(reader, degrees), "the angles have no unit; as rad they are no swing, so that they are taken as degrees")
+        return _noted(
+            _judged(reader, degrees),
+            "the angles have no unit; as rad they are no swing, so that they are taken as degrees",
+        )
     # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
     evidence = len(record.times) * np.log(rad.found.residual / np.degrees(degrees.found.residual))
     if evidence > DECISIVE:
         return _noted(
-            _judged(reader, degrees), "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad"
+            _judged(reader, degrees),
+            "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad",
         )
     found, length = _judged(reader, rad), degrees.found.motion.length
     if evidence < -DECISIVE or abs(length - found.refined.length) < found.refined.length_error:

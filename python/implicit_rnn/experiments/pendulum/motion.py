@@ -214,9 +214,7 @@ def alternative(found: Fit, times: Array, values: Array, unit: str) -> Alternati
     extensions = list(EXTENSIONS)
     motion = found.motion
     absent = [EXTENSIONS[name][1] for name in extensions]
-    every = replace(
-        motion, names=(*motion.names, *extensions), parameters=np.concatenate([motion.parameters, absent])
-    )
+    every = replace(motion, names=(*motion.names, *extensions), parameters=np.concatenate([motion.parameters, absent]))
     jacobian = every.linearised(times)[1]
     base = np.linalg.qr(jacobian[:, : len(motion.names)])[0]
     scores = []

@@ -100,7 +100,9 @@ def read(
             raise ValueError(f"{table.file}: {source} counts frames; give --fps N, the frames per second of the camera")
         time_unit, time_size = f"frames at {fps:g} per second", 1 / fps
     elif fps is not None:
-        raise ValueError(f"{table.file}: {source} is a time in {time_unit}, so that --fps says nothing; leave one of them out")
+        raise ValueError(
+            f"{table.file}: {source} is a time in {time_unit}, so that --fps says nothing; leave one of them out"
+        )
 
     assumed = False
     if unit is None:
@@ -139,7 +141,9 @@ def _columns(
     if wanted:
         found = [_named(table, name) for name in wanted]
         if len(found) > 2:
-            raise ValueError(f"--columns {','.join(wanted)} names {len(found)} columns; expected those of time and angle")
+            raise ValueError(
+                f"--columns {','.join(wanted)} names {len(found)} columns; expected those of time and angle"
+            )
         if len(found) == 2:
             return found[0], found[1]
         time = None if fps is not None else _time_column(table, headings, None, found[0])
@@ -159,7 +163,9 @@ def _named(table: Table, name: str) -> int:
             break
     else:
         if not name.isdigit() or not 1 <= int(name) <= len(names):
-            raise ValueError(f"{table.file} has no single column {name!r}; expected a name or a number of {_listed(table)}")
+            raise ValueError(
+                f"{table.file} has no single column {name!r}; expected a name or a number of {_listed(table)}"
+            )
         column = int(name) - 1
     if not table.numeric[column]:
         raise ValueError(f"{table.file}: {table.title(column)} holds no numbers; expected one of {_listed(table)}")
@@ -183,7 +189,11 @@ def _time_column(table: Table, headings: Sequence[Heading], fps: float | None, s
         raise ValueError(
             f"{table.file} has no column that is a time by its name, and not exactly one that increases; say which by --columns "
             f"TIME,ANGLE (among {_listed(table)}), or give --fps N if its rows are frames"
-            + ("; if the commas are decimal commas, export it with semicolons or tabs" if table.perhaps_decimal_commas else "")
+            + (
+                "; if the commas are decimal commas, export it with semicolons or tabs"
+                if table.perhaps_decimal_commas
+                else ""
+            )
         )
     return chosen
 
@@ -222,7 +232,11 @@ def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -
         raise ValueError(
             f"{table.file} has {len(unknown)} columns that could be the angle: "
             f"{', '.join(table.title(k) for k in unknown)}; choose by --columns TIME,ANGLE, by name or by number"
-            + ("; if the commas are decimal commas, export it with semicolons or tabs" if table.perhaps_decimal_commas else "")
+            + (
+                "; if the commas are decimal commas, export it with semicolons or tabs"
+                if table.perhaps_decimal_commas
+                else ""
+            )
         )
     raise ValueError(
         f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the unit rad or "
@@ -269,7 +283,9 @@ def _given_units(units: Sequence[str]) -> dict[str, tuple[str, float]]:
                 "(an encoder of N counts per revolution) for the angle, rad/s or deg/s for an angular velocity"
             )
         if unit[0] in given:
-            raise ValueError(f"--units {','.join(units)} has two units of {unit[0]}; expected one of time and one of angle")
+            raise ValueError(
+                f"--units {','.join(units)} has two units of {unit[0]}; expected one of time and one of angle"
+            )
         given[unit[0]] = unit[1:]
     return given
 
@@ -287,7 +303,9 @@ def _unit(
     if quantity not in (ANGLE, VELOCITY) and head.quantity == OTHER and not cell_unit and unit is None:
         quantity = ANGLE  # chosen by --columns, whatever its name
     if quantity not in (ANGLE, VELOCITY):
-        raise ValueError(f"{table.file}: {table.title(column)} is no angle; give its unit by --units, or another column by --columns")
+        raise ValueError(
+            f"{table.file}: {table.title(column)} is no angle; give its unit by --units, or another column by --columns"
+        )
     encoder = unit is None and "encoder" in head.text.lower()
     if encoder or (unit is not None and not np.isfinite(size)):
         raise ValueError(
@@ -371,4 +389,6 @@ def _in_order(table: Table, times: Array, values: Array, lines: Array, source: s
 
 def _moving(table: Table, values: Array, column: int) -> None:
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
-        raise ValueError(f"{table.file}: {table.title(column)} is {values[0]:g} in every row; expected the swing of a pendulum")
+        raise ValueError(
+            f"{table.file}: {table.title(column)} is {values[0]:g} in every row; expected the swing of a pendulum"
+        )

@@ -69,10 +69,22 @@ def first_motion(record: Record) -> tuple[Motion, float]:
     found = _fit_from(record, int(np.searchsorted(times, turns[later])), turning[later] - zero, zero, spacing)
     period = swing_period(found.motion)
     begin = _back(record, found, period)
+    _check_before(record, turns, turning - zero, begin - period / 4)
     angle, velocity = found.motion.states(np.array([found.motion.begin, begin]))[:, -1]
     parameters = found.motion.parameters.copy()
     parameters[2:4] = angle, velocity
     return replace(found.motion, begin=begin, parameters=parameters), period
+
+
+def _check_before(record: Record, turns: Array, turning: Array, begin: float) -> None:
+    """Refuse a record that swings to and fro before the release as well, but otherwise than the free pendulum."""
+    wide = (turns < begin) & (np.abs(turning) > np.abs(turning).max() / 2)
+    if (np.diff(np.sign(turning[wide])) != 0).sum() > 1:
+        line = record.lines[int(np.searchsorted(record.times, begin))]
+        raise ValueError(
+            f"{record.name} swings before {begin:.3g} s (line {line}) too, but not as the pendulum does that swings freely afterwards: "
+            "something drives it, or it is none. If it was pushed at first, cut the record to what follows"
+        )
 
 
 def swing_period(motion: Motion) -> float:
@@ -111,7 +123,9 @@ def _fit_from(record: Record, first: int, angle: float, zero: float, spacing: fl
         if fits[-1].residual < 0.1 * np.std(record.values[within]):
             break
     if not fits:
-        raise ValueError(f"{record.name} does not swing as a pendulum does: no motion near a period of {spacing:.3g} s fits it")
+        raise ValueError(
+            f"{record.name} does not swing as a pendulum does: no motion near a period of {spacing:.3g} s fits it"
+        )
     return min(fits, key=lambda found: found.residual)
 
 

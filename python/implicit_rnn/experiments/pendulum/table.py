@@ -121,7 +121,9 @@ def read_table(path: Path) -> Table:
     ]
     for number, cells in body:
         if len(cells) > columns:
-            raise ValueError(f"{path}, line {number} has {len(cells)} cells; expected {columns}, as elsewhere in the file")
+            raise ValueError(
+                f"{path}, line {number} has {len(cells)} cells; expected {columns}, as elsewhere in the file"
+            )
     preamble = [(line, cells) for (_, line), (_, cells) in zip(lines[:first], rows[:first], strict=True)]
     header = _header(preamble, columns, separator)
     if separator == "," and _decimal_commas(preamble, body, columns):
@@ -131,7 +133,13 @@ def read_table(path: Path) -> Table:
         )
     header = header or ("",) * columns
     return Table(
-        str(path), header, tuple(cells for _, cells in body), np.array([n for n, _ in body]), separator, decimal, numeric
+        str(path),
+        header,
+        tuple(cells for _, cells in body),
+        np.array([n for n, _ in body]),
+        separator,
+        decimal,
+        numeric,
     )
 
 
@@ -227,13 +235,15 @@ def _padded(cells: Sequence[str], columns: int) -> tuple[str, ...]:
 
 
 def _numeric_columns(rows: Sequence[tuple[int, tuple[str, ...]]], columns: int, decimal: str) -> tuple[bool, ...]:
-    """Whether more of the cells of a column are numbers than words."""
-    balance = np.zeros(columns)
+    """Whether at least as many of the cells of a column are numbers as words."""
+    balance, numbers = np.zeros(columns), np.zeros(columns)
     for _, cells in rows:
         for column, cell in enumerate(cells[:columns]):
             if not _missing(cell):
-                balance[column] += 1 if _number(cell, decimal) is not None else -1
-    return tuple(bool(entry > 0) for entry in balance)
+                is_number = _number(cell, decimal) is not None
+                balance[column] += 1 if is_number else -1
+                numbers[column] += is_number
+    return tuple((balance >= 0) & (numbers > 0))
 
 
 def _block(
@@ -266,12 +276,17 @@ def _block(
         if first < index:
             runs.append((first, index))
         index += 1
-    first = next((run for run in runs if run[1] - run[0] > 3), max(runs, key=lambda run: run[1] - run[0], default=(0, 0)))
+    first = next(
+        (run for run in runs if run[1] - run[0] > 3), max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
+    )
     if first == (0, 0) and not runs:
         raise ValueError(f"{path} has no rows of numbers; expected a table of times and angles, as CSV or text")
     if first[1] < len(rows):
         number, cells = rows[first[1]]
-        wrong = next((cell for cell, wanted in zip(cells, numeric, strict=False) if wanted and _number(cell, decimal) is None), "")
+        wrong = next(
+            (cell for cell, wanted in zip(cells, numeric, strict=False) if wanted and _number(cell, decimal) is None),
+            "",
+        )
         raise ValueError(
             f"{path}, line {number}: {wrong!r} in the midst of numbers; expected a number or an empty cell, and one record "
             "per file: correct the line, or take away what does not belong to the record"
@@ -286,7 +301,9 @@ def _header(preamble: Sequence[tuple[str, tuple[str, ...]]], columns: int, separ
         return ()
     units = [unit_of(cell) for cell in rows[-1]]
     if len(rows) > 1 and any(units) and all(unit or not cell for unit, cell in zip(units, rows[-1], strict=True)):
-        return tuple(f"{name} ({cell.strip('()[]')})" if cell else name for name, cell in zip(rows[-2], rows[-1], strict=True))
+        return tuple(
+            f"{name} ({cell.strip('()[]')})" if cell else name for name, cell in zip(rows[-2], rows[-1], strict=True)
+        )
     return rows[-1]
 
 

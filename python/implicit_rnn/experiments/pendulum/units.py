@@ -26,7 +26,11 @@ _SPELLINGS = {
     (ANGLE, "deg", np.pi / 180): "deg degs degree degrees ° º grad grados degrés",
     (ANGLE, "turns", 2 * np.pi): "rev revs revolution revolutions turn turns umdrehungen",
     (ANGLE, "counts", np.nan): "counts count cts ticks tick pulses impulse",
-    (VELOCITY, "rad/s", 1.0): "rad/s rad/sec rad·s⁻¹ rads^-1 rads⁻¹ rad·s^-1 rad*s^-1 1/s s^-1 s⁻¹ radians/s radians/second",
+    (
+        VELOCITY,
+        "rad/s",
+        1.0,
+    ): "rad/s rad/sec rad·s⁻¹ rads^-1 rads⁻¹ rad·s^-1 rad*s^-1 1/s s^-1 s⁻¹ radians/s radians/second",
     (VELOCITY, "deg/s", np.pi / 180): "deg/s deg/sec °/s º/s dps degrees/s degrees/second °·s⁻¹ °s⁻¹",
     (OTHER, "", 1.0): (
         "m cm mm dm km in ft px pixel pixels m/s cm/s mm/s m/s^2 m/s² m/s2 m·s⁻² ms^-2 cm/s^2 rad/s^2 rad/s² rad/s2 deg/s^2 °/s² g gs "
@@ -101,7 +105,7 @@ def heading(text: str) -> Heading:
     if {quantity, kind} == {TIME, FRAME}:
         return Heading(text, kind, name, size)
     if quantity in (None, kind):
-        return Heading(text, kind, name, size)
+        return Heading(text, kind, name or None, size)
     if quantity == ANGLE and kind == VELOCITY:
         return Heading(text, VELOCITY, name, size)
     return Heading(text, OTHER)
