@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import RunPython
 
-import implicit_rnn as irnn
 from implicit_rnn.cli import main
 from implicit_rnn.experiments import pendulum
 from implicit_rnn.experiments.pendulum import report, study

@@ -43,7 +43,9 @@ def swing(length: float, damping: float, angle: float, times: Array) -> tuple[Ar
     return integrated(lambda _, y: [y[1], -GRAVITY / length * np.sin(y[0]) - damping * y[1]], times, angle)
 
 
-def table(*columns: Sequence[object], header: str = "", separator: str = ",", decimal: str = ".", end: str = "\n") -> str:
+def table(
+    *columns: Sequence[object], header: str = "", separator: str = ",", decimal: str = ".", end: str = "\n"
+) -> str:
     """Rows of numbers, and of words as they are."""
 
     def cell(value: object) -> str:
@@ -113,7 +115,13 @@ def of_an_encoder(t: Array, a: Array) -> str:
 
 
 def of_a_clock(t: Array, a: Array) -> str:
-    return table([f"14:59:{x:06.3f}".replace(".", ",") for x in t], deg(a), header="Uhrzeit;Winkel in Grad", separator=";", decimal=",")
+    return table(
+        [f"14:59:{x:06.3f}".replace(".", ",") for x in t],
+        deg(a),
+        header="Uhrzeit;Winkel in Grad",
+        separator=";",
+        decimal=",",
+    )
 
 
 STRANGERS = {
@@ -167,7 +175,8 @@ STRANGERS = {
         0.35, 0.06, 0.45, 90, 9, 0.01, lambda t, a: table(np.gradient(a, t), a, t), options=("--columns", "3,2")
     ),
     "Latin-1": Stranger(
-        7.5, 0.01, 0.15, 60, 3, 0.002, lambda t, a: table(t, deg(a), header="Zeit (s);Auslenkung (°)", separator=";"), encoding="latin-1"
+        7.5, 0.01, 0.15, 60, 3, 0.002,
+        lambda t, a: table(t, deg(a), header="Zeit (s);Auslenkung (°)", separator=";"), encoding="latin-1"
     ),
 }  # fmt: skip
 
@@ -201,7 +210,9 @@ def test_length_of_a_strangers_pendulum_is_right_within_its_errors(name, model, 
     assert found["zero"] == pytest.approx(stranger.zero - np.pi * (name == "hanging at 180"), abs=0.02)
     assert found["residual"] < 1.3 * found["noise"]
     if stranger.held:
-        assert found["release_time"] == pytest.approx(stranger.lifted + stranger.held, abs=0.1 * np.sqrt(stranger.length))
+        assert found["release_time"] == pytest.approx(
+            stranger.lifted + stranger.held, abs=0.1 * np.sqrt(stranger.length)
+        )
     assert (tmp_path / "mine-pendulum.png").exists()
 
 
@@ -242,7 +253,7 @@ def reads(tmp_path: Path, text: str, **options: object) -> Record:
         (table([f"| {t:.5f} " for t in T], [f" {a:.6f} |" for a in A], separator="|", header="| t | angle |\n|---|---|"), {}),
         (table(T[::-1], A[::-1], header="time,angle"), {}),
         (table(T, D % 360, header="time (s),angle (deg)"), {}),
-        (table(1.6e12 + MS, A, header="timestamp_ms,angle (rad)").replace("e+12", "e12"), {"columns": ["timestamp_ms", "angle"], "fps": None}),
+        (table([f"{1600000000000 + ms:.0f}" for ms in MS], A, header="timestamp_ms,angle (rad)"), {}),
         (table(T, D, header="time (s),angle (rad)"), {"units": ["deg"]}),
         (table(MS, A, header="time (s),angle (rad)"), {"units": ["ms", "rad"]}),
         (table(T, 2 * A, A, header="t,theta1,theta2"), {"columns": ["T", "theta2"]}),
@@ -254,8 +265,6 @@ def reads(tmp_path: Path, text: str, **options: object) -> Record:
     ],
 )  # fmt: skip
 def test_times_and_angles_are_read_as_they_were_meant(tmp_path, text, options):
-    if "timestamp_ms" in text:
-        text = table([f"{1600000000000 + ms:.0f}" for ms in MS], A, header="timestamp_ms,angle (rad)")
     record = reads(tmp_path, text, **options)
     np.testing.assert_allclose(record.times, T, atol=6e-4)
     np.testing.assert_allclose(record.values, A, atol=2e-5)
@@ -267,8 +276,8 @@ def test_what_was_understood_is_one_line(tmp_path):
     cells = ["" if k == 3 else f"{d:.4f}".replace(".", ",") for k, d in enumerate(D)]
     record = reads(tmp_path, table(T, cells, header="Zeit;Winkel (°)", separator=";", decimal=","))
     assert record.understood == (
-        "mine.csv: semicolons, decimal commas; time from column 1 ('Zeit') in s (no unit given), angle from column 2 ('Winkel (°)') in "
-        "deg; 89 samples in 2.967 s (1 without a number left out)"
+        "mine.csv: semicolons, decimal commas; time from column 1 ('Zeit') in s (no unit given), angle from column 2 "
+        "('Winkel (°)') in deg; 89 samples in 2.967 s (1 without a number left out)"
     )
 
 
@@ -354,7 +363,7 @@ def test_derivatives_of_a_motion_are_those_of_differences():
     jacobian = motion.linearised(times)[1]
     for k, step in enumerate(1e-6 * np.eye(len(names))):
         ahead, behind = (Motion(0.1, ANGLE, motion.parameters + s, names).observed(times) for s in (step, -step))
-        np.testing.assert_allclose(jacobian[:, k], (ahead - behind) / 2e-6, rtol=2e-4, atol=2e-5)
+        np.testing.assert_allclose(jacobian[:, k], (ahead - behind) / 2e-6, rtol=1e-3, atol=1e-4)
 
 
 def test_motion_is_that_of_the_simulation():
@@ -366,9 +375,7 @@ def test_motion_is_that_of_the_simulation():
 
 @pytest.mark.parametrize("scale", [0.2, 4.0])
 def test_similar_pendulums_have_similar_answers(reader, scale):
-    one, other = (
-        pendulum.estimate(reader, recorded(swing(1.0, 0.2, 0.7, LONG)[0], s * LONG)) for s in (1.0, scale)
-    )
+    one, other = (pendulum.estimate(reader, recorded(swing(1.0, 0.2, 0.7, LONG)[0], s * LONG)) for s in (1.0, scale))
     assert other.network.length == pytest.approx(scale**2 * one.network.length, rel=1e-5)
     assert other.refined.length == pytest.approx(scale**2 * one.refined.length, rel=1e-6)
     assert other.refined.damping == pytest.approx(one.refined.damping / scale, rel=1e-5)
@@ -449,8 +456,13 @@ def test_what_does_not_fit_is_named_and_counted_in_the_errors(reader, angles, ca
 @pytest.mark.parametrize(
     ("angles", "message"),
     [
-        (with_force(lambda s, v: np.sin(3.3 * s)), "is not the free swing of a pendulum"),
-        (np.where(LONG < 8, with_force(lambda s, v: 0.0), 0.1), "is not the free swing .* Cut the record to the free swing"),
+        (with_force(lambda s, v: np.sin(3.3 * s)), "swings before .* too, .* something drives it"),
+        (with_force(lambda s, v: 2 * np.sin(6 * s)), "is not the free swing of a pendulum"),
+        (swing(0.6, -0.04, 0.2, LONG)[0], r"the swing grows, with a damping of -0\.0[34]"),
+        (
+            np.where(LONG < 8, with_force(lambda s, v: 0.0), 0.1),
+            "is not the free swing .* Cut the record to the free swing",
+        ),
         (1.3 * swing(0.6, 0.1, 0.9, LONG)[0], "angles of 1.3 times their true size"),
         (0.1 * np.sign(np.sin(3 * LONG)), "is not the free swing"),
         (0.02 * LONG, "0 clear turning points"),
@@ -476,7 +488,7 @@ def test_gap_is_refused_if_it_is_too_long_for_the_period_only(reader):
 
 def test_too_few_samples_per_period_are_refused(reader):
     times = np.arange(60) / 5
-    with pytest.raises(ValueError, match="a sample every 0.2 s, but swings with a period of about 0.6"):
+    with pytest.raises(ValueError, match=r"a sample every 0\.2 s, but swings with a period of about 0\.6"):
         pendulum.estimate(reader, recorded(swing(0.1, 0.05, 0.5, times)[0], times))
 
 
@@ -497,7 +509,9 @@ def test_release_out_of_what_the_network_has_learnt_is_remarked_upon(reader):
 def test_command_prints_what_it_read_both_answers_and_what_remains(model, tmp_path, capsys):
     path = tmp_path / "mine.csv"
     path.write_text(table(LONG, recorded(swing(0.3, 0.1, 0.6, LONG)[0]).values, header="time (s),angle (rad)"))
-    assert main(["pendulum", "--data", str(path), "--model", str(model), "--out", str(tmp_path), "--engine", "numpy"]) == 0
+    assert (
+        main(["pendulum", "--data", str(path), "--model", str(model), "--out", str(tmp_path), "--engine", "numpy"]) == 0
+    )
     out, err = capsys.readouterr()
     assert [line.split()[0] for line in out.splitlines()[:5]] == ["read", "network", "refined", "release", "residual"]
     assert "length 0.2999" in out.splitlines()[2]

@@ -76,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=Path,
         metavar="FILE",
-        help="length and damping of a pendulum of yours, from a table of times and angles (or angular velocities) as phyphox, "
-        "Tracker, an encoder or a spreadsheet writes it: any separator, decimal commas, with or without a header",
+        help="length and damping of a pendulum of yours, from a table of times and angles (or angular velocities) as "
+        "phyphox, Tracker, an encoder or a spreadsheet writes it: any separator, decimal commas, with or without a "
+        "header",
     )
     own = pendulum.add_argument_group("with --data")
     own.add_argument("--model", type=Path, metavar="FILE", help="a model file; without it, one is trained")
@@ -91,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "--units",
         type=_list,
         metavar="TIME,ANGLE",
-        help="s, ms, µs, ns or min for the time; rad, mrad, deg, turns or N/rev (an encoder of N counts per revolution) for the "
-        "angle, rad/s or deg/s for an angular velocity; they overrule the file, and one alone may be given",
+        help="s, ms, µs, ns or min for the time; rad, mrad, deg, turns or N/rev (an encoder of N counts per "
+        "revolution) for the angle, rad/s or deg/s for an angular velocity; they overrule the file, and one alone may "
+        "be given",
     )
     own.add_argument(
         "--fps", type=float, metavar="N", help="frames per second, where the file has frame numbers or no times"
@@ -101,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         default=Path("pendulum"),
-        help="folder for data, figures, the best model and what an interrupted call goes on from (default: %(default)s)",
+        help="folder for data, figures, the best model and what an interrupted call goes on from (default: "
+        "%(default)s)",
     )
     _common(pendulum)
     pendulum.set_defaults(run=_pendulum)

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 
 from implicit_rnn.experiments.pendulum.measured import Estimate, estimate
-from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.reader import Reader
+from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.report import as_dict, findings, table, tuning_as_dict, tuning_table
 from implicit_rnn.experiments.pendulum.study import (
     FULL,

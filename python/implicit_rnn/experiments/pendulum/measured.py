@@ -8,6 +8,7 @@ the answer. The errors of both are those that the residual of this record implie
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.release import first_motion, swing_period
-from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, LENGTHS, RELEASES, TIMES, trajectories
+from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, LENGTHS, RELEASES, TIMES
 from implicit_rnn.experiments.pendulum.units import VELOCITY
 
 Array = np.ndarray
@@ -107,7 +108,8 @@ class Estimate:
             f"refined   {self.refined}  (standard errors)",
             f"release   {self.release:.4g} rad ({np.degrees(self.release):.1f}°) at {self.release_time:.4g} s; "
             f"position of rest at {self.zero:.4g} {self.unit}",
-            f"residual  {self.residual:.3g} {self.unit} over {self.periods:.1f} periods; noise {self.noise:.3g} {self.unit}",
+            f"residual  {self.residual:.3g} {self.unit} over {self.periods:.1f} periods; noise {self.noise:.3g} "
+            f"{self.unit}",
         ]
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
@@ -157,7 +159,7 @@ def _analysed(reader: Reader, record: Record) -> _Analysis:
     answer = view.read(reader, values[:, None])[0]
     found = _refined(answer, rough, times, values, period)
     outliers = _outliers(found, values)
-    remarks = ()
+    remarks: tuple[str, ...] = ()
     if outliers.any():
         remarks = (_left_out(lines[outliers], len(lines)),)
         times, values = times[~outliers], values[~outliers]
@@ -170,7 +172,7 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
     record, found, motion = analysis.record, analysis.found, analysis.found.motion
     remarks = list(analysis.remarks)
     other = None
-    if not analysis.negligible:
+    if not analysis.negligible and found.residual**2 < NOISY * np.var(analysis.values):
         other = alternative(found, analysis.times, analysis.values, _unit(record))
         other = other if other is not None and other.evidence > EVIDENCE else None
     _check_pendulum(analysis, other)
@@ -188,8 +190,8 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
     lasts = float(analysis.times[-1] - analysis.times[0])
     if refined.damping < -3 * refined.damping_error and refined.damping * lasts < -GROWTH:
         raise ValueError(
-            f"{record.name}: the swing grows, with a damping of {_with_error(refined.damping, refined.damping_error)} 1/s: something drives "
-            "it, or the record runs backwards. A free pendulum is expected"
+            f"{record.name}: the swing grows, with a damping of {_with_error(refined.damping, refined.damping_error)} "
+            "1/s: something drives it, or the record runs backwards. A free pendulum is expected"
         )
     return Estimate(
         network=Reading(float(analysis.answer[0]), float(errors[0]), float(analysis.answer[1]), float(errors[1])),
@@ -234,8 +236,8 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
         return found
     return _noted(
         found,
-        f"the angles have no unit and are taken as rad; if they are degrees, the length is {length:.4g} m: --units rad or --units deg "
-        "says which",
+        f"the angles have no unit and are taken as rad; if they are degrees, the length is {length:.4g} m: --units "
+        "rad or --units deg says which",
     )
 
 
@@ -255,15 +257,15 @@ def _check_extent(record: Record, times: Array, lines: Array, period: float) -> 
     lasts = float(times[-1] - times[0])
     if lasts < PERIODS * period:
         raise ValueError(
-            f"{record.name} shows {lasts:.3g} s of free swing after {times[0]:.3g} s (line {lines[0]}), {lasts / period:.2g} periods of "
-            f"{period:.3g} s; expected at least {PERIODS}: record it for longer"
+            f"{record.name} shows {lasts:.3g} s of free swing after {times[0]:.3g} s (line {lines[0]}), "
+            f"{lasts / period:.2g} periods of {period:.3g} s; expected at least {PERIODS}: record it for longer"
         )
     gaps = np.diff(times)
     k = int(np.argmax(gaps))
     if gaps[k] > LONGEST_GAP * period:
         raise ValueError(
-            f"{record.name} has a gap of {gaps[k]:.3g} s after line {lines[k]}, with a period of {period:.3g} s; expected gaps of at most "
-            "half a period: keep only what is before or after it"
+            f"{record.name} has a gap of {gaps[k]:.3g} s after line {lines[k]}, with a period of {period:.3g} s; "
+            "expected gaps of at most half a period: keep only what is before or after it"
         )
 
 
@@ -275,14 +277,14 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
     variance = np.var(values)
     if best.residual**2 - noise(best.residuals) ** 2 > STRANGE * variance:
         raise ValueError(
-            f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a residual of "
-            f"{residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around {_worst(found, times):.3g} s. Cut the "
-            "record to the free swing, or check --columns and --units"
+            f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a "
+            f"residual of {residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around "
+            f"{_worst(found, times):.3g} s. Cut the record to the free swing, or check --columns and --units"
         )
     if residual**2 > NOISY * variance:
         raise ValueError(
-            f"{record.name} is too noisy: the swing has a root mean square of {np.std(values):.3g} {unit}, the noise of {residual:.3g}; record "
-            "a wider swing"
+            f"{record.name} is too noisy: the swing has a root mean square of {np.std(values):.3g} {unit}, the noise "
+            f"of {residual:.3g}; record a wider swing"
         )
     if not PLAUSIBLE[0] <= length <= PLAUSIBLE[1]:
         raise ValueError(
@@ -291,9 +293,9 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
         )
     if other is not None and abs(other.fit.motion.length - length) > UNCERTAIN * length:
         raise ValueError(
-            f"{record.name} does not tell the length: as it is, a pendulum of {length:.4g} m leaves a residual of {residual:.2g} {unit}; "
-            f"{other.words} would leave {other.fit.residual:.2g} and make it {other.fit.motion.length:.4g} m. Remove the cause, or record a "
-            "smaller swing"
+            f"{record.name} does not tell the length: as it is, a pendulum of {length:.4g} m leaves a residual of "
+            f"{residual:.2g} {unit}; {other.words} would leave {other.fit.residual:.2g} and make it "
+            f"{other.fit.motion.length:.4g} m. Remove the cause, or record a smaller swing"
         )
 
 
@@ -330,13 +332,13 @@ def _misfit(analysis: _Analysis, other: Alternative | None) -> list[str]:
     if other is not None and (not above or other.fit.residual < BETTER * found.residual):
         length = _with_error(other.fit.motion.length, other.fit.length_error)
         return [
-            f"{residual}; {other.words} would leave {other.fit.residual:.2g} and make the length {length} m: the errors "
-            "include the difference"
+            f"{residual}; {other.words} would leave {other.fit.residual:.2g} and make the length {length} m: the "
+            "errors include the difference"
         ]
     if above:
         return [
-            f"{residual}, and largest around {_worst(found, analysis.times):.3g} s: something there is not the free swing of a pendulum. "
-            "The errors count it as noise"
+            f"{residual}, and largest around {_worst(found, analysis.times):.3g} s: something there is not the free "
+            "swing of a pendulum. The errors count it as noise"
         ]
     return []
 
@@ -405,7 +407,8 @@ class _View:
     def out_of_range(self, motion: Motion) -> list[str]:
         """Remarks on what the network sees and has not learnt."""
         return [
-            f"the network has learnt {what} of {low} to {high} {unit} and sees one of {value:.3g}: rely on the refined answer"
+            f"the network has learnt {what} of {low} to {high} {unit} and sees one of {value:.3g}: rely on the "
+            "refined answer"
             for what, value, (low, high), unit in (
                 ("releases", abs(self.gain * motion["angle"]), RELEASES, "rad"),
                 ("lengths", motion.length / self.scale**2, LENGTHS, "m"),
@@ -424,10 +427,8 @@ def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: 
     if answer[0] > 0:
         parameters = rough.parameters.copy()
         parameters[:2] = np.log(answer[0]), answer[1]
-        try:
+        with suppress(FloatingPointError, np.linalg.LinAlgError):
             fits.append(grow(replace(rough, parameters=parameters), times, values, period))
-        except (FloatingPointError, np.linalg.LinAlgError):
-            pass
     if not fits or np.var(fits[0].residuals) > POOR * np.var(values):
         fits.append(grow(rough, times, values, period))
     return min(fits, key=lambda found: found.residual)

@@ -124,7 +124,7 @@ class Fit:
         return self.motion.length * self.error("log length")
 
 
-def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-10) -> Fit:
+def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-8) -> Fit:
     """The motion of least squares near the given one."""
     from scipy.optimize import least_squares
 
@@ -165,7 +165,7 @@ def grow(motion: Motion, times: Array, values: Array, period: float) -> Fit:
     reach = 3 * period
     while True:
         within = times <= times[0] + reach
-        found = fit(motion, times[within], values[within], 1e-10 if within.all() else 1e-5)
+        found = fit(motion, times[within], values[within], 1e-8 if within.all() else 1e-5)
         if within.all():
             return found
         motion, reach = found.motion, 2 * reach

@@ -85,49 +85,35 @@ def read(
 
     values, cell_unit = table.numbers(column)
     quantity, unit, size = _unit(table, column, headings[column], cell_unit, given)
-    if time_column is None:
-        times, time_unit, time_size = np.arange(len(values), dtype=float), "frames", None
-        source = "rows"
-    else:
-        times, cell_unit = table.numbers(time_column)
-        time_unit, time_size = _time_unit(headings[time_column], cell_unit, given)
-        source = table.title(time_column)
+    times, time_unit, time_size, source = _times(table, time_column, headings, given)
     there = np.isfinite(times) & np.isfinite(values)
     times, values, lines = _in_order(table, times[there], values[there], table.lines[there], source)
-    _moving(table, values, column)
-    if time_unit == "frames" or (fps is not None and time_size is None):
-        if fps is None:
-            raise ValueError(f"{table.file}: {source} counts frames; give --fps N, the frames per second of the camera")
-        time_unit, time_size = f"frames at {fps:g} per second", 1 / fps
-    elif fps is not None:
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():
         raise ValueError(
-            f"{table.file}: {source} is a time in {time_unit}, so that --fps says nothing; leave one of them out"
+            f"{table.file}: {table.title(column)} is {values[0]:g} in every row; expected the swing of a pendulum"
         )
-
+    time_unit, time_size = _settled_time_unit(table, times, values, source, time_unit, time_size, fps)
     assumed = False
     if unit is None:
         unit, size = _guessed_angle_unit(table, values, column)
         assumed = unit == "rad"
-    guess = _GUESSED if unit is not None and _unsaid(headings[column], given, quantity) else ""
-    values = values * size
+        unit += _GUESSED
+    times, values = (times - times[0]) * time_size, values * size
     if quantity == ANGLE:
         values = np.unwrap(values)
-    time_guess = ""
-    if time_size is None:
-        time_unit, time_size = _guessed_time_unit(table, times, values, source)
-        time_guess = _GUESSED
-    times = (times - times[0]) * time_size
 
-    missing = len(table.cells) - int(there.sum())
-    merged = int(there.sum()) - len(times)
-    left_out = [f"{missing} without a number left out"] if missing else []
-    left_out += [f"{merged} of equal times averaged"] if merged else []
+    missing, merged = int((~there).sum()), int(there.sum()) - len(times)
+    notes = [
+        *([f"{missing} without a number left out"] if missing else []),
+        *([f"{merged} of equal times averaged"] if merged else []),
+    ]
+    layout = SEPARATORS[table.separator] if sum(table.numeric) > 1 else "one number per line"
     understood = (
-        f"{Path(path).name}: {SEPARATORS[table.separator] if sum(map(bool, table.numeric)) > 1 else 'one number per line'}"
-        f"{', decimal commas' if table.decimal == ',' else ''}; time from {source} in {time_unit}{time_guess}, {quantity} from "
-        f"{table.title(column)} in {unit}{guess}; {len(times)} samples in {times[-1]:.4g} s"
-        + (f" ({', '.join(left_out)})" if left_out else "")
+        f"{Path(path).name}: {layout}{', decimal commas' if table.decimal == ',' else ''}; time from {source} in {time_unit}, "
+        f"{quantity} from {table.title(column)} in {unit}; {len(times)} samples in {times[-1]:.4g} s"
     )
+    if notes:
+        understood += f" ({', '.join(notes)})"
     return Record(table.file, times, values, lines, quantity, understood, assumed)
 
 
@@ -187,8 +173,8 @@ def _time_column(table: Table, headings: Sequence[Heading], fps: float | None, s
         )
     if chosen is None:
         raise ValueError(
-            f"{table.file} has no column that is a time by its name, and not exactly one that increases; say which by --columns "
-            f"TIME,ANGLE (among {_listed(table)}), or give --fps N if its rows are frames"
+            f"{table.file} has no column that is a time by its name, and not exactly one that increases; say which by "
+            f"--columns TIME,ANGLE (among {_listed(table)}), or give --fps N if its rows are frames"
             + (
                 "; if the commas are decimal commas, export it with semicolons or tabs"
                 if table.perhaps_decimal_commas
@@ -239,9 +225,10 @@ def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -
             )
         )
     raise ValueError(
-        f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the unit rad or "
-        "deg. From positions x and y the angle is atan2(x - x0, y0 - y), with x0, y0 those of the pivot; in Tracker it "
-        "is θ with the origin at the pivot. A column of another name that holds the angle is chosen by --columns TIME,ANGLE"
+        f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the "
+        "unit rad or deg. From positions x and y the angle is atan2(x - x0, y0 - y), with x0, y0 those of the pivot; "
+        "in Tracker it is θ with the origin at the pivot. A column of another name that holds the angle is chosen by "
+        "--columns TIME,ANGLE"
     )
 
 
@@ -252,8 +239,8 @@ def _main_axis(table: Table, velocities: Sequence[int]) -> int:
     if len(axes) > 1 and squares.max() < DOMINANT * squares.sum():
         raise ValueError(
             f"{table.file} has {len(axes)} angular velocities, none of which has the whole swing: "
-            f"{', '.join(table.title(k) for k in axes)}; choose by --columns TIME,VELOCITY, or fix the sensor so that one axis is "
-            "that of the pendulum"
+            f"{', '.join(table.title(k) for k in axes)}; choose by --columns TIME,VELOCITY, or fix the sensor so that "
+            "one axis is that of the pendulum"
         )
     return axes[int(np.argmax(squares))]
 
@@ -279,8 +266,8 @@ def _given_units(units: Sequence[str]) -> dict[str, tuple[str, float]]:
             unit = (ANGLE, f"counts of {counts:g} per revolution", 2 * np.pi / counts) if counts > 0 else None
         if unit is None or unit[0] == OTHER or not np.isfinite(unit[2]):
             raise ValueError(
-                f"--units {text!r} is unknown; expected s, ms, µs, ns or min for the time, and rad, mrad, deg, turns or N/rev "
-                "(an encoder of N counts per revolution) for the angle, rad/s or deg/s for an angular velocity"
+                f"--units {text!r} is unknown; expected s, ms, µs, ns or min for the time, and rad, mrad, deg, turns "
+                "or N/rev (an encoder of N counts per revolution) for the angle, rad/s or deg/s for an angular velocity"
             )
         if unit[0] in given:
             raise ValueError(
@@ -309,27 +296,49 @@ def _unit(
     encoder = unit is None and "encoder" in head.text.lower()
     if encoder or (unit is not None and not np.isfinite(size)):
         raise ValueError(
-            f"{table.file}: {table.title(column)} is in counts; give --units N/rev, where N is the counts of a full revolution"
+            f"{table.file}: {table.title(column)} is in counts; give --units N/rev, where N is the counts of a full "
+            "revolution"
         )
     if quantity == VELOCITY and unit is None:
         raise ValueError(f"{table.file}: {table.title(column)} has no unit; give --units rad/s or --units deg/s")
     return quantity, unit, size
 
 
-def _unsaid(head: Heading, given: dict[str, tuple[str, float]], quantity: str) -> bool:
-    return head.unit is None and quantity not in given
-
-
-def _time_unit(head: Heading, cell_unit: str, given: dict[str, tuple[str, float]]) -> tuple[str, float | None]:
+def _times(
+    table: Table, column: int | None, headings: Sequence[Heading], given: dict[str, tuple[str, float]]
+) -> tuple[Array, str, float | None, str]:
+    """Times as numbers, the name and the size of their unit if it is known, and where they come from."""
+    if column is None:
+        return np.arange(len(table.cells), dtype=float), "frames", None, "rows"
+    times, cell_unit = table.numbers(column)
+    head, source = headings[column], table.title(column)
     if TIME in given:
-        return given[TIME]
+        return times, *given[TIME], source
     if FRAME in given or head.quantity == FRAME:
-        return "frames", None
+        return times, "frames", None, source
     if head.unit is not None and head.quantity == TIME:
-        return head.unit, head.size
+        return times, head.unit, head.size, source
     if cell_unit and UNITS[cell_unit][0] == TIME:
-        return UNITS[cell_unit][1:]
-    return "", None
+        return times, *UNITS[cell_unit][1:], source
+    return times, "", None, source
+
+
+def _settled_time_unit(
+    table: Table, times: Array, values: Array, source: str, unit: str, size: float | None, fps: float | None
+) -> tuple[str, float]:
+    """The unit of the times where frames are counted or no unit is given, too."""
+    if fps is not None and size is not None:
+        raise ValueError(
+            f"{table.file}: {source} is a time in {unit}, so that --fps says nothing; leave one of them out"
+        )
+    if fps is not None:
+        return f"frames at {fps:g} per second", 1 / fps
+    if unit == "frames":
+        raise ValueError(f"{table.file}: {source} counts frames; give --fps N, the frames per second of the camera")
+    if size is not None:
+        return unit, size
+    unit, size = _guessed_time_unit(table, times, values, source)
+    return unit + _GUESSED, size
 
 
 def _guessed_angle_unit(table: Table, values: Array, column: int) -> tuple[str, float]:
@@ -339,8 +348,8 @@ def _guessed_angle_unit(table: Table, values: Array, column: int) -> tuple[str, 
     unwrapped = np.unwrap(values, period=360.0)
     if np.ptp(unwrapped) > 360:
         raise ValueError(
-            f"{table.file}: {table.title(column)} ranges over {np.ptp(unwrapped):.4g} without a unit, which is neither rad nor degrees; "
-            "give --units N/rev for an encoder of N counts per revolution"
+            f"{table.file}: {table.title(column)} ranges over {np.ptp(unwrapped):.4g} without a unit, which is "
+            "neither rad nor degrees; give --units N/rev for an encoder of N counts per revolution"
         )
     return "deg", np.pi / 180
 
@@ -349,16 +358,16 @@ def _guessed_time_unit(table: Table, times: Array, values: Array, source: str) -
     """The unit in which the period is that of a pendulum."""
     if np.ptp(np.diff(times)) == 0 and times[1] - times[0] == 1:
         raise ValueError(
-            f"{table.file}: {source} counts {times[0]:g}, {times[1]:g}, {times[2]:g}, ... and has no unit; give --fps N if it counts "
-            "frames, or --units s if these are seconds"
+            f"{table.file}: {source} counts {times[0]:g}, {times[1]:g}, {times[2]:g}, ... and has no unit; give --fps "
+            "N if it counts frames, or --units s if these are seconds"
         )
     period = rough_period(times, values)
     for name, size in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6), ("ns", 1e-9)):
         if PERIODS[0] <= period * size <= PERIODS[1]:
             return name, size
     raise ValueError(
-        f"{table.file}: {source} has no unit, and with a period of about {period:.3g} of it no unit makes this a pendulum; give "
-        "--units s, ms, µs or ns, or --fps N if it counts frames"
+        f"{table.file}: {source} has no unit, and with a period of about {period:.3g} of it no unit makes this a "
+        "pendulum; give --units s, ms, µs or ns, or --fps N if it counts frames"
     )
 
 
@@ -375,20 +384,13 @@ def _in_order(table: Table, times: Array, values: Array, lines: Array, source: s
     if len(back):
         k = int(back[0]) + 1
         raise ValueError(
-            f"{table.file}, line {lines[k]}: {source} goes back from {times[k - 1]:g} to {times[k]:g}; expected one record per file, "
-            "in the order of time"
+            f"{table.file}, line {lines[k]}: {source} goes back from {times[k - 1]:g} to {times[k]:g}; expected one "
+            "record per file, in the order of time"
         )
     unique, first, counts = np.unique(times, return_index=True, return_counts=True)
     if len(unique) * COUNTING < len(times):
         raise ValueError(
-            f"{table.file}: {source} has {len(unique)} different times in {len(times)} rows, too coarse to tell how it moves; export "
-            "the times with more digits, or give --columns ANGLE and --fps N if rows are evenly spaced"
+            f"{table.file}: {source} has {len(unique)} different times in {len(times)} rows, too coarse to tell how "
+            "it moves; export the times with more digits, or give --columns ANGLE and --fps N if rows are evenly spaced"
         )
     return unique, np.add.reduceat(values, first) / counts, lines[first]
-
-
-def _moving(table: Table, values: Array, column: int) -> None:
-    if np.ptp(values) <= 1e-12 * np.abs(values).max():
-        raise ValueError(
-            f"{table.file}: {table.title(column)} is {values[0]:g} in every row; expected the swing of a pendulum"
-        )

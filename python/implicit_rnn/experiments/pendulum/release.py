@@ -52,14 +52,14 @@ def first_motion(record: Record) -> tuple[Motion, float]:
     check_rate(record, period)
     if np.ptp(swing) > 2 * TOP and record.quantity != VELOCITY:
         raise ValueError(
-            f"{record.name} ranges over {np.ptp(swing):.3g} rad, over the top; expected the swing of a pendulum. If these are degrees, "
-            "give --units deg"
+            f"{record.name} ranges over {np.ptp(swing):.3g} rad, over the top; expected the swing of a pendulum. If "
+            "these are degrees, give --units deg"
         )
     turns, turning = turning_points(times, swing, period)
     if len(turns) < 2:
         raise ValueError(
-            f"{record.name} shows {len(turns)} clear turning points in {times[-1]:.3g} s; expected a pendulum that swings to and fro "
-            "at least one and a half times after its release"
+            f"{record.name} shows {len(turns)} clear turning points in {times[-1]:.3g} s; expected a pendulum that "
+            "swings to and fro at least one and a half times after its release"
         )
     zero = centre(turning, swing)
     reach = np.abs(turning - zero)
@@ -82,8 +82,9 @@ def _check_before(record: Record, turns: Array, turning: Array, begin: float) ->
     if (np.diff(np.sign(turning[wide])) != 0).sum() > 1:
         line = record.lines[int(np.searchsorted(record.times, begin))]
         raise ValueError(
-            f"{record.name} swings before {begin:.3g} s (line {line}) too, but not as the pendulum does that swings freely afterwards: "
-            "something drives it, or it is none. If it was pushed at first, cut the record to what follows"
+            f"{record.name} swings before {begin:.3g} s (line {line}) too, but not as the pendulum does that swings "
+            "freely afterwards: something drives it, or it is none. If it was pushed at first, cut the record to what "
+            "follows"
         )
 
 
@@ -99,8 +100,8 @@ def check_rate(record: Record, period: float) -> None:
     interval = float(np.median(np.diff(record.times)))
     if interval * PER_PERIOD > period:
         raise ValueError(
-            f"{record.name} has a sample every {interval:.4g} s, but swings with a period of about {period:.3g} s if it swings at all; "
-            f"expected at least {PER_PERIOD} samples per period: record it at a higher rate"
+            f"{record.name} has a sample every {interval:.4g} s, but swings with a period of about {period:.3g} s if "
+            f"it swings at all; expected at least {PER_PERIOD} samples per period: record it at a higher rate"
         )
 
 

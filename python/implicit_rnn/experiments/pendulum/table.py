@@ -35,7 +35,9 @@ _LAYOUTS = [
 ]
 """Separators of cells with decimal signs; of two that fit a file equally well the first is taken."""
 SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas", COMMA_BLANK: "commas", "|": "bars", BLANKS: "blanks"}
-_MISSING = set("nan na n/a #n/a #nv none null - -- — ? undefined #value! #wert! #div/0! missing lost".split()) | {""}
+_MISSING = re.compile(
+    r"|nan|na|n/a|#n/a|#nv|none|null|-+|—|\?|undefined|#value!|#wert!|#div/0!|missing|lost", re.IGNORECASE
+)
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[ed][+-]?\d+)?)\s*([a-zµμ°º/]*)", re.IGNORECASE)
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+")
 _CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)Z?")
@@ -128,8 +130,8 @@ def read_table(path: Path) -> Table:
     header = _header(preamble, columns, separator)
     if separator == "," and _decimal_commas(preamble, body, columns):
         raise ValueError(
-            f"{path}, line {body[0][0]} has {columns} whole numbers between commas under {columns // 2} names; if the commas are "
-            "decimal commas, export the record with semicolons or tabs between the columns"
+            f"{path}, line {body[0][0]} has {columns} whole numbers between commas under {columns // 2} names; if the "
+            "commas are decimal commas, export the record with semicolons or tabs between the columns"
         )
     header = header or ("",) * columns
     return Table(
@@ -192,8 +194,8 @@ def _split(line: str, separator: str) -> tuple[str, ...]:
     if separator == COMMA_BLANK:
         return tuple(cell.strip() for cell in re.split(r",\s+", line.strip()))
     # A quote that is never closed, as in 12", is a sign like any other.
-    quoting = csv.QUOTE_MINIMAL if line.count('"') % 2 == 0 else csv.QUOTE_NONE
-    cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True, quoting=quoting))
+    closed = line.count('"') % 2 == 0
+    cells = next(csv.reader([line], delimiter=separator, skipinitialspace=True)) if closed else line.split(separator)
     return tuple(cell.strip().strip("'") for cell in cells)
 
 
@@ -219,7 +221,7 @@ def _number(cell: str, decimal: str) -> tuple[float, str] | None:
 
 
 def _missing(cell: str) -> bool:
-    return cell.strip().lower() in _MISSING
+    return _MISSING.fullmatch(cell.strip()) is not None
 
 
 def _trimmed(cells: Sequence[str]) -> tuple[str, ...]:
@@ -272,26 +274,26 @@ def _block(
         while index < len(rows) and passable(index):
             index += 1
         # Comments before the first row are part of the preamble.
-        first = next((k for k in range(begin, index) if is_row(k)), index)
-        if first < index:
-            runs.append((first, index))
+        row = next((k for k in range(begin, index) if is_row(k)), index)
+        if row < index:
+            runs.append((row, index))
         index += 1
-    first = next(
-        (run for run in runs if run[1] - run[0] > 3), max(runs, key=lambda run: run[1] - run[0], default=(0, 0))
-    )
-    if first == (0, 0) and not runs:
+    if not runs:
         raise ValueError(f"{path} has no rows of numbers; expected a table of times and angles, as CSV or text")
-    if first[1] < len(rows):
-        number, cells = rows[first[1]]
+    # A preamble may have rows of numbers too, but few.
+    longest = max(runs, key=lambda run: run[1] - run[0])
+    first, end = next((run for run in runs if run[1] - run[0] > 3), longest)
+    if end < len(rows):
+        number, cells = rows[end]
         wrong = next(
             (cell for cell, wanted in zip(cells, numeric, strict=False) if wanted and _number(cell, decimal) is None),
             "",
         )
         raise ValueError(
-            f"{path}, line {number}: {wrong!r} in the midst of numbers; expected a number or an empty cell, and one record "
-            "per file: correct the line, or take away what does not belong to the record"
+            f"{path}, line {number}: {wrong!r} in the midst of numbers; expected a number or an empty cell, and one "
+            "record per file: correct the line, or take away what does not belong to the record"
         )
-    return first
+    return first, end
 
 
 def _header(preamble: Sequence[tuple[str, tuple[str, ...]]], columns: int, separator: str) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ _SPELLINGS = {
     ): "rad/s rad/sec rad·s⁻¹ rads^-1 rads⁻¹ rad·s^-1 rad*s^-1 1/s s^-1 s⁻¹ radians/s radians/second",
     (VELOCITY, "deg/s", np.pi / 180): "deg/s deg/sec °/s º/s dps degrees/s degrees/second °·s⁻¹ °s⁻¹",
     (OTHER, "", 1.0): (
-        "m cm mm dm km in ft px pixel pixels m/s cm/s mm/s m/s^2 m/s² m/s2 m·s⁻² ms^-2 cm/s^2 rad/s^2 rad/s² rad/s2 deg/s^2 °/s² g gs "
-        "mg v mv volt volts a ma n nm j w hz khz k °c c % t µt μt ut gauss pa hpa kpa kg db lux"
+        "m cm mm dm km in ft px pixel pixels m/s cm/s mm/s m/s^2 m/s² m/s2 m·s⁻² ms^-2 cm/s^2 rad/s^2 rad/s² rad/s2 "
+        "deg/s^2 °/s² g gs mg v mv volt volts a ma n nm j w hz khz k °c c % t µt μt ut gauss pa hpa kpa kg db lux"
     ),
 }
 UNITS = {spelling: unit for unit, spellings in _SPELLINGS.items() for spelling in spellings.split()}
@@ -44,25 +44,26 @@ The size of an encoder's counts is NaN: nobody knows it but who bought the encod
 
 _WORDS = {
     TIME: (
-        "time t zeit zeitpunkt tid temps tiempo tempo tijd czas timestamp timestamps times elapsed seconds sec secs ms millis "
-        "milliseconds uptime clock"
+        "time t zeit zeitpunkt tid temps tiempo tempo tijd czas timestamp timestamps times elapsed seconds sec secs "
+        "ms millis milliseconds uptime clock"
     ),
     FRAME: "frame frames frameno framenumber bild bildnummer",
     ANGLE: (
-        "angle angles theta θ ϑ phi φ ϕ alpha α psi ψ winkel auslenkung auslenkungswinkel ausschlag ángulo angulo angolo ângulo kąt hoek "
-        "vinkel deflection deflexion inclination inclinometer tilt pitch roll yaw rotation swing encoder angular degrees deg rad radians"
+        "angle angles theta θ ϑ phi φ ϕ alpha α psi ψ winkel auslenkung auslenkungswinkel ausschlag ángulo angulo "
+        "angolo ângulo kąt hoek vinkel deflection deflexion inclination inclinometer tilt pitch roll yaw rotation "
+        "swing encoder angular degrees deg rad radians"
     ),
     VELOCITY: "omega ω gyro gyroscope gyroskop velocity speed rate winkelgeschwindigkeit drehrate thetadot θdot",
     OTHER: (
-        "x y z r pos position height höhe distance abstand radius amplitude voltage spannung current acceleration accel accelerometer acc "
-        "beschleunigung magnetic magnetometer temperature temperatur pressure force kraft energy energie error err sigma std stddev "
-        "uncertainty unsicherheit target setpoint reference torque counter index row nr no id sample step pixel xpos ypos length"
+        "x y z r pos position height höhe distance abstand radius amplitude voltage spannung current acceleration "
+        "accel accelerometer acc beschleunigung magnetic magnetometer temperature temperatur pressure force kraft "
+        "energy energie error err sigma std stddev uncertainty unsicherheit target setpoint reference torque counter "
+        "index row nr no id sample step pixel xpos ypos length"
     ),
 }
 _MEANING = {word: quantity for quantity, words in _WORDS.items() for word in words.split()}
-_OTHER_FIRST = {
-    *"error err sigma std stddev uncertainty unsicherheit target setpoint reference acceleration accel acc".split()
-}
+_OTHER_FIRST = re.compile(r"(error|err|sigma|std\w*|uncertainty|unsicherheit|target|setpoint|reference|acc\w*)")
+"""Words that make a column another one, whatever else its name says: angle error, angular acceleration."""
 _SUBORDINATE = {"angular", "rotation", "degrees", "deg", "rad", "radians", "position", "pos", "x", "y", "z", "r", "no"}
 """Words that say what a column is only if no other word does: angular position, rotation rate, gyroscope x."""
 
@@ -91,7 +92,8 @@ def heading(text: str) -> Heading:
     words = _words(bare)
     meanings = [_MEANING[word] for word in words if word in _MEANING and word not in _SUBORDINATE]
     meanings = meanings or [_MEANING[word] for word in words if word in _MEANING]
-    if _OTHER_FIRST & set(words):
+    different = any(map(_OTHER_FIRST.fullmatch, words))
+    if different:
         quantity: str | None = OTHER
     elif VELOCITY in meanings or re.match(r"d.*/ ?dt", text.strip().lower()):
         quantity = VELOCITY
@@ -100,7 +102,7 @@ def heading(text: str) -> Heading:
     if unit is None:
         return Heading(text, quantity)
     kind, name, size = unit
-    if quantity == OTHER and kind in (ANGLE, VELOCITY) and not _OTHER_FIRST & set(words):
+    if quantity == OTHER and kind in (ANGLE, VELOCITY) and not different:
         quantity = None  # "position (deg)"
     if {quantity, kind} == {TIME, FRAME}:
         return Heading(text, kind, name, size)
