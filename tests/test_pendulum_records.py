@@ -434,6 +434,14 @@ def test_misread_samples_are_left_out_and_named(reader):
     assert any("2 of 600 samples far off are left out (line 52, 302)" in remark for remark in found.remarks)
 
 
+def test_end_of_a_pendulum_that_was_caught_is_cut_and_named(reader):
+    angles = np.where(LONG < 9, swing(0.5, 0.1, 0.6, LONG)[0], 0.1)
+    found = pendulum.estimate(reader, recorded(angles))
+    assert abs(found.refined.length - 0.5) < 3 * found.refined.length_error < 0.001
+    assert 8 < found.end_time < 9
+    assert any("is no free swing any more, and is left out" in remark for remark in found.remarks)
+
+
 def with_force(force: Callable[[float, float], float]) -> Array:
     return integrated(lambda s, y: [y[1], -GRAVITY / 0.6 * np.sin(y[0]) - 0.05 * y[1] + force(s, y[1])], LONG, 0.7)[0]
 
@@ -460,7 +468,7 @@ def test_what_does_not_fit_is_named_and_counted_in_the_errors(reader, angles, ca
         (with_force(lambda s, v: 2 * np.sin(6 * s)), "is not the free swing of a pendulum"),
         (swing(0.6, -0.04, 0.2, LONG)[0], r"the swing grows, with a damping of -0\.0[34]"),
         (
-            np.where(LONG < 8, with_force(lambda s, v: 0.0), 0.1),
+            np.where(LONG < 4, with_force(lambda s, v: 0.0), 0.1),
             "is not the free swing .* Cut the record to the free swing",
         ),
         (1.3 * swing(0.6, 0.1, 0.9, LONG)[0], "angles of 1.3 times their true size"),

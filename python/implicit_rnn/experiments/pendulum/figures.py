@@ -72,12 +72,12 @@ def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> No
 def record(axes: Sequence[Axes], found: Estimate) -> None:
     """A record and the pendulum found in it; where there are three axes, a part of it; in the last axes what remains."""
     record, motion = found.record, found.motion
-    used = record.times >= motion.begin
+    used = (record.times >= motion.begin) & (record.times <= found.end_time)
     quantity = f"{record.quantity} / {found.unit}"
-    fine = np.linspace(motion.begin, record.times[-1], 2 + int(40 * found.periods))
+    fine = np.linspace(motion.begin, found.end_time, 2 + int(40 * found.periods))
     curve = motion.observed(fine)
     for ax in axes[:-1]:
-        ax.plot(record.times[~used], record.values[~used], ".", color="#a0aec0", markersize=3, label="before, not used")
+        ax.plot(record.times[~used], record.values[~used], ".", color="#a0aec0", markersize=3, label="not used")
         ax.plot(record.times[used], record.values[used], ".", color="black", markersize=3, label="record")
         ax.plot(fine, curve, color=POSITIVE, linewidth=1.2, label="pendulum found")
         ax.axhline(found.zero, color="#cbd5e0", linewidth=0.8, zorder=0)
@@ -106,7 +106,7 @@ def draw_record(found: Estimate, path: Path) -> Path:
     axes = figure.subplots(3 if long else 2, height_ratios=[2, 2, 1] if long else [2, 1])
     record(axes, found)
     if long:
-        period = (found.record.times[-1] - found.motion.begin) / found.periods
+        period = (found.end_time - found.motion.begin) / found.periods
         axes[1].set_xlim(found.motion.begin - period / 4, found.motion.begin + LONG / 2 * period)
     return _save(figure, path)
 

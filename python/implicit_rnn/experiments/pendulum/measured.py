@@ -19,7 +19,7 @@ from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, a
 from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
-from implicit_rnn.experiments.pendulum.release import first_motion, swing_period
+from implicit_rnn.experiments.pendulum.release import AGREEMENT, first_motion, swing_period
 from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, LENGTHS, RELEASES, TIMES
 from implicit_rnn.experiments.pendulum.units import VELOCITY
 
@@ -33,10 +33,12 @@ LONGEST_GAP = 0.5
 """In a record after the release, in periods."""
 PLAUSIBLE = (0.01, 100.0)
 """Lengths of pendulums in m; others come from a wrong unit of time."""
-NOISY, STRANGE = 0.5, 0.004
+NOISY, STRANGE = 0.5, 0.01
 """The largest shares of the record's variance that may be residual, and residual that is not noise."""
 POOR = 0.1
 """The share that is residual from which on the refinement begins anew, from the rough fit."""
+MOST = 0.6
+"""The share of a record that must be free swing for the rest to be left out."""
 GROWTH = 0.02
 """Of the energy, over the record, that is refused."""
 UNCERTAIN = 0.01
@@ -85,10 +87,12 @@ class Estimate:
     """The angle at the release or the first turning point, from the position of rest, in rad."""
     release_time: float
     """Of that, in s from the first sample of the record; what precedes it is not used."""
+    end_time: float
+    """Of the last sample that is used."""
     zero: float
     """What the record shows at the position of rest, in rad, or rad/s for angular velocities."""
     periods: float
-    """From the release to the end of the record."""
+    """From the release to the end of what is used."""
     residual: float
     """Standard deviation of the record from the refined pendulum, in rad or rad/s."""
     noise: float
@@ -115,7 +119,18 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; length and damping are the refined ones."""
-        numbers = ("release", "release_time", "zero", "periods", "residual", "noise", "unit", "understood", "remarks")
+        numbers = (
+            "release",
+            "release_time",
+            "end_time",
+            "zero",
+            "periods",
+            "residual",
+            "noise",
+            "unit",
+            "understood",
+            "remarks",
+        )
         return (
             asdict(self.refined) | {"network": asdict(self.network)} | {name: getattr(self, name) for name in numbers}
         )
@@ -158,10 +173,15 @@ def _analysed(reader: Reader, record: Record) -> _Analysis:
     view = _View.of(rough, times, period)
     answer = view.read(reader, values[:, None])[0]
     found = _refined(answer, rough, times, values, period)
-    outliers = _outliers(found, values)
     remarks: tuple[str, ...] = ()
+    if _strange(found, values) and (end := _free_until(found, times, values, period)) is not None:
+        free = times <= end
+        remarks = (f"what follows {end:.3g} s (line {lines[free][-1]}) is no free swing any more, and is left out",)
+        times, values, lines = times[free], values[free], lines[free]
+        found = grow(found.motion, times, values, period)
+    outliers = _outliers(found, values)
     if outliers.any():
-        remarks = (_left_out(lines[outliers], len(lines)),)
+        remarks = (*remarks, _left_out(lines[outliers], len(lines)))
         times, values = times[~outliers], values[~outliers]
         found = fit(found.motion, times, values)
     return _Analysis(record, view, answer, found, times, values, remarks)
@@ -198,6 +218,7 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
         refined=refined,
         release=motion["angle"],
         release_time=motion.begin,
+        end_time=float(analysis.times[-1]),
         zero=motion["zero"],
         periods=lasts / swing_period(motion),
         residual=found.residual,
@@ -273,9 +294,8 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
     """Refuse what is not the swing of a pendulum, and what is not known well enough to be one."""
     record, found, times, values = analysis.record, analysis.found, analysis.times, analysis.values
     length, residual, unit = found.motion.length, found.residual, _unit(record)
-    best = found if other is None else other.fit
     variance = np.var(values)
-    if best.residual**2 - noise(best.residuals) ** 2 > STRANGE * variance:
+    if _strange(found if other is None else other.fit, values):
         raise ValueError(
             f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a "
             f"residual of {residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around "
@@ -297,6 +317,24 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
             f"{residual:.2g} {unit}; {other.words} would leave {other.fit.residual:.2g} and make it "
             f"{other.fit.motion.length:.4g} m. Remove the cause, or record a smaller swing"
         )
+
+
+def _strange(found: Fit, values: Array) -> bool:
+    """Whether more of the residual is not noise than in the record of a pendulum."""
+    return found.residual**2 - noise(found.residuals) ** 2 > STRANGE * np.var(values)
+
+
+def _free_until(found: Fit, times: Array, values: Array, period: float) -> float | None:
+    """The time at which a free swing is stopped, if most of the record is one; None if the fault is elsewhere."""
+    early = times <= times[0] + MOST * (times[-1] - times[0])
+    part = grow(found.motion, times[early], values[early], period)
+    if _strange(part, values[early]) or times[early][-1] - times[0] < PERIODS * period:
+        return None
+    tolerance = 3 * part.residual + AGREEMENT * np.ptp(values[early]) / 2
+    middles, means = binned(times, values - part.motion.observed(times), period)
+    departs = np.abs(means) > tolerance
+    late = np.flatnonzero(departs[:-1] & departs[1:] & (middles[:-1] > times[early][-1]))
+    return float(middles[late[0]] - period / 4) if len(late) else None
 
 
 def _worst(found: Fit, times: Array) -> float:

@@ -2,7 +2,8 @@
 
 θ″ = -(g/l) sin θ - γ θ′, observed as an angle or an angular velocity with an unknown zero. The errors are those of linear
 regression, s² (JᵀJ)⁻¹, with the residual variance s² multiplied by the time over which residuals are correlated, in
-samples: neighbouring residuals that agree tell less than independent ones.
+samples: neighbouring residuals that agree tell less than independent ones. If they are correlated, something does not fit,
+and the errors are at least those of a jackknife over parts of the record.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ EXTENSIONS = {
 """What a record can have that the equation has not, one at a time: in words, and the value where it is absent."""
 RELATIVE, ABSOLUTE = 1e-9, 1e-12
 """Tolerances of the integration."""
+CORRELATED, PARTS = 2.0, 8
+"""The correlation time in samples from which on errors are those of a jackknife too, if larger, and its parts."""
 RESOLUTION = 1e-7
 """Of a motion, relative to its range: smaller residuals say nothing."""
 STEP = 1e-30
@@ -153,8 +156,21 @@ def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-8) ->
     variance = np.sum(residuals**2) / max(len(times) - len(motion.parameters), 1) + (RESOLUTION * np.ptp(values)) ** 2
     scale = np.linalg.norm(jacobian, axis=0)
     scale[scale == 0] = 1
-    covariance = np.linalg.pinv((jacobian / scale).T @ (jacobian / scale)) / np.outer(scale, scale)
-    return Fit(found, np.sqrt(variance * correlation_time(residuals) * np.diag(covariance)), residuals)
+    correlated = correlation_time(residuals)
+    errors = np.sqrt(variance * correlated * np.diag(np.linalg.pinv((jacobian / scale).T @ (jacobian / scale))))
+    if correlated > CORRELATED:
+        errors = np.maximum(errors, _jackknife(jacobian / scale, residuals))
+    return Fit(found, errors / scale, residuals)
+
+
+def _jackknife(jacobian: Array, residuals: Array) -> Array:
+    """(p,) errors from how much the parameters move when a part of the record is left out, for each part in turn."""
+    moved = []
+    for part in np.array_split(np.arange(len(residuals)), PARTS):
+        rest = np.delete(jacobian, part, axis=0)
+        moved.append(np.linalg.pinv(rest.T @ rest) @ (jacobian[part].T @ residuals[part]))
+    deviations = np.array(moved) - np.mean(moved, axis=0)
+    return np.sqrt((PARTS - 1) / PARTS * np.sum(deviations**2, axis=0))
 
 
 def grow(motion: Motion, times: Array, values: Array, period: float) -> Fit:
