@@ -1,19 +1,17 @@
-"""The pendulum experiment: its physics, its statistics, its study at small size, and records of one's own."""
+"""The pendulum experiment: its physics, its statistics, and its study at small size."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import RunPython
 
-import implicit_rnn as irnn
 from implicit_rnn.cli import main
 from implicit_rnn.experiments import pendulum
-from implicit_rnn.experiments.pendulum import measured, report, study
+from implicit_rnn.experiments.pendulum import report, study
 from implicit_rnn.experiments.pendulum.data import Data, Normalisation, Sizes
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.simulation import (
@@ -372,145 +370,7 @@ def test_model_saved_has_a_guarantee_and_reads_as_before(small, tmp_path):
     np.testing.assert_array_equal(loaded.predict(angles), small.reader(name, index).predict(angles))
 
 
-# --- a record of one's own -----------------------------------------------------------------------------------
-
-LENGTH, DAMPING, RELEASE = 1.1, 0.35, 0.9
-
-
-def record(times: np.ndarray) -> np.ndarray:
-    """The angles of one pendulum at any times, without noise."""
-    from scipy.integrate import solve_ivp
-
-    def rate(t: float, y: np.ndarray) -> list[float]:
-        return [y[1], -GRAVITY / LENGTH * np.sin(y[0]) - DAMPING * y[1]]
-
-    return solve_ivp(rate, (0, times[-1] + 1), [RELEASE, 0], t_eval=times, rtol=1e-10, atol=1e-12).y[0]
-
-
-def write(path: Path, times: np.ndarray, angles: np.ndarray, header: str = "time,angle") -> Path:
-    rows = [header, *(f"{t:.9g},{a:.9g}" for t, a in zip(times, angles, strict=True))]
-    path.write_text("\n".join(rows) + "\n")
-    return path
-
-
-def test_record_at_the_times_of_the_protocol_is_taken_as_it_is(tmp_path):
-    angles = record(TIMES)
-    np.testing.assert_allclose(measured.read(write(tmp_path / "a.csv", TIMES, angles)), angles, atol=1e-8)
-
-
-@pytest.mark.parametrize("interval", [0.001, 0.01, 1 / 30, 0.1])
-def test_denser_record_that_starts_at_any_time_is_interpolated(tmp_path, interval):
-    times = np.arange(0, 4 + interval, interval)
-    angles = measured.read(write(tmp_path / "a.csv", 17.5 + times, record(times)))
-    np.testing.assert_allclose(angles, record(TIMES), atol=3e-3 if interval == 0.1 else 1e-4)
-
-
-def test_other_columns_and_their_order_do_not_matter(tmp_path):
-    path = tmp_path / "a.csv"
-    rows = ["angle, note, time", *(f"{a},x,{t}" for t, a in zip(TIMES, record(TIMES), strict=True))]
-    path.write_text("\n".join(rows))
-    np.testing.assert_allclose(measured.read(path), record(TIMES))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, a: (t[:20], a[:20]), "lasts 2.375 s; expected at least 3.875 s"),
-        (lambda t, a: (t[:1], a[:1]), "has 1 records"),
-        (lambda t, a: (t[:0], a[:0]), "has 0 records"),
-        (lambda t, a: (2 * t, a), "has a sample every 0.25 s; expected one at least every 0.125 s"),
-        (
-            lambda t, a: (np.delete(t, 5), np.delete(a, 5)),
-            "not evenly sampled: 0.25 s after record 5, elsewhere 0.125 s",
-        ),
-        (lambda t, a: (t[::-1], a), "time does not increase after record 1"),
-        (lambda t, a: (t, np.where(t == 1, np.nan, a)), "angle is nan in record 9"),
-        (lambda t, a: (np.where(t == 0.125, np.inf, t), a), "time is inf in record 2"),
-        (lambda t, a: (t, np.degrees(a)), "expected rad, between -π and π, not degrees"),
-    ],
-)
-def test_record_that_cannot_be_read_is_refused_with_the_reason(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
-        measured.read(write(tmp_path / "a.csv", *change(TIMES, record(TIMES))))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("t,angle\n0,1\n", "has no column time; .* it is 't,angle'"),
-        ("0,1\n0.125,0.9\n", "has no column time and no column angle"),
-        ("", "has no column time and no column angle"),
-        ("time,angle\n0,one\n", "line 2: time '0' and angle 'one'; expected numbers"),
-        ("time,angle\n0\n", "line 2: time '0' and angle None"),
-    ],
-)
-def test_file_of_another_form_is_refused_with_the_reason(tmp_path, text, message):
-    (tmp_path / "a.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
-        measured.read(tmp_path / "a.csv")
-
-
-@pytest.fixture(scope="module")
-def reader() -> pendulum.Reader:
-    """A net that has learnt something."""
-    protocol = study.Protocol(Sizes(train=1000, validation=200, test=100), epochs=60)
-    return study.train(MODELS["ff2"], 0, 1e-2, protocol, "numpy")[0]
-
-
-def test_parameters_of_a_record_are_found_within_the_stated_errors(reader):
-    estimate = measured.estimate(reader, record(TIMES))
-    assert abs(estimate.length - LENGTH) < 3 * estimate.length_error
-    assert abs(estimate.damping - DAMPING) < 3 * estimate.damping_error
-    assert estimate.remarks == ()
-
-
-def test_stated_errors_are_those_on_the_test_set(reader):
-    test = Data.of_seed(0).test
-    errors = np.sqrt(np.mean((reader.predict(test.measured) - test.parameters) ** 2, axis=0))
-    estimate = measured.estimate(reader, record(TIMES))
-    assert (estimate.length_error, estimate.damping_error) == pytest.approx(errors)
-
-
-def test_mirrored_record_has_the_same_parameters(reader):
-    a, b = (measured.estimate(reader, sign * record(TIMES)) for sign in (1, -1))
-    assert (a.length, a.damping) == (b.length, b.damping)
-
-
-def test_record_out_of_the_range_that_was_learnt_is_remarked_upon(reader):
-    estimate = measured.estimate(reader, np.full(len(TIMES), 3.0))
-    assert any("angle at release is 3 rad, out of the range of 0.2 to 1.4 rad" in text for text in estimate.remarks)
-    assert "note: " in str(estimate)
-
-
-def test_model_file_of_another_network_is_refused(tmp_path):
-    irnn.Network(3, [irnn.Layer(2)], outputs=1, engine="numpy").save(tmp_path / "net.safetensors")
-    with pytest.raises(irnn.ModelFileError, match="not one that the pendulum experiment has saved"):
-        pendulum.Reader.load(tmp_path / "net.safetensors")
-
-
 # --- the command ---------------------------------------------------------------------------------------------
-
-
-def test_command_reads_a_record_with_a_saved_model(reader, tmp_path, capsys):
-    reader.save(tmp_path / "model.safetensors")
-    path = write(tmp_path / "mine.csv", TIMES, record(TIMES))
-    arguments = ["pendulum", "--data", str(path), "--model", str(tmp_path / "model.safetensors"), "--engine", "numpy"]
-    assert main([*arguments, "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert abs(printed["length"] - LENGTH) < 3 * printed["length_error"]
-    assert main(arguments) == 0
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["length", "damping", "residual"]
-
-
-def test_command_refuses_a_bad_record_with_1_and_the_reason(tmp_path, capsys):
-    path = write(tmp_path / "mine.csv", TIMES[:5], record(TIMES)[:5])
-    assert main(["pendulum", "--data", str(path), "--engine", "numpy"]) == 1
-    assert "lasts 0.5 s; expected at least 3.875 s" in capsys.readouterr().err
-
-
-def test_command_with_a_model_but_no_record_exits_with_1(capsys):
-    assert main(["pendulum", "--model", "x", "--engine", "numpy"]) == 1
-    assert "--model goes with --data" in capsys.readouterr().err
 
 
 def test_command_with_an_unknown_model_name_lists_the_names(capsys, tmp_path):

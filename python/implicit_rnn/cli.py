@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -89,16 +90,38 @@ def _parser() -> argparse.ArgumentParser:
         "--tune", action="store_true", help="compare learning rates, on seeds that the study does not use"
     )
     mode.add_argument(
-        "--data", type=Path, metavar="FILE", help="read the parameters of a pendulum of yours: CSV with time, angle"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="length and damping of a pendulum of yours, from a table of times and angles (or angular velocities) as "
+        "phyphox, Tracker, an encoder or a spreadsheet writes it: any separator, decimal commas, with or without a "
+        "header",
     )
-    pendulum.add_argument(
-        "--model", type=Path, metavar="FILE", help="with --data: a model file; without it, one is trained"
+    own = pendulum.add_argument_group("with --data")
+    own.add_argument("--model", type=Path, metavar="FILE", help="a model file; without it, one is trained")
+    own.add_argument(
+        "--columns",
+        type=_list,
+        metavar="TIME,ANGLE",
+        help="names or numbers (from 1) of the columns, where the file leaves it open; ANGLE alone with --fps",
+    )
+    own.add_argument(
+        "--units",
+        type=_list,
+        metavar="TIME,ANGLE",
+        help="s, ms, µs, ns or min for the time; rad, mrad, deg, turns or N/rev (an encoder of N counts per "
+        "revolution) for the angle, rad/s or deg/s for an angular velocity; they overrule the file, and one alone may "
+        "be given",
+    )
+    own.add_argument(
+        "--fps", type=float, metavar="N", help="frames per second, where the file has frame numbers or no times"
     )
     pendulum.add_argument(
         "--out",
         type=_folder,
         default=Path("pendulum"),
-        help="folder for data, figures, the best model and what an interrupted call goes on from (default: %(default)s)",
+        help="folder for data, figures, the best model and what an interrupted call goes on from (default: "
+        "%(default)s)",
     )
     _common(pendulum)
     pendulum.set_defaults(run=_pendulum)
@@ -132,6 +155,10 @@ def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected the name of a folder, got an empty one")
     return Path(text)
+
+
+def _list(text: str) -> list[str]:
+    return next(csv.reader([text], skipinitialspace=True))
 
 
 def _xor(options: argparse.Namespace) -> int:
@@ -172,10 +199,10 @@ def _pendulum(options: argparse.Namespace) -> int:
     from implicit_rnn.engines import get_engine
     from implicit_rnn.experiments import pendulum
 
-    if options.model and not options.data:
-        raise ValueError("--model goes with --data")
-    if not (options.data and options.model):
-        prepare_folder(options.out)
+    for name in ("model", "columns", "units", "fps"):
+        if getattr(options, name) is not None and not options.data:
+            raise ValueError(f"--{name} goes with --data")
+    prepare_folder(options.out)
     engine = get_engine(options.engine).name
     say(f"{engine} engine")
     if options.data:
@@ -208,7 +235,7 @@ def _pendulum(options: argparse.Namespace) -> int:
 def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
     from implicit_rnn.experiments import pendulum
 
-    angles = pendulum.read(options.data)
+    record = pendulum.read(options.data, options.columns, options.units, options.fps)
     if options.model:
         reader = pendulum.Reader.load(options.model, engine)
     else:
@@ -218,8 +245,12 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         reader.save(options.out / pendulum.MODEL_FILE)
         say(f"wrote {options.out / pendulum.MODEL_FILE}, for --model")
-    estimate = pendulum.estimate(reader, angles)
-    print(json.dumps(estimate.as_dict()) if options.json else estimate)
+    found = pendulum.estimate(reader, record)
+    try:
+        figure = pendulum.save_figure(found, options.out)
+    finally:  # the result is not lost with a full disk
+        print(json.dumps(found.as_dict()) if options.json else found)
+    say(f"wrote {figure}")
     return 0
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from implicit_rnn.experiments.pendulum.measured import Estimate, estimate, read
+from implicit_rnn.experiments.pendulum.measured import Estimate, estimate
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.reader import Reader
+from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.report import as_dict, findings, table, tuning_as_dict, tuning_table
 from implicit_rnn.experiments.pendulum.study import (
     FULL,
@@ -37,6 +38,7 @@ __all__ = [
     "Estimate",
     "Protocol",
     "Reader",
+    "Record",
     "Study",
     "Tuning",
     "as_dict",
@@ -46,6 +48,7 @@ __all__ = [
     "read",
     "run",
     "save",
+    "save_figure",
     "save_tuning",
     "table",
     "train",
@@ -78,6 +81,14 @@ def save(study: Study, folder: Path) -> list[Path]:
     name, index = best_net(study)
     study.reader(name, index).save(model)
     return [data, model, *figures.draw(study, name, index, folder)]
+
+
+def save_figure(found: Estimate, folder: Path) -> Path:
+    """Draw a record and the pendulum found in it to RECORD-pendulum.png; returns its path."""
+    from implicit_rnn.experiments.pendulum import figures
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return figures.draw_record(found, folder / f"{Path(found.record.name).stem}-pendulum.png")
 
 
 def save_tuning(tuning: Tuning, folder: Path) -> Path:

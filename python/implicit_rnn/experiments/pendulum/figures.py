@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from implicit_rnn.experiments.pendulum.measured import Estimate
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.report import ratio
@@ -31,6 +32,8 @@ COLOURS = {
     "feedback-monotone": "#d53f8c",
     "bptt": "#805ad5",
 }
+LONG = 12
+"""Periods from which on a figure of a record shows a part of it as well."""
 FINE = np.linspace(0, TIMES[-1], 400)
 
 
@@ -64,6 +67,48 @@ def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> No
     ax.set(xlim=(-0.05, TIMES[-1] + 0.05), ylim=(-reach, 1.75 * reach), xlabel="time / s", ylabel="angle / rad")
     ax.legend(loc="upper right", fontsize=8, frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def record(axes: Sequence[Axes], found: Estimate) -> None:
+    """A record and the pendulum found in it; where there are three axes, a part of it; in the last axes what remains."""
+    record, motion = found.record, found.motion
+    used = (record.times >= motion.begin) & (record.times <= found.end_time)
+    quantity = f"{record.quantity} / {found.unit}"
+    fine = np.linspace(motion.begin, found.end_time, 2 + int(40 * found.periods))
+    curve = motion.observed(fine)
+    for ax in axes[:-1]:
+        ax.plot(record.times[~used], record.values[~used], ".", color="#a0aec0", markersize=3, label="not used")
+        ax.plot(record.times[used], record.values[used], ".", color="black", markersize=3, label="record")
+        ax.plot(fine, curve, color=POSITIVE, linewidth=1.2, label="pendulum found")
+        ax.axhline(found.zero, color="#cbd5e0", linewidth=0.8, zorder=0)
+        ax.set(ylabel=quantity)
+    axes[0].set_title(f"{Path(record.name).name}: {found.refined}", fontsize=11)
+    handles, labels = axes[0].get_legend_handles_labels()
+    shown = slice(None) if (~used).any() else slice(1, None)
+    axes[0].legend(
+        handles[shown], labels[shown], loc="lower left", bbox_to_anchor=(0, 1.12), ncols=3, fontsize=8, frameon=False
+    )
+    axes[-1].plot(
+        record.times[used], record.values[used] - motion.observed(record.times[used]), ".", color=NEUTRAL, markersize=3
+    )
+    axes[-1].axhline(0, color="#cbd5e0", linewidth=0.8, zorder=0)
+    axes[-1].set(ylabel=f"residual / {found.unit}", xlabel="time / s", xlim=axes[0].get_xlim())
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+
+
+def draw_record(found: Estimate, path: Path) -> Path:
+    """Write the figure of a record and the pendulum found in it; of a long one also the first periods."""
+    from matplotlib.figure import Figure
+
+    long = found.periods > LONG
+    figure = Figure(figsize=(9, 7.5 if long else 5.5), layout="constrained")
+    axes = figure.subplots(3 if long else 2, height_ratios=[2, 2, 1] if long else [2, 1])
+    record(axes, found)
+    if long:
+        period = (found.end_time - found.motion.begin) / found.periods
+        axes[1].set_xlim(found.motion.begin - period / 4, found.motion.begin + LONG / 2 * period)
+    return _save(figure, path)
 
 
 def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: str, nrmse: float, colour: str) -> None:

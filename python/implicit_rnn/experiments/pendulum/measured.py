@@ -1,140 +1,480 @@
-"""Length and damping of a pendulum of one's own, from its measured trajectory.
+"""Length and damping of a pendulum of one's own, from what was recorded of it.
 
-A record is a CSV file with the columns ``time`` (s) and ``angle`` (rad, from the position of rest), evenly sampled at
-intervals of at most 0.125 s, that begins where the pendulum is released from rest and lasts at least 3.875 s. A cubic
-spline through the record is read at the 32 times that the networks know; a record sampled at these times is taken as it
-is. A pendulum released on the negative side is mirrored, which changes neither of its parameters.
+A record may begin before the release or in mid-swing, its zero may be anywhere, and its pendulum of any length. The release
+is found and what precedes it cut; similarity maps the swing into the range that the networks know: with the time in units
+of s, a pendulum of l and γ is one of l/s² and γ s. A network reads it, and least squares of the equation of motion refine
+the answer. The errors of both are those that the residual of this record implies.
 """
 
 from __future__ import annotations
 
-import csv
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.data import Data
+from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, alternative, fit, grow, noise
+from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
-from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, INTERVAL, LENGTHS, RELEASES, TIMES, trajectories
+from implicit_rnn.experiments.pendulum.record import Record, read
+from implicit_rnn.experiments.pendulum.release import AGREEMENT, first_motion, swing_period
+from implicit_rnn.experiments.pendulum.simulation import DAMPINGS, LENGTHS, RELEASES, TIMES
+from implicit_rnn.experiments.pendulum.units import VELOCITY
 
 Array = np.ndarray
 
-COLUMNS = ("time", "angle")
-EVEN = 0.01
-"""Largest departure of an interval from the median one, relative."""
+TYPICAL_LENGTH = 1.1
+"""To which a length is mapped, if the record lasts long enough, in m."""
+PERIODS = 1.5
+"""After the release that a record must have."""
+LONGEST_GAP = 0.5
+"""In a record after the release, in periods."""
+PLAUSIBLE = (0.01, 100.0)
+"""Lengths of pendulums in m; others come from a wrong unit of time."""
+NOISY, STRANGE = 0.5, 0.01
+"""The largest shares of the record's variance that may be residual, and residual that is not noise."""
+POOR = 0.1
+"""The share that is residual from which on the refinement begins anew, from the rough fit."""
+MOST = 0.6
+"""The share of a record that must be free swing for the rest to be left out."""
+GROWTH = 0.02
+"""Of the energy, over the record, that is refused."""
+UNCERTAIN = 0.01
+"""The largest relative difference in length between two equations that fit."""
+MISFIT = 1.2
+"""Residual by noise, in a long record, from which on a remark says what does not fit."""
+NEGLIGIBLE = 1e-4
+"""Residual by range up to which it is rounding, and not remarked upon."""
+BETTER = 0.8
+"""Of the residual that another equation must leave at most to be the cause of it."""
+EVIDENCE = 25.0
+"""χ² by which another equation must fit better to be believed: five standard errors."""
+DECISIVE = 5.0
+"""Logarithm of the ratio of likelihoods by which one unit of angles is preferred to the other."""
+OUTLIER, OUTLIERS = 8.0, 0.02
+"""Residual by its median size beyond which a sample is left out as misread, and the largest share of such samples."""
+TRIALS = 200
+"""Simulated records by which the error of the network's answer is found."""
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """What a network says of a pendulum; each error is the network's root mean squared error on the test set."""
+class Reading:
+    """A length (m) and a damping (1/s) with their standard errors."""
 
     length: float
     length_error: float
     damping: float
     damping_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"length {_with_error(self.length, self.length_error)} m, "
+            f"damping {_with_error(self.damping, self.damping_error)} 1/s"
+        )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a pendulum from a record of it."""
+
+    network: Reading
+    """The network's answer; the errors are those of its answers to simulated records of this pendulum and this residual."""
+    refined: Reading
+    """Least squares of the equation of motion; the errors follow from the residual."""
+    release: float
+    """The angle at the release or the first turning point, from the position of rest, in rad."""
+    release_time: float
+    """Of that, in s from the first sample of the record; what precedes it is not used."""
+    end_time: float
+    """Of the last sample that is used."""
+    zero: float
+    """What the record shows at the position of rest, in rad, or rad/s for angular velocities."""
+    periods: float
+    """From the release to the end of what is used."""
     residual: float
-    """Root mean square of the record minus the trajectory of these parameters, in rad; the noise of the training data is 0.02."""
+    """Standard deviation of the record from the refined pendulum, in rad or rad/s."""
+    noise: float
+    """The part of the residual that is independent from sample to sample."""
+    unit: str
+    understood: str
+    """How the file was read."""
     remarks: tuple[str, ...]
-    """What is out of the range that the network was trained on."""
+    """What the reader has to know to believe the numbers."""
+    record: Record = field(repr=False)
+    motion: Motion = field(repr=False)
 
     def __str__(self) -> str:
         lines = [
-            f"length   {self.length:.4f} ± {self.length_error:.4f} m",
-            f"damping  {self.damping:.4f} ± {self.damping_error:.4f} 1/s",
-            f"residual {self.residual:.4f} rad, root mean square",
+            f"read      {self.understood}",
+            f"network   {self.network}",
+            f"refined   {self.refined}  (standard errors)",
+            f"release   {self.release:.4g} rad ({np.degrees(self.release):.1f}°) at {self.release_time:.4g} s; "
+            f"position of rest at {self.zero:.4g} {self.unit}",
+            f"residual  {self.residual:.3g} {self.unit} over {self.periods:.1f} periods; noise {self.noise:.3g} "
+            f"{self.unit}",
         ]
         return "\n".join([*lines, *(f"note: {remark}" for remark in self.remarks)])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        return asdict(self)
-
-
-def read(path: str | Path) -> Array:
-    """(32,) the angles of a record at ``TIMES`` from its first row; ``ValueError`` says what is wrong with a file."""
-    times, angles = _columns(Path(path))
-    return resample(times, angles, str(path))
-
-
-def resample(times: Array, angles: Array, name: str = "the record") -> Array:
-    """(32,) the angles at ``TIMES`` after the first of ``times``; ``ValueError`` for records that do not allow it."""
-    from scipy.interpolate import CubicSpline
-
-    for column, values in zip(COLUMNS, (times, angles), strict=True):
-        bad = np.flatnonzero(~np.isfinite(values))
-        if len(bad):
-            raise ValueError(f"{name}: {column} is {values[bad[0]]} in record {bad[0] + 1}; expected finite numbers")
-    if len(times) < 4:
-        raise ValueError(f"{name} has {len(times)} records; expected at least {len(TIMES)}")
-    intervals = np.diff(times)
-    if not (intervals > 0).all():
-        raise ValueError(f"{name}: time does not increase after record {int(np.argmin(intervals > 0)) + 1}")
-    usual = float(np.median(intervals))
-    worst = int(np.argmax(np.abs(intervals - usual)))
-    if abs(intervals[worst] - usual) > EVEN * usual:
-        raise ValueError(
-            f"{name} is not evenly sampled: {intervals[worst]:.4g} s after record {worst + 1}, elsewhere {usual:.4g} s; expected "
-            f"equal intervals within {EVEN:.0%}"
+        """Plain data for JSON; length and damping are the refined ones."""
+        numbers = (
+            "release",
+            "release_time",
+            "end_time",
+            "zero",
+            "periods",
+            "residual",
+            "noise",
+            "unit",
+            "understood",
+            "remarks",
         )
-    if usual > INTERVAL * (1 + EVEN):
-        raise ValueError(f"{name} has a sample every {usual:.4g} s; expected one at least every {INTERVAL} s")
-    times = times - times[0]
-    if times[-1] < TIMES[-1] - EVEN * usual:
-        raise ValueError(f"{name} lasts {times[-1]:.4g} s; expected at least {TIMES[-1]} s")
-    if np.abs(angles).max() > np.pi:
-        raise ValueError(
-            f"{name} has an angle of {np.abs(angles).max():.4g}; expected rad, between -π and π, not degrees"
+        return (
+            asdict(self.refined) | {"network": asdict(self.network)} | {name: getattr(self, name) for name in numbers}
         )
-    return np.asarray(CubicSpline(times, angles)(np.minimum(TIMES, times[-1])))
 
 
-def _columns(path: Path) -> tuple[Array, Array]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.DictReader(file, skipinitialspace=True)
-        header = [column.strip() for column in rows.fieldnames or ()]
-        missing = [column for column in COLUMNS if column not in header]
-        if missing:
-            raise ValueError(
-                f"{path} has no column {' and no column '.join(missing)}; its first line must name the columns time (s) and "
-                f"angle (rad), it is {','.join(header)!r}"
+def estimate(reader: Reader, record: Record | str | Path) -> Estimate:
+    """The pendulum in a record; ``ValueError`` says why there is none that could be believed."""
+    if not isinstance(record, Record):
+        record = read(record)
+    if record.assumed:
+        return _in_either_unit(reader, record)
+    return _judged(reader, _analysed(reader, record))
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    """A record with the motion found in it, not yet judged."""
+
+    record: Record
+    view: _View
+    answer: Array
+    """(2,) the network's length and damping."""
+    found: Fit
+    times: Array
+    values: Array
+    """What was fitted."""
+    remarks: tuple[str, ...]
+
+    @property
+    def negligible(self) -> bool:
+        """Whether the residual is but rounding."""
+        return self.found.residual <= NEGLIGIBLE * np.ptp(self.values)
+
+
+def _analysed(reader: Reader, record: Record) -> _Analysis:
+    rough, period = first_motion(record)
+    after = record.times >= rough.begin
+    times, values, lines = record.times[after], record.values[after], record.lines[after]
+    _check_extent(record, times, lines, period)
+    view = _View.of(rough, times, period)
+    answer = view.read(reader, values[:, None])[0]
+    found = _refined(answer, rough, times, values, period)
+    remarks: tuple[str, ...] = ()
+    if _strange(found, values) and (end := _free_until(found, times, values, period)) is not None:
+        free = times <= end
+        remarks = (f"what follows {end:.3g} s (line {lines[free][-1]}) is no free swing any more, and is left out",)
+        times, values, lines = times[free], values[free], lines[free]
+        found = grow(found.motion, times, values, period)
+    outliers = _outliers(found, values)
+    if outliers.any():
+        remarks = (*remarks, _left_out(lines[outliers], len(lines)))
+        times, values = times[~outliers], values[~outliers]
+        found = fit(found.motion, times, values)
+    return _Analysis(record, view, answer, found, times, values, remarks)
+
+
+def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
+    """The estimate with its errors and remarks; ``ValueError`` for what is no pendulum."""
+    record, found, motion = analysis.record, analysis.found, analysis.found.motion
+    remarks = list(analysis.remarks)
+    other = None
+    if not analysis.negligible and found.residual**2 < NOISY * np.var(analysis.values):
+        other = alternative(found, analysis.times, analysis.values, _unit(record))
+        other = other if other is not None and other.evidence > EVIDENCE else None
+    _check_pendulum(analysis, other)
+    if not analysis.negligible:
+        remarks += _misfit(analysis, other)
+    remarks += analysis.view.out_of_range(motion)
+    errors = analysis.view.errors(reader, found)
+    shift = other.fit.motion if other is not None else motion
+    refined = Reading(
+        motion.length,
+        float(np.hypot(found.length_error, shift.length - motion.length)),
+        motion["damping"],
+        float(np.hypot(found.error("damping"), shift["damping"] - motion["damping"])),
+    )
+    lasts = float(analysis.times[-1] - analysis.times[0])
+    if refined.damping < -3 * refined.damping_error and refined.damping * lasts < -GROWTH:
+        raise ValueError(
+            f"{record.name}: the swing grows, with a damping of {_with_error(refined.damping, refined.damping_error)} "
+            "1/s: something drives it, or the record runs backwards. A free pendulum is expected"
+        )
+    return Estimate(
+        network=Reading(float(analysis.answer[0]), float(errors[0]), float(analysis.answer[1]), float(errors[1])),
+        refined=refined,
+        release=motion["angle"],
+        release_time=motion.begin,
+        end_time=float(analysis.times[-1]),
+        zero=motion["zero"],
+        periods=lasts / swing_period(motion),
+        residual=found.residual,
+        noise=noise(found.residuals),
+        unit=_unit(record),
+        understood=record.understood,
+        remarks=tuple(remarks),
+        record=record,
+        motion=motion,
+    )
+
+
+def _in_either_unit(reader: Reader, record: Record) -> Estimate:
+    """The estimate in rad or in degrees, whichever fits, for a record that does not say.
+
+    A wide swing takes longer than a narrow one, so that the record itself tells which it is, if its swing is wide or its
+    noise small; where it does not, rad is taken and the other answer mentioned.
+    """
+    degrees = _analysed(reader, record.in_degrees())
+    try:
+        rad = _analysed(reader, record)
+    except ValueError:
+        return _noted(
+            _judged(reader, degrees),
+            "the angles have no unit; as rad they are no swing, so that they are taken as degrees",
+        )
+    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
+    evidence = len(record.times) * np.log(rad.found.residual / np.degrees(degrees.found.residual))
+    if evidence > DECISIVE:
+        return _noted(
+            _judged(reader, degrees),
+            "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad",
+        )
+    found, length = _judged(reader, rad), degrees.found.motion.length
+    if evidence < -DECISIVE or abs(length - found.refined.length) < found.refined.length_error:
+        return found
+    return _noted(
+        found,
+        f"the angles have no unit and are taken as rad; if they are degrees, the length is {length:.4g} m: --units "
+        "rad or --units deg says which",
+    )
+
+
+def _noted(found: Estimate, remark: str) -> Estimate:
+    return replace(found, remarks=(*found.remarks, remark))
+
+
+def _unit(record: Record) -> str:
+    return "rad/s" if record.quantity == VELOCITY else "rad"
+
+
+# --- what can be believed ------------------------------------------------------------------------------------
+
+
+def _check_extent(record: Record, times: Array, lines: Array, period: float) -> None:
+    """Refuse a record that is too short, or has too long a gap."""
+    lasts = float(times[-1] - times[0])
+    if lasts < PERIODS * period:
+        raise ValueError(
+            f"{record.name} shows {lasts:.3g} s of free swing after {times[0]:.3g} s (line {lines[0]}), "
+            f"{lasts / period:.2g} periods of {period:.3g} s; expected at least {PERIODS}: record it for longer"
+        )
+    gaps = np.diff(times)
+    k = int(np.argmax(gaps))
+    if gaps[k] > LONGEST_GAP * period:
+        raise ValueError(
+            f"{record.name} has a gap of {gaps[k]:.3g} s after line {lines[k]}, with a period of {period:.3g} s; "
+            "expected gaps of at most half a period: keep only what is before or after it"
+        )
+
+
+def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
+    """Refuse what is not the swing of a pendulum, and what is not known well enough to be one."""
+    record, found, times, values = analysis.record, analysis.found, analysis.times, analysis.values
+    length, residual, unit = found.motion.length, found.residual, _unit(record)
+    variance = np.var(values)
+    if _strange(found if other is None else other.fit, values):
+        raise ValueError(
+            f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a "
+            f"residual of {residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around "
+            f"{_worst(found, times):.3g} s. Cut the record to the free swing, or check --columns and --units"
+        )
+    if residual**2 > NOISY * variance:
+        raise ValueError(
+            f"{record.name} is too noisy: the swing has a root mean square of {np.std(values):.3g} {unit}, the noise "
+            f"of {residual:.3g}; record a wider swing"
+        )
+    if not PLAUSIBLE[0] <= length <= PLAUSIBLE[1]:
+        raise ValueError(
+            f"{record.name}: a pendulum with this period would be {length:.3g} m long; expected {PLAUSIBLE[0]:g} to "
+            f"{PLAUSIBLE[1]:g} m. Check the unit of the time, and give the true one by --units or --fps"
+        )
+    if other is not None and abs(other.fit.motion.length - length) > UNCERTAIN * length:
+        raise ValueError(
+            f"{record.name} does not tell the length: as it is, a pendulum of {length:.4g} m leaves a residual of "
+            f"{residual:.2g} {unit}; {other.words} would leave {other.fit.residual:.2g} and make it "
+            f"{other.fit.motion.length:.4g} m. Remove the cause, or record a smaller swing"
+        )
+
+
+def _strange(found: Fit, values: Array) -> bool:
+    """Whether more of the residual is not noise than in the record of a pendulum."""
+    return found.residual**2 - noise(found.residuals) ** 2 > STRANGE * np.var(values)
+
+
+def _free_until(found: Fit, times: Array, values: Array, period: float) -> float | None:
+    """The time at which a free swing is stopped, if most of the record is one; None if the fault is elsewhere."""
+    early = times <= times[0] + MOST * (times[-1] - times[0])
+    part = grow(found.motion, times[early], values[early], period)
+    if _strange(part, values[early]) or times[early][-1] - times[0] < PERIODS * period:
+        return None
+    tolerance = 3 * part.residual + AGREEMENT * np.ptp(values[early]) / 2
+    middles, means = binned(times, values - part.motion.observed(times), period)
+    departs = np.abs(means) > tolerance
+    late = np.flatnonzero(departs[:-1] & departs[1:] & (middles[:-1] > times[early][-1]))
+    return float(middles[late[0]] - period / 4) if len(late) else None
+
+
+def _worst(found: Fit, times: Array) -> float:
+    """The time around which the residual is largest."""
+    width = max(len(times) // 20, 1)
+    power = np.convolve(found.residuals**2, np.ones(width), "same")
+    return float(times[int(np.argmax(power))])
+
+
+def _outliers(found: Fit, values: Array) -> Array:
+    """(n,) which samples are misread: far from the motion and from their neighbours; none if they are many."""
+    from scipy.ndimage import median_filter
+
+    size = np.abs(found.residuals)
+    alone = np.abs(found.residuals - median_filter(found.residuals, 5, mode="mirror"))
+    outliers = np.minimum(size, alone) > max(OUTLIER * np.median(size), NEGLIGIBLE * np.ptp(values))
+    few = outliers.sum() <= max(OUTLIERS * len(size), 1)
+    return outliers if few else np.zeros(len(size), bool)
+
+
+def _left_out(lines: Array, total: int) -> str:
+    some, more = ", ".join(map(str, lines[:5])), ", ..." if len(lines) > 5 else ""
+    return f"{len(lines)} of {total} samples far off {'is' if len(lines) == 1 else 'are'} left out (line {some}{more})"
+
+
+def _misfit(analysis: _Analysis, other: Alternative | None) -> list[str]:
+    """A remark on what does not fit, if the residual is well above the noise or another equation fits clearly better."""
+    record, found = analysis.record, analysis.found
+    independent = noise(found.residuals)
+    ratio = found.residual / max(independent, 1e-300)
+    above = ratio > MISFIT + 3 / np.sqrt(len(found.residuals))
+    residual = f"the residual of {found.residual:.2g} {_unit(record)} is {ratio:.1f} times the noise of this record"
+    if other is not None and (not above or other.fit.residual < BETTER * found.residual):
+        length = _with_error(other.fit.motion.length, other.fit.length_error)
+        return [
+            f"{residual}; {other.words} would leave {other.fit.residual:.2g} and make the length {length} m: the "
+            "errors include the difference"
+        ]
+    if above:
+        return [
+            f"{residual}, and largest around {_worst(found, analysis.times):.3g} s: something there is not the free "
+            "swing of a pendulum. The errors count it as noise"
+        ]
+    return []
+
+
+# --- the network ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _View:
+    """How a network sees a record: from the release on, in units in which its pendulum is one of those that were learnt.
+
+    Small swings are those of a linear equation: those below the releases that were learnt are enlarged.
+    """
+
+    motion: Motion
+    """Of the release: its position of rest is subtracted."""
+    times: Array
+    period: float
+    scale: float
+    """Seconds of the record in a second of the network."""
+    gain: float
+
+    @classmethod
+    def of(cls, motion: Motion, times: Array, period: float) -> _View:
+        scale = min(np.sqrt(motion.length / TYPICAL_LENGTH), float(times[-1] - times[0]) / TIMES[-1])
+        sign = 1.0 if motion["angle"] >= 0 else -1.0
+        gain = sign * max(RELEASES[0] / max(abs(motion["angle"]), 1e-12), 1.0)
+        return cls(motion, times, period, scale, gain)
+
+    def angles(self, values: Array) -> Array:
+        """(B, 32) what the network sees of B records (n, B), by splines through averages.
+
+        Before the release they go on as the mirror image of what follows.
+        """
+        from scipy.interpolate import CubicSpline
+
+        knots, means = binned(self.times, self.gain * self._angles(values), self.period)
+        own = slice(3, 0, -1)
+        knots, means = (
+            np.concatenate([2 * self.times[0] - knots[own], knots]),
+            np.concatenate([means[own], means]),
+        )
+        wanted = np.minimum(self.times[0] + self.scale * TIMES, self.times[-1])
+        return np.asarray(CubicSpline(knots, means)(wanted).T)
+
+    def _angles(self, values: Array) -> Array:
+        """(n, B) the angles from the position of rest."""
+        centred = values - self.motion["zero"]
+        if self.motion.quantity != VELOCITY:
+            return centred
+        steps = np.diff(self.times)[:, None] * (centred[1:] + centred[:-1]) / 2
+        return self.motion["angle"] + np.concatenate([np.zeros_like(centred[:1]), np.cumsum(steps, axis=0)])
+
+    def read(self, reader: Reader, values: Array) -> Array:
+        """(B, 2) lengths and dampings, as the network reads them from records (n, B)."""
+        answers = reader.solve(self.angles(values))[0]
+        return answers * [self.scale**2, 1 / self.scale]
+
+    def errors(self, reader: Reader, found: Fit) -> Array:
+        """(2,) root mean squared errors of the answers to simulated records of the pendulum and the residual found."""
+        noise = found.residual * np.random.default_rng(0).standard_normal((len(self.times), TRIALS))
+        answers = self.read(reader, found.motion.observed(self.times)[:, None] + noise)
+        truth = [found.motion.length, found.motion["damping"]]
+        return np.sqrt(np.mean((answers - truth) ** 2, axis=0))
+
+    def out_of_range(self, motion: Motion) -> list[str]:
+        """Remarks on what the network sees and has not learnt."""
+        return [
+            f"the network has learnt {what} of {low} to {high} {unit} and sees one of {value:.3g}: rely on the "
+            "refined answer"
+            for what, value, (low, high), unit in (
+                ("releases", abs(self.gain * motion["angle"]), RELEASES, "rad"),
+                ("lengths", motion.length / self.scale**2, LENGTHS, "m"),
+                ("dampings", motion["damping"] * self.scale, DAMPINGS, "1/s"),
             )
-        rows.fieldnames = header
-        values: list[tuple[float, ...]] = []
-        for row in rows:
-            try:
-                values.append(tuple(float(row[column]) for column in COLUMNS))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}: time {row['time']!r} and angle {row['angle']!r}; expected numbers"
-                ) from error
-    times, angles = np.array(values, np.float64).reshape(-1, 2).T
-    return times, angles
+            if not low - 0.05 * (high - low) <= value <= high + 0.05 * (high - low)
+        ]
 
 
-def error_on_test_set(reader: Reader) -> Array:
-    """(2,) the root mean squared errors of length (m) and damping (1/s) on the test set of the study."""
-    test = Data.of_seed(0).test
-    return np.asarray(np.sqrt(np.mean((reader.predict(test.measured) - test.parameters) ** 2, axis=0)))
+# --- the refinement ------------------------------------------------------------------------------------------
 
 
-def estimate(reader: Reader, angles: Array) -> Estimate:
-    """The parameters of the pendulum with these angles (32,) at ``TIMES``."""
-    upright = angles if angles[0] >= 0 else -angles
-    length, damping = map(float, reader.predict(upright[None])[0])
-    errors = error_on_test_set(reader)
-    remarks = [
-        f"the {what} is {value:.3g} {unit}, out of the range of {low} to {high} {unit} that was learnt"
-        for what, value, (low, high), unit in (
-            ("angle at release", float(upright[0]), RELEASES, "rad"),
-            ("length", length, LENGTHS, "m"),
-            ("damping", damping, DAMPINGS, "1/s"),
-        )
-        if not low - 0.05 * (high - low) <= value <= high + 0.05 * (high - low)
-    ]
-    residual = float("nan")
-    if length > 0:
-        again = trajectories(np.array([length]), np.array([damping]), upright[:1])[0]
-        residual = float(np.sqrt(np.mean((upright - again) ** 2)))
-    return Estimate(length, float(errors[0]), damping, float(errors[1]), residual, tuple(remarks))
+def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: float) -> Fit:
+    """Least squares from the network's answer; from the rough fit if that leads nowhere."""
+    fits = []
+    if answer[0] > 0:
+        parameters = rough.parameters.copy()
+        parameters[:2] = np.log(answer[0]), answer[1]
+        with suppress(FloatingPointError, np.linalg.LinAlgError):
+            fits.append(grow(replace(rough, parameters=parameters), times, values, period))
+    if not fits or np.var(fits[0].residuals) > POOR * np.var(values):
+        fits.append(grow(rough, times, values, period))
+    return min(fits, key=lambda found: found.residual)
+
+
+def _with_error(value: float, error: float) -> str:
+    """The value to the second digit of its error: 1.1023 ± 0.0014."""
+    if not (np.isfinite(error) and error > 0):
+        return f"{value:.6g} ± {error:.2g}"
+    digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 12))
+    return f"{value:.{digits}f} ± {error:.{digits}f}"
