@@ -205,6 +205,35 @@ def test_hooks_are_for_python_functions():
         fixed_point(irnn.julia("z -> z"), [0.5], vjp=lambda v, z: (v,))
 
 
+def test_hooks_are_not_refused_for_the_rounding_of_f(rng):
+    """Conditions that are small as the difference of large terms, and a slope that is small as one."""
+
+    def f(z, x):
+        return np.tanh(x) - z
+
+    for x in (0.008, 7.3, 8.0):
+        hooks: dict[str, Any] = {"vjp": lambda v, z, x: (-v, v * (1 - np.tanh(x) ** 2)), "jac": lambda z, x: -np.eye(1)}
+        sol = root(f, np.zeros((1, 1)), args=([[x]],), batched="x", **hooks)
+        plain = root(f, np.zeros((1, 1)), args=([[x]],), batched="x")
+        slope = 1 / np.cosh(x) ** 2
+        np.testing.assert_allclose(sol.vjp([[1.0]])["x"], [[slope]], rtol=1e-8)
+        np.testing.assert_allclose(plain.vjp([[1.0]])["x"], [[slope]], rtol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_derivative_below_the_rounding_of_a_difference_is_that_of_the_complex_step(dtype):
+    def f(z, w, x):
+        return np.tanh(w * z + x) - z
+
+    w, x = dtype(0.01), dtype(4.5)
+    sol = root(f, np.ones(1, dtype), args=(w, x))
+    z = float(sol.value[0])
+    slope = 1 / np.cosh(0.01 * z + 4.5) ** 2
+    np.testing.assert_allclose(
+        sol.vjp([1.0])["w"], slope * z / (1 - 0.01 * slope), rtol=1e-8 if dtype == np.float64 else 1e-2
+    )
+
+
 # --- large arguments -----------------------------------------------------------------------------------------
 
 
@@ -347,7 +376,7 @@ def test_stiff_system_of_many_unknowns_is_factorised():
 def test_many_unknowns_all_coupled():
     n = 4000
     mean = Counted(lambda z, a, k: np.tanh(k * z.mean() + 0.3 * z + a))
-    a = np.linspace(-1, 1, n)
+    a = np.linspace(-1, 2, n)
     sol = fixed_point(mean, np.zeros(n), args=(a.tolist(), 0.2))
     with pytest.raises(
         EngineError, match=r"products with the transposed Jacobian of f.*give vjp=, or jac= as a sparse matrix"

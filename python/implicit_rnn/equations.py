@@ -182,7 +182,7 @@ def fixed_point(
         for batched arguments, and sums over the samples for shared ones.
 
         Both hooks are given numbers, and may answer by numbers, where z0 is a number. They are compared with the values of f
-        along a random direction, where the iteration begins and where derivatives are taken.
+        along a random direction where derivatives are taken, and where Newton's method begins unless its way proves them right.
 
         Beyond 2048 unknowns no dense Jacobian is made: Newton steps and derivatives are found by GMRES, and by sparse LU where
         ``jac`` gives a sparse matrix or the values of f show that few unknowns are coupled. A gradient then needs ``vjp``, or a

@@ -290,8 +290,9 @@ class Function:
         self._hook_checked[rows[new]] = True
         hook = "vjp" if self.equation.jac is None else "jac"
         D, analytic, doubt = self._directional(Z[new], rows[new], STATE, direction)
-        floor = 1e-8 * sizes[new].max(axis=1, keepdims=True)
-        allowed = _tolerance(Z.dtype) * (sizes[new] + np.where(analytic[:, None], floor, 1e8 * floor))
+        largest = sizes[new].max(axis=1, keepdims=True)
+        floor = np.where(analytic[:, None], 30 * np.finfo(Z.dtype).eps, _tolerance(Z.dtype)) * largest
+        allowed = _tolerance(Z.dtype) * sizes[new] + floor
         self._compare(hook, "z", products[new], D, allowed + 10 * doubt[:, None], rows[new], certain)
 
     def check_products(self, V: Array, products: list[Any], Z: Array, rows: Array) -> None:
@@ -481,9 +482,20 @@ class Function:
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
         tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
+        doubt = doubt + self._noise(Z, rows, variable, direction)
         error = np.abs(found - D).max(axis=1)
-        analytic = np.isfinite(doubt) & (error <= tolerance * np.abs(D).max(axis=1))
+        analytic = np.isfinite(doubt) & (error <= np.maximum(tolerance * np.abs(D).max(axis=1), doubt))
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
+
+    def _noise(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+        """The error (m,) that rounding leaves in a difference quotient: f may be small as the difference of large terms."""
+        x, per_row = self._variable(Z, rows, variable)
+        eps, stretch = float(np.finfo(Z.dtype).eps), Z.dtype.type(2.0**-10)
+        F = self(Z, rows).astype(np.float64)
+        terms = np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1)
+        moved = np.abs(x * direction).reshape(len(rows) if per_row else 1, -1).max(axis=1).astype(np.float64)
+        noise = 4 * eps ** (2 / 3) * terms / np.where(moved > 0, moved, np.inf)
+        return np.where(np.isfinite(noise), noise, 0)
 
     def _quotient(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
         return self._difference(Z, rows, variable, direction)[0]
