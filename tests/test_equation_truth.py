@@ -275,6 +275,38 @@ def test_start_at_a_root_is_believed(kind):
         np.testing.assert_allclose(root(f, [start]).value, [2.0], rtol=1e-10)
 
 
+# --- arguments that hardly count -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    "sine", [np.sin, lambda E: np.sin(E.real) + 1j * E.imag * np.cos(E.real)], ids=["plain", "own"]
+)
+def test_argument_whose_terms_are_near_the_rounding_of_f_has_its_derivative(dtype, sine, rng):
+    M = rng.uniform(-np.pi, np.pi, (2000, 1)).astype(dtype)
+    e = (10 ** rng.uniform(np.log10(np.finfo(dtype).eps) / 2.5, -0.1, (2000, 1))).astype(dtype)
+
+    def kepler(E, M, e):
+        return E - e * (np.sin(E) if np.isrealobj(E) else sine(E)) - M
+
+    orbit = root(kepler, M, args=(M, e), batched=("M", "e"), vectorized=True)
+    E = orbit.value.astype(np.float64)
+    expected = np.sin(E) / (1 - e * np.cos(E))
+    np.testing.assert_allclose(orbit.vjp(np.ones_like(M))["e"], expected, rtol=1e-3 if dtype == np.float32 else 1e-9)
+
+
+@pytest.mark.parametrize("a", [-1.0, -1e-9, -1e9, 0.0])
+def test_plateau_has_the_derivative_zero(a):
+    flat = root(lambda z, a: z**3 + z - 2 + np.maximum(a, 0 * a) * (a > 0), [1.5], args=(a,))
+    assert flat.vjp([1.0])["a"] == 0
+
+
+@pytest.mark.parametrize("a", [1e-4, 1e-6, 1e-8])
+def test_small_argument_of_which_f_drops_the_imaginary_part_is_not_taken_for_a_constant(a):
+    value = root(lambda z, a: z**3 + z - 2 + a.real, [1.5], args=(np.array([a]),))
+    np.testing.assert_allclose(value.vjp([1.0])["a"], -1 / (3 * value.value**2 + 1), rtol=1e-5)
+
+
 # --- hard systems --------------------------------------------------------------------------------------------
 
 

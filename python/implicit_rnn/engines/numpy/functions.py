@@ -28,6 +28,9 @@ STATE = -1
 _FEW = 128
 """Entries of a variable up to which each is moved for itself, and unknowns up to which all Jacobians are dense."""
 
+_FLAT_FACTOR = 1e4
+"""The step, in units of the best one for a function of scale 1, at which an f that does not change is believed to be flat."""
+
 
 class Function:
     """The function of an equation: it is given copies and what it returns is copied, so that it may reuse its memory.
@@ -488,14 +491,17 @@ class Function:
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
     def _noise(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-        """The error (m,) that rounding leaves in a difference quotient: f may be small as the difference of large terms."""
+        """The error (m,) that rounding leaves in the difference quotient of the usual step."""
         x, per_row = self._variable(Z, rows, variable)
-        eps, stretch = float(np.finfo(Z.dtype).eps), Z.dtype.type(2.0**-10)
-        F = self(Z, rows).astype(np.float64)
-        terms = np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1)
+        terms = self._terms(Z, rows, self(Z, rows).astype(np.float64))
         moved = np.abs(x * direction).reshape(len(rows) if per_row else 1, -1).max(axis=1).astype(np.float64)
-        noise = 4 * eps ** (2 / 3) * terms / np.where(moved > 0, moved, np.inf)
+        noise = 4 * float(np.finfo(Z.dtype).eps) ** (2 / 3) * terms / np.where(moved > 0, moved, np.inf)
         return np.where(np.isfinite(noise), noise, 0)
+
+    def _terms(self, Z: Array, rows: Array, F: Array) -> Array:
+        """The size (m,) of the terms of f, whose rounding it has, though it may be small as the difference of large ones."""
+        stretch = Z.dtype.type(2.0**-10)
+        return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1))
 
     def _quotient(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
         return self._difference(Z, rows, variable, direction)[0]
@@ -504,7 +510,8 @@ class Function:
         """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
 
         It is infinite unless the two differ, and the second differences shrink, as those of a smooth function do, and rounding
-        counts for little; several steps are tried, in units of the variable.
+        counts for little; several steps are tried, in units of the variable. That f does not change at all is believed of a
+        step of some per cent, since a small one may be lost in rounding.
         """
         x, per_row = self._variable(Z, rows, variable)
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
@@ -512,9 +519,13 @@ class Function:
         moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
         others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
         size = np.where(moved > 0, moved, np.where(others > 0, others, 1.0))
-        factors = [1.0, 1e-2, 1e2, 1e-4, 1e-6] + ([] if (moved > 0).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e6, 1e12])
+        factors = [1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6] + (
+            [] if (moved > 0).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
+        )
         best, doubt = np.full((m, self.equation.n), np.nan), np.full(m, np.inf)
+        always_flat = np.full(m, True)
         center = self(Z, rows).astype(np.float64)
+        terms = self._terms(Z, rows, center)
         for factor in factors:
             left = np.flatnonzero(doubt == np.inf)
             if not len(left):
@@ -529,14 +540,17 @@ class Function:
             coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
             bend = np.abs(plus - 2 * center[left] + minus) / h[:, None]
             bend2 = np.abs(plus2 - 2 * center[left] + minus2) / (h[:, None] / 2)
-            noise = eps * np.abs(plus).max(axis=1) / (h / 2)
+            noise = eps * np.fmax(np.abs(plus).max(axis=1), terms[left]) / (h / 2)
             large = np.abs(fine).max(axis=1)
             unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
             flat = (large == 0) & (np.abs(coarse).max(axis=1) == 0) & (bend.max(axis=1) == 0)
-            good = flat | (
+            always_flat[left] &= flat
+            good = np.where(
+                flat,
+                always_flat[left] & (factor == _FLAT_FACTOR),
                 (unequal <= 100 * tol * np.maximum(large, bend.max(axis=1)))
                 & (noise <= 100 * tol * np.maximum(large, bend.max(axis=1)))
-                & (kinked <= tol * large + 4 * noise)
+                & (kinked <= tol * large + 4 * noise),
             )
             value = np.where(good[:, None], fine + (fine - coarse) / 3, fine)
             first = np.isnan(best[left]).all(axis=1)
