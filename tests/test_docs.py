@@ -41,7 +41,10 @@ pathlib.Path("printed.json").write_text(json.dumps(printed), "utf-8")
 
 
 def blocks(page: str, mark: str = "python") -> list[tuple[str, str]]:
-    """The code of each Python block, and the output that the page shows for it, if it does; ``py`` needs Julia."""
+    """The code of each Python block, and the output that the page shows for it, if it does.
+
+    Blocks marked ``py`` need Julia or other machines, those marked ``sh`` are commands.
+    """
     return re.findall(BLOCK.format(mark), (CHECKOUT / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
@@ -96,7 +99,7 @@ def test_python_blocks_of_a_page_print_what_it_shows(page, tmp_path):
 def test_every_output_that_a_page_shows_belongs_to_a_block(page):
     text = (CHECKOUT / page).read_text("utf-8")
     assert text.count("\n```text\n") == sum(
-        bool(output) for mark in ("python", "py") for _, output in blocks(page, mark)
+        bool(output) for mark in ("python", "py", "sh") for _, output in blocks(page, mark)
     )
 
 
