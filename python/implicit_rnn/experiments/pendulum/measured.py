@@ -15,7 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, alternative, fit, grow, noise
+from implicit_rnn.experiments.pendulum.motion import (
+    Alternative,
+    Fit,
+    Motion,
+    alternative,
+    correlation_time,
+    fit,
+    grow,
+    noise,
+)
 from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
@@ -245,8 +254,10 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
             _judged(reader, degrees),
             "the angles have no unit; as rad they are no swing, so that they are taken as degrees",
         )
-    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
-    evidence = len(record.times) * np.log(rad.found.residual / np.degrees(degrees.found.residual))
+    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit; of correlated residuals
+    # only so many count as are independent.
+    independent = len(record.times) / max(correlation_time(a.found.residuals) for a in (rad, degrees))
+    evidence = independent * np.log(rad.found.residual / np.degrees(degrees.found.residual))
     if evidence > DECISIVE:
         return _noted(
             _judged(reader, degrees),
