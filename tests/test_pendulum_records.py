@@ -429,6 +429,13 @@ def test_angular_velocities_of_a_gyroscope_tell_the_length_too(reader, tmp_path)
     assert found.zero == pytest.approx(0.1, abs=0.01)
 
 
+def test_angular_velocities_that_were_computed_as_differences_are_no_misfit(reader):
+    angles = recorded(swing(0.6, 0.1, 0.5, LONG)[0]).values
+    found = pendulum.estimate(reader, recorded(np.gradient(angles, LONG), noise=0, quantity=VELOCITY))
+    assert abs(found.refined.length - 0.6) < 3 * found.refined.length_error < 0.006
+    assert not any("times the noise" in remark for remark in found.remarks)
+
+
 def test_degrees_that_nobody_named_are_told_by_the_swing(reader, tmp_path):
     small, wide = (np.degrees(swing(0.8, 0.1, a, LONG)[0]) for a in (0.03, 0.9))
     found = pendulum.estimate(reader, reads(tmp_path, table(LONG, small)))
