@@ -103,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
         "--columns",
         type=_list,
         metavar="TIME,ANGLE",
-        help="names or numbers (from 1) of the columns, where the file leaves it open; ANGLE alone with --fps",
+        help="names or numbers (from 1) of the columns, where the file leaves it open; ANGLE alone with --fps; TIME,X,Y for "
+        "positions of the bob",
     )
     own.add_argument(
         "--units",

@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, alternative, fit, grow, noise
+from implicit_rnn.experiments.pendulum.motion import (
+    Alternative,
+    Fit,
+    Motion,
+    alternative,
+    correlation_time,
+    fit,
+    grow,
+)
 from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
@@ -222,7 +230,7 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
         zero=motion["zero"],
         periods=lasts / swing_period(motion),
         residual=found.residual,
-        noise=noise(found.residuals),
+        noise=found.noise,
         unit=_unit(record),
         understood=record.understood,
         remarks=tuple(remarks),
@@ -245,8 +253,10 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
             _judged(reader, degrees),
             "the angles have no unit; as rad they are no swing, so that they are taken as degrees",
         )
-    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit.
-    evidence = len(record.times) * np.log(rad.found.residual / np.degrees(degrees.found.residual))
+    # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit; of correlated residuals
+    # only so many count as are independent.
+    independent = len(record.times) / max(correlation_time(a.found.residuals) for a in (rad, degrees))
+    evidence = independent * np.log(rad.found.residual / np.degrees(degrees.found.residual))
     if evidence > DECISIVE:
         return _noted(
             _judged(reader, degrees),
@@ -321,7 +331,7 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
 
 def _strange(found: Fit, values: Array) -> bool:
     """Whether more of the residual is not noise than in the record of a pendulum."""
-    return found.residual**2 - noise(found.residuals) ** 2 > STRANGE * np.var(values)
+    return found.residual**2 - found.noise**2 > STRANGE * np.var(values)
 
 
 def _free_until(found: Fit, times: Array, values: Array, period: float) -> float | None:
@@ -363,8 +373,7 @@ def _left_out(lines: Array, total: int) -> str:
 def _misfit(analysis: _Analysis, other: Alternative | None) -> list[str]:
     """A remark on what does not fit, if the residual is well above the noise or another equation fits clearly better."""
     record, found = analysis.record, analysis.found
-    independent = noise(found.residuals)
-    ratio = found.residual / max(independent, 1e-300)
+    ratio = found.residual / max(found.noise, 1e-300)
     above = ratio > MISFIT + 3 / np.sqrt(len(found.residuals))
     residual = f"the residual of {found.residual:.2g} {_unit(record)} is {ratio:.1f} times the noise of this record"
     if other is not None and (not above or other.fit.residual < BETTER * found.residual):

@@ -110,6 +110,26 @@ class Fit:
     """Standard errors of the parameters."""
     residuals: Array
     """(n,) the record minus the motion."""
+    per_period: float
+    """Samples in a period of a small swing."""
+
+    @property
+    def noise(self) -> float:
+        """The standard deviation of what is independent from sample to sample, by fourth differences.
+
+        A misfit is smooth where the record is sampled well, and all but vanishes in the differences; the noise does not.
+        Angular velocities that were computed as differences have noise that vanishes too, but not in those of every other
+        or every fourth sample, which are taken as well where the record is dense enough.
+        """
+        if len(self.residuals) < 8:
+            return float(np.std(self.residuals))
+        sizes = []
+        for lag in (1, 2, 4):
+            if lag == 1 or (self.per_period > 16 * lag and len(self.residuals) > 8 * lag):
+                weights = np.zeros(4 * lag + 1)
+                weights[::lag] = 1, -4, 6, -4, 1
+                sizes.append(np.sqrt(np.mean(np.convolve(self.residuals, weights, "valid") ** 2) / 70))
+        return float(max(sizes))
 
     @property
     def residual(self) -> float:
@@ -160,7 +180,8 @@ def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-8) ->
     errors = np.sqrt(variance * correlated * np.diag(np.linalg.pinv((jacobian / scale).T @ (jacobian / scale))))
     if correlated > CORRELATED:
         errors = np.maximum(errors, _jackknife(jacobian / scale, residuals))
-    return Fit(found, errors / scale, residuals)
+    per_period = 2 * np.pi * np.sqrt(found.length / GRAVITY) / float(np.median(np.diff(times)))
+    return Fit(found, errors / scale, residuals, per_period)
 
 
 def _jackknife(jacobian: Array, residuals: Array) -> Array:
@@ -198,17 +219,6 @@ def correlation_time(residuals: Array) -> float:
     negative = np.flatnonzero(correlations < 0)
     stop = int(negative[0]) if len(negative) else len(correlations)
     return 1 + 2 * float(np.sum(correlations[:stop])) / power
-
-
-def noise(residuals: Array) -> float:
-    """The standard deviation of what is independent from sample to sample, by fourth differences.
-
-    A misfit is smooth where the record is sampled well, and all but vanishes in the differences; the noise does not.
-    """
-    if len(residuals) < 8:
-        return float(np.std(residuals))
-    differences = np.convolve(residuals, [1, -4, 6, -4, 1], "valid")
-    return float(np.sqrt(np.mean(differences**2) / 70))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ all of it said in one line. What can be understood in two ways that lead to diff
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 
 from implicit_rnn.experiments.pendulum import units as kinds
 from implicit_rnn.experiments.pendulum.oscillation import rough_period
+from implicit_rnn.experiments.pendulum.positions import angles_about_the_pivot
 from implicit_rnn.experiments.pendulum.table import SEPARATORS, Table, read_table
 from implicit_rnn.experiments.pendulum.units import ANGLE, FRAME, OTHER, TIME, UNITS, VELOCITY, Heading, heading
 
@@ -25,6 +27,7 @@ DOMINANT = 0.9
 """The share of the mean square of all axes that the one must have about which a pendulum with a gyroscope swings."""
 FEWEST = 12
 """Rows in a record."""
+_POSITION = re.compile(r"\?|(pos|position) \?|\?(pos| pos| position)|mass a \?")
 _GUESSED = " (no unit given)"
 COUNTING = 4
 """Rows that may share one rounded time, on average."""
@@ -67,7 +70,8 @@ def read(
     path
         Text with rows of numbers: CSV, tables by tabs, semicolons or blanks, with or without a header.
     columns
-        Names or numbers (from 1) of the columns of the time and of the angle, or of the angle only, with ``fps``.
+        Names or numbers (from 1) of the columns of the time and of the angle; of the time, x and y of the bob; or of the
+        angle only, with ``fps``.
     units
         Of the time (s, ms, µs, ns, min) and of the angle (rad, mrad, deg, turns, or N/rev for N counts of an encoder per
         revolution; rad/s and deg/s of an angular velocity), in any order; they overrule the file.
@@ -81,21 +85,18 @@ def read(
     if fps is not None and not (np.isfinite(fps) and fps > 0):
         raise ValueError(f"fps is {fps}; expected a positive number of frames per second")
     headings = [heading(text) for text in table.header]
-    time_column, column = _columns(table, headings, columns, fps)
-
-    values, cell_unit = table.numbers(column)
-    quantity, unit, size = _unit(table, column, headings[column], cell_unit, given)
+    time_column, swing_columns = _columns(table, headings, columns, fps)
+    swing = " and ".join(table.title(k) for k in swing_columns)
+    values, quantity, unit, size = _swing(table, headings, swing_columns, given)
     times, time_unit, time_size, source = _times(table, time_column, headings, given)
     there = np.isfinite(times) & np.isfinite(values)
     times, values, lines = _in_order(table, times[there], values[there], table.lines[there], source)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
-        raise ValueError(
-            f"{table.file}: {table.title(column)} is {values[0]:g} in every row; expected the swing of a pendulum"
-        )
+        raise ValueError(f"{table.file}: {swing} is {values[0]:g} in every row; expected the swing of a pendulum")
     time_unit, time_size = _settled_time_unit(table, times, values, source, time_unit, time_size, fps)
     assumed = False
     if unit is None:
-        unit, size = _guessed_angle_unit(table, values, column)
+        unit, size = _guessed_angle_unit(table, values, swing)
         assumed = unit == "rad"
         unit += _GUESSED
     times, values = (times - times[0]) * time_size, values * size
@@ -110,7 +111,7 @@ def read(
     layout = SEPARATORS[table.separator] if sum(table.numeric) > 1 else "one number per line"
     understood = (
         f"{Path(path).name}: {layout}{', decimal commas' if table.decimal == ',' else ''}; time from {source} in {time_unit}, "
-        f"{quantity} from {table.title(column)} in {unit}; {len(times)} samples in {times[-1]:.4g} s"
+        f"{quantity} from {swing} in {unit}; {len(times)} samples in {times[-1]:.4g} s"
     )
     if notes:
         understood += f" ({', '.join(notes)})"
@@ -122,20 +123,20 @@ def read(
 
 def _columns(
     table: Table, headings: Sequence[Heading], wanted: Sequence[str] | None, fps: float | None
-) -> tuple[int | None, int]:
-    """The columns of the time, None where rows are frames, and of the angle or the angular velocity."""
+) -> tuple[int | None, tuple[int, ...]]:
+    """The columns of the time, None where rows are frames, and of the angle, the angular velocity, or positions x and y."""
     if wanted:
         found = [_named(table, name) for name in wanted]
-        if len(found) > 2:
+        if len(found) > 3:
             raise ValueError(
-                f"--columns {','.join(wanted)} names {len(found)} columns; expected those of time and angle"
+                f"--columns {','.join(wanted)} names {len(found)} columns; expected those of time and angle, or of time, x and y"
             )
-        if len(found) == 2:
-            return found[0], found[1]
+        if len(found) > 1:
+            return found[0], tuple(found[1:])
         time = None if fps is not None else _time_column(table, headings, None, found[0])
-        return time, found[0]
+        return time, (found[0],)
     time = _time_column(table, headings, fps, None)
-    return time, _swing_column(table, headings, time)
+    return time, _swing_columns(table, headings, time)
 
 
 def _named(table: Table, name: str) -> int:
@@ -195,14 +196,14 @@ def _increasing(table: Table, headings: Sequence[Heading], numeric: Sequence[int
     return found[0] if len(found) == 1 or found[:1] == [0] else None
 
 
-def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -> int:
+def _swing_columns(table: Table, headings: Sequence[Heading], time: int | None) -> tuple[int, ...]:
     numeric = [k for k, is_number in enumerate(table.numeric) if is_number and k != time]
     angles = [k for k in numeric if headings[k].quantity == ANGLE]
     if len({headings[k].name for k in angles}) == 1:  # theta in rad and theta in degrees
-        return next((k for k in angles if headings[k].unit == "rad"), angles[0])
+        return (next((k for k in angles if headings[k].unit == "rad"), angles[0]),)
     plain = [k for k in angles if len(headings[k].name.split()) == 1]
     if len(plain) == 1:  # "angle" and "angle, smoothed"
-        return plain[0]
+        return (plain[0],)
     if angles:
         raise ValueError(
             f"{table.file} has {len(angles)} columns that could be the angle: "
@@ -210,10 +211,13 @@ def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -
         )
     velocities = [k for k in numeric if headings[k].quantity == VELOCITY]
     if velocities:
-        return _main_axis(table, velocities)
+        return (_main_axis(table, velocities),)
+    positions = [[k for k in numeric if _POSITION.fullmatch(headings[k].name.replace(axis, "?"))] for axis in "xy"]
+    if [len(found) for found in positions] == [1, 1]:
+        return positions[0][0], positions[1][0]
     unknown = [k for k in numeric if headings[k].quantity is None]
     if len(unknown) == 1:
-        return unknown[0]
+        return (unknown[0],)
     if unknown:
         raise ValueError(
             f"{table.file} has {len(unknown)} columns that could be the angle: "
@@ -226,9 +230,7 @@ def _swing_column(table: Table, headings: Sequence[Heading], time: int | None) -
         )
     raise ValueError(
         f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the "
-        "unit rad or deg. From positions x and y the angle is atan2(x - x0, y0 - y), with x0, y0 those of the pivot; "
-        "in Tracker it is θ with the origin at the pivot. A column of another name that holds the angle is chosen by "
-        "--columns TIME,ANGLE"
+        "unit rad or deg, or the positions x and y. A column of another name is chosen by --columns TIME,ANGLE or TIME,X,Y"
     )
 
 
@@ -275,6 +277,27 @@ def _given_units(units: Sequence[str]) -> dict[str, tuple[str, float]]:
             )
         given[unit[0]] = unit[1:]
     return given
+
+
+def _swing(
+    table: Table, headings: Sequence[Heading], columns: tuple[int, ...], given: dict[str, tuple[str, float]]
+) -> tuple[Array, str, str | None, float]:
+    """The numbers of the swing, what they are, the name of their unit or None, and its size."""
+    if len(columns) == 1:
+        values, cell_unit = table.numbers(columns[0])
+        return values, *_unit(table, columns[0], headings[columns[0]], cell_unit, given)
+    x, y = (table.numbers(k)[0] for k in columns)
+    there = np.isfinite(x) & np.isfinite(y)
+    values = np.full(len(x), np.nan)
+    try:
+        values[there] = angles_about_the_pivot(x[there], y[there])
+    except ValueError as error:
+        raise ValueError(
+            f"{table.file}: from {table.title(columns[0])} and {table.title(columns[1])} no pivot is found, since {error}. "
+            "Record the angle itself: atan2(x - x0, y0 - y) with the pivot at x0, y0; in Tracker it is θ with the origin at "
+            "the pivot"
+        ) from None
+    return values, ANGLE, "rad about the pivot that they tell", 1.0
 
 
 def _unit(
@@ -341,14 +364,14 @@ def _settled_time_unit(
     return unit + _GUESSED, size
 
 
-def _guessed_angle_unit(table: Table, values: Array, column: int) -> tuple[str, float]:
+def _guessed_angle_unit(table: Table, values: Array, swing: str) -> tuple[str, float]:
     """Degrees where the numbers are too large for rad; rad otherwise."""
     if np.abs(values).max() <= 2 * np.pi:
         return "rad", 1.0
     unwrapped = np.unwrap(values, period=360.0)
     if np.ptp(unwrapped) > 360:
         raise ValueError(
-            f"{table.file}: {table.title(column)} ranges over {np.ptp(unwrapped):.4g} without a unit, which is "
+            f"{table.file}: {swing} ranges over {np.ptp(unwrapped):.4g} without a unit, which is "
             "neither rad nor degrees; give --units N/rev for an encoder of N counts per revolution"
         )
     return "deg", np.pi / 180
