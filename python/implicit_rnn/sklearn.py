@@ -48,7 +48,7 @@ Array = np.ndarray
 Self = TypeVar("Self", bound="_ImplicitRNN")
 Pairs = Iterable[tuple[int, int]]
 
-AUTO_OPTIMIZER = Adam(3e-3, weight_decay=1e-3)
+AUTO_OPTIMIZER = Adam(3e-3, weight_decay=3e-3)
 """What optimizer="auto" stands for."""
 BATCH_SIZE = 200
 """What batch_size="auto" takes at once of more samples."""
@@ -281,7 +281,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     loss
         "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets.
     optimizer
-        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.001)``.
+        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.003)``.
     learning_rate, weight_decay
         Where they are given, they take the place of the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on
         all parameters.
