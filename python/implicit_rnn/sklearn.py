@@ -85,7 +85,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """What is minimised."""
 
     def _weigh(self, y: Array, weights: Array | None) -> Array | None:
-        """The weights of samples with these targets, from those the caller gave."""
+        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for targets that are none."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------
@@ -567,7 +567,6 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return np.asarray(log_softmax(decision, axis=1))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
-        check_classification_targets(y)
         self._label_encoder = LabelEncoder().fit(y)
         self.classes_ = self._label_encoder.classes_
         if len(self.classes_) < 2:
@@ -580,6 +579,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
 
     def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+        check_classification_targets(y)
         if self.class_weight is None:
             return weights
         of_class = compute_sample_weight(self.class_weight, y)
