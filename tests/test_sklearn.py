@@ -273,7 +273,7 @@ def test_options_reach_the_optimiser():
     def chosen(**parameters):
         return ImplicitRNNRegressor(**parameters)._chosen_optimizer()
 
-    assert chosen() == irnn.Adam(0.003, weight_decay=0.001)
+    assert chosen() == irnn.Adam(0.003, weight_decay=0.003)
     assert chosen(learning_rate=0.1, weight_decay=0.0) == irnn.Adam(0.1)
     assert chosen(optimizer="adam") == irnn.Adam()
     assert chosen(optimizer=irnn.AdamW(0.2, weight_decay=0.3)) == irnn.AdamW(0.2, weight_decay=0.3)

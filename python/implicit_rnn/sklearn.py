@@ -48,7 +48,7 @@ Array = np.ndarray
 Self = TypeVar("Self", bound="_ImplicitRNN")
 Pairs = Iterable[tuple[int, int]]
 
-AUTO_OPTIMIZER = Adam(3e-3, weight_decay=1e-3)
+AUTO_OPTIMIZER = Adam(3e-3, weight_decay=3e-3)
 """What optimizer="auto" stands for."""
 BATCH_SIZE = 200
 """What batch_size="auto" takes at once of more samples."""
@@ -85,7 +85,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """What is minimised."""
 
     def _weigh(self, y: Array, weights: Array | None) -> Array | None:
-        """The weights of samples with these targets, from those the caller gave."""
+        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for targets that are none."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     loss
         "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets.
     optimizer
-        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.001)``.
+        An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.003)``.
     learning_rate, weight_decay
         Where they are given, they take the place of the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on
         all parameters.
@@ -567,7 +567,6 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return np.asarray(log_softmax(decision, axis=1))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
-        check_classification_targets(y)
         self._label_encoder = LabelEncoder().fit(y)
         self.classes_ = self._label_encoder.classes_
         if len(self.classes_) < 2:
@@ -580,6 +579,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
 
     def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+        check_classification_targets(y)
         if self.class_weight is None:
             return weights
         of_class = compute_sample_weight(self.class_weight, y)
