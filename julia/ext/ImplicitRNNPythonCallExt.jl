@@ -3,8 +3,8 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address,
-    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!
+using ImplicitRNN: AbstractWorkspace, Optimisers, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address, jvp!,
+    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
 
 """
@@ -15,7 +15,7 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 function entry_points()
     points = pydict()
     own = (
-        compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
+        compile, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
         interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
@@ -85,11 +85,11 @@ columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) 
 
 # --- problems -------------------------------------------------------------------------------------------------
 
-struct Session{T}
+struct Session{T, W <: AbstractWorkspace{T}}
     problem::Problem{T}
-    workspace::Workspace{T}
+    workspace::W
 end
-Session(problem::Problem) = Session(problem, Workspace(problem))
+Session(problem::Problem) = Session(problem, Workspace(problem.net))
 
 options(x::Py) = pyconvert(Dict{Symbol, Any}, x)
 pairs_of(x::Py) = [Int(first(p)) => Int(last(p)) for p in pyconvert(Vector{Vector{Int}}, x)]
@@ -129,7 +129,7 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
     borrow(NumPy{T}(p), NumPy{T}(X), first_iterate, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
         N = neurons(net)
-        solution = Solution{T}(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
+        solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
     end
     pydel!(outs)          # a tuple keeps its arrays alive
@@ -146,18 +146,58 @@ filled in per sample.
 gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    per_sample = length(arrays) == 5 ? () : (NumPy{Int8}(arrays[5]), NumPy{Float64}(arrays[6]), NumPy{Float64}(arrays[7]))
-    loss, quality = borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))..., per_sample...) do p, X, Y, weights, g, report...
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
+    loss, quality = borrow(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
         loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights),
-            isempty(report) ? nothing : (reinterpret_status(report[1]), report[2], report[3]),
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report_of(report...),
         )
     end
     pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
 end
 
-given(weights::Vector) = isempty(weights) ? nothing : weights
+given(x::Vector) = isempty(x) ? nothing : x
+given(x::Vector, rows::Int) = isempty(x) ? nothing : columns(x, rows)
+
+# Three more arrays than `count`: status, residual and adjoint residual per sample.
+per_sample(arrays::Py, count::Int) = length(arrays) == count ? () :
+    (NumPy{Int8}(arrays[count]), NumPy{Float64}(arrays[count + 1]), NumPy{Float64}(arrays[count + 2]))
+report_of() = nothing
+report_of(status, residual, adjoint_residual) = (reinterpret_status(status), residual, adjoint_residual)
+
+"""
+`vjp(handle, (p, X, start, V, g, dX), of_state, probe) -> (penalty, unconverged, residual, adjoint residual)`, see [`vjp!`](@ref);
+`start` may be empty, and three more arrays are filled in as by [`gradient`](@ref).
+"""
+vjp(handle::Py, arrays::Py, of_state::Py, probe::Py) =
+    vjp(held(handle)::Session, arrays, pyconvert(Bool, of_state), pyconvert(Int, probe))
+function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
+    net, of = s.problem.net, of_state ? :state : :outputs
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
+    penalty, quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
+        vjp!(
+            g, columns(dX, net.inputs), s.workspace, s.problem, p, columns(X, net.inputs), columns(V, rows_of(net, of)); of,
+            start = given(start, neurons(net)), probe, report = report_of(report...),
+        )
+    end
+    pydel!(arrays)
+    return penalty, quality.unconverged, quality.residual, quality.adjoint_residual
+end
+
+"`jvp(handle, (p, X, start, dp, dX, tangent), of_state) -> (unconverged, residual, adjoint residual)`, see [`jvp!`](@ref)."
+jvp(handle::Py, arrays::Py, of_state::Py) = jvp(held(handle)::Session, arrays, pyconvert(Bool, of_state))
+function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
+    net, of = s.problem.net, of_state ? :state : :outputs
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
+    quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
+        jvp!(
+            columns(tangent, rows_of(net, of)), s.workspace, s.problem, p, columns(X, net.inputs), dp, columns(dX, net.inputs); of,
+            start = given(start, neurons(net)), report = report_of(report...),
+        )
+    end
+    pydel!(arrays)
+    return quality.unconverged, quality.residual, quality.adjoint_residual
+end
 
 "`hessian_vector_product(handle, (p, X, Y, weights, v, h))`: H v is written to `h`."
 hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(held(handle)::Session, arrays)
@@ -241,11 +281,16 @@ end
 precompile(hand_over, ())
 precompile(solve, ntuple(_ -> Py, 5))
 precompile(gradient, ntuple(_ -> Py, 3))
+precompile(vjp, ntuple(_ -> Py, 4))
+precompile(jvp, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)
-    precompile(Session, (Problem{T},))
-    precompile(solve, (Session{T}, Py, Py, Py, Py))
-    precompile(gradient, (Session{T}, Py, Int))
     net = Network{T}(1, [Layer(1)]; outputs = 1)
+    S = typeof(Session(Problem(net)))
+    precompile(Session, (Problem{T},))
+    precompile(solve, (S, Py, Py, Py, Py))
+    precompile(gradient, (S, Py, Int))
+    precompile(vjp, (S, Py, Bool, Int))
+    precompile(jvp, (S, Py, Bool))
     precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
 end
 
