@@ -39,7 +39,8 @@ def digest(*arrays):
 net = make()
 state, (loss, gradient) = net.equilibrium(X).state, net.loss_and_gradient(X, Y)
 run = net.fit(X, Y, epochs=2, batch_size=700, progress=False)
-report["digest"] = [digest(state), digest(gradient), digest(net.parameters, run.loss)]
+products = *make().vjp(X, Y), make().jvp(X, X, gradient)
+report["digest"] = [digest(state), digest(gradient), digest(net.parameters, run.loss), digest(*products)]
 
 # Ctrl-C.
 def press_ctrl_c():

@@ -15,7 +15,7 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 function entry_points()
     points = pydict()
     own = (
-        compile, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
+        compile, program, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
         interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
@@ -85,16 +85,19 @@ columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) 
 
 # --- problems -------------------------------------------------------------------------------------------------
 
+# A network's workspace with the options of its calls.
 struct Session{T, W <: AbstractWorkspace{T}}
     problem::Problem{T}
     workspace::W
 end
-Session(problem::Problem) = Session(problem, Workspace(problem.net))
 
 options(x::Py) = pyconvert(Dict{Symbol, Any}, x)
 pairs_of(x::Py) = [Int(first(p)) => Int(last(p)) for p in pyconvert(Vector{Vector{Int}}, x)]
 
-"`compile(description) -> (handle, number of parameters)`: the problem that a Python dictionary describes."
+"""
+`compile(description) -> (handle, number of parameters)`: a workspace for the network that a Python dictionary describes. Only
+`program` takes the handle.
+"""
 function compile(d::Py)
     T = pyconvert(String, d["dtype"]) == "float32" ? Float32 : Float64
     layers = [
@@ -109,11 +112,17 @@ function compile(d::Py)
         outputs = pyconvert(Union{Int, Vector{Int}}, d["outputs"]),
         constraint = constraint(pyconvert(Vector{Float64}, d["constraint"]["values"])...),
     )
+    return keep(Workspace(net)), length(net)
+end
+
+"`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."
+program(handle::Py, d::Py) = program(held(handle)::AbstractWorkspace, d)
+function program(workspace::AbstractWorkspace, d::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
     adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
     loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"]["name"])))(options(d["loss"]["options"]))
     jacobian_penalty = pyconvert(Float64, d["jacobian_penalty"])
-    return keep(Session(Problem(net; solver, adjoint, loss, jacobian_penalty))), length(net)
+    return keep(Session(Problem(workspace.net; solver, adjoint, loss, jacobian_penalty), workspace))
 end
 
 """
@@ -225,13 +234,14 @@ end
 
 # --- training -------------------------------------------------------------------------------------------------
 
-"`trainer(problem handle, description) -> handle`."
+"`trainer(handle, description) -> handle`: it trains in the workspace of the program."
 function trainer(handle::Py, d::Py)
+    s = held(handle)::Session
     rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
     guard = Guard(pyconvert(Float64, d["unconverged"]), pyconvert(Float64, d["parameter_norm"]))
     return keep(
         Trainer(
-            (held(handle)::Session).problem, rule; guard, clip = pyconvert(Float64, d["clip"]),
+            s.problem, rule; workspace = s.workspace, guard, clip = pyconvert(Float64, d["clip"]),
             nets = pyconvert(Int, d["nets"]), batch_size = pyconvert(Int, d["batch_size"]),
         )
     )
@@ -275,7 +285,7 @@ include("equations_bridge.jl")
 
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
-for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
+for f in (compile, program, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
     hasmethod(f, arguments) && precompile(f, arguments)
 end
 precompile(hand_over, ())
@@ -285,8 +295,7 @@ precompile(vjp, ntuple(_ -> Py, 4))
 precompile(jvp, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)
     net = Network{T}(1, [Layer(1)]; outputs = 1)
-    S = typeof(Session(Problem(net)))
-    precompile(Session, (Problem{T},))
+    S = typeof(Session(Problem(net), Workspace(net)))
     precompile(solve, (S, Py, Py, Py, Py))
     precompile(gradient, (S, Py, Int))
     precompile(vjp, (S, Py, Bool, Int))

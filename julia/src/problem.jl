@@ -85,7 +85,7 @@ needs_equilibrium(::Unrolled) = false
     AbstractWorkspace{T}
 
 Where and how batches of a network are computed: all buffers of its passes, on some hardware. It is made for a network, and each
-call is given the [`Problem`](@ref) with the options in force. A subtype has the methods
+call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, and the methods
 
 - [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
 - [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)`
