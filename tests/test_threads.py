@@ -160,7 +160,7 @@ class TestOneAndTwoThreads:
 
 
 @pytest.mark.julia
-@pytest.mark.parametrize("what", [0, 1, 2], ids=["equilibrium", "gradient", "fit"])
+@pytest.mark.parametrize("what", [0, 1, 2, 3], ids=["equilibrium", "gradient", "fit", "products"])
 def test_results_do_not_depend_on_the_number_of_threads(what: int):
     assert scenarios(1).report["digest"][what] == scenarios(2).report["digest"][what]
 
