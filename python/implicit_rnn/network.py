@@ -510,7 +510,7 @@ class Network:
         """The derivative of the outputs, or of the states, along a direction.
 
         This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
-        ``(I - D R) z′ = D (u′ + R′ z)`` are solved by LU, sample by sample, whatever its ``linear_solver``, and the adjoint
+        ``(I - D R) z′ = D (u′ + R′ z)`` are solved by its ``linear_solver``, and the adjoint
         residuals of a ``report`` are theirs.
 
         Parameters
