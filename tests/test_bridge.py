@@ -102,6 +102,14 @@ def test_result_stays_valid_after_julia_has_collected_its_garbage(net, X):
     np.testing.assert_array_equal(solution.state, kept)
 
 
+def test_products_are_written_by_julia_into_the_arrays_of_the_caller(net, X, Y):
+    g, dX, tangent = np.full(len(net.parameters), np.nan), np.full_like(X, np.nan), np.full_like(Y, np.nan)
+    net.program().vjp(net.parameters, X, None, Y, "outputs", g, dX)
+    net.program().jvp(net.parameters, X, None, g, X, "outputs", tangent)
+    for ours, theirs in zip((g, dX, tangent), (*net.vjp(X, Y), net.jvp(X, X, g)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_results_are_plain_numpy_arrays(net, X, Y):
     solution = net.equilibrium(X)
     loss, gradient = net.loss_and_gradient(X, Y)
@@ -142,7 +150,7 @@ GROWTH = """
 """
 
 
-@pytest.mark.parametrize("call", ["loss_and_gradient(X, X[:, :2])", "predict(X)"])
+@pytest.mark.parametrize("call", ["loss_and_gradient(X, X[:, :2])", "predict(X)", "vjp(X, X[:, :2])"])
 def test_memory_grows_by_less_than_20_megabytes_in_10000_calls(call, run_python: RunPython):
     done = run_python(GROWTH.format(call=call), timeout=90)
     assert done.returncode == 0, str(done)
@@ -160,7 +168,7 @@ def test_handles_are_released_with_their_networks(X, Y):
     nets = [make_net("julia") for _ in range(5)]
     for net in nets:
         net.loss_and_gradient(X, Y)
-    assert alive() == before + 5
+    assert alive() == before + 10  # a workspace and a choice of options each
     del nets, net
     assert alive() == before
 
@@ -191,6 +199,17 @@ def test_same_problem_is_compiled_once(net, X):
     for _ in range(3):
         net.predict(X)
     assert alive() == before
+
+
+def test_fifty_tolerances_share_one_workspace_and_the_oldest_are_dropped(net, X, Y):
+    before = alive()
+    for k in range(50):
+        net.loss_and_gradient(X, Y, solver=irnn.Picard(tol=1e-8 / (k + 1)))
+    assert alive() <= before + 1 + 16
+    expected = make_net("julia").loss_and_gradient(X, Y, solver=irnn.Picard(tol=1e-8))
+    again = net.loss_and_gradient(X, Y, solver=irnn.Picard(tol=1e-8))
+    assert again[0] == expected[0]
+    np.testing.assert_array_equal(again[1], expected[1])
 
 
 # --- threads -------------------------------------------------------------------------------------------------

@@ -39,7 +39,8 @@ def digest(*arrays):
 net = make()
 state, (loss, gradient) = net.equilibrium(X).state, net.loss_and_gradient(X, Y)
 run = net.fit(X, Y, epochs=2, batch_size=700, progress=False)
-report["digest"] = [digest(state), digest(gradient), digest(net.parameters, run.loss)]
+products = *make().vjp(X, Y), make().jvp(X, X, gradient)
+report["digest"] = [digest(state), digest(gradient), digest(net.parameters, run.loss), digest(*products)]
 
 # Ctrl-C.
 def press_ctrl_c():
@@ -159,7 +160,7 @@ class TestOneAndTwoThreads:
 
 
 @pytest.mark.julia
-@pytest.mark.parametrize("what", [0, 1, 2], ids=["equilibrium", "gradient", "fit"])
+@pytest.mark.parametrize("what", [0, 1, 2, 3], ids=["equilibrium", "gradient", "fit", "products"])
 def test_results_do_not_depend_on_the_number_of_threads(what: int):
     assert scenarios(1).report["digest"][what] == scenarios(2).report["digest"][what]
 

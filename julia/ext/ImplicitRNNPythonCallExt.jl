@@ -3,8 +3,8 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address,
-    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!
+using ImplicitRNN: AbstractWorkspace, Optimisers, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address, jvp!,
+    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
 
 """
@@ -15,7 +15,7 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 function entry_points()
     points = pydict()
     own = (
-        compile, solve, gradient, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
+        compile, program, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
         interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
@@ -85,16 +85,19 @@ columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) 
 
 # --- problems -------------------------------------------------------------------------------------------------
 
-struct Session{T}
+# A network's workspace with the options of its calls.
+struct Session{T, W <: AbstractWorkspace{T}}
     problem::Problem{T}
-    workspace::Workspace{T}
+    workspace::W
 end
-Session(problem::Problem) = Session(problem, Workspace(problem))
 
 options(x::Py) = pyconvert(Dict{Symbol, Any}, x)
 pairs_of(x::Py) = [Int(first(p)) => Int(last(p)) for p in pyconvert(Vector{Vector{Int}}, x)]
 
-"`compile(description) -> (handle, number of parameters)`: the problem that a Python dictionary describes."
+"""
+`compile(description) -> (handle, number of parameters)`: a workspace for the network that a Python dictionary describes. Only
+`program` takes the handle.
+"""
 function compile(d::Py)
     T = pyconvert(String, d["dtype"]) == "float32" ? Float32 : Float64
     layers = [
@@ -109,11 +112,17 @@ function compile(d::Py)
         outputs = pyconvert(Union{Int, Vector{Int}}, d["outputs"]),
         constraint = constraint(pyconvert(Vector{Float64}, d["constraint"]["values"])...),
     )
+    return keep(Workspace(net)), length(net)
+end
+
+"`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."
+program(handle::Py, d::Py) = program(held(handle)::AbstractWorkspace, d)
+function program(workspace::AbstractWorkspace, d::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
     adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
     loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"]["name"])))(options(d["loss"]["options"]))
     jacobian_penalty = pyconvert(Float64, d["jacobian_penalty"])
-    return keep(Session(Problem(net; solver, adjoint, loss, jacobian_penalty))), length(net)
+    return keep(Session(Problem(workspace.net; solver, adjoint, loss, jacobian_penalty), workspace))
 end
 
 """
@@ -129,7 +138,7 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
     borrow(NumPy{T}(p), NumPy{T}(X), first_iterate, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
         N = neurons(net)
-        solution = Solution{T}(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
+        solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
     end
     pydel!(outs)          # a tuple keeps its arrays alive
@@ -146,18 +155,58 @@ filled in per sample.
 gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    per_sample = length(arrays) == 5 ? () : (NumPy{Int8}(arrays[5]), NumPy{Float64}(arrays[6]), NumPy{Float64}(arrays[7]))
-    loss, quality = borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))..., per_sample...) do p, X, Y, weights, g, report...
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
+    loss, quality = borrow(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
         loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights),
-            isempty(report) ? nothing : (reinterpret_status(report[1]), report[2], report[3]),
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report_of(report...),
         )
     end
     pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
 end
 
-given(weights::Vector) = isempty(weights) ? nothing : weights
+given(x::Vector) = isempty(x) ? nothing : x
+given(x::Vector, rows::Int) = isempty(x) ? nothing : columns(x, rows)
+
+# Three more arrays than `count`: status, residual and adjoint residual per sample.
+per_sample(arrays::Py, count::Int) = length(arrays) == count ? () :
+    (NumPy{Int8}(arrays[count]), NumPy{Float64}(arrays[count + 1]), NumPy{Float64}(arrays[count + 2]))
+report_of() = nothing
+report_of(status, residual, adjoint_residual) = (reinterpret_status(status), residual, adjoint_residual)
+
+"""
+`vjp(handle, (p, X, start, V, g, dX), of_state, probe) -> (penalty, unconverged, residual, adjoint residual)`, see [`vjp!`](@ref);
+`start` may be empty, and three more arrays are filled in as by [`gradient`](@ref).
+"""
+vjp(handle::Py, arrays::Py, of_state::Py, probe::Py) =
+    vjp(held(handle)::Session, arrays, pyconvert(Bool, of_state), pyconvert(Int, probe))
+function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
+    net, of = s.problem.net, of_state ? :state : :outputs
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
+    penalty, quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
+        vjp!(
+            g, columns(dX, net.inputs), s.workspace, s.problem, p, columns(X, net.inputs), columns(V, rows_of(net, of)); of,
+            start = given(start, neurons(net)), probe, report = report_of(report...),
+        )
+    end
+    pydel!(arrays)
+    return penalty, quality.unconverged, quality.residual, quality.adjoint_residual
+end
+
+"`jvp(handle, (p, X, start, dp, dX, tangent), of_state) -> (unconverged, residual, adjoint residual)`, see [`jvp!`](@ref)."
+jvp(handle::Py, arrays::Py, of_state::Py) = jvp(held(handle)::Session, arrays, pyconvert(Bool, of_state))
+function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
+    net, of = s.problem.net, of_state ? :state : :outputs
+    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
+    quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
+        jvp!(
+            columns(tangent, rows_of(net, of)), s.workspace, s.problem, p, columns(X, net.inputs), dp, columns(dX, net.inputs); of,
+            start = given(start, neurons(net)), report = report_of(report...),
+        )
+    end
+    pydel!(arrays)
+    return quality.unconverged, quality.residual, quality.adjoint_residual
+end
 
 "`hessian_vector_product(handle, (p, X, Y, weights, v, h))`: H v is written to `h`."
 hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(held(handle)::Session, arrays)
@@ -185,13 +234,14 @@ end
 
 # --- training -------------------------------------------------------------------------------------------------
 
-"`trainer(problem handle, description) -> handle`."
+"`trainer(handle, description) -> handle`: it trains in the workspace of the program."
 function trainer(handle::Py, d::Py)
+    s = held(handle)::Session
     rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
     guard = Guard(pyconvert(Float64, d["unconverged"]), pyconvert(Float64, d["parameter_norm"]))
     return keep(
         Trainer(
-            (held(handle)::Session).problem, rule; guard, clip = pyconvert(Float64, d["clip"]),
+            s.problem, rule; workspace = s.workspace, guard, clip = pyconvert(Float64, d["clip"]),
             nets = pyconvert(Int, d["nets"]), batch_size = pyconvert(Int, d["batch_size"]),
         )
     )
@@ -235,17 +285,21 @@ include("equations_bridge.jl")
 
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
-for f in (compile, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
+for f in (compile, program, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
     hasmethod(f, arguments) && precompile(f, arguments)
 end
 precompile(hand_over, ())
 precompile(solve, ntuple(_ -> Py, 5))
 precompile(gradient, ntuple(_ -> Py, 3))
+precompile(vjp, ntuple(_ -> Py, 4))
+precompile(jvp, ntuple(_ -> Py, 3))
 for T in (Float64, Float32)
-    precompile(Session, (Problem{T},))
-    precompile(solve, (Session{T}, Py, Py, Py, Py))
-    precompile(gradient, (Session{T}, Py, Int))
     net = Network{T}(1, [Layer(1)]; outputs = 1)
+    S = typeof(Session(Problem(net), Workspace(net)))
+    precompile(solve, (S, Py, Py, Py, Py))
+    precompile(gradient, (S, Py, Int))
+    precompile(vjp, (S, Py, Bool, Int))
+    precompile(jvp, (S, Py, Bool))
     precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
 end
 

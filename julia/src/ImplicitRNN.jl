@@ -24,7 +24,7 @@ export Implicit, JacobianFree, Unrolled
 export MSE, MAE, Huber, CrossEntropy, BinaryCrossEntropy
 export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hessian_vector_product, Equilibrium
 export Trainer, Replicas, Guard, train!
-export fixed_point, root, vjp
+export vjp, jvp, fixed_point, root
 
 include("interrupt.jl")
 include("cpu/threads.jl")
@@ -34,6 +34,7 @@ include("model/constraints.jl")
 include("model/network.jl")
 include("model/weights.jl")
 include("model/pullback.jl")
+include("model/tangent.jl")
 include("cpu/lu.jl")
 include("cpu/recurrence.jl")
 include("cpu/columns.jl")
@@ -47,10 +48,12 @@ include("solvers/auto.jl")
 include("cpu/adjoint.jl")
 include("cpu/lanes.jl")
 include("model/losses.jl")
+include("problem.jl")
 include("cpu/workspace.jl")
 include("cpu/equilibrium.jl")
 include("model/regularization.jl")
 include("cpu/gradient.jl")
+include("cpu/tangent.jl")
 include("hessian.jl")
 include("differentiate.jl")
 include("training.jl")

@@ -13,17 +13,17 @@ Throws an `ErrorException` if a sample does not reach its equilibrium.
 """
 function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), weights = nothing, solver = Auto()) where {T}
     problem = Problem(net; loss, solver)
-    return hessian_vector_product!(zeros(T, length(net)), Workspace(problem), problem, p, X, Y, v, weights)
+    return hessian_vector_product!(zeros(T, length(net)), Workspace(net), problem, p, X, Y, v, weights)
 end
 
-function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
+function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     net, B = problem.net, size(X, 2)
     length(v) == length(net) ||
         throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(v))"))
     unpack!(ws, p)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])
-    tile.latest = false
+    tile.latest = tile.factorised = false
     tangent = unpack_tangent(net, ws.weights, v)
     second = clear!(Weights(net))
     for samples in pieces_of(B, tile.width)
@@ -37,24 +37,6 @@ function hessian_vector_product!(h, ws::Workspace{T}, problem::Problem{T}, p, X,
         add_tangents!(second, tile, problem, tangent, x, targets, mean)
     end
     return pack_second!(h, net, ws.weights, tangent, tile.gradient, second, p, v)
-end
-
-# The derivatives along v of the weights in force.
-function unpack_tangent(net::Network{T}, w::Weights{T}, v) where {T}
-    tangent = unpack!(Weights(net), net, v)
-    for (stage, ws, ts) in zip(net.stages, w.stages, tangent.stages)
-        stage.recurrent || continue
-        dual = dual_stage(stage, net, ws, ts)
-        ts.recurrent .= only.(partials.(constrain!(dual, net.constraint, stage.slopes).recurrent))
-    end
-    return tangent
-end
-
-function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T}
-    dual = StageWeights{Dual{Nothing, T, 1}}(stage, net.inputs)
-    dual.raw .= Dual{Nothing}.(w.raw, t.raw)
-    dual.scales .= Dual{Nothing}.(w.scales, t.scales)
-    return dual
 end
 
 # The gradient goes to ws.gradient, its derivative along the tangent to `second`.
@@ -149,35 +131,4 @@ function pack_second!(h, net::Network{T}, w, tangent, G, second, p, v) where {T}
         h[stage.scales] = hs.scales
     end
     return h
-end
-
-# --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
-
-# First-order perturbation of the largest eigenvalue λ₁ and its eigenvector: v₁′ = Σₖ (vₖᵀM′v₁)/(λ₁ - λₖ) vₖ.
-function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
-    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
-    values, vectors = eigen(Symmetric((M .+ M') ./ 2))
-    n = length(values)
-    v, S = vectors[:, n], (dM .+ dM') ./ 2
-    dv = zero(v)
-    for k in 1:(n - 1)
-        dv .+= (dot(vectors[:, k], S, v) / (values[n] - values[k])) .* vectors[:, k]
-    end
-    dual_v = Dual{Nothing}.(v, dv)
-    return Dual{Nothing}(max(values[n], floatmin()), dot(v, S, v)), (slopes .* dual_v) * dual_v'
-end
-
-# The same for singular values, from MᵀM and MMᵀ.
-function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
-    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
-    U, s, V = svd(M)
-    u, v = U[:, 1], V[:, 1]
-    du, dv = zero(u), zero(v)
-    for k in 2:length(s)
-        a, b, gap = dot(U[:, k], dM, v), dot(u, dM, V[:, k]), s[1]^2 - s[k]^2
-        du .+= ((s[1] * a + s[k] * b) / gap) .* U[:, k]
-        dv .+= ((s[1] * b + s[k] * a) / gap) .* V[:, k]
-    end
-    return Dual{Nothing}(max(s[1], floatmin()), dot(u, dM, v)),
-        (slopes .* Dual{Nothing}.(u, du)) * Dual{Nothing}.(v, dv)'
 end

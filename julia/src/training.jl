@@ -30,21 +30,21 @@ end
 Replicas(P::AbstractMatrix) = Replicas(P, copy(P), fill(Int8(RUNNING), size(P, 2)))
 
 """
-    Trainer(problem, rule; nets = 1, clip = Inf, guard = Guard(), batch_size = 0)
+    Trainer(problem, rule; workspace = Workspace(problem.net), nets = 1, clip = Inf, guard = Guard(), batch_size = 0)
 
-The state of a training run: `rule` is a rule of Optimisers.jl, `clip` the largest allowed Euclidean norm of a
-gradient. `nets` replicas with parameters of their own can be trained side by side on the same samples, in batches of up to
-`batch_size` where these are not all samples.
+The state of a training run in a [`workspace`](@ref AbstractWorkspace), where its arrays are: `rule` is a rule of Optimisers.jl,
+`clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with parameters of their own can be trained side by side
+on the same samples, in batches of up to `batch_size` where these are not all samples.
 """
-mutable struct Trainer{T, R, O}
+mutable struct Trainer{T, R, O, W <: AbstractWorkspace{T}, V <: AbstractVector{T}, M <: AbstractMatrix{T}}
     const problem::Problem{T}
-    const workspace::Workspace{T}
-    const gradient::Vector{T}
+    const workspace::W
+    const gradient::V
     const states::Vector{O}               # of the optimiser, per net
-    const batch_X::Matrix{T}
-    const batch_Y::Matrix{T}
-    const batch_weights::Vector{T}
-    const before::Vector{T}               # parameters at the beginning of an epoch
+    const batch_X::M
+    const batch_Y::M
+    const batch_weights::V
+    const before::V                       # parameters at the beginning of an epoch
     const clip::T
     const guard::Guard
     rule::R
@@ -53,15 +53,16 @@ mutable struct Trainer{T, R, O}
 end
 
 function Trainer(
-        problem::Problem{T}, rule; nets::Int = 1, clip = Inf, guard::Guard = Guard(), batch_size::Int = 0
+        problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
+        guard::Guard = Guard(), batch_size::Int = 0,
     ) where {T}
     net = problem.net
-    zero_parameters = zeros(T, length(net))
-    states = [Optimisers.init(rule, zero_parameters) for _ in 1:nets]
-    return Trainer{T, typeof(rule), eltype(states)}(
-        problem, Workspace(problem), zeros(T, length(net)), states,
-        zeros(T, net.inputs, batch_size), zeros(T, output_size(net), batch_size), zeros(T, batch_size),
-        zeros(T, length(net)), T(clip), guard, rule, NaN, 0
+    zeros_of(dimensions...) = allocate(workspace, dimensions...)
+    gradient, batch_X = zeros_of(length(net)), zeros_of(net.inputs, batch_size)
+    states = [Optimisers.init(rule, gradient) for _ in 1:nets]
+    return Trainer{T, typeof(rule), eltype(states), typeof(workspace), typeof(gradient), typeof(batch_X)}(
+        problem, workspace, gradient, states, batch_X, zeros_of(output_size(net), batch_size), zeros_of(batch_size),
+        zeros_of(length(net)), T(clip), guard, rule, NaN, 0
     )
 end
 
@@ -142,13 +143,22 @@ function train_epoch!(trainer::Trainer, p, s, X, Y, weights, order, batch_size, 
     return total / samples, failed
 end
 
-function gather!(trainer, X, Y, weights, selected)
+function gather!(trainer::Trainer, X, Y, weights, selected)
+    m = length(selected)
+    gather!(trainer.batch_X, X, selected)
+    gather!(trainer.batch_Y, Y, selected)
+    weights === nothing || copyto!(view(trainer.batch_weights, 1:m), view(weights, selected))
+    return m
+end
+
+"The selected columns of `from` become the first of `to`."
+gather!(to::AbstractMatrix, from::AbstractMatrix, selected) =
+    copyto!(view(to, :, eachindex(selected)), view(from, :, selected))
+function gather!(to::Matrix, from::StridedMatrix, selected)
     for (j, sample) in enumerate(selected)
-        copyto!(view(trainer.batch_X, :, j), view(X, :, sample))
-        copyto!(view(trainer.batch_Y, :, j), view(Y, :, sample))
-        weights === nothing || (trainer.batch_weights[j] = weights[sample])
+        copyto!(view(to, :, j), view(from, :, sample))
     end
-    return length(selected)
+    return to
 end
 
 function update!(trainer::Trainer, p, s, rate)

@@ -82,20 +82,27 @@ function adjoint_system(n, m)
     return c, p, E -> D .* (U .+ s.recurrence.R' * E)
 end
 
+function tangent_system(n, m)
+    c, p, _ = adjoint_system(n, m)
+    fields = (; (name => getfield(p, name) for name in fieldnames(typeof(p)))..., M = p.recurrence.forward, tangent = true)
+    D, U = copy(c.coefficients), copy(c.U)
+    return c, typeof(p)(; fields...), E -> D .* (U .+ p.recurrence.R * E)
+end
+
 fixed_points() = filter(P -> nameof(P) != :Pointwise, subtypes(ImplicitRNN.FixedPoint))
-const FIXED_POINTS = Dict(ImplicitRNN.Stationary => stationary, ImplicitRNN.AdjointSystem => adjoint_system)
+const FIXED_POINTS = Dict(ImplicitRNN.Stationary => [stationary], ImplicitRNN.AdjointSystem => [adjoint_system, tangent_system])
 
-@testset "Picard and Anderson solve every fixed point ($(nameof(P)), $(nameof(typeof(solver))))" for P in fixed_points(),
-        solver in (Picard(), Picard(damping = 0.7), Anderson(), Anderson(memory = 2))
+@testset "Picard and Anderson solve every fixed point ($system, $(nameof(typeof(solver))))" for P in fixed_points(),
+        system in FIXED_POINTS[P], solver in (Picard(), Picard(damping = 0.7), Anderson(), Anderson(memory = 2))
 
-    c, p, f = FIXED_POINTS[P](30, 7)
+    c, p, f = system(30, 7)
     ImplicitRNN.solve!(solver, c, p)
     @test all(==(CONVERGED), p.outcome.status)
     @test p.Z ≈ f(p.Z) rtol = 1.0e-11
 end
 
-@testset "the linearised equation has the same solution ($(nameof(P)))" for P in fixed_points()
-    c, p, f = FIXED_POINTS[P](30, 7)
+@testset "the linearised equation has the same solution ($system)" for P in fixed_points(), system in FIXED_POINTS[P]
+    c, p, f = system(30, 7)
     fill!(p.recurrence.slope, 0.6)
     @test ImplicitRNN.linearize!(p.recurrence)
     @test !ImplicitRNN.evaluate_all!(c, p)

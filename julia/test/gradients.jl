@@ -62,7 +62,7 @@ end
     net = one_layer(; neurons, constraint)
     p, X, Y = parameters(net; gain = 0.5 / sqrt(neurons)), samples(net, 60), targets(net, 60)
     problem = Problem(net; solver = Chord(tol = 1.0e-13), adjoint = Implicit(tol = 1.0e-13))
-    ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
+    ws, g = ImplicitRNN.Workspace(net), zeros(length(net))
     ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
     @test only(ws.recurrences).linearized
     exact = loss_and_gradient(net, p, X, Y; solver = Picard(tol = 1.0e-13), adjoint = Implicit(linear_solver = :lu))[2]
@@ -136,7 +136,7 @@ end
     net = one_layer(; neurons = n, constraint)
     p, X, Y = parameters(net), samples(net, 40), targets(net, 40)
     problem = Problem(net; solver = Newton(tol = 1.0e-8), adjoint = Implicit())
-    ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
+    ws, g = ImplicitRNN.Workspace(net), zeros(length(net))
     _, quality = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
     @test all(view(first(ws.tiles).factors[1].known, 1:40))
     @test all(>(1), view(first(ws.tiles).adjoint_outcome.iterations, 1:40))         # refined, not factorised anew

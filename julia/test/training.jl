@@ -53,7 +53,7 @@ end
     function allocated(samples_count, tol)
         problem = Problem(net; solver = Picard(; tol))
         X, Y = samples(net, samples_count), targets(net, samples_count)
-        ws, g = ImplicitRNN.Workspace(problem), zeros(length(net))
+        ws, g = ImplicitRNN.Workspace(net), zeros(length(net))
         step() = (ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y); nothing)
         step()
         return @allocated step()

@@ -12,7 +12,17 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from implicit_rnn import options, serialization, training
 from implicit_rnn.console import html_table
-from implicit_rnn.engines import Engine, Of, Problem, Program, Quality, Samples, check_engine, get_engine
+from implicit_rnn.engines import (
+    CompiledNetwork,
+    Engine,
+    Of,
+    Problem,
+    Program,
+    Quality,
+    Samples,
+    check_engine,
+    get_engine,
+)
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import Loss, LossLike, as_weights
@@ -23,6 +33,9 @@ from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, S
 from implicit_rnn.validation import as_real, as_samples, check_samples
 
 Array = np.ndarray
+
+_PROGRAMS = 16
+"""Choices of options whose programs are kept; the oldest is dropped for a new one."""
 
 
 class Network:
@@ -102,6 +115,7 @@ class Network:
         self.topology = topology
         self.dtype = np.dtype(dtype)
         self._engine_name = engine
+        self._compiled: CompiledNetwork | None = None
         self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
         self._parameters = np.zeros(topology.parameters, self.dtype)
         self._weights = MappingProxyType(topology.views(self._parameters))
@@ -496,7 +510,7 @@ class Network:
         """The derivative of the outputs, or of the states, along a direction.
 
         This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
-        ``(I - D R) z′ = D (u′ + R′ z)`` are solved by LU, sample by sample, whatever its ``linear_solver``, and the adjoint
+        ``(I - D R) z′ = D (u′ + R′ z)`` are solved by its ``linear_solver``, and the adjoint
         residuals of a ``report`` are theirs.
 
         Parameters
@@ -647,7 +661,9 @@ class Network:
         loss: LossLike = "mse",
         jacobian_penalty: float = 0.0,
     ) -> Program:
-        """The compiled problem behind the calls above, made at its first use: for those who count microseconds.
+        """What does the calls above with these options, made at its first use: for those who count microseconds.
+
+        All programs of a network share its memory; those of the last 16 choices are kept.
 
         Parameters
         ----------
@@ -673,14 +689,16 @@ class Network:
         if program is None:
             through = options.choose(Adjoint, adjoint, "adjoint")
             problem = Problem(
-                self.topology,
-                self.dtype.name,
                 options.choose(Solver, solver, "solver"),
                 through,
                 options.choose(Loss, loss, "loss"),
                 check_penalty(jacobian_penalty, through),
             )
-            program = self._programs[choice] = self.engine.compile(problem)
+            if self._compiled is None:
+                self._compiled = self.engine.compile(self.topology, self.dtype.name)
+            program = self._programs[choice] = self._compiled.program(problem)
+            while len(self._programs) > _PROGRAMS:
+                self._programs.pop(next(iter(self._programs)))
         return program
 
     def _samples(self, name: str, X: ArrayLike) -> Array:

@@ -65,17 +65,19 @@ const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
     AdjointSystem{T}
 
 `e = D (g + Rᵀe)` for each sample, a linear [`FixedPoint`](@ref) in e = D λ: the drive is g = ∂L/∂z*, S is λ, and the slopes D
-are the coefficients of the columns.
+are the coefficients of the columns. The derivative of an equilibrium along a direction, its `tangent`, has the same equation with
+R for Rᵀ: `z′ = D (g + R z′)`, where g is that of what drives the stage and of R at fixed z.
 """
 @kwdef struct AdjointSystem{T, V} <: FixedPoint{T}
-    M::Factor{T}                 # Rᵀ
+    M::Factor{T}                 # Rᵀ, or R for a tangent
     recurrence::Recurrence{T}
     tol::T
     floor::T
     Z::V
     outcome::Outcome
-    latest::Bool                 # deliver D (g + Rᵀe) of the last e
+    latest::Bool                 # deliver D (g + M e) of the last e
     threads::Int                 # among which products may be shared
+    tangent::Bool = false
 end
 
 @inline function activate!(c::Columns{T}, ::AdjointSystem{T}, j::Int) where {T}
@@ -100,14 +102,16 @@ deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     end
 end
 
-linearized(p::AdjointSystem, outcome) = Linearized(p, p.recurrence.Q_transposed, outcome)
+linearized(p::AdjointSystem, outcome) =
+    Linearized(p, p.tangent ? p.recurrence.Q : p.recurrence.Q_transposed, outcome)
 
 """
-    solve_adjoint!(E, adjoint, c, recurrence, D, G; outcome, factors = nothing, latest = false, threads = 1)
+    solve_adjoint!(E, adjoint, c, recurrence, D, G; outcome, factors = nothing, latest = false, threads = 1, tangent = false)
 
-`E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; the relative residual of each sample is merged into
-`outcome` (NaN where the system is singular). `factors` are those of the forward pass, if there are any; `latest` asks for the
-value of the last evaluation; the products may be shared among `threads`.
+`E = D λ` for every sample, given the slopes `D` and `G = ∂L/∂z`; or the `tangent` E = z′ given G, see [`AdjointSystem`](@ref). The
+relative residual of each sample is merged into `outcome` (NaN where the system is singular). `factors` are those of the forward
+pass, if there are any, for the adjoint; `latest` asks for the value of the last evaluation; the products may be shared among
+`threads`.
 """
 function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G; options...)
     E .= D .* G
@@ -115,7 +119,8 @@ function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G; options...)
 end
 
 function solve_adjoint!(
-        E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G; outcome, factors = nothing, latest = false, threads = 1
+        E, s::Implicit, c::Columns{T}, r::Recurrence{T}, D, G;
+        outcome, factors = nothing, latest = false, threads = 1, tangent = false
     ) where {T}
     n, samples = size(r.R, 1), size(G, 2)
     for j in 1:samples
@@ -124,7 +129,7 @@ function solve_adjoint!(
     end
     start!(c, samples; cold = true)
     system(; tol, latest) = AdjointSystem{T, typeof(E)}(;
-        M = r.backward, recurrence = r, tol, floor = floatmin(T), Z = E, outcome, latest, threads
+        M = tangent ? r.forward : r.backward, recurrence = r, tol, floor = floatmin(T), Z = E, outcome, latest, threads, tangent
     )
     p = system(; tol = tolerance(s, T), latest)
     method = s.linear_solver
@@ -160,11 +165,13 @@ const NEUMANN_PATIENCE = 30
 
 function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     n = size(c.Z, 1)
+    R = p.recurrence.R
+    M = p.tangent ? R : R'
     for j in c.active:-1:1
         check_interrupt()
         g, d = c.U[:, j], c.coefficients[:, j]
         λ, _ = linsolve(
-            v -> v - p.recurrence.R' * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
+            v -> v - M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
             atol = zero(T), rtol = p.tol / 2,
         )
         view(c.Z, :, j) .= d .* λ
@@ -219,14 +226,14 @@ function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
         copy_column!(d, 1, c.coefficients, j)
         copy_column!(λ, 1, c.U, j)
         residual_jacobian!(A, d, p.recurrence.R)
+        p.tangent && (λ .*= d)
         if lu_factor!(A, pivots)
-            lu_solve_transposed!(λ, A, pivots)
+            p.tangent ? lu_solve!(λ, A, pivots) : lu_solve_transposed!(λ, A, pivots)
         else
             fill!(λ, T(NaN))
         end
-        @inbounds @simd for i in 1:n
-            c.Z[i, j] = d[i] * λ[i]
-        end
+        p.tangent || (λ .*= d)
+        copy_column!(c.Z, j, λ, 1)
     end
     c.cold = false
     affine!(c, p)

@@ -18,7 +18,7 @@ function forward!(ws::Tile, problem::Problem, X::AbstractMatrix, start = nothing
 end
 
 function forward_stage!(ws::Tile, problem, stage::Stage, k::Int, X, start)
-    m, c, factors = size(X, 2), ws.columns[k], ws.factors[k]
+    m, c, factors = size(X, 2), ws.columns[k], factors_of(ws, k)
     drive!(c.U, ws.weights.stages[k], ws.Z, X, m, ws.threads)
     stage.recurrent || return evaluate_stage!(ws, stage.rows, stage.activation, c, m)
     start === nothing || copyto!(view(c.Z, :, 1:m), view(start, stage.rows, 1:m))
@@ -45,7 +45,7 @@ function solve_stage!(ws::Tile{T}, problem, rows, f::Activation, k::Int) where {
         M = recurrence.forward, recurrence, f, tol = tolerance(problem.solver, T)::T, floor = scale_floor(T, length(rows)),
         Z = view(ws.Z, rows, :), S = view(ws.S, rows, :), outcome = ws.outcome,
         unique = guarantees_uniqueness(problem.net.constraint)::Bool || adjoint isa Unrolled,
-        latest = ws.latest, factors = ws.factors[k], threads = ws.threads,
+        latest = ws.latest, factors = factors_of(ws, k), threads = ws.threads,
     )
     adjoint isa Unrolled ? unroll!(ws.chains[k], c, stationary, adjoint.steps) : solve!(problem.solver, c, stationary)
     return
@@ -104,26 +104,32 @@ end
 # --- backward ------------------------------------------------------------------------------------------------
 
 """
-    backward!(ws, problem, X, penalty, first_sample)
+    backward!(ws, problem, X, penalty, first_sample, dX = nothing)
 
-Add the gradient of the tile to `ws.gradient` (with respect to the weights in force), given `ws.GY` = ∂L/∂y, and return
-the Jacobian penalty of the tile, which starts at `first_sample` of the batch. `ws.E` is left as ∂L/∂s, from which
-∂L/∂x = Σ inputᵀE.
+Add the gradient of the tile to `ws.gradient` (with respect to the weights in force), given `ws.G` = ∂L/∂z, and return
+the Jacobian penalty of the tile, which starts at `first_sample` of the batch. `ws.E` is left as ∂L/∂s. Where it is wanted,
+∂L/∂x = Σ inputᵀE goes to `dX`.
 """
-function backward!(
-        ws::Tile{T}, problem::Problem, X::AbstractMatrix, penalty = JacobianPenalty(0.0, 0, 1), first_sample = 1
-    ) where {T}
-    net, m = problem.net, size(X, 2)
-    read_out_adjoint!(ws, net, m)
+function backward!(ws::Tile{T}, problem::Problem, X::AbstractMatrix, penalty, first_sample, dX = nothing) where {T}
+    net = problem.net
     reset!(ws.adjoint_outcome)
+    dX === nothing || fill!(dX, 0)
     total = 0.0
     for k in length(net.stages):-1:1
         stage = net.stages[k]
         total += backward_stage!(ws, problem, stage, stage.activation, k, X, penalty, first_sample)::Float64
+        dX === nothing || add_input_pullback!(dX, ws, stage, k)
     end
     return total
 end
 
+function add_input_pullback!(dX, ws::Tile, stage::Stage, k::Int)
+    w = ws.weights.stages[k]
+    isempty(w.input) || mul!(dX, w.input', view(ws.E, stage.rows, axes(dX, 2)), true, true)
+    return
+end
+
+"`ws.G` = ∂L/∂z from `ws.GY` = ∂L/∂y; the gradient of the readout is added to `ws.gradient`."
 function read_out_adjoint!(ws::Tile{T}, net, m) where {T}
     fill!(view(ws.G, :, 1:m), 0)
     if net.outputs == 0
@@ -157,7 +163,7 @@ function backward_stage!(
         if stage.recurrent
             solve_adjoint!(
                 E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G;
-                outcome = ws.adjoint_outcome, factors = ws.factors[k], latest = ws.latest, threads = ws.threads,
+                outcome = ws.adjoint_outcome, factors = factors_of(ws, k), latest = ws.latest, threads = ws.threads,
             )
             direct === nothing || (E .+= direct)
         else
@@ -198,13 +204,13 @@ Prepare the linearised equations ([`Linearized`](@ref)) of the recurrent stages 
 where the products saved outweigh the factorisation. Mean slopes and contraction rates come from a few samples spread over
 the batch.
 """
-function linearize!(ws::Workspace{T}, problem::Problem{T}, X) where {T}
+function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     net, B = problem.net, size(X, 2)
     asked = problem.solver isa Chord
     asked || B >= 2 * PILOTS && any(stage -> stage.recurrent && may_pay(length(stage.rows), B), net.stages) || return
     pilots = 1:cld(B, PILOTS):B
     tile = first(buffers!(ws, length(pilots), 1, 1))
-    tile.latest = false
+    tile.latest = tile.factorised = false
     x = X[:, pilots]
     forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), x)
     for (stage, r) in zip(net.stages, ws.recurrences)
@@ -242,43 +248,7 @@ products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))
 
 # --- solutions ------------------------------------------------------------------------------------------------
 
-"""
-    Solution
-
-The equilibria of a batch: `state` (neurons × samples) and, per sample, `status`, `iterations`, the relative
-`residual`, the contraction `rate` observed and `bound`, a certified bound on max |z - z*| (NaN where the
-constraint gives none).
-"""
-struct Solution{T}
-    state::Matrix{T}
-    status::Vector{Status}
-    iterations::Vector{Int32}
-    residual::Vector{Float64}
-    rate::Vector{Float64}
-    bound::Vector{Float64}
-end
-
-"A solution for so many samples, to be filled in."
-Solution(net::Network{T}, samples::Int) where {T} = Solution{T}(
-    Matrix{T}(undef, neurons(net), samples), Vector{Status}(undef, samples), Vector{Int32}(undef, samples),
-    (Vector{Float64}(undef, samples) for _ in 1:3)...
-)
-
-"Which samples reached their equilibrium."
-converged(s::Solution) = s.status .== CONVERGED
-
-"""
-    equilibrium(net, p, X; solver = Auto(), start = nothing)
-
-The [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`; `start` (neurons ×
-samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`.
-"""
-function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing) where {T}
-    problem = Problem(net; solver)
-    return equilibrium!(Solution(net, size(X, 2)), Workspace(problem), problem, p, X, start)
-end
-
-function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X, start = nothing)
+function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start = nothing)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     unpack!(ws, p)
@@ -288,7 +258,7 @@ function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X,
     buffers = buffers!(ws, B, threads, length(tiles))
     in_parallel(length(tiles), length(buffers)) do thread, k
         samples, tile = tiles[k], buffers[thread]
-        tile.latest = false
+        tile.latest = tile.factorised = false
         m = length(samples)
         forward!(tile, problem, view(X, :, samples), start === nothing ? nothing : view(start, :, samples))
         copyto!(view(solution.state, :, samples), view(tile.Z, :, 1:m))
@@ -299,9 +269,6 @@ function equilibrium!(solution::Solution, ws::Workspace, problem::Problem, p, X,
     end
     return solution
 end
-
-check_features(net, X) = size(X, 1) == net.inputs ||
-    throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
 
 """
     certify!(bound, ws, net, X)

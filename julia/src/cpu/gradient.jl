@@ -1,34 +1,86 @@
-# The training gradient: loss and its gradient with respect to all parameters.
+# The gradient of a batch, of its loss or of a product with any cotangent: the sum over tiles, shared among threads.
 
-"""
-    loss_and_gradient(net, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
-
-The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
-gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
-random vectors `probe` numbers.
-"""
-function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
-    problem = Problem(net; options...)
-    g = zeros(T, length(net))
-    value, _ = loss_and_gradient!(g, Workspace(problem), problem, p, X, Y, probe, weights)
-    return value, g
-end
-
-"""
-    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
-
-The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
-in per sample.
-"""
-function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
+function loss_and_gradient!(
+        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
+    ) where {T}
     net, B = problem.net, size(X, 2)
     check_features(net, X)
-    size(Y) == (output_size(net), B) || throw(
-        DimensionMismatch("targets are $(size(Y)), but $(output_size(net)) outputs for $B samples were expected")
-    )
+    check_size("targets", Y, output_size(net), B)
     weights === nothing || length(weights) == B ||
         throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
     unpack!(ws, p)
+    seed = LossSeed(problem.loss, Y, weights, T(1 / B))
+    summary = pull_back!(g, nothing, ws, problem, X, nothing, seed, probe, report)
+    return summary.loss, summary.quality
+end
+
+function vjp!(
+        g, dX, ws::CPUWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
+    )
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    check_size("cotangents", V, rows_of(net, of), B)
+    check_size("derivatives", dX, net.inputs, B)
+    start === nothing || check_size("states", start, neurons(net), B)
+    unpack!(ws, p)
+    seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
+    summary = pull_back!(g, dX, ws, problem, X, start, seed, probe, report)
+    return summary.loss, summary.quality
+end
+
+# --- where the way back begins ----------------------------------------------------------------------------------
+
+"""
+    begin_back!(tile, seed, net, samples)
+
+Set `tile.G` = ∂L/∂z of the samples in the tile, add the gradient of the readout, and return their loss.
+"""
+function begin_back! end
+
+struct LossSeed{A, W, T}
+    loss::Loss                   # left abstract, as in a problem
+    targets::A
+    weights::W
+    scale::T
+end
+
+function begin_back!(tile::Tile, seed::LossSeed, net, samples)
+    m = length(samples)
+    read_out!(tile, net, m)
+    loss = loss_gradient!(
+        tile.GY, seed.loss, tile.Y, view(seed.targets, :, samples), weights_of(seed.weights, samples), seed.scale
+    )
+    read_out_adjoint!(tile, net, m)
+    return loss
+end
+
+"∂L/∂y is given."
+struct OutputSeed{A}
+    V::A
+end
+
+function begin_back!(tile::Tile, seed::OutputSeed, net, samples)
+    m = length(samples)
+    copyto!(view(tile.GY, :, 1:m), view(seed.V, :, samples))
+    read_out_adjoint!(tile, net, m)
+    return 0.0
+end
+
+"∂L/∂z is given."
+struct StateSeed{A}
+    V::A
+end
+
+function begin_back!(tile::Tile, seed::StateSeed, net, samples)
+    copyto!(view(tile.G, :, 1:length(samples)), view(seed.V, :, samples))
+    return 0.0
+end
+
+# --- the way back -----------------------------------------------------------------------------------------------
+
+# The gradient goes to `g`, that of the samples to `dX` if that is not nothing; the weights are in force.
+function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, probe, report)
+    net, B = problem.net, size(X, 2)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     width = tile_width(net, B)
@@ -44,7 +96,8 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
         tile = buffers[thread]
         tile.gradient = clear!(ws.gradients[share])
         ws.summaries[share] = sum_tiles!(
-            tile, problem, X, Y, weights, report, penalty, width, ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
+            tile, problem, X, start, seed, dX, report, penalty, width,
+            ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
         )
     end
     for share in 2:shares
@@ -52,7 +105,7 @@ function loss_and_gradient!(g, ws::Workspace, problem::Problem, p, X, Y, probe =
         ws.summaries[1] = merge(ws.summaries[1], ws.summaries[share])
     end
     pack_gradient!(g, net, ws.gradients[1], ws.weights)
-    return ws.summaries[1].loss, ws.summaries[1].quality
+    return ws.summaries[1]
 end
 
 """
@@ -67,7 +120,7 @@ const SHARES_LIMIT = 2^26
 shares_of(net::Network{T}) where {T} = clamp(SHARES_LIMIT ÷ (sizeof(T) * length(net)), first(SHARES), last(SHARES))
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
-function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty, width::Int, numbers)
+function sum_tiles!(tile::Tile, problem::Problem, X, start, seed, dX, report, penalty, width::Int, numbers)
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
@@ -75,18 +128,18 @@ function sum_tiles!(tile::Tile, problem::Problem, X, Y, weights, report, penalty
     tile.latest = !(net.constraint isa Monotone)
     for k in numbers
         samples = piece(k, width, size(X, 2))
-        m = length(samples)
         x = view(X, :, samples)
-        forward!(tile, problem, x)
-        read_out!(tile, net, m)
-        scale = eltype(net)(1 / size(X, 2))
-        loss = loss_gradient!(tile.GY, problem.loss, tile.Y, view(Y, :, samples), weights_of(weights, samples), scale)
-        loss += backward!(tile, problem, x, penalty, first(samples))
+        forward!(tile, problem, x, columns_of(start, samples))
+        loss = begin_back!(tile, seed, net, samples)
+        loss += backward!(tile, problem, x, penalty, first(samples), columns_of(dX, samples))
         report === nothing || report!(report, tile, samples)
-        summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, m)))
+        summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, length(samples))))
     end
     return summary
 end
+
+columns_of(::Nothing, samples) = nothing
+columns_of(A::AbstractMatrix, samples) = view(A, :, samples)
 
 function report!((status, residual, adjoint_residual), tile::Tile, samples)
     m = length(samples)
@@ -98,7 +151,8 @@ end
 
 # Lets Newton's method leave its factorisations to the adjoint.
 function keep_factors!(tile::Tile{T}, problem::Problem) where {T}
-    problem.solver isa Newton && problem.adjoint isa Implicit || return
+    tile.factorised = problem.solver isa Newton && problem.adjoint isa Implicit
+    tile.factorised || return
     for (k, stage) in enumerate(problem.net.stages)
         n = length(stage.rows)
         stage.recurrent && n^2 * tile.width * sizeof(T) <= FACTORS_LIMIT || continue
@@ -106,3 +160,6 @@ function keep_factors!(tile::Tile{T}, problem::Problem) where {T}
     end
     return
 end
+
+"The factorisations of stage k, where they are wanted and there is room for them."
+factors_of(tile::Tile, k::Int) = tile.factorised ? tile.factors[k] : nothing

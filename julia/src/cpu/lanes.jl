@@ -347,9 +347,9 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
         load!(w.U, c.U, first_sample, count)
         load!(w.D, D, first_sample, count)
         multiply_lanes!(w.step, w.D, w.U, Val(L))
-        direction_lanes!(w, p.recurrence.backward::Matrix{T})
+        direction_lanes!(w, p.M::Matrix{T})
         copyto!(w.Z, w.step)
-        affine_lanes!(w, p.recurrence.backward::Matrix{T}, false)
+        affine_lanes!(w, p.M::Matrix{T}, false)
         residual_lanes!(w)
         for l in 1:count
             j = first_sample + l - 1

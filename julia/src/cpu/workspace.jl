@@ -1,26 +1,4 @@
-# A problem, and the buffers in which it is solved.
-
-const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
-
-"""
-    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
-
-A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
-"""
-mutable struct Problem{T}
-    const net::Network{T}
-    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
-    const solver::Solver
-    const adjoint::Adjoint
-    const loss::Loss
-    const jacobian_penalty::Float64
-end
-function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
-    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
-    jacobian_penalty > 0 && adjoint isa Unrolled &&
-        throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
-    return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
-end
+# The buffers of the CPU: those of a tile of samples, one set per thread, and what the tiles share.
 
 """
     Tile(net, width)
@@ -48,6 +26,7 @@ mutable struct Tile{T}
     const adjoint_outcome::Outcome
     threads::Int                              # among which products may be shared
     latest::Bool                              # whether the values of the last evaluations are wanted, see `deliver!`
+    factorised::Bool                          # whether the factorisations of Newton's method are
 end
 
 function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where {T}
@@ -60,25 +39,13 @@ function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where
         [Columns{T}(n, n > 0 ? width : 0, zeros(T, n, n > 0 ? width : 0)) for n in recurrent],
         Union{Nothing, Factors{T}}[nothing for _ in net.stages],
         [Matrix{T}[] for _ in net.stages],
-        Outcome(width), Outcome(width), 1, false,
+        Outcome(width), Outcome(width), 1, false, false,
     )
 end
 
 # --- how it went ----------------------------------------------------------------------------------------------
 
-"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
-const WORST_ADJOINT = 1.0e-3
-
-"""
-Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
-solves and of the adjoint (NaN where an adjoint system was singular).
-"""
-struct Quality
-    unconverged::Int
-    residual::Float64
-    adjoint_residual::Float64
-end
-Quality() = Quality(0, 0.0, 0.0)
+# --- how it went ----------------------------------------------------------------------------------------------
 
 function Quality(tile::Tile, adjoint::Adjoint, samples::Int)
     forward, backward = tile.outcome, tile.adjoint_outcome
@@ -92,31 +59,15 @@ function Quality(tile::Tile, adjoint::Adjoint, samples::Int)
     return Quality(unconverged, residual, adjoint_residual)
 end
 
-Base.merge(a::Quality, b::Quality) = Quality(
-    a.unconverged + b.unconverged, worse(a.residual, b.residual), worse(a.adjoint_residual, b.adjoint_residual)
-)
-
-"The loss over some samples, and the quality of their solves."
-struct Summary
-    loss::Float64
-    quality::Quality
-end
-Summary() = Summary(0.0, Quality())
-Base.merge(a::Summary, b::Summary) = Summary(a.loss + b.loss, merge(a.quality, b.quality))
-
-"Whether the gradient is that of the loss at an equilibrium only."
-needs_equilibrium(::Adjoint) = true
-needs_equilibrium(::Unrolled) = false
-
 # --- all buffers ----------------------------------------------------------------------------------------------
 
 """
-    Workspace(problem)
+    CPUWorkspace(net)
 
-All buffers of a solve and of a gradient: the weights in force, a [`Tile`](@ref) per thread, and the partial sums of the
+The [`AbstractWorkspace`](@ref) of the CPU: the weights in force, a [`Tile`](@ref) per thread, and the partial sums of the
 gradient.
 """
-mutable struct Workspace{T}
+mutable struct CPUWorkspace{T} <: AbstractWorkspace{T}
     const net::Network{T}
     const weights::Weights{T}
     const recurrences::Vector{Recurrence{T}}
@@ -125,15 +76,17 @@ mutable struct Workspace{T}
     const summaries::Vector{Summary}
 end
 
-function Workspace(problem::Problem{T}) where {T}
-    weights = Weights(problem.net)
-    return Workspace{T}(
-        problem.net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(problem.net)], [Summary()],
+function CPUWorkspace(net::Network{T}) where {T}
+    weights = Weights(net)
+    return CPUWorkspace{T}(
+        net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(net)], [Summary()],
     )
 end
 
+allocate(::CPUWorkspace{T}, dimensions::Int...) where {T} = zeros(T, dimensions)
+
 "Put the parameters into force."
-function unpack!(ws::Workspace, p)
+function unpack!(ws::CPUWorkspace, p)
     unpack!(ws.weights, ws.net, p)
     foreach(r -> refresh!(r, Threads.nthreads()), ws.recurrences)
     return ws
@@ -145,7 +98,7 @@ end
 A [`Tile`](@ref) for each of the threads that can work at once on a batch of so many samples. Threads that a single tile leaves
 idle share its products.
 """
-function buffers!(ws::Workspace, samples::Int, threads::Int, pieces::Int)
+function buffers!(ws::CPUWorkspace, samples::Int, threads::Int, pieces::Int)
     width, workers = tile_width(ws.net, samples), min(threads, pieces)
     isempty(ws.tiles) || first(ws.tiles).width >= width || empty!(ws.tiles)
     while length(ws.tiles) < workers

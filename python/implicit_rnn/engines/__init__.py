@@ -5,13 +5,25 @@ from __future__ import annotations
 import os
 import threading
 
-from implicit_rnn.engines.base import Engine, Halt, Of, Problem, Program, Quality, Replicas, Samples, Trainer
+from implicit_rnn.engines.base import (
+    CompiledNetwork,
+    Engine,
+    Halt,
+    Of,
+    Problem,
+    Program,
+    Quality,
+    Replicas,
+    Samples,
+    Trainer,
+)
 from implicit_rnn.engines.numpy import NumpyEngine
 from implicit_rnn.errors import EngineError, EngineWarning, warn
 from implicit_rnn.options import check_choice
 
 __all__ = [
     "ENGINES",
+    "CompiledNetwork",
     "Engine",
     "Halt",
     "Of",

@@ -1,8 +1,8 @@
 """The small protocol between the Python API and an engine: what is posed, compiled, becomes a handle that solves.
 
-A network's ``Problem`` becomes a ``Program``, an ``Equation`` of any function a ``CompiledEquation``. All arrays are
-C-contiguous NumPy arrays of the problem's dtype unless said otherwise, and engines write results into arrays the caller
-allocated.
+A network's topology becomes a ``CompiledNetwork``, which has the memory of its computations, and that with the options of a
+``Problem`` a ``Program``; an ``Equation`` of any function becomes a ``CompiledEquation``. All arrays are C-contiguous NumPy
+arrays of the network's dtype unless said otherwise, and engines write results into arrays the caller allocated.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ WORST_ADJOINT = 1e-3
 
 @dataclass(frozen=True)
 class Problem:
-    """A topology with all that is chosen about its solution and its training: what an engine compiles."""
+    """All that is chosen about the solution of a network and its training."""
 
-    topology: Topology
-    dtype: str
     solver: Solver
     adjoint: Adjoint
     loss: Loss
@@ -125,7 +123,7 @@ class Trainer(Protocol):
 
 
 class Program(Protocol):
-    """A compiled problem."""
+    """The calls of a compiled network with the options of a problem."""
 
     def solve(self, p: np.ndarray, X: np.ndarray, z0: np.ndarray | None, out: Solution) -> None:
         """Equilibria for X (B, inputs) and the parameters p, from the start z0 (B, N) or zero."""
@@ -179,6 +177,13 @@ class Program(Protocol):
 
     def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> Trainer:
         """A trainer of ``nets`` nets, for all optimisers but LBFGS; ``clip`` bounds the Euclidean norm of a gradient."""
+
+
+class CompiledNetwork(Protocol):
+    """A topology in a dtype, with the memory of all that is computed of it, whatever the options."""
+
+    def program(self, problem: Problem) -> Program:
+        """With these options; it shares the memory and is small, to be made and dropped at will."""
 
 
 # --- equations -----------------------------------------------------------------------------------------------
@@ -300,7 +305,7 @@ class Engine(Protocol):
 
     name: str
 
-    def compile(self, problem: Problem) -> Program:
+    def compile(self, topology: Topology, dtype: str) -> CompiledNetwork:
         """Prepare a network."""
 
     def compile_equation(self, equation: Equation) -> CompiledEquation:

@@ -16,7 +16,7 @@ from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
-from implicit_rnn.solution import remedy
+from implicit_rnn.solution import Solution, remedy
 from implicit_rnn.training import checkpoints
 from implicit_rnn.training.checkpoints import Checkpoint
 from implicit_rnn.training.history import Run
@@ -197,7 +197,7 @@ class Training:
             return
         losses, failures = np.full(len(self.nets), np.nan), np.full(len(self.nets), -1)
         for k in np.flatnonzero(state.running):
-            losses[k], failures[k] = self._loss_of(self.nets[int(k)], self.held_out)
+            losses[k], failures[k] = self._loss_of(state.nets.parameters[k], self.held_out)
         state.validation_epochs.append(state.epoch)
         state.validation_losses.append(losses)
         state.validation_unconverged.append(failures)
@@ -209,10 +209,13 @@ class Training:
             state.improved_loss[improved], state.improved_epoch[improved] = losses[improved], state.epoch
             self._halt(state.epoch - state.improved_epoch >= stopping.patience, Halt.NO_IMPROVEMENT)
 
-    def _loss_of(self, net: Network, samples: Samples) -> tuple[float, int]:
-        """The loss on samples, and how many of them did not reach their equilibrium."""
-        solution = net.equilibrium(samples.X, solver=self.settings.reader, on_failure="ignore")
-        loss, _ = self.settings.loss.value_and_gradient(net.read_out(solution.state), samples.Y, samples.weights)
+    def _loss_of(self, p: Array, samples: Samples) -> tuple[float, int]:
+        """The loss of a net with the parameters p on samples, and how many of them did not reach their equilibrium."""
+        first = self.nets[0]
+        solution = Solution.empty(len(samples), first.topology.neurons, first.dtype)
+        first.program(self.settings.reader).solve(p, samples.X, None, solution)
+        outputs = first.topology.read_out(p, solution.state)
+        loss, _ = self.settings.loss.value_and_gradient(outputs, samples.Y, samples.weights)
         failed = int((~solution.converged).sum()) if self.settings.adjoint.needs_equilibrium else 0
         return float(loss), failed
 

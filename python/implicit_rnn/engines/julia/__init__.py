@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from implicit_rnn.engines.base import Equation, Problem
+from implicit_rnn.engines.base import Equation
 from implicit_rnn.engines.julia.equations import JuliaEquation
-from implicit_rnn.engines.julia.network import JuliaProgram
+from implicit_rnn.engines.julia.network import JuliaNetwork
+from implicit_rnn.model.topology import Topology
 from implicit_rnn.runtime import start
 
 __all__ = ["JuliaEngine"]
@@ -18,8 +19,8 @@ class JuliaEngine:
     def __init__(self) -> None:
         start.entry_points()
 
-    def compile(self, problem: Problem) -> JuliaProgram:
-        return JuliaProgram(problem)
+    def compile(self, topology: Topology, dtype: str) -> JuliaNetwork:
+        return JuliaNetwork(topology, dtype)
 
     def compile_equation(self, equation: Equation) -> JuliaEquation:
         return JuliaEquation(equation)

@@ -13,6 +13,7 @@ from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.losses import MSE, CustomLoss
 from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
+from implicit_rnn.model.topology import Topology
 from implicit_rnn.options import Option
 from implicit_rnn.runtime import start
 from implicit_rnn.solution import CONVERGED, GradientReport, Solution
@@ -46,17 +47,27 @@ class Handle:
         weakref.finalize(self, _released.append, number).atexit = False
 
 
+class JuliaNetwork:
+    """See ``engines.base.CompiledNetwork``."""
+
+    def __init__(self, topology: Topology, dtype: str) -> None:
+        self.topology, self.dtype = topology, dtype
+        number, parameters = call("compile", _describe(topology, dtype))
+        self._handle = Handle(number)
+        if parameters != topology.parameters:
+            raise EngineError(
+                f"the Julia side counts {parameters} parameters, Python {topology.parameters}; the package is damaged"
+            )
+
+    def program(self, problem: Problem) -> JuliaProgram:
+        return JuliaProgram(self, Handle(call("program", self._handle.number, _options(problem))), problem)
+
+
 class JuliaProgram:
     """See ``engines.base.Program``."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        number, parameters = call("compile", _describe(problem))
-        self._handle = Handle(number)
-        if parameters != problem.topology.parameters:
-            raise EngineError(
-                f"the Julia side counts {parameters} parameters, Python {problem.topology.parameters}; the package is damaged"
-            )
+    def __init__(self, network: JuliaNetwork, handle: Handle, problem: Problem) -> None:
+        self._network, self._handle, self._problem = network, handle, problem
 
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
@@ -75,7 +86,7 @@ class JuliaProgram:
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None
     ) -> tuple[float, Quality]:
         """Forward in Julia, the loss in Python, and back in Julia from the equilibria found."""
-        topology, X = self._problem.topology, samples.X
+        topology, X = self._network.topology, samples.X
         found = Solution.empty(len(X), topology.neurons, X.dtype)
         self.solve(p, X, None, found)
         Y = topology.read_out(p, found.state)
@@ -152,8 +163,8 @@ class JuliaProgram:
                 f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
             )
         if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
-            shape, dtype = (nets, self._problem.topology.parameters), np.dtype(self._problem.dtype)
-            return StepTrainer(self._gradients, optimizer, shape, dtype, clip, guard)
+            shape = (nets, self._network.topology.parameters)
+            return StepTrainer(self._gradients, optimizer, shape, np.dtype(self._network.dtype), clip, guard)
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
@@ -218,16 +229,20 @@ def _start(z0: Array | None, X: Array) -> Array:
     return np.empty(0, X.dtype) if z0 is None else z0.reshape(-1)
 
 
-def _describe(problem: Problem) -> dict[str, Any]:
-    topology = problem.topology
+def _describe(topology: Topology, dtype: str) -> dict[str, Any]:
     outputs = topology.outputs
     return topology.description() | {
-        "dtype": problem.dtype,
+        "dtype": dtype,
         "feedback": [[j + 1, i + 1] for j, i in topology.feedback],
         "skips": [[a + 1, b + 1] for a, b in topology.skips],
         "input_skips": [layer + 1 for layer in topology.input_skips],
         "outputs": outputs if isinstance(outputs, int) else [neuron + 1 for neuron in outputs],
         "constraint": {"name": topology.constraint.name, "values": list(topology.constraint.options().values())},
+    }
+
+
+def _options(problem: Problem) -> dict[str, Any]:
+    return {
         "solver": _option(problem.solver),
         "adjoint": _option(problem.adjoint),
         # A loss of Python's stays here, and Julia is asked for vector-Jacobian products only.

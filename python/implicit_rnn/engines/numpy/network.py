@@ -17,7 +17,7 @@ from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
-from implicit_rnn.model.topology import INPUT, Stage
+from implicit_rnn.model.topology import INPUT, Stage, Topology
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled
 
@@ -40,17 +40,28 @@ class NumpyEngine:
 
     name = "numpy"
 
-    def compile(self, problem: Problem) -> NumpyProgram:
+    def compile(self, topology: Topology, dtype: str) -> NumpyNetwork:
+        return NumpyNetwork(topology, dtype)
+
+    def compile_equation(self, equation: base.Equation) -> PythonEquation:
+        return PythonEquation(equation)
+
+
+@dataclass(frozen=True)
+class NumpyNetwork:
+    """See ``engines.base.CompiledNetwork``."""
+
+    topology: Topology
+    dtype: str
+
+    def program(self, problem: Problem) -> NumpyProgram:
         if not solvers.is_supported(problem.solver):
             raise _unsupported(f"the solver {problem.solver.name}")
         if type(problem.adjoint) not in ADJOINTS:
             raise _unsupported(f"the adjoint {problem.adjoint.name}")
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
             raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
-        return NumpyProgram(problem)
-
-    def compile_equation(self, equation: base.Equation) -> PythonEquation:
-        return PythonEquation(equation)
+        return NumpyProgram(self.topology, np.dtype(self.dtype), problem)
 
 
 def _unsupported(what: str) -> EngineError:
@@ -85,9 +96,9 @@ class Equilibria:
 class NumpyProgram:
     """See ``engines.base.Program``."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.topology = problem.topology
-        self.dtype = np.dtype(problem.dtype)
+    def __init__(self, topology: Topology, dtype: np.dtype, problem: Problem) -> None:
+        self.topology = topology
+        self.dtype = dtype
         self.solver = problem.solver
         self.adjoint = problem.adjoint
         self.loss = problem.loss

@@ -1,0 +1,54 @@
+# The derivative of the weights in force along a direction of the parameters: through the constraints in dual numbers.
+
+"""
+    unpack_tangent(net, w, v)
+
+The [`Weights`](@ref) whose entries are the derivatives of those in force, `w`, along the direction `v` of the parameters.
+"""
+function unpack_tangent(net::Network{T}, w::Weights{T}, v) where {T}
+    tangent = unpack!(Weights(net), net, v)
+    for (stage, ws, ts) in zip(net.stages, w.stages, tangent.stages)
+        stage.recurrent || continue
+        dual = dual_stage(stage, net, ws, ts)
+        ts.recurrent .= only.(partials.(constrain!(dual, net.constraint, stage.slopes).recurrent))
+    end
+    return tangent
+end
+
+function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T}
+    dual = StageWeights{Dual{Nothing, T, 1}}(stage, net.inputs)
+    dual.raw .= Dual{Nothing}.(w.raw, t.raw)
+    dual.scales .= Dual{Nothing}.(w.scales, t.scales)
+    return dual
+end
+
+# --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
+
+# First-order perturbation of the largest eigenvalue λ₁ and its eigenvector: v₁′ = Σₖ (vₖᵀM′v₁)/(λ₁ - λₖ) vₖ.
+function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
+    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    values, vectors = eigen(Symmetric((M .+ M') ./ 2))
+    n = length(values)
+    v, S = vectors[:, n], (dM .+ dM') ./ 2
+    dv = zero(v)
+    for k in 1:(n - 1)
+        dv .+= (dot(vectors[:, k], S, v) / (values[n] - values[k])) .* vectors[:, k]
+    end
+    dual_v = Dual{Nothing}.(v, dv)
+    return Dual{Nothing}(max(values[n], floatmin()), dot(v, S, v)), (slopes .* dual_v) * dual_v'
+end
+
+# The same for singular values, from MᵀM and MMᵀ.
+function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
+    M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    U, s, V = svd(M)
+    u, v = U[:, 1], V[:, 1]
+    du, dv = zero(u), zero(v)
+    for k in 2:length(s)
+        a, b, gap = dot(U[:, k], dM, v), dot(u, dM, V[:, k]), s[1]^2 - s[k]^2
+        du .+= ((s[1] * a + s[k] * b) / gap) .* U[:, k]
+        dv .+= ((s[1] * b + s[k] * a) / gap) .* V[:, k]
+    end
+    return Dual{Nothing}(max(s[1], floatmin()), dot(u, dM, v)),
+        (slopes .* Dual{Nothing}.(u, du)) * Dual{Nothing}.(v, dv)'
+end

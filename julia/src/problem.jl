@@ -1,0 +1,204 @@
+# What is posed and what comes of it; and the seam between them and the hardware: a workspace does batches.
+
+const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
+
+"""
+    Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
+
+A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
+"""
+mutable struct Problem{T}
+    const net::Network{T}
+    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
+    const solver::Solver
+    const adjoint::Adjoint
+    const loss::Loss
+    const jacobian_penalty::Float64
+end
+function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
+    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
+    jacobian_penalty > 0 && adjoint isa Unrolled &&
+        throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
+    return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
+end
+
+# --- how it went ----------------------------------------------------------------------------------------------
+
+"""
+    Solution
+
+The equilibria of a batch: `state` (neurons × samples) and, per sample, `status`, `iterations`, the relative
+`residual`, the contraction `rate` observed and `bound`, a certified bound on max |z - z*| (NaN where the
+constraint gives none).
+"""
+struct Solution{T, A <: AbstractMatrix{T}}
+    state::A
+    status::Vector{Status}
+    iterations::Vector{Int32}
+    residual::Vector{Float64}
+    rate::Vector{Float64}
+    bound::Vector{Float64}
+end
+
+"A solution for so many samples, to be filled in."
+Solution(net::Network{T}, samples::Int) where {T} = Solution(
+    Matrix{T}(undef, neurons(net), samples), Vector{Status}(undef, samples), Vector{Int32}(undef, samples),
+    (Vector{Float64}(undef, samples) for _ in 1:3)...
+)
+
+"Which samples reached their equilibrium."
+converged(s::Solution) = s.status .== CONVERGED
+
+"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
+const WORST_ADJOINT = 1.0e-3
+
+"""
+Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
+solves and of the adjoint (NaN where an adjoint system was singular).
+"""
+struct Quality
+    unconverged::Int
+    residual::Float64
+    adjoint_residual::Float64
+end
+Quality() = Quality(0, 0.0, 0.0)
+
+Base.merge(a::Quality, b::Quality) = Quality(
+    a.unconverged + b.unconverged, worse(a.residual, b.residual), worse(a.adjoint_residual, b.adjoint_residual)
+)
+
+"The loss over some samples, and the quality of their solves."
+struct Summary
+    loss::Float64
+    quality::Quality
+end
+Summary() = Summary(0.0, Quality())
+Base.merge(a::Summary, b::Summary) = Summary(a.loss + b.loss, merge(a.quality, b.quality))
+
+"Whether the gradient is that of the loss at an equilibrium only."
+needs_equilibrium(::Adjoint) = true
+needs_equilibrium(::Unrolled) = false
+
+# --- the seam -------------------------------------------------------------------------------------------------
+
+"""
+    AbstractWorkspace{T}
+
+Where and how batches of a network are computed: all buffers of its passes, on some hardware. It is made for a network, and each
+call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, and the methods
+
+- [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
+- [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)`
+- [`vjp!`](@ref)`(g, dX, ws, problem, p, X, V; of, start, probe, report)`
+- [`jvp!`](@ref)`(tangent, ws, problem, p, X, dp, dX; of, start, report)`
+- [`allocate`](@ref)`(ws, dimensions...)`
+
+All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
+package.
+"""
+abstract type AbstractWorkspace{T} end
+
+"""
+    equilibrium!(solution, ws, problem, p, X, start = nothing)
+
+Fill in the [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`, from the iterate `start` (neurons ×
+samples) or zero.
+"""
+function equilibrium! end
+
+"""
+    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
+
+The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
+in per sample.
+"""
+function loss_and_gradient! end
+
+"""
+    vjp!(g, dX, ws, problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing)
+
+The derivative of Σ ⟨V, outputs⟩, or with `of = :state` of Σ ⟨V, state⟩, with respect to the parameters goes to `g`, that with
+respect to the samples to `dX` (features × samples). Where `start` (neurons × samples) holds the equilibria, one evaluation of f says
+so. The loss of the problem plays no part; its Jacobian penalty is added. Returns the penalty and the [`Quality`](@ref); the
+`report` is that of [`loss_and_gradient!`](@ref).
+"""
+function vjp! end
+
+"""
+    jvp!(tangent, ws, problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing)
+
+The derivative of the outputs, or with `of = :state` of the states, along the direction `dp` of the parameters and `dX` of the
+samples goes to `tangent`: the map whose transpose [`vjp!`](@ref) is. Returns the [`Quality`](@ref), whose adjoint residuals are those
+of the systems of the tangents.
+"""
+function jvp! end
+
+"    allocate(ws, dimensions...)\n\nAn array of zeros where the workspace computes."
+function allocate end
+
+"    Workspace(net)\n\nThe [`AbstractWorkspace`](@ref) for a network on this machine's CPU."
+Workspace(net::Network) = CPUWorkspace(net)
+
+# --- with a workspace of their own ----------------------------------------------------------------------------
+
+"""
+    equilibrium(net, p, X; solver = Auto(), start = nothing)
+
+The [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`; `start` (neurons ×
+samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`.
+"""
+function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing) where {T}
+    problem = Problem(net; solver)
+    return equilibrium!(Solution(net, size(X, 2)), Workspace(net), problem, p, X, start)
+end
+
+"""
+    loss_and_gradient(net, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
+
+The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
+gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
+random vectors `probe` numbers.
+"""
+function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
+    problem = Problem(net; options...)
+    g = zeros(T, length(net))
+    value, _ = loss_and_gradient!(g, Workspace(net), problem, p, X, Y, probe, weights)
+    return value, g
+end
+
+"""
+    vjp(net, p, X, V; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
+
+The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to the samples `X` (features × samples), see
+[`vjp!`](@ref): those of any loss L for V = ∂L/∂outputs (outputs × samples).
+"""
+function vjp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, V::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
+    g, dX = zeros(T, length(net)), zeros(T, size(X))
+    vjp!(g, dX, Workspace(net), Problem(net; options...), p, X, V; of, start)
+    return g, dX
+end
+
+"""
+    jvp(net, p, X, dp, dX; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
+
+The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref).
+"""
+function jvp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, dp::AbstractVector, dX::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
+    tangent = zeros(T, rows_of(net, of), size(X, 2))
+    jvp!(tangent, Workspace(net), Problem(net; options...), p, X, dp, dX; of, start)
+    return tangent
+end
+
+"Entries of a sample of what is differentiated."
+function rows_of(net::Network, of::Symbol)
+    of in (:outputs, :state) || throw(ArgumentError("of must be :outputs or :state, got :$of"))
+    return of === :outputs ? output_size(net) : neurons(net)
+end
+
+# --- checks ---------------------------------------------------------------------------------------------------
+
+check_features(net, X) = size(X, 1) == net.inputs ||
+    throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
+
+check_size(what, A, rows, samples) = size(A) == (rows, samples) ||
+    throw(DimensionMismatch("$what are $(size(A)), but $rows rows for $samples samples were expected"))
