@@ -104,7 +104,7 @@ def bridge(result: dict[str, Any]) -> str:
 
 
 def datasets(result: dict[str, Any]) -> str:
-    header = ["data", "samples", "score", "ours", "MLP", "difference", "p", "verdict", "fit", "MLP fit"]
+    header = ["data", "samples", "score", "ours", "MLP", "difference", "p", "verdict"]
     rows = [
         [
             r["data"],
@@ -115,8 +115,6 @@ def datasets(result: dict[str, Any]) -> str:
             f"{r['difference']:+.3f}",
             f"{r['p']:.3f}",
             r["verdict"],
-            f"{r['seconds']:.2f} s",
-            f"{r['MLP seconds']:.2f} s",
         ]
         for r in result["rows"]
     ]
