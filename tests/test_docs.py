@@ -95,6 +95,13 @@ def test_python_blocks_of_a_page_print_what_it_shows(page, tmp_path):
     assert not [text for text in wrong if text]
 
 
+@pytest.mark.parametrize("library", ["sklearn", "torch"])
+def test_block_of_the_readme_on_another_library_runs(library, tmp_path):
+    pytest.importorskip(library)
+    (code,) = [code for code, _ in blocks("README.md", "py") if f"implicit_rnn.{library}" in code]
+    printed_by([code], tmp_path)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_output_that_a_page_shows_belongs_to_a_block(page):
     text = (CHECKOUT / page).read_text("utf-8")
