@@ -5,7 +5,7 @@
     adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
     limits = options(; tol = nothing, max_iterations = 1000)
     # With the keywords of the bridge, each set of which is a method of its own.
-    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;)) where {T}
+    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;), products = false) where {T}
         net = Network{T}(
             2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
             input_skips = Int[], outputs = 1, constraint = constraint(0.9),
@@ -15,13 +15,17 @@
         p, X, Y = fill(T(0.1), length(net)), ones(T, 2, samples), zeros(T, 1, samples)
         equilibrium!(Solution(net, samples), Workspace(net), problem, p, X, nothing)
         loss_and_gradient!(zeros(T, length(net)), Workspace(net), problem, p, X, Y, 0, nothing, nothing)
+        for start in (products ? (nothing, zeros(T, neurons, samples)) : ())
+            vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
+            jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)
+        end
         trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2)
         order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
         train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
     end
     @compile_workload begin
         for T in (Float64, Float32)
-            exercise(T, 3, "tanh", Perron, Auto)
+            exercise(T, 3, "tanh", Perron, Auto; products = true)
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 200)
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Chord)
         end
