@@ -3,8 +3,8 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Optimisers, Solver, Workspace, equilibrium!, hessian_vector_product!, interrupt_address, jvp!,
-    loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
+using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!,
+    interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
 
 """
