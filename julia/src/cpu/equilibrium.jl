@@ -125,7 +125,7 @@ end
 
 function add_input_pullback!(dX, ws::Tile, stage::Stage, k::Int)
     w = ws.weights.stages[k]
-    isempty(w.input) || mul!(dX, w.input', view(ws.E, stage.rows, axes(dX, 2)), true, true)
+    isempty(w.input) || gemm!('T', 'N', true, w.input, view(ws.E, stage.rows, axes(dX, 2)), true, dX)
     return
 end
 
@@ -138,7 +138,7 @@ function read_out_adjoint!(ws::Tile{T}, net, m) where {T}
         end
     else
         rows = first(net.readout):last(net.readout)
-        mul!(view(ws.G, rows, 1:m), ws.weights.C', view(ws.GY, :, 1:m))
+        gemm!('T', 'N', true, ws.weights.C, view(ws.GY, :, 1:m), false, view(ws.G, rows, 1:m))
         add_outer!(ws.gradient.C, ws.GY, view(ws.Z, rows, :), m)
         add_columns!(ws.gradient.d, ws.GY, m)
     end
@@ -187,7 +187,7 @@ function unroll_back!(E, gR, c::Columns{T}, chain, steps, f, R, G) where {T}
         e .*= λ
         E .+= e
         add_outer!(gR, e, view(chain[2k - 1], :, 1:m), m)
-        mul!(λ, R', e)
+        gemm!('T', 'N', true, R, e, false, λ)
     end
     return
 end
@@ -290,7 +290,8 @@ function certify!(bound, ws::Tile, net::Network, X)
         copyto!(c.S, c.U)
         stage.recurrent && multiply_add!(c.S, w.recurrent, c.Z, m)
         foreach(j -> activate!(c.F, stage.activation, c.S, c.Z, j), 1:m)
-        e = abs.(view(c.F, :, 1:m) .- Z) .+ stage.slopes .* (abs.(w.feed) * view(error, 1:(first(rows) - 1), 1:m))
+        fed = gemm!('N', 'N', true, Float64.(abs.(w.feed)), error[1:(first(rows) - 1), :], false, zeros(length(rows), m))
+        e = abs.(view(c.F, :, 1:m) .- Z) .+ stage.slopes .* fed
         if stage.recurrent
             stretch = net.constraint isa Union{InfNorm, Perron} ? w.stretch : ones(length(rows))
             measure = net.constraint isa Union{InfNorm, Perron} ? maximum : norm

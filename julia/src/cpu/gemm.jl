@@ -23,6 +23,21 @@ column_group(A) = (group = UNPACKED ÷ length(A); group >= 8 ? group & ~7 : Int(
 
 is_small(A) = size(A, 1) <= SMALL && size(A, 2) <= SMALL
 
+"""
+    gemm!(tA, tB, α, A, B, β, C)
+
+`C = α op(A) op(B) + β C`, as in BLAS. `mul!` would compile its cases for matrices of two and three rows for every combination
+of array types, which were a sixth of the compiled package.
+"""
+gemm!(tA, tB, α, A::Dense{T}, B::Dense{T}, β, C::Dense{T}) where {T <: BlasFloat} =
+    isempty(C) ? C : BLAS.gemm!(tA, tB, T(α), A, B, T(β), C)
+gemm!(tA, tB, α, A, B, β, C) = mul!(C, tA == 'N' ? A : transpose(A), tB == 'N' ? B : transpose(B), α, β)
+
+"    gemv!(t, α, A, x, β, y)\n\n`y = α op(A) x + β y`, likewise."
+gemv!(t, α, A::Dense{T}, x::StridedVector{T}, β, y::StridedVector{T}) where {T <: BlasFloat} =
+    isempty(y) ? y : BLAS.gemv!(t, T(α), A, x, T(β), y)
+gemv!(t, α, A, x, β, y) = mul!(y, t == 'N' ? A : transpose(A), x, α, β)
+
 "    multiply_add!(S, A, B, m)\n\n`S[:, 1:m] += A B[1:k, 1:m]` for A with k columns."
 function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
     n, k = size(A)
@@ -43,7 +58,7 @@ function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <
     end
     return S
 end
-multiply_add!(S, A, B, m::Int) = (mul!(view(S, :, 1:m), A, view(B, axes(A, 2), 1:m), true, true); S)
+multiply_add!(S, A, B, m::Int) = (gemm!('N', 'N', true, A, view(B, axes(A, 2), 1:m), true, view(S, :, 1:m)); S)
 
 "    multiply_add!(S, A, B, m, threads)\n\nThe same with the rows of a large A shared among threads."
 function multiply_add!(S, A, B, m::Int, threads::Int)
@@ -123,7 +138,7 @@ function add_outer!(G::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: B
     end
     return G
 end
-add_outer!(G, A, B, m::Int) = mul!(G, view(A, :, 1:m), view(B, :, 1:m)', true, true)
+add_outer!(G, A, B, m::Int) = gemm!('N', 'T', true, view(A, :, 1:m), view(B, :, 1:m), true, G)
 
 "    add_outer!(G, A, B, m, threads)\n\nThe same with the columns of a large G shared among threads."
 function add_outer!(G, A, B, m::Int, threads::Int)

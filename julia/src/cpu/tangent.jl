@@ -77,8 +77,8 @@ function unroll_tangent!(E, c::Columns, chain, steps, f, R, dR, G)
     for k in 1:steps
         check_interrupt()
         copyto!(E, G)
-        mul!(E, dR, view(chain[2k - 1], :, 1:m), true, true)
-        mul!(E, R, dZ, true, true)
+        gemm!('N', 'N', true, dR, view(chain[2k - 1], :, 1:m), true, E)
+        gemm!('N', 'N', true, R, dZ, true, E)
         slopes!(D, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
         dZ .= D .* E
     end

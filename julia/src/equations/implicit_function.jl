@@ -45,7 +45,7 @@ function (s::KnownInverses)(_, _, b, _)
     solution = similar(rhs)
     for j in axes(rhs, 2)
         inverse = view(s.inverses, :, :, j)
-        mul!(view(solution, :, j), s.transposed ? transpose(inverse) : inverse, view(rhs, :, j))
+        gemv!(s.transposed ? 'T' : 'N', true, inverse, view(rhs, :, j), false, view(solution, :, j))
     end
     return vec(solution)
 end

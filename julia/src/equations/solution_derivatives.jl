@@ -81,7 +81,7 @@ end
         @inbounds w.z[i] -= inverse[i, k] * w.r[k]
     end
     conditions_jacobian!(w.corrected, p, w.z, sample)
-    n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : mul!(A, inverse, w.corrected)
+    n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : gemm!('N', 'N', true, inverse, w.corrected, false, A)
     for i in 1:n
         @inbounds A[i, i] -= one(T)
     end
@@ -211,7 +211,7 @@ function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, 
         copy_column!(w.at, 1, inverses.Z, j)
         argument_jacobian!(B, p, w.at, j, index)
         if n <= DENSE
-            mul!(view(J, :, :, j), inverse!(inverses, w, p, j), B, -one(T), zero(T))
+            gemm!('N', 'N', -1, inverse!(inverses, w, p, j), B, false, view(J, :, :, j))
         else
             tangent(x) = (check_interrupt(); conditions_along(p, w.at, j, x))
             foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), 1:entries)

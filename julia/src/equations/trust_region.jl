@@ -107,9 +107,9 @@ function dogleg!(w::Dogleg, l::Linearization, solvable::Bool, radius::Float64, s
             return true
         end
     end
-    mul!(w.gradient, transpose(w.J), w.c)
+    gemv!('T', true, w.J, w.c, false, w.gradient)
     steepness = norm(w.gradient)
-    mul!(w.image, w.J, w.gradient)
+    gemv!('N', true, w.J, w.gradient, false, w.image)
     steepness > 0 && (length_of_cauchy = steepness * (steepness / norm(w.image))^2; isfinite(length_of_cauchy)) || return false
     if !solvable || length_of_cauchy >= radius
         w.step .= w.gradient .* (-min(length_of_cauchy, radius) / steepness)
@@ -135,6 +135,6 @@ end
 
 # Of ‖c‖², relative.
 function predicted_reduction(w::Dogleg)
-    mul!(w.image, w.J, w.step)
+    gemv!('N', true, w.J, w.step, false, w.image)
     return 1 - sum(i -> abs2(w.c[i] + w.image[i]), eachindex(w.c))
 end

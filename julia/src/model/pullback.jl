@@ -14,7 +14,7 @@ function drive_pullback!(g::StageWeights, G, w::StageWeights, E, X, Z, threads::
     before = 1:size(w.feed, 2)
     if !isempty(before)
         add_outer!(g.feed, E, view(Z, before, :), m, threads)
-        mul!(view(G, before, 1:m), w.feed', E, true, true)
+        gemm!('T', 'N', true, w.feed, E, true, view(G, before, 1:m))
     end
     return
 end

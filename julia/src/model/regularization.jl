@@ -36,9 +36,9 @@ function add_penalty!(ws, penalty::JacobianPenalty, net::Network{T}, stage, w, g
     c = T(penalty.weight / (penalty.samples * neurons(net)))
     v = [T(rademacher(penalty.probe, first_sample + j - 1, i)) for i in rows, j in 1:m]
     a = D .* v
-    q = w.recurrent' * a
-    mul!(g.recurrent, a, q', 2c, one(T))
-    e = 2c .* v .* (w.recurrent * q) .* curvatures(stage.activation, S, Z)
-    mul!(G, w.recurrent', e, one(T), one(T))
+    q = gemm!('T', 'N', true, w.recurrent, a, false, similar(a))
+    gemm!('N', 'T', 2c, a, q, true, g.recurrent)
+    e = 2c .* v .* gemm!('N', 'N', true, w.recurrent, q, false, similar(a)) .* curvatures(stage.activation, S, Z)
+    gemm!('T', 'N', true, w.recurrent, e, true, G)
     return Float64(c) * sum(abs2, q), e
 end

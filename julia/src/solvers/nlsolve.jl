@@ -118,7 +118,7 @@ function evaluate!(p::RootProblem, z)
     p.left -= 1
     p.evaluated = true
     copyto!(p.input, z)
-    mul!(copyto!(p.s, p.u), p.R, p.input, true, true)
+    gemm!('N', 'N', true, p.R, p.input, true, copyto!(p.s, p.u))
     change2, _ = activate!(p.z, p.f, p.s, p.input, 1)
     if p.best_residual == Inf || change2 < p.best_residual
         p.best_residual = change2

@@ -83,9 +83,9 @@ function norm_estimate(R::Matrix{T}) where {T}
     v, w = [one(T) + T(i) / n for i in 1:n], zeros(T, n)
     estimate = zero(T)
     for _ in 1:50
-        mul!(w, R, v)
+        gemv!('N', true, R, v, false, w)
         estimate = norm(w) / norm(v)
-        mul!(v, R', w)
+        gemv!('T', true, R, w, false, v)
         size = norm(v)
         size > 0 || return ceiling
         v ./= size
