@@ -2,6 +2,9 @@
 # at once, and their derivatives with respect to the arguments by the implicit function theorem.
 
 include("short.jl")
+include("vectors.jl")
+include("elementary.jl")
+include("jets.jl")
 include("problem.jl")
 include("function_derivatives.jl")
 include("reverse_mode.jl")
@@ -12,8 +15,10 @@ include("newton.jl")
 include("trust_region.jl")
 include("nlsolve.jl")
 include("auto.jl")
+include("lanes.jl")
 include("solve.jl")
 include("solution_derivatives.jl")
+include("lanes_derivatives.jl")
 include("implicit_function.jl")
 include("text.jl")
 

@@ -1,0 +1,310 @@
+# Many samples of an equation of a few unknowns: side by side in vector registers, and on all threads. What does not settle there
+# within a few evaluations is solved by itself, from its start, as every sample of another equation is.
+
+"Evaluations of f before a sample is solved by itself."
+const SIDED_EVALUATIONS = 30
+
+"Samples that a thread takes at a time."
+const PIECE = 1024
+
+"Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
+struct SidedBuffers{V <: Vec}
+    J::Matrix{V}
+    B::Matrix{V}
+end
+SidedBuffers{V}(n::Int) where {V} = SidedBuffers{V}(zeros(V, n, n), zeros(V, n, n))
+
+sided(::Equation{T}) where {T} = Vec{lane_count(T), T}
+
+# --- what f is given, and what it gives ------------------------------------------------------------------------
+
+@inline at(x::Shared, b::Block) = x.value
+@inline at(x::PerSample{0}, b::Block) = load(x.array, b)
+@inline at(x::PerSample{K}, b::Block) where {K} = Short(ntuple(i -> load(x.array, b, i, K), Val(K)))
+@inline arguments(p::Equation, b::Block) = map(x -> at(x, b), p.args)
+
+has_lanes(::Shared) = true
+has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float32, Float64}
+
+@inline load_columns(Z::Matrix, b::Block, ::Val{K}) where {K} = Short(ntuple(i -> load(Z, b, i, K), Val(K)))
+
+"f(z), and J = ∂c/∂z."
+@inline function evaluate!(J::Matrix{V}, p::Equation{T, K}, z::Short{K, V}, args, root::Val) where {T, K, V <: Vec}
+    y = checked(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...), K)
+    ntuple(Val(K)) do k
+        ntuple(i -> (@inbounds J[i, k] = derivative_of_condition(V, y[i], i, k, root); nothing), Val(K))
+    end
+    return Short(ntuple(i -> plain_lanes(V, @inbounds(y[i])), Val(K)))
+end
+@inline derivative_of_condition(::Type{V}, y, i, k, ::Val{true}) where {V} = partial_lanes(V, y, k)
+@inline derivative_of_condition(::Type{V}, y, i, k, ::Val{false}) where {V} =
+    i == k ? partial_lanes(V, y, k) - one(V) : partial_lanes(V, y, k)
+
+# For samples side by side.
+@inline measure(x::Short{1, <:Vec}, weights::Vector{Float64} = NO_WEIGHTS) =
+    isempty(weights) ? abs(wide(x[1])) : abs(wide(x[1])) * @inbounds weights[1]
+@inline function measure(x::Short{K, <:Vec}, weights::Vector{Float64} = NO_WEIGHTS) where {K}
+    y = ntuple(i -> isempty(weights) ? wide(x[i]) : wide(x[i]) * @inbounds(weights[i]), Val(K))
+    total = sum(map(abs2, y))
+    far = !((total > 1.0e-280) & (total < 1.0e280))
+    return any(far) ? ifelse(far, measure_scaled(map(abs, y)), sqrt(total)) : sqrt(total)
+end
+@noinline function measure_scaled(y::NTuple{K, V}) where {K, V <: Vec}
+    largest = reduce(max, y)
+    usual = (largest > 0.0) & (largest < Inf)
+    return ifelse(usual, largest * sqrt(sum(map(x -> abs2(x / largest), y))), largest)
+end
+
+@inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(ntuple(i -> ifelse(m, a[i], b[i]), Val(K)))
+@inline all_finite(x::Short) = reduce(&, map(isfinite, x.entries))
+
+# --- linear systems --------------------------------------------------------------------------------------------
+
+"B ← A⁻¹ B by elimination with partial pivoting; not finite where A has no inverse. A is overwritten."
+function divide!(A::Matrix{V}, B::Matrix{V}, columns::Int) where {V <: Vec}
+    n = size(A, 1)
+    @inbounds for k in 1:n
+        for i in (k + 1):n
+            larger = abs(A[i, k]) > abs(A[k, k])
+            any(larger) || continue
+            for j in k:n
+                A[k, j], A[i, j] = ifelse(larger, A[i, j], A[k, j]), ifelse(larger, A[k, j], A[i, j])
+            end
+            for j in 1:columns
+                B[k, j], B[i, j] = ifelse(larger, B[i, j], B[k, j]), ifelse(larger, B[k, j], B[i, j])
+            end
+        end
+        pivot = inv(A[k, k])
+        for i in (k + 1):n
+            factor = -(A[i, k] * pivot)
+            for j in (k + 1):n
+                A[i, j] = muladd(factor, A[k, j], A[i, j])
+            end
+            for j in 1:columns
+                B[i, j] = muladd(factor, B[k, j], B[i, j])
+            end
+        end
+    end
+    @inbounds for j in 1:columns, k in n:-1:1
+        x = B[k, j] / A[k, k]
+        B[k, j] = x
+        for i in 1:(k - 1)
+            B[i, j] = muladd(-A[i, k], x, B[i, j])
+        end
+    end
+    return B
+end
+
+# The Newton step; not finite where there is none.
+@inline newton_step!(w::SidedBuffers, c::Short{1}) = Short((-c[1] / @inbounds(w.J[1]),))
+@inline function newton_step!(w::SidedBuffers, c::Short{K}) where {K}
+    ntuple(i -> (@inbounds w.B[i] = -c[i]; nothing), Val(K))
+    divide!(w.J, w.B, 1)
+    return Short(ntuple(i -> @inbounds(w.B[i]), Val(K)))
+end
+
+# --- Newton's method -------------------------------------------------------------------------------------------
+
+"What came of samples side by side: where they are, which have converged, and how."
+struct Ended{K, V, F, W}
+    z::Short{K, V}
+    converged::Mask{W}
+    evaluations::F
+    residual::F
+    rate::F
+end
+
+"""
+    newton!(w, p, z, args, active, used, limit, tol, root)
+
+Newton's method as for one sample (`newton!`, `search_line!`, `near!`), for those that are `active` and have `used` so many
+evaluations; each is evaluated once in a round. Those that do not converge have come across something that asks for more than Newton steps, halved where need be.
+"""
+@inline function newton!(w::SidedBuffers{V}, p::Equation{T, K}, z::Short{K, V}, args, active::Mask{W}, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, W, V <: Vec{W, T}, R}
+    F = Vec{W, Float64}
+    found = Mask{W}(false)
+    largest = outset = measure(z, p.weights)
+    distance = last_distance = related = F(Inf)
+    base = step = picard = z
+    evaluations, t, merit_before = zero(F), one(V), zero(F)
+    moved = active
+    for k in 1:min(limit, SIDED_EVALUATIONS)
+        value = evaluate!(w.J, p, z, args, root)
+        c = R ? value : Short(ntuple(i -> value[i] - z[i], Val(K)))
+        merit = measure(c, R ? NO_WEIGHTS : p.weights)
+        moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * wide(t)) * merit_before)
+        k == 1 && (active = moved)
+
+        # Where those stand that have moved.
+        new_step = newton_step!(w, c)
+        size = measure(R ? z : value, p.weights)
+        isempty(p.weights) || (size = max(size, F(sqrt(K))))
+        now = R ? measure(new_step, p.weights) : merit
+        judged = moved & all_finite(new_step) & isfinite(size)
+        largest = ifelse(judged, max(largest, size), largest)
+        last_distance, distance = ifelse(judged, distance, last_distance), ifelse(judged, now, distance)
+        rounding = Float64(eps(T)) * largest
+        related = ifelse(judged, max(size, rounding / tol), related)
+        stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
+        near = judged & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
+        if R
+            doubtful = near & (last_distance == Inf) & (merit > 0.0)
+            if any(doubtful)
+                doubtful &= !is_steady!(w, p, z, new_step, args)
+                near &= !doubtful
+                distance = ifelse(doubtful, F(Inf), distance)
+            end
+            z = choose(near, Short(ntuple(i -> z[i] + new_step[i], Val(K))), z)
+        else
+            k == 1 && (outset = max(outset, size))
+            judged &= near | (merit <= DIVERGENCE * outset)
+            z = choose(near, value, z)
+        end
+        found |= near
+        evaluations = ifelse(near, used + Float64(k), evaluations)
+        active &= !near & (judged | !moved)
+
+        # Where they go: a whole step on, or half of the last one.
+        base, step = choose(moved, z, base), choose(moved, new_step, step)
+        merit_before = ifelse(moved, merit, merit_before)
+        t = ifelse(moved, one(V), T(0.5) * t)
+        active &= t >= T(R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
+        any(active) || break
+        z = choose(active, Short(ntuple(i -> muladd(t, step[i], base[i]), Val(K))), z)
+    end
+    residual = ifelse(distance == 0.0, zero(F), distance / related)
+    rate = ifelse(last_distance < Inf, distance / last_distance, zero(F))
+    return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(F), rate))
+end
+
+# As for one sample.
+@noinline function is_steady!(w::SidedBuffers{V}, p::Equation{T, K}, z::Short{K, V}, step::Short{K, V}, args) where {T, K, V <: Vec}
+    there = Short(ntuple(i -> z[i] + 2 * step[i] + (8 * eps(T)) * z[i], Val(K)))
+    evaluate!(w.J, p, there, args, Val(true))
+    copyto!(w.B, w.J)
+    evaluate!(w.J, p, z, args, Val(true))
+    w.B .-= w.J
+    divide!(w.J, w.B, K)
+    return largest_column_sum(w.B) <= T(0.5)
+end
+
+function largest_column_sum(A::Matrix{V}) where {V <: Vec}
+    largest = zero(V)
+    @inbounds for j in axes(A, 2)
+        total = zero(V)
+        for i in axes(A, 1)
+            total += abs(A[i, j])
+        end
+        largest = max(largest, total)
+    end
+    return largest
+end
+
+# --- solvers ---------------------------------------------------------------------------------------------------
+
+@inline solve_lanes!(::Newton, w::SidedBuffers{V}, p, z, args, limit::Int, tol, root::Val) where {W, V <: Vec{W}} =
+    attracting!(w, p, args, newton!(w, p, z, args, Mask{W}(true), 0.0, limit, tol, root), root)
+
+@inline solve_lanes!(::Auto, w::SidedBuffers{V}, p, z, args, limit::Int, tol, root::Val{true}) where {W, V <: Vec{W}} =
+    newton!(w, p, z, args, Mask{W}(true), 0.0, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
+
+"Those of the fixed points found that attract, as far as the norm of ∂f/∂z tells."
+@inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
+@inline function attracting!(w::SidedBuffers{V}, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K, V}
+    any(ended.converged) || return ended
+    evaluate!(w.J, p, ended.z, args, Val(true))
+    attracts = largest_column_sum(w.J) < one(T)
+    return Ended(ended.z, ended.converged & attracts, ended.evaluations, ended.residual, ended.rate)
+end
+
+"Solve the samples of a block; those that do not converge side by side one by one."
+@inline function solve_block!(w::SidedBuffers{V}, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block{W}, root::Val) where {T, K, W, V <: Vec{W, T}}
+    ended = try
+        solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
+    catch error
+        error isa Interrupted && rethrow()
+        nothing
+    end
+    if ended === nothing
+        foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(b))
+        return
+    end
+    if is_full(b) && all(ended.converged)
+        ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
+        store!(outcome.residual, ended.residual, b)
+        store!(outcome.rate, ended.rate, b)
+        for l in 1:W
+            @inbounds outcome.status[b.first + l - 1] = CONVERGED
+            @inbounds outcome.iterations[b.first + l - 1] = unsafe_trunc(Int32, lane(ended.evaluations, l))
+        end
+        return
+    end
+    for (l, j) in enumerate(samples(b))
+        if lane(ended.converged, l)
+            ntuple(i -> (@inbounds Z[i, j] = lane(ended.z[i], l); nothing), Val(K))
+            put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
+        else
+            solve_sample!(s, Z, outcome, p, solver, tol, j)
+        end
+    end
+    return
+end
+
+function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, solver, tol::Float64) where {T, K}
+    total, threads = size(Z, 2), Threads.nthreads()
+    buffers = [(SidedBuffers{sided(p)}(K), Iteration{T}(K)) for _ in 1:threads]
+    in_parallel(cld(total, PIECE), threads) do thread, k
+        w, s = buffers[thread]
+        range = piece(k, PIECE, total)
+        p.root ? solve_piece!(w, s, Z, outcome, p, solver, tol, range, Val(true)) :
+            solve_piece!(w, s, Z, outcome, p, solver, tol, range, Val(false))
+    end
+    return
+end
+
+function solve_piece!(w::SidedBuffers{V}, s, Z, outcome, p, solver, tol, range, root) where {W, V <: Vec{W}}
+    for sample in first(range):W:last(range)
+        check_interrupt()
+        solve_block!(w, s, Z, outcome, p, solver, tol, Block{W}(sample, last(range)), root)
+    end
+    return
+end
+
+# --- whether f can be evaluated so -----------------------------------------------------------------------------
+
+"""
+    runs_side_by_side(p, Z)
+
+Whether f can be evaluated for samples side by side: found out by doing so for the first of them, as compared to one by one.
+"""
+runs_side_by_side(::AbstractEquation, Z) = false
+runs_side_by_side(p::Equation{T, -1}, Z) where {T} = false
+function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
+    all(has_lanes, p.args) || return false
+    b = Block{lane_count(T)}(1, size(Z, 2))
+    w = SidedBuffers{sided(p)}(K)
+    try
+        value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
+        return agrees(p, Z, value, w.J, b)
+    catch error
+        error isa Interrupted && rethrow()
+        return false
+    end
+end
+
+# To rounding in the largest terms.
+function agrees(p::Equation{T, K}, Z, value, J, b::Block) where {T, K}
+    y, A, sizes = zeros(T, K), zeros(T, K, K), zeros(T, K, 2)
+    worst = zeros(T, K, 2)
+    for (l, j) in enumerate(samples(b))
+        call!(y, A, p, view(Z, :, j), j)
+        all(isfinite, y) && all(isfinite, A) || continue
+        for i in 1:K
+            sizes[i, 1] = max(sizes[i, 1], abs(y[i]) + sum(k -> abs(A[i, k] * Z[k, j]), 1:K))
+            sizes[i, 2] = max(sizes[i, 2], maximum(abs, view(A, i, :)))
+            worst[i, 1] = max(worst[i, 1], abs(lane(value[i], l) - y[i]))
+            worst[i, 2] = max(worst[i, 2], maximum(k -> abs(lane(J[i, k], l) - A[i, k]), 1:K))
+        end
+    end
+    return all(worst .<= sqrt(eps(T)) .* sizes)
+end
