@@ -121,7 +121,9 @@ CASES = (
         lambda z, a: ((1 + z) * np.exp(z))[..., None],
         lambda z, a: {"a": np.full_like(z, -1)},
     ),
-    Case("a weak acid, 4 unknowns, 1e5 samples", {"root": 4, "vjp": 2}, _acid, _acid_conditions, _acid_by_z, _acid_by_c),
+    Case(
+        "a weak acid, 4 unknowns, 1e5 samples", {"root": 4, "vjp": 2}, _acid, _acid_conditions, _acid_by_z, _acid_by_c
+    ),
 )
 
 
