@@ -1,15 +1,9 @@
 # Elementary functions of numbers side by side. Polynomials are the best approximations in the sense of Chebyshev, by Remez'
 # algorithm in 300 bits, of what the text beside them says; arguments are reduced as by Cody and Waite, Software manual for the
-# elementary functions (1980). Arguments for which that does not do go to Julia's own functions, lane by lane. In single precision
-# all is done in double.
+# elementary functions (1980). Arguments for which that does not do go to Julia's own functions, lane by lane.
 
 "Adding it rounds to an integer, which is then in the lowest bits."
 const MAGIC = 6755399441055744.0
-
-for f in (:exp, :expm1, :exp2, :log, :log1p, :log2, :log10, :sin, :cos, :tan, :tanh, :sinh, :cosh, :atan)
-    @eval @inline Base.$f(x::Vec{W, Float32}) where {W} = converted(Float32, $f(wide(x)))
-end
-@inline Base.sincos(x::Vec{W, Float32}) where {W} = map(y -> converted(Float32, y), sincos(wide(x)))
 
 # What has no kernel.
 for f in (
@@ -19,7 +13,7 @@ for f in (
     @eval Base.$f(x::Vec) = each_lane($f, x)
 end
 for f in (:atan, :hypot, :mod, :rem)
-    @eval Base.$f(x::V, y::V) where {V <: Vec} = each_lane($f, x, y)
+    @eval Base.$f(x::Vec, y::Vec) = each_lane($f, x, y)
 end
 
 # --- exponential -----------------------------------------------------------------------------------------------
@@ -34,20 +28,18 @@ const EXP_SERIES = (
 @inline expm1_reduced(r::Vec) = muladd(r * r, polynomial(r, EXP_SERIES), r)
 
 "2^k for an integer k within the range of normal numbers."
-@inline power_of_two(k::Vec{W, Float64}) where {W} =
-    reinterpret(Float64, (reinterpret(Int64, k + MAGIC) << Vec{W, Int64}(52)) + Vec{W, Int64}(reinterpret(Int64, 1.0)))
+@inline power_of_two(k::Vec) =
+    reinterpret(Vec, (reinterpret(Integers, k + MAGIC) << 52) + reinterpret(Int64, 1.0))
 
 "The polynomial with these coefficients, in as few steps one after the other as there can be (Estrin)."
-@inline polynomial(x::V, c::Tuple{Real}) where {V <: Vec} = V(c[1])
-@inline polynomial(x::V, c::NTuple{2, Real}) where {V <: Vec} = muladd(V(c[2]), x, V(c[1]))
-@inline polynomial(x::V, c::Tuple{Vararg{Real}}) where {V <: Vec} = estrin(x, map(V, c))
-@inline estrin(x::V, c::Tuple{V}) where {V} = c[1]
-@inline estrin(x::V, c::Tuple{V, V, Vararg{V}}) where {V} = estrin(x * x, in_pairs(x, c...))
+@inline polynomial(x::Vec, c::Tuple{Vararg{Float64}}) = estrin(x, map(Vec, c))
+@inline estrin(x::Vec, c::Tuple{Vec}) = c[1]
+@inline estrin(x::Vec, c::Tuple{Vec, Vec, Vararg{Vec}}) = estrin(x * x, in_pairs(x, c...))
 @inline in_pairs(x) = ()
 @inline in_pairs(x, a) = (a,)
 @inline in_pairs(x, a, b, rest...) = (muladd(b, x, a), in_pairs(x, rest...)...)
 
-@inline function reduce_exponent(x::Vec{W, Float64}) where {W}
+@inline function reduce_exponent(x::Vec)
     k = muladd(x, 1.4426950408889634, MAGIC) - MAGIC
     return k, muladd(-k, LN2_LOW, muladd(-k, LN2_HIGH, x))
 end
@@ -58,35 +50,35 @@ end
     return (muladd(m, power_of_two(half), power_of_two(half))) * power_of_two(k - half)
 end
 
-@inline function Base.exp(x::Vec{W, Float64}) where {W}
+@inline function Base.exp(x::Vec)
     k, r = reduce_exponent(clamp(x, -746.0, 710.0))
     return scaled(k, expm1_reduced(r))
 end
 
-@inline function Base.exp2(x::Vec{W, Float64}) where {W}
+@inline function Base.exp2(x::Vec)
     y = clamp(x, -1076.0, 1025.0)
     k = round(y)
     return scaled(k, expm1_reduced((y - k) * 0.6931471805599453))
 end
 
-@inline function Base.expm1(x::Vec{W, Float64}) where {W}
+@inline function Base.expm1(x::Vec)
     k, r = reduce_exponent(x)
     power = power_of_two(k)
     return replaced_lanes(expm1, muladd(power, expm1_reduced(r), power - 1.0), abs(x) > 700.0, x)
 end
 
 # tanh(x) = e / (e + 2) with e = exp(2|x|) - 1
-@inline function Base.tanh(x::Vec{W, Float64}) where {W}
+@inline function Base.tanh(x::Vec)
     e = expm1(ifelse(abs(x) > 20.0, 40.0, 2.0 * abs(x)))
     return copysign(e / (e + 2.0), x)
 end
 
 # With e = exp(|x|) - 1.
-@inline function Base.sinh(x::Vec{W, Float64}) where {W}
+@inline function Base.sinh(x::Vec)
     e = expm1(abs(x))
     return replaced_lanes(sinh, copysign(0.5 * (e + e / (e + 1.0)), x), abs(x) > 700.0, x)
 end
-@inline function Base.cosh(x::Vec{W, Float64}) where {W}
+@inline function Base.cosh(x::Vec)
     y = exp(abs(x))
     return replaced_lanes(cosh, 0.5 * y + 0.5 / y, abs(x) > 700.0, x)
 end
@@ -100,12 +92,12 @@ const LOG_SERIES = (
 )
 
 # log(2^k (1 + f)) = k ln 2 + f - (f²/2 - s (f²/2 + R)), s = f / (2 + f): what is large is added last.
-@inline function log_parts(x::Vec{W, Float64}) where {W}
+@inline function log_parts(x::Vec)
     tiny = x < 0x1p-1022
-    bits = reinterpret(Int64, ifelse(tiny, x * 0x1p54, x))
-    exponent = (bits - Vec{W, Int64}(reinterpret(Int64, 0.7071067811865476))) >> Vec{W, Int64}(52)
-    f = reinterpret(Float64, bits - (exponent << Vec{W, Int64}(52))) - 1.0
-    return ifelse(tiny, converted(Float64, exponent) - 54.0, converted(Float64, exponent)), f
+    bits = reinterpret(Integers, ifelse(tiny, x * 0x1p54, x))
+    exponent = (bits - reinterpret(Int64, 0.7071067811865476)) >> 52
+    k = Vec(exponent)
+    return ifelse(tiny, k - 54.0, k), reinterpret(Vec, bits - (exponent << 52)) - 1.0
 end
 
 @inline function log_of(k::Vec, f::Vec, more)
@@ -116,7 +108,7 @@ end
     return muladd(k, LN2_HIGH, f - (half - tail))
 end
 
-@inline function Base.log(x::Vec{W, Float64}) where {W}
+@inline function Base.log(x::Vec)
     k, f = log_parts(x)
     usual = (x > 0.0) & (x < Inf)
     y = log_of(k, f, 0.0)
@@ -124,15 +116,15 @@ end
 end
 
 # 1 + x is rounded, which is made good.
-@inline function Base.log1p(x::Vec{W, Float64}) where {W}
+@inline function Base.log1p(x::Vec)
     u = 1.0 + x
     k, f = log_parts(u)
     lost = ifelse(x < 1.0, x - (u - 1.0), 1.0 - (u - x))
     y = log_of(k, f, lost / u)
     return replaced_lanes(log1p, ifelse(abs(x) < 0x1p-54, x, y), !((u > 0.0) & (x < 0x1p1000)), x)
 end
-@inline Base.log2(x::Vec{W, Float64}) where {W} = each_lane(log2, x)
-@inline Base.log10(x::Vec{W, Float64}) where {W} = each_lane(log10, x)
+@inline Base.log2(x::Vec) = each_lane(log2, x)
+@inline Base.log10(x::Vec) = each_lane(log10, x)
 
 # --- circular functions ----------------------------------------------------------------------------------------
 
@@ -153,14 +145,14 @@ const COS_SERIES = (
 )
 
 # x = q π/2 + r + low; q in the lowest bits of an integer.
-@inline function quadrant(x::Vec{W, Float64}) where {W}
+@inline function quadrant(x::Vec)
     t = muladd(x, 0.6366197723675814, MAGIC)
     q = t - MAGIC
     a = muladd(-q, HALF_PI[1], x)
     b = q * HALF_PI[2]
     r = a - b
     low = muladd(-q, HALF_PI[3], (a - r) - b)
-    return reinterpret(Int64, t), r, low
+    return reinterpret(Integers, t), r, low
 end
 
 @inline function sin_reduced(r, low)
@@ -174,28 +166,26 @@ end
     return w + muladd(u * u, polynomial(u, COS_SERIES), ((1.0 - w) - half) - r * low)
 end
 
-is_odd(q::Vec{W, Int64}) where {W} = Mask{W}(conversion(Val(:trunc), Bool, (q & Vec{W, Int64}(1)).data))
 # Bit 2 of q as the sign of y.
-@inline signed_by(y::Vec{W, Float64}, q::Vec{W, Int64}) where {W} =
-    reinterpret(Float64, xor(reinterpret(Int64, y), (q & Vec{W, Int64}(2)) << Vec{W, Int64}(62)))
+@inline signed_by(y::Vec, q::Integers) = reinterpret(Vec, xor(reinterpret(Integers, y), (q & 2) << 62))
 
-@inline function sincos_usual(x::Vec{W, Float64}) where {W}
+@inline function sincos_usual(x::Vec)
     q, r, low = quadrant(x)
     s, c, odd = sin_reduced(r, low), cos_reduced(r, low), is_odd(q)
-    return signed_by(ifelse(odd, c, s), q), signed_by(ifelse(odd, s, c), q + Vec{W, Int64}(1))
+    return signed_by(ifelse(odd, c, s), q), signed_by(ifelse(odd, s, c), q + 1)
 end
-@inline function Base.sincos(x::Vec{W, Float64}) where {W}
+@inline function Base.sincos(x::Vec)
     s, c = sincos_usual(x)
     far = abs(x) > CIRCULAR_LIMIT
     return replaced_lanes(sin, s, far, x), replaced_lanes(cos, c, far, x)
 end
-@inline Base.sin(x::Vec{W, Float64}) where {W} = replaced_lanes(sin, sincos_usual(x)[1], abs(x) > CIRCULAR_LIMIT, x)
-@inline Base.cos(x::Vec{W, Float64}) where {W} = replaced_lanes(cos, sincos_usual(x)[2], abs(x) > CIRCULAR_LIMIT, x)
-@inline function Base.tan(x::Vec{W, Float64}) where {W}
+@inline Base.sin(x::Vec) = replaced_lanes(sin, sincos_usual(x)[1], abs(x) > CIRCULAR_LIMIT, x)
+@inline Base.cos(x::Vec) = replaced_lanes(cos, sincos_usual(x)[2], abs(x) > CIRCULAR_LIMIT, x)
+@inline function Base.tan(x::Vec)
     s, c = sincos_usual(x)
     return replaced_lanes(tan, s / c, abs(x) > CIRCULAR_LIMIT, x)
 end
-@inline Base.atan(x::Vec{W, Float64}) where {W} = each_lane(atan, x)
+@inline Base.atan(x::Vec) = each_lane(atan, x)
 
 # --- powers ----------------------------------------------------------------------------------------------------
 
@@ -207,21 +197,23 @@ end
 @inline Base.literal_pow(::typeof(^), x::Vec, ::Val{-2}) = (y = inv(x); y * y)
 
 # A product of sums of two numbers, of which the second is small.
-@inline function times(a::V, a_low::V, b::V, b_low::V) where {V <: Vec}
+@inline function times(a::Vec, a_low::Vec, b::Vec, b_low::Vec)
     product = a * b
     return product, fma(a, b, -product) + muladd(a, b_low, a_low * b)
 end
 
-@inline function Base.:^(x::Vec{W, Float64}, n::Integer) where {W}
-    n < 0 && return inv(x^-n)
+@inline function Base.:^(x::Vec, n::Integer)
     y, low = one(x), zero(x)
-    factor, factor_low = x, zero(x)
+    factor = n < 0 ? inv(x) : x
+    factor_low = n < 0 ? -fma(x, factor, -one(x)) * factor : zero(x)
+    n = abs(n)
     while n > 0
         isodd(n) && ((y, low) = times(y, low, factor, factor_low))
         n >>= 1
         n > 0 && ((factor, factor_low) = times(factor, factor_low, factor, factor_low))
     end
-    return ifelse(isfinite(low), y + low, y)
+    size = abs(low)
+    return ifelse((size > 0.0) & (size < Inf), y + low, y)
 end
 
 # (log((1 + s) / (1 - s)) - 2s - 2s³/3) / s⁵ for s² as in LOG_SERIES, and 2/3 as the sum of two numbers
@@ -232,7 +224,7 @@ const LOG_REST = (
 const TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
 
 # x^y = exp(y log(x)) with the logarithm to 2^-65 of itself.
-@inline function Base.:^(x::V, y::V) where {W, V <: Vec{W, Float64}}
+@inline function Base.:^(x::Vec, y::Vec)
     usual = (x > 0.0) & (x < Inf) & (abs(y) < Inf)
     k, f = log_parts(x)
     d = 2.0 + f
@@ -240,7 +232,7 @@ const TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
     s_low = (fma(-s, d, f) - s * (f - (d - 2.0))) / d
     s2, s2_low = times(s, s_low, s, s_low)
     cube, cube_low = times(s2, s2_low, s, s_low)
-    cubic, cubic_low = times(cube, cube_low, map(V, TWO_THIRDS)...)
+    cubic, cubic_low = times(cube, cube_low, map(Vec, TWO_THIRDS)...)
     rest = cube * s2 * polynomial(s2, LOG_REST)
     # k ln 2 + 2s + 2s³/3 + …
     high, low = two_sum(k * LN2_HIGH, 2.0 * s)
@@ -253,6 +245,3 @@ const TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
     return replaced_lanes(^, power, !usual, x, y)
 end
 @inline two_sum(a, b) = (s = a + b; c = s - a; (s, (a - (s - c)) + (b - c)))
-
-@inline Base.:^(x::Vec{W, Float32}, y::Vec{W, Float32}) where {W} = converted(Float32, wide(x)^wide(y))
-@inline Base.:^(x::Vec{W, Float32}, n::Integer) where {W} = converted(Float32, wide(x)^n)

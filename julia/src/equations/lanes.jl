@@ -8,13 +8,11 @@ const SIDED_EVALUATIONS = 30
 const PIECE = 1024
 
 "Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
-struct SidedBuffers{V <: Vec}
-    J::Matrix{V}
-    B::Matrix{V}
+struct SidedBuffers
+    J::Matrix{Vec}
+    B::Matrix{Vec}
 end
-SidedBuffers{V}(n::Int) where {V} = SidedBuffers{V}(zeros(V, n, n), zeros(V, n, n))
-
-sided(::Equation{T}) where {T} = Vec{lane_count(T), T}
+SidedBuffers(n::Int) = SidedBuffers(zeros(Vec, n, n), zeros(Vec, n, n))
 
 # --- what f is given, and what it gives ------------------------------------------------------------------------
 
@@ -29,27 +27,26 @@ has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float3
 @inline load_columns(Z::Matrix, b::Block, ::Val{K}) where {K} = Short(ntuple(i -> load(Z, b, i, K), Val(K)))
 
 "f(z), and J = ∂c/∂z."
-@inline function evaluate!(J::Matrix{V}, p::Equation{T, K}, z::Short{K, V}, args, root::Val) where {T, K, V <: Vec}
+@inline function evaluate!(J::Matrix{Vec}, p::Equation{T, K}, z::Short{K, Vec}, args, root::Val) where {T, K}
     y = checked(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...), K)
     ntuple(Val(K)) do k
-        ntuple(i -> (@inbounds J[i, k] = derivative_of_condition(V, y[i], i, k, root); nothing), Val(K))
+        ntuple(i -> (@inbounds J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
     end
-    return Short(ntuple(i -> plain_lanes(V, @inbounds(y[i])), Val(K)))
+    return Short(ntuple(i -> value_of(@inbounds y[i]), Val(K)))
 end
-@inline derivative_of_condition(::Type{V}, y, i, k, ::Val{true}) where {V} = partial_lanes(V, y, k)
-@inline derivative_of_condition(::Type{V}, y, i, k, ::Val{false}) where {V} =
-    i == k ? partial_lanes(V, y, k) - one(V) : partial_lanes(V, y, k)
+@inline derivative_of_condition(y, i, k, ::Val{true}) = partial_of(y, k)
+@inline derivative_of_condition(y, i, k, ::Val{false}) = i == k ? partial_of(y, k) - 1.0 : partial_of(y, k)
 
 # For samples side by side.
-@inline measure(x::Short{1, <:Vec}, weights::Vector{Float64} = NO_WEIGHTS) =
-    isempty(weights) ? abs(wide(x[1])) : abs(wide(x[1])) * @inbounds weights[1]
-@inline function measure(x::Short{K, <:Vec}, weights::Vector{Float64} = NO_WEIGHTS) where {K}
-    y = ntuple(i -> isempty(weights) ? wide(x[i]) : wide(x[i]) * @inbounds(weights[i]), Val(K))
+@inline measure(x::Short{1, Vec}, weights::Vector{Float64} = NO_WEIGHTS) =
+    isempty(weights) ? abs(x[1]) : abs(x[1]) * @inbounds weights[1]
+@inline function measure(x::Short{K, Vec}, weights::Vector{Float64} = NO_WEIGHTS) where {K}
+    y = ntuple(i -> isempty(weights) ? x[i] : x[i] * @inbounds(weights[i]), Val(K))
     total = sum(map(abs2, y))
     far = !((total > 1.0e-280) & (total < 1.0e280))
     return any(far) ? ifelse(far, measure_scaled(map(abs, y)), sqrt(total)) : sqrt(total)
 end
-@noinline function measure_scaled(y::NTuple{K, V}) where {K, V <: Vec}
+@noinline function measure_scaled(y::NTuple{K, Vec}) where {K}
     largest = reduce(max, y)
     usual = (largest > 0.0) & (largest < Inf)
     return ifelse(usual, largest * sqrt(sum(map(x -> abs2(x / largest), y))), largest)
@@ -61,7 +58,7 @@ end
 # --- linear systems --------------------------------------------------------------------------------------------
 
 "B ← A⁻¹ B by elimination with partial pivoting; not finite where A has no inverse. A is overwritten."
-function divide!(A::Matrix{V}, B::Matrix{V}, columns::Int) where {V <: Vec}
+function divide!(A::Matrix{Vec}, B::Matrix{Vec}, columns::Int)
     n = size(A, 1)
     @inbounds for k in 1:n
         for i in (k + 1):n
@@ -106,12 +103,12 @@ end
 # --- Newton's method -------------------------------------------------------------------------------------------
 
 "What came of samples side by side: where they are, which have converged, and how."
-struct Ended{K, V, F, W}
-    z::Short{K, V}
-    converged::Mask{W}
-    evaluations::F
-    residual::F
-    rate::F
+struct Ended{K}
+    z::Short{K, Vec}
+    converged::Mask
+    evaluations::Vec
+    residual::Vec
+    rate::Vec
 end
 
 """
@@ -120,25 +117,24 @@ end
 Newton's method as for one sample (`newton!`, `search_line!`, `near!`), for those that are `active` and have `used` so many
 evaluations; each is evaluated once in a round. Those that do not converge have come across something that asks for more than Newton steps, halved where need be.
 """
-@inline function newton!(w::SidedBuffers{V}, p::Equation{T, K}, z::Short{K, V}, args, active::Mask{W}, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, W, V <: Vec{W, T}, R}
-    F = Vec{W, Float64}
-    found = Mask{W}(false)
+@inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, active::Mask, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+    found = NONE
     largest = outset = measure(z, p.weights)
-    distance = last_distance = related = F(Inf)
+    distance = last_distance = related = Vec(Inf)
     base = step = picard = z
-    evaluations, t, merit_before = zero(F), one(V), zero(F)
+    evaluations, t, merit_before = zero(Vec), one(Vec), zero(Vec)
     moved = active
     for k in 1:min(limit, SIDED_EVALUATIONS)
         value = evaluate!(w.J, p, z, args, root)
         c = R ? value : Short(ntuple(i -> value[i] - z[i], Val(K)))
         merit = measure(c, R ? NO_WEIGHTS : p.weights)
-        moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * wide(t)) * merit_before)
+        moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * t) * merit_before)
         k == 1 && (active = moved)
 
         # Where those stand that have moved.
         new_step = newton_step!(w, c)
         size = measure(R ? z : value, p.weights)
-        isempty(p.weights) || (size = max(size, F(sqrt(K))))
+        isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
         now = R ? measure(new_step, p.weights) : merit
         judged = moved & all_finite(new_step) & isfinite(size)
         largest = ifelse(judged, max(largest, size), largest)
@@ -152,7 +148,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
             if any(doubtful)
                 doubtful &= !is_steady!(w, p, z, new_step, args)
                 near &= !doubtful
-                distance = ifelse(doubtful, F(Inf), distance)
+                distance = ifelse(doubtful, Vec(Inf), distance)
             end
             z = choose(near, Short(ntuple(i -> z[i] + new_step[i], Val(K))), z)
         else
@@ -167,31 +163,31 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         # Where they go: a whole step on, or half of the last one.
         base, step = choose(moved, z, base), choose(moved, new_step, step)
         merit_before = ifelse(moved, merit, merit_before)
-        t = ifelse(moved, one(V), T(0.5) * t)
-        active &= t >= T(R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
+        t = ifelse(moved, one(Vec), 0.5 * t)
+        active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
         any(active) || break
         z = choose(active, Short(ntuple(i -> muladd(t, step[i], base[i]), Val(K))), z)
     end
-    residual = ifelse(distance == 0.0, zero(F), distance / related)
-    rate = ifelse(last_distance < Inf, distance / last_distance, zero(F))
-    return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(F), rate))
+    residual = ifelse(distance == 0.0, zero(Vec), distance / related)
+    rate = ifelse(last_distance < Inf, distance / last_distance, zero(Vec))
+    return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(Vec), rate))
 end
 
 # As for one sample.
-@noinline function is_steady!(w::SidedBuffers{V}, p::Equation{T, K}, z::Short{K, V}, step::Short{K, V}, args) where {T, K, V <: Vec}
-    there = Short(ntuple(i -> z[i] + 2 * step[i] + (8 * eps(T)) * z[i], Val(K)))
+@noinline function is_steady!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, step::Short{K, Vec}, args) where {T, K}
+    there = Short(ntuple(i -> z[i] + 2.0 * step[i] + Float64(8eps(T)) * z[i], Val(K)))
     evaluate!(w.J, p, there, args, Val(true))
     copyto!(w.B, w.J)
     evaluate!(w.J, p, z, args, Val(true))
     w.B .-= w.J
     divide!(w.J, w.B, K)
-    return largest_column_sum(w.B) <= T(0.5)
+    return largest_column_sum(w.B) <= 0.5
 end
 
-function largest_column_sum(A::Matrix{V}) where {V <: Vec}
-    largest = zero(V)
+function largest_column_sum(A::Matrix{Vec})
+    largest = zero(Vec)
     @inbounds for j in axes(A, 2)
-        total = zero(V)
+        total = zero(Vec)
         for i in axes(A, 1)
             total += abs(A[i, j])
         end
@@ -202,23 +198,23 @@ end
 
 # --- solvers ---------------------------------------------------------------------------------------------------
 
-@inline solve_lanes!(::Newton, w::SidedBuffers{V}, p, z, args, limit::Int, tol, root::Val) where {W, V <: Vec{W}} =
-    attracting!(w, p, args, newton!(w, p, z, args, Mask{W}(true), 0.0, limit, tol, root), root)
+@inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
+    attracting!(w, p, args, newton!(w, p, z, args, ALL, 0.0, limit, tol, root), root)
 
-@inline solve_lanes!(::Auto, w::SidedBuffers{V}, p, z, args, limit::Int, tol, root::Val{true}) where {W, V <: Vec{W}} =
-    newton!(w, p, z, args, Mask{W}(true), 0.0, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
+@inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
+    newton!(w, p, z, args, ALL, 0.0, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
 "Those of the fixed points found that attract, as far as the norm of ∂f/∂z tells."
 @inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
-@inline function attracting!(w::SidedBuffers{V}, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K, V}
+@inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K}
     any(ended.converged) || return ended
     evaluate!(w.J, p, ended.z, args, Val(true))
-    attracts = largest_column_sum(w.J) < one(T)
+    attracts = largest_column_sum(w.J) < 1.0
     return Ended(ended.z, ended.converged & attracts, ended.evaluations, ended.residual, ended.rate)
 end
 
 "Solve the samples of a block; those that do not converge side by side one by one."
-@inline function solve_block!(w::SidedBuffers{V}, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block{W}, root::Val) where {T, K, W, V <: Vec{W, T}}
+@inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
     ended = try
         solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
     catch error
@@ -226,21 +222,23 @@ end
         nothing
     end
     if ended === nothing
+        # f has failed for one of them, which will be told when it is that one's turn.
         foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(b))
         return
     end
-    if is_full(b) && all(ended.converged)
+    converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
+    if is_full(b) && all(converged)
         ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
         store!(outcome.residual, ended.residual, b)
         store!(outcome.rate, ended.rate, b)
-        for l in 1:W
+        for l in 1:LANES
             @inbounds outcome.status[b.first + l - 1] = CONVERGED
             @inbounds outcome.iterations[b.first + l - 1] = unsafe_trunc(Int32, lane(ended.evaluations, l))
         end
         return
     end
     for (l, j) in enumerate(samples(b))
-        if lane(ended.converged, l)
+        if lane(converged, l)
             ntuple(i -> (@inbounds Z[i, j] = lane(ended.z[i], l); nothing), Val(K))
             put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
         else
@@ -252,7 +250,7 @@ end
 
 function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, solver, tol::Float64) where {T, K}
     total, threads = size(Z, 2), Threads.nthreads()
-    buffers = [(SidedBuffers{sided(p)}(K), Iteration{T}(K)) for _ in 1:threads]
+    buffers = [(SidedBuffers(K), Iteration{T}(K)) for _ in 1:threads]
     in_parallel(cld(total, PIECE), threads) do thread, k
         w, s = buffers[thread]
         range = piece(k, PIECE, total)
@@ -262,10 +260,10 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, 
     return
 end
 
-function solve_piece!(w::SidedBuffers{V}, s, Z, outcome, p, solver, tol, range, root) where {W, V <: Vec{W}}
-    for sample in first(range):W:last(range)
+function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, root)
+    for sample in first(range):LANES:last(range)
         check_interrupt()
-        solve_block!(w, s, Z, outcome, p, solver, tol, Block{W}(sample, last(range)), root)
+        solve_block!(w, s, Z, outcome, p, solver, tol, Block(sample, last(range)), root)
     end
     return
 end
@@ -281,8 +279,8 @@ runs_side_by_side(::AbstractEquation, Z) = false
 runs_side_by_side(p::Equation{T, -1}, Z) where {T} = false
 function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
     all(has_lanes, p.args) || return false
-    b = Block{lane_count(T)}(1, size(Z, 2))
-    w = SidedBuffers{sided(p)}(K)
+    b = Block(1, size(Z, 2))
+    w = SidedBuffers(K)
     try
         value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
         return agrees(p, Z, value, w.J, b)
