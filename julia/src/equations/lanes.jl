@@ -52,7 +52,10 @@ end
     return ifelse(usual, largest * sqrt(sum(map(x -> abs2(x / largest), y))), largest)
 end
 
-@inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(ntuple(i -> ifelse(m, a[i], b[i]), Val(K)))
+# Not written where they are used: a closure on variables that change is slow.
+@inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(map((x, y) -> ifelse(m, x, y), a.entries, b.entries))
+@inline plus(a::Short{K}, b::Short{K}, t::Vec = one(Vec)) where {K} = Short(map((x, y) -> muladd(t, y, x), a.entries, b.entries))
+@inline minus(a::Short{K}, b::Short{K}) where {K} = Short(map(-, a.entries, b.entries))
 @inline all_finite(x::Short) = reduce(&, map(isfinite, x.entries))
 
 # --- linear systems --------------------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
     moved = active
     for k in 1:min(limit, SIDED_EVALUATIONS)
         value = evaluate!(w.J, p, z, args, root)
-        c = R ? value : Short(ntuple(i -> value[i] - z[i], Val(K)))
+        c = R ? value : minus(value, z)
         merit = measure(c, R ? NO_WEIGHTS : p.weights)
         moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * t) * merit_before)
         k == 1 && (active = moved)
@@ -150,7 +153,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
                 near &= !doubtful
                 distance = ifelse(doubtful, Vec(Inf), distance)
             end
-            z = choose(near, Short(ntuple(i -> z[i] + new_step[i], Val(K))), z)
+            z = choose(near, plus(z, new_step), z)
         else
             k == 1 && (outset = max(outset, size))
             judged &= near | (merit <= DIVERGENCE * outset)
@@ -166,7 +169,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         t = ifelse(moved, one(Vec), 0.5 * t)
         active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
         any(active) || break
-        z = choose(active, Short(ntuple(i -> muladd(t, step[i], base[i]), Val(K))), z)
+        z = choose(active, plus(base, step, t), z)
     end
     residual = ifelse(distance == 0.0, zero(Vec), distance / related)
     rate = ifelse(last_distance < Inf, distance / last_distance, zero(Vec))
