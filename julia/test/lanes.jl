@@ -1,11 +1,11 @@
 # Equations of many samples: numbers side by side, their functions, and that samples are solved and differentiated as one by one.
 
-using ImplicitRNN: Jet, Vec, from_lanes, lane, runs_side_by_side, suited, variable
+using ImplicitRNN: Jet, Vec, LANES, from_lanes, lane, runs_side_by_side, suited, variable
 
 "f of all numbers, as many side by side as there are lanes."
 function in_lanes(f, x::Vector{Float64}...)
     load(x, k) = from_lanes(l -> x[min(k + l - 1, end)])
-    return reduce(vcat, [[lane(f((load(v, k) for v in x)...), l) for l in 1:min(8, length(x[1]) - k + 1)] for k in 1:8:length(x[1])])
+    return reduce(vcat, [[lane(f((load(v, k) for v in x)...), l) for l in 1:min(LANES, length(x[1]) - k + 1)] for k in 1:LANES:length(x[1])])
 end
 
 "The largest error in units of the last place; infinite where one is finite and the other is not."
@@ -70,8 +70,8 @@ end
     )
     for f in functions
         y = f(variable(Vec(0.7), 1, Val(1)))
-        @test all(l -> lane(y.value, l) ≈ f(0.7), 1:8)
-        @test all(l -> lane(y.partials[1], l) ≈ ForwardDiff.derivative(f, 0.7), 1:8)
+        @test all(l -> lane(y.value, l) ≈ f(0.7), 1:LANES)
+        @test all(l -> lane(y.partials[1], l) ≈ ForwardDiff.derivative(f, 0.7), 1:LANES)
     end
 end
 

@@ -56,6 +56,9 @@ end
 @inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(map((x, y) -> ifelse(m, x, y), a.entries, b.entries))
 @inline plus(a::Short{K}, b::Short{K}, t::Vec = one(Vec)) where {K} = Short(map((x, y) -> muladd(t, y, x), a.entries, b.entries))
 @inline minus(a::Short{K}, b::Short{K}) where {K} = Short(map(-, a.entries, b.entries))
+@inline in_registers(x::Short) = map(in_registers, x.entries)
+@inline out_of_registers(x::Register) = Vec(x)
+@inline out_of_registers(x::NTuple{K, Register}) where {K} = Short(map(Vec, x))
 @inline all_finite(x::Short) = reduce(&, map(isfinite, x.entries))
 
 # --- linear systems --------------------------------------------------------------------------------------------
@@ -122,12 +125,10 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
 """
 @inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, active::Mask, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
     found = NONE
-    largest = outset = measure(z, p.weights)
-    distance = last_distance = related = Vec(Inf)
-    base = step = picard = z
-    evaluations, t, merit_before = zero(Vec), one(Vec), zero(Vec)
-    moved = active
+    size, infinite = measure(z, p.weights), Vec(Inf)
+    kept = map(in_registers, (z, z, z, size, size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
     for k in 1:min(limit, SIDED_EVALUATIONS)
+        z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before = map(out_of_registers, kept)
         value = evaluate!(w.J, p, z, args, root)
         c = R ? value : minus(value, z)
         merit = measure(c, R ? NO_WEIGHTS : p.weights)
@@ -168,9 +169,11 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         merit_before = ifelse(moved, merit, merit_before)
         t = ifelse(moved, one(Vec), 0.5 * t)
         active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
-        any(active) || break
         z = choose(active, plus(base, step, t), z)
+        kept = map(in_registers, (z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before))
+        any(active) || break
     end
+    z, _, _, _, _, distance, last_distance, related, evaluations, _, _ = map(out_of_registers, kept)
     residual = ifelse(distance == 0.0, zero(Vec), distance / related)
     rate = ifelse(last_distance < Inf, distance / last_distance, zero(Vec))
     return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(Vec), rate))
@@ -218,17 +221,7 @@ end
 
 "Solve the samples of a block; those that do not converge side by side one by one."
 @inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
-    ended = try
-        solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
-    catch error
-        error isa Interrupted && rethrow()
-        nothing
-    end
-    if ended === nothing
-        # f has failed for one of them, which will be told when it is that one's turn.
-        foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(b))
-        return
-    end
+    ended = solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
     converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
     if is_full(b) && all(converged)
         ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
@@ -263,10 +256,26 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, 
     return
 end
 
+# Where f fails, that will be told when it is the turn of the sample for which it does.
 function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, root)
-    for sample in first(range):LANES:last(range)
+    at = Ref(first(range))
+    while at[] <= last(range)
+        try
+            solve_blocks!(w, s, Z, outcome, p, solver, tol, at, last(range), root)
+        catch error
+            error isa Interrupted && rethrow()
+            foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(Block(at[], last(range))))
+            at[] += LANES
+        end
+    end
+    return
+end
+
+function solve_blocks!(w::SidedBuffers, s, Z, outcome, p, solver, tol, at, last, root)
+    while at[] <= last
         check_interrupt()
-        solve_block!(w, s, Z, outcome, p, solver, tol, Block(sample, last(range)), root)
+        solve_block!(w, s, Z, outcome, p, solver, tol, Block(at[], last), root)
+        at[] += LANES
     end
     return
 end

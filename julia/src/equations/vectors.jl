@@ -1,63 +1,61 @@
 # Numbers of several samples side by side in vector registers, on which the user's function is evaluated as if they were one number.
 
 "Samples side by side, one in each lane of the widest vector registers."
-const LANES = 8
+const LANES = 16
 
+@eval primitive type Vec <: Real $(64LANES) end
 """
     Vec
 
 A number of each of $(LANES) samples, in double precision: a real number as far as arithmetic goes, every operation being done for all of
 them. What they are compared by gives a [`Mask`](@ref); code that branches on that fails, and is run for one sample at a time.
 """
-primitive type Vec <: Real 512 end
+Vec
 # Not a tuple of `VecElement`: code for arrays of those relies on an alignment to 64 bytes, which Julia does not see to.
 
-"An integer for each sample."
-primitive type Integers 512 end
+# An integer for each sample.
+@eval primitive type Integers $(64LANES) end
 
-"Truth of something for each of the samples, in a bit each."
-primitive type Mask 8 end
-@inline Mask(bits::UInt8) = reinterpret(Mask, bits)
-@inline bits(m::Mask) = reinterpret(UInt8, m)
-const ALL, NONE = Mask(0xff), Mask(0x00)
+# Truth of something for each of the samples, in a bit each.
+@eval primitive type Mask $LANES end
+const Bits = LANES == 16 ? UInt16 : UInt8
+@inline Mask(bits::Bits) = reinterpret(Mask, bits)
+@inline bits(m::Mask) = reinterpret(Bits, m)
+const ALL, NONE = Mask(typemax(Bits)), Mask(zero(Bits))
 
 "What there may be one of for all samples."
 const Plain = Union{AbstractFloat, Integer, Rational, AbstractIrrational}
 
 # LLVM code from `inputs`, each a pair of its type and the name of its vector, and `code`, which gives the vector %r of type `result`.
-const LLVM_TYPES = Dict(Vec => "<8 x double>", Integers => "<8 x i64>", Mask => "<8 x i1>")
-const LLVM_BITS = Dict(Vec => "i512", Integers => "i512", Mask => "i8")
+const LLVM_TYPES = Dict(Vec => "<$LANES x double>", Integers => "<$LANES x i64>", Mask => "<$LANES x i1>")
+const LLVM_BITS = Dict(Vec => "i$(64LANES)", Integers => "i$(64LANES)", Mask => "i$LANES")
 function instruction(code, result, inputs...)
     unpack = join("%$name = bitcast $(LLVM_BITS[type]) %$(k - 1) to $(LLVM_TYPES[type])\n" for (k, (type, name)) in enumerate(inputs))
     return "$unpack$code\n%bits = bitcast $(LLVM_TYPES[result]) %r to $(LLVM_BITS[result])\nret $(LLVM_BITS[result]) %bits"
 end
 
 @eval @inline Vec(x::Float64) = Base.llvmcall(
-    $(instruction("%v = insertelement <8 x double> poison, double %0, i32 0\n%r = shufflevector <8 x double> %v, <8 x double> poison, <8 x i32> zeroinitializer", Vec)),
+    $(instruction("%v = insertelement <$LANES x double> poison, double %0, i32 0\n%r = shufflevector <$LANES x double> %v, <$LANES x double> poison, <$LANES x i32> zeroinitializer", Vec)),
     Vec, Tuple{Float64}, x
 )
 @eval @inline Integers(x::Int64) = Base.llvmcall(
-    $(instruction("%v = insertelement <8 x i64> poison, i64 %0, i32 0\n%r = shufflevector <8 x i64> %v, <8 x i64> poison, <8 x i32> zeroinitializer", Integers)),
+    $(instruction("%v = insertelement <$LANES x i64> poison, i64 %0, i32 0\n%r = shufflevector <$LANES x i64> %v, <$LANES x i64> poison, <$LANES x i32> zeroinitializer", Integers)),
     Integers, Tuple{Int64}, x
 )
 @eval @inline lane(x::Vec, l::Int) =
-    Base.llvmcall("%a = bitcast i512 %0 to <8 x double>\n%r = extractelement <8 x double> %a, i64 %1\nret double %r", Float64, Tuple{Vec, Int64}, x, l - 1)
-@eval @inline with_lane(x::Vec, l::Int, y::Float64) = Base.llvmcall(
-    $(replace(instruction("%r = insertelement <8 x double> %a, double %1, i64 %2", Vec, Vec => "a"))), Vec, Tuple{Vec, Float64, Int64}, x, y, l - 1
-)
-@inline lane(m::Mask, l::Int) = (bits(m) >> (l - 1)) & 0x01 != 0x00
+    Base.llvmcall($("%a = bitcast i$(64LANES) %0 to <$LANES x double>\n%r = extractelement <$LANES x double> %a, i64 %1\nret double %r"), Float64, Tuple{Vec, Int64}, x, l - 1)
+@inline lane(m::Mask, l::Int) = isodd(bits(m) >> (l - 1))
+const Register = NTuple{LANES, VecElement{Float64}}
+# As what LLVM keeps in registers from one round of a loop to the next; a `Vec` is an integer to it, of which it knows only as long
+# as it sees all that is done with it.
+@eval @inline in_registers(x::Vec) = Base.llvmcall($("%r = bitcast i$(64LANES) %0 to <$LANES x double>\nret <$LANES x double> %r"), Register, Tuple{Vec}, x)
+@eval @inline Vec(x::Register) = Base.llvmcall($("%r = bitcast <$LANES x double> %0 to i$(64LANES)\nret i$(64LANES) %r"), Vec, Tuple{Register}, x)
 "The lanes f(1), f(2), …"
-@inline function from_lanes(f::F) where {F}
-    x = Vec(0.0)
-    for l in 1:LANES
-        x = with_lane(x, l, f(l))
-    end
-    return x
-end
+@inline from_lanes(f::F) where {F} = Vec(ntuple(l -> VecElement(f(l)), Val(LANES)))
 @inline function mask_from_lanes(f::F) where {F}
-    found = 0x00
+    found = zero(Bits)
     for l in 1:LANES
-        found |= UInt8(f(l)::Bool) << (l - 1)
+        found |= Bits(f(l)::Bool) << (l - 1)
     end
     return Mask(found)
 end
@@ -83,11 +81,11 @@ for f in (:&, :|, :xor)
     @eval @inline Base.$f(a::Bool, b::Mask) = $f(b, a)
 end
 @inline Base.:!(m::Mask) = Mask(~bits(m))
-@inline Base.any(m::Mask) = bits(m) != 0x00
-@inline Base.all(m::Mask) = bits(m) == 0xff
+@inline Base.any(m::Mask) = bits(m) != zero(Bits)
+@inline Base.all(m::Mask) = bits(m) == typemax(Bits)
 
 @eval @inline Base.ifelse(m::Mask, a::Vec, b::Vec) = Base.llvmcall(
-    $(instruction("%r = select <8 x i1> %m, <8 x double> %a, <8 x double> %b", Vec, Mask => "m", Vec => "a", Vec => "b")),
+    $(instruction("%r = select <$LANES x i1> %m, <$LANES x double> %a, <$LANES x double> %b", Vec, Mask => "m", Vec => "a", Vec => "b")),
     Vec, Tuple{Mask, Vec, Vec}, m, a, b
 )
 @inline Base.ifelse(m::Mask, a::Union{Vec, Plain}, b::Union{Vec, Plain}) = ifelse(m, Vec(a), Vec(b))
@@ -96,7 +94,7 @@ end
 for (f, op) in ((:<, "olt"), (:<=, "ole"), (:(==), "oeq"), (:unordered, "uno"))
     name = f === :unordered ? f : :(Base.$f)
     @eval @inline $name(a::Vec, b::Vec) =
-        Base.llvmcall($(instruction("%r = fcmp $op <8 x double> %a, %b", Mask, Vec => "a", Vec => "b")), Mask, Tuple{Vec, Vec}, a, b)
+        Base.llvmcall($(instruction("%r = fcmp $op <$LANES x double> %a, %b", Mask, Vec => "a", Vec => "b")), Mask, Tuple{Vec, Vec}, a, b)
 end
 @inline Base.isnan(x::Vec) = unordered(x, x)
 @inline Base.isinf(x::Vec) = abs(x) == Inf
@@ -107,14 +105,14 @@ end
 
 for (f, op) in ((:+, "fadd"), (:-, "fsub"), (:*, "fmul"), (:/, "fdiv"))
     @eval @inline Base.$f(a::Vec, b::Vec) =
-        Base.llvmcall($(instruction("%r = $op <8 x double> %a, %b", Vec, Vec => "a", Vec => "b")), Vec, Tuple{Vec, Vec}, a, b)
+        Base.llvmcall($(instruction("%r = $op <$LANES x double> %a, %b", Vec, Vec => "a", Vec => "b")), Vec, Tuple{Vec, Vec}, a, b)
 end
 for (f, op) in ((:+, "add"), (:-, "sub"), (:&, "and"), (:xor, "xor"), (:<<, "shl"), (:>>, "ashr"))
-    code = instruction("%r = $op <8 x i64> %a, %b", Integers, Integers => "a", Integers => "b")
+    code = instruction("%r = $op <$LANES x i64> %a, %b", Integers, Integers => "a", Integers => "b")
     @eval @inline Base.$f(a::Integers, b::Integers) = Base.llvmcall($code, Integers, Tuple{Integers, Integers}, a, b)
     @eval @inline Base.$f(a::Integers, b::Int64) = $f(a, Integers(b))
 end
-@eval @inline Base.:-(x::Vec) = Base.llvmcall($(instruction("%r = fneg <8 x double> %a", Vec, Vec => "a")), Vec, Tuple{Vec}, x)
+@eval @inline Base.:-(x::Vec) = Base.llvmcall($(instruction("%r = fneg <$LANES x double> %a", Vec, Vec => "a")), Vec, Tuple{Vec}, x)
 @inline Base.:+(x::Vec) = x
 @inline Base.inv(x::Vec) = 1.0 / x
 @inline Base.abs2(x::Vec) = x * x
@@ -126,9 +124,9 @@ for (f, name, count) in (
     )
     given = [(:a, :b, :c)[1:count]...]
     entry = """
-    declare <8 x double> @llvm.$name.v8f64($(join(fill("<8 x double>", count), ", ")))
-    define i512 @entry($(join(fill("i512", count), ", "))) alwaysinline {
-    $(instruction("%r = call <8 x double> @llvm.$name.v8f64($(join(("<8 x double> %$v" for v in given), ", ")))", Vec, (Vec => "$v" for v in given)...))
+    declare <$LANES x double> @llvm.$name.v$(LANES)f64($(join(fill("<$LANES x double>", count), ", ")))
+    define i$(64LANES) @entry($(join(fill("i$(64LANES)", count), ", "))) alwaysinline {
+    $(instruction("%r = call <$LANES x double> @llvm.$name.v$(LANES)f64($(join(("<$LANES x double> %$v" for v in given), ", ")))", Vec, (Vec => "$v" for v in given)...))
     }"""
     @eval @inline Base.$f($((:($v::Vec) for v in given)...)) = Base.llvmcall(($entry, "entry"), Vec, $(Expr(:curly, :Tuple, fill(:Vec, count)...)), $(given...))
 end
@@ -139,11 +137,11 @@ end
 @inline Base.min(a::Vec, b::Vec) = ifelse((a < b) | isnan(a), a, b)
 @inline Base.clamp(x::Vec, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
 
-@inline Base.reinterpret(::Type{Integers}, x::Vec) = Base.llvmcall("ret i512 %0", Integers, Tuple{Vec}, x)
-@inline Base.reinterpret(::Type{Vec}, x::Integers) = Base.llvmcall("ret i512 %0", Vec, Tuple{Integers}, x)
-@eval @inline Vec(x::Integers) = Base.llvmcall($(instruction("%r = sitofp <8 x i64> %a to <8 x double>", Vec, Integers => "a")), Vec, Tuple{Integers}, x)
+@eval @inline Base.reinterpret(::Type{Integers}, x::Vec) = Base.llvmcall($("ret i$(64LANES) %0"), Integers, Tuple{Vec}, x)
+@eval @inline Base.reinterpret(::Type{Vec}, x::Integers) = Base.llvmcall($("ret i$(64LANES) %0"), Vec, Tuple{Integers}, x)
+@eval @inline Vec(x::Integers) = Base.llvmcall($(instruction("%r = sitofp <$LANES x i64> %a to <$LANES x double>", Vec, Integers => "a")), Vec, Tuple{Integers}, x)
 # Which are odd.
-@eval @inline is_odd(x::Integers) = Base.llvmcall($(instruction("%r = trunc <8 x i64> %a to <8 x i1>", Mask, Integers => "a")), Mask, Tuple{Integers}, x)
+@eval @inline is_odd(x::Integers) = Base.llvmcall($(instruction("%r = trunc <$LANES x i64> %a to <$LANES x i1>", Mask, Integers => "a")), Mask, Tuple{Integers}, x)
 
 # --- for one lane after the other ------------------------------------------------------------------------------
 
