@@ -98,6 +98,10 @@ end
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{-1}) = inv(x)
 @inline Base.literal_pow(::typeof(^), x::Sided, ::Val{n}) where {n} = x^n
 
+# Julia's own for any numbers branches.
+@inline Base.hypot(x::Sided, y::Plain) = hypot(promote(x, y)...)
+@inline Base.hypot(x::Plain, y::Sided) = hypot(promote(x, y)...)
+
 # What has none, or that of one of its arguments.
 for f in (:isnan, :isinf, :isfinite, :signbit, :sign, :floor, :ceil, :trunc, :round)
     @eval @inline Base.$f(x::Jet) = $f(x.value)
@@ -107,6 +111,8 @@ for f in (:<, :<=, :(==))
 end
 @inline Base.ifelse(m::Mask, a::J, b::J) where {J <: Jet} =
     J(ifelse(m, a.value, b.value), map((p, q) -> ifelse(m, p, q), a.partials, b.partials))
+@inline Base.ifelse(m::Mask, a::Jet, b::Constant) = ifelse(m, promote(a, b)...)
+@inline Base.ifelse(m::Mask, a::Constant, b::Jet) = ifelse(m, promote(a, b)...)
 @inline Base.max(a::J, b::J) where {J <: Jet} = ifelse((a > b) | isnan(a), a, b)
 @inline Base.min(a::J, b::J) where {J <: Jet} = ifelse((a < b) | isnan(a), a, b)
 @inline Base.clamp(x::Jet, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))

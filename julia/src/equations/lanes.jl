@@ -204,6 +204,11 @@ end
 
 # --- solvers ---------------------------------------------------------------------------------------------------
 
+"Whether the solver has a method for samples side by side: it begins with Newton's."
+may_be_sided(::Solver, ::AbstractEquation) = false
+may_be_sided(::Newton, ::AbstractEquation) = true
+may_be_sided(::Auto, p::AbstractEquation) = p.root
+
 @inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
     attracting!(w, p, args, newton!(w, p, z, args, ALL, 0.0, limit, tol, root), root)
 
@@ -250,15 +255,14 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, 
     in_parallel(cld(total, PIECE), threads) do thread, k
         w, s = buffers[thread]
         range = piece(k, PIECE, total)
-        p.root ? solve_piece!(w, s, Z, outcome, p, solver, tol, range, Val(true)) :
-            solve_piece!(w, s, Z, outcome, p, solver, tol, range, Val(false))
+        solve_piece!(w, s, Z, outcome, p, solver, tol, range, p.root ? Val(true) : Val(false))
     end
     return
 end
 
 # Where f fails, that will be told when it is the turn of the sample for which it does.
 function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, root)
-    at = Ref(first(range))
+    at = Ref(first(range))          # the block at work
     while at[] <= last(range)
         try
             solve_blocks!(w, s, Z, outcome, p, solver, tol, at, last(range), root)

@@ -18,7 +18,7 @@ function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, sol
 end
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
-    solver isa Union{Auto, Newton} && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, p, solver, tol)
+    may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, p, solver, tol)
     s = Iteration{T}(p.n)
     foreach(sample -> solve_sample!(s, Z, outcome, p, solver, tol, sample), axes(Z, 2))
     return
