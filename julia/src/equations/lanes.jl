@@ -5,7 +5,7 @@
 const SIDED_EVALUATIONS = 30
 
 "Samples that a thread takes at a time."
-const PIECE = 1024
+const PIECE = 4096
 
 "Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
 struct SidedBuffers
