@@ -19,6 +19,7 @@ SidedBuffers(n::Int) = SidedBuffers(zeros(Vec, n, n), zeros(Vec, n, n))
 @inline at(x::Shared, b::Block) = x.value
 @inline at(x::PerSample{0}, b::Block) = load(x.array, b)
 @inline at(x::PerSample{K}, b::Block) where {K} = Short(ntuple(i -> load(x.array, b, i, K), Val(K)))
+at(::PerSample{-1}, b::Block) = throw(ArgumentError("arrays do not run side by side"))
 @inline arguments(p::Equation, b::Block) = map(x -> at(x, b), p.args)
 
 has_lanes(::Shared) = true
@@ -292,7 +293,7 @@ end
 Whether f can be evaluated for samples side by side: found out by doing so for the first of them, as compared to one by one.
 """
 runs_side_by_side(::AbstractEquation, Z) = false
-runs_side_by_side(p::Equation{T, -1}, Z) where {T} = false
+runs_side_by_side(::Equation{T, -1}, Z::Matrix{T}) where {T} = false
 function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
     all(has_lanes, p.args) || return false
     b = Block(1, size(Z, 2))

@@ -51,13 +51,13 @@ says why not.
         ntuple(i -> (@inbounds w.J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
         ntuple(i -> (@inbounds w.B[i, k] = Vec(i == k); nothing), Val(K))
     end
-    size_of_A = largest_column_sum(w.J)
-    divide!(w.J, w.B, K)
-    regular = wanted & (size_of_A * largest_column_sum(w.B) * Float64(eps(T) * K) < 1.0)
+    size_of_A = column_sum(w.J, Val(K))
+    invert!(w.J, w.B, Val(K))
+    regular = wanted & (size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0)
     c = ntuple(i -> value_of(y[i]) - (R ? zero(Vec) : z[i]), Val(K))
     corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
     evaluate!(w.J, p, corrected, args, root)
-    regular &= largest_deviation(w.B, w.J) <= 0.25
+    regular &= deviation(w.B, w.J, Val(K)) <= 0.25
     if kept
         if is_full(b) && all(regular)
             ntuple(i -> store!(inverses.kept, @inbounds(w.B[i]), b, i, K * K), Val(K * K))
@@ -72,6 +72,14 @@ says why not.
     end
     return y, regular
 end
+
+# One unknown needs no loops.
+@inline column_sum(A::Matrix{Vec}, ::Val{1}) = abs(@inbounds A[1])
+@inline column_sum(A::Matrix{Vec}, ::Val) = largest_column_sum(A)
+@inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{1}) = @inbounds B[1] = inv(A[1])
+@inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{K}) where {K} = divide!(A, B, K)
+@inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val{1}) = @inbounds abs(B[1] * A[1] - 1.0)
+@inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val) = largest_deviation(B, A)
 
 # The largest column sum of B A - I.
 function largest_deviation(B::Matrix{Vec}, A::Matrix{Vec})
