@@ -45,8 +45,9 @@ def julia(text: str) -> JuliaFunction:
     The code sees each sample as a vector z, arguments as numbers and arrays indexed as in NumPy but from 1, and it may use
     Julia's LinearAlgebra. It is compiled at its first use, once per text. It must be differentiable by ForwardDiff.jl, so
     parameters should not be declared Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
-    vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in vector
-    registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) is run for one sample at a time.
+    vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in double
+    precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) is run
+    for one sample at a time.
 
     Parameters
     ----------
