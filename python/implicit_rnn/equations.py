@@ -45,7 +45,9 @@ def julia(text: str) -> JuliaFunction:
     The code sees each sample as a vector z, arguments as numbers and arrays indexed as in NumPy but from 1, and it may use
     Julia's LinearAlgebra. It is compiled at its first use, once per text. It must be differentiable by ForwardDiff.jl, so
     parameters should not be declared Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
-    vectors cannot be written to.
+    vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in double
+    precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) is run
+    for one sample at a time.
 
     Parameters
     ----------
@@ -161,7 +163,8 @@ def fixed_point(
         done in float64.
     args
         The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
-        differentiated; integers and booleans remain what they are.
+        differentiated; integers and booleans remain what they are. For Julia code arrays that already are of that dtype are
+        not copied, and must not be written to as long as the solution is differentiated.
     batched
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
@@ -368,7 +371,8 @@ def _pose(
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     names = _argument_names(f, len(args))
     per_sample = _positions(batched, names)
-    arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
+    in_place = isinstance(f, JuliaFunction)  # which cannot write to them
+    arrays = tuple([_argument(name, value, start.dtype, in_place) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
@@ -403,7 +407,8 @@ def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
             f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
         )
     dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
-    start = np.array(as_real("z0", array, dtype), order="C", ndmin=2)
+    start = np.ascontiguousarray(as_real("z0", array, dtype))
+    start = start if start.ndim == 2 else start.reshape(1, -1)
     if not _is_finite(start):
         bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
         raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
@@ -420,14 +425,14 @@ def _is_finite(array: Array) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
+def _argument(name: str, value: ArrayLike, dtype: np.dtype, in_place: bool) -> Array:
     array = _as_array(name, value)
     if array.size == 0:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    target = _KEPT.get(array.dtype.kind, dtype)
-    array = np.array(as_real(name, array, target))
+    array = as_real(name, array, _KEPT.get(array.dtype.kind, dtype))
+    array = np.require(array, requirements="A").view() if in_place else np.array(array)
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
 
@@ -465,6 +470,11 @@ def _position(key: object, names: tuple[str, ...], subject: str) -> int:
 # --- solutions -----------------------------------------------------------------------------------------------
 
 
+_NO_BOUND = np.full(1, np.nan)
+"""The bound of every sample: none is certified."""
+_NO_BOUND.flags.writeable = False
+
+
 @dataclass(frozen=True, repr=False)
 class ImplicitSolution(Solution):
     """The solution of ``fixed_point`` or ``root``, and its derivatives with respect to the arguments.
@@ -495,8 +505,8 @@ class ImplicitSolution(Solution):
             What is to be solved, and the handle that solves it.
         """
         samples = equation.samples
-        residual, rate, bound = np.empty(samples), np.empty(samples), np.empty(samples)
-        bound.fill(np.nan)
+        residual, rate = np.empty(samples), np.empty(samples)
+        bound = np.ndarray(samples, buffer=_NO_BOUND, strides=(0,))
         arrays = (np.empty(samples, np.int8), np.empty(samples, np.int32), residual, rate, bound)
         return cls(equation.start.copy(), *arrays, equation=equation, compiled=compiled)
 
@@ -545,9 +555,10 @@ class ImplicitSolution(Solution):
         rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
         if not np.isfinite(rows).all():
             raise ValueError("v has NaN or infinity")
-        failed = rows.any(axis=1) & ~self.converged
-        if failed.any():
-            self._no_derivative(failed, "; v must be zero for them")
+        if not (converged := self.converged).all():
+            failed = rows.any(axis=1) & ~converged
+            if failed.any():
+                self._no_derivative(failed, "; v must be zero for them")
         gradients = self._differentiate(lambda: self.compiled.vjp(rows))
         return {name: g for name, g in zip(self.equation.names, gradients, strict=True) if g is not None}
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import bridge
 import cases
+import equations
 import figures
 import fit
 import scale
@@ -96,6 +97,11 @@ def run_fit(options: argparse.Namespace) -> dict[str, Any]:
     return fit.run()
 
 
+def run_equations(options: argparse.Namespace) -> dict[str, Any]:
+    """roots of many samples and their vjp, ours and jitted JAX's"""
+    return equations.run(options.peers_python, options.rounds)
+
+
 def run_memory(options: argparse.Namespace) -> dict[str, Any]:
     """the implicit gradient against BPTT: time, memory, error (also: implicit-rnn cost)"""
     result = cost.run(engine="julia")
@@ -131,6 +137,7 @@ def run_datasets(options: argparse.Namespace) -> dict[str, Any]:
 BENCHMARKS = {
     "step": run_step,
     "fit": run_fit,
+    "equations": run_equations,
     "memory": run_memory,
     "scale": run_scale,
     "startup": run_startup,

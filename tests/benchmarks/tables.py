@@ -52,6 +52,16 @@ def fit(result: dict[str, Any]) -> str:
     )
 
 
+def equations(result: dict[str, Any]) -> str:
+    header = ["", OURS, "jax", "jax / ours"]
+    rows = []
+    for row in result["rows"]:
+        cells = [row["results"].get(name) for name in (OURS, "jax")]
+        times = [f"{c['seconds'] * 1e3:.3g} ms ({c['error']:.0e})" if c else "absent" for c in cells]
+        rows.append([row["name"], *times, f"**{row['ratio']:.1f}**" if row["ratio"] else "-"])
+    return markdown(header, rows)
+
+
 def memory(result: dict[str, Any]) -> str:
     header = ["gradient", "steps or tolerance", "iterations", "time", "peak memory", "error"]
     rows = [
@@ -128,6 +138,7 @@ def median(values: Sequence[float]) -> float:
 TABLES = {
     "step": step,
     "fit": fit,
+    "equations": equations,
     "memory": memory,
     "scale": scale,
     "startup": startup,

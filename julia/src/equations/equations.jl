@@ -2,6 +2,9 @@
 # at once, and their derivatives with respect to the arguments by the implicit function theorem.
 
 include("short.jl")
+include("vectors.jl")
+include("elementary.jl")
+include("jets.jl")
 include("problem.jl")
 include("function_derivatives.jl")
 include("reverse_mode.jl")
@@ -12,8 +15,10 @@ include("newton.jl")
 include("trust_region.jl")
 include("nlsolve.jl")
 include("auto.jl")
+include("lanes.jl")
 include("solve.jl")
 include("solution_derivatives.jl")
+include("lanes_derivatives.jl")
 include("implicit_function.jl")
 include("text.jl")
 
@@ -38,7 +43,9 @@ converged(s::ImplicitSolution) = s.status .== CONVERGED
 
 Solve `z = f(z, args...)` from the start `z0`: a vector, a matrix whose columns are independent samples, or a number. `batched`
 lists the positions of the arguments whose last axis counts the samples. `f` is given a vector, or a number where `z0` is one, and
-returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot write to.
+returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot write to. From $(MANY) samples on `f` is given $(LANES) of them at
+once where it can be evaluated so, each number being that of all of them, and may be called from several threads: a broadcast
+formula is the fastest, one that branches on values is solved one sample after the other.
 
 A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, since a solution may be zero, when it
 is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ

@@ -146,6 +146,7 @@ end
 
 vjp_by_samples!(gradients, p::AbstractEquation, inverses, v) = vjp_by_samples!((gradients...,), p, inverses, v)
 function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
+    differentiates_side_by_side(p, inverses) && return vjp_side_by_side!(gradients, p, inverses, v)
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
     w = InverseBuffers{T}(p.n)
     for j in axes(inverses.Z, 2)
@@ -200,22 +201,24 @@ function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Invers
 end
 
 function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
+    differentiates_side_by_side(p, inverses) && return jacobian_side_by_side!(J, p, inverses, index, wanted)
     n, entries, samples = size(J)
     w = InverseBuffers{T}(n)
     B = zeros(T, n, entries)
     for j in 1:samples
-        if !wanted[j]
-            fill!(view(J, :, :, j), T(NaN))
-            continue
-        end
-        copy_column!(w.at, 1, inverses.Z, j)
-        argument_jacobian!(B, p, w.at, j, index)
-        if n <= DENSE
-            gemm!('N', 'N', -1, inverse!(inverses, w, p, j), B, false, view(J, :, :, j))
-        else
-            tangent(x) = (check_interrupt(); conditions_along(p, w.at, j, x))
-            foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), 1:entries)
-        end
+        wanted[j] ? jacobian_of_sample!(J, w, B, p, inverses, index, j) : fill!(view(J, :, :, j), T(NaN))
     end
     return J
+end
+
+function jacobian_of_sample!(J, w::InverseBuffers{T}, B, p::AbstractEquation{T}, inverses, index::Val, j::Int) where {T}
+    copy_column!(w.at, 1, inverses.Z, j)
+    argument_jacobian!(B, p, w.at, j, index)
+    if p.n <= DENSE
+        gemm!('N', 'N', -1, inverse!(inverses, w, p, j), B, false, view(J, :, :, j))
+    else
+        tangent(x) = (check_interrupt(); conditions_along(p, w.at, j, x))
+        foreach(k -> J[:, k, j] = solve_by_products(tangent, -B[:, k], j), axes(J, 2))
+    end
+    return
 end

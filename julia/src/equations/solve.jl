@@ -12,19 +12,27 @@ ended.
 function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, solver::Solver) where {T}
     solver isa (problem.root ? ROOT_SOLVERS : FIXED_POINT_SOLVERS) ||
         throw(ArgumentError("$(nameof(typeof(solver))) does not solve $(problem.root ? "f(z) = 0" : "z = f(z) in general")"))
-    reset!(outcome)
     # `f` may be newer than this code.
     Base.invokelatest(solve_samples!, Z, outcome, suited(problem), solver, Float64(tolerance(solver, T)))
     return
 end
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
+    may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, p, solver, tol)
     s = Iteration{T}(p.n)
-    for sample in axes(Z, 2)
-        begin!(s, p, Z, sample, solver.max_iterations)
-        status = iterate!(solver, s, p, tol)
-        copy_column!(Z, sample, s.z, 1)
-        record!(outcome, sample, status, s.evaluations, s.relative, s.rate)
-    end
+    foreach(sample -> solve_sample!(s, Z, outcome, p, solver, tol, sample), axes(Z, 2))
+    return
+end
+
+function solve_sample!(s::Iteration{T}, Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64, sample::Int) where {T}
+    begin!(s, p, Z, sample, solver.max_iterations)
+    status = iterate!(solver, s, p, tol)
+    copy_column!(Z, sample, s.z, 1)
+    put!(outcome, sample, status, s.evaluations, s.relative, s.rate)
+    return
+end
+
+@inline function put!(o::Outcome, sample::Int, status::Status, evaluations::Int, residual::Float64, rate::Float64)
+    @inbounds o.status[sample], o.iterations[sample], o.residual[sample], o.rate[sample] = status, evaluations % Int32, residual, rate
     return
 end

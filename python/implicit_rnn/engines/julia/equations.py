@@ -35,7 +35,7 @@ class JuliaEquation:
     def vjp(self, v: Array) -> list[Array | None]:
         equation = self._equation
         gradients = tuple(
-            np.zeros_like(array) if equation.is_differentiable(index) else array
+            np.empty_like(array) if equation.is_differentiable(index) else array
             for index, array in enumerate(self._args)
         )
         _ask("equation_vjp", self._handle.number, v.reshape(-1), gradients)
@@ -105,7 +105,7 @@ def _lent(equation: Equation) -> tuple[Array, ...]:
 def _from_julia(flat: Array, shape: tuple[int, ...], batched: bool) -> Array:
     """The inverse of ``_lent`` for one argument."""
     axes = _reversal(len(shape), batched)
-    return np.array(flat.reshape([shape[axis] for axis in axes]).transpose(axes), order="C")
+    return np.asarray(flat.reshape([shape[axis] for axis in axes]).transpose(axes), order="C")
 
 
 def _reversal(axes: int, batched: bool) -> tuple[int, ...]:

@@ -1,0 +1,325 @@
+# Many samples of an equation of a few unknowns: side by side in vector registers, and on all threads. What does not settle there
+# within a few evaluations is solved by itself, from its start, as every sample of another equation is.
+
+"Evaluations of f before a sample is solved by itself."
+const SIDED_EVALUATIONS = 30
+
+"Samples that a thread takes at a time."
+const PIECE = 4096
+
+"Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
+struct SidedBuffers
+    J::Matrix{Vec}
+    B::Matrix{Vec}
+end
+SidedBuffers(n::Int) = SidedBuffers(zeros(Vec, n, n), zeros(Vec, n, n))
+
+# --- what f is given, and what it gives ------------------------------------------------------------------------
+
+@inline at(x::Shared, b::Block) = x.value
+@inline at(x::PerSample{0}, b::Block) = load(x.array, b)
+@inline at(x::PerSample{K}, b::Block) where {K} = Short(ntuple(i -> load(x.array, b, i, K), Val(K)))
+at(::PerSample{-1}, b::Block) = throw(ArgumentError("arrays do not run side by side"))
+@inline arguments(p::Equation, b::Block) = map(x -> at(x, b), p.args)
+
+has_lanes(::Shared) = true
+has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float32, Float64}
+
+@inline load_columns(Z::Matrix, b::Block, ::Val{K}) where {K} = Short(ntuple(i -> load(Z, b, i, K), Val(K)))
+
+"f(z), and J = ∂c/∂z."
+@inline function evaluate!(J::Matrix{Vec}, p::Equation{T, K}, z::Short{K, Vec}, args, root::Val) where {T, K}
+    y = checked(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...), K)
+    ntuple(Val(K)) do k
+        ntuple(i -> (@inbounds J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
+    end
+    return Short(ntuple(i -> value_of(@inbounds y[i]), Val(K)))
+end
+@inline derivative_of_condition(y, i, k, ::Val{true}) = partial_of(y, k)
+@inline derivative_of_condition(y, i, k, ::Val{false}) = i == k ? partial_of(y, k) - 1.0 : partial_of(y, k)
+
+# For samples side by side.
+@inline measure(x::Short{1, Vec}, weights::Vector{Float64} = NO_WEIGHTS) =
+    isempty(weights) ? abs(x[1]) : abs(x[1]) * @inbounds weights[1]
+@inline function measure(x::Short{K, Vec}, weights::Vector{Float64} = NO_WEIGHTS) where {K}
+    y = ntuple(i -> isempty(weights) ? x[i] : x[i] * @inbounds(weights[i]), Val(K))
+    total = sum(map(abs2, y))
+    far = !((total > 1.0e-280) & (total < 1.0e280))
+    return any(far) ? ifelse(far, measure_scaled(map(abs, y)), sqrt(total)) : sqrt(total)
+end
+@noinline function measure_scaled(y::NTuple{K, Vec}) where {K}
+    largest = reduce(max, y)
+    usual = (largest > 0.0) & (largest < Inf)
+    return ifelse(usual, largest * sqrt(sum(map(x -> abs2(x / largest), y))), largest)
+end
+
+# Not written where they are used: a closure on variables that change is slow.
+@inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(map((x, y) -> ifelse(m, x, y), a.entries, b.entries))
+@inline plus(a::Short{K}, b::Short{K}, t::Vec = one(Vec)) where {K} = Short(map((x, y) -> muladd(t, y, x), a.entries, b.entries))
+@inline minus(a::Short{K}, b::Short{K}) where {K} = Short(map(-, a.entries, b.entries))
+@inline in_registers(x::Short) = map(in_registers, x.entries)
+@inline out_of_registers(x::Register) = Vec(x)
+@inline out_of_registers(x::NTuple{K, Register}) where {K} = Short(map(Vec, x))
+@inline all_finite(x::Short) = reduce(&, map(isfinite, x.entries))
+
+# --- linear systems --------------------------------------------------------------------------------------------
+
+"B ← A⁻¹ B by elimination with partial pivoting; not finite where A has no inverse. A is overwritten."
+function divide!(A::Matrix{Vec}, B::Matrix{Vec}, columns::Int)
+    n = size(A, 1)
+    @inbounds for k in 1:n
+        for i in (k + 1):n
+            larger = abs(A[i, k]) > abs(A[k, k])
+            any(larger) || continue
+            for j in k:n
+                A[k, j], A[i, j] = ifelse(larger, A[i, j], A[k, j]), ifelse(larger, A[k, j], A[i, j])
+            end
+            for j in 1:columns
+                B[k, j], B[i, j] = ifelse(larger, B[i, j], B[k, j]), ifelse(larger, B[k, j], B[i, j])
+            end
+        end
+        pivot = inv(A[k, k])
+        for i in (k + 1):n
+            factor = -(A[i, k] * pivot)
+            for j in (k + 1):n
+                A[i, j] = muladd(factor, A[k, j], A[i, j])
+            end
+            for j in 1:columns
+                B[i, j] = muladd(factor, B[k, j], B[i, j])
+            end
+        end
+    end
+    @inbounds for j in 1:columns, k in n:-1:1
+        x = B[k, j] / A[k, k]
+        B[k, j] = x
+        for i in 1:(k - 1)
+            B[i, j] = muladd(-A[i, k], x, B[i, j])
+        end
+    end
+    return B
+end
+
+# The Newton step; not finite where there is none.
+@inline newton_step!(w::SidedBuffers, c::Short{1}) = Short((-c[1] / @inbounds(w.J[1]),))
+@inline function newton_step!(w::SidedBuffers, c::Short{K}) where {K}
+    ntuple(i -> (@inbounds w.B[i] = -c[i]; nothing), Val(K))
+    divide!(w.J, w.B, 1)
+    return Short(ntuple(i -> @inbounds(w.B[i]), Val(K)))
+end
+
+# --- Newton's method -------------------------------------------------------------------------------------------
+
+"What came of samples side by side: where they are, which have converged, and how."
+struct Ended{K}
+    z::Short{K, Vec}
+    converged::Mask
+    evaluations::Vec
+    residual::Vec
+    rate::Vec
+end
+
+"""
+    newton!(w, p, z, args, active, used, limit, tol, root)
+
+Newton's method as for one sample (`newton!`, `search_line!`, `near!`), for those that are `active` and have `used` so many
+evaluations; each is evaluated once in a round. Those that do not converge have come across something that asks for more than Newton steps, halved where need be.
+"""
+@inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, active::Mask, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+    found = NONE
+    size, infinite = measure(z, p.weights), Vec(Inf)
+    kept = map(in_registers, (z, z, z, size, size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
+    for k in 1:min(limit, SIDED_EVALUATIONS)
+        z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before = map(out_of_registers, kept)
+        value = evaluate!(w.J, p, z, args, root)
+        c = R ? value : minus(value, z)
+        merit = measure(c, R ? NO_WEIGHTS : p.weights)
+        moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * t) * merit_before)
+        k == 1 && (active = moved)
+
+        # Where those stand that have moved.
+        new_step = newton_step!(w, c)
+        size = measure(R ? z : value, p.weights)
+        isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
+        now = R ? measure(new_step, p.weights) : merit
+        judged = moved & all_finite(new_step) & isfinite(size)
+        largest = ifelse(judged, max(largest, size), largest)
+        last_distance, distance = ifelse(judged, distance, last_distance), ifelse(judged, now, distance)
+        rounding = Float64(eps(T)) * largest
+        related = ifelse(judged, max(size, rounding / tol), related)
+        stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
+        near = judged & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
+        if R
+            doubtful = near & (last_distance == Inf) & (merit > 0.0)
+            if any(doubtful)
+                doubtful &= !is_steady!(w, p, z, new_step, args)
+                near &= !doubtful
+                distance = ifelse(doubtful, Vec(Inf), distance)
+            end
+            z = choose(near, plus(z, new_step), z)
+        else
+            k == 1 && (outset = max(outset, size))
+            judged &= near | (merit <= DIVERGENCE * outset)
+            z = choose(near, value, z)
+        end
+        found |= near
+        evaluations = ifelse(near, used + Float64(k), evaluations)
+        active &= !near & (judged | !moved)
+
+        # Where they go: a whole step on, or half of the last one.
+        base, step = choose(moved, z, base), choose(moved, new_step, step)
+        merit_before = ifelse(moved, merit, merit_before)
+        t = ifelse(moved, one(Vec), 0.5 * t)
+        active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
+        z = choose(active, plus(base, step, t), z)
+        kept = map(in_registers, (z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before))
+        any(active) || break
+    end
+    z, _, _, _, _, distance, last_distance, related, evaluations, _, _ = map(out_of_registers, kept)
+    residual = ifelse(distance == 0.0, zero(Vec), distance / related)
+    rate = ifelse(last_distance < Inf, distance / last_distance, zero(Vec))
+    return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(Vec), rate))
+end
+
+# As for one sample.
+@noinline function is_steady!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, step::Short{K, Vec}, args) where {T, K}
+    there = Short(ntuple(i -> z[i] + 2.0 * step[i] + Float64(8eps(T)) * z[i], Val(K)))
+    evaluate!(w.J, p, there, args, Val(true))
+    copyto!(w.B, w.J)
+    evaluate!(w.J, p, z, args, Val(true))
+    w.B .-= w.J
+    divide!(w.J, w.B, K)
+    return largest_column_sum(w.B) <= 0.5
+end
+
+function largest_column_sum(A::Matrix{Vec})
+    largest = zero(Vec)
+    @inbounds for j in axes(A, 2)
+        total = zero(Vec)
+        for i in axes(A, 1)
+            total += abs(A[i, j])
+        end
+        largest = max(largest, total)
+    end
+    return largest
+end
+
+# --- solvers ---------------------------------------------------------------------------------------------------
+
+"Whether the solver has a method for samples side by side: it begins with Newton's."
+may_be_sided(::Solver, ::AbstractEquation) = false
+may_be_sided(::Newton, ::AbstractEquation) = true
+may_be_sided(::Auto, p::AbstractEquation) = p.root
+
+@inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
+    attracting!(w, p, args, newton!(w, p, z, args, ALL, 0.0, limit, tol, root), root)
+
+@inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
+    newton!(w, p, z, args, ALL, 0.0, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
+
+"Those of the fixed points found that attract, as far as the norm of ∂f/∂z tells."
+@inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
+@inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K}
+    any(ended.converged) || return ended
+    evaluate!(w.J, p, ended.z, args, Val(true))
+    attracts = largest_column_sum(w.J) < 1.0
+    return Ended(ended.z, ended.converged & attracts, ended.evaluations, ended.residual, ended.rate)
+end
+
+"Solve the samples of a block; those that do not converge side by side one by one."
+@inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
+    ended = solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
+    converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
+    if is_full(b) && all(converged)
+        ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
+        store!(outcome.residual, ended.residual, b)
+        store!(outcome.rate, ended.rate, b)
+        for l in 1:LANES
+            @inbounds outcome.status[b.first + l - 1] = CONVERGED
+            @inbounds outcome.iterations[b.first + l - 1] = unsafe_trunc(Int32, lane(ended.evaluations, l))
+        end
+        return
+    end
+    for (l, j) in enumerate(samples(b))
+        if lane(converged, l)
+            ntuple(i -> (@inbounds Z[i, j] = lane(ended.z[i], l); nothing), Val(K))
+            put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
+        else
+            solve_sample!(s, Z, outcome, p, solver, tol, j)
+        end
+    end
+    return
+end
+
+function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, solver, tol::Float64) where {T, K}
+    total, threads = size(Z, 2), Threads.nthreads()
+    buffers = [(SidedBuffers(K), Iteration{T}(K)) for _ in 1:threads]
+    in_parallel(cld(total, PIECE), threads) do thread, k
+        w, s = buffers[thread]
+        range = piece(k, PIECE, total)
+        solve_piece!(w, s, Z, outcome, p, solver, tol, range, p.root ? Val(true) : Val(false))
+    end
+    return
+end
+
+# Where f fails, that will be told when it is the turn of the sample for which it does.
+function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, root)
+    at = Ref(first(range))          # the block at work
+    while at[] <= last(range)
+        try
+            solve_blocks!(w, s, Z, outcome, p, solver, tol, at, last(range), root)
+        catch error
+            error isa Interrupted && rethrow()
+            foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(Block(at[], last(range))))
+            at[] += LANES
+        end
+    end
+    return
+end
+
+function solve_blocks!(w::SidedBuffers, s, Z, outcome, p, solver, tol, at, last, root)
+    while at[] <= last
+        check_interrupt()
+        solve_block!(w, s, Z, outcome, p, solver, tol, Block(at[], last), root)
+        at[] += LANES
+    end
+    return
+end
+
+# --- whether f can be evaluated so -----------------------------------------------------------------------------
+
+"""
+    runs_side_by_side(p, Z)
+
+Whether f can be evaluated for samples side by side: found out by doing so for the first of them, as compared to one by one.
+"""
+runs_side_by_side(::AbstractEquation, Z) = false
+runs_side_by_side(::Equation{T, -1}, Z::Matrix{T}) where {T} = false
+function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
+    all(has_lanes, p.args) || return false
+    b = Block(1, size(Z, 2))
+    w = SidedBuffers(K)
+    try
+        value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
+        return agrees(p, Z, value, w.J, b)
+    catch error
+        error isa Interrupted && rethrow()
+        return false
+    end
+end
+
+# To rounding in the largest terms.
+function agrees(p::Equation{T, K}, Z, value, J, b::Block) where {T, K}
+    y, A, sizes = zeros(T, K), zeros(T, K, K), zeros(T, K, 2)
+    worst = zeros(T, K, 2)
+    for (l, j) in enumerate(samples(b))
+        call!(y, A, p, view(Z, :, j), j)
+        all(isfinite, y) && all(isfinite, A) || continue
+        for i in 1:K
+            sizes[i, 1] = max(sizes[i, 1], abs(y[i]) + sum(k -> abs(A[i, k] * Z[k, j]), 1:K))
+            sizes[i, 2] = max(sizes[i, 2], maximum(abs, view(A, i, :)))
+            worst[i, 1] = max(worst[i, 1], abs(lane(value[i], l) - y[i]))
+            worst[i, 2] = max(worst[i, 2], maximum(k -> abs(lane(J[i, k], l) - A[i, k]), 1:K))
+        end
+    end
+    return all(worst .<= sqrt(eps(T)) .* sizes)
+end

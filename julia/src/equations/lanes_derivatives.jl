@@ -1,0 +1,212 @@
+# Derivatives of the solutions of many samples by the implicit function theorem, side by side and on all threads.
+
+"The most entries of z and its arguments whose derivatives are found side by side."
+const MOST_VARIABLES = 2 * MAX_SHORT
+
+# Entries by which to differentiate; -1: not side by side.
+variables(x::Union{AbstractFloat, Vec}) = 1
+variables(::Short{N, <:Union{AbstractFloat, Vec}}) where {N} = N
+variables(x) = 0
+variables(::AbstractArray{<:AbstractFloat}) = -1
+
+# x with its entries as variables number O + 1, … of N.
+@inline as_variables(x::Union{AbstractFloat, Vec}, ::Val{O}, N::Val) where {O} = variable(Vec(x), O + 1, N)
+@inline as_variables(x::Short{M, <:Union{AbstractFloat, Vec}}, ::Val{O}, N::Val) where {M, O} =
+    Short(ntuple(i -> variable(Vec(x[i]), O + i, N), Val(M)))
+@inline as_variables(x, ::Val, ::Val) = x
+@inline all_as_variables(::Tuple{}, ::Val, ::Val) = ()
+@inline all_as_variables(args::Tuple, ::Val{O}, N::Val) where {O} = (
+    as_variables(args[1], Val(O), N), all_as_variables(Base.tail(args), Val(O + variables(args[1])), N)...,
+)
+@inline count_variables(args::Tuple) = sum(map(variables, args); init = 0)
+
+"Where the variables of each argument begin."
+@inline offsets(n::Int, ::Tuple{}) = ()
+@inline offsets(n::Int, args::Tuple) = (n, offsets(n + variables(args[1]), Base.tail(args))...)
+
+differentiates_side_by_side(::AbstractEquation, inverses) = false
+differentiates_side_by_side(::Equation{T, -1}, inverses) where {T} = false
+function differentiates_side_by_side(p::Equation{T, K}, inverses) where {T, K}
+    runs_side_by_side(p, inverses.Z) || return false
+    args = arguments(p, Block(1, 1))
+    return all(x -> variables(x) >= 0, args) && K + count_variables(args) <= MOST_VARIABLES
+end
+
+"""
+    linearize!(w, p, inverses, b, wanted)
+
+w.B = A⁻¹ of the samples of a block, which is kept; the jets of f by all variables, and for which of the `wanted` that is so: `inverse!`
+says why not.
+"""
+@inline function linearize!(w::SidedBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
+    z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
+    N = Val(K + count_variables(args))
+    y = checked(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...), K)
+    kept = size(inverses.kept, 3) == length(inverses.known)
+    if kept && all(j -> @inbounds(inverses.known[j]), samples(b))
+        ntuple(i -> (@inbounds w.B[i] = load(inverses.kept, b, i, K * K); nothing), Val(K * K))
+        return y, wanted
+    end
+    ntuple(Val(K)) do k
+        ntuple(i -> (@inbounds w.J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
+        ntuple(i -> (@inbounds w.B[i, k] = Vec(i == k); nothing), Val(K))
+    end
+    size_of_A = column_sum(w.J, Val(K))
+    invert!(w.J, w.B, Val(K))
+    regular = wanted & (size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0)
+    c = ntuple(i -> value_of(y[i]) - (R ? zero(Vec) : z[i]), Val(K))
+    corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
+    evaluate!(w.J, p, corrected, args, root)
+    regular &= deviation(w.B, w.J, Val(K)) <= 0.25
+    if kept
+        if is_full(b) && all(regular)
+            ntuple(i -> store!(inverses.kept, @inbounds(w.B[i]), b, i, K * K), Val(K * K))
+            foreach(j -> (@inbounds inverses.known[j] = true), samples(b))
+        else
+            for (l, j) in enumerate(samples(b))
+                lane(regular, l) || continue
+                ntuple(i -> (@inbounds inverses.kept[(j - 1) * K * K + i] = lane(w.B[i], l); nothing), Val(K * K))
+                inverses.known[j] = true
+            end
+        end
+    end
+    return y, regular
+end
+
+# One unknown needs no loops.
+@inline column_sum(A::Matrix{Vec}, ::Val{1}) = abs(@inbounds A[1])
+@inline column_sum(A::Matrix{Vec}, ::Val) = largest_column_sum(A)
+@inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{1}) = @inbounds B[1] = inv(A[1])
+@inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{K}) where {K} = divide!(A, B, K)
+@inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val{1}) = @inbounds abs(B[1] * A[1] - 1.0)
+@inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val) = largest_deviation(B, A)
+
+# The largest column sum of B A - I.
+function largest_deviation(B::Matrix{Vec}, A::Matrix{Vec})
+    n, largest = size(A, 1), zero(Vec)
+    @inbounds for j in 1:n
+        total = zero(Vec)
+        for i in 1:n
+            entry = Vec(-(i == j))
+            for k in 1:n
+                entry = muladd(B[i, k], A[k, j], entry)
+            end
+            total += abs(entry)
+        end
+        largest = max(largest, total)
+    end
+    return largest
+end
+
+# --- vjp -------------------------------------------------------------------------------------------------------
+
+function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Inverses{T}, v::Matrix{T}) where {T, K}
+    total, threads = size(v, 2), Threads.nthreads()
+    buffers = [(SidedBuffers(K), InverseBuffers{T}(K)) for _ in 1:threads]
+    pieces = cld(total, PIECE)
+    own = [map(own_gradient, gradients, p.args) for _ in 1:pieces]
+    find_pieces(pieces, threads) do thread, k
+        vjp_piece!(own[k], buffers[thread]..., p, inverses, v, piece(k, PIECE, total), p.root ? Val(true) : Val(false))
+    end
+    # Added in this order, whatever the number of threads.
+    for (i, x) in enumerate(p.args)
+        x isa Shared && eltype(gradients[i]) <: AbstractFloat || continue
+        fill!(gradients[i], 0)
+        foreach(g -> gradients[i] .+= g[i], own)
+    end
+    return gradients
+end
+
+own_gradient(g, ::PerSample) = g
+own_gradient(g, ::Shared) = zero(g)
+
+# `work` on all pieces; that of the first sample counts of the errors about samples.
+function find_pieces(work, pieces::Int, threads::Int)
+    singular = zeros(Int, pieces)
+    in_parallel(pieces, threads) do thread, k
+        try
+            work(thread, k)
+        catch error
+            error isa SingularSolution || rethrow()
+            singular[k] = error.sample
+        end
+    end
+    k = findfirst(>(0), singular)
+    k === nothing || throw(SingularSolution(singular[k]))
+    return
+end
+
+function vjp_piece!(gradients::Tuple, w::SidedBuffers, one::InverseBuffers, p::Equation{T, K}, inverses, v, range, root) where {T, K}
+    sums = map(x -> zeros(Vec, x isa Shared ? max(variables(x.value), 0) : 0), p.args)
+    for sample in first(range):LANES:last(range)
+        check_interrupt()
+        b = Block(sample, last(range))
+        vs = load_columns(v, b, Val(K))
+        concerned = reduce(|, map(x -> !(x == 0.0), vs.entries))
+        if !any(concerned)
+            map((g, x) -> x isa PerSample && fill_block!(g, b), gradients, p.args)
+            continue
+        end
+        y, regular = linearize!(w, p, inverses, b, concerned, root)
+        λ = ntuple(k -> ifelse(regular, -sum(ntuple(i -> @inbounds(w.B[i, k]) * vs[i], Val(K))), zero(Vec)), Val(K))
+        product(o) = ifelse(regular, sum(ntuple(i -> λ[i] * partial_of(y[i], o), Val(K))), zero(Vec))
+        map((g, sum, x, o) -> put_products!(product, g, sum, x, o, b), gradients, sums, p.args, offsets(K, arguments(p, b)))
+        all(regular | !concerned) && continue
+        for (l, j) in enumerate(samples(b))
+            lane(concerned, l) && !lane(regular, l) || continue
+            adjoint!(one, p, inverses, v, j)
+            copy_column!(one.at, 1, inverses.Z, j)
+            add_pullbacks!(gradients, p, one.at, j, one.λ)
+        end
+    end
+    map((g, sum) -> foreach(i -> (for l in 1:LANES; g[i] += lane(sum[i], l); end), eachindex(sum)), gradients, sums)
+    return
+end
+
+@inline put_products!(product, g, sum, x::PerSample{0}, o::Int, b) = store!(g, product(o + 1), b)
+@inline put_products!(product, g, sum, x::PerSample{M}, o::Int, b) where {M} =
+    (ntuple(i -> store!(g, product(o + i), b, i, M), Val(M)); nothing)
+@inline function put_products!(product, g, sum, x::Shared, o::Int, b::Block)
+    for i in eachindex(sum)
+        @inbounds sum[i] += product(o + i) * counted(b)
+    end
+    return
+end
+
+"1 for the samples of a block, 0 for lanes that repeat the last."
+@inline counted(b::Block) = is_full(b) ? one(Vec) : from_lanes(l -> Float64(b.first + l - 1 <= b.last))
+
+fill_block!(g, b::Block) = (m = length(g) ÷ size(g)[end]; for j in samples(b), i in 1:m; g[(j - 1) * m + i] = 0; end)
+
+# --- Jacobians -------------------------------------------------------------------------------------------------
+
+function jacobian_side_by_side!(J::Array{T, 3}, p::Equation{T, K}, inverses, index::Val, wanted) where {T, K}
+    total, threads = size(J, 3), Threads.nthreads()
+    buffers = [(SidedBuffers(K), InverseBuffers{T}(K), zeros(T, K, size(J, 2))) for _ in 1:threads]
+    find_pieces(cld(total, PIECE), threads) do thread, k
+        jacobian_piece!(J, buffers[thread]..., p, inverses, index, wanted, piece(k, PIECE, total), p.root ? Val(true) : Val(false))
+    end
+    return J
+end
+
+function jacobian_piece!(J, w::SidedBuffers, one::InverseBuffers, B, p::Equation{T, K}, inverses, index::Val{I}, wanted, range, root) where {T, K, I}
+    for sample in first(range):LANES:last(range)
+        check_interrupt()
+        b = Block(sample, last(range))
+        asked = mask_from_lanes(l -> wanted[min(sample + l - 1, last(range))])
+        y, regular = linearize!(w, p, inverses, b, asked, root)
+        offset = offsets(K, arguments(p, b))[I]
+        for k in axes(J, 2)
+            columns = ntuple(i -> partial_of(y[i], offset + k), Val(K))
+            for i in 1:K
+                entry = -sum(ntuple(m -> @inbounds(w.B[i, m]) * columns[m], Val(K)))
+                store!(J, ifelse(regular, entry, Vec(NaN)), b, (k - 1) * K + i, K * size(J, 2))
+            end
+        end
+        all(regular | !asked) && continue
+        for (l, j) in enumerate(samples(b))
+            lane(asked, l) && !lane(regular, l) && jacobian_of_sample!(J, one, B, p, inverses, index, j)
+        end
+    end
+    return
+end
