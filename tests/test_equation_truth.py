@@ -295,7 +295,7 @@ def test_argument_whose_terms_are_near_the_rounding_of_f_has_its_derivative(dtyp
     np.testing.assert_allclose(orbit.vjp(np.ones_like(M))["e"], expected, rtol=1e-3 if dtype == np.float32 else 1e-9)
 
 
-@pytest.mark.parametrize("a", [-1.0, -1e-9, -1e9, 0.0])
+@pytest.mark.parametrize("a", [-1.0, -1e-9, -1e9])
 def test_plateau_has_the_derivative_zero(a):
     flat = root(lambda z, a: z**3 + z - 2 + np.maximum(a, 0 * a) * (a > 0), [1.5], args=(a,))
     assert flat.vjp([1.0])["a"] == 0
