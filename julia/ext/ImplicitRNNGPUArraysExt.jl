@@ -9,9 +9,9 @@ module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, AdjointSystem, AUTO_BLOCK, BLOW_UP, CONVERGED, CPUWorkspace, Columns,
+using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, AUTO_BLOCK, BLOW_UP, CONVERGED, CPUWorkspace, Columns,
     DIVERGED, ElementwiseLoss, LossSeed, MAX_ITERATIONS, NON_FINITE, Outcome, OutputSeed, Piecewise, Quality, SUSPICIOUS_SIZE, Solver,
-    Stage, StateSeed, WORST_ADJOINT, Weights, amplification, check_device, check_features, check_interrupt, check_size, clear!,
+    Stage, StateSeed, WORST_ADJOINT, Weights, amplification, check_device, check_features, check_interrupt, check_size, clear!, equilibrium!,
     guarantees_uniqueness, norm_of, output_size, pack_gradient!, rows_of, scale_floor, slope, solve_adjoint!,
     tolerance, unpack!, value, worse
 using KernelAbstractions
