@@ -8,7 +8,11 @@ using CUDA: CUDA, CUDABackend
 using ImplicitRNN
 
 ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
-    throw(ArgumentError("CUDA.jl finds no NVIDIA card with a driver that works; `using CUDA; CUDA.versioninfo()` says what is missing"))
+    throw(
+    ArgumentError(
+        "CUDA.jl finds no NVIDIA card with a driver that works; `using CUDA; CUDA.versioninfo()` says what is missing"
+    )
+)
 
 function ImplicitRNN.describe_device(::CUDABackend)
     card = CUDA.device()

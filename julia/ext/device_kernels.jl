@@ -77,7 +77,7 @@ F = g(S) for the columns that are `running`, and what becomes of each: the next 
     @uniform n = size(Z, 1)
     @uniform samples = size(Z, 2)
     sums = @localmem eltype(Z) (3, LANES, GROUP)
-    verdicts = @localmem Verdict (GROUP,)
+    verdicts = @localmem Int32 (GROUP,)
 
     if j <= samples && @inbounds(progress.running[j])
         change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
@@ -111,20 +111,17 @@ F = g(S) for the columns that are `running`, and what becomes of each: the next 
                 verdict, status, residual = judge(rule, change, sqrt(size2), largest, count, rate)
                 progress.count[j], progress.change[j], progress.rate[j] = count, change, rate
                 progress.running[j] = verdict == ADVANCE
-                if verdict == ABANDON
-                    progress.abandoned[j] = true
-                elseif verdict == DELIVER
-                    record!(record, j, status, count, residual, rate)
-                    verdict = rule.latest && status == CONVERGED ? DELIVER : REST
-                end
+                progress.abandoned[j] = verdict == ABANDON
+                verdict == DELIVER && record!(record, j, status, count, residual, rate)
+                verdict == ADVANCE || (rule.latest && verdict == DELIVER && status == CONVERGED) || (verdict = REST)
             end
         end
-        @inbounds verdicts[column] = verdict
+        @inbounds verdicts[column] = Int32(verdict)
     end
     @synchronize
     @inbounds verdict = verdicts[column]
-    if verdict == ADVANCE || verdict == DELIVER
-        damping = verdict == ADVANCE ? rule.damping : one(rule.damping)
+    if verdict != Int32(REST)
+        damping = verdict == Int32(ADVANCE) ? rule.damping : one(rule.damping)
         i = lane
         while i <= n
             @inbounds z = respond(g, D, i, j, S[i, j])
@@ -153,7 +150,7 @@ end
 end
 
 "D = f′(S); with `latest`, `Z` becomes f(S) in the columns that have converged."
-@kernel function linearize!(D, Z, @Const(S), f, @Const(status), latest)
+@kernel function slopes!(D, Z, @Const(S), f, @Const(status), latest)
     i, j = @index(Global, NTuple)
     @inbounds begin
         s = S[i, j]

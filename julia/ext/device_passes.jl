@@ -6,18 +6,15 @@ const PATIENCE = 300
 "Iterations between two looks of the host at what is still running."
 const LOOK = 4
 
-per_column(ws::DeviceWorkspace) = step!(ws.backend, (LANES, GROUP))
-columns_range(samples) = (LANES, cld(samples, GROUP) * GROUP)
-
 """
 Picard iteration of z = g(u + M z), with `affine!(S, Z)` for S = u + M z, until no column runs. Those left to the host are
 `progress.abandoned`.
 """
 function iterate!(affine!, ws::DeviceWorkspace, Z, S, progress, record, g, D, rule)
-    step = per_column(ws)
+    step, range = step!(ws.backend, (LANES, GROUP)), (LANES, cld(size(Z, 2), GROUP) * GROUP)
     for k in 1:rule.limit
         affine!(S, Z)
-        step(Z, progress, record, S, g, D, rule; ndrange = columns_range(size(Z, 2)))
+        step(Z, progress, record, S, g, D, rule; ndrange = range)
         if k % LOOK == 0
             check_interrupt()
             any(progress.running) || break
@@ -50,7 +47,7 @@ function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned,
         record_evaluation!(ws.backend)(record, a.Z; ndrange = size(a.Z, 2))
         return
     end
-    start === nothing ? fill!(a.Z, 0) : copyto!(a.Z, view(start, stage.rows, :))
+    start === nothing ? fill!(a.Z, 0) : (a.Z .= view(start, stage.rows, :))
     progress = progress_of(ws, size(X, 2))
     progress.running .= .!abandoned
     rule = forward_rule(problem.solver, problem.net, stage, ws.cpu.recurrences[k], T)
@@ -63,7 +60,7 @@ function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned,
 end
 
 forward_rule(s::Solver, net, stage, recurrence, ::Type{T}) where {T} = Rule{T}(
-    tolerance(s, T), scale_floor(T, length(stage.rows)), damping(s), s.max_iterations, patience(s),
+    tolerance(s, T), scale_floor(T, length(stage.rows)), damping(s), min(s.max_iterations, typemax(Int32)), patience(s),
     # A unique equilibrium attracts (or the iteration does not get there); and so does any of a contraction.
     guarantees_uniqueness(net.constraint) || maximum(stage.slopes) * norm_of(recurrence) < 1,
     s isa Auto, false,
@@ -132,9 +129,10 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
 end
 
 "The certified bound of each sample, as on the CPU: the error e of a stage is at most A ‖f(u + R z) - z + L |feed| e‖."
-function certify!(bound, ws::DeviceWorkspace, X)
+function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
     net = ws.net
-    constants = [s.recurrent ? amplification(net.constraint, w, s.slopes) : 1.0 for (s, w) in zip(net.stages, ws.cpu.weights.stages)]
+    host = ws.cpu.weights.stages
+    constants = [s.recurrent ? T(amplification(net.constraint, w, s.slopes)) : one(T) for (s, w) in zip(net.stages, host)]
     any(isnan, constants) && return fill!(bound, NaN)
     in_rows = net.constraint isa Union{InfNorm, Perron}
     largest = fill!(similar(X, 1, size(X, 2)), 0)
@@ -145,7 +143,7 @@ function certify!(bound, ws::DeviceWorkspace, X)
         foreach(((l, block),) -> mul!(e, abs.(block), ws.arrays[l].E, true, true), w.feeds)
         e .= abs.(a.G .- a.Z) .+ w.slopes .* e
         if stage.recurrent
-            stretch = on_device(ws, ws.cpu.weights.stages[k].stretch)
+            stretch = on_device(ws, host[k].stretch)
             sizes = in_rows ? maximum(stretch .* e; dims = 1) : sqrt.(sum(abs2, e; dims = 1))
             in_rows ? (e .= constants[k] .* sizes ./ stretch) : (e .= constants[k] .* sizes)
         end
@@ -191,7 +189,7 @@ function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, s
     found = forward!(ws, problem, p, x, start === nothing ? nothing : on_device(ws, start))
     status = on_device_statuses(ws, found.status)
     for k in eachindex(ws.stages)
-        linearize_stage!(ws, k, x, status)
+        last_evaluation!(ws, k, x, status)
     end
     loss = begin_back!(ws, seed)
     adjoint_residual = zeros(size(X, 2))
@@ -211,10 +209,10 @@ on_device_statuses(ws, status) = copyto!(KernelAbstractions.allocate(ws.backend,
 The last evaluation, which gives the slopes. The states become its values, which are nearer to the equilibrium where the equation
 contracts, as monotone ones need not.
 """
-function linearize_stage!(ws::DeviceWorkspace, k, X, status)
+function last_evaluation!(ws::DeviceWorkspace, k, X, status)
     a, stage = ws.arrays[k], ws.net.stages[k]
     latest = !(ws.net.constraint isa Monotone) || !stage.recurrent
-    linearize!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
+    slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
     return
 end
 
@@ -231,7 +229,7 @@ end
 begin_back!(ws::DeviceWorkspace, seed::OutputSeed) = (read_out_adjoint!(ws, seed.V); 0.0)
 function begin_back!(ws::DeviceWorkspace, seed::StateSeed)
     clear!(ws.gradient)
-    foreach((stage, a) -> copyto!(a.G, view(seed.V, stage.rows, :)), ws.net.stages, ws.arrays)
+    foreach((stage, a) -> a.G .= view(seed.V, stage.rows, :), ws.net.stages, ws.arrays)
     return 0.0
 end
 
@@ -289,7 +287,7 @@ solve_adjoint_stage!(_, ws::DeviceWorkspace, ::JacobianFree, k) = (a = ws.arrays
 function solve_adjoint_stage!(adjoint_residual, ws::DeviceWorkspace{T}, s::Implicit, k) where {T}
     a, w, samples = ws.arrays[k], ws.stages[k], size(ws.arrays[k].Z, 2)
     latest = !(ws.net.constraint isa Monotone)
-    rule = Rule{T}(tolerance(s, T), floatmin(T), one(T), s.max_iterations, Inf, true, true, latest)
+    rule = Rule{T}(tolerance(s, T), floatmin(T), one(T), min(s.max_iterations, typemax(Int32)), Inf, true, true, latest)
     progress, record = progress_of(ws, samples), record_of(ws, samples)
     fill!(a.E, 0)
     iterate!(ws, a.E, a.S, progress, record, Scaled(), a.D, rule) do S, E
@@ -298,19 +296,18 @@ function solve_adjoint_stage!(adjoint_residual, ws::DeviceWorkspace{T}, s::Impli
     end
     residual, status = Float64.(on_host(record.residual)), on_host(record.status)
     left = findall(on_host(progress.abandoned) .| (status .!= CONVERGED))
-    isempty(left) || (residual[left] .= factorize!(ws, s, k, left))
+    isempty(left) || (residual[left] .= hand_over_adjoint!(ws, s, k, left))
     adjoint_residual .= worse.(residual, adjoint_residual)
     return
 end
 
-"Solve the adjoint systems of some samples on the CPU; returns their residuals."
-function factorize!(ws::DeviceWorkspace{T}, s::Implicit, k, left) where {T}
+"Let the CPU solve the adjoint systems of some samples, by iteration or by LU; returns their residuals."
+function hand_over_adjoint!(ws::DeviceWorkspace{T}, s::Implicit, k, left) where {T}
     a, m = ws.arrays[k], length(left)
     D, G = on_host(a.D[:, left]), on_host(a.G[:, left])
     n = size(D, 1)
     columns, outcome, E = Columns{T}(n, m, zeros(T, n, m)), Outcome(m), zeros(T, n, m)
-    direct = Implicit(; linear_solver = :lu, tol = s.tol)
-    solve_adjoint!(E, direct, columns, ws.cpu.recurrences[k], D, G; outcome)
+    solve_adjoint!(E, s, columns, ws.cpu.recurrences[k], D, G; outcome)
     a.E[:, left] = on_device(ws, E)
     return outcome.residual
 end

@@ -56,7 +56,10 @@ function DeviceWorkspace(net::Network{T}, backend::Backend) where {T}
 end
 
 "The stages before a stage that are connected to it."
-sources(net, stage::Stage) = [l for (l, s) in enumerate(net.stages) if any(c -> c.from > 0 && c.cols ⊆ s.rows && s !== stage, stage.connections)]
+function sources(net, stage::Stage)
+    feeds(s) = s !== stage && any(c -> c.from > 0 && c.cols ⊆ s.rows, stage.connections)
+    return findall(feeds, net.stages)
+end
 
 "Whether the outputs read the stage."
 reads(net, stage::Stage) = any(in(stage.rows), net.readout)
@@ -124,7 +127,9 @@ end
 "Per column, how its solve stands: see [`step!`](@ref)."
 function progress_of(ws::DeviceWorkspace{T}, samples::Int) where {T}
     filled(value) = fill!(KernelAbstractions.allocate(ws.backend, typeof(value), samples), value)
-    return (; running = filled(true), abandoned = filled(false), count = filled(Int32(0)), change = filled(T(Inf)), rate = filled(T(0)))
+    return (;
+        running = filled(true), abandoned = filled(false), count = filled(Int32(0)), change = filled(T(Inf)), rate = filled(T(0)),
+    )
 end
 
 "Per column, how it went: an [`Outcome`](@ref ImplicitRNN.Outcome) on the device."
