@@ -9,11 +9,11 @@ module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, AUTO_BLOCK, BLOW_UP, CONVERGED, CPUWorkspace, Columns,
-    DIVERGED, ElementwiseLoss, LossSeed, MAX_ITERATIONS, NON_FINITE, Outcome, OutputSeed, Piecewise, Quality, SUSPICIOUS_SIZE, Solver,
-    Stage, StateSeed, WORST_ADJOINT, Weights, amplification, check_device, check_features, check_interrupt, check_size, clear!, equilibrium!,
-    guarantees_uniqueness, norm_of, output_size, pack_gradient!, rows_of, scale_floor, slope, solve_adjoint!,
-    tolerance, unpack!, value, worse
+using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, BLOW_UP, check_device, check_features,
+    check_interrupt, check_size, clear!, Columns, CONVERGED, CPUWorkspace, DIVERGED, ElementwiseLoss, equilibrium!,
+    guarantees_uniqueness, LossSeed, MAX_ITERATIONS, NON_FINITE, norm_of, Outcome, output_size, OutputSeed,
+    pack_gradient!, Piecewise, Quality, rows_of, scale_floor, slope, solve_adjoint!, Solver, Stage, StateSeed,
+    SUSPICIOUS_SIZE, tolerance, unpack!, value, Weights, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Backend
 using LinearAlgebra: mul!

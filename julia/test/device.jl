@@ -65,7 +65,7 @@ else
         p, X, Y = parameters(net), samples(net, 20), abs.(targets(net, 20))
         for weights in (nothing, rand(Xoshiro(5), 20))
             options = (; loss, weights, solver = Picard(tol = 1.0e-13))
-            here, there = gradient(ImplicitRNN.Workspace(net), p, X, Y; options...), gradient(on_device(net), p, X, Y; options...)
+            here, there = (gradient(ws, p, X, Y; options...) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
             @test there.loss ≈ here.loss rtol = 1.0e-12
             @test relative_error(there.g, here.g) < 1.0e-9
         end
@@ -74,7 +74,8 @@ else
     @testset "the bound is certified" begin
         for net in (one_layer(; constraint = Perron(0.9)), layered(; constraint = Spectral(0.9), feedback = false))
             p, X = parameters(net; gain = 0.8), samples(net, 20)
-            rough, exact = solved(on_device(net), p, X; solver = Picard(tol = 1.0e-3)), equilibrium(net, p, X; solver = Picard(tol = 1.0e-14))
+            rough = solved(on_device(net), p, X; solver = Picard(tol = 1.0e-3))
+            exact = equilibrium(net, p, X; solver = Picard(tol = 1.0e-14))
             @test all(maximum(abs, rough.state - exact.state; dims = 1)[:] .<= rough.bound)
             @test rough.bound ≈ solved(ImplicitRNN.Workspace(net), p, X; solver = Picard(tol = 1.0e-3)).bound rtol = 1.0e-6
         end
@@ -99,7 +100,8 @@ else
         net = one_layer()
         p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
         for adjoint in (JacobianFree(), Implicit(linear_solver = :neumann))
-            @test relative_error(gradient(on_device(net), p, X, Y; adjoint).g, gradient(ImplicitRNN.Workspace(net), p, X, Y; adjoint).g) < 1.0e-9
+            here, there = (gradient(ws, p, X, Y; adjoint) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+            @test relative_error(there.g, here.g) < 1.0e-9
         end
     end
 
@@ -189,5 +191,12 @@ else
         @test_throws DimensionMismatch solved(device, p, X[1:2, :])
         @test_throws DimensionMismatch gradient(device, p, X, Y[:, 1:4])
         @test_throws DimensionMismatch gradient(device, p, X, Y; weights = ones(4))
+    end
+
+    if Base.find_package("GPUCompiler") === nothing || Sys.which("ptxas") === nothing
+        @info "Skipped: the kernels as machine code need GPUCompiler in the environment and CUDA's ptxas on the PATH"
+        @test_skip "machine code"
+    else
+        include("ptx.jl")
     end
 end
