@@ -94,7 +94,7 @@ call is given the [`Problem`](@ref) with the options in force. A subtype has the
 - [`allocate`](@ref)`(ws, dimensions...)`
 
 All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
-package.
+package; that of devices comes with the extension for GPU arrays.
 """
 abstract type AbstractWorkspace{T} end
 
