@@ -26,14 +26,15 @@ end
 The [`AbstractWorkspace`](@ref ImplicitRNN.AbstractWorkspace) of a device: of any backend of KernelAbstractions.jl. Solvers are
 `Auto` and `Picard`, adjoints `Implicit` (`:auto`, `:neumann`) and `JacobianFree`; others are refused.
 """
-mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: AbstractVector{T}} <: AbstractWorkspace{T}
-    const net::Network{T}
-    const backend::B
-    const cpu::CPUWorkspace{T}            # constrains the weights, and solves what is left
-    const gradient::Weights{T}            # on the host, with respect to the weights in force
-    const stages::Vector{DeviceStage{T, M, V}}
-    const offset::V                       # of the readout
-    arrays::Vector{StageArrays{M}}        # of a batch, kept for the next of that size
+struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: AbstractVector{T}} <: AbstractWorkspace{T}
+    net::Network{T}
+    backend::B
+    cpu::CPUWorkspace{T}                  # constrains the weights, and solves what is left
+    gradient::Weights{T}                  # on the host, with respect to the weights in force
+    stages::Vector{DeviceStage{T, M, V}}
+    offset::V                             # of the readout
+    buffers::Vector{StageArrays{M}}       # for as many samples as any batch had
+    arrays::Vector{StageArrays{M}}        # their first columns, for the present batch
 end
 
 function DeviceWorkspace(net::Network{T}, backend::Backend) where {T}
@@ -51,7 +52,7 @@ function DeviceWorkspace(net::Network{T}, backend::Backend) where {T}
         )
     end
     return DeviceWorkspace{T, typeof(backend), M, V}(
-        net, backend, CPUWorkspace(net), Weights(net), stages, make(net.outputs), StageArrays{M}[]
+        net, backend, CPUWorkspace(net), Weights(net), stages, make(net.outputs), StageArrays{M}[], StageArrays{M}[]
     )
 end
 
@@ -113,13 +114,18 @@ function readout_of(net::Network{T}, w, stage::Stage) where {T}
     return C
 end
 
+"Arrays for a batch of so many samples."
 function arrays!(ws::DeviceWorkspace{T}, samples::Int) where {T}
-    if isempty(ws.arrays) || size(first(ws.arrays).Z, 2) != samples
-        empty!(ws.arrays)
+    if isempty(ws.buffers) || size(first(ws.buffers).Z, 2) < samples
+        empty!(ws.buffers)
         for stage in ws.net.stages
             arrays = (KernelAbstractions.zeros(ws.backend, T, length(stage.rows), samples) for _ in 1:6)
-            push!(ws.arrays, StageArrays(arrays...))
+            push!(ws.buffers, StageArrays(arrays...))
         end
+    end
+    empty!(ws.arrays)
+    for buffers in ws.buffers
+        push!(ws.arrays, StageArrays((view(getfield(buffers, k), :, 1:samples) for k in 1:fieldcount(StageArrays))...))
     end
     return ws.arrays
 end
