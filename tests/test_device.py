@@ -95,6 +95,7 @@ def test_states_gradients_and_products_are_those_of_the_cpu(pair, data):
     np.testing.assert_allclose(computed, gradient, atol=1e-9)
     for expected, product in zip(cpu.vjp(X, Y), device.vjp(X, Y), strict=True):
         np.testing.assert_allclose(product, expected, atol=1e-8)
+    np.testing.assert_allclose(device.jvp(X, X), cpu.jvp(X, X), atol=1e-8)
     np.testing.assert_allclose(device.spectral_radius(X), cpu.spectral_radius(X), rtol=1e-7)
 
 
@@ -114,7 +115,5 @@ def test_what_a_device_does_not_offer_is_refused_by_name(pair, data):
         device.predict(X, solver="newton")
     with pytest.raises(irnn.EngineError, match="does not offer the adjoint Unrolled"):
         device.loss_and_gradient(X, Y, adjoint=irnn.Unrolled(3))
-    with pytest.raises(irnn.EngineError, match="does not offer jvp"):
-        device.jvp(X, X)
     with pytest.raises(irnn.EngineError, match="does not offer Hessian-vector products"):
         device.hessian_vector_product(X, Y, device.parameters)

@@ -13,7 +13,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_B
     check_interrupt, check_size, clear!, Columns, CONVERGED, CPUWorkspace, DIVERGED, ElementwiseLoss, equilibrium!,
     guarantees_uniqueness, LossSeed, MAX_ITERATIONS, NON_FINITE, norm_of, Outcome, output_size, OutputSeed,
     pack_gradient!, Piecewise, Quality, rows_of, scale_floor, slope, solve_adjoint!, Solver, Stage, StateSeed,
-    SUSPICIOUS_SIZE, tolerance, unpack!, value, Weights, worse, WORST_ADJOINT
+    SUSPICIOUS_SIZE, tolerance, unpack!, unpack_tangent, value, Weights, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Backend
 using LinearAlgebra: mul!

@@ -71,11 +71,12 @@ patience(::Auto) = PATIENCE
 patience(::Picard) = Inf
 
 "U = input X + feeds Z + bias, of stage k."
-function drive!(ws::DeviceWorkspace, k, X)
-    w, U = ws.stages[k], ws.arrays[k].U
-    U .= w.bias
+drive!(ws::DeviceWorkspace, k, X) = (U = ws.arrays[k].U; U .= ws.stages[k].bias; add_drive!(U, ws.stages[k], X, a -> a.Z, ws.arrays))
+
+"U += input X + feeds A, with the array A = `of(arrays)` of each stage before."
+function add_drive!(U, w::DeviceStage, X, of, arrays)
     isempty(w.input) || mul!(U, w.input, X, true, true)
-    foreach(((l, block),) -> mul!(U, block, ws.arrays[l].Z, true, true), w.feeds)
+    foreach(((l, block),) -> mul!(U, block, of(arrays[l]), true, true), w.feeds)
     return U
 end
 
@@ -178,19 +179,69 @@ function ImplicitRNN.vjp!(
     return pull_back!(g, dX, ws, problem, p, X, start, seed, report)
 end
 
-ImplicitRNN.jvp!(tangent, ::DeviceWorkspace, problem::Problem, p, X, dp, dX; options...) = refused("jvp")
+function ImplicitRNN.jvp!(
+        tangent, ws::DeviceWorkspace{T}, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
+    ) where {T}
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    check_size("tangents", tangent, rows_of(net, of), B)
+    check_size("directions", dX, net.inputs, B)
+    start === nothing || check_size("states", start, neurons(net), B)
+    length(dp) == length(net) ||
+        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    check_gradient(problem)
+    x, dx = on_device(ws, X), on_device(ws, dX)
+    found = settle!(ws, problem, p, x, start)
+    direction = unpack_tangent(net, ws.cpu.weights, on_host(dp))
+    stages = upload!(device_stages(net, (sizes...) -> KernelAbstractions.zeros(ws.backend, T, sizes...)), net, direction)
+    residual = zeros(B)
+    for k in eachindex(ws.stages)
+        push_forward_stage!(residual, ws, problem.adjoint, k, stages[k], x, dx)
+    end
+    if of === :state
+        foreach((stage, a) -> put_rows!(tangent, stage.rows, a.E), net.stages, ws.arrays)
+    else
+        copyto!(tangent, read_out_tangent(ws, stages, direction, B))
+    end
+    report === nothing || foreach(copyto!, report, (found.status, found.residual, residual))
+    return quality_of(found, residual)
+end
+
+# z′ = D (u′ + R′ z + R z′), where u is what drives the stage.
+function push_forward_stage!(residual, ws::DeviceWorkspace, adjoint::Adjoint, k, t::DeviceStage, X, dX)
+    w, a = ws.stages[k], ws.arrays[k]
+    a.G .= t.bias
+    add_drive!(a.G, t, X, b -> b.Z, ws.arrays)
+    add_drive!(a.G, w, dX, b -> b.E, ws.arrays)
+    if ws.net.stages[k].recurrent
+        mul!(a.G, t.recurrent, a.Z, true, true)
+        solve_linear!(residual, ws, adjoint, k; tangent = true)
+    else
+        a.E .= a.D .* a.G
+    end
+    return
+end
+
+function read_out_tangent(ws::DeviceWorkspace, stages, direction, samples)
+    net = ws.net
+    Y = fill!(similar(ws.offset, output_size(net), samples), 0)
+    net.outputs > 0 && (Y .= on_device(ws, direction.d))
+    for (w, t, a) in zip(ws.stages, stages, ws.arrays)
+        isempty(w.readout) && continue
+        mul!(Y, w.readout, a.E, true, true)
+        # Outputs that are neurons have no weights of their own.
+        net.outputs > 0 && mul!(Y, t.readout, a.Z, true, true)
+    end
+    return Y
+end
+
 ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X, Y, v, weights = nothing) =
     refused("Hessian-vector products")
 
 function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, report)
     check_gradient(problem)
-    unpack!(ws, p)
     x = on_device(ws, X)
-    found = forward!(ws, problem, p, x, start === nothing ? nothing : on_device(ws, start))
-    status = on_device_statuses(ws, found.status)
-    for k in eachindex(ws.stages)
-        last_evaluation!(ws, k, x, status)
-    end
+    found = settle!(ws, problem, p, x, start)
     loss = begin_back!(ws, seed)
     adjoint_residual = zeros(size(X, 2))
     dx = dX === nothing ? nothing : fill!(similar(x), 0)
@@ -203,7 +254,14 @@ function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, s
     return loss, quality_of(found, adjoint_residual)
 end
 
-on_device_statuses(ws, status) = copyto!(KernelAbstractions.allocate(ws.backend, eltype(status), length(status)), status)
+"Put the parameters into force and bring the samples to their equilibrium, with the slopes there."
+function settle!(ws::DeviceWorkspace, problem, p, X, start)
+    unpack!(ws, p)
+    found = forward!(ws, problem, p, X, start === nothing ? nothing : on_device(ws, start))
+    status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
+    foreach(k -> last_evaluation!(ws, k, X, status), eachindex(ws.stages))
+    return found
+end
 
 """
 The last evaluation, which gives the slopes. The states become its values, which are nearer to the equilibrium where the equation
@@ -263,7 +321,7 @@ across(weights) = reshape(weights, 1, :)
 function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint, k, X, dX)
     stage, w, a, g = ws.net.stages[k], ws.stages[k], ws.arrays[k], ws.gradient.stages[k]
     if stage.recurrent
-        solve_adjoint_stage!(adjoint_residual, ws, adjoint, k)
+        solve_linear!(adjoint_residual, ws, adjoint, k)
         copyto!(g.recurrent, on_host(a.E * a.Z'))
     else
         a.E .= a.D .* a.G
@@ -281,33 +339,41 @@ function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint
     return
 end
 
-solve_adjoint_stage!(_, ws::DeviceWorkspace, ::JacobianFree, k) = (a = ws.arrays[k]; a.E .= a.D .* a.G; nothing)
+"""
+    solve_linear!(residual, ws, adjoint, k; tangent = false)
 
-# e = D (g + Rᵀe) by Picard iteration, the Neumann series; each column to its residual, and by the CPU where that fails.
-function solve_adjoint_stage!(adjoint_residual, ws::DeviceWorkspace{T}, s::Implicit, k) where {T}
-    a, w, samples = ws.arrays[k], ws.stages[k], size(ws.arrays[k].Z, 2)
+E = D (G + RᵀE) of stage k, or E = D (G + R E) for a `tangent`, by Picard iteration, the Neumann series; each column to its own
+relative residual, which is merged into `residual`, and by the CPU where the series does not lead there.
+"""
+function solve_linear!(merged, ws::DeviceWorkspace, ::JacobianFree, k; tangent = false)
+    a = ws.arrays[k]
+    a.E .= a.D .* a.G
+    return
+end
+function solve_linear!(merged, ws::DeviceWorkspace{T}, s::Implicit, k; tangent = false) where {T}
+    a, R, samples = ws.arrays[k], ws.stages[k].recurrent, size(ws.arrays[k].Z, 2)
     latest = !(ws.net.constraint isa Monotone)
     rule = Rule{T}(tolerance(s, T), floatmin(T), one(T), min(s.max_iterations, typemax(Int32)), Inf, true, true, latest)
     progress, record = progress_of(ws, samples), record_of(ws, samples)
     fill!(a.E, 0)
     iterate!(ws, a.E, a.S, progress, record, Scaled(), a.D, rule) do S, E
         copyto!(S, a.G)
-        mul!(S, w.recurrent', E, true, true)
+        mul!(S, tangent ? R : R', E, true, true)
     end
     residual, status = Float64.(on_host(record.residual)), on_host(record.status)
     left = findall(on_host(progress.abandoned) .| (status .!= CONVERGED))
-    isempty(left) || (residual[left] .= hand_over_adjoint!(ws, s, k, left))
-    adjoint_residual .= worse.(residual, adjoint_residual)
+    isempty(left) || (residual[left] .= hand_over_linear!(ws, s, k, left, tangent))
+    merged .= worse.(residual, merged)
     return
 end
 
-"Let the CPU solve the adjoint systems of some samples, by iteration or by LU; returns their residuals."
-function hand_over_adjoint!(ws::DeviceWorkspace{T}, s::Implicit, k, left) where {T}
+"Let the CPU solve the linear systems of some samples, by iteration or by LU; returns their residuals."
+function hand_over_linear!(ws::DeviceWorkspace{T}, s::Implicit, k, left, tangent) where {T}
     a, m = ws.arrays[k], length(left)
     D, G = on_host(a.D[:, left]), on_host(a.G[:, left])
     n = size(D, 1)
     columns, outcome, E = Columns{T}(n, m, zeros(T, n, m)), Outcome(m), zeros(T, n, m)
-    solve_adjoint!(E, s, columns, ws.cpu.recurrences[k], D, G; outcome)
+    solve_adjoint!(E, s, columns, ws.cpu.recurrences[k], D, G; outcome, tangent)
     a.E[:, left] = on_device(ws, E)
     return outcome.residual
 end

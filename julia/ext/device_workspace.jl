@@ -41,19 +41,21 @@ function DeviceWorkspace(net::Network{T}, backend::Backend) where {T}
     check_device(backend)
     make(dimensions...) = KernelAbstractions.zeros(backend, T, dimensions...)
     M, V = typeof(make(0, 0)), typeof(make(0))
-    outputs = output_size(net)
-    stages = map(net.stages) do stage
+    return DeviceWorkspace{T, typeof(backend), M, V}(
+        net, backend, CPUWorkspace(net), Weights(net), device_stages(net, make), make(net.outputs), StageArrays{M}[], StageArrays{M}[]
+    )
+end
+
+"Room for the weights of all stages, in arrays that `make` returns."
+function device_stages(net::Network{T}, make) where {T}
+    M, V = typeof(make(0, 0)), typeof(make(0))
+    return map(net.stages) do stage
         n = length(stage.rows)
-        m = stage.recurrent ? n : 0
+        m, outputs = stage.recurrent ? n : 0, reads(net, stage) ? output_size(net) : 0
         feeds = Pair{Int, M}[l => make(n, length(net.stages[l].rows)) for l in sources(net, stage)]
         slopes = copyto!(make(n), T.(stage.slopes))
-        return DeviceStage{T, M, V}(
-            make(n, stage.has_input ? net.inputs : 0), feeds, make(m, m), make(n), make(reads(net, stage) ? outputs : 0, n), slopes
-        )
+        return DeviceStage{T, M, V}(make(n, stage.has_input ? net.inputs : 0), feeds, make(m, m), make(n), make(outputs, n), slopes)
     end
-    return DeviceWorkspace{T, typeof(backend), M, V}(
-        net, backend, CPUWorkspace(net), Weights(net), stages, make(net.outputs), StageArrays{M}[], StageArrays{M}[]
-    )
 end
 
 "The stages before a stage that are connected to it."
@@ -88,9 +90,15 @@ put_rows!(A::AbstractGPUArray, rows, B) = (view(A, rows, :) .= B; A)
 put_rows!(A::AbstractArray, rows, B) = (view(A, rows, :) .= Array(B); A)
 
 "Put the parameters into force: constrained on the host, then on the device."
-function ImplicitRNN.unpack!(ws::DeviceWorkspace{T}, p) where {T}
-    net, w = ws.net, unpack!(ws.cpu, on_host(p)).weights
-    for (stage, host, device) in zip(net.stages, w.stages, ws.stages)
+function ImplicitRNN.unpack!(ws::DeviceWorkspace, p)
+    w = unpack!(ws.cpu, on_host(p)).weights
+    upload!(ws.stages, ws.net, w)
+    copyto!(ws.offset, w.d)
+    return ws
+end
+
+function upload!(stages, net, w::Weights)
+    for (stage, host, device) in zip(net.stages, w.stages, stages)
         copyto!(device.input, host.input)
         copyto!(device.recurrent, host.recurrent)
         copyto!(device.bias, host.bias)
@@ -99,8 +107,7 @@ function ImplicitRNN.unpack!(ws::DeviceWorkspace{T}, p) where {T}
         end
         isempty(device.readout) || copyto!(device.readout, readout_of(net, w, stage))
     end
-    copyto!(ws.offset, w.d)
-    return ws
+    return stages
 end
 
 "The readout as a matrix for the neurons of a stage; where the outputs are neurons, of ones at those."

@@ -96,6 +96,20 @@ else
         end
     end
 
+    @testset "Jacobian-vector products of $of" for of in (:outputs, :state)
+        for net in (one_layer(), layered(), layered(; feedback = false), Network(3, [Layer(4), Layer(3)]; outputs = [1, 6, 1]))
+            p, X, dp, dX = parameters(net), samples(net, 20), parameters(net; seed = 5), samples(net, 20; seed = 6)
+            for adjoint in (Implicit(), JacobianFree())
+                here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
+                    tangent = zeros(ImplicitRNN.rows_of(net, of), 20)
+                    ImplicitRNN.jvp!(tangent, ws, Problem(net; adjoint), p, X, dp, dX; of)
+                    tangent
+                end
+                @test relative_error(there, here) < 1.0e-8
+            end
+        end
+    end
+
     @testset "the Jacobian-free gradient, and Neumann's series by name" begin
         net = one_layer()
         p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
@@ -186,7 +200,6 @@ else
         @test_throws "does not offer the adjoint Unrolled" gradient(device, p, X, Y; adjoint = Unrolled(3))
         @test_throws "does not offer the linear solver :lu" gradient(device, p, X, Y; adjoint = Implicit(linear_solver = :lu))
         @test_throws "does not offer the Jacobian penalty" gradient(device, p, X, Y; jacobian_penalty = 1.0)
-        @test_throws "does not offer jvp" ImplicitRNN.jvp!(zero(Y), device, Problem(net), p, X, zero(p), zero(X))
         @test_throws "does not offer Hessian-vector products" ImplicitRNN.hessian_vector_product!(zero(p), device, Problem(net), p, X, Y, p)
         @test_throws DimensionMismatch solved(device, p, X[1:2, :])
         @test_throws DimensionMismatch gradient(device, p, X, Y[:, 1:4])
