@@ -210,6 +210,6 @@ else
         @info "Skipped: the kernels as machine code need GPUCompiler in the environment and CUDA's ptxas on the PATH"
         @test_skip "machine code"
     else
-        include("ptx.jl")
+        include("kernels.jl")
     end
 end

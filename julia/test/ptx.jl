@@ -1,6 +1,7 @@
-# The kernels as machine code of NVIDIA cards, without a card and without CUDA.jl: GPUCompiler makes PTX of them, and ptxas code of
-# that, with registers and shared memory. The little of CUDA.jl that these kernels need is defined here.
-
+"""
+Machine code of NVIDIA cards, without a card and without CUDA.jl: GPUCompiler makes PTX of a kernel, and ptxas code of that, with
+registers and shared memory. The little of CUDA.jl that the kernels need is defined here.
+"""
 module PTX
 
 using GPUCompiler: GPUCompiler, AbstractCompilerParams, CompilerConfig, CompilerJob, JuliaContext, PTXCompilerTarget
@@ -38,11 +39,11 @@ GPUCompiler.method_table(::Job) = METHODS
 
 @generated function register(::Val{name}) where {name}
     code = """
-        declare i32 @llvm.nvvm.read.ptx.sreg.$name()
-        define i32 @entry() alwaysinline {
-            %r = call i32 @llvm.nvvm.read.ptx.sreg.$name()
-            ret i32 %r
-        }"""
+    declare i32 @llvm.nvvm.read.ptx.sreg.$name()
+    define i32 @entry() alwaysinline {
+        %r = call i32 @llvm.nvvm.read.ptx.sreg.$name()
+        ret i32 %r
+    }"""
     return :(Int(Base.llvmcall(($code, "entry"), Int32, Tuple{})) + 1)
 end
 thread() = register(Val(Symbol("tid.x")))
@@ -51,10 +52,10 @@ block() = register(Val(Symbol("ctaid.x")))
 @generated function shared(::Type{T}, ::Val{dims}, ::Val{id}) where {T, dims, id}
     type = "[$(prod(dims) * sizeof(T)) x i8]"
     code = """
-        @\"$id\" = internal addrspace(3) global $type zeroinitializer, align 16
-        define i8 addrspace(3)* @entry() alwaysinline {
-            ret i8 addrspace(3)* getelementptr inbounds ($type, $type addrspace(3)* @\"$id\", i64 0, i64 0)
-        }"""
+    @\"$id\" = internal addrspace(3) global $type zeroinitializer, align 16
+    define i8 addrspace(3)* @entry() alwaysinline {
+        ret i8 addrspace(3)* getelementptr inbounds ($type, $type addrspace(3)* @\"$id\", i64 0, i64 0)
+    }"""
     pointer = :(reinterpret(LLVMPtr{$T, 3}, Base.llvmcall(($code, "entry"), LLVMPtr{UInt8, 3}, Tuple{})))
     return :(DeviceArray{$T, $(length(dims)), 3}($pointer, $dims))
 end
@@ -116,33 +117,4 @@ function resources(ptx, card::VersionNumber)
     )
 end
 
-end
-
-"The kernels with their launches and the types of their arguments, for entries of type T."
-function kernels_of(::Type{T}) where {T}
-    E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
-    M, f = PTX.Global{T, 2}, typeof(ImplicitRNN.Piecewise((1:4, 5:9), (ImplicitRNN.Gelu(), ImplicitRNN.Softplus())))
-    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{(PTX.Global{S, 1} for S in types)...}}
-    progress = of((; running = Bool, abandoned = Bool, count = Int32, change = T, rate = T))
-    record = of((; status = Status, iterations = Int32, residual = T, rate = T))
-    group = (E.LANES, E.GROUP)
-    return (;
-        stage = (E.gpu_step!, group, (M, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
-        adjoint = (E.gpu_step!, group, (M, progress, record, M, E.Scaled, M, E.Rule{T})),
-        activate = (E.gpu_activate!, 2, (M, M, f)),
-        slopes = (E.gpu_slopes!, 2, (M, M, M, f, PTX.Global{Status, 1}, Bool)),
-        record = (E.gpu_record_evaluation!, 1, (record, M)),
-    )
-end
-
-@testset "the kernels assemble without spills: $T, $card" for T in (Float32, Float64), card in (v"8.0", v"9.0")
-    for (name, (f, launch, types)) in pairs(kernels_of(T))
-        ptx = PTX.assembly(f, launch, types, card)
-        used = PTX.resources(ptx, card)
-        @info "kernel $name" T card used...
-        @test occursin("st.global", ptx)    # rather than a trap, of what does not compile
-        @test used.spilled == 0
-        @test used.registers <= 128         # two groups of 256 work-items on a multiprocessor
-        @test used.shared == (f === first(kernels_of(T).stage) ? 256 * 3 * sizeof(T) + 32 : 0)
-    end
 end
