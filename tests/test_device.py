@@ -105,6 +105,8 @@ def test_training_follows_that_of_the_cpu(pair, data):
     runs = [net.fit(*data, epochs=5, batch_size=16, seed=3, progress=False) for net in (cpu, device)]
     np.testing.assert_allclose(runs[1].loss, runs[0].loss, rtol=1e-7)
     np.testing.assert_allclose(device.parameters, cpu.parameters, atol=1e-7)
+    with pytest.raises(irnn.CheckpointError, match="device is 'cpu' there and 'jl' here"):
+        device.fit(*data, epochs=6, batch_size=16, seed=3, progress=False, resume=runs[0])
 
 
 @pytest.mark.julia
