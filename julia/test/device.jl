@@ -25,10 +25,8 @@ else
     agreement(::Type{Float32}) = 1.0e-5
 
     nets_of(::Type{T}) where {T} = (
-        [
-            one_layer(; T, activation, constraint) for activation in keys(ACTIVATIONS), constraint in CONSTRAINED
-                if !(constraint isa Monotone) || ImplicitRNN.is_monotone(ACTIVATIONS[activation])
-        ]...,
+        [one_layer(; T, activation) for activation in keys(ACTIVATIONS)]...,
+        [one_layer(; T, constraint) for constraint in CONSTRAINED]...,
         one_layer(; T, neurons = 40, constraint = Spectral(0.9)),
         one_layer(; T, lateral = false),
         Network{T}(3, [Layer(4, :tanh), Layer(3, :sigmoid; lateral = false), Layer(5, :softplus)]; feedback = true, outputs = 2),
