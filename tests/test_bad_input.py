@@ -491,12 +491,12 @@ def test_fit_of_no_nets_is_refused(X, Y):
 
 
 def test_fit_of_nets_of_different_structure_is_refused(X, Y):
-    with pytest.raises(ValueError, match="same topology, dtype and engine"):
+    with pytest.raises(ValueError, match="same topology, dtype, engine and device"):
         irnn.fit_many([make_net("numpy"), make_net("numpy", neurons=4)], X, Y)
 
 
 def test_fit_of_nets_of_different_dtype_is_refused(X, Y):
-    with pytest.raises(ValueError, match="same topology, dtype and engine"):
+    with pytest.raises(ValueError, match="same topology, dtype, engine and device"):
         irnn.fit_many([make_net("numpy"), make_net("numpy", dtype="float32")], X, Y)
 
 

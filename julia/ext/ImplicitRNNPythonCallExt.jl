@@ -112,7 +112,27 @@ function compile(d::Py)
         outputs = pyconvert(Union{Int, Vector{Int}}, d["outputs"]),
         constraint = constraint(pyconvert(Vector{Float64}, d["constraint"]["values"])...),
     )
-    return keep(Workspace(net)), length(net)
+    return keep(workspace_on(net, pyconvert(String, d["device"]))), length(net)
+end
+
+"The package of a device, and its backend. The reference device arrays, which are in the machine's memory, are for tests."
+const DEVICES = Dict(
+    "cuda" => (Base.PkgId(Base.UUID("052768ef-5323-5732-b1bb-66c8b64840ba"), "CUDA"), :CUDABackend),
+    "jl" => (Base.PkgId(Base.UUID("27aeb0d3-9eb9-45fb-866b-73c2ecf80fcb"), "JLArrays"), :JLBackend),
+)
+
+function workspace_on(net::Network, device::String)
+    device == "cpu" && return Workspace(net)
+    package, backend = DEVICES[device]
+    Base.locate_package(package) === nothing && throw(
+        ArgumentError(
+            "device = \"$device\" needs $(package.name).jl, which is not in Julia's environment $(dirname(Base.active_project())); \
+            add it there by `import Pkg; Pkg.add(\"$(package.name)\")`, or use device = \"cpu\""
+        )
+    )
+    # Late, as the methods of the package are younger than this call.
+    library = Base.require(package)
+    return Base.invokelatest(() -> Workspace(net, getproperty(library, backend)()))
 end
 
 "`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."

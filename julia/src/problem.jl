@@ -94,7 +94,7 @@ call is given the [`Problem`](@ref) with the options in force. A subtype has the
 - [`allocate`](@ref)`(ws, dimensions...)`
 
 All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
-package.
+package; that of devices comes with the extension for GPU arrays.
 """
 abstract type AbstractWorkspace{T} end
 
@@ -136,8 +136,20 @@ function jvp! end
 "    allocate(ws, dimensions...)\n\nAn array of zeros where the workspace computes."
 function allocate end
 
-"    Workspace(net)\n\nThe [`AbstractWorkspace`](@ref) for a network on this machine's CPU."
+"""
+    Workspace(net)
+    Workspace(net, backend)
+
+The [`AbstractWorkspace`](@ref) for a network on this machine's CPU, or on a device: `backend` is one of KernelAbstractions.jl, such as
+`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded.
+"""
 Workspace(net::Network) = CPUWorkspace(net)
+
+"    check_device(backend)\n\nAn error that says why, where the device of a backend cannot be used."
+check_device(backend) = nothing
+
+"    describe_device(backend)\n\nThe device of a backend in words: its name, driver and memory."
+describe_device(backend) = string(nameof(typeof(backend)))
 
 # --- with a workspace of their own ----------------------------------------------------------------------------
 

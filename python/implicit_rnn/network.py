@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, DTypeLike
 from implicit_rnn import options, serialization, training
 from implicit_rnn.console import html_table
 from implicit_rnn.engines import (
+    DEVICES,
     CompiledNetwork,
     Engine,
     Of,
@@ -70,11 +71,15 @@ class Network:
     engine
         "julia", "numpy", or "auto" for Julia where it can be had. ``None`` reads IMPLICIT_RNN_ENGINE. It starts at the
         first use.
+    device
+        Where the Julia engine computes: "cpu", or "cuda" for an NVIDIA card, by CUDA.jl.
 
     Raises
     ------
     ValueError, TypeError
         For arguments out of range or of the wrong kind; the message says what was expected.
+    EngineError
+        At the first use, where the engine or the device cannot be had.
 
     Examples
     --------
@@ -98,13 +103,14 @@ class Network:
         dtype: DTypeLike = "float64",
         seed: int | None = None,
         engine: str | None = None,
+        device: str = "cpu",
     ) -> None:
         constraint = options.choose(Constraint, constraint, "constraint")
         topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
-        self._set_up(topology, dtype, engine)
+        self._set_up(topology, dtype, engine, device)
         self._initialise(np.random.default_rng(seed))
 
-    def _set_up(self, topology: Topology, dtype: DTypeLike, engine: str | None) -> None:
+    def _set_up(self, topology: Topology, dtype: DTypeLike, engine: str | None, device: str) -> None:
         try:
             name = "" if dtype is None else np.dtype(dtype).name
         except TypeError:
@@ -112,23 +118,25 @@ class Network:
         if name not in ("float64", "float32"):
             raise ValueError(f"dtype is {dtype!r}; expected 'float64' or 'float32'")
         check_engine(engine)
+        options.check_choice("device", device, DEVICES)
         self.topology = topology
         self.dtype = np.dtype(dtype)
         self._engine_name = engine
+        self._device = device
         self._compiled: CompiledNetwork | None = None
         self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
         self._parameters = np.zeros(topology.parameters, self.dtype)
         self._weights = MappingProxyType(topology.views(self._parameters))
 
     @classmethod
-    def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None) -> Network:
+    def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None, device: str = "cpu") -> Network:
         """A network of a given topology, with all parameters zero.
 
         Parameters
         ----------
         topology
             That of another network, ``net.topology``.
-        dtype, engine
+        dtype, engine, device
             As for ``Network``.
 
         Examples
@@ -139,7 +147,7 @@ class Network:
         (True, False)
         """
         net = cls.__new__(cls)
-        net._set_up(topology, dtype, engine)
+        net._set_up(topology, dtype, engine, device)
         return net
 
     def _initialise(self, rng: np.random.Generator) -> None:
@@ -257,6 +265,46 @@ class Network:
         'numpy'
         """
         return get_engine(self._engine_name)
+
+    @property
+    def device(self) -> str:
+        """Where the engine computes: "cpu" or "cuda"; ``to`` changes it.
+
+        Examples
+        --------
+        >>> irnn.Network(2, [irnn.Layer(8)], outputs=1).device
+        'cpu'
+        """
+        return self._device
+
+    def to(self, device: str) -> Network:
+        """Compute on another device from the next call on. The parameters stay NumPy arrays in the machine's memory.
+
+        Parameters
+        ----------
+        device
+            "cpu" or "cuda".
+
+        Returns
+        -------
+        The network itself.
+
+        Raises
+        ------
+        ValueError
+            For another name. Whether the device can be had shows at the next call, with an ``EngineError``.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, device="cuda")
+        >>> net.to("cpu").predict([[0.5, -1.0]]).shape
+        (1, 1)
+        """
+        options.check_choice("device", device, DEVICES)
+        if device != self._device:
+            self._device, self._compiled = device, None
+            self._programs.clear()
+        return self
 
     def equilibrium(
         self,
@@ -695,7 +743,7 @@ class Network:
                 check_penalty(jacobian_penalty, through),
             )
             if self._compiled is None:
-                self._compiled = self.engine.compile(self.topology, self.dtype.name)
+                self._compiled = self.engine.compile(self.topology, self.dtype.name, self._device)
             program = self._programs[choice] = self._compiled.program(problem)
             while len(self._programs) > _PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
@@ -829,7 +877,7 @@ class Network:
             "outputs": outputs if topology.linear_readout else f"{outputs} (neurons {_some(topology.read_neurons)})",
             "constraint": str(topology.constraint),
             "parameters": str(topology.parameters),
-            "dtype": self.dtype.name,
+            "dtype": self.dtype.name if self._device == "cpu" else f"{self.dtype.name} on {self._device}",
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -837,11 +885,12 @@ class Network:
             "topology": self.topology,
             "dtype": self.dtype.name,
             "engine": self._engine_name,
+            "device": self._device,
             "parameters": self._parameters,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_up(state["topology"], state["dtype"], state["engine"])
+        self._set_up(state["topology"], state["dtype"], state["engine"], state["device"])
         self._parameters[...] = state["parameters"]
 
 

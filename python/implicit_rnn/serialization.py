@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save as serialize
 
+from implicit_rnn.engines import DEVICES, check_engine
 from implicit_rnn.errors import ModelFileError, warn
 from implicit_rnn.files import read_tensors, write_atomically
 from implicit_rnn.model.topology import Topology
+from implicit_rnn.options import check_choice
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network
@@ -29,6 +31,7 @@ def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxy
         "format_version": str(FORMAT_VERSION),
         "topology": json.dumps(net.topology.description()),
         "dtype": net.dtype.name,
+        "device": net.device,
         **{f"note:{name}": text for name, text in notes.items()},
     }
     tensors = {name: np.ascontiguousarray(weight) for name, weight in net.weights.items()}
@@ -41,7 +44,7 @@ def notes(path: str | Path) -> dict[str, str]:
     return {name[len("note:") :]: text for name, text in metadata.items() if name.startswith("note:")}
 
 
-def load(path: str | Path, engine: str | None = None) -> Network:
+def load(path: str | Path, engine: str | None = None, device: str | None = None) -> Network:
     """The network that ``Network.save`` wrote.
 
     Parameters
@@ -50,6 +53,8 @@ def load(path: str | Path, engine: str | None = None) -> Network:
         The file.
     engine
         As for ``Network``; the file says nothing about it.
+    device
+        As for ``Network``; ``None`` for that of the network which was saved.
 
     Returns
     -------
@@ -57,6 +62,8 @@ def load(path: str | Path, engine: str | None = None) -> Network:
 
     Raises
     ------
+    ValueError
+        For an unknown engine or device.
     FileNotFoundError
         If there is no such file.
     ModelFileError
@@ -85,9 +92,12 @@ def load(path: str | Path, engine: str | None = None) -> Network:
             f"{source} has format version {version or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
             "pip install --upgrade implicit-rnn"
         )
+    check_engine(engine)
+    if device is not None:
+        check_choice("device", device, DEVICES)
     try:
         topology = Topology.from_description(json.loads(metadata["topology"]))
-        net = Network.from_topology(topology, metadata["dtype"], engine)
+        net = Network.from_topology(topology, metadata["dtype"], engine, device or metadata.get("device", "cpu"))
     except (
         KeyError,
         TypeError,

@@ -120,7 +120,7 @@ class ImplicitRNN(nn.Module):
         if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
             return self.net
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        net = Network.from_topology(self.net.topology, dtype, self.net.engine.name)
+        net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
         for name, view in net.weights.items():
             view[...] = tensors[name].detach().numpy()
         return net

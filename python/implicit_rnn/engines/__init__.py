@@ -6,6 +6,7 @@ import os
 import threading
 
 from implicit_rnn.engines.base import (
+    DEVICES,
     CompiledNetwork,
     Engine,
     Halt,
@@ -22,6 +23,7 @@ from implicit_rnn.errors import EngineError, EngineWarning, warn
 from implicit_rnn.options import check_choice
 
 __all__ = [
+    "DEVICES",
     "ENGINES",
     "CompiledNetwork",
     "Engine",

@@ -22,6 +22,9 @@ from implicit_rnn.solvers import Adjoint, Solver
 Of = Literal["outputs", "state"]
 """What of a network is differentiated."""
 
+DEVICES = ("cpu", "cuda")
+"""Where a network can be computed."""
+
 WORST_ADJOINT = 1e-3
 """A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
 
@@ -305,8 +308,8 @@ class Engine(Protocol):
 
     name: str
 
-    def compile(self, topology: Topology, dtype: str) -> CompiledNetwork:
-        """Prepare a network."""
+    def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> CompiledNetwork:
+        """Prepare a network, to be computed on one of ``DEVICES``; EngineError where the engine does not have it."""
 
     def compile_equation(self, equation: Equation) -> CompiledEquation:
         """Prepare an equation: of a Python function on the NumPy engine, of Julia code on the Julia engine."""

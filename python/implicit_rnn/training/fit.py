@@ -65,7 +65,7 @@ def fit_many(
     Parameters
     ----------
     nets
-        Networks of equal topology, dtype and engine; their parameters are updated in place.
+        Networks of equal topology, dtype, engine and device; their parameters are updated in place.
     X, Y
         Samples (B, inputs) and targets (B, outputs); for ``loss="cross_entropy"`` class labels (B,) as well.
     optimizer
@@ -146,8 +146,9 @@ def fit_many(
     if not nets:
         raise ValueError("nets is empty")
     first = nets[0]
-    if any((net.topology, net.dtype, net.engine) != (first.topology, first.dtype, first.engine) for net in nets):
-        raise ValueError("all nets of one call must have the same topology, dtype and engine")
+    kind = (first.topology, first.dtype, first.engine, first.device)
+    if any((net.topology, net.dtype, net.engine, net.device) != kind for net in nets):
+        raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
     chosen = options.choose(Loss, loss, "loss")
     samples = _data(first, chosen, "", X, Y, sample_weights)
     warn_of_scale("X", samples.X)

@@ -139,6 +139,7 @@ def describe(training: Training) -> dict[str, Any]:
     first, held_out = training.nets[0], training.held_out
     run = {
         "engine": first.engine.name,
+        "device": first.device,
         "dtype": first.dtype.name,
         "nets": len(training.nets),
         **first.topology.description(),

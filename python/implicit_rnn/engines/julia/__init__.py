@@ -19,8 +19,8 @@ class JuliaEngine:
     def __init__(self) -> None:
         start.entry_points()
 
-    def compile(self, topology: Topology, dtype: str) -> JuliaNetwork:
-        return JuliaNetwork(topology, dtype)
+    def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> JuliaNetwork:
+        return JuliaNetwork(topology, dtype, device)
 
     def compile_equation(self, equation: Equation) -> JuliaEquation:
         return JuliaEquation(equation)

@@ -50,9 +50,9 @@ class Handle:
 class JuliaNetwork:
     """See ``engines.base.CompiledNetwork``."""
 
-    def __init__(self, topology: Topology, dtype: str) -> None:
+    def __init__(self, topology: Topology, dtype: str, device: str) -> None:
         self.topology, self.dtype = topology, dtype
-        number, parameters = call("compile", _describe(topology, dtype))
+        number, parameters = call("compile", _describe(topology, dtype, device))
         self._handle = Handle(number)
         if parameters != topology.parameters:
             raise EngineError(
@@ -229,10 +229,11 @@ def _start(z0: Array | None, X: Array) -> Array:
     return np.empty(0, X.dtype) if z0 is None else z0.reshape(-1)
 
 
-def _describe(topology: Topology, dtype: str) -> dict[str, Any]:
+def _describe(topology: Topology, dtype: str, device: str) -> dict[str, Any]:
     outputs = topology.outputs
     return topology.description() | {
         "dtype": dtype,
+        "device": device,
         "feedback": [[j + 1, i + 1] for j, i in topology.feedback],
         "skips": [[a + 1, b + 1] for a, b in topology.skips],
         "input_skips": [layer + 1 for layer in topology.input_skips],

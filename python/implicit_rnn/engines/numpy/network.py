@@ -40,7 +40,9 @@ class NumpyEngine:
 
     name = "numpy"
 
-    def compile(self, topology: Topology, dtype: str) -> NumpyNetwork:
+    def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> NumpyNetwork:
+        if device != "cpu":
+            raise EngineError(f"the NumPy engine computes on the CPU only; device={device!r} needs the Julia engine")
         return NumpyNetwork(topology, dtype)
 
     def compile_equation(self, equation: base.Equation) -> PythonEquation:

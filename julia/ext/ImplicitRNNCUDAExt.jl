@@ -1,0 +1,24 @@
+"""
+What only CUDA.jl knows: whether there is a card that works, and what it is. All computation is that of ImplicitRNNGPUArraysExt.
+No card has run this yet.
+"""
+module ImplicitRNNCUDAExt
+
+using CUDA: CUDA, CUDABackend
+using ImplicitRNN
+
+ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
+    throw(
+    ArgumentError(
+        "CUDA.jl finds no NVIDIA card with a driver that works; `using CUDA; CUDA.versioninfo()` says what is missing"
+    )
+)
+
+function ImplicitRNN.describe_device(::CUDABackend)
+    card = CUDA.device()
+    gib(bytes) = round(bytes / 2^30; digits = 1)
+    return "$(CUDA.name(card)), compute capability $(CUDA.capability(card)), $(gib(CUDA.free_memory())) of \
+        $(gib(CUDA.total_memory())) GiB of memory free, driver $(CUDA.driver_version())"
+end
+
+end

@@ -1,0 +1,172 @@
+# What is done element by element, each in one pass over the arrays. A sample is a column; its sums are taken in a fixed order.
+
+"Work-items to a column, and columns to a workgroup."
+const LANES, GROUP = 32, 8
+
+# --- activations by their row -------------------------------------------------------------------------------------
+
+@inline value_at(f::Activation, i, s) = value(f, s)
+@inline slope_at(f::Activation, i, s, z) = slope(f, s, z)
+@inline value_at(f::Piecewise, i, s) = at_row((g, s) -> value(g, s), f.ranges, f.activations, i, s)
+@inline slope_at(f::Piecewise, i, s, z) = at_row((g, s, z) -> slope(g, s, z), f.ranges, f.activations, i, s, z)
+
+@inline at_row(respond::R, ::Tuple{Any}, fs::Tuple{Any}, i, x...) where {R} = respond(only(fs), x...)
+@inline at_row(respond::R, ranges::Tuple, fs::Tuple, i, x...) where {R} =
+    i <= last(first(ranges)) ? respond(first(fs), x...) : at_row(respond, Base.tail(ranges), Base.tail(fs), i, x...)
+
+# --- one iteration ------------------------------------------------------------------------------------------------
+
+"""
+    Activated(f), Scaled()
+
+The right-hand side of a fixed point for an argument s: `f(s)`, of a stage; or `D s` with the slopes D, of its adjoint system.
+"""
+struct Activated{F <: Activation}
+    f::F
+end
+struct Scaled end
+@inline respond(a::Activated, D, i, j, s) = value_at(a.f, i, s)
+@inline respond(::Scaled, D, i, j, s) = @inbounds D[i, j] * s
+
+"""
+    Rule{T}
+
+When the iteration of a column ends. `settled` says that what Picard iteration converges to is beyond doubt; else an iterate that
+converges at once, or by damped steps, or to a huge size, is left to the host, as are columns that blow up (where `rescue`), and,
+with a finite `patience`, those that need more iterations than that.
+"""
+struct Rule{T}
+    tol::T
+    floor::T
+    damping::T
+    limit::Int32
+    patience::T
+    settled::Bool
+    rescue::Bool
+    latest::Bool                 # deliver the value of the last evaluation
+end
+
+"What becomes of a column: it rests, takes the next iterate, or ends, as one that the host has to solve or not."
+@enum Verdict::Int8 REST ADVANCE DELIVER ABANDON
+
+# The verdict on a column after `count` evaluations, its status should it end, and its relative residual.
+@inline function judge(r::Rule{T}, change, size, largest, count, rate) where {T}
+    scale = max(size, r.floor)
+    residual = iszero(scale) ? zero(T) : change / scale
+    if !isfinite(change)
+        return (r.rescue ? ABANDON : DELIVER), NON_FINITE, residual
+    elseif change <= r.tol * scale
+        doubtful = !r.settled && (count == 1 || r.damping < 1 || largest > T(SUSPICIOUS_SIZE))
+        return (doubtful ? ABANDON : DELIVER), CONVERGED, residual
+    elseif change > T(BLOW_UP) * (1 + r.floor)
+        return (r.rescue ? ABANDON : DELIVER), DIVERGED, residual
+    elseif count >= r.limit
+        return DELIVER, MAX_ITERATIONS, residual
+    end
+    slow = count % AUTO_BLOCK == 0 && log(r.tol * scale / change) / log(min(rate, T(0.9999))) > r.patience
+    return (slow ? ABANDON : ADVANCE), MAX_ITERATIONS, residual
+end
+
+"""
+F = g(S) for the columns that are `running`, and what becomes of each: the next iterate in `Z`, or its end in `record`.
+`progress` holds per column whether it is running, abandoned to the host, its evaluations, last ‖F - Z‖ and contraction rate.
+"""
+@kernel function step!(Z, progress, record, @Const(S), g, D, rule)
+    lane, column = @index(Local, NTuple)
+    _, j = @index(Global, NTuple)
+    @uniform n = size(Z, 1)
+    @uniform samples = size(Z, 2)
+    sums = @localmem eltype(Z) (3, LANES, GROUP)
+    verdicts = @localmem Int32 (GROUP,)
+
+    if j <= samples && @inbounds(progress.running[j])
+        change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
+        i = lane
+        while i <= n
+            @inbounds z = respond(g, D, i, j, S[i, j])
+            @inbounds d = z - Z[i, j]
+            change2 = muladd(d, d, change2)
+            size2 = muladd(z, z, size2)
+            largest = max(largest, abs(z))
+            i += LANES
+        end
+        @inbounds sums[1, lane, column] = change2
+        @inbounds sums[2, lane, column] = size2
+        @inbounds sums[3, lane, column] = largest
+    end
+    @synchronize
+    if lane == 1
+        verdict = REST
+        if j <= samples && @inbounds(progress.running[j])
+            change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
+            for l in 1:LANES
+                @inbounds change2 += sums[1, l, column]
+                @inbounds size2 += sums[2, l, column]
+                @inbounds largest = max(largest, sums[3, l, column])
+            end
+            @inbounds begin
+                change, before = sqrt(change2), progress.change[j]
+                count = progress.count[j] + one(Int32)
+                rate = isfinite(before) ? change / before : progress.rate[j]
+                verdict, status, residual = judge(rule, change, sqrt(size2), largest, count, rate)
+                progress.count[j], progress.change[j], progress.rate[j] = count, change, rate
+                progress.running[j] = verdict == ADVANCE
+                progress.abandoned[j] = verdict == ABANDON
+                verdict == DELIVER && record!(record, j, status, count, residual, rate)
+                verdict == ADVANCE || (rule.latest && verdict == DELIVER && status == CONVERGED) || (verdict = REST)
+            end
+        end
+        @inbounds verdicts[column] = Int32(verdict)
+    end
+    @synchronize
+    @inbounds verdict = verdicts[column]
+    if verdict != Int32(REST)
+        damping = verdict == Int32(ADVANCE) ? rule.damping : one(rule.damping)
+        i = lane
+        while i <= n
+            @inbounds z = respond(g, D, i, j, S[i, j])
+            @inbounds Z[i, j] = damping == 1 ? z : muladd(damping, z - Z[i, j], Z[i, j])
+            i += LANES
+        end
+    end
+end
+
+@inline function record!(record::NamedTuple, j, status, count, residual, rate)
+    @inbounds begin
+        record.status[j] = max(record.status[j], status)
+        record.iterations[j] = max(record.iterations[j], count)
+        record.residual[j] = worse(residual, record.residual[j])
+        record.rate[j] = worse(rate, record.rate[j])
+    end
+    return
+end
+
+# --- one evaluation -------------------------------------------------------------------------------------------------
+
+"F = f(S)"
+@kernel function activate!(F, @Const(S), f)
+    i, j = @index(Global, NTuple)
+    @inbounds F[i, j] = value_at(f, i, S[i, j])
+end
+
+"D = f′(S); with `latest`, `Z` becomes f(S) in the columns that have converged."
+@kernel function slopes!(D, Z, @Const(S), f, @Const(status), latest)
+    i, j = @index(Global, NTuple)
+    @inbounds begin
+        s = S[i, j]
+        z = latest && status[j] == CONVERGED ? value_at(f, i, s) : Z[i, j]
+        Z[i, j] = z
+        D[i, j] = slope_at(f, i, s, z)
+    end
+end
+
+"The columns of a stage that is not recurrent, of which one evaluation is exact."
+@kernel function record_evaluation!(record, @Const(Z))
+    j = @index(Global, Linear)
+    finite = true
+    for i in axes(Z, 1)
+        @inbounds finite &= isfinite(Z[i, j])
+    end
+    T = eltype(Z)
+    record!(record, j, finite ? CONVERGED : NON_FINITE, one(Int32), finite ? zero(T) : T(NaN), zero(T))
+end
