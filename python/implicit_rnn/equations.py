@@ -163,8 +163,7 @@ def fixed_point(
         done in float64.
     args
         The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
-        differentiated; integers and booleans remain what they are. For Julia code arrays that already are of that dtype are
-        not copied, and must not be written to as long as the solution is differentiated.
+        differentiated; integers and booleans remain what they are.
     batched
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
@@ -371,8 +370,7 @@ def _pose(
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     names = _argument_names(f, len(args))
     per_sample = _positions(batched, names)
-    in_place = isinstance(f, JuliaFunction)  # which cannot write to them
-    arrays = tuple([_argument(name, value, start.dtype, in_place) for name, value in zip(names, args, strict=True)])
+    arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
@@ -425,14 +423,13 @@ def _is_finite(array: Array) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _argument(name: str, value: ArrayLike, dtype: np.dtype, in_place: bool) -> Array:
+def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
     array = _as_array(name, value)
     if array.size == 0:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    array = as_real(name, array, _KEPT.get(array.dtype.kind, dtype))
-    array = np.require(array, requirements="A").view() if in_place else np.array(array)
+    array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)))
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
 
