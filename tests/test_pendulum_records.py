@@ -380,9 +380,9 @@ def test_derivatives_of_a_motion_are_those_of_differences():
     motion = Motion(0.1, ANGLE, np.array([-0.5, 0.1, 0.8, 0.3, 0.05, 0.01, 0.02, 0.01, 1.1]), names)
     times = np.linspace(0.1, 3, 20)
     jacobian = motion.linearised(times)[1]
-    for k, step in enumerate(1e-6 * np.eye(len(names))):
+    for k, step in enumerate(1e-4 * np.eye(len(names))):
         ahead, behind = (Motion(0.1, ANGLE, motion.parameters + s, names).observed(times) for s in (step, -step))
-        np.testing.assert_allclose(jacobian[:, k], (ahead - behind) / 2e-6, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(jacobian[:, k], (ahead - behind) / 2e-4, rtol=1e-3, atol=1e-4)
 
 
 def test_motion_is_that_of_the_simulation():
