@@ -381,7 +381,12 @@ def _solve(
     if not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors")
     if not isinstance(z0, Tensor) or z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
-        raise TypeError(f"z0 is {z0!r}; expected a tensor (n,) or (B, n) of float32 or float64")
+        what = (
+            f"has shape {tuple(z0.shape)} and dtype {z0.dtype}"
+            if isinstance(z0, Tensor)
+            else f"is a {type(z0).__name__}"
+        )
+        raise TypeError(f"z0 {what}; expected a tensor (n,) or (B, n) of float32 or float64")
     tensors = [torch.as_tensor(arg) for arg in args]
     for name, tensor in (("z0", z0), *((f"args[{k}]", tensor) for k, tensor in enumerate(tensors))):
         if tensor.device.type != "cpu":

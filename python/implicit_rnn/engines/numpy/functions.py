@@ -485,18 +485,9 @@ class Function:
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
         tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
-        doubt = doubt + self._noise(Z, rows, variable, direction)
         error = np.abs(found - D).max(axis=1)
         analytic = np.isfinite(doubt) & (error <= np.maximum(tolerance * np.abs(D).max(axis=1), doubt))
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
-
-    def _noise(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-        """The error (m,) that rounding leaves in the difference quotient of the usual step."""
-        x, per_row = self._variable(Z, rows, variable)
-        terms = self._terms(Z, rows, self(Z, rows).astype(np.float64))
-        moved = np.abs(x * direction).reshape(len(rows) if per_row else 1, -1).max(axis=1).astype(np.float64)
-        noise = 4 * float(np.finfo(Z.dtype).eps) ** (2 / 3) * terms / np.where(moved > 0, moved, np.inf)
-        return np.where(np.isfinite(noise), noise, 0)
 
     def _terms(self, Z: Array, rows: Array, F: Array) -> Array:
         """The size (m,) of the terms of f, whose rounding it has, though it may be small as the difference of large ones."""
