@@ -26,6 +26,7 @@ export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hes
 export Trainer, Replicas, Guard, train!
 export vjp, jvp, fixed_point, root
 
+include("usual.jl")
 include("interrupt.jl")
 include("cpu/threads.jl")
 include("cpu/gemm.jl")
@@ -57,6 +58,7 @@ include("cpu/tangent.jl")
 include("hessian.jl")
 include("differentiate.jl")
 include("training.jl")
+include("cpu/side_by_side.jl")
 include("equations/equations.jl")
 include("precompile.jl")
 

@@ -5,7 +5,7 @@
     adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
     limits = options(; tol = nothing, max_iterations = 1000)
     # With the keywords of the bridge, each set of which is a method of its own.
-    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;), products = false) where {T}
+    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;), products = false, nets = 1) where {T}
         net = Network{T}(
             2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
             input_skips = Int[], outputs = 1, constraint = constraint(0.9),
@@ -22,6 +22,9 @@
         trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2)
         order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
         train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
+        nets > 1 || return
+        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2)
+        train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, 2, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
     end
     @compile_workload begin
         for T in (Float64, Float32)
@@ -29,6 +32,7 @@
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 200)
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Chord)
         end
+        exercise(Float64, 2, "tanh", Perron, Auto; nets = 2NETS)
         exercise(Float64, 3, "sigmoid", Perron, Auto)
         exercise(Float64, 3, "tanh", Perron, Picard; damping = (; damping = 1.0))
     end

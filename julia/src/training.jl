@@ -30,25 +30,53 @@ end
 Replicas(P::AbstractMatrix) = Replicas(P, copy(P), fill(Int8(RUNNING), size(P, 2)))
 
 """
+    StepBuffers
+
+What a thread needs to train a net: a workspace, a gradient and a minibatch, and the rule with the learning rate that is in force.
+"""
+mutable struct StepBuffers{T, R, W <: AbstractWorkspace{T}, V <: AbstractVector{T}, M <: AbstractMatrix{T}}
+    const workspace::W
+    const gradient::V
+    const batch_X::M
+    const batch_Y::M
+    const batch_weights::V
+    const before::V                       # parameters at the beginning of an epoch
+    rule::R
+    rate::Float64
+end
+function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, batch_size::Int) where {T}
+    zeros_of(dimensions...) = allocate(workspace, dimensions...)
+    return StepBuffers(
+        workspace, zeros_of(length(net)), zeros_of(net.inputs, batch_size), zeros_of(output_size(net), batch_size),
+        zeros_of(batch_size), zeros_of(length(net)), rule, NaN,
+    )
+end
+
+"The rule at a learning rate."
+function rule_at!(b::StepBuffers, rate)
+    if b.rate != rate
+        b.rule = Optimisers.adjust(b.rule, rate)
+        b.rate = rate
+    end
+    return b.rule
+end
+
+"""
     Trainer(problem, rule; workspace = Workspace(problem.net), nets = 1, clip = Inf, guard = Guard(), batch_size = 0)
 
 The state of a training run in a [`workspace`](@ref AbstractWorkspace), where its arrays are: `rule` is a rule of Optimisers.jl,
 `clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with parameters of their own can be trained side by side
 on the same samples, in batches of up to `batch_size` where these are not all samples.
 """
-mutable struct Trainer{T, R, O, W <: AbstractWorkspace{T}, V <: AbstractVector{T}, M <: AbstractMatrix{T}}
+mutable struct Trainer{T, R, O, B <: StepBuffers{T, R}}
     const problem::Problem{T}
-    const workspace::W
-    const gradient::V
+    const rule::R
     const states::Vector{O}               # of the optimiser, per net
-    const batch_X::M
-    const batch_Y::M
-    const batch_weights::V
-    const before::V                       # parameters at the beginning of an epoch
     const clip::T
     const guard::Guard
-    rule::R
-    rate::Float64                         # in force in `rule`
+    const batch_size::Int
+    const buffers::Vector{B}              # per thread
+    const side_by_side::Vector{Any}       # of tiny nets, per thread
     steps::Int                            # taken so far; numbers the random vectors of the Jacobian penalty
 end
 
@@ -56,15 +84,29 @@ function Trainer(
         problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
         guard::Guard = Guard(), batch_size::Int = 0,
     ) where {T}
-    net = problem.net
-    zeros_of(dimensions...) = allocate(workspace, dimensions...)
-    gradient, batch_X = zeros_of(length(net)), zeros_of(net.inputs, batch_size)
-    states = [Optimisers.init(rule, gradient) for _ in 1:nets]
-    return Trainer{T, typeof(rule), eltype(states), typeof(workspace), typeof(gradient), typeof(batch_X)}(
-        problem, workspace, gradient, states, batch_X, zeros_of(output_size(net), batch_size), zeros_of(batch_size),
-        zeros_of(length(net)), T(clip), guard, rule, NaN, 0
-    )
+    buffers = StepBuffers(problem.net, workspace, rule, batch_size)
+    states = [Optimisers.init(rule, buffers.gradient) for _ in 1:nets]
+    return Trainer(problem, rule, states, T(clip), guard, batch_size, [buffers], Any[], 0)
 end
+
+"The samples of a call of [`train!`](@ref), and when they take part."
+struct Batches{A, B, W, O <: AbstractMatrix{Int}, R}
+    X::A
+    Y::B
+    weights::W
+    order::O
+    size::Int
+    rates::R
+end
+samples_of(b::Batches) = size(b.order, 1)
+epochs_of(b::Batches) = size(b.order, 2)
+steps_of(b::Batches) = cld(samples_of(b), b.size)
+is_whole(b::Batches) = b.size >= samples_of(b)
+rate_of(b::Batches, epoch, step) = b.rates[(epoch - 1) * steps_of(b) + step]
+
+"The samples of a step; those of the whole, in their own order."
+batch(b::Batches, epoch, step) = view(b.order, piece(step, b.size, samples_of(b)), epoch)
+whole(b::Batches) = 1:samples_of(b)
 
 """
     train!(trainer, nets, X, Y, order, batch_size, rates, losses, unconverged; weights = nothing)
@@ -76,99 +118,128 @@ net: `losses` (the mean over the steps, each before its update) and `unconverged
 
 A net that its guard halts ends with the parameters from which its last good epoch began, one that had finite losses
 and no more unconverged samples than allowed. The losses of an epoch with one that is not finite, and those after it, are
-NaN.
+NaN. The nets are shared among threads, and tiny ones trained side by side in vector registers; neither changes a bit.
 """
 function train!(trainer::Trainer, nets::Replicas, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing)
-    for s in axes(nets.parameters, 2)
-        train_net!(trainer, nets, s, X, Y, weights, order, batch_size, rates, view(losses, :, s), view(unconverged, :, s))
-    end
+    batches = Batches(X, Y, weights, order, batch_size, rates)
+    goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
+        train_each!(trainer, nets, batches, losses, unconverged)
     trainer.steps += length(rates)
     return losses
 end
 
-function train_net!(trainer::Trainer, nets, s, X, Y, weights, order, batch_size, rates, losses, unconverged)
+function train_each!(trainer::Trainer, nets::Replicas, batches::Batches, losses, unconverged)
+    count = size(nets.parameters, 2)
+    threads = threads_for_nets(trainer, batches, count)
+    add_buffers!(trainer, threads)
+    in_parallel(count, threads) do thread, s
+        train_net!(trainer, trainer.buffers[thread], nets, s, batches, view(losses, :, s), view(unconverged, :, s))
+    end
+    return
+end
+
+# Threads that one net would leave idle, or that find nets enough, take a net each.
+function threads_for_nets(trainer::Trainer, batches::Batches, nets::Int)
+    first(trainer.buffers).workspace isa CPUWorkspace || return 1
+    alone = threads_for(trainer.problem.net, min(batches.size, samples_of(batches)))
+    return alone == 1 || nets >= 2 * Threads.nthreads() ? min(nets, Threads.nthreads()) : 1
+end
+
+function add_buffers!(trainer::Trainer, threads::Int)
+    net = trainer.problem.net
+    while length(trainer.buffers) < threads
+        push!(trainer.buffers, StepBuffers(net, Workspace(net), trainer.rule, trainer.batch_size))
+    end
+    return
+end
+
+function train_net!(trainer::Trainer, b::StepBuffers, nets::Replicas, s::Int, batches::Batches, losses, unconverged)
     p, good = view(nets.parameters, :, s), view(nets.good, :, s)
-    samples, epochs = size(order)
-    steps = length(rates) ÷ epochs
-    for epoch in 1:epochs
-        if nets.halted[s] != Int8(RUNNING)
-            losses[epoch:end] .= NaN
-            unconverged[epoch:end] .= 0
-            return
-        end
-        copyto!(trainer.before, p)
-        loss, failed = train_epoch!(trainer, p, s, X, Y, weights, view(order, :, epoch), batch_size, rates, (epoch - 1) * steps)
-        losses[epoch], unconverged[epoch] = loss, failed
-        halt = if !isfinite(loss)
-            NOT_FINITE
-        elseif failed > trainer.guard.unconverged * samples
-            TOO_MANY_UNCONVERGED
-        else
-            copyto!(good, trainer.before)
-            size_of_p = norm(p)
-            isfinite(size_of_p) && size_of_p <= trainer.guard.parameter_norm ? RUNNING : TOO_LARGE
-        end
+    for epoch in 1:epochs_of(batches)
+        nets.halted[s] == Int8(RUNNING) || return end_losses!(losses, unconverged, epoch)
+        copyto!(b.before, p)
+        losses[epoch], unconverged[epoch] = train_epoch!(trainer, b, p, s, batches, epoch)
+        halt = halt_of(trainer.guard, losses[epoch], unconverged[epoch] / samples_of(batches), p)
+        halt in (NOT_FINITE, TOO_MANY_UNCONVERGED) || copyto!(good, b.before)
         halt == RUNNING || copyto!(p, good)
         nets.halted[s] = Int8(halt)
     end
     return
 end
 
-# The mean loss, NaN as soon as a loss or gradient is not finite, and the number of unconverged samples.
-function train_epoch!(trainer::Trainer, p, s, X, Y, weights, order, batch_size, rates, step)
-    samples = length(order)
-    total, failed = 0.0, 0
-    for first_sample in 1:batch_size:samples
-        check_interrupt()
-        step += 1
-        probe = trainer.steps + step
-        selected = view(order, first_sample:min(first_sample + batch_size - 1, samples))
-        loss, quality = if batch_size >= samples
-            loss_and_gradient!(trainer.gradient, trainer.workspace, trainer.problem, p, X, Y, probe, weights)
-        else
-            m = gather!(trainer, X, Y, weights, selected)
-            loss_and_gradient!(
-                trainer.gradient, trainer.workspace, trainer.problem, p,
-                view(trainer.batch_X, :, 1:m), view(trainer.batch_Y, :, 1:m), probe,
-                weights === nothing ? nothing : view(trainer.batch_weights, 1:m)
-            )
-        end
-        total += loss * length(selected)
-        failed += quality.unconverged
-        gradient_norm = norm(trainer.gradient)
-        isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
-        gradient_norm > trainer.clip && (trainer.gradient .*= trainer.clip / gradient_norm)
-        update!(trainer, p, s, rates[step])
-    end
-    return total / samples, failed
+function end_losses!(losses, unconverged, epoch::Int)
+    losses[epoch:end] .= NaN
+    unconverged[epoch:end] .= 0
+    return
 end
 
-function gather!(trainer::Trainer, X, Y, weights, selected)
+"What halts a net after an epoch with this loss and share of unconverged samples, which led to the parameters `p`."
+function halt_of(guard::Guard, loss, unconverged, p)
+    isfinite(loss) || return NOT_FINITE
+    unconverged > guard.unconverged && return TOO_MANY_UNCONVERGED
+    size_of_p = norm(p)
+    return isfinite(size_of_p) && size_of_p <= guard.parameter_norm ? RUNNING : TOO_LARGE
+end
+
+# The mean loss, NaN as soon as a loss or gradient is not finite, and the number of unconverged samples.
+function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batches, epoch::Int)
+    total, failed, first_probe = 0.0, 0, trainer.steps + (epoch - 1) * steps_of(batches)
+    for step in 1:steps_of(batches)
+        check_interrupt()
+        loss, quality = batch_gradient!(b, trainer.problem, p, batches, epoch, step, first_probe + step)
+        total += loss * length(batch(batches, epoch, step))
+        failed += quality.unconverged
+        gradient_norm = norm(b.gradient)
+        isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
+        gradient_norm > trainer.clip && (b.gradient .*= trainer.clip / gradient_norm)
+        trainer.states[s] = descend!(rule_at!(b, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
+    end
+    return total / samples_of(batches), failed
+end
+
+"The loss and quality of a step for a net with the parameters `p`; the gradient goes to `b.gradient`."
+function batch_gradient!(b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int)
+    (; X, Y, weights) = batches
+    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights)
+    selected = batch(batches, epoch, step)
     m = length(selected)
-    gather!(trainer.batch_X, X, selected)
-    gather!(trainer.batch_Y, Y, selected)
-    weights === nothing || copyto!(view(trainer.batch_weights, 1:m), view(weights, selected))
-    return m
+    gather!(b.batch_X, X, selected)
+    gather!(b.batch_Y, Y, selected)
+    weights === nothing || copyto!(view(b.batch_weights, 1:m), view(weights, selected))
+    return loss_and_gradient!(
+        b.gradient, b.workspace, problem, p, view(b.batch_X, :, 1:m), view(b.batch_Y, :, 1:m), probe,
+        weights === nothing ? nothing : view(b.batch_weights, 1:m)
+    )
+end
+
+"    descend!(rule, state, p, g)\n\nA step of a rule of Optimisers.jl for the gradient `g`; returns its state."
+function descend!(rule::Optimisers.AbstractRule, state, p, g)
+    state, change = Optimisers.apply!(rule, state, p, g)
+    p .-= change
+    return state
+end
+
+# The same to the last bit. `sqrt` looks for negative numbers first, which keeps the loop of Optimisers.jl out of vector registers.
+function descend!(rule::Optimisers.Adam, state::Tuple{Vector{T}, Vector{T}, NTuple{2, T}}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat}
+    m, v, powers = state
+    η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
+    @inbounds @simd ivdep for i in eachindex(p, g, m, v)
+        m[i] = β1 * m[i] + (1 - β1) * g[i]
+        v[i] = β2 * v[i] + (1 - β2) * abs2(g[i])
+        p[i] -= m[i] / c1 / (Base.sqrt_llvm(v[i] / c2) + ε) * η
+    end
+    return m, v, powers .* (β1, β2)
 end
 
 "The selected columns of `from` become the first of `to`."
 gather!(to::AbstractMatrix, from::AbstractMatrix, selected) =
     copyto!(view(to, :, eachindex(selected)), view(from, :, selected))
 function gather!(to::Matrix, from::StridedMatrix, selected)
-    for (j, sample) in enumerate(selected)
-        copyto!(view(to, :, j), view(from, :, sample))
+    checkbounds(from, :, selected)
+    @inbounds for (j, sample) in enumerate(selected)
+        copy_column!(to, j, from, sample)
     end
     return to
-end
-
-function update!(trainer::Trainer, p, s, rate)
-    if trainer.rate != rate
-        trainer.rule = Optimisers.adjust(trainer.rule, rate)
-        trainer.rate = rate
-    end
-    trainer.states[s], change = Optimisers.apply!(trainer.rule, trainer.states[s], p, trainer.gradient)
-    p .-= change
-    return
 end
 
 """

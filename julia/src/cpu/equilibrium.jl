@@ -24,7 +24,8 @@ function forward_stage!(ws::Tile, problem, stage::Stage, k::Int, X, start)
     start === nothing || copyto!(view(c.Z, :, 1:m), view(start, stage.rows, 1:m))
     start!(c, m; cold = start === nothing)
     factors === nothing || fill!(factors.known, false)
-    return solve_stage!(ws, problem, stage.rows, stage.activation, k)
+    f = stage.activation
+    return @usual f Tanh solve_stage!(ws, problem, stage.rows, f, k)
 end
 
 function evaluate_stage!(ws::Tile, rows, f::Activation, c::Columns, m::Int)
@@ -39,15 +40,21 @@ function evaluate_stage!(ws::Tile, rows, f::Activation, c::Columns, m::Int)
     return
 end
 
-function solve_stage!(ws::Tile{T}, problem, rows, f::Activation, k::Int) where {T}
-    c, recurrence, adjoint = ws.columns[k], ws.recurrences[k], problem.adjoint
-    stationary = Stationary(;
-        M = recurrence.forward, recurrence, f, tol = tolerance(problem.solver, T)::T, floor = scale_floor(T, length(rows)),
-        Z = view(ws.Z, rows, :), S = view(ws.S, rows, :), outcome = ws.outcome,
-        unique = guarantees_uniqueness(problem.net.constraint)::Bool || adjoint isa Unrolled,
-        latest = ws.latest, factors = factors_of(ws, k), threads = ws.threads,
+function solve_stage!(ws::Tile{T}, problem, rows, f::F, k::Int) where {T, F <: Activation}
+    c, recurrence, solver, adjoint = ws.columns[k], ws.recurrences[k], problem.solver, problem.adjoint
+    Z, S = view(ws.Z, rows, :), view(ws.S, rows, :)
+    unique = guarantees_uniqueness(problem.net.constraint)::Bool || adjoint isa Unrolled
+    tol = (@usual solver Auto tolerance(solver, T))::T
+    # Not by keywords, whose values would be boxed for every tile.
+    stationary = Stationary{T, F, typeof(Z)}(
+        recurrence.forward, recurrence, f, tol, scale_floor(T, length(rows)), Z, S, ws.outcome, unique, ws.latest,
+        factors_of(ws, k), ws.threads,
     )
-    adjoint isa Unrolled ? unroll!(ws.chains[k], c, stationary, adjoint.steps) : solve!(problem.solver, c, stationary)
+    if adjoint isa Unrolled
+        unroll!(ws.chains[k], c, stationary, adjoint.steps)
+    else
+        @usual solver Auto solve!(solver, c, stationary)
+    end
     return
 end
 
@@ -117,7 +124,8 @@ function backward!(ws::Tile{T}, problem::Problem, X::AbstractMatrix, penalty, fi
     total = 0.0
     for k in length(net.stages):-1:1
         stage = net.stages[k]
-        total += backward_stage!(ws, problem, stage, stage.activation, k, X, penalty, first_sample)::Float64
+        f = stage.activation
+        total += (@usual f Tanh backward_stage!(ws, problem, stage, f, k, X, penalty, first_sample))::Float64
         dX === nothing || add_input_pullback!(dX, ws, stage, k)
     end
     return total
@@ -138,7 +146,7 @@ function read_out_adjoint!(ws::Tile{T}, net, m) where {T}
         end
     else
         rows = first(net.readout):last(net.readout)
-        gemm!('T', 'N', true, ws.weights.C, view(ws.GY, :, 1:m), false, view(ws.G, rows, 1:m))
+        transposed_multiply!(view(ws.G, rows, :), ws.weights.C, ws.GY, m)
         add_outer!(ws.gradient.C, ws.GY, view(ws.Z, rows, :), m)
         add_columns!(ws.gradient.d, ws.GY, m)
     end
@@ -161,8 +169,9 @@ function backward_stage!(
             total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)
         end
         if stage.recurrent
-            solve_adjoint!(
-                E, problem.adjoint, ws.adjoints[k], ws.recurrences[k], D, G;
+            adjoint = problem.adjoint
+            @usual adjoint Implicit solve_adjoint!(
+                E, adjoint, ws.adjoints[k], ws.recurrences[k], D, G;
                 outcome = ws.adjoint_outcome, factors = factors_of(ws, k), latest = ws.latest, threads = ws.threads,
             )
             direct === nothing || (E .+= direct)

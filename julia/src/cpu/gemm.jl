@@ -60,6 +60,20 @@ function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <
 end
 multiply_add!(S, A, B, m::Int) = (gemm!('N', 'N', true, A, view(B, axes(A, 2), 1:m), true, view(S, :, 1:m)); S)
 
+"    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
+function transposed_multiply!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
+    is_small(A) || return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
+    @inbounds for j in 1:m, i in axes(A, 2)
+        sum = zero(T)
+        for l in axes(A, 1)
+            sum = muladd(A[l, i], B[l, j], sum)
+        end
+        S[i, j] = sum
+    end
+    return S
+end
+transposed_multiply!(S, A, B, m::Int) = gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
+
 "    multiply_add!(S, A, B, m, threads)\n\nThe same with the rows of a large A shared among threads."
 function multiply_add!(S, A, B, m::Int, threads::Int)
     n = size(A, 1)

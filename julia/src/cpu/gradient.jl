@@ -47,11 +47,10 @@ end
 function begin_back!(tile::Tile, seed::LossSeed, net, samples)
     m = length(samples)
     read_out!(tile, net, m)
-    loss = loss_gradient!(
-        tile.GY, seed.loss, tile.Y, view(seed.targets, :, samples), weights_of(seed.weights, samples), seed.scale
-    )
+    loss, targets, weights = seed.loss, view(seed.targets, :, samples), weights_of(seed.weights, samples)
+    total = @usual loss Union{MSE, CrossEntropy} loss_gradient!(tile.GY, loss, tile.Y, targets, weights, seed.scale)
     read_out_adjoint!(tile, net, m)
-    return loss
+    return total::Float64
 end
 
 "∂L/∂y is given."

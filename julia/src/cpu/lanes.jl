@@ -32,14 +32,24 @@ struct Lanes{T, L}
     verdict::Vector{T}
     grown::Vector{T}               # 1 where the last step of Newton's method made the residual larger
 end
-function Lanes{T}(n::Int) where {T}
-    L = lane_count(T)
-    return Lanes{T, L}(
-        (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
-    )
-end
+Lanes{T, L}(n::Int) where {T, L} = Lanes{T, L}(
+    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
+)
 
-lanes_of(c::Columns{T}) where {T} = buffer!(() -> Lanes{T}(size(c.U, 1)), c, Lanes{T, lane_count(T)})
+"""
+    LaneCriterion(f, tol, floor, unique)
+
+What the lanes have in common but for the matrix of their equations, see [`Stationary`](@ref): the activation, and when a lane is done.
+"""
+struct LaneCriterion{T, F <: Activation}
+    f::F
+    tol::T
+    floor::T
+    unique::Bool
+end
+LaneCriterion(p::Stationary) = LaneCriterion(p.f, p.tol, p.floor, p.unique)
+
+lanes_of(c::Columns{T}) where {T} = buffer!(() -> Lanes{T, lane_count(T)}(size(c.U, 1)), c, Lanes{T, lane_count(T)})
 
 "Evaluations before a lane is given to the general solver."
 const LANE_ITERATIONS = 12
@@ -54,14 +64,14 @@ sample does not depend on the others.
 """
 function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T, L}
     cold, samples = c.cold, c.active
-    evaluations = min(LANE_ITERATIONS, c.limit)
+    evaluations, criterion = min(LANE_ITERATIONS, c.limit), LaneCriterion(p)
     left = 0
     for first_sample in 1:L:samples
         check_interrupt()
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
-        newton_lanes!(w, p, cold, evaluations)
+        newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
         for l in 1:count
             j = first_sample + l - 1
             used = unsafe_trunc(Int, w.iterations[l])
@@ -91,7 +101,13 @@ function status_of_lost!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::I
     return repels(c, p, j) ? UNSTABLE : is_spurious(c, p, j) ? SINGULAR : CONVERGED
 end
 
-function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations::Int) where {T, L}
+"""
+    newton_lanes!(w, M, p, cold, evaluations)
+
+The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `lost`. `M` is that of all lanes or, with the lane as its first
+index, one for each.
+"""
+function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps = p.unique ? 1 : 3
     fill!(w.active, 1)
     fill!(w.lost, false)
@@ -99,7 +115,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations
     fill!(w.residual2, T(Inf))
     fill!(w.last2, T(Inf))
     for k in 1:evaluations
-        affine_lanes!(w, p.recurrence.R, cold && k == 1)
+        affine_lanes!(w, M, cold && k == 1)
         activate_lanes!(w, p.f)
         judge!(w, p, k, picard_steps) || return
         k == evaluations && break
@@ -108,7 +124,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)
         else
             slopes_lanes!(w, p.f)
-            direction_lanes!(w, p.recurrence.R)
+            direction_lanes!(w, M)
             prefer_picard!(w)
             step_lanes!(w, w.step, Val(L), false)
         end
@@ -120,7 +136,7 @@ function newton_lanes!(w::Lanes{T, L}, p::Stationary{T}, cold::Bool, evaluations
 end
 
 # Takes out the lanes that are done or lost after the evaluation k; returns whether any is still at work.
-function judge!(w::Lanes{T, L}, p::Stationary{T}, k::Int, picard_steps::Int) where {T, L}
+function judge!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) where {T, L}
     (; active, residual2, last2, iterations, verdict, grown, change2, size2) = w
     newton = k > picard_steps + 1
     tol2, floor2 = p.tol^2, p.floor^2
@@ -190,10 +206,9 @@ end
 "One value per lane, in vector registers."
 const LaneVector{L, T} = NTuple{L, VecElement{T}}
 
-for (T, name) in ((Float32, "f32"), (Float64, "f64"))
-    V = LaneVector{lane_count(T), T}
-    @eval @inline muladd_lanes(a::$V, b::$V, c::$V) =
-        ccall($("llvm.fmuladd.v$(lane_count(T))$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
+for (T, name) in ((Float32, "f32"), (Float64, "f64")), L in (8, 16)
+    V = LaneVector{L, T}
+    @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
 end
 
 # The k-th vector of an array whose first index is the lane; the caller keeps the array alive.
@@ -203,15 +218,19 @@ end
 @inline same_in_all(x, ::Val{L}) where {L} = ntuple(_ -> VecElement(x), Val(L))
 @inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
 
+# Entry (i, k) of the matrix of all lanes, or of each.
+@inline entry(M::Matrix, i::Int, k::Int, lanes) = same_in_all(@inbounds(M[i, k]), lanes)
+@inline entry(M::Array{T, 3}, i::Int, k::Int, lanes) where {T} = vector(M, (k - 1) * size(M, 2) + i, lanes)
+
 # S = U + M Z
-function affine_lanes!(w::Lanes{T, L}, M::Matrix{T}, cold::Bool) where {T, L}
-    n, lanes = size(M, 1), Val(L)
+function affine_lanes!(w::Lanes{T, L}, M::Array{T}, cold::Bool) where {T, L}
+    n, lanes = size(w.Z, 2), Val(L)
     cold && return copyto!(w.S, w.U)
     (; S, U, Z) = w
-    GC.@preserve S U Z for i in 1:n
+    GC.@preserve S U Z M for i in 1:n
         sum = vector(U, i, lanes)
         for k in 1:n
-            sum = muladd_lanes(same_in_all(@inbounds(M[i, k]), lanes), vector(Z, k, lanes), sum)
+            sum = muladd_lanes(entry(M, i, k, lanes), vector(Z, k, lanes), sum)
         end
         put_vector!(S, i, sum)
     end
@@ -263,14 +282,14 @@ function slopes_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
 end
 
 # step ← (I - D M)⁻¹ step by elimination without pivoting; the residual afterwards tells where that was not good enough.
-function direction_lanes!(w::Lanes{T, L}, M::Matrix{T}) where {T, L}
-    n, lanes = size(M, 1), Val(L)
+function direction_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+    n, lanes = size(w.Z, 2), Val(L)
     zero_lanes = same_in_all(zero(T), lanes)
     (; A, D, step) = w
-    GC.@preserve A D step begin
+    GC.@preserve A D step M begin
         for j in 1:n, i in 1:n
-            m = @inbounds M[i, j]
-            put_vector!(A, (j - 1) * n + i, muladd_lanes(same_in_all(-m, lanes), vector(D, i, lanes), same_in_all(T(i == j), lanes)))
+            m = map(x -> VecElement(-x.value), entry(M, i, j, lanes))
+            put_vector!(A, (j - 1) * n + i, muladd_lanes(m, vector(D, i, lanes), same_in_all(T(i == j), lanes)))
         end
         # Two columns at a time: what is left of the matrix is read and written half as often.
         for k in 1:2:n
@@ -346,15 +365,11 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         load!(w.D, D, first_sample, count)
-        multiply_lanes!(w.step, w.D, w.U, Val(L))
-        direction_lanes!(w, p.M::Matrix{T})
-        copyto!(w.Z, w.step)
-        affine_lanes!(w, p.M::Matrix{T}, false)
-        residual_lanes!(w)
+        adjoint_lanes!(w, p.M::Matrix{T})
         for l in 1:count
             j = first_sample + l - 1
-            residual, scale = sqrt(w.change2[l]), max(sqrt(w.size2[l]), p.floor)
-            if residual <= max(p.tol, 100 * eps(T)) * scale
+            residual, scale = adjoint_residual(w, l, p.floor)
+            if residual <= adjoint_tolerance(p.tol) * scale
                 store!(p.Z, j, w.Z, l)
                 record!(p.outcome, j, CONVERGED, 1, residual / scale, zero(T))
             else
@@ -368,6 +383,21 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
     c.active = left
     return left == 0
 end
+
+"Z = D λ with (I - M D) λ = U."
+function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+    multiply_lanes!(w.step, w.D, w.U, Val(L))
+    direction_lanes!(w, M)
+    copyto!(w.Z, w.step)
+    affine_lanes!(w, M, false)
+    return residual_lanes!(w)
+end
+
+# Of a lane after `adjoint_lanes!`: the residual, and what it is related to.
+@inline adjoint_residual(w::Lanes, l::Int, floor) = @inbounds sqrt(w.change2[l]), max(sqrt(w.size2[l]), floor)
+
+# Elimination does not come nearer.
+adjoint_tolerance(tol::T) where {T} = max(tol, 100 * eps(T))
 
 function multiply_lanes!(X::Matrix{T}, A, B, ::Val{L}) where {T, L}
     @inbounds for i in axes(X, 2)

@@ -1,0 +1,98 @@
+# Tiny nets side by side in vector registers: the same as one by one, to the last bit.
+
+using ImplicitRNN: Batches, descend!, goes_side_by_side, is_tiny, optimizer_state, Optimisers, train_each!, train_side_by_side!
+
+# Parameters, losses, unconverged samples, states of the optimiser and what halted the nets, each way.
+function both_ways(
+        net::Network{T}; nets = 5, samples = 7, batch_size = 3, epochs = 12, rule = Optimisers.Adam(0.03), loss = MSE(), weighted = false,
+        size = 1.0, rate = 0.05, solver = Auto(), options...
+    ) where {T}
+    rng = MersenneTwister(1)
+    X, Y = randn(rng, T, net.inputs, samples), rand(rng, T, ImplicitRNN.output_size(net), samples)
+    P = T(size) .* randn(rng, T, length(net), nets)
+    batches = Batches(
+        X, Y, weighted ? rand(rng, T, samples) : nothing, reduce(hcat, [randperm(rng, samples) for _ in 1:epochs]), batch_size,
+        rate .* rand(rng, epochs * cld(samples, batch_size))
+    )
+    return map((train_each!, train_side_by_side!)) do train
+        trainer = Trainer(Problem(net; loss, solver), rule; nets, batch_size, options...)
+        replicas, losses, unconverged = Replicas(copy(P)), zeros(epochs, nets), zeros(Int, epochs, nets)
+        train(trainer, replicas, batches, losses, unconverged)
+        (; replicas.parameters, replicas.good, replicas.halted, losses, unconverged, state = optimizer_state(trainer))
+    end
+end
+
+same_bits(a, b) = all(name -> isequal(a[name], b[name]), keys(a))
+
+@testset "side by side: $(nameof(typeof(constraint))), $(nameof(typeof(loss))), $T" for
+    (T, constraint, loss) in (
+        (Float64, Perron(0.9), MSE()), (Float32, Perron(0.9), MSE()), (Float64, Free(), Huber(0.3)), (Float64, InfNorm(0.8), BinaryCrossEntropy()),
+        (Float32, Free(), MAE()),
+    )
+    net = Network{T}(2, [Layer(3)]; outputs = 2, constraint)
+    @test same_bits(both_ways(net; loss)...)
+    @test same_bits(both_ways(net; loss, nets = 1, batch_size = 7)...)
+    @test same_bits(both_ways(net; loss, nets = 35, weighted = true, clip = 0.1)...)
+end
+
+@testset "side by side: $name" for (name, rule) in (
+        ("descent", Optimisers.Descent(0.1)), ("momentum", Optimisers.Momentum(0.1, 0.9)), ("Nesterov", Optimisers.Nesterov(0.1, 0.9)),
+        ("AdamW", Optimisers.AdamW(0.1, (0.9, 0.999), 0.01)), ("RMSProp", Optimisers.RMSProp(0.1, 0.9)),
+        ("weight decay", Optimisers.OptimiserChain(Optimisers.WeightDecay(0.01), Optimisers.Adam(0.1))),
+    )
+    @test same_bits(both_ways(Network(2, [Layer(2)]; outputs = 1); rule)...)
+end
+
+@testset "side by side: layers, activations, outputs" begin
+    two = [Layer(2, :sigmoid), Layer(3, :softplus; lateral = false)]
+    @test same_bits(both_ways(Network(3, two; feedback = true, outputs = 2))...)
+    @test same_bits(both_ways(Network(3, two; feedback = true, outputs = [1, 5], input_skips = [2]))...)
+    @test same_bits(both_ways(Network(2, [Layer(12, :relu)]; outputs = 1); samples = 300, batch_size = 300, epochs = 3)...)
+end
+
+@testset "side by side: nets that need the general solver" begin
+    one_by_one, together = both_ways(Network(2, [Layer(3)]; outputs = 1, constraint = Free()); nets = 20, size = 3.0)
+    @test same_bits(one_by_one, together)
+    @test any(>(0), one_by_one.unconverged)
+end
+
+@testset "side by side: nets that are halted" begin
+    net = Network(2, [Layer(2)]; outputs = 1, constraint = Free())
+    for (options, halt) in (
+            ((; rule = Optimisers.Descent(1.0), rate = 1.0e200), ImplicitRNN.NOT_FINITE), ((; guard = Guard(parameter_norm = 3.0)), ImplicitRNN.TOO_LARGE),
+            ((; guard = Guard(unconverged = 0.2), size = 4.0), ImplicitRNN.TOO_MANY_UNCONVERGED),
+        )
+        one_by_one, together = both_ways(net; nets = 20, options...)
+        @test same_bits(one_by_one, together)
+        @test Int8(halt) in one_by_one.halted
+    end
+end
+
+@testset "nets that do not fit side by side" begin
+    tiny = Network(2, [Layer(2)]; outputs = 1)
+    @test is_tiny(Problem(tiny), 4)
+    @test !is_tiny(Problem(Network(2, [Layer(13)]; outputs = 1)), 4)
+    @test !is_tiny(Problem(Network(2, [Layer(2), Layer(2)]; outputs = 1)), 4)
+    @test !is_tiny(Problem(tiny; solver = Newton()), 4)
+    @test !is_tiny(Problem(tiny; adjoint = JacobianFree()), 4)
+    @test !is_tiny(Problem(tiny; jacobian_penalty = 0.1), 4)
+    @test !is_tiny(Problem(tiny; loss = CrossEntropy()), 4)
+    batches = Batches(zeros(2, 4), zeros(1, 4), nothing, [1 2 3 4]', 4, [0.1])
+    nets(count) = Replicas(zeros(length(tiny), count))
+    @test goes_side_by_side(Trainer(Problem(tiny), Optimisers.Adam(); nets = 40), nets(40), batches)
+    @test !goes_side_by_side(Trainer(Problem(tiny), Optimisers.ClipNorm(1.0); nets = 40), nets(40), batches)
+end
+
+@testset "Adam is that of Optimisers.jl, $T" for T in (Float64, Float32)
+    rule = Optimisers.Adam(0.01, (0.9, 0.99), 1.0e-7)
+    p, q = ones(T, 37), ones(T, 37)
+    ours, theirs = Optimisers.init(rule, p), Optimisers.init(rule, q)
+    for k in 1:10
+        g = T[sin(i * k) for i in eachindex(p)]
+        ours = descend!(rule, ours, p, g)
+        theirs, change = Optimisers.apply!(rule, theirs, q, g)
+        q .-= change
+    end
+    @test p == q
+    @test ours == theirs
+end
