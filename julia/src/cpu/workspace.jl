@@ -112,13 +112,14 @@ end
     tile_width(net, samples)
 
 Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
-few tiles for the threads to share if there is work for them.
+few tiles of the same width for the threads to share if there is work for them.
 """
 function tile_width(net::Network{T}, samples::Int) where {T}
     N = neurons(net)
     widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
     narrowest = clamp(2^11 ÷ N, 32, 128)
-    return min(samples, clamp(cld(cld(samples, 4), 8) * 8, narrowest, widest))
+    tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
+    return min(samples, cld(cld(samples, tiles), 4) * 4)
 end
 
 "Nanoseconds of work below which a second thread is not worth calling."

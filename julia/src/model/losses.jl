@@ -60,12 +60,19 @@ function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
     total = 0.0
     for j in axes(T, 2)
         w = scale * weight_of(weights, j)
-        y, t = view(Y, axes(T, 1), j), view(T, :, j)
-        top, mass = maximum(y), sum(t)
-        partition = sum(x -> exp(x - top), y)
+        top, mass, partition = Y[1, j], zero(eltype(T)), zero(eltype(Y))
         @inbounds for i in axes(T, 1)
-            G[i, j] = w * (mass * exp(y[i] - top) / partition - t[i])
-            total += w * t[i] * (Float64(log(partition)) - (y[i] - top))
+            top = max(top, Y[i, j])
+            mass += T[i, j]
+        end
+        @inbounds for i in axes(T, 1)
+            G[i, j] = exp_nonpositive(Y[i, j] - top)
+            partition += G[i, j]
+        end
+        log_partition, share = Float64(log(partition)), mass / partition
+        @inbounds for i in axes(T, 1)
+            G[i, j] = w * (share * G[i, j] - T[i, j])
+            total += w * T[i, j] * (log_partition - (Y[i, j] - top))
         end
     end
     return total
