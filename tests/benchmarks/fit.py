@@ -1,66 +1,131 @@
-"""Gradient steps per second of the training of tiny nets, inside one call of ``fit_many``.
+"""Training in one call: gradient steps of nets per second, against jitted JAX.
 
-XOR with two tanh neurons, Adam, the default solver and constraint; a step is an equilibrium, its gradient and the update of one
-net. Time is that of the whole call.
+A step is the equilibrium of a minibatch, its implicit gradient, and the update of one net by Adam; the default constraint. JAX
+scans over all steps inside one compiled function, maps over the nets, and solves two neurons by Newton's method with the inverse
+written out, more by fixed-point iteration. Both begin with the same parameters and take the same minibatches; the verified
+deviation is that of the losses of the first epochs, which agree only if all gradients before did. Rounds are interleaved as
+those of the training gradient.
 """
 
 from __future__ import annotations
 
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from workers import Worker, start
 
-import implicit_rnn as irnn
+OURS, JAX = "implicit-rnn", "jax"
+SCRIPTS = {OURS: "fit_ours.py", JAX: "fit_with_jax.py"}
+EPOCHS_COMPARED, PAUSE = 5, 0.05
 
-GOAL = 200_000
-"""Steps per second with two neurons and a batch of four."""
-
-SECONDS = 3.0
-"""Aimed-at length of a call."""
-
-X = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
-Y = np.array([[-0.9], [0.9], [0.9], [-0.9]])
+Array = np.ndarray
 
 
-def run() -> dict[str, Any]:
-    rows = []
-    print(f"{'dtype':<9} {'nets':>5} {'samples':>8} {'batch':>6} {'steps':>10} {'steps/s':>10} {'goal':>10}")
-    for dtype, nets, copies in (("float64", 1, 1), ("float32", 1, 1), ("float64", 200, 1), ("float64", 1, 16)):
-        row = measure(dtype, nets, copies)
-        rows.append(row)
-        goal = f"{GOAL}{'' if row['steps per second'] >= GOAL else ' MISSED'}" if nets == copies == 1 else ""
-        print(
-            f"{dtype:<9} {nets:>5} {4 * copies:>8} {4:>6} {row['steps']:>10} {row['steps per second']:>10.0f} {goal:>10}",
-            flush=True,
-        )
-    return {"goal": GOAL, "rows": rows}
+@dataclass(frozen=True)
+class Case:
+    """Nets of one layer on the samples of XOR, or on noisy images of ten digits."""
+
+    dtype: str
+    nets: int
+    neurons: int
+    samples: int
+    batch: int
+    epochs: int
+    goal: float
+    """The ratio of JAX's time to ours that is aimed at."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.nets} x {self.neurons} neurons, {self.samples} samples by {self.batch}, {self.dtype}"
+
+    @property
+    def steps(self) -> int:
+        """Of all nets."""
+        return self.nets * self.epochs * -(-self.samples // self.batch)
+
+    def draw(self) -> dict[str, Array]:
+        """Data, parameters (nets, ...), and the samples of each step (steps, batch)."""
+        rng = np.random.default_rng(0)
+        xor = self.neurons < 10
+        if xor:
+            X = np.array([[-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]])
+            X, Y = (np.tile(A, (self.samples // 4, 1)) for A in (X, 0.9 * -X[:, :1] * X[:, 1:]))
+        else:
+            classes = rng.integers(0, 10, self.samples)
+            X, Y = rng.normal(size=(10, 64))[classes] + rng.normal(size=(self.samples, 64)), np.eye(10)[classes]
+        n, d, S = self.neurons, X.shape[1], self.nets
+        shapes = {"W": (n, d), "R": (n, n), "b": (n,), "a": (n,)} | ({} if xor else {"C": (10, n), "d": (10,)})
+        scale = {"W": d**-0.5, "R": 0.5 * n**-0.5, "b": 0.1, "a": 0, "C": n**-0.5, "d": 0}
+        weights = {name: scale[name] * rng.normal(size=(S, *shape)) for name, shape in shapes.items()}
+        arrays = {key: value.astype(self.dtype) for key, value in ({"X": X, "Y": Y} | weights).items()}
+        rng = np.random.default_rng(0)  # as `fit` draws
+        whole = self.batch >= self.samples
+        orders = [np.arange(self.samples) if whole else rng.permutation(self.samples) for _ in range(self.epochs)]
+        return arrays | {"order": np.concatenate(orders).reshape(-1, self.batch)}
 
 
-def measure(dtype: str, count: int, copies: int) -> dict[str, Any]:
-    """One row: ``count`` nets side by side on ``copies`` copies of the four samples, in batches of four."""
-    steps_per_epoch = count * copies
-    train(dtype, count, copies, 2)  # compiles
-    trial = train(dtype, count, copies, max(20_000 // steps_per_epoch, 1))
-    rate = steps_per_epoch * len(trial.loss) / trial.seconds
-    epochs = max(int(SECONDS * rate / steps_per_epoch), 1)
-    run = train(dtype, count, copies, epochs)
-    steps = steps_per_epoch * epochs
+CASES = (
+    Case("float64", 1, 2, 4, 4, 20_000, 2),
+    Case("float32", 1, 2, 4, 4, 20_000, 2),
+    Case("float64", 200, 2, 4, 4, 2_000, 3),
+    Case("float32", 200, 2, 4, 4, 2_000, 3),
+    Case("float64", 1, 2, 64, 4, 1_000, 2),
+    Case("float32", 1, 32, 1200, 100, 40, 2.5),
+)
+
+
+def run(peers_python: str, rounds: int) -> dict[str, Any]:
+    """Time all cases; plain data for JSON."""
+    with ExitStack() as stack:
+        workers, absent = start(SCRIPTS, OURS, peers_python, stack)
+        print(header(), flush=True)
+        rows = []
+        for case in CASES:
+            rows.append(measure(case, workers, rounds))
+            print(line(rows[-1]), flush=True)
+        versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
+    return {"protocol": {"rounds": rounds}, "versions": versions, "absent": absent, "rows": rows}
+
+
+def measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, Any]:
+    """A row of the table."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    with tempfile.TemporaryDirectory() as folder:
+        problem = Path(folder) / "problem.npz"
+        np.savez(problem, **case.draw())
+        for worker in workers.values():
+            worker.load(problem, f"{case.batch}", 1e-10 if case.dtype == "float64" else 1e-6)
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                time.sleep(PAUSE)
+                seconds[name].append(float(np.median(worker.time(1))))
+    losses = {name: worker.answer()[0]["losses"][:, :EPOCHS_COMPARED] for name, worker in workers.items()}
+    compared = JAX in workers
     return {
-        "dtype": dtype,
-        "nets": count,
-        "samples": 4 * copies,
-        "steps": steps,
-        "seconds": run.seconds,
-        "steps per second": steps / run.seconds,
-        "unconverged": int(run.unconverged.sum()),
+        "name": case.name,
+        "steps per second": {name: case.steps / float(np.median(times)) for name, times in seconds.items()},
+        "rounds": seconds,
+        "deviation": float(np.abs(losses[OURS] / losses[JAX] - 1).max()) if compared else None,
+        "ratio": float(np.median(np.array(seconds[JAX]) / np.array(seconds[OURS]))) if compared else None,
+        "goal": case.goal,
     }
 
 
-def train(dtype: str, count: int, copies: int, epochs: int) -> irnn.Run:
-    nets = [
-        irnn.Network(2, [irnn.Layer(2)], outputs=[0], dtype=dtype, seed=seed, engine="julia") for seed in range(count)
-    ]
-    x, y = np.tile(X, (copies, 1)), np.tile(Y, (copies, 1))
-    return irnn.fit_many(
-        nets, x, y, optimizer=irnn.Adam(1e-3), epochs=epochs, batch_size=4, progress=False, on_failure="ignore"
-    )[0]
+def header() -> str:
+    return f"{'steps of nets per second':<52} {OURS:>14} {JAX:>14} {'deviation':>10} {'jax/ours':>9} {'goal':>6}"
+
+
+def line(row: dict[str, Any]) -> str:
+    rates = "".join(
+        f" {row['steps per second'][name]:>14,.0f}" if name in row["steps per second"] else f" {'absent':>14}"
+        for name in SCRIPTS
+    )
+    if row["ratio"] is None:
+        return f"{row['name']:<52}{rates}"
+    missed = "" if row["ratio"] >= row["goal"] else "  MISSED"
+    return f"{row['name']:<52}{rates} {row['deviation']:>10.0e} {row['ratio']:>9.2f} {row['goal']:>6g}{missed}"

@@ -93,8 +93,8 @@ def run_step(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_fit(options: argparse.Namespace) -> dict[str, Any]:
-    """gradient steps per second of tiny nets, within one fit"""
-    return fit.run()
+    """training in one call, ours and jitted JAX's"""
+    return fit.run(options.peers_python, options.rounds)
 
 
 def run_equations(options: argparse.Namespace) -> dict[str, Any]:

@@ -45,11 +45,16 @@ def step(result: dict[str, Any]) -> str:
 
 
 def fit(result: dict[str, Any]) -> str:
-    header = ["dtype", "nets", "samples", "batch", "gradient steps per second"]
-    return markdown(
-        header,
-        [[r["dtype"], f"{r['nets']}", f"{r['samples']}", "4", f"{r['steps per second']:,.0f}"] for r in result["rows"]],
-    )
+    header = ["nets", f"{OURS}, steps of nets per second", "jax", "deviation of the losses", "jax / ours"]
+    rows = []
+    for row in result["rows"]:
+        rates = [row["steps per second"].get(name) for name in (OURS, "jax")]
+        compared = row["ratio"] is not None
+        rows.append(
+            [row["name"].replace(" x ", " × "), *(f"{rate:,.0f}" if rate else "absent" for rate in rates)]
+            + ([f"{row['deviation']:.0e}", f"**{row['ratio']:.1f}**"] if compared else ["-", "-"])
+        )
+    return markdown(header, rows)
 
 
 def equations(result: dict[str, Any]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import sys
 import tempfile
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -68,3 +70,19 @@ class Worker:
             self._errors.seek(0)
             lines = self._errors.read().strip().splitlines()
             raise ContestantError(lines[-1] if lines else f"it ended with exit status {status}") from None
+
+
+def start(
+    scripts: Mapping[str, str], ours: str, peers_python: str, stack: contextlib.ExitStack
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """The contestants of these names, closed with the stack; and of the peers that are absent, why."""
+    workers, absent = {}, {}
+    for name, script in scripts.items():
+        try:
+            workers[name] = Worker(script, sys.executable if name == ours else peers_python)
+            stack.callback(workers[name].close)
+        except ContestantError as error:
+            if name == ours:
+                raise
+            absent[name] = str(error)
+    return workers, absent
