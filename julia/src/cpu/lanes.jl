@@ -155,22 +155,34 @@ function judge!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) 
         settled += verdict[l]
     end
     p.unique || k != picard_steps || reach!(w)
-    settled > 0 || return any(>(0), active)
-    @inbounds for l in 1:L
-        verdict[l] > 0 || continue
-        active[l] = 0
+    if settled > 0
+        @inbounds @simd ivdep for l in 1:L
+            active[l] = ifelse(verdict[l] > 0, zero(T), active[l])
+            w.lost[l] |= verdict[l] == T(LOST)
+        end
         # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
-        w.lost[l] = verdict[l] == LOST || !p.unique &&
-            (k == 1 || size2[l] > T(SUSPICIOUS_SIZE)^2 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
+        p.unique || @inbounds for l in 1:L
+            w.lost[l] |= verdict[l] == DONE &&
+                (k == 1 || size2[l] > T(SUSPICIOUS_SIZE)^2 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
+        end
     end
-    return any(>(0), active)
+    return any_above_zero(active)
+end
+
+# Of numbers that are not below zero; faster than `any`, which stops at the first.
+@inline function any_above_zero(x::Vector)
+    sum = zero(eltype(x))
+    @inbounds @simd for l in eachindex(x)
+        sum += x[l]
+    end
+    return sum > 0
 end
 
 const DONE, LOST = 1, 2
 
 # Where Newton's method has overshot, the next step is Picard's, which contracts if there is but one equilibrium.
 function prefer_picard!(w::Lanes)
-    any(>(0), w.grown) || return
+    any_above_zero(w.grown) || return
     @inbounds for i in axes(w.Z, 2)
         @simd ivdep for l in eachindex(w.grown)
             w.step[l, i] = ifelse(w.grown[l] > 0, w.F[l, i] - w.Z[l, i], w.step[l, i])
