@@ -1,25 +1,32 @@
 """
 The engine on a device: batches of a network on any backend of KernelAbstractions.jl whose arrays are those of GPUArrays.jl.
 
-The states, slopes and statuses of a batch, the weights in force and all products with them are on the device. The parameters, the
-constraint and its pullback stay on the host, once per call; so do the samples that Picard iteration leaves unsolved, which the
-[`CPUWorkspace`](@ref ImplicitRNN.CPUWorkspace) solves in one piece by the solver asked for.
+The parameters in force, the states, slopes and statuses of a batch and all products with them are on the device. On the host are
+singular values and eigenvalues, which the constraints Spectral and Monotone need, and whether an equilibrium attracts; and the
+samples that Picard iteration leaves unsolved, which the [`CPUWorkspace`](@ref ImplicitRNN.CPUWorkspace) solves in one piece by the
+solver asked for.
 """
 module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, BLOW_UP, check_device, check_features,
-    check_interrupt, check_size, clear!, Columns, CONVERGED, CPUWorkspace, DIVERGED, ElementwiseLoss, equilibrium!,
-    guarantees_uniqueness, LossSeed, MAX_ITERATIONS, NON_FINITE, norm_of, Outcome, output_size, OutputSeed,
-    pack_gradient!, Piecewise, Quality, rows_of, scale_floor, slope, solve_adjoint!, Solver, Stage, StateSeed,
-    SUSPICIOUS_SIZE, tolerance, unpack!, unpack_tangent, value, Weights, worse, WORST_ADJOINT
+    check_interrupt, check_size, Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED, ElementwiseLoss, equilibrium!,
+    guarantees_uniqueness, is_singular, JacobianPenalty, limit, LINEARIZED_PATIENCE, LossSeed, matrix_size, MAX_ITERATIONS,
+    needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise, PILOT_ITERATIONS, PILOTS, Quality, rademacher, repels,
+    rows_of, scale_floor, SINGULAR, slope, SMALLEST_STEP, Solver, Stage, StateSeed, SUSPICIOUS_SIZE, tolerance, trust_radius, unpack!,
+    unpack_tangent, UNSTABLE, value, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Backend
-using LinearAlgebra: mul!
+using LinearAlgebra: I, issuccess, lu!, mul!
 
 include("device_kernels.jl")
+include("device_weights.jl")
 include("device_workspace.jl")
+include("device_fused.jl")
+include("device_lu.jl")
+include("device_solvers.jl")
 include("device_passes.jl")
+include("device_gradient.jl")
 
 end

@@ -8,6 +8,8 @@ const LANES, GROUP = 32, 8
 @inline value_at(f::Activation, i, s) = value(f, s)
 @inline slope_at(f::Activation, i, s, z) = slope(f, s, z)
 @inline value_at(f::Piecewise, i, s) = at_row((g, s) -> value(g, s), f.ranges, f.activations, i, s)
+@inline curvature_at(f::Activation, i, s, z) = curvature(f, s, z)
+@inline curvature_at(f::Piecewise, i, s, z) = at_row((g, s, z) -> curvature(g, s, z), f.ranges, f.activations, i, s, z)
 @inline slope_at(f::Piecewise, i, s, z) = at_row((g, s, z) -> slope(g, s, z), f.ranges, f.activations, i, s, z)
 
 @inline at_row(respond::R, ::Tuple{Any}, fs::Tuple{Any}, i, x...) where {R} = respond(only(fs), x...)
@@ -17,23 +19,32 @@ const LANES, GROUP = 32, 8
 # --- one iteration ------------------------------------------------------------------------------------------------
 
 """
-    Activated(f), Scaled()
+    Activated(f), Scaled(), Deviating(f)
 
-The right-hand side of a fixed point for an argument s: `f(s)`, of a stage; or `D s` with the slopes D, of its adjoint system.
+The right-hand side of a fixed point for an argument s: `f(s)`, of a stage; `D s` with the slopes D, of its adjoint system; or
+`f(s) - d̄ s` with mean slopes d̄, of a linearised stage, whose residual is related to the size of f(s).
 """
 struct Activated{F <: Activation}
     f::F
 end
 struct Scaled end
+struct Deviating{F <: Activation}
+    f::F
+end
 @inline respond(a::Activated, D, i, j, s) = value_at(a.f, i, s)
 @inline respond(::Scaled, D, i, j, s) = @inbounds D[i, j] * s
+@inline respond(a::Deviating, d, i, j, s) = value_at(a.f, i, s) - @inbounds(d[i]) * s
+
+"The state that a value of the right-hand side means."
+@inline state_of(g, D, i, s, z) = z
+@inline state_of(::Deviating, d, i, s, t) = t + @inbounds(d[i]) * s
 
 """
     Rule{T}
 
 When the iteration of a column ends. `settled` says that what Picard iteration converges to is beyond doubt; else an iterate that
-converges at once, or by damped steps, or to a huge size, is left to the host, as are columns that blow up (where `rescue`), and,
-with a finite `patience`, those that need more iterations than that.
+converges to a huge size is left to the host, and, unless all solutions are `checked` afterwards, one that converges at once or by
+damped steps; as are columns that blow up (where `rescue`), and, with a finite `patience`, those that need more iterations than that.
 """
 struct Rule{T}
     tol::T
@@ -42,6 +53,7 @@ struct Rule{T}
     limit::Int32
     patience::T
     settled::Bool
+    checked::Bool
     rescue::Bool
     latest::Bool                 # deliver the value of the last evaluation
 end
@@ -56,7 +68,7 @@ end
     if !isfinite(change)
         return (r.rescue ? ABANDON : DELIVER), NON_FINITE, residual
     elseif change <= r.tol * scale
-        doubtful = !r.settled && (count == 1 || r.damping < 1 || largest > T(SUSPICIOUS_SIZE))
+        doubtful = !r.settled && (largest > T(SUSPICIOUS_SIZE) || !r.checked && (count == 1 || r.damping < 1))
         return (doubtful ? ABANDON : DELIVER), CONVERGED, residual
     elseif change > T(BLOW_UP) * (1 + r.floor)
         return (r.rescue ? ABANDON : DELIVER), DIVERGED, residual
@@ -67,11 +79,26 @@ end
     return (slow ? ABANDON : ADVANCE), MAX_ITERATIONS, residual
 end
 
+# Let column j have its verdict, and write down what becomes of it; tells whether its iterate is to be changed.
+@inline function conclude!(progress, record, j, rule, change, size, largest)
+    @inbounds begin
+        before, count = progress.change[j], progress.count[j] + one(Int32)
+        rate = isfinite(before) ? change / before : progress.rate[j]
+        verdict, status, residual = judge(rule, change, size, largest, count, rate)
+        progress.count[j], progress.change[j], progress.rate[j] = count, change, rate
+        progress.running[j] = verdict == ADVANCE
+        progress.abandoned[j] = verdict == ABANDON
+    end
+    verdict == DELIVER && record!(record, j, status, count, residual, rate)
+    return verdict == ADVANCE || (rule.latest && verdict == DELIVER && status == CONVERGED) ? verdict : REST
+end
+
 """
 F = g(S) for the columns that are `running`, and what becomes of each: the next iterate in `Z`, or its end in `record`.
 `progress` holds per column whether it is running, abandoned to the host, its evaluations, last ‖F - Z‖ and contraction rate.
+Where there is an array `F`, it takes the values of the columns that go on, whose iterates are left to the caller.
 """
-@kernel function step!(Z, progress, record, @Const(S), g, D, rule)
+@kernel function step!(Z, F, progress, record, @Const(S), g, D, rule)
     lane, column = @index(Local, NTuple)
     _, j = @index(Global, NTuple)
     @uniform n = size(Z, 1)
@@ -85,6 +112,7 @@ F = g(S) for the columns that are `running`, and what becomes of each: the next 
         while i <= n
             @inbounds z = respond(g, D, i, j, S[i, j])
             @inbounds d = z - Z[i, j]
+            z = state_of(g, D, i, S[i, j], z)
             change2 = muladd(d, d, change2)
             size2 = muladd(z, z, size2)
             largest = max(largest, abs(z))
@@ -104,17 +132,7 @@ F = g(S) for the columns that are `running`, and what becomes of each: the next 
                 @inbounds size2 += sums[2, l, column]
                 @inbounds largest = max(largest, sums[3, l, column])
             end
-            @inbounds begin
-                change, before = sqrt(change2), progress.change[j]
-                count = progress.count[j] + one(Int32)
-                rate = isfinite(before) ? change / before : progress.rate[j]
-                verdict, status, residual = judge(rule, change, sqrt(size2), largest, count, rate)
-                progress.count[j], progress.change[j], progress.rate[j] = count, change, rate
-                progress.running[j] = verdict == ADVANCE
-                progress.abandoned[j] = verdict == ABANDON
-                verdict == DELIVER && record!(record, j, status, count, residual, rate)
-                verdict == ADVANCE || (rule.latest && verdict == DELIVER && status == CONVERGED) || (verdict = REST)
-            end
+            verdict = conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
         end
         @inbounds verdicts[column] = Int32(verdict)
     end
@@ -125,11 +143,14 @@ F = g(S) for the columns that are `running`, and what becomes of each: the next 
         i = lane
         while i <= n
             @inbounds z = respond(g, D, i, j, S[i, j])
-            @inbounds Z[i, j] = damping == 1 ? z : muladd(damping, z - Z[i, j], Z[i, j])
+            put!(Z, verdict == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
             i += LANES
         end
     end
 end
+
+@inline put!(Z, ::Nothing, i, j, z, damping) = @inbounds Z[i, j] = damping == 1 ? z : muladd(damping, z - Z[i, j], Z[i, j])
+@inline put!(Z, F, i, j, z, damping) = @inbounds F[i, j] = z
 
 @inline function record!(record::NamedTuple, j, status, count, residual, rate)
     @inbounds begin
@@ -158,6 +179,30 @@ end
         Z[i, j] = z
         D[i, j] = slope_at(f, i, s, z)
     end
+end
+
+"F = f(S) - d̄ S"
+@kernel function deviate!(F, @Const(S), f, @Const(slope))
+    i, j = @index(Global, NTuple)
+    @inbounds F[i, j] = respond(Deviating(f), slope, i, j, S[i, j])
+end
+
+"D = f′(S) for Z = f(S)"
+@kernel function slopes_at!(D, @Const(S), @Const(Z), f)
+    i, j = @index(Global, NTuple)
+    @inbounds D[i, j] = slope_at(f, i, S[i, j], Z[i, j])
+end
+
+"C = f″(S) for Z = f(S)"
+@kernel function curvatures!(C, @Const(S), @Const(Z), f)
+    i, j = @index(Global, NTuple)
+    @inbounds C[i, j] = curvature_at(f, i, S[i, j], Z[i, j])
+end
+
+"The random signs of the [`JacobianPenalty`](@ref ImplicitRNN.JacobianPenalty), for neurons from `first` + 1 on."
+@kernel function signs!(V, probe, first)
+    i, j = @index(Global, NTuple)
+    @inbounds V[i, j] = rademacher(probe, j, first + i)
 end
 
 "The columns of a stage that is not recurrent, of which one evaluation is exact."

@@ -1,32 +1,7 @@
-# The way of a batch on the device, stage by stage to its equilibrium and back.
-
-"Iterations of `Auto` on a device beyond which a sample is left to the host."
-const PATIENCE = 300
-
-"Iterations between two looks of the host at what is still running."
-const LOOK = 4
-
-"""
-Picard iteration of z = g(u + M z), with `affine!(S, Z)` for S = u + M z, until no column runs. Those left to the host are
-`progress.abandoned`.
-"""
-function iterate!(affine!, ws::DeviceWorkspace, Z, S, progress, record, g, D, rule)
-    step, range = step!(ws.backend, (LANES, GROUP)), (LANES, cld(size(Z, 2), GROUP) * GROUP)
-    for k in 1:rule.limit
-        affine!(S, Z)
-        step(Z, progress, record, S, g, D, rule; ndrange = range)
-        if k % LOOK == 0
-            check_interrupt()
-            any(progress.running) || break
-        end
-    end
-    return
-end
-
-# --- forward --------------------------------------------------------------------------------------------------------------
+# The way of a batch on the device, stage by stage to its equilibrium.
 
 "Bring a batch to its equilibrium; returns how it went, on the host. `start` holds the first iterates, zero if absent."
-function forward!(ws::DeviceWorkspace, problem::Problem, p, X, start)
+function forward!(ws::DeviceWorkspace, problem::Problem, X, start)
     samples = size(X, 2)
     arrays!(ws, samples)
     abandoned, record = fill!(similar(X, Bool, samples), false), record_of(ws, samples)
@@ -34,13 +9,12 @@ function forward!(ws::DeviceWorkspace, problem::Problem, p, X, start)
         forward_stage!(ws, problem, k, X, start, abandoned, record)
     end
     solution = solution_of(ws, record)
-    left = findall(on_host(abandoned))
-    isempty(left) || hand_over!(solution, ws, problem, p, X, start, left)
+    any(abandoned) && hand_over!(solution, ws, problem, X, start, findall(on_host(abandoned)))
     return solution
 end
 
 function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned, record) where {T}
-    stage, a = problem.net.stages[k], ws.arrays[k]
+    stage, a, w, solver = ws.net.stages[k], ws.arrays[k], ws.stages[k], problem.solver
     drive!(ws, k, X)
     if !stage.recurrent
         activate!(ws.backend)(a.Z, a.U, stage.activation; ndrange = size(a.Z))
@@ -48,27 +22,70 @@ function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned,
         return
     end
     start === nothing ? fill!(a.Z, 0) : (a.Z .= view(start, stage.rows, :))
+    q = Equation(a.Z, a.S, a.U, w.recurrent, Activated(stage.activation), nothing)
+    problem.adjoint isa Unrolled && return unroll!(ws, k, q, problem.adjoint.steps, record)
     progress = progress_of(ws, size(X, 2))
-    progress.running .= .!abandoned
-    rule = forward_rule(problem.solver, problem.net, stage, ws.cpu.recurrences[k], T)
-    iterate!(ws, a.Z, a.S, progress, record, Activated(stage.activation), nothing, rule) do S, Z
-        copyto!(S, a.U)
-        mul!(S, ws.stages[k].recurrent, Z, true, true)
-    end
+    progress.running .= progress.started .= .!abandoned
+    checked = !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint)
+    rule = Rule{T}(
+        tolerance(solver, T), scale_floor(T, length(stage.rows)), solver isa Picard ? solver.damping : 1, iterations(solver),
+        solver isa Auto ? PATIENCE : Inf, is_settled(ws, k), checked, solver isa Auto, false,
+    )
+    iterate!(solver, ws, q, progress, record, rule)
     abandoned .|= progress.abandoned
+    checked && mark_unstable!(ws, k, q, progress, record)
     return
 end
 
-forward_rule(s::Solver, net, stage, recurrence, ::Type{T}) where {T} = Rule{T}(
-    tolerance(s, T), scale_floor(T, length(stage.rows)), damping(s), min(s.max_iterations, typemax(Int32)), patience(s),
-    # A unique equilibrium attracts (or the iteration does not get there); and so does any of a contraction.
-    guarantees_uniqueness(net.constraint) || maximum(stage.slopes) * norm_of(recurrence) < 1,
-    s isa Auto, false,
-)
-damping(::Auto) = 1.0
-damping(s::Picard) = s.damping
-patience(::Auto) = PATIENCE
-patience(::Picard) = Inf
+iterations(s) = min(s.max_iterations, typemax(Int32))
+
+# A unique equilibrium attracts (or the iteration does not get there); and so does any of a contraction, as a norm proves.
+function is_settled(ws::DeviceWorkspace, k)
+    guarantees_uniqueness(ws.net.constraint) && return true
+    R = ws.stages[k].recurrent
+    norm2 = maximum(sum(abs, R; dims = 1)) * maximum(sum(abs, R; dims = 2))
+    return maximum(ws.net.stages[k].slopes)^2 * norm2 < 1
+end
+
+"Mark the solutions that repel, which methods other than Picard's may find; their eigenvalues are computed on the host."
+function mark_unstable!(ws::DeviceWorkspace, k, q::Equation, progress, record)
+    D = similar(q.Z)
+    slopes_at!(ws.backend)(D, affine!(q), q.Z, q.g.f; ndrange = size(D))
+    solved = progress.started .& .!progress.abandoned .& (record.status .== CONVERGED)
+    bound = norm_of(host!(ws).recurrences[k])
+    doubtful = findall(on_host(solved .& (vec(maximum(abs, D; dims = 1)) .* bound .>= 1)))
+    isempty(doubtful) && return
+    R, d = on_host(q.M), on_host(D[:, doubtful])
+    unstable = [j for (column, j) in enumerate(doubtful) if repels(R, view(d, :, column))]
+    status = on_host(record.status)
+    status[unstable] .= UNSTABLE
+    copyto!(record.status, status)
+    return
+end
+
+"Picard steps whose states are all kept: Z₀, S₁, Z₁, S₂, Z₂, …"
+function unroll!(ws::DeviceWorkspace{T}, k, q::Equation, steps, record) where {T}
+    chain, samples = ws.chains[k], size(q.Z, 2)
+    all(A -> size(A, 2) == samples, chain) || empty!(chain)
+    while length(chain) < 2steps + 1
+        push!(chain, similar(ws.buffers[k].Z, size(q.Z)))
+    end
+    copyto!(chain[1], q.Z)
+    progress = progress_of(ws, samples)
+    for step in 1:steps
+        check_interrupt()
+        S, Z = chain[2step], chain[2step + 1]
+        mul!(copyto!(S, q.U), q.M, chain[2step - 1], true, true)
+        activate!(ws.backend)(Z, S, q.g.f; ndrange = size(Z))
+        step == steps - 1 && (progress.change .= vec(sqrt.(sum(abs2, Z .- chain[2step - 1]; dims = 1))))
+    end
+    # How the last step went.
+    copyto!(q.Z, chain[2steps - 1])
+    step!(ws, q, progress, record, Rule{T}(tolerance(Picard(), T), scale_floor(T, size(q.Z, 1)), 1, 1, Inf, true, true, false, false))
+    record.iterations .= max.(record.iterations, Int32(steps))
+    copyto!(q.Z, chain[2steps + 1])
+    return
+end
 
 "U = input X + feeds Z + bias, of stage k."
 drive!(ws::DeviceWorkspace, k, X) = (U = ws.arrays[k].U; U .= ws.stages[k].bias; add_drive!(U, ws.stages[k], X, a -> a.Z, ws.arrays))
@@ -98,11 +115,11 @@ function solution_of(ws::DeviceWorkspace{T}, record) where {T}
 end
 
 "Let the CPU solve the samples that are `left`, from where the device began."
-function hand_over!(solution, ws::DeviceWorkspace, problem, p, X, start, left)
-    net = problem.net
+function hand_over!(solution, ws::DeviceWorkspace, problem, X, start, left)
+    net, cpu = problem.net, host!(ws)
     columns(A) = on_host(A[:, left])
     part = equilibrium!(
-        Solution(net, length(left)), ws.cpu, problem, on_host(p), columns(X), start === nothing ? nothing : columns(start)
+        Solution(net, length(left)), cpu, problem, on_host(ws.parameters), columns(X), start === nothing ? nothing : columns(start)
     )
     for name in (:status, :iterations, :residual, :rate, :bound)
         getfield(solution, name)[left] .= getfield(part, name)
@@ -120,7 +137,7 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
     start === nothing || check_size("states", start, neurons(net), B)
     unpack!(ws, p)
     x = on_device(ws, X)
-    found = forward!(ws, problem, p, x, start === nothing ? nothing : on_device(ws, start))
+    found = forward!(ws, problem, x, start === nothing ? nothing : on_device(ws, start))
     for name in (:status, :iterations, :residual, :rate)
         copyto!(getfield(solution, name), getfield(found, name))
     end
@@ -132,8 +149,7 @@ end
 "The certified bound of each sample, as on the CPU: the error e of a stage is at most A ‖f(u + R z) - z + L |feed| e‖."
 function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
     net = ws.net
-    host = ws.cpu.weights.stages
-    constants = [s.recurrent ? T(amplification(net.constraint, w, s.slopes)) : one(T) for (s, w) in zip(net.stages, host)]
+    constants = [s.recurrent ? T(amplification_of(ws, k)) : one(T) for (k, s) in enumerate(net.stages)]
     any(isnan, constants) && return fill!(bound, NaN)
     in_rows = net.constraint isa Union{InfNorm, Perron}
     largest = fill!(similar(X, 1, size(X, 2)), 0)
@@ -144,7 +160,7 @@ function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
         foreach(((l, block),) -> mul!(e, abs.(block), ws.arrays[l].E, true, true), w.feeds)
         e .= abs.(a.G .- a.Z) .+ w.slopes .* e
         if stage.recurrent
-            stretch = on_device(ws, host[k].stretch)
+            stretch = w.stretch
             sizes = in_rows ? maximum(stretch .* e; dims = 1) : sqrt.(sum(abs2, e; dims = 1))
             in_rows ? (e .= constants[k] .* sizes ./ stretch) : (e .= constants[k] .* sizes)
         end
@@ -153,239 +169,7 @@ function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
     return copyto!(bound, Float64.(vec(on_host(largest))))
 end
 
-# --- backward -------------------------------------------------------------------------------------------------------------
-
-function ImplicitRNN.loss_and_gradient!(
-        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
-    ) where {T}
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("targets", Y, output_size(net), B)
-    weights === nothing || length(weights) == B ||
-        throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
-    seed = LossSeed(problem.loss, on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights), T(1 / B))
-    return pull_back!(g, nothing, ws, problem, p, X, nothing, seed, report)
-end
-
-function ImplicitRNN.vjp!(
-        g, dX, ws::DeviceWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
-    )
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("cotangents", V, rows_of(net, of), B)
-    check_size("derivatives", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
-    seed = of === :outputs ? OutputSeed(on_device(ws, V)) : StateSeed(on_device(ws, V))
-    return pull_back!(g, dX, ws, problem, p, X, start, seed, report)
-end
-
-function ImplicitRNN.jvp!(
-        tangent, ws::DeviceWorkspace{T}, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
-    ) where {T}
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("tangents", tangent, rows_of(net, of), B)
-    check_size("directions", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
-    length(dp) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
-    check_gradient(problem)
-    x, dx = on_device(ws, X), on_device(ws, dX)
-    found = settle!(ws, problem, p, x, start)
-    direction = unpack_tangent(net, ws.cpu.weights, on_host(dp))
-    stages = upload!(device_stages(net, (sizes...) -> KernelAbstractions.zeros(ws.backend, T, sizes...)), net, direction)
-    residual = zeros(B)
-    for k in eachindex(ws.stages)
-        push_forward_stage!(residual, ws, problem.adjoint, k, stages[k], x, dx)
-    end
-    if of === :state
-        foreach((stage, a) -> put_rows!(tangent, stage.rows, a.E), net.stages, ws.arrays)
-    else
-        copyto!(tangent, read_out_tangent(ws, stages, direction, B))
-    end
-    report === nothing || foreach(copyto!, report, (found.status, found.residual, residual))
-    return quality_of(found, residual)
-end
-
-# z′ = D (u′ + R′ z + R z′), where u is what drives the stage.
-function push_forward_stage!(residual, ws::DeviceWorkspace, adjoint::Adjoint, k, t::DeviceStage, X, dX)
-    w, a = ws.stages[k], ws.arrays[k]
-    a.G .= t.bias
-    add_drive!(a.G, t, X, b -> b.Z, ws.arrays)
-    add_drive!(a.G, w, dX, b -> b.E, ws.arrays)
-    if ws.net.stages[k].recurrent
-        mul!(a.G, t.recurrent, a.Z, true, true)
-        solve_linear!(residual, ws, adjoint, k; tangent = true)
-    else
-        a.E .= a.D .* a.G
-    end
-    return
-end
-
-function read_out_tangent(ws::DeviceWorkspace, stages, direction, samples)
-    net = ws.net
-    Y = fill!(similar(ws.offset, output_size(net), samples), 0)
-    net.outputs > 0 && (Y .= on_device(ws, direction.d))
-    for (w, t, a) in zip(ws.stages, stages, ws.arrays)
-        isempty(w.readout) && continue
-        mul!(Y, w.readout, a.E, true, true)
-        # Outputs that are neurons have no weights of their own.
-        net.outputs > 0 && mul!(Y, t.readout, a.Z, true, true)
-    end
-    return Y
-end
-
-ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X, Y, v, weights = nothing) =
-    refused("Hessian-vector products")
-
-function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, report)
-    check_gradient(problem)
-    x = on_device(ws, X)
-    found = settle!(ws, problem, p, x, start)
-    loss = begin_back!(ws, seed)
-    adjoint_residual = zeros(size(X, 2))
-    dx = dX === nothing ? nothing : fill!(similar(x), 0)
-    for k in length(ws.stages):-1:1
-        backward_stage!(adjoint_residual, ws, problem.adjoint, k, x, dx)
-    end
-    dX === nothing || copyto!(dX, dx)
-    deliver_gradient!(g, ws)
-    report === nothing || foreach(copyto!, report, (found.status, found.residual, adjoint_residual))
-    return loss, quality_of(found, adjoint_residual)
-end
-
-"Put the parameters into force and bring the samples to their equilibrium, with the slopes there."
-function settle!(ws::DeviceWorkspace, problem, p, X, start)
-    unpack!(ws, p)
-    found = forward!(ws, problem, p, X, start === nothing ? nothing : on_device(ws, start))
-    status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
-    foreach(k -> last_evaluation!(ws, k, X, status), eachindex(ws.stages))
-    return found
-end
-
-"""
-The last evaluation, which gives the slopes. The states become its values, which are nearer to the equilibrium where the equation
-contracts, as monotone ones need not.
-"""
-function last_evaluation!(ws::DeviceWorkspace, k, X, status)
-    a, stage = ws.arrays[k], ws.net.stages[k]
-    latest = !(ws.net.constraint isa Monotone) || !stage.recurrent
-    slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
-    return
-end
-
-"Set ∂L/∂z of all stages and the gradient of the readout; returns the loss."
-function begin_back!(ws::DeviceWorkspace, seed::LossSeed)
-    outputs = fill!(similar(seed.targets), 0)
-    ws.net.outputs > 0 && (outputs .= ws.offset)
-    foreach((w, a) -> isempty(w.readout) || mul!(outputs, w.readout, a.Z, true, true), ws.stages, ws.arrays)
-    GY = similar(outputs)
-    loss = loss_gradient!(GY, seed.loss, outputs, seed.targets, seed.weights, seed.scale)
-    read_out_adjoint!(ws, GY)
-    return loss
-end
-begin_back!(ws::DeviceWorkspace, seed::OutputSeed) = (read_out_adjoint!(ws, seed.V); 0.0)
-function begin_back!(ws::DeviceWorkspace, seed::StateSeed)
-    clear!(ws.gradient)
-    foreach((stage, a) -> a.G .= view(seed.V, stage.rows, :), ws.net.stages, ws.arrays)
-    return 0.0
-end
-
-function read_out_adjoint!(ws::DeviceWorkspace, GY)
-    net, gradient = ws.net, clear!(ws.gradient)
-    for (stage, w, a) in zip(net.stages, ws.stages, ws.arrays)
-        isempty(w.readout) ? fill!(a.G, 0) : mul!(a.G, w.readout', GY)
-        net.outputs == 0 || isempty(w.readout) ||
-            copyto!(gradient.C, on_host(GY * a.Z')[:, net.readout .- (first(stage.rows) - 1)])
-    end
-    net.outputs == 0 || copyto!(gradient.d, on_host(sum(GY; dims = 2)))
-    return
-end
-
-"The loss of outputs on a device and its derivative; their sum is taken in double precision, as on the CPU."
-function loss_gradient!(G, loss::ElementwiseLoss, Y, targets, weights, scale)
-    w = (scale / size(targets, 1)) .* across(weights)
-    G .= w .* slope.(Ref(loss), Y, targets)
-    return sum(w .* value.(Ref(loss), Float64.(Y), Float64.(targets)))
-end
-function loss_gradient!(G, ::CrossEntropy, Y, targets, weights, scale)
-    w = scale .* across(weights)
-    logits = Y .- maximum(Y; dims = 1)
-    partition = sum(exp, logits; dims = 1)
-    G .= w .* (sum(targets; dims = 1) .* exp.(logits) ./ partition .- targets)
-    return sum(w .* targets .* (Float64.(log.(partition)) .- logits))
-end
-across(::Nothing) = true
-across(weights) = reshape(weights, 1, :)
-
-function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint, k, X, dX)
-    stage, w, a, g = ws.net.stages[k], ws.stages[k], ws.arrays[k], ws.gradient.stages[k]
-    if stage.recurrent
-        solve_linear!(adjoint_residual, ws, adjoint, k)
-        copyto!(g.recurrent, on_host(a.E * a.Z'))
-    else
-        a.E .= a.D .* a.G
-    end
-    copyto!(g.bias, on_host(sum(a.E; dims = 2)))
-    if !isempty(w.input)
-        copyto!(g.input, on_host(a.E * X'))
-        dX === nothing || mul!(dX, w.input', a.E, true, true)
-    end
-    for (l, block) in w.feeds
-        before = ws.arrays[l]
-        g.feed[:, ws.net.stages[l].rows] .= on_host(a.E * before.Z')
-        mul!(before.G, block', a.E, true, true)
-    end
-    return
-end
-
-"""
-    solve_linear!(residual, ws, adjoint, k; tangent = false)
-
-E = D (G + RᵀE) of stage k, or E = D (G + R E) for a `tangent`, by Picard iteration, the Neumann series; each column to its own
-relative residual, which is merged into `residual`, and by the CPU where the series does not lead there.
-"""
-function solve_linear!(merged, ws::DeviceWorkspace, ::JacobianFree, k; tangent = false)
-    a = ws.arrays[k]
-    a.E .= a.D .* a.G
-    return
-end
-function solve_linear!(merged, ws::DeviceWorkspace{T}, s::Implicit, k; tangent = false) where {T}
-    a, R, samples = ws.arrays[k], ws.stages[k].recurrent, size(ws.arrays[k].Z, 2)
-    latest = !(ws.net.constraint isa Monotone)
-    rule = Rule{T}(tolerance(s, T), floatmin(T), one(T), min(s.max_iterations, typemax(Int32)), Inf, true, true, latest)
-    progress, record = progress_of(ws, samples), record_of(ws, samples)
-    fill!(a.E, 0)
-    iterate!(ws, a.E, a.S, progress, record, Scaled(), a.D, rule) do S, E
-        copyto!(S, a.G)
-        mul!(S, tangent ? R : R', E, true, true)
-    end
-    residual, status = Float64.(on_host(record.residual)), on_host(record.status)
-    left = findall(on_host(progress.abandoned) .| (status .!= CONVERGED))
-    isempty(left) || (residual[left] .= hand_over_linear!(ws, s, k, left, tangent))
-    merged .= worse.(residual, merged)
-    return
-end
-
-"Let the CPU solve the linear systems of some samples, by iteration or by LU; returns their residuals."
-function hand_over_linear!(ws::DeviceWorkspace{T}, s::Implicit, k, left, tangent) where {T}
-    a, m = ws.arrays[k], length(left)
-    D, G = on_host(a.D[:, left]), on_host(a.G[:, left])
-    n = size(D, 1)
-    columns, outcome, E = Columns{T}(n, m, zeros(T, n, m)), Outcome(m), zeros(T, n, m)
-    solve_adjoint!(E, s, columns, ws.cpu.recurrences[k], D, G; outcome, tangent)
-    a.E[:, left] = on_device(ws, E)
-    return outcome.residual
-end
-
-function deliver_gradient!(g, ws::DeviceWorkspace{T}) where {T}
-    packed = g isa Array ? g : zeros(T, length(g))
-    pack_gradient!(packed, ws.net, ws.gradient, ws.cpu.weights)
-    g === packed || copyto!(g, packed)
-    return
-end
-
-function quality_of(found::Solution, adjoint_residual)
-    failed = count(j -> found.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT), eachindex(adjoint_residual))
-    return Quality(failed, reduce(worse, found.residual; init = 0.0), reduce(worse, adjoint_residual; init = 0.0))
-end
+# Only that of Monotone takes the weights.
+amplification_of(ws::DeviceWorkspace, k) = amplification_of(ws.net.constraint, ws, k)
+amplification_of(c, ws, k) = amplification(c, nothing, nothing)
+amplification_of(c::Monotone, ws, k) = amplification(c, (; recurrent = on_host(ws.stages[k].recurrent)), ws.net.stages[k].slopes)

@@ -21,6 +21,11 @@ else
         return (; loss, g, quality)
     end
 
+    function solved_unrolled(ws, adjoint)
+        net = ws.net
+        return ImplicitRNN.equilibrium!(Solution(net, 20), ws, Problem(net; adjoint), parameters(net), samples(net, 20))
+    end
+
     agreement(::Type{Float64}) = 1.0e-9
     agreement(::Type{Float32}) = 1.0e-5
 
@@ -186,20 +191,119 @@ else
         @test trained[2][2] ≈ trained[1][2] rtol = 1.0e-8
     end
 
+    @testset "every solver: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(), Anderson(memory = 2, damping = 0.8), Newton(), Chord())
+        for net in (one_layer(), one_layer(; neurons = 150), layered(), one_layer(; constraint = Monotone(0.1)), one_layer(; T = Float32))
+            gain = neurons(net) > 100 ? 0.05 : 0.4
+            p, X, Y = parameters(net; gain), samples(net, 37), targets(net, 37)
+            here, there = (solved(ws, p, X; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+            tol = 10 * agreement(eltype(net))
+            @test converged(here) == converged(there)
+            @test relative_error(there.state[:, converged(here)], here.state[:, converged(here)]) < tol
+            @test maximum(there.residual[converged(there)]) <= (eltype(net) == Float32 ? 1.0e-6 : 1.0e-10)
+            here, there = (gradient(ws, p, X, Y; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+            @test relative_error(there.g, here.g) < tol || here.quality.unconverged > 0
+        end
+    end
+
+    @testset "the iterations are those of the CPU: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(), Newton())
+        net = one_layer(; neurons = 40)
+        p, X = parameters(net; gain = 0.3), samples(net, 50)
+        here, there = (solved(ws, p, X; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+        @test maximum(abs, there.iterations - here.iterations) <= 1
+        @test there.rate ≈ here.rate rtol = 1.0e-2
+    end
+
+    @testset "statuses of free nets: $(nameof(typeof(solver)))" for solver in (Anderson(), Newton(), Chord())
+        # Some equilibria repel, some samples have none that the method finds.
+        net = one_layer(; constraint = Free(), neurons = 6)
+        p, X = parameters(net; gain = 0.6), samples(net, 60)
+        here, there = (solved(ws, p, X; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+        @test there.status == here.status
+        @test 0 < count(converged(here)) < 60
+        @test relative_error(there.state[:, converged(here)], here.state[:, converged(here)]) < 1.0e-7
+    end
+
+    @testset "where I - D R is singular" begin
+        # z = x + z has no solution: f is the identity, R = 1.
+        net = Network(1, [Layer(1, :identity)]; outputs = [1], constraint = Free())
+        there = solved(on_device(net), [1.0, 1.0, 0.0], [1.0 -0.5]; solver = Newton())
+        @test there.status == solved(ImplicitRNN.Workspace(net), [1.0, 1.0, 0.0], [1.0 -0.5]; solver = Newton()).status
+    end
+
+    @testset "every adjoint: $adjoint" for adjoint in (Implicit(linear_solver = :lu), Implicit(linear_solver = :anderson), Unrolled(1), Unrolled(7))
+        for net in (one_layer(), layered(), layered(; feedback = false), one_layer(; T = Float32))
+            p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
+            cpu, device, tol = ImplicitRNN.Workspace(net), on_device(net), 10 * agreement(eltype(net))
+            here, there = (gradient(ws, p, X, Y; adjoint) for ws in (cpu, device))
+            @test there.loss ≈ here.loss rtol = tol
+            @test relative_error(there.g, here.g) < tol
+            dp, dX = parameters(net; seed = 5), samples(net, 20; seed = 6)
+            products = map((cpu, device)) do ws
+                tangent = zeros(eltype(net), 2, 20)
+                ImplicitRNN.jvp!(tangent, ws, Problem(net; adjoint), p, X, dp, dX)
+                tangent
+            end
+            @test relative_error(products[2], products[1]) < tol
+        end
+        here, there = (solved_unrolled(ws, adjoint) for ws in (ImplicitRNN.Workspace(one_layer()), on_device(one_layer())))
+        @test there.iterations == here.iterations
+        @test there.status == here.status
+        @test there.residual ≈ here.residual rtol = 1.0e-6
+        @test there.rate ≈ here.rate rtol = 1.0e-6
+    end
+
+    @testset "the Jacobian penalty" begin
+        for net in (one_layer(; constraint = Free()), layered(), one_layer(; activation = :gelu), one_layer(; lateral = false))
+            p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
+            results = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
+                g = zero(p)
+                loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, Problem(net; jacobian_penalty = 0.5), p, X, Y, 3)
+                loss, g
+            end
+            @test results[2][1] ≈ results[1][1] rtol = 1.0e-9
+            @test relative_error(results[2][2], results[1][2]) < 1.0e-8
+        end
+    end
+
+    @testset "one launch or many: $n neurons, $T" for T in (Float64, Float32), n in (1, 15, 16, 17, 33, 64, 100, 128, 129)
+        net = one_layer(; T, neurons = n, constraint = Perron(0.8))
+        p, X, Y = parameters(net; gain = 0.3), samples(net, 45), targets(net, 45)
+        here, there = (solved(ws, p, X; solver = Picard()) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+        @test relative_error(there.state, here.state) < agreement(T)
+        @test maximum(abs, there.iterations - here.iterations) <= 1
+        here, there = (gradient(ws, p, X, Y) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+        @test relative_error(there.g, here.g) < agreement(T)
+    end
+
+    @testset "small systems by elimination: $T, $n rows" for T in (Float64, Float32), n in (1, 3, 64, 65, 90)
+        E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
+        rng = Xoshiro(n)
+        R, D, B = T.(randn(rng, n, n) ./ sqrt(n)), rand(rng, T, n, 4), randn(rng, T, n, 4)
+        X, singular = JLArray(zeros(T, n, 4)), JLArray(fill(false, 4))
+        ws, columns = on_device(one_layer(; T)), [1, 2, 4]
+        on_jl = map(JLArray, (R, D, B))
+        E.solve_each!(X, ws, singular, on_jl[1], on_jl[2], nothing, on_jl[3], columns)
+        for j in columns
+            @test norm(Array(X)[:, j] - D[:, j] .* (R * Array(X)[:, j]) - B[:, j]) < 1.0e4 * eps(T) * n * norm(Array(X)[:, j])
+        end
+        @test iszero(Array(X)[:, 3]) && !any(Array(singular))
+        E.solve_each!(X, ws, singular, JLArray(Matrix{T}(I, n, n)), JLArray(fill(one(T), n, 4)), nothing, on_jl[3], columns)
+        @test Array(singular) == [true, true, false, true]
+    end
+
     @testset "what a device does not offer is refused by name" begin
         net = one_layer()
         p, X, Y = parameters(net), samples(net, 5), targets(net, 5)
         device = on_device(net)
-        for solver in (Anderson(), Newton(), Chord(), NLsolver())
-            name = String(nameof(typeof(solver)))
-            @test_throws "does not offer the solver $name" solved(device, p, X; solver)
-            @test_throws "does not offer the solver $name" gradient(device, p, X, Y; solver)
-        end
-        @test_throws "does not offer the adjoint Unrolled" gradient(device, p, X, Y; adjoint = Unrolled(3))
-        @test_throws "does not offer the linear solver :lu" gradient(device, p, X, Y; adjoint = Implicit(linear_solver = :lu))
-        @test_throws "does not offer the Jacobian penalty" gradient(device, p, X, Y; jacobian_penalty = 1.0)
+        refused = "does not offer the solver NLsolve; choose Auto, Picard, Anderson, Newton or Chord, or use the CPU"
+        @test_throws refused solved(device, p, X; solver = NLsolver())
+        @test_throws refused gradient(device, p, X, Y; solver = NLsolver())
+        @test_throws "does not offer the linear solver :gmres of the adjoint Implicit; choose :auto, :lu, :neumann or :anderson" gradient(
+            device, p, X, Y; adjoint = Implicit(linear_solver = :gmres)
+        )
         @test_throws "does not offer Hessian-vector products" ImplicitRNN.hessian_vector_product!(zero(p), device, Problem(net), p, X, Y, p)
         @test_throws DimensionMismatch solved(device, p, X[1:2, :])
+        @test_throws DimensionMismatch solved(device, p[2:end], X)
         @test_throws DimensionMismatch gradient(device, p, X, Y[:, 1:4])
         @test_throws DimensionMismatch gradient(device, p, X, Y; weights = ones(4))
     end

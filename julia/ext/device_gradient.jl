@@ -1,0 +1,300 @@
+# The way back on the device: gradients of a loss or of products, and products with tangents.
+
+function ImplicitRNN.loss_and_gradient!(
+        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
+    ) where {T}
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    check_size("targets", Y, output_size(net), B)
+    weights === nothing || length(weights) == B ||
+        throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
+    seed = LossSeed(problem.loss, on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights), T(1 / B))
+    return pull_back!(g, nothing, ws, problem, p, X, nothing, seed, probe, report)
+end
+
+function ImplicitRNN.vjp!(
+        g, dX, ws::DeviceWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
+    )
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    check_size("cotangents", V, rows_of(net, of), B)
+    check_size("derivatives", dX, net.inputs, B)
+    start === nothing || check_size("states", start, neurons(net), B)
+    seed = of === :outputs ? OutputSeed(on_device(ws, V)) : StateSeed(on_device(ws, V))
+    return pull_back!(g, dX, ws, problem, p, X, start, seed, probe, report)
+end
+
+function ImplicitRNN.jvp!(
+        tangent, ws::DeviceWorkspace{T}, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
+    ) where {T}
+    net, B = problem.net, size(X, 2)
+    check_features(net, X)
+    check_size("tangents", tangent, rows_of(net, of), B)
+    check_size("directions", dX, net.inputs, B)
+    start === nothing || check_size("states", start, neurons(net), B)
+    length(dp) == length(net) ||
+        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    check_gradient(problem)
+    x, dx = on_device(ws, X), on_device(ws, dX)
+    found = settle!(ws, problem, p, x, start)
+    direction = tangent_weights(ws, dp)
+    residual = zeros(B)
+    for k in eachindex(ws.stages)
+        push_forward_stage!(residual, ws, problem.adjoint, k, direction.stages[k], x, dx)
+    end
+    if of === :state
+        foreach((stage, a) -> put_rows!(tangent, stage.rows, a.E), net.stages, ws.arrays)
+    else
+        copyto!(tangent, read_out_tangent(ws, direction, B))
+    end
+    report === nothing || foreach(copyto!, report, (found.status, found.residual, residual))
+    return quality_of(found, residual, problem.adjoint)
+end
+
+"The derivative of the weights in force along a direction of the parameters; the constraints are differentiated on the host."
+function tangent_weights(ws::DeviceWorkspace{T}, dp) where {T}
+    net, make = ws.net, (sizes...) -> KernelAbstractions.zeros(ws.backend, T, sizes...)
+    stages, offset = device_stages(net, make), make(net.outputs)
+    unpack_stages!(stages, offset, net, on_device(ws, dp), Free())
+    host = unpack_tangent(net, host!(ws).weights, on_host(dp))
+    foreach((w, h) -> copyto!(w.recurrent, h.recurrent), stages, host.stages)
+    return (; stages, offset)
+end
+
+# z′ = D (u′ + R′ z + R z′), where u is what drives the stage.
+function push_forward_stage!(residual, ws::DeviceWorkspace, adjoint::Adjoint, k, t::DeviceStage, X, dX)
+    w, a = ws.stages[k], ws.arrays[k]
+    a.G .= t.bias
+    add_drive!(a.G, t, X, b -> b.Z, ws.arrays)
+    add_drive!(a.G, w, dX, b -> b.E, ws.arrays)
+    if ws.net.stages[k].recurrent
+        adjoint isa Unrolled && return unroll_tangent!(ws, k, adjoint.steps, t.recurrent)
+        mul!(a.G, t.recurrent, a.Z, true, true)
+        solve_linear!(residual, ws, adjoint, k; tangent = true)
+    else
+        a.E .= a.D .* a.G
+    end
+    return
+end
+
+# Along the chain of `unroll!`: z′ₖ = Dₖ (u′ + R′ zₖ₋₁ + R z′ₖ₋₁), from z′₀ = 0.
+function unroll_tangent!(ws::DeviceWorkspace, k, steps, dR)
+    a, R, chain, f = ws.arrays[k], ws.stages[k].recurrent, ws.chains[k], ws.net.stages[k].activation
+    fill!(a.E, 0)
+    for step in 1:steps
+        check_interrupt()
+        copyto!(a.S, a.G)
+        mul!(a.S, dR, chain[2step - 1], true, true)
+        mul!(a.S, R, a.E, true, true)
+        slopes_at!(ws.backend)(a.D, chain[2step], chain[2step + 1], f; ndrange = size(a.D))
+        a.E .= a.D .* a.S
+    end
+    return
+end
+
+function read_out_tangent(ws::DeviceWorkspace, direction, samples)
+    net = ws.net
+    Y = fill!(similar(ws.offset, output_size(net), samples), 0)
+    net.outputs > 0 && (Y .= direction.offset)
+    for (w, t, a) in zip(ws.stages, direction.stages, ws.arrays)
+        isempty(w.readout) && continue
+        mul!(Y, w.readout, a.E, true, true)
+        # Outputs that are neurons have no weights of their own.
+        net.outputs > 0 && mul!(Y, t.readout, a.Z, true, true)
+    end
+    return Y
+end
+
+ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X, Y, v, weights = nothing) =
+    refused("Hessian-vector products")
+
+function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report)
+    check_gradient(problem)
+    x = on_device(ws, X)
+    found = settle!(ws, problem, p, x, start)
+    loss = begin_back!(ws, seed)
+    adjoint_residual = zeros(size(X, 2))
+    dx = dX === nothing ? nothing : fill!(similar(x), 0)
+    penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2))
+    for k in length(ws.stages):-1:1
+        loss += backward_stage!(adjoint_residual, ws, problem.adjoint, k, x, dx, penalty)
+    end
+    dX === nothing || copyto!(dX, dx)
+    copyto!(g, ws.gradient)
+    report === nothing || foreach(copyto!, report, (found.status, found.residual, adjoint_residual))
+    return loss, quality_of(found, adjoint_residual, problem.adjoint)
+end
+
+"Put the parameters into force and bring the samples to their equilibrium, with the slopes there."
+function settle!(ws::DeviceWorkspace, problem, p, X, start)
+    unpack!(ws, p)
+    found = forward!(ws, problem, X, start === nothing ? nothing : on_device(ws, start))
+    status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
+    for (k, stage) in enumerate(ws.net.stages)
+        # Unrolled steps have slopes of their own.
+        stage.recurrent && problem.adjoint isa Unrolled || last_evaluation!(ws, k, X, status)
+    end
+    return found
+end
+
+"""
+The last evaluation, which gives the slopes. The states become its values, which are nearer to the equilibrium where the equation
+contracts, as monotone ones need not.
+"""
+function last_evaluation!(ws::DeviceWorkspace, k, X, status)
+    a, stage = ws.arrays[k], ws.net.stages[k]
+    latest = !(ws.net.constraint isa Monotone) || !stage.recurrent
+    slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
+    return
+end
+
+"Set ∂L/∂z of all stages and the gradient of the readout; returns the loss."
+function begin_back!(ws::DeviceWorkspace, seed::LossSeed)
+    outputs = fill!(similar(seed.targets), 0)
+    ws.net.outputs > 0 && (outputs .= ws.offset)
+    foreach((w, a) -> isempty(w.readout) || mul!(outputs, w.readout, a.Z, true, true), ws.stages, ws.arrays)
+    GY = similar(outputs)
+    loss = loss_gradient!(GY, seed.loss, outputs, seed.targets, seed.weights, seed.scale)
+    read_out_adjoint!(ws, GY)
+    return loss
+end
+begin_back!(ws::DeviceWorkspace, seed::OutputSeed) = (read_out_adjoint!(ws, seed.V); 0.0)
+function begin_back!(ws::DeviceWorkspace, seed::StateSeed)
+    fill!(ws.gradient, 0)
+    foreach((stage, a) -> a.G .= view(seed.V, stage.rows, :), ws.net.stages, ws.arrays)
+    return 0.0
+end
+
+function read_out_adjoint!(ws::DeviceWorkspace, GY)
+    net, g = ws.net, fill!(ws.gradient, 0)
+    for (stage, w, a) in zip(net.stages, ws.stages, ws.arrays)
+        isempty(w.readout) ? fill!(a.G, 0) : mul!(a.G, w.readout', GY)
+        net.outputs == 0 || isempty(w.readout) ||
+            (part(g, net.weights_out, net.outputs, length(net.readout)) .= (GY * a.Z')[:, readout_columns(net, stage)])
+    end
+    net.outputs == 0 || (view(g, net.weights_out + net.outputs * length(net.readout) .+ (1:net.outputs)) .= vec(sum(GY; dims = 2)))
+    return
+end
+
+"The loss of outputs on a device and its derivative; their sum is taken in double precision, as on the CPU."
+function loss_gradient!(G, loss::ElementwiseLoss, Y, targets, weights, scale)
+    w = (scale / size(targets, 1)) .* across(weights)
+    G .= w .* slope.(Ref(loss), Y, targets)
+    return sum(w .* value.(Ref(loss), Float64.(Y), Float64.(targets)))
+end
+function loss_gradient!(G, ::CrossEntropy, Y, targets, weights, scale)
+    w = scale .* across(weights)
+    logits = Y .- maximum(Y; dims = 1)
+    partition = sum(exp, logits; dims = 1)
+    G .= w .* (sum(targets; dims = 1) .* exp.(logits) ./ partition .- targets)
+    return sum(w .* targets .* (Float64.(log.(partition)) .- logits))
+end
+across(::Nothing) = true
+across(weights) = reshape(weights, 1, :)
+
+"The way back through stage k: its part of the gradient, and ∂L/∂z of what drives it; returns its Jacobian penalty."
+function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint, k, X, dX, penalty)
+    stage, w, a = ws.net.stages[k], ws.stages[k], ws.arrays[k]
+    total, recurrent = 0.0, nothing
+    if !stage.recurrent
+        a.E .= a.D .* a.G
+    elseif adjoint isa Unrolled
+        recurrent = unroll_back!(ws, k, adjoint.steps)
+    else
+        recurrent, direct = fill!(similar(w.recurrent), 0), nothing
+        penalty.weight > 0 && ((total, direct) = add_penalty!(recurrent, ws, k, penalty))
+        solve_linear!(adjoint_residual, ws, adjoint, k)
+        direct === nothing || (a.E .+= direct)
+        mul!(recurrent, a.E, a.Z', true, true)
+    end
+    input = isempty(w.input) ? w.input : a.E * X'
+    dX === nothing || isempty(w.input) || mul!(dX, w.input', a.E, true, true)
+    feeds = map(w.feeds) do (l, block)
+        before = ws.arrays[l]
+        mul!(before.G, block', a.E, true, true)
+        l => a.E * before.Z'
+    end
+    pack_stage!(ws.gradient, ws, k, input, feeds, recurrent, sum(a.E; dims = 2))
+    return total
+end
+
+"Backpropagation through the chain of [`unroll!`](@ref): E = Σₖ ∂L/∂sₖ; returns ∂L/∂R = Σₖ ∂L/∂sₖ zₖ₋₁ᵀ."
+function unroll_back!(ws::DeviceWorkspace, k, steps)
+    a, R, chain, f = ws.arrays[k], ws.stages[k].recurrent, ws.chains[k], ws.net.stages[k].activation
+    gradient, λ = fill!(similar(R), 0), copy(a.G)
+    fill!(a.E, 0)
+    for step in steps:-1:1
+        check_interrupt()
+        slopes_at!(ws.backend)(a.D, chain[2step], chain[2step + 1], f; ndrange = size(a.D))
+        a.D .*= λ
+        a.E .+= a.D
+        mul!(gradient, a.D, chain[2step - 1]', true, true)
+        mul!(λ, R', a.D)
+    end
+    return gradient
+end
+
+"The [`JacobianPenalty`](@ref ImplicitRNN.JacobianPenalty) of stage k, as on the CPU: see `add_penalty!` there."
+function add_penalty!(gradient, ws::DeviceWorkspace{T}, k, penalty) where {T}
+    stage, a, R = ws.net.stages[k], ws.arrays[k], ws.stages[k].recurrent
+    c = T(penalty.weight / (penalty.samples * neurons(ws.net)))
+    v, curvature = similar(a.Z), similar(a.Z)
+    signs!(ws.backend)(v, penalty.probe, first(stage.rows) - 1; ndrange = size(v))
+    curvatures!(ws.backend)(curvature, a.S, a.Z, stage.activation; ndrange = size(v))
+    A = a.D .* v
+    q = R' * A
+    mul!(gradient, A, q', 2c, true)
+    e = 2c .* v .* (R * q) .* curvature
+    mul!(a.G, R', e, true, true)
+    return Float64(c) * sum(abs2, q), e
+end
+
+"""
+    solve_linear!(residual, ws, adjoint, k; tangent = false)
+
+E = D (G + RᵀE) of stage k, or E = D (G + R E) for a `tangent`: by iteration, each column to its own relative residual, which is
+merged into `residual`; and by LU what is left, or where that is asked for.
+"""
+function solve_linear!(merged, ws::DeviceWorkspace, ::JacobianFree, k; tangent = false)
+    a = ws.arrays[k]
+    a.E .= a.D .* a.G
+    return
+end
+function solve_linear!(merged, ws::DeviceWorkspace{T}, s::Implicit, k; tangent = false) where {T}
+    a, w, samples = ws.arrays[k], ws.stages[k], size(ws.arrays[k].Z, 2)
+    q = Equation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
+    latest = !(ws.net.constraint isa Monotone)
+    rule(limit; rescue) = Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, latest)
+    record = record_of(ws, samples)
+    left = collect(1:samples)
+    fill!(a.E, 0)
+    if s.linear_solver !== :lu
+        progress = progress_of(ws, samples)
+        iterate!(s.linear_solver === :anderson ? Anderson() : Picard(), ws, q, progress, record, rule(iterations(s); rescue = true))
+        left = findall(on_host(progress.abandoned .| (record.status .!= CONVERGED)))
+    end
+    residual = Float64.(on_host(record.residual))
+    isempty(left) || (residual[left] .= eliminate_columns!(ws, q, left, tangent, rule(1; rescue = false)))
+    merged .= worse.(residual, merged)
+    return
+end
+
+"Solve the systems of some columns by LU; returns their residuals, NaN for a singular system."
+function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rule)
+    singular = fill!(similar(q.Z, Bool, size(q.Z, 2)), false)
+    # (I - Rᵀ D) λ = G with E = D λ, or (I - D R) E = D G
+    if tangent
+        solve_each!(q.Z, ws, singular, q.M, q.D, nothing, q.D .* q.U, left)
+    else
+        solve_each!(q.Z, ws, singular, q.M, nothing, q.D, q.U, left)
+        q.Z[:, left] = q.D[:, left] .* q.Z[:, left]
+    end
+    progress, record = progress_of(ws, size(q.Z, 2)), record_of(ws, size(q.Z, 2))
+    step!(ws, q, progress, record, rule)
+    return ifelse.(on_host(singular)[left], NaN, Float64.(on_host(record.residual)[left]))
+end
+
+function quality_of(found::Solution, adjoint_residual, adjoint)
+    failed = !needs_equilibrium(adjoint) ? 0 : count(j -> found.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT), eachindex(adjoint_residual))
+    return Quality(failed, reduce(worse, found.residual; init = 0.0), reduce(worse, adjoint_residual; init = 0.0))
+end

@@ -1,0 +1,325 @@
+# The methods that solve z = g(u + M z) for all columns of a batch, the equilibrium of a stage or its adjoint system.
+
+"Iterations of `Auto` on a device beyond which a sample is left to the host."
+const PATIENCE = 300
+
+"Iterations between two looks of the host at what is still running."
+const LOOK = 4
+
+"The equation z = g(U + M z): iterates, room for the arguments, drives, matrix, right-hand side and its coefficients."
+struct Equation{A, M, G, D}
+    Z::A
+    S::A
+    U::A
+    M::M
+    g::G
+    D::D
+end
+
+"S = U + M Z"
+affine!(q::Equation) = mul!(copyto!(q.S, q.U), q.M, q.Z, true, true)
+
+"One evaluation for all columns that are running, see [`step!`](@ref)."
+function step!(ws::DeviceWorkspace, q::Equation, progress, record, rule, F = nothing)
+    affine!(q)
+    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
+    step!(ws.backend, (LANES, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
+    return
+end
+
+"""
+    iterate!(solver, ws, q, progress, record, rule)
+
+Let the columns that are running come to their end, in `record`, or to be left to the host, `progress.abandoned`.
+"""
+function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace{T}, q::Equation, progress, record, rule) where {T}
+    n, samples = size(q.Z)
+    if n <= FUSED_NEURONS
+        tiling = Tiling(n, T)
+        items = work_items(tiling)
+        picard!(ws.backend, items)(
+            q.Z, progress, record, q.U, q.M, q.g, q.D, rule, tiling; ndrange = items * cld(samples, samples_of(tiling))
+        )
+        return
+    end
+    for k in 1:rule.limit
+        step!(ws, q, progress, record, rule)
+        look(progress, k) || break
+    end
+    return
+end
+
+"Whether any column is running, as far as the host knows."
+function look(progress, k)
+    k % LOOK == 0 || return true
+    check_interrupt()
+    return any(progress.running)
+end
+
+# --- Anderson acceleration ----------------------------------------------------------------------------------------------
+
+"""
+The history of every column, as on the CPU: a ring of differences of residuals `ΔR` and values `ΔF`, their Gram matrix, how many
+there are, the last residual vector `R` and value `F`, and ‖F - Z‖ of the iteration before; and room for the normal equations.
+"""
+function history_of(Z::AbstractMatrix{T}, memory::Int) where {T}
+    n, samples = size(Z)
+    blank(dimensions...) = fill!(similar(Z, dimensions...), 0)
+    return (;
+        ΔR = blank(n, memory, samples), ΔF = blank(n, memory, samples), R = blank(n, samples), F = blank(n, samples),
+        gram = blank(memory, memory, samples), G = blank(memory, memory, samples), γ = blank(memory, samples), b = blank(memory, samples),
+        change = fill!(similar(Z, samples), T(Inf)), differences = fill!(similar(Z, Int32, samples), 0),
+    )
+end
+
+function iterate!(s::Anderson, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+    history, F, newest = history_of(q.Z, s.memory), similar(q.Z), 0
+    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
+    for k in 1:rule.limit
+        step!(ws, q, progress, record, rule, F)
+        look(progress, k) || break
+        newest = k == 1 ? 0 : mod1(newest + 1, s.memory)
+        accelerate!(ws.backend, (LANES, GROUP))(
+            q.Z, F, history, progress.running, progress.change, Int32(newest), eltype(F)(s.damping), max(eltype(F)(s.ridge), eps(eltype(F))),
+            Val(s.memory); ndrange = range
+        )
+    end
+    return
+end
+
+"The next iterate of Anderson's method for the columns that are `running`; `newest` is the place of the newest difference."
+@kernel function accelerate!(Z, @Const(F), history, @Const(running), @Const(change), newest, damping, ridge, memory::Val{m}) where {m}
+    lane, column = @index(Local, NTuple)
+    _, j = @index(Global, NTuple)
+    @uniform n = size(Z, 1)
+    @uniform samples = size(Z, 2)
+    sums = @localmem eltype(Z) (2, m, LANES, GROUP)
+
+    if j <= samples && @inbounds(running[j])
+        i = lane
+        while i <= n
+            @inbounds begin
+                r = F[i, j] - Z[i, j]
+                if newest > 0
+                    history.ΔR[i, newest, j] = r - history.R[i, j]
+                    history.ΔF[i, newest, j] = F[i, j] - history.F[i, j]
+                end
+                history.R[i, j], history.F[i, j] = r, F[i, j]
+            end
+            i += LANES
+        end
+        for place in 1:m
+            inner, side = zero(eltype(Z)), zero(eltype(Z))
+            i = lane
+            while i <= n && newest > 0
+                @inbounds inner = muladd(history.ΔR[i, place, j], history.ΔR[i, newest, j], inner)
+                @inbounds side = muladd(history.ΔR[i, place, j], history.R[i, j], side)
+                i += LANES
+            end
+            @inbounds sums[1, place, lane, column], sums[2, place, lane, column] = inner, side
+        end
+    end
+    @synchronize
+    if lane == 1 && j <= samples && @inbounds(running[j])
+        @inbounds count = history.differences[j]
+        newest > 0 && (count = @inbounds change[j] > 2 * history.change[j] ? zero(count) : min(count + one(count), oftype(count, m)))
+        for place in 1:(count > 0 ? m : 0)
+            inner, side = zero(eltype(Z)), zero(eltype(Z))
+            for l in 1:LANES
+                @inbounds inner += sums[1, place, l, column]
+                @inbounds side += sums[2, place, l, column]
+            end
+            @inbounds history.gram[place, newest, j] = history.gram[newest, place, j] = inner
+            @inbounds history.b[place, j] = side
+        end
+        solved = count > 0 && solve_history!(history, j, count, newest, ridge, m)
+        @inbounds history.differences[j] = solved ? count : zero(count)
+        @inbounds history.change[j] = change[j]
+    end
+    @synchronize
+    if j <= samples && @inbounds(running[j])
+        i = lane
+        while i <= n
+            @inbounds z = history.F[i, j] - (1 - damping) * history.R[i, j]
+            for l in 1:@inbounds(history.differences[j])
+                place = mod1(newest - l + 1, m)
+                @inbounds z -= history.γ[l, j] * (history.ΔF[i, place, j] - (1 - damping) * history.ΔR[i, place, j])
+            end
+            @inbounds Z[i, j] = z
+            i += LANES
+        end
+    end
+end
+
+# The normal equations of column j for its `count` newest differences, by Cholesky; false where it breaks down.
+@inline function solve_history!(h, j, count, newest, ridge, m)
+    place(l) = mod1(newest - l + 1, m)
+    G, γ = h.G, h.γ
+    @inbounds begin
+        trace = zero(ridge)
+        for l in 1:count
+            trace += h.gram[place(l), place(l), j]
+        end
+        (trace > 0 && isfinite(trace)) || return false
+        for c in 1:count
+            pivot = h.gram[place(c), place(c), j] + ridge * trace
+            for l in 1:(c - 1)
+                pivot -= G[c, l, j]^2
+            end
+            pivot > 0 || return false
+            G[c, c, j] = sqrt(pivot)
+            for r in (c + 1):count
+                g = h.gram[place(r), place(c), j]
+                for l in 1:(c - 1)
+                    g -= G[r, l, j] * G[c, l, j]
+                end
+                G[r, c, j] = g / G[c, c, j]
+            end
+        end
+        for r in 1:count
+            x = h.b[place(r), j]
+            for l in 1:(r - 1)
+                x -= G[r, l, j] * γ[l, j]
+            end
+            γ[r, j] = x / G[r, r, j]
+        end
+        for r in count:-1:1
+            x = γ[r, j]
+            for l in (r + 1):count
+                x -= G[l, r, j] * γ[l, j]
+            end
+            γ[r, j] = x / G[r, r, j]
+        end
+    end
+    return true
+end
+
+# --- Newton's method ----------------------------------------------------------------------------------------------------
+
+"The line search of every column, as on the CPU; `fresh` columns need a direction."
+function line_search_of(Z::AbstractMatrix{T}) where {T}
+    filled(value) = fill!(similar(Z, typeof(value), size(Z, 2)), value)
+    return (;
+        base = zero(Z), picard = zero(Z), direction = zero(Z),
+        step = filled(zero(T)), residual = filled(T(Inf)), fresh = filled(false), singular = filled(false),
+    )
+end
+
+function iterate!(::Newton, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+    line, F, D = line_search_of(q.Z), similar(q.Z), similar(q.Z)
+    n, samples = size(q.Z)
+    range = (LANES, cld(samples, GROUP) * GROUP)
+    for _ in 1:rule.limit
+        check_interrupt()
+        step!(ws, q, progress, record, rule, F)
+        any(progress.running) || break
+        search!(ws.backend, (LANES, GROUP))(q.Z, F, line, progress.running, progress.change; ndrange = range)
+        fresh = findall(on_host(line.fresh))
+        isempty(fresh) && continue
+        slopes_at!(ws.backend)(D, q.S, F, q.g.f; ndrange = (n, samples))
+        line.direction .= F .- line.base
+        solve_each!(line.direction, ws, line.singular, q.M, D, nothing, F .- line.base, fresh)
+        # Where the matrix is singular, the direction is that of the Picard step.
+        line.direction .= ifelse.(isfinite.(line.direction) .& .!reshape(line.singular, 1, :), line.direction, F .- line.base)
+        q.Z .= ifelse.(reshape(line.fresh, 1, :), line.base .+ line.direction, q.Z)
+    end
+    record.status .= ifelse.(progress.started .& (record.status .== MAX_ITERATIONS) .& line.singular, SINGULAR, record.status)
+    return
+end
+
+"Halve the step of the columns whose residual has not decreased; the others begin a new one from where they are."
+@kernel function search!(Z, @Const(F), line, @Const(running), change)
+    lane, _ = @index(Local, NTuple)
+    _, j = @index(Global, NTuple)
+    @uniform n = size(Z, 1)
+    @uniform samples = size(Z, 2)
+
+    if j <= samples && @inbounds(running[j])
+        @inbounds t, halved = line.step[j] / 2, fails(line, change, j)
+        i = lane
+        while i <= n
+            @inbounds if halved
+                Z[i, j] = t < oftype(t, SMALLEST_STEP) ? line.picard[i, j] : muladd(t, line.direction[i, j], line.base[i, j])
+            else
+                line.base[i, j], line.picard[i, j] = Z[i, j], F[i, j]
+            end
+            i += LANES
+        end
+    end
+    @synchronize
+    if lane == 1 && j <= samples
+        @inbounds begin
+            go = running[j]
+            halved = go && fails(line, change, j)
+            line.fresh[j] = go && !halved
+            if halved
+                t = line.step[j] / 2
+                line.step[j] = t < oftype(t, SMALLEST_STEP) ? zero(t) : t
+                change[j] = line.residual[j]
+            elseif go
+                line.step[j], line.residual[j] = 1, change[j]
+            end
+        end
+    end
+end
+@inline fails(line, change, j) =
+    @inbounds line.step[j] > 0 && !(change[j] < (1 - oftype(change[j], 1.0e-4) * line.step[j]) * line.residual[j])
+
+# --- the chord method ---------------------------------------------------------------------------------------------------
+
+"""
+Let the columns come to their equilibrium in the linearised equation: with t = f(s) - d̄ s,
+
+    s = u + Q D̄ u + Q t,    Q = (I - R D̄)⁻¹ R,
+
+which is a fixed point in t. What it finds is taken up by Picard iteration, for a few steps; the host solves what is left.
+"""
+function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::Equation, progress, record, rule) where {T}
+    slope = mean_slopes(ws, q)
+    Q = chord_matrix(ws, q, slope)
+    if Q !== nothing
+        samples = size(q.Z, 2)
+        value(S) = (F = similar(S); activate!(ws.backend)(F, S, q.g.f; ndrange = size(F)); F)
+        F = value(affine!(q))
+        linear = Equation(F .- slope .* q.S, similar(F), q.U .+ Q * (slope .* q.U), Q, Deviating(q.g.f), slope)
+        found, on = record_of(ws, samples), progress_of(ws, samples)
+        on.running .= progress.running
+        limit = min(rule.limit, Int32(LINEARIZED_PATIENCE))
+        iterate!(Picard(), ws, linear, on, found, Rule{T}(rule.tol, rule.floor, 1, limit, Inf, true, true, false, false))
+        solution = value(affine!(linear))
+        # A solution that is far away may be another than the one that attracts.
+        distance(A) = sqrt.(sum(abs2, A .- q.Z; dims = 1))
+        near = rule.settled .| (distance(solution) .<= trust_radius.(distance(F), zero(T)))
+        taken = reshape(on.started .& (found.status .== CONVERGED), 1, :) .& near
+        q.Z .= ifelse.(taken, solution, q.Z)
+        progress.count .= ifelse.(vec(taken), on.count, progress.count)
+    end
+    for _ in 1:min(rule.limit, LOOK)
+        step!(ws, q, progress, record, rule)
+    end
+    progress.abandoned .|= progress.running
+    return
+end
+
+"The mean slopes of a few samples that are spread over the batch, after a few Picard iterations."
+function mean_slopes(ws::DeviceWorkspace, q::Equation)
+    samples = size(q.Z, 2)
+    pilots = 1:cld(samples, PILOTS):samples
+    z, u = q.Z[:, pilots], q.U[:, pilots]
+    s, d = similar(z), similar(z)
+    for _ in 1:PILOT_ITERATIONS
+        mul!(copyto!(s, u), q.M, z, true, true)
+        activate!(ws.backend)(z, s, q.g.f; ndrange = size(z))
+    end
+    slopes_at!(ws.backend)(d, s, z, q.g.f; ndrange = size(d))
+    return vec(sum(d; dims = 2)) ./ length(pilots)
+end
+
+"Q on the device; nothing where I - R D̄ is singular."
+function chord_matrix(ws::DeviceWorkspace, q::Equation, slope)
+    R, d = on_host(q.M), on_host(slope)
+    A = lu!(I - R .* d'; check = false)
+    issuccess(A) && !is_singular(A.factors) || return nothing
+    Q = A \ R
+    return all(isfinite, Q) ? on_device(ws, Q) : nothing
+end
