@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import environments
+from implicit_rnn.engines.julia import JuliaEngine
+from implicit_rnn.engines.julia.network import JuliaNetwork
+from implicit_rnn.runtime import environments, start
 from implicit_rnn.runtime.environments import Environment
 
 # Before Julia is started here, which changes it.
@@ -46,6 +48,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "julia: the test needs the Julia engine")
+    config.addinivalue_line("markers", "device: the test runs on the reference device arrays of Julia's GPU packages")
     config.stash[ran] = config.stash[skipped] = 0
 
 
@@ -65,10 +68,46 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{config.stash[ran]} tests needed Julia and were run with it")
 
 
-@pytest.fixture(params=["numpy", pytest.param("julia", marks=pytest.mark.julia)])
-def engine(request: pytest.FixtureRequest) -> str:
-    """The name of each engine in turn."""
-    return str(request.param)
+SHARED_WITH_DEVICES = ("test_gradients", "test_layered", "test_losses", "test_solvers", "test_training", "test_vjp")
+"""The modules whose tests run a third time on the reference device arrays, where Julia has them."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    chosen = any("engine" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "engine" in metafunc.fixturenames and not chosen:
+        engines = ["numpy", pytest.param("julia", marks=pytest.mark.julia)]
+        if metafunc.module.__name__ in SHARED_WITH_DEVICES:
+            engines.append(pytest.param("device", marks=(pytest.mark.julia, pytest.mark.device)))
+        metafunc.parametrize("engine", engines, indirect=True)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of each engine in turn; for ``device`` the Julia engine, with networks on device arrays."""
+    if request.param != "device":
+        return str(request.param)
+    if not has_julia_package("JLArrays"):
+        pytest.skip("JLArrays.jl is not in Julia's environment")
+    monkeypatch.setattr(
+        JuliaEngine, "compile", lambda self, topology, dtype, device: JuliaNetwork(topology, dtype, "jl")
+    )
+    return "julia"
+
+
+def has_julia_package(name: str) -> bool:
+    """Whether it is in the environment of the running Julia."""
+    return bool(start.evaluate(f'Base.find_package("{name}") !== nothing'))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """What a device refuses by name is nothing to be tested there."""
+    try:
+        return (yield)
+    except irnn.EngineError as error:
+        if item.get_closest_marker("device") and "a device does not offer" in str(error):
+            pytest.skip(str(error))
+        raise
 
 
 @pytest.fixture(scope="session")

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from conftest import RunPython, has_julia_package
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import start
 
 LAYERS = [irnn.Layer(6), irnn.Layer(4, "softplus")]
 
@@ -21,10 +21,6 @@ def network(**options) -> irnn.Network:
 @pytest.fixture
 def data(rng) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((40, 3)), rng.standard_normal((40, 2))
-
-
-def has_package(name: str) -> bool:
-    return bool(start.evaluate(f'Base.find_package("{name}") !== nothing'))
 
 
 # --- the name of the device ------------------------------------------------------------------------------------
@@ -63,7 +59,7 @@ def test_an_unknown_device_is_no_fault_of_a_file(tmp_path):
 
 @pytest.mark.julia
 def test_without_cuda_the_error_says_what_to_do(data):
-    if has_package("CUDA"):
+    if has_julia_package("CUDA"):
         pytest.skip("CUDA.jl is in Julia's environment")
     with pytest.raises(irnn.EngineError, match=r'needs CUDA.jl, which is not in .*Pkg.add\("CUDA"\)'):
         network(device="cuda", engine="julia").predict(data[0])
@@ -75,7 +71,7 @@ def test_without_cuda_the_error_says_what_to_do(data):
 @pytest.fixture
 def pair(monkeypatch) -> Iterator[tuple[irnn.Network, irnn.Network]]:
     """The same network on the CPU and on the reference device arrays."""
-    if not has_package("JLArrays"):
+    if not has_julia_package("JLArrays"):
         pytest.skip("JLArrays.jl is not in Julia's environment")
     monkeypatch.setattr("implicit_rnn.network.DEVICES", ("cpu", "jl"))
     return network(engine="julia"), network(engine="julia", device="jl")
@@ -110,12 +106,66 @@ def test_training_follows_that_of_the_cpu(pair, data):
 
 
 @pytest.mark.julia
+@pytest.mark.parametrize("solver", ["picard", "anderson", "newton", "chord"])
+@pytest.mark.parametrize(
+    "adjoint", [irnn.Implicit("lu"), irnn.Implicit("anderson"), irnn.JacobianFree(), irnn.Unrolled(4)]
+)
+def test_solvers_and_adjoints_are_those_of_the_cpu(pair, data, solver, adjoint):
+    cpu, device = pair
+    loss, gradient = cpu.loss_and_gradient(*data, solver=solver, adjoint=adjoint)
+    found, computed = device.loss_and_gradient(*data, solver=solver, adjoint=adjoint)
+    assert found == pytest.approx(loss, rel=1e-8)
+    np.testing.assert_allclose(computed, gradient, atol=1e-8)
+
+
+@pytest.mark.julia
+def test_many_nets_are_trained_as_on_the_cpu(pair, data):
+    results = []
+    for net in pair:
+        nets = [irnn.Network.from_topology(net.topology, "float64", "julia", net.device) for _ in range(3)]
+        for k, one in enumerate(nets):
+            one.parameters[:] = net.parameters * (1 + 0.1 * k)
+        runs = irnn.fit_many(nets, *data, epochs=4, batch_size=16, seed=3, progress=False)
+        results.append(np.concatenate([one.parameters for one in nets] + [run.loss for run in runs]))
+    np.testing.assert_allclose(results[1], results[0], atol=1e-8)
+
+
+@pytest.mark.julia
+def test_a_run_resumed_on_the_device_is_the_run_not_interrupted(pair, data):
+    whole, parted = pair[1], irnn.Network.from_topology(pair[1].topology, "float64", "julia", "jl")
+    parted.parameters[:] = whole.parameters
+    options = {"batch_size": 16, "seed": 3, "progress": False, "optimizer": irnn.Adam(0.01)}
+    whole.fit(*data, epochs=6, **options)
+    first = parted.fit(*data, epochs=3, **options)
+    parted.fit(*data, epochs=6, resume=first, **options)
+    np.testing.assert_array_equal(parted.parameters, whole.parameters)
+
+
+@pytest.mark.julia
 def test_what_a_device_does_not_offer_is_refused_by_name(pair, data):
     X, Y = data
     device = pair[1]
-    with pytest.raises(irnn.EngineError, match="does not offer the solver Newton; choose Auto or Picard"):
-        device.predict(X, solver="newton")
-    with pytest.raises(irnn.EngineError, match="does not offer the adjoint Unrolled"):
-        device.loss_and_gradient(X, Y, adjoint=irnn.Unrolled(3))
+    with pytest.raises(
+        irnn.EngineError, match="does not offer the solver NLsolve; choose Auto, Picard, Anderson, Newton or Chord"
+    ):
+        device.predict(X, solver="nlsolve")
+    with pytest.raises(
+        irnn.EngineError, match=r"does not offer the linear solver :gmres .* choose :auto, :lu, :neumann or :anderson"
+    ):
+        device.loss_and_gradient(X, Y, adjoint=irnn.Implicit("gmres"))
     with pytest.raises(irnn.EngineError, match="does not offer Hessian-vector products"):
         device.hessian_vector_product(X, Y, device.parameters)
+
+
+@pytest.mark.julia
+def test_who_computes_on_the_cpu_loads_no_package_for_devices(run_python: RunPython):
+    done = run_python(
+        """
+        import implicit_rnn as irnn, numpy as np, juliacall
+        irnn.Network(3, [irnn.Layer(4)], outputs=2, engine="julia").predict(np.zeros((5, 3)))
+        loaded = juliacall.Main.seval("join((p.name for p in keys(Base.loaded_modules)), ' ')").split()
+        print(sorted({"KernelAbstractions", "GPUArrays", "JLArrays", "CUDA", "GPUCompiler"} & set(loaded)))
+    """,
+        timeout=300,
+    )
+    assert done.stdout.strip() == "[]", str(done)

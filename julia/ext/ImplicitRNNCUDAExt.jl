@@ -14,6 +14,8 @@ ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
     )
 )
 
+ImplicitRNN.free_memory(::CUDABackend) = Int(CUDA.free_memory())
+
 function ImplicitRNN.describe_device(::CUDABackend)
     card = CUDA.device()
     gib(bytes) = round(bytes / 2^30; digits = 1)

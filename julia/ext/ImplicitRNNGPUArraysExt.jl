@@ -10,11 +10,12 @@ module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, BLOW_UP, check_device, check_features,
-    check_interrupt, check_size, Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED, ElementwiseLoss, equilibrium!,
-    guarantees_uniqueness, is_singular, JacobianPenalty, limit, LINEARIZED_PATIENCE, LossSeed, matrix_size, MAX_ITERATIONS,
-    needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise, PILOT_ITERATIONS, PILOTS, Quality, rademacher, repels,
-    rows_of, scale_floor, SINGULAR, slope, SMALLEST_STEP, Solver, Stage, StateSeed, SUSPICIOUS_SIZE, tolerance, trust_radius, unpack!,
+using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, BLOW_UP, check_device,
+    check_features, check_interrupt, check_size, Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED,
+    ElementwiseLoss, equilibrium!, free_memory, guarantees_uniqueness, is_singular, JacobianPenalty, limit,
+    LINEARIZED_PATIENCE, LossSeed, matrix_size, MAX_ITERATIONS, needs_equilibrium, NON_FINITE, norm_of, output_size,
+    OutputSeed, Piecewise, PILOT_ITERATIONS, PILOTS, Quality, rademacher, repels, rows_of, scale_floor, SINGULAR,
+    slope, SMALLEST_STEP, Solver, Stage, StateSeed, SUSPICIOUS_SIZE, tolerance, train!, trust_radius, unpack!,
     unpack_tangent, UNSTABLE, value, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Backend
@@ -28,5 +29,6 @@ include("device_lu.jl")
 include("device_solvers.jl")
 include("device_passes.jl")
 include("device_gradient.jl")
+include("device_training.jl")
 
 end

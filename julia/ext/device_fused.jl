@@ -26,45 +26,131 @@ work_items(::Tiling{P, C}) where {P, C} = (P ÷ BLOCK) * (C ÷ BLOCK)
 samples_of(::Tiling{P, C}) where {P, C} = C
 
 # A block is a tuple of 16 values, column by column. Its rows lie P / 4 apart, so that neighbouring work-items read neighbours.
-@inline block(f::F) where {F} = ntuple(q -> f((q - 1) % BLOCK + 1, (q - 1) ÷ BLOCK + 1), Val(BLOCK^2))
+@inline block(f::F) where {F} = Base.Cartesian.@ntuple 16 q -> @inline f((q - 1) % BLOCK + 1, (q - 1) ÷ BLOCK + 1)
+@inline four(f::F) where {F} = Base.Cartesian.@ntuple 4 r -> @inline f(r)
 @inline row_of(t, r, P) = (t - 1) % (P ÷ BLOCK) + 1 + (r - 1) * (P ÷ BLOCK)
 @inline column_of(t, c, P) = (t - 1) ÷ (P ÷ BLOCK) * BLOCK + c
 @inline add_outer(s, a, b) = block((r, c) -> muladd(a[r], b[c], s[(c - 1) * BLOCK + r]))
 
-# u + M z for the block of work-item t
-@inline function affine_block(u, M, z, t, n, ::Val{P}) where {P}
-    s = u
+# --- the steps of a work-item t, each for its block --------------------------------------------------------------------
+# Functions rather than loops within the kernel, whose indices would be captured as they change.
+
+# A block of an array of all samples, zero beyond its rows and columns; `first` is the sample before the group's.
+@inline function load_block(A, t, first, ::Tiling{P}) where {P}
+    n, samples = size(A)
+    return block() do r, c
+        i, j = row_of(t, r, P), first + column_of(t, c, P)
+        i <= n && j <= samples ? @inbounds(A[i, j]) : zero(eltype(A))
+    end
+end
+
+@inline function store_block!(z, values, t, ::Tiling{P}) where {P}
+    block() do r, c
+        @inbounds z[row_of(t, r, P), column_of(t, c, P)] = values[(c - 1) * BLOCK + r]
+        nothing
+    end
+    return
+end
+
+@inline function write_block!(A, z, t, first, ::Tiling{P}) where {P}
+    n, samples = size(A)
+    block() do r, c
+        i, j = row_of(t, r, P), first + column_of(t, c, P)
+        i <= n && j <= samples && @inbounds(A[i, j] = z[i, column_of(t, c, P)])
+        nothing
+    end
+    return
+end
+
+@inline function load_matrix!(matrix, M, t, n, tiling::Tiling{P, C, P}) where {P, C}
+    e = t
+    while e <= P * P
+        i, k = (e - 1) % P + 1, (e - 1) ÷ P + 1
+        @inbounds matrix[i, k] = i <= n && k <= n ? M[i, k] : zero(eltype(M))
+        e += work_items(tiling)
+    end
+    return
+end
+@inline load_matrix!(matrix, M, t, n, ::Tiling) = nothing
+
+# u + M z, with the group's copy of the matrix, or with the matrix, which has no rows beyond n.
+@inline affine_block(u, matrix, M, z, t, n, ::Tiling{P, C, P}) where {P, C} =
+    multiply_add_block(u, matrix, four(r -> row_of(t, r, P)), z, t, n, Val(P))
+@inline affine_block(u, matrix, M, z, t, n, ::Tiling{P}) where {P} =
+    multiply_add_block(u, M, four(r -> min(row_of(t, r, P), n)), z, t, n, Val(P))
+
+@inline function multiply_add_block(s, M, rows, z, t, n, ::Val{P}) where {P}
     for k in 1:n
-        @inbounds a = ntuple(r -> M[row_of(t, r, P), k], Val(BLOCK))
-        @inbounds b = ntuple(c -> z[k, column_of(t, c, P)], Val(BLOCK))
+        a = load_rows(M, rows, k)
+        b = load_columns(z, k, t, Val(P))
         s = add_outer(s, a, b)
     end
     return s
 end
+@inline load_rows(M, rows, k) = four(r -> @inbounds(M[rows[r], k]))
+@inline load_columns(z, k, t, ::Val{P}) where {P} = four(c -> @inbounds(z[k, column_of(t, c, P)]))
 
-# The same, where the matrix has no rows beyond n.
-@inline function affine_block_unpadded(u, M, z, t, n, ::Val{P}) where {P}
-    rows = ntuple(r -> min(row_of(t, r, P), n), Val(BLOCK))
-    s = u
-    for k in 1:n
-        @inbounds a = ntuple(r -> M[rows[r], k], Val(BLOCK))
-        @inbounds b = ntuple(c -> z[k, column_of(t, c, P)], Val(BLOCK))
-        s = add_outer(s, a, b)
+@inline function respond_block(g, D, s, t, first, n, samples, ::Tiling{P}) where {P}
+    return block() do r, c
+        i, j = row_of(t, r, P), first + column_of(t, c, P)
+        i <= n && j <= samples ? respond(g, D, i, j, s[(c - 1) * BLOCK + r]) : zero(s[1])
     end
-    return s
 end
 
-# ‖f - z‖², ‖f‖² and max |f| over the rows of a block in its column c
+# ‖f - z‖², ‖f‖² and max |f| over the rows of the block, for each of its columns
+@inline function sum_columns!(sums, g, D, s, f, z, t, n, ::Tiling{P}) where {P}
+    lane = (t - 1) % (P ÷ BLOCK) + 1
+    four() do c
+        column = column_of(t, c, P)
+        change, size, largest = column_sums(g, D, s, f, z, t, c, n, Val(P))
+        @inbounds sums[1, lane, column] = change
+        @inbounds sums[2, lane, column] = size
+        @inbounds sums[3, lane, column] = largest
+        nothing
+    end
+    return
+end
 @inline function column_sums(g, D, s, f, z, t, c, n, ::Val{P}) where {P}
-    at(r) = (c - 1) * BLOCK + r
-    change = ntuple(r -> f[at(r)] - @inbounds(z[row_of(t, r, P), column_of(t, c, P)]), Val(BLOCK))
-    state = ntuple(Val(BLOCK)) do r
-        i = row_of(t, r, P)
-        i <= n ? state_of(g, D, i, s[at(r)], f[at(r)]) : zero(f[1])
+    change = four(r -> f[(c - 1) * BLOCK + r] - @inbounds(z[row_of(t, r, P), column_of(t, c, P)]))
+    state = four() do r
+        i, q = row_of(t, r, P), (c - 1) * BLOCK + r
+        i <= n ? state_of(g, D, i, s[q], f[q]) : zero(f[1])
     end
     return square(change), square(state), max(abs.(state)...)
 end
 @inline square(x) = muladd(x[1], x[1], muladd(x[2], x[2], muladd(x[3], x[3], x[4] * x[4])))
+
+# The verdict on column t of the group, of which j is the sample.
+@inline function conclude_column!(progress, record, rule, sums, t, j, samples, ::Tiling{P}) where {P}
+    j <= samples && @inbounds(progress.running[j]) || return REST
+    change2 = size2 = largest = zero(eltype(sums))
+    for lane in 1:(P ÷ BLOCK)
+        @inbounds change2 += sums[1, lane, t]
+        @inbounds size2 += sums[2, lane, t]
+        @inbounds largest = max(largest, sums[3, lane, t])
+    end
+    return conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
+end
+
+@inline function change_block!(z, f, verdicts, damping, t, ::Tiling{P}) where {P}
+    block() do r, c
+        i, column = row_of(t, r, P), column_of(t, c, P)
+        @inbounds verdict = verdicts[column]
+        verdict == Int32(REST) || advance!(z, nothing, i, column, f[(c - 1) * BLOCK + r], verdict == Int32(ADVANCE) ? damping : one(damping))
+        nothing
+    end
+    return
+end
+
+@inline function count_running(verdicts)
+    running = zero(Int32)
+    for verdict in verdicts
+        running += verdict == Int32(ADVANCE)
+    end
+    return running
+end
+
+# --- the kernel ---------------------------------------------------------------------------------------------------------
 
 """
 Picard iteration of z = g(U + M z) for all columns that are `running`, from the iterates in `Z`: what [`step!`](@ref) does for one
@@ -81,76 +167,29 @@ iteration, by the same rule.
     verdicts = @localmem Int32 (C,)
     going = @localmem Int32 (1,)
     u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
-    values = @private NTuple{BLOCK^2, eltype(Z)} (1,)
+    f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
 
-    if Q > 1
-        e = t
-        while e <= P * P
-            i, k = (e - 1) % P + 1, (e - 1) ÷ P + 1
-            @inbounds matrix[i, k] = i <= n && k <= n ? M[i, k] : zero(eltype(Z))
-            e += (P ÷ BLOCK) * (C ÷ BLOCK)
-        end
+    load_matrix!(matrix, M, t, n, tiling)
+    @inbounds u[1] = load_block(U, t, (group - 1) * C, tiling)
+    store_block!(z, load_block(Z, t, (group - 1) * C, tiling), t, tiling)
+    if t == 1
+        @inbounds going[1] = 1
     end
-    at(A, r, c) = (i = row_of(t, r, P); j = (group - 1) * C + column_of(t, c, P); i <= n && j <= samples ? @inbounds(A[i, j]) : zero(eltype(Z)))
-    @inbounds u[1] = block((r, c) -> at(U, r, c))
-    block() do r, c
-        @inbounds z[row_of(t, r, P), column_of(t, c, P)] = at(Z, r, c)
-        nothing
-    end
-    t == 1 && @inbounds(going[1] = 1)
     @synchronize
     while @inbounds(going[1]) > 0
-        s = Q > 1 ? affine_block(@inbounds(u[1]), matrix, z, t, n, Val(P)) : affine_block_unpadded(@inbounds(u[1]), M, z, t, n, Val(P))
-        f = block() do r, c
-            i, j = row_of(t, r, P), (group - 1) * C + column_of(t, c, P)
-            i <= n && j <= samples ? respond(g, D, i, j, s[(c - 1) * BLOCK + r]) : zero(eltype(Z))
-        end
-        @inbounds values[1] = f
-        lane = (t - 1) % (P ÷ BLOCK) + 1
-        ntuple(Val(BLOCK)) do c
-            column = column_of(t, c, P)
-            change2, size2, largest = column_sums(g, D, s, f, z, t, c, n, Val(P))
-            @inbounds sums[1, lane, column] = change2
-            @inbounds sums[2, lane, column] = size2
-            @inbounds sums[3, lane, column] = largest
-            nothing
-        end
+        s = affine_block(@inbounds(u[1]), matrix, M, z, t, n, tiling)
+        @inbounds f[1] = respond_block(g, D, s, t, (group - 1) * C, n, samples, tiling)
+        sum_columns!(sums, g, D, s, @inbounds(f[1]), z, t, n, tiling)
         @synchronize
         if t <= C
-            j, verdict = (group - 1) * C + t, REST
-            if j <= samples && @inbounds(progress.running[j])
-                change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
-                for lane in 1:(P ÷ BLOCK)
-                    @inbounds change2 += sums[1, lane, t]
-                    @inbounds size2 += sums[2, lane, t]
-                    @inbounds largest = max(largest, sums[3, lane, t])
-                end
-                verdict = conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
-            end
-            @inbounds verdicts[t] = Int32(verdict)
+            @inbounds verdicts[t] = Int32(conclude_column!(progress, record, rule, sums, t, (group - 1) * C + t, samples, tiling))
         end
         @synchronize
-        @inbounds f = values[1]
-        block() do r, c
-            i, column = row_of(t, r, P), column_of(t, c, P)
-            @inbounds verdict, x = verdicts[column], f[(c - 1) * BLOCK + r]
-            damping = verdict == Int32(ADVANCE) ? rule.damping : one(rule.damping)
-            verdict == Int32(REST) || put!(z, nothing, i, column, x, damping)
-            nothing
-        end
+        change_block!(z, @inbounds(f[1]), verdicts, rule.damping, t, tiling)
         if t == 1
-            running = zero(Int32)
-            for column in 1:C
-                @inbounds running += verdicts[column] == Int32(ADVANCE)
-            end
-            @inbounds going[1] = running
+            @inbounds going[1] = count_running(verdicts)
         end
         @synchronize
     end
-    block() do r, c
-        i, column = row_of(t, r, P), column_of(t, c, P)
-        j = (group - 1) * C + column
-        i <= n && j <= samples && @inbounds(Z[i, j] = z[i, column])
-        nothing
-    end
+    write_block!(Z, z, t, (group - 1) * C, tiling)
 end

@@ -8,7 +8,7 @@ function ImplicitRNN.loss_and_gradient!(
     check_size("targets", Y, output_size(net), B)
     weights === nothing || length(weights) == B ||
         throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
-    seed = LossSeed(problem.loss, on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights), T(1 / B))
+    seed = LossSeed(problem.loss, Y, weights, T(1 / B))
     return pull_back!(g, nothing, ws, problem, p, X, nothing, seed, probe, report)
 end
 
@@ -20,7 +20,7 @@ function ImplicitRNN.vjp!(
     check_size("cotangents", V, rows_of(net, of), B)
     check_size("derivatives", dX, net.inputs, B)
     start === nothing || check_size("states", start, neurons(net), B)
-    seed = of === :outputs ? OutputSeed(on_device(ws, V)) : StateSeed(on_device(ws, V))
+    seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     return pull_back!(g, dX, ws, problem, p, X, start, seed, probe, report)
 end
 
@@ -34,22 +34,29 @@ function ImplicitRNN.jvp!(
     start === nothing || check_size("states", start, neurons(net), B)
     length(dp) == length(net) ||
         throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
-    check_gradient(problem)
-    x, dx = on_device(ws, X), on_device(ws, dX)
-    found = settle!(ws, problem, p, x, start)
-    direction = tangent_weights(ws, dp)
-    residual = zeros(B)
-    for k in eachindex(ws.stages)
-        push_forward_stage!(residual, ws, problem.adjoint, k, direction.stages[k], x, dx)
+    check_options(problem)
+    unpack!(ws, p)
+    direction, quality = tangent_weights(ws, dp), Quality()
+    for columns in pieces(ws, problem, B)
+        x, dx = on_device(ws, columns_of(X, columns)), on_device(ws, columns_of(dX, columns))
+        found = settle!(ws, problem, x, columns_of(start, columns))
+        residual = zeros(length(columns))
+        for k in eachindex(ws.stages)
+            push_forward_stage!(residual, ws, problem.adjoint, k, direction.stages[k], x, dx)
+        end
+        if of === :state
+            foreach((stage, a) -> put_block!(tangent, stage.rows, columns, a.E), net.stages, ws.arrays)
+        else
+            put_block!(tangent, axes(tangent, 1), columns, read_out_tangent(ws, direction, length(columns)))
+        end
+        report === nothing || report!(report, columns, found, residual)
+        quality = merge(quality, quality_of(found, residual, problem.adjoint))
     end
-    if of === :state
-        foreach((stage, a) -> put_rows!(tangent, stage.rows, a.E), net.stages, ws.arrays)
-    else
-        copyto!(tangent, read_out_tangent(ws, direction, B))
-    end
-    report === nothing || foreach(copyto!, report, (found.status, found.residual, residual))
-    return quality_of(found, residual, problem.adjoint)
+    return quality
 end
+
+report!(report, columns, found, residual) =
+    foreach((to, from) -> copyto!(view(to, columns), from), report, (found.status, found.residual, residual))
 
 "The derivative of the weights in force along a direction of the parameters; the constraints are differentiated on the host."
 function tangent_weights(ws::DeviceWorkspace{T}, dp) where {T}
@@ -108,26 +115,32 @@ end
 ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X, Y, v, weights = nothing) =
     refused("Hessian-vector products")
 
+# The gradient goes to `g`, that of the samples to `dX` if that is not nothing.
 function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report)
-    check_gradient(problem)
-    x = on_device(ws, X)
-    found = settle!(ws, problem, p, x, start)
-    loss = begin_back!(ws, seed)
-    adjoint_residual = zeros(size(X, 2))
-    dx = dX === nothing ? nothing : fill!(similar(x), 0)
-    penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2))
-    for k in length(ws.stages):-1:1
-        loss += backward_stage!(adjoint_residual, ws, problem.adjoint, k, x, dx, penalty)
+    check_options(problem)
+    unpack!(ws, p)
+    penalty, parts = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2)), pieces(ws, problem, size(X, 2))
+    total, loss, quality = fill!(similar(ws.gradient), 0), 0.0, Quality()
+    for columns in parts
+        x = on_device(ws, columns_of(X, columns))
+        found = settle!(ws, problem, x, columns_of(start, columns))
+        loss += begin_back!(ws, seed, columns)
+        residual = zeros(length(columns))
+        dx = dX === nothing ? nothing : fill!(similar(x), 0)
+        for k in length(ws.stages):-1:1
+            loss += backward_stage!(residual, ws, problem.adjoint, k, x, dx, penalty, first(columns))
+        end
+        total .+= ws.gradient
+        dX === nothing || put_block!(dX, axes(dX, 1), columns, dx)
+        report === nothing || report!(report, columns, found, residual)
+        quality = merge(quality, quality_of(found, residual, problem.adjoint))
     end
-    dX === nothing || copyto!(dX, dx)
-    copyto!(g, ws.gradient)
-    report === nothing || foreach(copyto!, report, (found.status, found.residual, adjoint_residual))
-    return loss, quality_of(found, adjoint_residual, problem.adjoint)
+    copyto!(g, total)
+    return loss, quality
 end
 
-"Put the parameters into force and bring the samples to their equilibrium, with the slopes there."
-function settle!(ws::DeviceWorkspace, problem, p, X, start)
-    unpack!(ws, p)
+"Bring the samples to their equilibrium with the parameters in force, with the slopes there."
+function settle!(ws::DeviceWorkspace, problem, X, start)
     found = forward!(ws, problem, X, start === nothing ? nothing : on_device(ws, start))
     status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
     for (k, stage) in enumerate(ws.net.stages)
@@ -148,20 +161,22 @@ function last_evaluation!(ws::DeviceWorkspace, k, X, status)
     return
 end
 
-"Set ∂L/∂z of all stages and the gradient of the readout; returns the loss."
-function begin_back!(ws::DeviceWorkspace, seed::LossSeed)
-    outputs = fill!(similar(seed.targets), 0)
+"Set ∂L/∂z of all stages and the gradient of the readout, for some columns of the batch; returns their loss."
+function begin_back!(ws::DeviceWorkspace, seed::LossSeed, columns)
+    targets, weights = on_device(ws, columns_of(seed.targets, columns)), columns_of(seed.weights, columns)
+    outputs = fill!(similar(targets), 0)
     ws.net.outputs > 0 && (outputs .= ws.offset)
     foreach((w, a) -> isempty(w.readout) || mul!(outputs, w.readout, a.Z, true, true), ws.stages, ws.arrays)
     GY = similar(outputs)
-    loss = loss_gradient!(GY, seed.loss, outputs, seed.targets, seed.weights, seed.scale)
+    loss = loss_gradient!(GY, seed.loss, outputs, targets, weights === nothing ? nothing : on_device(ws, weights), seed.scale)
     read_out_adjoint!(ws, GY)
     return loss
 end
-begin_back!(ws::DeviceWorkspace, seed::OutputSeed) = (read_out_adjoint!(ws, seed.V); 0.0)
-function begin_back!(ws::DeviceWorkspace, seed::StateSeed)
+begin_back!(ws::DeviceWorkspace, seed::OutputSeed, columns) = (read_out_adjoint!(ws, on_device(ws, columns_of(seed.V, columns))); 0.0)
+function begin_back!(ws::DeviceWorkspace, seed::StateSeed, columns)
     fill!(ws.gradient, 0)
-    foreach((stage, a) -> a.G .= view(seed.V, stage.rows, :), ws.net.stages, ws.arrays)
+    V = on_device(ws, columns_of(seed.V, columns))
+    foreach((stage, a) -> a.G .= view(V, stage.rows, :), ws.net.stages, ws.arrays)
     return 0.0
 end
 
@@ -193,7 +208,7 @@ across(::Nothing) = true
 across(weights) = reshape(weights, 1, :)
 
 "The way back through stage k: its part of the gradient, and ∂L/∂z of what drives it; returns its Jacobian penalty."
-function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint, k, X, dX, penalty)
+function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint, k, X, dX, penalty, first_sample)
     stage, w, a = ws.net.stages[k], ws.stages[k], ws.arrays[k]
     total, recurrent = 0.0, nothing
     if !stage.recurrent
@@ -202,7 +217,7 @@ function backward_stage!(adjoint_residual, ws::DeviceWorkspace, adjoint::Adjoint
         recurrent = unroll_back!(ws, k, adjoint.steps)
     else
         recurrent, direct = fill!(similar(w.recurrent), 0), nothing
-        penalty.weight > 0 && ((total, direct) = add_penalty!(recurrent, ws, k, penalty))
+        penalty.weight > 0 && ((total, direct) = add_penalty!(recurrent, ws, k, penalty, first_sample))
         solve_linear!(adjoint_residual, ws, adjoint, k)
         direct === nothing || (a.E .+= direct)
         mul!(recurrent, a.E, a.Z', true, true)
@@ -235,11 +250,11 @@ function unroll_back!(ws::DeviceWorkspace, k, steps)
 end
 
 "The [`JacobianPenalty`](@ref ImplicitRNN.JacobianPenalty) of stage k, as on the CPU: see `add_penalty!` there."
-function add_penalty!(gradient, ws::DeviceWorkspace{T}, k, penalty) where {T}
+function add_penalty!(gradient, ws::DeviceWorkspace{T}, k, penalty, first_sample) where {T}
     stage, a, R = ws.net.stages[k], ws.arrays[k], ws.stages[k].recurrent
     c = T(penalty.weight / (penalty.samples * neurons(ws.net)))
     v, curvature = similar(a.Z), similar(a.Z)
-    signs!(ws.backend)(v, penalty.probe, first(stage.rows) - 1; ndrange = size(v))
+    signs!(ws.backend)(v, penalty.probe, first(stage.rows) - 1, first_sample - 1; ndrange = size(v))
     curvatures!(ws.backend)(curvature, a.S, a.Z, stage.activation; ndrange = size(v))
     A = a.D .* v
     q = R' * A

@@ -143,14 +143,14 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
         i = lane
         while i <= n
             @inbounds z = respond(g, D, i, j, S[i, j])
-            put!(Z, verdict == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
+            advance!(Z, verdict == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
             i += LANES
         end
     end
 end
 
-@inline put!(Z, ::Nothing, i, j, z, damping) = @inbounds Z[i, j] = damping == 1 ? z : muladd(damping, z - Z[i, j], Z[i, j])
-@inline put!(Z, F, i, j, z, damping) = @inbounds F[i, j] = z
+@inline advance!(Z, ::Nothing, i, j, z, damping) = @inbounds Z[i, j] = damping == 1 ? z : muladd(damping, z - Z[i, j], Z[i, j])
+@inline advance!(Z, F, i, j, z, damping) = @inbounds F[i, j] = z
 
 @inline function record!(record::NamedTuple, j, status, count, residual, rate)
     @inbounds begin
@@ -199,10 +199,10 @@ end
     @inbounds C[i, j] = curvature_at(f, i, S[i, j], Z[i, j])
 end
 
-"The random signs of the [`JacobianPenalty`](@ref ImplicitRNN.JacobianPenalty), for neurons from `first` + 1 on."
-@kernel function signs!(V, probe, first)
+"The random signs of the [`JacobianPenalty`](@ref ImplicitRNN.JacobianPenalty), for neurons and samples after those given."
+@kernel function signs!(V, probe, neuron, sample)
     i, j = @index(Global, NTuple)
-    @inbounds V[i, j] = rademacher(probe, j, first + i)
+    @inbounds V[i, j] = rademacher(probe, sample + j, neuron + i)
 end
 
 "The columns of a stage that is not recurrent, of which one evaluation is exact."

@@ -38,13 +38,13 @@ overwritten.
     end
     @synchronize
     for k in 1:n
-        largest, p = -one(eltype(X)), Int32(k)
+        largest, p = -one(eltype(X)), k % Int32
         i = k - 1 + t
         while i <= n
             @inbounds a = abs(A[i, k, c])
             # What is not a number is never larger, and found among the pivots.
             if a > largest
-                largest, p = a, Int32(i)
+                largest, p = a, i % Int32
             end
             i += WORKERS
         end

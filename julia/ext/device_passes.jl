@@ -136,13 +136,15 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
     check_solver(problem.solver)
     start === nothing || check_size("states", start, neurons(net), B)
     unpack!(ws, p)
-    x = on_device(ws, X)
-    found = forward!(ws, problem, x, start === nothing ? nothing : on_device(ws, start))
-    for name in (:status, :iterations, :residual, :rate)
-        copyto!(getfield(solution, name), getfield(found, name))
+    for columns in pieces(ws, problem, B)
+        x, z = on_device(ws, columns_of(X, columns)), columns_of(start, columns)
+        found = forward!(ws, problem, x, z === nothing ? nothing : on_device(ws, z))
+        for name in (:status, :iterations, :residual, :rate)
+            copyto!(view(getfield(solution, name), columns), getfield(found, name))
+        end
+        foreach((stage, a) -> put_block!(solution.state, stage.rows, columns, a.Z), net.stages, ws.arrays)
+        certify!(view(solution.bound, columns), ws, x)
     end
-    foreach((stage, a) -> put_rows!(solution.state, stage.rows, a.Z), net.stages, ws.arrays)
-    certify!(solution.bound, ws, x)
     return solution
 end
 

@@ -11,10 +11,11 @@ struct StageArrays{M}
 end
 
 """
-    DeviceWorkspace(net, backend)
+    DeviceWorkspace(net, backend; budget = 3 / 4 of the free memory)
 
 The [`AbstractWorkspace`](@ref ImplicitRNN.AbstractWorkspace) of a device: of any backend of KernelAbstractions.jl. The solver
-`NLsolver`, the linear solver `:gmres` and Hessian-vector products are refused.
+`NLsolver`, the linear solver `:gmres` and Hessian-vector products are refused. A batch whose arrays would take more than `budget`
+bytes is computed piece by piece.
 """
 mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: AbstractVector{T}} <: AbstractWorkspace{T}
     const net::Network{T}
@@ -28,19 +29,20 @@ mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: Abs
     const arrays::Vector{StageArrays{M}}        # their first columns, for the present batch
     const chains::Vector{Vector{M}}             # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     on_host::Bool                               # whether the parameters are in force on the CPU as well
+    budget::Int                                 # bytes that a batch may take
 end
 
-function DeviceWorkspace(net::Network{T}, backend::Backend) where {T}
+function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3) where {T}
     check_device(backend)
     make(dimensions...) = KernelAbstractions.zeros(backend, T, dimensions...)
     M, V = typeof(make(0, 0)), typeof(make(0))
     return DeviceWorkspace{T, typeof(backend), M, V}(
         net, backend, CPUWorkspace(net), make(length(net)), make(length(net)), device_stages(net, make), make(net.outputs),
-        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false
+        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget
     )
 end
 
-ImplicitRNN.Workspace(net::Network, backend::Backend) = DeviceWorkspace(net, backend)
+ImplicitRNN.Workspace(net::Network, backend::Backend; options...) = DeviceWorkspace(net, backend; options...)
 function ImplicitRNN.Workspace(net::Network{T}, ::Type{A}) where {T, A <: AbstractGPUArray}
     return DeviceWorkspace(net, get_backend(A(zeros(T, 0))))
 end
@@ -57,9 +59,9 @@ on_device(::DeviceWorkspace, A::AbstractGPUArray) = A
 on_device(ws::DeviceWorkspace{T}, A::AbstractArray) where {T} =
     copyto!(KernelAbstractions.allocate(ws.backend, T, size(A)...), convert(Array{T}, A))
 
-"Rows of `A` become `B`, wherever the two are."
-put_rows!(A::AbstractGPUArray, rows, B) = (view(A, rows, :) .= B; A)
-put_rows!(A::AbstractArray, rows, B) = (view(A, rows, :) .= Array(B); A)
+"Rows and columns of `A` become `B`, wherever the two are."
+put_block!(A::AbstractGPUArray, rows, columns, B) = (view(A, rows, columns) .= B; A)
+put_block!(A::AbstractArray, rows, columns, B) = (view(A, rows, columns) .= on_host(B); A)
 
 "Put the parameters into force."
 function ImplicitRNN.unpack!(ws::DeviceWorkspace, p)
@@ -120,3 +122,27 @@ check_solver(::NLsolver) = refused("the solver NLsolve", "Auto, Picard, Anderson
 check_adjoint(::Adjoint) = nothing
 check_adjoint(s::Implicit) = s.linear_solver !== :gmres ||
     refused("the linear solver :gmres of the adjoint Implicit", ":auto, :lu, :neumann or :anderson")
+
+check_options(problem::Problem) = (check_solver(problem.solver); check_adjoint(problem.adjoint))
+
+# --- pieces of a batch --------------------------------------------------------------------------------------------------
+
+"The columns of the pieces in which so many samples are computed, so that their arrays fit the workspace's budget."
+function pieces(ws::DeviceWorkspace{T}, problem::Problem, samples::Int) where {T}
+    bytes = arrays_per_sample(problem) * neurons(ws.net) * sizeof(T)
+    width = clamp(ws.budget ÷ bytes, 1, max(samples, 1))
+    return [first:min(first + width - 1, samples) for first in 1:width:samples]
+end
+
+# Those of a stage, what the methods keep, and room for intermediate results.
+arrays_per_sample(problem::Problem) = 10 + kept(problem.solver) + kept(problem.adjoint)
+kept(::Solver) = 4
+kept(s::Anderson) = 2 * s.memory + 3
+kept(::Adjoint) = 0
+kept(s::Implicit) = s.linear_solver === :anderson ? kept(Anderson()) : 0
+kept(s::Unrolled) = 2 * s.steps + 1
+
+"The columns of an array, the array itself where they are all of them."
+columns_of(A::AbstractMatrix, columns) = length(columns) == size(A, 2) ? A : A[:, columns]
+columns_of(x::AbstractVector, columns) = length(columns) == length(x) ? x : x[columns]
+columns_of(::Nothing, columns) = nothing

@@ -191,6 +191,46 @@ else
         @test trained[2][2] ≈ trained[1][2] rtol = 1.0e-8
     end
 
+    @testset "training stays on the device: $(nameof(typeof(rule)))" for rule in (ImplicitRNN.Optimisers.Adam(0.01), ImplicitRNN.Optimisers.Momentum(0.01))
+        net = layered()
+        P = hcat(parameters(net), parameters(net; seed = 9))
+        X, Y, weights = samples(net, 30), targets(net, 30), rand(Xoshiro(7), 30)
+        order = reduce(hcat, shuffle(Xoshiro(e), 1:30) for e in 1:4)
+        results = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
+            nets, losses, unconverged = Replicas(copy(P)), zeros(4, 2), zeros(Int, 4, 2)
+            trainer = Trainer(Problem(net), rule; workspace, batch_size = 8, nets = 2, clip = 0.5)
+            train!(trainer, nets, X, Y, order, 8, fill(0.01, 16), losses, unconverged; weights)
+            state = ImplicitRNN.optimizer_state(trainer)
+            again = Trainer(Problem(net), rule; workspace, batch_size = 8, nets = 2)
+            ImplicitRNN.restore_optimizer_state!(again, state)
+            @test ImplicitRNN.optimizer_state(again) == state
+            nets.parameters, losses, state, unconverged
+        end
+        @test all(relative_error(results[2][k], results[1][k]) < 1.0e-8 for k in 1:3)
+        @test results[2][4] == results[1][4]
+        @test on_device(net) isa ImplicitRNN.AbstractWorkspace && Trainer(Problem(net), rule; workspace = on_device(net)).gradient isa JLArray
+    end
+
+    @testset "a batch larger than the memory is done in pieces" begin
+        net = layered()
+        p, X, Y, V = parameters(net), samples(net, 50), targets(net, 50), randn(Xoshiro(6), 2, 50)
+        small = ImplicitRNN.Workspace(net, JLBackend(); budget = 20_000)
+        @test 2 < length(Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt).pieces(small, Problem(net), 50)) < 50
+        here, there = (solved(ws, p, X; start = fill(0.1, 12, 50)) for ws in (on_device(net), small))
+        @test all(getfield(here, name) == getfield(there, name) for name in (:status, :iterations))
+        @test there.state ≈ here.state && there.bound ≈ here.bound
+        results = map((on_device(net), small)) do ws
+            g, h, dX, tangent = zero(p), zero(p), zero(X), zeros(2, 50)
+            report = (Vector{Status}(undef, 50), zeros(50), zeros(50))
+            problem = Problem(net; jacobian_penalty = 0.3)
+            loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y, 3, rand(Xoshiro(5), 50), report)
+            ImplicitRNN.vjp!(h, dX, ws, problem, p, X, V)
+            ImplicitRNN.jvp!(tangent, ws, problem, p, X, p, X)
+            [loss; g; h; vec(dX); vec(tangent); report[2]; report[3]]
+        end
+        @test results[2] ≈ results[1] rtol = 1.0e-10
+    end
+
     @testset "every solver: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(), Anderson(memory = 2, damping = 0.8), Newton(), Chord())
         for net in (one_layer(), one_layer(; neurons = 150), layered(), one_layer(; constraint = Monotone(0.1)), one_layer(; T = Float32))
             gain = neurons(net) > 100 ? 0.05 : 0.4

@@ -5,16 +5,36 @@ include("ptx.jl")
 "The kernels with their launches and the types of their arguments, for entries of type T."
 function kernels_of(::Type{T}) where {T}
     E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
-    M, f = PTX.Global{T, 2}, typeof(ImplicitRNN.Piecewise((1:4, 5:9), (ImplicitRNN.Gelu(), ImplicitRNN.Softplus())))
-    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{(PTX.Global{S, 1} for S in types)...}}
-    progress = of((; running = Bool, abandoned = Bool, count = Int32, change = T, rate = T))
-    record = of((; status = Status, iterations = Int32, residual = T, rate = T))
+    M, V, f = PTX.Global{T, 2}, PTX.Global{T, 1}, typeof(ImplicitRNN.Piecewise((1:4, 5:9), (ImplicitRNN.Gelu(), ImplicitRNN.Softplus())))
+    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
+    per_column(types::NamedTuple) = of(map(S -> PTX.Global{S, 1}, types))
+    flags = PTX.Global{Bool, 1}
+    progress = per_column((; running = Bool, started = Bool, abandoned = Bool, count = Int32, change = T, rate = T))
+    record = per_column((; status = Status, iterations = Int32, residual = T, rate = T))
+    A = PTX.Global{T, 3}
+    history = of((; ΔR = A, ΔF = A, R = M, F = M, gram = A, G = A, γ = M, b = M, change = V, differences = PTX.Global{Int32, 1}))
+    line = of((; base = M, picard = M, direction = M, step = V, residual = V, fresh = flags, singular = flags))
     group = (E.LANES, E.GROUP)
+    fused = map((fused_16 = 16, fused_64 = 64, fused_128 = 128)) do n
+        tiling = E.Tiling(n, T)
+        (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Activated{ImplicitRNN.Tanh}, Nothing, E.Rule{T}, typeof(tiling)))
+    end
+    tiling = E.Tiling(64, T)
     return (;
-        stage = (E.gpu_step!, group, (M, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
-        adjoint = (E.gpu_step!, group, (M, progress, record, M, E.Scaled, M, E.Rule{T})),
+        stage = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
+        adjoint = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Scaled, M, E.Rule{T})),
+        evaluation = (E.gpu_step!, group, (M, M, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
+        linearised = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Deviating{f}, V, E.Rule{T})),
+        fused...,
+        fused_adjoint = (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Scaled, M, E.Rule{T}, typeof(tiling))),
+        anderson = (E.gpu_accelerate!, group, (M, M, history, flags, V, Int32, T, T, Val{5})),
+        search = (E.gpu_search!, group, (M, M, line, flags, V)),
+        elimination = (E.gpu_eliminate!, (E.WORKERS,), (M, flags, A, M, Nothing, M, M, PTX.Global{Int, 1})),
         activate = (E.gpu_activate!, 2, (M, M, f)),
         slopes = (E.gpu_slopes!, 2, (M, M, M, f, PTX.Global{Status, 1}, Bool)),
+        slopes_at = (E.gpu_slopes_at!, 2, (M, M, M, f)),
+        curvatures = (E.gpu_curvatures!, 2, (M, M, M, f)),
+        signs = (E.gpu_signs!, 2, (M, UInt64, Int, Int)),
         record = (E.gpu_record_evaluation!, 1, (record, M)),
     )
 end
@@ -23,10 +43,10 @@ end
     for (name, (f, launch, types)) in pairs(kernels_of(T))
         ptx = PTX.assembly(f, launch, types, card)
         used = PTX.resources(ptx, card)
-        @info "kernel $name" T card used...
+        println(rpad("kernel $name", 24), rpad(T, 9), rpad(card, 7), join(("$k $v" for (k, v) in pairs(used)), ", "))
         @test occursin("st.global", ptx)    # rather than a trap, of what does not compile
-        @test used.spilled == 0
-        @test used.registers <= 128         # two groups of 256 work-items on a multiprocessor
-        @test used.shared == (f === first(kernels_of(T).stage) ? 256 * 3 * sizeof(T) + 32 : 0)
+        @test used.stack == used.spilled == 0
+        @test used.shared <= 48 * 1024
+        @test used.registers * prod(launch isa Tuple ? launch : 256) <= 65536    # the registers of a multiprocessor
     end
 end

@@ -6,6 +6,7 @@ module PTX
 
 using GPUCompiler: GPUCompiler, AbstractCompilerParams, CompilerConfig, CompilerJob, JuliaContext, PTXCompilerTarget
 using KernelAbstractions: KernelAbstractions as KA
+using StaticArrays: MArray
 using KernelAbstractions.NDIteration: DynamicCheck, DynamicSize, NDRange, NoDynamicCheck, StaticSize, blocks, expand, workitems
 
 const LLVMPtr = Core.LLVMPtr
@@ -82,6 +83,7 @@ Base.Experimental.@overlay METHODS @inline KA.__index_Global_Linear(ctx) =
 Base.Experimental.@overlay METHODS @inline KA.__validindex(ctx) =
     KA.__dynamic_checkbounds(ctx) ? (@inbounds expand(KA.__iterspace(ctx), block(), thread())) in KA.__ndrange(ctx) : true
 Base.Experimental.@overlay METHODS @inline KA.SharedMemory(::Type{T}, dims::Val, id::Val) where {T} = shared(T, dims, id)
+Base.Experimental.@overlay METHODS @inline KA.Scratchpad(ctx, ::Type{T}, ::Val{dims}) where {T, dims} = MArray{Tuple{dims...}, T}(undef)
 Base.Experimental.@overlay METHODS @inline KA.__synchronize() = barrier()
 
 # --- the compiler -------------------------------------------------------------------------------------------------
@@ -105,7 +107,7 @@ function assembly(f, launch, types, card::VersionNumber)
     end
 end
 
-"What ptxas says of it: registers, bytes spilled and bytes of shared memory."
+"What ptxas says of it: registers, bytes of the stack (local memory), bytes spilled and bytes of shared memory."
 function resources(ptx, card::VersionNumber)
     file, said = tempname(), IOBuffer()
     write(file, ptx)
@@ -113,7 +115,7 @@ function resources(ptx, card::VersionNumber)
     text = String(take!(said))
     number(pattern) = (found = match(pattern, text); found === nothing ? 0 : parse(Int, only(found.captures)))
     return (;
-        registers = number(r"Used (\d+) registers"), spilled = number(r"(\d+) bytes spill stores"), shared = number(r"(\d+) bytes smem"),
+        registers = number(r"Used (\d+) registers"), stack = number(r"(\d+) bytes stack frame"), spilled = number(r"(\d+) bytes spill stores"), shared = number(r"(\d+) bytes smem"),
     )
 end
 
