@@ -10,6 +10,9 @@ import pytest
 from conftest import RunPython, has_julia_package
 
 import implicit_rnn as irnn
+from implicit_rnn.engines.julia.network import call
+from implicit_rnn.runtime import doctor, gpu, install, start
+from implicit_rnn.runtime.environments import Environment
 
 LAYERS = [irnn.Layer(6), irnn.Layer(4, "softplus")]
 
@@ -169,3 +172,51 @@ def test_who_computes_on_the_cpu_loads_no_package_for_devices(run_python: RunPyt
         timeout=300,
     )
     assert done.stdout.strip() == "[]", str(done)
+
+
+# --- the command, and what goes wrong --------------------------------------------------------------------------
+
+
+@pytest.mark.julia
+def test_the_self_test_of_a_device_compares_it_with_the_cpu(pair):
+    report = gpu.self_test("jl", sizes=((8, 32),))
+    assert report["ok"]
+    assert set(report["differences"]) == {"float64", "float32"}
+    assert set(report["gradient, ms"]["8 x 32"]) == {"cpu", "jl"}
+    assert gpu.describe("jl").startswith("JLBackend, JLArrays.jl")
+
+
+@pytest.mark.julia
+def test_doctor_says_why_there_is_no_gpu():
+    if has_julia_package("CUDA"):
+        pytest.skip("CUDA.jl is in Julia's environment")
+    report = doctor.diagnose(gpu=True)
+    assert "needs CUDA.jl" in report["gpu"]
+    assert "implicit-rnn setup --cuda" in report["gpu self-test"]
+    assert not report["ok"]
+
+
+def test_setup_with_cuda_adds_it_to_the_project(monkeypatch, fake_julia):
+    exe, project = fake_julia()
+    commands: list[list[str]] = []
+    monkeypatch.setattr(install, "run", lambda command, env=None: commands.append(command) or len(commands) > 1)
+    monkeypatch.setattr(install, "cause", lambda: "no network")
+    environment = Environment(exe, project, "a test")
+    gpu.add_cuda(environment)
+    assert commands[0][:2] == [exe, f"--project={project}"]
+    assert 'name = "CUDA"' in commands[0][-1]
+    with pytest.raises(irnn.EngineError, match=r"CUDA.jl could not be added to .*: no network"):
+        gpu.add_cuda(environment)
+
+
+def test_too_little_memory_on_the_card_is_a_memory_error(monkeypatch):
+    class JuliaError(Exception):
+        pass
+
+    def solve() -> None:
+        raise JuliaError("Out of GPU memory trying to allocate 8.000 GiB\nStacktrace:")
+
+    monkeypatch.setattr(start, "entry_points", lambda: {"solve": solve})
+    monkeypatch.setattr(start, "interruptible", lambda point, arguments: point(*arguments))
+    with pytest.raises(MemoryError, match=r"allocate 8.000 GiB; take smaller batches, or device='cpu'"):
+        call("solve")

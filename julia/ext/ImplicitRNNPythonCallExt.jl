@@ -16,7 +16,7 @@ function entry_points()
     points = pydict()
     own = (
         compile, program, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
-        interrupt_address,
+        describe_device, interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
@@ -123,16 +123,31 @@ const DEVICES = Dict(
 
 function workspace_on(net::Network, device::String)
     device == "cpu" && return Workspace(net)
+    library, backend = library_of(device)
+    # Late, as the methods of the package are younger than this call.
+    return Base.invokelatest(() -> Workspace(net, getproperty(library, backend)()))
+end
+
+"`describe_device(device)`: the device in words, an error where there is none that works."
+function describe_device(device::Py)
+    library, name = library_of(pyconvert(String, device))
+    return Base.invokelatest() do
+        backend = getproperty(library, name)()
+        ImplicitRNN.check_device(backend)
+        return string(ImplicitRNN.describe_device(backend), ", ", library, ".jl ", pkgversion(library))
+    end
+end
+
+"The package of a device, loaded, and the name of its backend."
+function library_of(device::String)
     package, backend = DEVICES[device]
     Base.locate_package(package) === nothing && throw(
         ArgumentError(
             "device = \"$device\" needs $(package.name).jl, which is not in Julia's environment $(dirname(Base.active_project())); \
-            add it there by `import Pkg; Pkg.add(\"$(package.name)\")`, or use device = \"cpu\""
+            add it by `implicit-rnn setup --cuda`, or there by `import Pkg; Pkg.add(\"$(package.name)\")`, or use device = \"cpu\""
         )
     )
-    # Late, as the methods of the package are younger than this call.
-    library = Base.require(package)
-    return Base.invokelatest(() -> Workspace(net, getproperty(library, backend)()))
+    return Base.require(package), backend
 end
 
 "`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."

@@ -130,11 +130,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--install", action="store_true", help="install Julia and its packages if they are missing")
+    doctor.add_argument(
+        "--gpu", action="store_true", help="compute on the GPU and on the CPU, compare, and print a table of times"
+    )
     doctor.set_defaults(run=_doctor)
 
     setup = commands.add_parser("setup", help="prepare and precompile a Julia environment, once")
     setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
     setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
+    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl, for networks on NVIDIA cards")
     setup.add_argument("--remove", action="store_true", help="delete what setup made, and forget what it named")
     setup.set_defaults(run=_setup)
     return parser
@@ -262,7 +266,7 @@ def _advance(bar: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     from implicit_rnn.runtime import doctor
 
-    report = doctor.diagnose(install=options.install)
+    report = doctor.diagnose(install=options.install, gpu=options.gpu)
     print(json.dumps(report, indent=2) if options.json else doctor.describe(report))
     return 0 if report["ok"] else 1
 
@@ -274,7 +278,7 @@ def _setup(options: argparse.Namespace) -> int:
         for path in remove():
             say(f"deleted {path}")
         return 0
-    prepared = setup(options.julia, options.project)
+    prepared = setup(options.julia, options.project, cuda=options.cuda)
     say(f"ready, {prepared.exe} with the project {prepared.project}")
     return 0
 

@@ -15,6 +15,7 @@ import cases
 import equations
 import figures
 import fit
+import gpu
 import scale
 import startup
 import step
@@ -58,7 +59,7 @@ def main() -> int:
         path = options.out / f"{name}.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
-        if options.publish:
+        if options.publish and name in tables.TABLES:
             tables.publish(name, result)
     return 0
 
@@ -117,6 +118,11 @@ def run_scale(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def run_gpu(options: argparse.Namespace) -> dict[str, Any]:
+    """gradients and fits on a GPU, ours and the peers'; skipped where there is none"""
+    return gpu.run(options.peers_python, options.rounds)
+
+
 def run_startup(options: argparse.Namespace) -> dict[str, Any]:
     """import, start of the engine, first gradient, what is compiled at run time"""
     return startup.run()
@@ -137,6 +143,7 @@ def run_datasets(options: argparse.Namespace) -> dict[str, Any]:
 BENCHMARKS = {
     "step": run_step,
     "fit": run_fit,
+    "gpu": run_gpu,
     "equations": run_equations,
     "memory": run_memory,
     "scale": run_scale,

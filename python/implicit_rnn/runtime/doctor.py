@@ -11,14 +11,16 @@ import numpy as np
 
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import environments, start, threads
+from implicit_rnn.runtime import gpu as devices
 
 PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "safetensors")
 
 
-def diagnose(install: bool = False) -> dict[str, Any]:
+def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
     """What there is and what is wrong with it, as plain data; starts Julia if it is there, or may be installed.
 
-    "ok" says whether an engine is ready, with the settings as they are.
+    "ok" says whether an engine is ready, with the settings as they are; with ``gpu``, whether the self-test of the device is
+    passed as well.
     """
     report: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -48,9 +50,17 @@ def diagnose(install: bool = False) -> dict[str, Any]:
         }
     try:
         environments.find_environment(may_install=install)
-        return report | {"julia engine": "ready", "julia": _running_julia(), "ok": True}
+        report |= {"julia engine": "ready", "julia": _running_julia(), "gpu": devices.describe()}
+        return report | (_self_test() if gpu else {"ok": True})
     except EngineError as error:
         return report | {"julia engine": f"not available: {error}", "ok": without_julia}
+
+
+def _self_test() -> dict[str, Any]:
+    try:
+        return devices.self_test()
+    except EngineError as error:
+        return {"gpu self-test": f"not run: {error}", "ok": False}
 
 
 def _depot_hint() -> str | None:

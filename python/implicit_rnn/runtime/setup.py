@@ -10,16 +10,17 @@ from pathlib import Path
 import platformdirs
 
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import environments, install
+from implicit_rnn.runtime import environments, gpu, install
 from implicit_rnn.runtime.environments import Environment
 
 
-def setup(julia: str | None = None, project: str | None = None) -> Environment:
+def setup(julia: str | None = None, project: str | None = None, *, cuda: bool = False) -> Environment:
     """Prepare an environment, precompile everything in it and remember it for this user.
 
     With ``julia`` and ``project`` an existing Julia and an instantiated project are used as they are, without network, by
     all installations of this package that have none of their own; otherwise juliapkg installs anew, for this installation
-    alone, what is missing or damaged, into the user's data folder. Raises ``EngineError``.
+    alone, what is missing or damaged, into the user's data folder. With ``cuda``, CUDA.jl is added to the project. Raises
+    ``EngineError``.
     """
     if (julia is None) != (project is None):
         raise EngineError("--julia and --project go together: a Julia executable and a project with the packages")
@@ -31,6 +32,8 @@ def setup(julia: str | None = None, project: str | None = None) -> Environment:
     else:
         environment = _install()
     environment.check()
+    if cuda:
+        gpu.add_cuda(environment)
     _precompile(environment)
     environments.remember(environment)
     return environment

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from importlib import metadata
 
 import numpy as np
-from protocol import Arrays, serve
+from protocol import DEVICE, Arrays, serve
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import start
@@ -24,6 +25,7 @@ class Ours:
             constraint=irnn.Free(),
             dtype=arrays["R"].dtype.name,
             engine="julia",
+            device=os.environ.get(DEVICE, "cpu"),
         )
         for block in self.net.topology.blocks:
             self.net.weights[block.name][...] = self._part(arrays, block.name)

@@ -17,6 +17,9 @@ import numpy as np
 
 Arrays = Mapping[str, np.ndarray]
 
+DEVICE = "BENCHMARK_DEVICE"
+"""The environment variable that names the device to compute on: cpu, where it is not set, or cuda."""
+
 
 class Contestant(Protocol):
     """One way to compute the training gradient of one problem."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
-from protocol import Arrays, serve
+from protocol import DEVICE, Arrays, serve
 
 VALUE = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "softplus": torch.nn.functional.softplus}
 SLOPE = {
@@ -17,7 +19,9 @@ MAX_ITERATIONS = 2000
 
 class WithTorch:
     def __init__(self, arrays: Arrays, activation: str, tol: float) -> None:
-        self.arrays = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        self.arrays = {
+            name: torch.from_numpy(array).to(os.environ.get(DEVICE, "cpu")) for name, array in arrays.items()
+        }
         self.value, self.slope, self.tol = VALUE[activation], SLOPE[activation], tol
 
     def picard(self, g, z):
@@ -48,9 +52,11 @@ class WithTorch:
         multiplier, _ = self.picard(lambda v: torch.addmm(g, v * slopes, R), g)
         e = multiplier * slopes
         self.blocks = {"R": e.T @ z, "W": e[:, :part].T @ x, "b": e.sum(0), "C": g_y.T @ z[:, last], "d": g_y.sum(0)}
+        if x.is_cuda:
+            torch.cuda.synchronize()
 
     def gradient(self) -> dict[str, np.ndarray]:
-        return {name: block.numpy() for name, block in self.blocks.items()}
+        return {name: block.cpu().numpy() for name, block in self.blocks.items()}
 
     def iterations(self) -> float:
         return float(self.count)

@@ -26,7 +26,7 @@ _released: deque[int] = deque()
 
 
 def call(name: str, *arguments: Any) -> Any:
-    """Call an entry point of the Julia side; its errors arrive as EngineError, Ctrl-C as KeyboardInterrupt at once."""
+    """Call an entry point of the Julia side; errors arrive as EngineError or MemoryError, Ctrl-C as KeyboardInterrupt at once."""
     points = start.entry_points()
     with start.LOCK:
         while _released:
@@ -36,7 +36,10 @@ def call(name: str, *arguments: Any) -> Any:
         except Exception as error:
             if type(error).__name__ != "JuliaError":
                 raise
-            raise EngineError(start.first_line(error), str(error)) from None
+            reason = start.first_line(error)
+            if "OutOfGPUMemoryError" in reason or "OutOfMemoryError" in reason or "Out of GPU memory" in reason:
+                raise MemoryError(f"{reason}; take smaller batches, or device='cpu'") from None
+            raise EngineError(reason, str(error)) from None
 
 
 class Handle:
