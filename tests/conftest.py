@@ -68,8 +68,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f"{config.stash[ran]} tests needed Julia and were run with it")
 
 
-SHARED_WITH_DEVICES = ("test_gradients", "test_layered", "test_losses", "test_solvers", "test_training", "test_vjp")
-"""The modules whose tests run a third time on the reference device arrays, where Julia has them."""
+SHARED_WITH_DEVICES = ("test_layered", "test_losses", "test_vjp")
+"""The modules whose tests run a third time on the reference device arrays, where Julia has them; others hold there too, but take long."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -29,9 +29,10 @@ else
     agreement(::Type{Float64}) = 1.0e-9
     agreement(::Type{Float32}) = 1.0e-5
 
+    # Each activation and constraint in one precision, since every net has kernels of its own to be compiled.
     nets_of(::Type{T}) where {T} = (
-        [one_layer(; T, activation) for activation in keys(ACTIVATIONS)]...,
-        [one_layer(; T, constraint) for constraint in CONSTRAINED]...,
+        [one_layer(; T, activation) for activation in (T === Float64 ? keys(ACTIVATIONS) : (:tanh,))]...,
+        [one_layer(; T, constraint) for constraint in (T === Float64 ? CONSTRAINED : CONSTRAINED[2:2])]...,
         one_layer(; T, neurons = 40, constraint = Spectral(0.9)),
         one_layer(; T, lateral = false),
         Network{T}(3, [Layer(4, :tanh), Layer(3, :sigmoid; lateral = false), Layer(5, :softplus)]; feedback = true, outputs = 2),
@@ -231,9 +232,9 @@ else
         @test results[2] ≈ results[1] rtol = 1.0e-10
     end
 
-    @testset "every solver: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(), Anderson(memory = 2, damping = 0.8), Newton(), Chord())
-        for net in (one_layer(), one_layer(; neurons = 150), layered(), one_layer(; constraint = Monotone(0.1)), one_layer(; T = Float32))
-            gain = neurons(net) > 100 ? 0.05 : 0.4
+    @testset "every solver: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(memory = 3, damping = 0.8), Newton(), Chord())
+        for net in (one_layer(), layered(), one_layer(; constraint = Monotone(0.1)), one_layer(; T = Float32))
+            gain = 0.4
             p, X, Y = parameters(net; gain), samples(net, 37), targets(net, 37)
             here, there = (solved(ws, p, X; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
             tol = 10 * agreement(eltype(net))
@@ -310,7 +311,7 @@ else
         end
     end
 
-    @testset "one launch or many: $n neurons, $T" for T in (Float64, Float32), n in (1, 15, 16, 17, 33, 64, 100, 128, 129)
+    @testset "one launch or many: $n neurons, $T" for (n, T) in ((1, Float64), (16, Float64), (33, Float64), (128, Float64), (129, Float64), (17, Float32), (129, Float32))
         net = one_layer(; T, neurons = n, constraint = Perron(0.8))
         p, X, Y = parameters(net; gain = 0.3), samples(net, 45), targets(net, 45)
         here, there = (solved(ws, p, X; solver = Picard()) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
