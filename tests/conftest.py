@@ -69,7 +69,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 SHARED_WITH_DEVICES = ("test_layered", "test_losses", "test_vjp")
-"""The modules whose tests run a third time on the reference device arrays, where Julia has them; others hold there too, but take long."""
+"""The modules whose tests run a third time on the reference device arrays, where Julia has them; others take long there."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

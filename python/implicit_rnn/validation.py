@@ -165,9 +165,12 @@ def as_array(name: str, value: ArrayLike) -> np.ndarray:
     if hasattr(value, "iloc"):
         return _from_pandas(name, value)
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except ValueError as error:
         raise ValueError(f"{name} is no array of numbers: {error}") from error
+    if array.ndim == 0 and array.dtype == object and hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name} is a {type(value).__name__} in the memory of a GPU; copy it to a NumPy array first")
+    return array
 
 
 def _from_pandas(name: str, table: Any) -> np.ndarray:
