@@ -1,12 +1,13 @@
 # Training with all its arrays on the device: one upload and one download for each call of `train!`.
 
+const DeviceBuffers{T, R} = StepBuffers{T, R, <:DeviceWorkspace}
 "A trainer whose workspace is that of a device."
-const DeviceTrainer{T} = Trainer{T, <:Any, <:Any, <:DeviceWorkspace{T}}
+const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:DeviceBuffers{T, R}}
 
 function ImplicitRNN.train!(
         trainer::DeviceTrainer, nets::Replicas{<:Array}, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing
     )
-    ws = trainer.workspace
+    ws = first(trainer.buffers).workspace
     there = Replicas(on_device(ws, nets.parameters), on_device(ws, nets.good), nets.halted)
     places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), order)
     x, y, w = on_device(ws, X), on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights)
@@ -16,12 +17,15 @@ function ImplicitRNN.train!(
     return losses
 end
 
-function ImplicitRNN.gather!(trainer::DeviceTrainer, X, Y, weights, selected)
-    m = length(selected)
-    copyto!(view(trainer.batch_X, :, 1:m), X[:, selected])
-    copyto!(view(trainer.batch_Y, :, 1:m), Y[:, selected])
-    weights === nothing || copyto!(view(trainer.batch_weights, 1:m), weights[selected])
-    return m
+function ImplicitRNN.batch_gradient!(
+        b::DeviceBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int
+    )
+    (; X, Y, weights) = batches
+    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights)
+    selected = batch(batches, epoch, step)
+    return loss_and_gradient!(
+        b.gradient, b.workspace, problem, p, X[:, selected], Y[:, selected], probe, weights === nothing ? nothing : weights[selected]
+    )
 end
 
 ImplicitRNN.flatten!(numbers, x::AbstractGPUArray) = append!(numbers, on_host(x))

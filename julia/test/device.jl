@@ -212,7 +212,7 @@ else
         end
         @test all(relative_error(results[2][k], results[1][k]) < 1.0e-8 for k in 1:3)
         @test results[2][4] == results[1][4]
-        @test on_device(net) isa ImplicitRNN.AbstractWorkspace && Trainer(Problem(net), rule; workspace = on_device(net)).gradient isa JLArray
+        @test on_device(net) isa ImplicitRNN.AbstractWorkspace && first(Trainer(Problem(net), rule; workspace = on_device(net)).buffers).gradient isa JLArray
     end
 
     @testset "a batch larger than the memory is done in pieces" begin
