@@ -1,12 +1,15 @@
-"""The Julia package by itself, without Python: its own tests."""
+"""The Julia package by itself, for those who do not use Python: its own tests, and its names."""
 
 from __future__ import annotations
 
 import os
+import re
 
+import numpy as np
 import pytest
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
+import implicit_rnn as irnn
 from implicit_rnn.runtime import environments
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
@@ -23,3 +26,24 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
     command = [julia_environment.exe, "--startup-file=no", str(package / "test" / "runtests.jl")]
     done = run_process(command, ENVIRONMENT | {"JULIA_LOAD_PATH": path}, 560, package / "test")
     assert done.returncode == 0, str(done)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("constraint", [irnn.Perron(), irnn.Free()], ids=str)
+@pytest.mark.parametrize("neurons", [[4], [4, 2, 3]], ids=str)
+def test_named_weights_of_julia_are_those_of_python_with_layers_counted_from_one(neurons, constraint):
+    import juliacall
+
+    net = irnn.Network(2, neurons, feedback=[(2, 1)] if len(neurons) > 1 else False, outputs=2, constraint=constraint)
+    net.parameters = np.arange(net.parameters.size)
+    julia = juliacall.newmodule("NamedWeights")
+    julia.seval("using ImplicitRNN")
+    feedback = "[3 => 2]" if len(neurons) > 1 else "false"
+    julia.seval(
+        f"net = Network(2, Layer.({neurons}); feedback = {feedback}, outputs = 2, constraint = {constraint.name}())"
+    )
+    named = julia.seval("named_weights(net, collect(0.0:(length(net) - 1)))")
+    expected = {re.sub(r"\d+", lambda layer: str(int(layer[0]) + 1), name): w for name, w in net.weights.items()}
+    assert set(named) == set(expected)
+    for name, weights in expected.items():
+        np.testing.assert_array_equal(np.asarray(named[name]), weights)

@@ -54,6 +54,10 @@ def test_juliapkg_and_the_julia_package_agree_on_the_oldest_julia():
     assert re.search(r'^julia = "([^"]+)"', project, re.MULTILINE).group(1) == asked.lstrip("^")
 
 
+def test_julia_package_has_the_licence():
+    assert (CHECKOUT / "julia" / "LICENSE").read_bytes() == (CHECKOUT / "LICENSE").read_bytes()
+
+
 def test_development_environment_of_julia_names_the_package_by_its_path():
     project = (CHECKOUT / "Project.toml").read_text()
     assert 'ImplicitRNN = {path = "julia"}' in project

@@ -16,6 +16,7 @@ using LinearAlgebra: BlasFloat
 using NLsolve: NLsolve, nlsolve
 using Optimisers: Optimisers
 using PrecompileTools: @compile_workload, @setup_workload
+using Random: AbstractRNG, default_rng, shuffle!
 
 export Network, Layer, neurons
 export Free, Perron, InfNorm, Spectral, Monotone
@@ -24,6 +25,7 @@ export Implicit, JacobianFree, Unrolled
 export MSE, MAE, Huber, CrossEntropy, BinaryCrossEntropy
 export Problem, Solution, Status, converged, equilibrium, loss_and_gradient, hessian_vector_product, Equilibrium
 export Trainer, Replicas, Guard, train!
+export initial_parameters, named_weights, recurrent_weights, predict, read_out, fit!
 export vjp, jvp, fixed_point, root
 
 include("usual.jl")
@@ -34,6 +36,7 @@ include("model/activations.jl")
 include("model/constraints.jl")
 include("model/network.jl")
 include("model/weights.jl")
+include("model/parameters.jl")
 include("model/pullback.jl")
 include("model/tangent.jl")
 include("cpu/lu.jl")
@@ -59,6 +62,7 @@ include("hessian.jl")
 include("differentiate.jl")
 include("training.jl")
 include("cpu/side_by_side.jl")
+include("fit.jl")
 include("equations/equations.jl")
 include("precompile.jl")
 

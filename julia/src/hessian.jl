@@ -18,8 +18,7 @@ end
 
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     net, B = problem.net, size(X, 2)
-    length(v) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(v))"))
+    check_length(net, v)
     unpack!(ws, p)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])

@@ -52,9 +52,9 @@ function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, bat
     )
 end
 
-"The rule at a learning rate."
+"The rule at a learning rate, NaN for its own."
 function rule_at!(b::StepBuffers, rate)
-    if b.rate != rate
+    if b.rate != rate && !isnan(rate)
         b.rule = Optimisers.adjust(b.rule, rate)
         b.rate = rate
     end
@@ -113,7 +113,7 @@ whole(b::Batches) = 1:samples_of(b)
 
 Train for `size(order, 2)` epochs. The parameters of the [`Replicas`](@ref) `nets` are updated in place. Column e
 of `order` gives the samples (from 1) of epoch e in their order, of which `batch_size` form a step; `rates` is
-the learning rate of each step, the same for all nets; `weights` are those of the samples. Filled in, per epoch and
+the learning rate of each step, the same for all nets, or NaN for that of the rule itself; `weights` are those of the samples. Filled in, per epoch and
 net: `losses` (the mean over the steps, each before its update) and `unconverged` (samples).
 
 A net that its guard halts ends with the parameters from which its last good epoch began, one that had finite losses

@@ -7,7 +7,7 @@ include("fixtures.jl")
     @testset "Package quality" begin
         Aqua.test_all(ImplicitRNN; persistent_tasks = false)
     end
-    for file in ("gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training", "side_by_side", "device", "equations", "lanes")
+    for file in ("gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training", "side_by_side", "fit", "device", "equations", "lanes")
         @testset "$file" begin
             include("$file.jl")
         end

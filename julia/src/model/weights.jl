@@ -59,8 +59,7 @@ end
 Fill `w` from the parameter vector `p` and apply the constraint.
 """
 function unpack!(w::Weights, net::Network, p::AbstractVector)
-    length(p) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(p))"))
+    check_length(net, p)
     for (stage, ws) in zip(net.stages, w.stages)
         for c in stage.connections
             matrix, rows, cols = target(ws, stage, c)

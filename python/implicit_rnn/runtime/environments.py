@@ -66,7 +66,7 @@ def dependencies() -> list[str]:
     """The Julia packages that the shipped sources need, standard libraries left out."""
     text = (JULIA_SOURCES / "Project.toml").read_text(encoding="utf-8")
     section = text.split("[deps]")[1].split("\n[")[0]
-    return [name for name in re.findall(r"^(\w+) *=", section, re.MULTILINE) if name != "LinearAlgebra"]
+    return [name for name in re.findall(r"^(\w+) *=", section, re.MULTILINE) if name not in ("LinearAlgebra", "Random")]
 
 
 def manifest_versions(project: str | Path) -> dict[str, str | None]:

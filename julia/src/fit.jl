@@ -1,0 +1,88 @@
+# What most people need: outputs for samples, and training with an optimiser. What else can be chosen is in training.jl.
+
+"""
+    predict(net, p, X; solver = Auto(), start = nothing)
+
+The outputs (outputs × samples) of `net` with the parameters `p` for the samples `X` (features × samples). Throws an
+`ErrorException` if a sample does not reach its equilibrium; [`equilibrium`](@ref) says which, and [`read_out`](@ref) gives the
+outputs of the others.
+
+    y = predict(net, p, randn(2, 5))
+"""
+function predict(net::Network, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing)
+    solution = equilibrium(net, p, X; solver, start)
+    failed = count(!=(CONVERGED), solution.status)
+    failed == 0 || error(
+        "$failed of $(size(X, 2)) samples did not reach an equilibrium, the largest relative residual is $(maximum(solution.residual)); " *
+            "`equilibrium` tells which, and another solver or a constraint may help"
+    )
+    return read_out(net, p, solution.state)
+end
+
+"""
+    read_out(net, p, Z)
+
+The outputs (outputs × samples) of the states `Z` (neurons × samples).
+
+    read_out(net, p, equilibrium(net, p, X).state) == predict(net, p, X)
+"""
+function read_out(net::Network{T}, p::AbstractVector, Z::AbstractMatrix) where {T}
+    check_length(net, p)
+    check_size("the states", Z, neurons(net), size(Z, 2))
+    net.outputs > 0 || return Z[net.readout, :]
+    C = matrix_in(p, net.weights_out, net.outputs, length(net.readout))
+    return C * view(Z, net.readout, :) .+ view(p, (length(net) - net.outputs + 1):length(net))
+end
+
+"""
+    fit!(p, net, X, Y; epochs = 100, batch_size = size(X, 2), rule = Adam(), schedule = nothing, options...)
+
+Train the parameters `p` in place on the samples `X` (features × samples) and the targets `Y` (outputs × samples).
+
+- `epochs`: how often every sample is used; in batches of `batch_size`, in an order that `rng` draws anew for each epoch.
+- `rule`: an optimiser of Optimisers.jl with its learning rate; `schedule(t)`, if given, is the learning rate of step t = 1, 2, …
+- `loss`: a [`Loss`](@ref), [`MSE`](@ref) by default; `weights`: one per sample.
+- `clip`: the largest Euclidean norm of a gradient; `guard`: when to stop, see [`Guard`](@ref).
+- `solver`, `adjoint`, `jacobian_penalty`: as for [`Problem`](@ref).
+
+Returns a named tuple of `loss`, the mean over the steps of each epoch, and `unconverged`, the number of samples of each epoch that
+did not converge. A training that its guard halts, or whose loss or gradient is not finite, ends with a warning, NaN as the losses
+that are missing, and the parameters with which its last good epoch began. Throws `DimensionMismatch` for arrays that do not fit,
+and `ArgumentError` for options out of range.
+
+    using Optimisers: Adam
+    p = initial_parameters(net)
+    history = fit!(p, net, X, Y; epochs = 200, batch_size = 32, rule = Adam(1e-2))
+    history.loss[end]
+"""
+function fit!(
+        p::AbstractVector{T}, net::Network{T}, X::AbstractMatrix, Y::AbstractMatrix; epochs::Int = 100, batch_size::Int = size(X, 2),
+        rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
+        guard::Guard = Guard(), options...,
+    ) where {T}
+    samples = size(X, 2)
+    check_length(net, p)
+    check_features(net, X)
+    check_size("the targets", Y, output_size(net), samples)
+    weights === nothing || length(weights) == samples ||
+        throw(DimensionMismatch("there are $(length(weights)) weights for $samples samples"))
+    samples > 0 || throw(ArgumentError("there are no samples to train on"))
+    epochs > 0 || throw(ArgumentError("epochs must be positive, got $epochs"))
+    1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))
+    clip > 0 || throw(ArgumentError("clip must be positive, got $clip"))
+    trainer = Trainer(Problem(net; options...), rule; clip, guard, batch_size = batch_size < samples ? batch_size : 0)
+    nets, order, steps = Replicas(reshape(p, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
+    X, Y, weights = Matrix{T}(X), Matrix{T}(Y), weights === nothing ? nothing : Vector{T}(weights)
+    loss, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)
+    for epoch in 1:epochs
+        rates = schedule === nothing ? fill(NaN, steps) : Float64[schedule(trainer.steps + k) for k in 1:steps]
+        shuffle!(rng, order)
+        now = epoch:epoch
+        train!(trainer, nets, X, Y, order, batch_size, rates, view(loss, now, :), view(unconverged, now, :); weights)
+        halt = Halt(only(nets.halted))
+        halt == RUNNING && continue
+        @warn "the training halted in epoch $epoch of $epochs: $halt; the parameters are those before it" unconverged[epoch]
+        break
+    end
+    return (; loss = vec(loss), unconverged = vec(unconverged))
+end

@@ -1,0 +1,71 @@
+# The parameters by name, and those at the start.
+
+"""
+    initial_parameters([rng], net)
+
+Parameters to begin a training with, a vector of `length(net)` numbers: weights from the input W ~ N(0, 1/inputs), from an earlier
+layer of n neurons R ~ N(0, 1/n), from the same or a later one R ~ N(0, 0.09/n), those of the readout C ~ N(0, 1/n); all else is 0.
+
+    p = initial_parameters(Xoshiro(1), Network(2, [Layer(16)]; outputs = 1))
+"""
+initial_parameters(net::Network) = initial_parameters(default_rng(), net)
+function initial_parameters(rng::AbstractRNG, net::Network{T}) where {T}
+    p = zeros(T, length(net))
+    draw!(block, gain) = copyto!(block, T.(gain / sqrt(size(block, 2)) .* randn(rng, size(block))))
+    for c in sort!(connections(net); by = c -> c.offset)
+        draw!(matrix_in(p, c.offset, length(c.rows), length(c.cols)), c.from >= c.to ? 0.3 : 1.0)
+    end
+    net.outputs > 0 && draw!(matrix_in(p, net.weights_out, net.outputs, length(net.readout)), 1.0)
+    return p
+end
+
+"""
+    named_weights(net, p)
+
+The parts of the parameters `p` by name, as a dictionary of views: to change one is to change `p`. For a net of one layer `"W"`
+(neurons × inputs), `"R"` (neurons × neurons), the biases `"b"`, the scales `"a"` that [`Perron`](@ref) learns, and of the readout
+`"C"` (outputs × neurons) and `"d"`. With several layers `"W[l]"` goes from the input to layer l, `"R[l,k]"` from layer k to layer l,
+`"b"` holds the biases of all neurons, and `"a[l,…]"` the scales of the layers l, … whose equilibrium is found together. What the
+net does not have is not there. Throws a `DimensionMismatch` if `p` does not have `length(net)` entries.
+
+    named_weights(net, p)["R"] .= 0        # no lateral connections, for a beginning
+"""
+function named_weights(net::Network{T}, p::AbstractVector{T}) where {T}
+    check_length(net, p)
+    weights = Dict{String, AbstractVecOrMat{T}}()
+    name(letter, indices...) = length(net.layers) == 1 ? letter : "$letter[$(join(indices, ','))]"
+    for c in connections(net)
+        key = c.from == 0 ? name("W", c.to) : name("R", c.to, c.from)
+        weights[key] = matrix_in(p, c.offset, length(c.rows), length(c.cols))
+    end
+    weights["b"] = view(p, net.bias .+ (1:neurons(net)))
+    for stage in net.stages
+        isempty(stage.scales) || (weights[name("a", layers_of(stage)...)] = view(p, stage.scales))
+    end
+    if net.outputs > 0
+        weights["C"] = matrix_in(p, net.weights_out, net.outputs, length(net.readout))
+        weights["d"] = view(p, (length(net) - net.outputs + 1):length(net))
+    end
+    return weights
+end
+
+"""
+    recurrent_weights(net, p)
+
+The matrix R (neurons × neurons) in `z = f(W x + R z + b)` for the parameters `p`, as the constraint has it in force: with all
+connections between neurons, those from earlier layers included.
+
+    opnorm(recurrent_weights(net, p), Inf)
+"""
+function recurrent_weights(net::Network{T}, p::AbstractVector) where {T}
+    R = zeros(T, neurons(net), neurons(net))
+    for (stage, w) in zip(net.stages, unpack!(Weights(net), net, p).stages)
+        R[stage.rows, axes(w.feed, 2)] = w.feed
+        stage.recurrent && (R[stage.rows, stage.rows] = w.recurrent)
+    end
+    return R
+end
+
+connections(net::Network) = reduce(vcat, (stage.connections for stage in net.stages))
+layers_of(stage::Stage) = sort!(unique!([c.to for c in stage.connections]))
+matrix_in(p, offset, rows, columns) = reshape(view(p, offset .+ (1:(rows * columns))), rows, columns)
