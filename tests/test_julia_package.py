@@ -13,6 +13,8 @@ import implicit_rnn as irnn
 from implicit_rnn.runtime import environments
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
+PACKAGE = CHECKOUT / "julia"
+LINT = PACKAGE / "test" / "lint"
 
 
 @pytest.mark.julia
@@ -21,10 +23,22 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
     missing = set(NEEDED) - set(environments.manifest_versions(julia_environment.project))
     if missing:
         pytest.skip(f"the Julia project lacks {', '.join(sorted(missing))}")
-    package = CHECKOUT / "julia"
-    path = os.pathsep.join((julia_environment.project, str(package), "@stdlib"))
-    command = [julia_environment.exe, "--startup-file=no", str(package / "test" / "runtests.jl")]
-    done = run_process(command, ENVIRONMENT | {"JULIA_LOAD_PATH": path}, 560, package / "test")
+    path = os.pathsep.join((julia_environment.project, str(PACKAGE), "@stdlib"))
+    command = [julia_environment.exe, "--startup-file=no", str(PACKAGE / "test" / "runtests.jl")]
+    done = run_process(command, ENVIRONMENT | {"JULIA_LOAD_PATH": path}, 560, PACKAGE / "test")
+    assert done.returncode == 0, str(done)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize(("script", "tool"), [("format.jl", "Runic"), ("errors.jl", "JET")])
+def test_linters_of_julia_find_nothing(julia_environment, script, tool):
+    """The linters of the project julia/test/lint where it has been instantiated, else of Julia's shared @runic and @jet."""
+    own = any(LINT.glob("Manifest*.toml"))
+    path = os.pathsep.join((str(LINT) if own else f"@{tool.lower()}", str(PACKAGE), "@stdlib"))
+    env, julia = ENVIRONMENT | {"JULIA_LOAD_PATH": path}, [julia_environment.exe, "--startup-file=no"]
+    if run_process([*julia, "-e", f'exit(Base.find_package("{tool}") === nothing)'], env).returncode != 0:
+        pytest.skip(f"no {tool}.jl; julia --project=julia/test/lint -e 'using Pkg; Pkg.instantiate()' gets it")
+    done = run_process([*julia, str(LINT / script)], env, 240)
     assert done.returncode == 0, str(done)
 
 

@@ -10,7 +10,7 @@ column(A::Array, j) = selectdim(A, ndims(A), j)
 states(n, width) = (AndersonState{Float64}(n, 3, width), NewtonState{Float64}(n, width), RefinementState{Float64}(zeros(n, width)))
 
 @testset "all arrays of a column move with it ($(nameof(typeof(state))), $(nameof(typeof(coefficients))))" for
-        state in (nothing, states(3, 11)...), coefficients in (nothing, zeros(3, 11))
+    state in (nothing, states(3, 11)...), coefficients in (nothing, zeros(3, 11))
 
     n, width, rng = 3, 11, Xoshiro(1)
     c = Columns{Float64}(n, width, coefficients)
@@ -115,7 +115,7 @@ end
 end
 
 @testset "every equation of the columns has what evaluate_all! asks for ($(nameof(P)))" for P in
-        [fixed_points(); filter(!isabstracttype, subtypes(ImplicitRNN.ColumnEquation))]
+    [fixed_points(); filter(!isabstracttype, subtypes(ImplicitRNN.ColumnEquation))]
 
     @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
 end

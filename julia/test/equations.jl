@@ -113,9 +113,9 @@ end
         counted(z) = (count[] += 1; z)
         A = randn(Xoshiro(1), T, n, n)
         for (kind, f, solvers) in (
-                (fixed_point, z -> counted(T(3) .* cos.(A * z .+ T(0.1))), FIXED_POINT_SOLVERS),
-                (root, z -> counted(A * z .+ sin.(T(5) .* z) .+ z .^ 2 .+ T(1)), ROOT_SOLVERS),
-            ), solver in solvers
+                    (fixed_point, z -> counted(T(3) .* cos.(A * z .+ T(0.1))), FIXED_POINT_SOLVERS),
+                    (root, z -> counted(A * z .+ sin.(T(5) .* z) .+ z .^ 2 .+ T(1)), ROOT_SOLVERS),
+                ), solver in solvers
             count[] = 0
             limited = typeof(solver)(; (name => name == :max_iterations ? limit : getfield(solver, name) for name in fieldnames(typeof(solver)))...)
             solution = kind(f, fill(T(0.3), n); solver = limited)

@@ -43,7 +43,7 @@ end
 end
 
 @testset "the way through tiles does not change the gradient ($neurons neurons)" for (neurons, count) in
-        ((7, 1200), (24, 1200), (40, 1200), (ImplicitRNN.LARGE + 9, 300))
+    ((7, 1200), (24, 1200), (40, 1200), (ImplicitRNN.LARGE + 9, 300))
 
     net = one_layer(; neurons)
     p, X, Y = parameters(net), samples(net, count), targets(net, count)

@@ -123,7 +123,7 @@ ImplicitRNN.slope_bound(::Counted) = 1.0
 end
 
 @testset "a singular Jacobian has its own status ($solver)" for solver in
-        (Auto(), Newton(), Chord(), NLsolver(), NLsolver(method = :newton), Anderson())
+    (Auto(), Newton(), Chord(), NLsolver(), NLsolver(method = :newton), Anderson())
     for (neurons, R) in ((1, [1.0;;]), (2, [0.3 0.7; 0.7 0.3]), (30, fill(1 / 30, 30, 30)))
         net = Network(1, [Layer(neurons, :identity)]; outputs = [1], constraint = Free())
         p = [ones(neurons); vec(R); zeros(neurons)]                    # z = R z + x, where R (1, 1, …) = (1, 1, …)

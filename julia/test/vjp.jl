@@ -40,7 +40,7 @@ adjoints_of_all_kinds() = [
 ]
 
 @testset "jvp is the transpose of vjp ($(nameof(typeof(adjoint))) $(adjoint isa Implicit ? adjoint.linear_solver : ""), $of)" for
-        adjoint in adjoints_of_all_kinds(), of in (:outputs, :state)
+    adjoint in adjoints_of_all_kinds(), of in (:outputs, :state)
 
     for net in (one_layer(; neurons = 7), layered(), layered(; constraint = Monotone(0.2)), one_layer(; neurons = 30, constraint = Spectral(0.9)))
         # The products of the adjoints are compared at one state, which the start is.
@@ -65,7 +65,7 @@ end
 end
 
 @testset "the way through tiles does not change the products ($neurons neurons)" for (neurons, count) in
-        ((7, 1200), (24, 1200), (40, 1200), (ImplicitRNN.LARGE + 9, 300))
+    ((7, 1200), (24, 1200), (40, 1200), (ImplicitRNN.LARGE + 9, 300))
 
     net = one_layer(; neurons)
     p, X, V = parameters(net), samples(net, count), seeded(net, count)
@@ -81,7 +81,7 @@ end
 end
 
 @testset "an equilibrium that is known takes one evaluation ($neurons neurons, $(nameof(typeof(solver))))" for
-        neurons in (5, 40), solver in (Auto(), Newton(), Chord(), Picard(max_iterations = 1))
+    neurons in (5, 40), solver in (Auto(), Newton(), Chord(), Picard(max_iterations = 1))
 
     net = one_layer(; neurons)
     p, X, V = parameters(net), samples(net, 40), seeded(net, 40)

@@ -265,18 +265,20 @@ The arrays of columns or of a solver's state whose last axis counts the columns.
 "Column k takes the place of column j."
 function move_column!(c::Columns, j::Int, k::Int)
     map(A -> move_entries!(A, j, k), per_column(c))
-    c.state === nothing || move_column!(c.state, j, k)
+    move_column!(c.state, j, k)
     return
 end
+move_column!(::Nothing, j::Int, k::Int) = nothing
 move_column!(s::SolverState, j::Int, k::Int) = (map(A -> move_entries!(A, j, k), per_column(s)); nothing)
 
 "The columns j and k change places."
 function swap_columns!(c::Columns, j::Int, k::Int)
     j == k && return
     map(A -> swap_entries!(A, j, k), per_column(c))
-    c.state === nothing || swap_columns!(c.state, j, k)
+    swap_columns!(c.state, j, k)
     return
 end
+swap_columns!(::Nothing, j::Int, k::Int) = nothing
 swap_columns!(s::SolverState, j::Int, k::Int) = (map(A -> swap_entries!(A, j, k), per_column(s)); nothing)
 
 @inline entries_per_column(A::Array) = prod(Base.front(size(A)))

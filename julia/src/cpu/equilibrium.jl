@@ -287,7 +287,7 @@ residual of a stage, its error is at most A ‖r + L |feed| e‖ in the norm of 
 [`amplification`](@ref).
 """
 function certify!(bound, ws::Tile, net::Network, X)
-    constant = [stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)]
+    constant = Float64[stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)]
     any(isnan, constant) && return fill!(bound, NaN)
     m = size(X, 2)
     error = zeros(size(ws.Z, 1), m)

@@ -107,6 +107,7 @@ function next_job(helper::Helper)
             rest()
         end
     end
+    return
 end
 
 function leave!(job::Job)

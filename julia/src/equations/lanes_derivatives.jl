@@ -159,7 +159,7 @@ function vjp_piece!(gradients::Tuple, w::SidedBuffers, one::InverseBuffers, p::E
             add_pullbacks!(gradients, p, one.at, j, one.λ)
         end
     end
-    map((g, sum) -> foreach(i -> (for l in 1:LANES; g[i] += lane(sum[i], l); end), eachindex(sum)), gradients, sums)
+    map(add_lanes!, gradients, sums)
     return
 end
 
@@ -173,10 +173,23 @@ end
     return
 end
 
+function add_lanes!(g, sums)
+    for i in eachindex(sums), l in 1:LANES
+        g[i] += lane(sums[i], l)
+    end
+    return
+end
+
 "1 for the samples of a block, 0 for lanes that repeat the last."
 @inline counted(b::Block) = is_full(b) ? one(Vec) : from_lanes(l -> Float64(b.first + l - 1 <= b.last))
 
-fill_block!(g, b::Block) = (m = length(g) ÷ size(g)[end]; for j in samples(b), i in 1:m; g[(j - 1) * m + i] = 0; end)
+function fill_block!(g, b::Block)
+    m = length(g) ÷ size(g)[end]
+    for j in samples(b), i in 1:m
+        g[(j - 1) * m + i] = 0
+    end
+    return
+end
 
 # --- Jacobians -------------------------------------------------------------------------------------------------
 

@@ -30,6 +30,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
         status = search_line!(s, l, solvable, p)
         status === nothing || return status
     end
+    return
 end
 
 "How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."

@@ -22,21 +22,22 @@ function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) 
     known = true                # c at the iterate
     function moved!(x)
         all(isfinite, x) || throw(Stop(NON_FINITE))
-        if !(known && all(i -> s.z[i] == T(x[i] * unit), eachindex(x)))
-            known = false
-            copyto!(s.base, s.z)
-            for i in eachindex(x)
-                s.z[i] = T(x[i] * unit)
-            end
-            evaluate!(s, l, p) || (copyto!(s.z, s.base); throw(Stop(MAX_ITERATIONS)))
-            known = true
-            p.root || assessed(assess!(s, p, tol))
+        known && all(i -> s.z[i] == T(x[i] * unit), eachindex(x)) && return
+        known = false
+        copyto!(s.base, s.z)
+        for i in eachindex(x)
+            s.z[i] = T(x[i] * unit)
         end
+        evaluate!(s, l, p) || (copyto!(s.z, s.base); throw(Stop(MAX_ITERATIONS)))
+        known = true
+        p.root || assessed(assess!(s, p, tol))
+        return
     end
     assessed(status) = status === CONVERGED && throw(Stop(CONVERGED))
     function conditions!(c, x)
         moved!(x)
         c .= s.c ./ unit_of_c
+        return
     end
     function jacobian!(J, x)
         moved!(x)
@@ -44,6 +45,7 @@ function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) 
         p.root || ImplicitRNN.jacobian!(s, l, p)
         all(isfinite, l.J) && isfinite(s.merit) || throw(Stop(NON_FINITE))
         J .= l.J .* (unit / unit_of_c)
+        return
     end
     both!(c, J, x) = (conditions!(c, x); jacobian!(J, x))
     p.root || assess!(s, p, tol) !== CONVERGED || return attracts(deliver!(s, CONVERGED), s, p)

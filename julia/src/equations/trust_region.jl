@@ -68,6 +68,7 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
             ratio >= ACCEPT_FROM && break
         end
     end
+    return
 end
 
 # c/‖c‖ and its Jacobian in the units of the way; false where the Jacobian is zero.
