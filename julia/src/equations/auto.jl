@@ -50,9 +50,6 @@ function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol
     return attracts(trust_region!(s, l, w, p, tol, unfinished), s, p)
 end
 
-"Picard iterations between two looks at the rate."
-const PICARD_BLOCK = 8
-
 "Up to this many unknowns fixed points are found by methods with a matrix."
 const DENSE = 2000
 
@@ -102,13 +99,10 @@ function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where 
             return nothing
         end
         advance!(s, one(T))
-        s.evaluations % PICARD_BLOCK == 0 && picard_steps_left(s, p, tol) > patience && return nothing
+        s.evaluations % AUTO_BLOCK == 0 && predicted_iterations(s, p, tol) > patience && return nothing
     end
     return MAX_ITERATIONS
 end
 
-# At the present rate.
-function picard_steps_left(s::Iteration{T}, p::AbstractEquation, tol) where {T}
-    goal = max(tol * measure(s.z, p.weights), eps(T) * s.largest)
-    return log(goal / s.distance) / log(min(s.rate, 0.9999))
-end
+predicted_iterations(s::Iteration{T}, p::AbstractEquation, tol) where {T} =
+    predicted_iterations(max(tol * measure(s.z, p.weights), eps(T) * s.largest), s.distance, s.rate)

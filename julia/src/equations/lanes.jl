@@ -133,7 +133,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         value = evaluate!(w.J, p, z, args, root)
         c = R ? value : minus(value, z)
         merit = measure(c, R ? NO_WEIGHTS : p.weights)
-        moved = k == 1 ? active & isfinite(merit) : active & (merit < (1.0 - 1.0e-4 * t) * merit_before)
+        moved = k == 1 ? active & isfinite(merit) : active & decreases(merit, merit_before, t)
         k == 1 && (active = moved)
 
         # Where those stand that have moved.
@@ -169,7 +169,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         base, step = choose(moved, z, base), choose(moved, new_step, step)
         merit_before = ifelse(moved, merit, merit_before)
         t = ifelse(moved, one(Vec), 0.5 * t)
-        active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP)
+        active &= t >= (R ? SMALLEST_ROOT_STEP : SMALLEST_STEP)
         z = choose(active, plus(base, step, t), z)
         kept = map(in_registers, (z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before))
         any(active) || break
@@ -189,18 +189,6 @@ end
     w.B .-= w.J
     divide!(w.J, w.B, K)
     return largest_column_sum(w.B) <= 0.5
-end
-
-function largest_column_sum(A::Matrix{Vec})
-    largest = zero(Vec)
-    @inbounds for j in axes(A, 2)
-        total = zero(Vec)
-        for i in axes(A, 1)
-            total += abs(A[i, j])
-        end
-        largest = max(largest, total)
-    end
-    return largest
 end
 
 # --- solvers ---------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # Newton's method with a line search, for fixed points and roots.
 
-"The smallest parts of a Newton step that are tried on a root, and on a fixed point, for which a Picard step follows."
-const SMALLEST_ROOT_STEP, SMALLEST_FIXED_POINT_STEP = 2.0^-20, 2.0^-6
+"The smallest part of a Newton step that is tried on a root, for which nothing else follows; that of a fixed point is `SMALLEST_STEP`."
+const SMALLEST_ROOT_STEP = 2.0^-20
 
 function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
     return attracts(newton!(s, linearization!(s), p, tol), s, p)
@@ -68,7 +68,7 @@ end
 # Move along the step, halved while ‖c‖ does not decrease; where that does not help, by a Picard step for a fixed point. How the
 # iteration ended, or `nothing`.
 function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}) where {T}
-    before, smallest = s.merit, p.root ? SMALLEST_ROOT_STEP : SMALLEST_FIXED_POINT_STEP
+    before, smallest = s.merit, p.root ? SMALLEST_ROOT_STEP : SMALLEST_STEP
     copyto!(s.base, s.z)
     p.root || copyto!(s.picard, s.value)
     t = one(T)
@@ -80,7 +80,7 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
             copyto!(s.z, s.base)
             return MAX_ITERATIONS
         end
-        s.merit < (1 - 1.0e-4 * t) * before && return nothing
+        decreases(s.merit, before, t) && return nothing
         t /= 2
     end
     if p.root

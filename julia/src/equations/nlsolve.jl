@@ -1,11 +1,6 @@
 # NLsolve.jl with the exact Jacobian. It is given unknowns and residuals of the size 1, since its first trust region and some of its
 # thresholds are absolute, and is stopped from within as soon as our own criterion holds or no evaluation is left.
 
-"Thrown out of NLsolve.jl, which cannot be told to stop: `status` says why."
-struct Stop <: Exception
-    status::Status
-end
-
 # NLsolve is compiled once, for functions it knows nothing of.
 struct Erased
     call::Any
@@ -70,12 +65,8 @@ function nlsolve_units(s::Iteration, l::Linearization, p::AbstractEquation, solv
 end
 
 function erased_nlsolve(method, conditions!, jacobian!, both!, start, iterations)
-    try
-        result = nlsolve(conditions!, jacobian!, both!, start; method, ftol = 0.0, xtol = 0.0, iterations, inplace = true)
-        return result.iterations < iterations ? NON_FINITE : MAX_ITERATIONS
-    catch error
-        error isa Stop && return error.status
-        error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} || rethrow()
-        return SINGULAR
-    end
+    result = call_nlsolve(conditions!, jacobian!, both!, start; method, ftol = 0.0, iterations, inplace = true)
+    result isa Stop && return result.status
+    result === nothing && return SINGULAR
+    return result.iterations < iterations ? NON_FINITE : MAX_ITERATIONS
 end

@@ -64,9 +64,8 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
     return reclaim!(c) == 0
 end
 
-# Iterations until the tolerance at the present rate.
-function predicted_iterations(c::Columns{T}, p, j) where {T}
-    goal = p.tol * max(norm(view(c.F, :, j)), p.floor)
-    rate = min(c.rate[j], T(0.9999))
-    return log(goal / c.residual[j]) / log(rate)
-end
+predicted_iterations(c::Columns, p, j) =
+    predicted_iterations(p.tol * max(norm(view(c.F, :, j)), p.floor), c.residual[j], c.rate[j])
+
+"Iterations until a residual that shrinks at the present rate is as small as the goal."
+predicted_iterations(goal::T, residual::T, rate::T) where {T} = log(goal / residual) / log(min(rate, T(0.9999)))

@@ -18,7 +18,11 @@ struct Newton <: Solver
     end
 end
 
+"The smallest part of a Newton step that is tried on a fixed point, for which a Picard step follows."
 const SMALLEST_STEP = 2.0^-6
+
+"Whether the part `t` of a Newton step has reduced the norm of the residual as far as could be asked of it (Armijo's rule)."
+@inline decreases(norm::N, before::N, t) where {N} = norm < (1 - N(1.0e-4) * t) * before
 
 """
     NewtonState{T}(n, width)
@@ -60,7 +64,7 @@ function search_lines!(state::NewtonState{T}, buffers, c::Columns{T}, p::Station
         evaluate_all!(c, p; check = true) && return true
         for j in 1:c.active
             t, residual = state.step[j], c.residual[j]
-            if t > 0 && !(residual < (1 - T(1.0e-4) * t) * state.residual[j])
+            if t > 0 && !decreases(residual, state.residual[j], t)
                 t /= 2
                 if t < SMALLEST_STEP
                     t = zero(T)

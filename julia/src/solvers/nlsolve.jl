@@ -59,16 +59,26 @@ end
 
 # The solution found, or as far as the evaluations lead; nothing where the method breaks down.
 function attempt(s::NLsolver, root, start, target)
+    result = call_nlsolve(
+        root, (J, z) -> (jacobian!(J, root, z); s.method === :newton && check_regular(J)), start;
+        method = s.method, ftol = target, iterations = root.left,
+    )
+    result isa Stop && return root.best
+    return result !== nothing && all(isfinite, result.zero) ? result.zero : nothing
+end
+
+"Thrown out of NLsolve.jl, which cannot be told to stop: `status` says why."
+struct Stop <: Exception
+    status::Status
+end
+
+"    call_nlsolve(arguments...; options...)\n\nThe result of NLsolve.jl; the [`Stop`](@ref) thrown out of it; `nothing` where its method breaks down."
+function call_nlsolve(arguments...; options...)
     try
-        result = nlsolve(
-            root, (J, z) -> (jacobian!(J, root, z); s.method === :newton && check_regular(J)), start;
-            method = s.method, ftol = target, xtol = 0.0, iterations = root.left,
-        )
-        return all(isfinite, result.zero) ? result.zero : nothing
+        return nlsolve(arguments...; xtol = 0.0, options...)
     catch error
-        error isa NoEvaluationLeft && return root.best
-        error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} ||
-            rethrow()
+        error isa Stop && return error
+        error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} || rethrow()
         return nothing
     end
 end
@@ -79,8 +89,6 @@ function check_regular(J)
     lu_factor!(A, pivots) && !is_singular(A) || throw(LinearAlgebra.SingularException(0))
     return
 end
-
-struct NoEvaluationLeft <: Exception end
 
 # r(z) = f(u + R z) - z, with the buffers of its evaluation: in double precision and for whatever activation, so that NLsolve
 # is compiled once.
@@ -114,7 +122,7 @@ end
 function evaluate!(p::RootProblem, z)
     check_interrupt()
     p.evaluated && vec(p.input) == z && return
-    p.left > 0 || throw(NoEvaluationLeft())
+    p.left > 0 || throw(Stop(MAX_ITERATIONS))
     p.left -= 1
     p.evaluated = true
     copyto!(p.input, z)

@@ -14,7 +14,18 @@ from implicit_rnn.engines.base import SingularSolution
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.functions import Function
 from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
-from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Equation, Outcome, _Rows, _Solve, norm, solve_each
+from implicit_rnn.engines.numpy.solvers import (
+    BLOCK,
+    BLOW_UP,
+    PATIENCE,
+    Equation,
+    Outcome,
+    _Rows,
+    _Solve,
+    decreases,
+    norm,
+    solve_each,
+)
 from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
@@ -328,7 +339,7 @@ class _FixedPoint(_Solve):
         new = np.isnan(self.outset[rows.index])
         fresh = rows.index[new]
         self.outset[fresh] = np.maximum(self.sizes(rows.Z[new]), self.sizes(rows.F[new]))
-        return np.asarray(single.BLOW_UP * self.outset[rows.index])
+        return np.asarray(BLOW_UP * self.outset[rows.index])
 
 
 # --- roots ---------------------------------------------------------------------------------------------------
@@ -425,7 +436,7 @@ class _Root:
             z = base[trying] + base.dtype.type(t) * step[trying]
             c = self.f.real(z, rows[going[trying]])
             evaluations[going[trying]] += 1
-            good = _length(c) < (1 - 1e-4 * t) * merit[trying]
+            good = decreases(_length(c), merit[trying], t)
             Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2

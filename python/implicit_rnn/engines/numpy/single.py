@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction
+from implicit_rnn.engines.numpy.solvers import BLOW_UP, decreases
 
 Array = np.ndarray
 Numbers = list[float]
@@ -27,9 +28,6 @@ STILL_SHRINKS = 0.4
 """Steps that become smaller by this factor each lead to a solution that is small, not to the rounding of a large iterate."""
 SMALLEST_STEP = 2.0**-20
 """Share of a Newton step below which no shorter one is tried."""
-
-BLOW_UP = 1e6
-"""A residual so much larger than z at the start is divergence."""
 
 _PROOF, _LAST = 1e-3, 0.1
 """What is left of each condition, and of all of them after the last step, where derivatives have proved right."""
@@ -141,7 +139,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
             c = calls.value(z)
             merit = hypot(*c)
             evaluations += 1
-            if merit < (1 - 1e-4 * t) * before:
+            if decreases(merit, before, t):
                 break
             t /= 2
         seen.append(c)

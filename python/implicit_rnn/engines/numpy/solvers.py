@@ -15,7 +15,8 @@ from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 Array = np.ndarray
 Elementwise = Callable[[Array], Array]
 
-_BLOW_UP = 1e6
+BLOW_UP = 1e6
+"""A residual so much larger than what there was at the start is divergence."""
 BLOCK = 8
 """Picard steps after which Auto looks at the rates."""
 PATIENCE = 128
@@ -186,7 +187,7 @@ class _Solve:
 
     def largest(self, rows: _Rows) -> Array | float:
         """The residual above which a row has diverged."""
-        return float(_BLOW_UP * (1 + self.floor))
+        return float(BLOW_UP * (1 + self.floor))
 
     def finish(self, rows: _Rows, status: Array, residual: Array, rate: Array) -> None:
         self.Z[rows.index] = rows.Z  # the iterate whose residual is known, and the last finite one
@@ -271,7 +272,7 @@ class _Solve:
             rows = self.rows
             if not len(rows.index):
                 return
-            worse = (t > 0) & ~(rows.residual < (1 - 1e-4 * t) * at_base)
+            worse = (t > 0) & ~decreases(rows.residual, at_base, t)
             t = np.where(worse, t / 2, 1).astype(dtype)
             fresh = ~worse
             base[fresh], picard[fresh], at_base[fresh] = rows.Z[fresh], rows.F[fresh], rows.residual[fresh]
@@ -356,6 +357,11 @@ def _join(parts: list[_Rows]) -> _Rows:
         *(joined(f.name) for f in fields(_Rows) if f.name != "R"),  # type: ignore[misc]
         R=None if parts[0].R is None else joined("R"),
     )
+
+
+def decreases(norm: Any, before: Any, t: Any) -> Any:
+    """Whether the part ``t`` of a Newton step has reduced the norm of the residual as far as could be asked of it (Armijo)."""
+    return norm < (1 - 1e-4 * t) * before
 
 
 def solve_each(A: Array, b: Array) -> Array:
