@@ -236,7 +236,11 @@ class _WorkerDied(Exception):  # noqa: N818 (it never leaves this module)
 
 
 class _Store:
-    """Results in files, each with a fingerprint of all it depends on."""
+    """Results in files, each with a fingerprint of all it depends on.
+
+    Not joblib.Memory, which pickles results under hashed names in the process that runs: here they are JSON for anyone to read,
+    named after their runs, and written by this process, so that workers of a cluster need not share its disk.
+    """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, settings

@@ -213,7 +213,8 @@ end
 
 # --- vector arithmetic ------------------------------------------------------------------------------------------
 
-# The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop around them.
+# The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop around them. The `Vec`
+# of SIMD.jl is the same tuple with every operation there is; here five are needed, these.
 
 "One value per lane, in vector registers."
 const LaneVector{L, T} = NTuple{L, VecElement{T}}

@@ -1,4 +1,5 @@
-# Vectors of a few entries that need no memory.
+# Vectors of a few entries that need no memory. As StaticArrays.jl has them too, whose loading takes 0.7 to 1.0 s where that of
+# ForwardDiff.jl takes 0.3 to 0.5 s, for what are twenty lines here.
 
 "Entries of the longest [`Short`](@ref)."
 const MAX_SHORT = 8

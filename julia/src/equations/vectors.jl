@@ -11,7 +11,8 @@ A number of each of $(LANES) samples, in double precision: a real number as far 
 them. What they are compared by gives a [`Mask`](@ref); code that branches on that fails, and is run for one sample at a time.
 """
 Vec
-# Not a tuple of `VecElement`: code for arrays of those relies on an alignment to 64 bytes, which Julia does not see to.
+# Not a tuple of `VecElement`: code for arrays of those relies on an alignment to 64 bytes, which Julia does not see to. So not the
+# `Vec` of SIMD.jl, which holds such a tuple; nor is that a `Real`, as functions declared for numbers and the duals of ForwardDiff.jl ask.
 
 # An integer for each sample.
 @eval primitive type Integers $(64LANES) end
