@@ -20,6 +20,7 @@ import scale
 import startup
 import step
 import tables
+import tune
 
 from implicit_rnn.experiments import cost
 from implicit_rnn.runtime import threads
@@ -140,6 +141,11 @@ def run_datasets(options: argparse.Namespace) -> dict[str, Any]:
     return datasets.run()
 
 
+def run_tune(options: argparse.Namespace) -> dict[str, Any]:
+    """the numbers of julia/src/cpu/tuning.jl, measured again"""
+    return tune.run()
+
+
 BENCHMARKS = {
     "step": run_step,
     "fit": run_fit,
@@ -150,6 +156,7 @@ BENCHMARKS = {
     "startup": run_startup,
     "bridge": run_bridge,
     "datasets": run_datasets,
+    "tune": run_tune,
 }
 
 if __name__ == "__main__":

@@ -241,14 +241,8 @@ function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     return
 end
 
-# Whether so many products of n × n matrices with the batch, and what goes with them, take longer than the factorisation, and
-# whether any number could. Both sides are fitted to times on two cores, of 32 to 256 neurons in both precisions, in such units
-# that a product takes 1 for each operation.
-pays(saved, n, B) = saved * B * n * (n + 50) > 1.5e6 + 2200.0 * n^2 + 1.4 * n^3
+# Whether any number of products saved could pay.
 may_pay(n, B) = n > LANE_NEURONS && pays(MOST_SAVED, n, B)
-
-"More products are seldom saved, forward and adjoint together."
-const MOST_SAVED = 10
 
 mean_rate(outcome::Outcome, m) = sum(rate -> clamp(rate, 0.05, 0.98), view(outcome.rate, 1:m)) / m
 

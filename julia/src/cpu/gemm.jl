@@ -3,18 +3,6 @@
 
 const Dense{T} = StridedMatrix{T}
 
-"Matrices of up to so many rows and columns are multiplied by plain loops: a BLAS call would cost more than the work."
-const SMALL = 12
-
-"""
-BLAS libraries multiply small matrices (m n k up to about 10⁶) without packing them, near the peak of a core. A product with
-a matrix of medium size reaches the same by going through the columns in groups.
-"""
-const UNPACKED = 1_000_000
-
-"Where threads share a product, large matrices are divided into blocks of so many rows or columns."
-const BLOCK = 256
-
 "Call `work` for the ranges of a large matrix's rows or columns, of which there are n, shared among threads."
 in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
     in_parallel((_, k) -> work(piece(k, width, n)), cld(n, width), threads)
@@ -42,15 +30,7 @@ gemv!(t, α, A, x, β, y) = mul!(y, t == 'N' ? A : transpose(A), x, α, β)
 function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
     n, k = size(A)
     n * k * m == 0 && return S
-    if is_small(A)
-        @inbounds for j in 1:m, l in 1:k
-            b = B[l, j]
-            @simd for i in 1:n
-                S[i, j] = muladd(A[i, l], b, S[i, j])
-            end
-        end
-        return S
-    end
+    is_small(A) && return multiply_add_loops!(S, A, B, m)
     group = column_group(A)
     for k in 1:cld(m, group)
         columns = piece(k, group, m)
@@ -59,6 +39,16 @@ function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <
     return S
 end
 multiply_add!(S, A, B, m::Int) = (gemm!('N', 'N', true, A, view(B, axes(A, 2), 1:m), true, view(S, :, 1:m)); S)
+
+@inline function multiply_add_loops!(S, A, B, m::Int)
+    @inbounds for j in 1:m, l in axes(A, 2)
+        b = B[l, j]
+        @simd for i in axes(A, 1)
+            S[i, j] = muladd(A[i, l], b, S[i, j])
+        end
+    end
+    return S
+end
 
 "    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
 function transposed_multiply!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
@@ -83,12 +73,6 @@ function multiply_add!(S, A, B, m::Int, threads::Int)
 end
 
 # --- factors of many products -----------------------------------------------------------------------------------
-
-"Square matrices of more rows are cut into panels where they are the factor of many products."
-const LARGE = 200
-
-"Rows and columns of a panel."
-const PANEL = (64, 256)
 
 """
     Panels{T}(n, k)

@@ -107,15 +107,6 @@ function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, p
     return ws.summaries[1]
 end
 
-"""
-The sums over the batch are taken in so many shares at most, whatever the number of threads; fewer where the gradients, of which
-each share has its own, would need much memory.
-"""
-const SHARES = 4:16
-
-"Memory in bytes from which on there are fewer shares."
-const SHARES_LIMIT = 2^26
-
 shares_of(net::Network{T}) where {T} = clamp(SHARES_LIMIT ÷ (sizeof(T) * length(net)), first(SHARES), last(SHARES))
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.

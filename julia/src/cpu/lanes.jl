@@ -1,9 +1,6 @@
 # Small stages: many samples side by side, one in each lane of the vector registers. Every operation of Newton's method, the
 # elimination included, is then a vector operation, which no layout with one sample per column gives for a few neurons.
 
-"Stages of up to so many neurons are solved side by side."
-const LANE_NEURONS = 24
-
 "Samples side by side: a vector register of the widest kind."
 lane_count(::Type{T}) where {T} = 64 ÷ sizeof(T)
 

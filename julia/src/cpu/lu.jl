@@ -1,17 +1,15 @@
 # LU with partial pivoting for the small matrices I - D R of one sample: LAPACK's call overhead is many
 # times the work below a few dozen rows.
 
-"Up to this many rows the LU factorisation is our own; LAPACK's above."
-const SMALL_LU = 24
-
 """
     lu_factor!(A, pivots)
 
 Factor `A` (n × n) in place, PA = LU. Returns false where a pivot is zero or not finite.
 """
-function lu_factor!(A::StridedMatrix{T}, pivots) where {T}
+lu_factor!(A::StridedMatrix, pivots) = size(A, 1) > SMALL_LU ? lapack_factor!(A, pivots) : eliminate!(A, pivots)
+
+@inline function eliminate!(A::StridedMatrix, pivots)
     n = size(A, 1)
-    n > SMALL_LU && return lapack_factor!(A, pivots)
     @inbounds for k in 1:n
         pivot = k
         largest = abs(A[k, k])

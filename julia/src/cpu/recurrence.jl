@@ -35,9 +35,6 @@ end
 
 norm_of(r::Recurrence) = isnan(r.norm) ? (r.norm = norm_estimate(r.R)) : r.norm
 
-"Columns of a triangular solve that a thread takes at a time."
-const RIGHT_HAND_SIDES = 32
-
 """
     linearize!(r, threads = 1)
 

@@ -31,10 +31,7 @@ end
 # --- the other threads ------------------------------------------------------------------------------------------
 
 # A sleeping thread takes as long to wake up as a tile to compute. So threads that have worked look out for the next job for a
-# while, and nobody waits for one that is only waking up.
-
-"Nanoseconds for which a thread looks out for work, or for the end of it, before it goes to sleep."
-const WATCHFUL = 500_000
+# while (`WATCHFUL`), and nobody waits for one that is only waking up.
 
 "What several threads do together: `work(thread, piece)` for all pieces."
 mutable struct Job

@@ -107,24 +107,3 @@ function buffers!(ws::CPUWorkspace, samples::Int, threads::Int, pieces::Int)
     foreach(tile -> tile.threads = pieces == 1 ? threads : 1, ws.tiles)
     return view(ws.tiles, 1:workers)
 end
-
-"""
-    tile_width(net, samples)
-
-Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
-few tiles of the same width for the threads to share if there is work for them.
-"""
-function tile_width(net::Network{T}, samples::Int) where {T}
-    N = neurons(net)
-    widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
-    narrowest = clamp(2^11 ÷ N, 32, 128)
-    tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
-    return min(samples, cld(cld(samples, tiles), 4) * 4)
-end
-
-"Nanoseconds of work below which a second thread is not worth calling."
-const WORTH_A_THREAD = 15_000
-
-# The work is estimated from times measured between 2 and 64 neurons.
-threads_for(net::Network, samples::Int) =
-    (N = neurons(net); samples * (N^2 ÷ 9 + 35N) < WORTH_A_THREAD ? 1 : Threads.nthreads())

@@ -1,0 +1,86 @@
+# Numbers fitted to times: from which size on one way is faster than another. They change how long a result takes; for the sums that
+# are taken in another order they also change its last bits. Fitted on two cores of an x86 processor with AVX-512 and OpenBLAS, when
+# idle; `python tests/benchmarks/run.py tune` measures on this machine what is marked with `tune`.
+
+# --- products ---------------------------------------------------------------------------------------------------
+
+"Matrices of up to so many rows and columns are multiplied by plain loops: a BLAS call would cost more than the work (`tune`)."
+const SMALL = 12
+
+"""
+BLAS libraries multiply small matrices (m n k up to about 10⁶) without packing them, near the peak of a core. A product with
+a matrix of medium size reaches the same by going through the columns in groups.
+"""
+const UNPACKED = 1_000_000
+
+"Square matrices of more rows are cut into panels where they are the factor of many products (`tune`)."
+const LARGE = 200
+
+"Rows and columns of a panel: what keeps a product with it below `UNPACKED`, for some tens of columns."
+const PANEL = (64, 256)
+
+"Where threads share a product, large matrices are divided into blocks of so many rows or columns."
+const BLOCK = 256
+
+# --- factorisations ---------------------------------------------------------------------------------------------
+
+"Up to this many rows the LU factorisation is our own; LAPACK's above (`tune`)."
+const SMALL_LU = 24
+
+"Columns of a triangular solve that a thread takes at a time."
+const RIGHT_HAND_SIDES = 32
+
+"Stages of up to so many neurons are solved side by side."
+const LANE_NEURONS = 24
+
+"""
+    pays(saved, n, B)
+
+Whether `saved` products of n × n matrices with a batch of B, and what goes with them, take longer than [`linearize!`](@ref). Both
+sides are fitted to times of 32 to 256 neurons in both precisions, in units in which a product takes 1 for each operation (`tune`).
+"""
+pays(saved, n, B) = saved * B * n * (n + 50) > linearization_work(n)
+linearization_work(n) = 1.5e6 + 2200.0 * n^2 + 1.4 * n^3
+
+"More products are seldom saved, forward and adjoint together."
+const MOST_SAVED = 10
+
+# --- tiles and threads ------------------------------------------------------------------------------------------
+
+"""
+    tile_width(net, samples)
+
+Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
+few tiles of the same width for the threads to share if there is work for them.
+"""
+function tile_width(net::Network{T}, samples::Int) where {T}
+    N = neurons(net)
+    widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
+    narrowest = clamp(2^11 ÷ N, 32, 128)
+    tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
+    return min(samples, cld(cld(samples, tiles), 4) * 4)
+end
+
+"Nanoseconds of work below which a second thread is not worth calling."
+const WORTH_A_THREAD = 15_000
+
+"Nanoseconds for a sample in a training gradient, fitted to times of 2 to 64 neurons (`tune`)."
+work_per_sample(N) = N^2 ÷ 9 + 35N
+
+threads_for(net::Network, samples::Int) =
+    samples * work_per_sample(neurons(net)) < WORTH_A_THREAD ? 1 : Threads.nthreads()
+
+"""
+Nanoseconds for which a thread looks out for work, or for the end of it, before it goes to sleep. A sleeping one takes as long to wake
+up as a tile to compute.
+"""
+const WATCHFUL = 500_000
+
+"""
+The sums over the batch are taken in so many shares at most, whatever the number of threads; fewer where the gradients, of which
+each share has its own, would need much memory.
+"""
+const SHARES = 4:16
+
+"Memory in bytes from which on there are fewer shares."
+const SHARES_LIMIT = 2^26
