@@ -36,7 +36,7 @@ function keep(object)
     HANDLES[LAST_HANDLE[] += 1] = object
     return LAST_HANDLE[]
 end
-held(handle::Py) = HANDLES[pyconvert(Int, handle)]
+lookup(handle::Py) = HANDLES[pyconvert(Int, handle)]
 
 function release(handle::Py)
     delete!(HANDLES, pyconvert(Int, handle))
@@ -151,7 +151,7 @@ function library_of(device::String)
 end
 
 "`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."
-program(handle::Py, d::Py) = program(held(handle)::AbstractWorkspace, d)
+program(handle::Py, d::Py) = program(lookup(handle)::AbstractWorkspace, d)
 function program(workspace::AbstractWorkspace, d::Py)
     solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
     adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
@@ -164,14 +164,14 @@ end
 `solve(handle, p, X, start, outs)` with `outs = (state, status, iterations, residual, rate, bound)` filled in; `start`
 may be None.
 """
-solve(handle::Py, p::Py, X::Py, start::Py, outs::Py) = solve(held(handle)::Session, p, X, start, outs)
+solve(handle::Py, p::Py, X::Py, start::Py, outs::Py) = solve(lookup(handle)::Session, p, X, start, outs)
 function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     net = s.problem.net
     warm = !pyis(start, pybuiltins.None)
     state, status, iterations = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2])
-    first_iterate = warm ? NumPy{T}(start) : NumPy{T}(outs[0])
+    given_start = NumPy{T}(warm ? start : outs[0])
     measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
-    borrow(NumPy{T}(p), NumPy{T}(X), first_iterate, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
+    borrow(NumPy{T}(p), NumPy{T}(X), given_start, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
         N = neurons(net)
         solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
@@ -187,7 +187,7 @@ reinterpret_status(x::Vector{Int8}) = unsafe_wrap(Array, Ptr{Status}(pointer(x))
 to `g`. An empty `weights` stands for none, here and below. Three more arrays (status, residual, adjoint residual) are
 filled in per sample.
 """
-gradient(handle::Py, arrays::Py, probe::Py) = gradient(held(handle)::Session, arrays, pyconvert(Int, probe))
+gradient(handle::Py, arrays::Py, probe::Py) = gradient(lookup(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
@@ -214,7 +214,7 @@ report_of(status, residual, adjoint_residual) = (reinterpret_status(status), res
 `start` may be empty, and three more arrays are filled in as by [`gradient`](@ref).
 """
 vjp(handle::Py, arrays::Py, of_state::Py, probe::Py) =
-    vjp(held(handle)::Session, arrays, pyconvert(Bool, of_state), pyconvert(Int, probe))
+    vjp(lookup(handle)::Session, arrays, pyconvert(Bool, of_state), pyconvert(Int, probe))
 function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
@@ -229,7 +229,7 @@ function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
 end
 
 "`jvp(handle, (p, X, start, dp, dX, tangent), of_state) -> (unconverged, residual, adjoint residual)`, see [`jvp!`](@ref)."
-jvp(handle::Py, arrays::Py, of_state::Py) = jvp(held(handle)::Session, arrays, pyconvert(Bool, of_state))
+jvp(handle::Py, arrays::Py, of_state::Py) = jvp(lookup(handle)::Session, arrays, pyconvert(Bool, of_state))
 function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
@@ -244,7 +244,7 @@ function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
 end
 
 "`hessian_vector_product(handle, (p, X, Y, weights, v, h))`: H v is written to `h`."
-hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(held(handle)::Session, arrays)
+hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(lookup(handle)::Session, arrays)
 function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
     borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))...) do p, X, Y, weights, v, h
@@ -257,7 +257,7 @@ function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
 end
 
 "`spectral_radius(handle, (p, X, state, out))`: that of the Jacobian at each state is written to `out`."
-spectral_radius(handle::Py, arrays::Py) = spectral_radius(held(handle)::Session, arrays)
+spectral_radius(handle::Py, arrays::Py) = spectral_radius(lookup(handle)::Session, arrays)
 function spectral_radius(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
     borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
@@ -271,7 +271,7 @@ end
 
 "`trainer(handle, description) -> handle`: it trains in the workspace of the program."
 function trainer(handle::Py, d::Py)
-    s = held(handle)::Session
+    s = lookup(handle)::Session
     rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
     guard = Guard(pyconvert(Float64, d["unconverged"]), pyconvert(Float64, d["parameter_norm"]))
     return keep(
@@ -286,7 +286,7 @@ end
 `train(handle, batch_size, arrays)` with arrays = (parameters, good, halted, X, Y, weights, order, rates, losses,
 unconverged), see `train!`.
 """
-train(handle::Py, batch_size::Py, arrays::Py) = train(held(handle)::Trainer, pyconvert(Int, batch_size), arrays)
+train(handle::Py, batch_size::Py, arrays::Py) = train(lookup(handle)::Trainer, pyconvert(Int, batch_size), arrays)
 function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
     net = t.problem.net
     types = (
@@ -308,11 +308,11 @@ function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
 end
 
 "`state(handle)`: the optimiser's state as a list of numbers."
-state(handle::Py) = Py(optimizer_state(held(handle)::Trainer)).to_numpy()
+state(handle::Py) = Py(optimizer_state(lookup(handle)::Trainer)).to_numpy()
 
 "`restore(handle, numbers)`: the inverse of `state`."
 function restore(handle::Py, numbers::Py)
-    borrow(v -> restore_optimizer_state!(held(handle)::Trainer, v), NumPy{Float64}(numbers))
+    borrow(v -> restore_optimizer_state!(lookup(handle)::Trainer, v), NumPy{Float64}(numbers))
     return nothing
 end
 

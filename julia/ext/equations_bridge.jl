@@ -66,7 +66,7 @@ end
 
 "`equation_solve(handle, solver, outs)` with outs = (status, iterations, residual, rate)."
 function equation_solve(handle::Py, solver::Py, outs::Py)
-    s = held(handle)::EquationSession
+    s = lookup(handle)::EquationSession
     method = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, solver["name"])))(; options(solver["options"])...)
     s.inverses = nothing
     arrays = NumPy{Int8}(outs[0]), NumPy{Int32}(outs[1]), NumPy{Float64}(outs[2]), NumPy{Float64}(outs[3])
@@ -82,7 +82,7 @@ end
 
 "`equation_vjp(handle, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
 function equation_vjp(handle::Py, v::Py, gradients::Py)
-    s = held(handle)::EquationSession
+    s = lookup(handle)::EquationSession
     found = answer(() -> borrow_for_vjp(s, v, gradients))
     pydel!(gradients)
     return found
@@ -98,7 +98,7 @@ end
 
 "`equation_jacobian(handle, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."
 function equation_jacobian(handle::Py, index::Py, wanted::Py, J::Py)
-    s, k = held(handle)::EquationSession, pyconvert(Int, index) + 1
+    s, k = lookup(handle)::EquationSession, pyconvert(Int, index) + 1
     return answer(() -> borrow_for_jacobian(s, k, wanted, J))
 end
 function borrow_for_jacobian(s::EquationSession{T}, k::Int, wanted::Py, J::Py) where {T}

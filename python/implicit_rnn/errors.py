@@ -79,10 +79,10 @@ class ConvergenceWarning(UserWarning):
     --------
     >>> import warnings
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
-    >>> with warnings.catch_warnings(record=True) as told:
+    >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     y = net.predict([[0.5, -1.0]], solver=irnn.Picard(max_iterations=3), on_failure="warn")
-    >>> told[0].category.__name__
+    >>> caught[0].category.__name__
     'ConvergenceWarning'
     """
 
@@ -94,10 +94,10 @@ class ScaleWarning(UserWarning):
     --------
     >>> import warnings
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
-    >>> with warnings.catch_warnings(record=True) as told:
+    >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     run = net.fit([[1e6], [2e6]], [[0.3], [0.5]], epochs=1, progress=False)
-    >>> told[0].category.__name__
+    >>> caught[0].category.__name__
     'ScaleWarning'
     """
 
@@ -109,10 +109,10 @@ class DerivativeWarning(UserWarning):
     --------
     >>> import warnings
     >>> solution = irnn.root(lambda z, a: z - np.abs(a), [1.0], args=(0.0,))  # a kink
-    >>> with warnings.catch_warnings(record=True) as told:
+    >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
     ...     gradient = solution.vjp([1.0])["a"]
-    >>> gradient, told[0].category.__name__
+    >>> gradient, caught[0].category.__name__
     (array(nan), 'DerivativeWarning')
     """
 

@@ -38,19 +38,19 @@ AndersonHistory{T}(n::Int, m::Int) where {T} = AndersonHistory{T}(
 
 function iterate!(solver::Anderson, s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
     h = AndersonHistory{T}(p.n, solver.memory)
-    held, head, last = 0, 0, Inf
+    depth, head, last = 0, 0, Inf
     while evaluate!(s, p)
         status = assess!(s, p, tol)
         status === nothing || return deliver!(s, status)
         if isfinite(last)
             head = mod1(head + 1, solver.memory)
             remember!(h, s, head)
-            held = s.merit > 2 * last ? 0 : min(held + 1, solver.memory)
+            depth = s.merit > 2 * last ? 0 : min(depth + 1, solver.memory)
         end
         last = s.merit
         copyto!(h.residual, s.c)
         copyto!(h.value, s.value)
-        held = anderson_step!(s, h, held, head, solver)
+        depth = anderson_step!(s, h, depth, head, solver)
     end
     return MAX_ITERATIONS
 end
@@ -63,26 +63,26 @@ function remember!(h::AndersonHistory, s::Iteration, head::Int)
     return
 end
 
-# z = f(z) - ΔF γ where γ minimises ‖c - ΔR γ‖² over the `held` last differences, which are forgotten where that breaks down.
-function anderson_step!(s::Iteration{T}, h::AndersonHistory{T}, held::Int, head::Int, solver::Anderson) where {T}
+# z = f(z) - ΔF γ where γ minimises ‖c - ΔR γ‖² over the `depth` last differences, which are forgotten where that breaks down.
+function anderson_step!(s::Iteration{T}, h::AndersonHistory{T}, depth::Int, head::Int, solver::Anderson) where {T}
     m = solver.memory
     place(k) = mod1(head - k + 1, m)
-    for k in 1:held
+    for k in 1:depth
         h.b[k] = inner(h.ΔR, place(k), s.c, 1)
-        for l in k:held
+        for l in k:depth
             h.G[k, l] = h.G[l, k] = inner(h.ΔR, place(k), h.ΔR, place(l))
         end
     end
-    held > 0 && !solve_regularised!(h.γ, h.G, h.b, held, max(solver.ridge, Float64(eps(T)))) && (held = 0)
+    depth > 0 && !solve_regularised!(h.γ, h.G, h.b, depth, max(solver.ridge, Float64(eps(T)))) && (depth = 0)
     damping = T(solver.damping)
     advance!(s, damping)
-    for k in 1:held
+    for k in 1:depth
         g, l = T(h.γ[k]), place(k)
         @inbounds @simd for i in eachindex(s.z)
             s.z[i] -= g * (h.ΔF[i, l] - (1 - damping) * h.ΔR[i, l])
         end
     end
-    return held
+    return depth
 end
 
 # Column j of A times column k of B, in double precision.

@@ -33,7 +33,7 @@ function compile_text(text)
     return f
 end
 
-# Julia draws an arrow with the complaint behind it, below the line in question.
+# Julia draws an arrow with the message behind it, below the line in question.
 parse_complaint(error::Exception) = parse_complaint(sprint(showerror, error))
 function parse_complaint(said)
     lines = split(strip(string(said)), '\n')

@@ -201,15 +201,15 @@ end
 @inline pieces(f::Piecewise, ::Int) = map(tuple, f.ranges, f.activations)
 
 """
-    fill_column!(respond, put!, F, Z, j, rows)
+    fill_column!(evaluate, put!, F, Z, j, rows)
 
-`put!(F, Z, i, j, t)` with `t, z = respond(i)` for the rows i; returns Σ (t - Z[i, j])² and Σ z².
+`put!(F, Z, i, j, t)` with `t, z = evaluate(i)` for the rows i; returns Σ (t - Z[i, j])² and Σ z².
 """
-@inline function fill_column!(respond::R, put!::P, F, Z, j::Int, rows) where {P, R}
+@inline function fill_column!(evaluate::R, put!::P, F, Z, j::Int, rows) where {P, R}
     change = zero(eltype(F))
     size2 = zero(eltype(F))
     @inbounds @simd for i in rows
-        t, z = @inline respond(i)
+        t, z = @inline evaluate(i)
         d = t - Z[i, j]
         put!(F, Z, i, j, t)
         change = muladd(d, d, change)
@@ -223,19 +223,19 @@ end
 "`Z` takes the value, and `F` its change."
 @inline put_change!(F, Z, i, j, t) = @inbounds (F[i, j] = t - Z[i, j]; Z[i, j] = t)
 
-# The same for each piece of f: `respond(g)` is the function of the rows on which g acts.
-@inline function fill_pieces!(respond::R, put!::P, F, f::Activation, Z, j::Int) where {P, R}
-    changes = map(piece -> fill_column!(respond(piece[2]), put!, F, Z, j, piece[1]), pieces(f, size(F, 1)))
+# The same for each piece of f: `evaluate(g)` is the function of the rows on which g acts.
+@inline function fill_pieces!(evaluate::R, put!::P, F, f::Activation, Z, j::Int) where {P, R}
+    changes = map(piece -> fill_column!(evaluate(piece[2]), put!, F, Z, j, piece[1]), pieces(f, size(F, 1)))
     return sum(first, changes), sum(last, changes)
 end
 
 # F[:, j] = f(S[:, j]); returns ‖F[:, j] - Z[:, j]‖² and ‖F[:, j]‖².
 @inline function activate!(F, f::Activation, S, Z, j::Int)
-    respond(g) = function (i)
+    evaluate(g) = function (i)
         z = @inbounds value(g, S[i, j])
         return z, z
     end
-    return fill_pieces!(respond, put_value!, F, f, Z, j)
+    return fill_pieces!(evaluate, put_value!, F, f, Z, j)
 end
 
 "    slopes!(D, f, S, Z)\n\n`D = f′(S)` for all columns, given `Z = f(S)`."
@@ -267,10 +267,10 @@ end
 `Z[:, j]` becomes t = f(S[:, j]) - slope S[:, j], and `F[:, j]` its change; returns ‖F[:, j]‖² and ‖f(S[:, j])‖².
 """
 @inline function change_deviation!(F, f::Activation, slope, S, Z, j::Int)
-    respond(g) = function (i)
+    evaluate(g) = function (i)
         s = @inbounds S[i, j]
         z = value(g, s)
         return z - @inbounds(slope[i]) * s, z
     end
-    return fill_pieces!(respond, put_change!, F, f, Z, j)
+    return fill_pieces!(evaluate, put_change!, F, f, Z, j)
 end

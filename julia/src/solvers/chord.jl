@@ -64,7 +64,7 @@ const LINEARIZED_PATIENCE = 40
     iterate_linearized!(c, p, iterations; check = false)
 
 Let the active columns, which have been evaluated, go on in the linearised equation, and evaluate the outcome in the equation
-itself; true when all are done. A column that gets lost keeps its iterate. Without a guarantee of uniqueness a solution is
+itself; true when all are done. A column whose iteration fails keeps its iterate. Without a guarantee of uniqueness a solution is
 taken only if it is no farther away than the residual and the rate of the iteration before say; `check` asks whether it
 attracts as well.
 """
@@ -81,8 +81,8 @@ function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; c
     for j in 1:m
         sample = c.sample[j]
         c.iterations[j] = lin.outcome.iterations[sample]
-        lost = lin.outcome.status[sample] > MAX_ITERATIONS
-        lost || is_far(c, p, j, sample) || copy_column!(c.Z, j, p.Z, sample)
+        failed = lin.outcome.status[sample] > MAX_ITERATIONS
+        failed || is_far(c, p, j, sample) || copy_column!(c.Z, j, p.Z, sample)
     end
     return evaluate_all!(c, p; check)
 end

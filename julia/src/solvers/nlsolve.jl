@@ -31,7 +31,7 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
         c.iterations[j] += Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, evaluations)::Int
         c.residual[j] = T(Inf)
     end
-    # The verdict is ours, by the same evaluation as for every other solver.
+    # What has converged is found by the same evaluation as for every other solver.
     evaluate_all!(c, p; check = true) && return true
     (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(size(c.F, 1)), c, FactorBuffers{T})
     foreach(j -> factorize!(A, pivots, slopes, c, p, j), 1:c.active)

@@ -65,8 +65,8 @@ class StepTrainer:
         for step, first in enumerate(range(0, len(samples), batch_size)):
             batch = _select(samples, permutation[first : first + batch_size])
             self._steps += 1
-            loss, G, lost = self._gradients(P, batch, self._steps)
-            failed += np.where(alive, lost, 0)
+            loss, G, unsolved = self._gradients(P, batch, self._steps)
+            failed += np.where(alive, unsolved, 0)
             size = _norms(G)
             alive &= np.isfinite(loss) & np.isfinite(size)
             total += np.where(alive, loss, np.nan) * len(batch)
@@ -80,11 +80,11 @@ class StepTrainer:
         """Halt the nets that went wrong in this epoch, and note what was good."""
         limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
         size = _norms(nets.parameters)
-        broken, lost = ~np.isfinite(loss), unconverged > self._guard.unconverged
-        good = running & ~broken & ~lost
+        broken, too_many = ~np.isfinite(loss), unconverged > self._guard.unconverged
+        good = running & ~broken & ~too_many
         nets.good[good] = before[good]
         halt = np.where(np.isfinite(size) & (size <= limit), Halt.RUNNING, Halt.TOO_LARGE)
-        halt = np.where(broken, Halt.NOT_FINITE, np.where(lost, Halt.TOO_MANY_UNCONVERGED, halt))
+        halt = np.where(broken, Halt.NOT_FINITE, np.where(too_many, Halt.TOO_MANY_UNCONVERGED, halt))
         halted = running & (halt != Halt.RUNNING)
         nets.halted[halted] = halt[halted]
         nets.parameters[halted] = nets.good[halted]

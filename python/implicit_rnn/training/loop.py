@@ -302,17 +302,17 @@ class _Report:
     def __init__(self, training: Training, on_failure: str) -> None:
         self.training = training
         self.on_failure = on_failure
-        self.told: set[str] = {"unconverged", "halted"} if on_failure == "ignore" else set()
+        self.warned: set[str] = {"unconverged", "halted"} if on_failure == "ignore" else set()
 
     def __call__(self, before: int, running: Array) -> None:
         """Tell of the epochs since ``before``, at whose end the nets ``running`` ran."""
         state, settings = self.training.state, self.training.settings
         unconverged = state.unconverged[:, before : state.epoch]
         halted = running & (state.nets.halted != Halt.RUNNING) & (state.nets.halted <= Halt.TOO_LARGE)
-        if halted.any() and "halted" not in self.told:
+        if halted.any() and "halted" not in self.warned:
             first = int(np.flatnonzero(halted)[np.argmin(state.ended[halted])])
             self._tell("halted", str(self.training.why_halted(first)))
-        elif unconverged.any() and "unconverged" not in self.told:
+        elif unconverged.any() and "unconverged" not in self.warned:
             failing = np.argwhere(unconverged > 0)
             net, epoch = failing[np.argmin(failing[:, 1])]
             self._tell(
@@ -322,7 +322,7 @@ class _Report:
             )
 
     def _tell(self, what: str, message: str) -> None:
-        self.told.add(what)
+        self.warned.add(what)
         if self.on_failure == "raise":
             raise ConvergenceError(message)
         warn(message, ConvergenceWarning)
