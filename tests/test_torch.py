@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import nn  # noqa: E402
 from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
-from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
+from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 from implicit_rnn.torch import ImplicitRNN, fixed_point, root  # noqa: E402
 
@@ -160,6 +160,48 @@ def test_training_in_a_model_with_other_layers_lowers_the_loss(engine):
             optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+class Outputs(Dataset):
+    """What a layer gives for samples, computed in the process that asks for them."""
+
+    def __init__(self, layer, x):
+        self.layer, self.x = layer, x
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, k):
+        return self.layer(self.x[k]).detach()
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_worker_processes_feed_a_model_whose_engine_runs_already(engine, context):
+    x = torch.rand(32, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = x.square().sum(1, keepdim=True)
+    results = []
+    for workers in ({}, {"num_workers": 2, "multiprocessing_context": context}):
+        torch.manual_seed(0)
+        model = nn.Sequential(ImplicitRNN(make_net(engine)), nn.Linear(2, 1, dtype=torch.float64))
+        model(x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for xb, yb in DataLoader(TensorDataset(x, y), batch_size=8, **workers):
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(xb), yb).backward()
+            optimizer.step()
+        results.append(model(x).detach())
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_layer_works_in_a_worker_process_or_says_how_to_start_it(layer, engine, context, x):
+    expected = layer(x[:4]).detach()
+    loader = DataLoader(Outputs(layer, x[:4]), batch_size=4, num_workers=1, multiprocessing_context=context)
+    if (engine, context) == ("julia", "fork"):
+        with pytest.raises(irnn.EngineError, match='DataLoader.*multiprocessing_context="spawn"'):
+            next(iter(loader))
+    else:
+        torch.testing.assert_close(next(iter(loader)), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_compiled_model_computes_the_same(layer, x):

@@ -47,7 +47,8 @@ def check_not_forked() -> None:
     if _forked:
         raise EngineError(
             "this process was forked after Julia had started, and Julia does not survive that; start worker processes "
-            'with multiprocessing.get_context("spawn") or "forkserver", or fork before the first use of the Julia engine'
+            'with multiprocessing.get_context("spawn") or "forkserver" (those of a DataLoader of PyTorch with '
+            'multiprocessing_context="spawn"), or fork before the first use of the Julia engine'
         )
 
 
