@@ -28,4 +28,4 @@ Base.BroadcastStyle(style::ShortStyle, ::Broadcast.DefaultArrayStyle{0}) = style
 Base.BroadcastStyle(::ShortStyle, style::Broadcast.DefaultArrayStyle{1}) = style
 Base.BroadcastStyle(::ShortStyle{N}, ::ShortStyle{M}) where {N, M} =
     N == 1 ? ShortStyle{M}() : M == 1 ? ShortStyle{N}() : Broadcast.DefaultArrayStyle{1}()
-Base.copy(b::Broadcast.Broadcasted{ShortStyle{N}}) where {N} = Short(ntuple(i -> (@inbounds b[i]), Val(N))...)
+Base.copy(b::Broadcast.Broadcasted{ShortStyle{N}}) where {N} = Short(ntuple(i -> (@inline; @inbounds b[i]), Val(N))...)

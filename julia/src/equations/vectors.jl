@@ -180,16 +180,22 @@ end
 "Number i of the `stride` numbers that each sample has in the array."
 @inline function load(x::Array, b::Block, i::Int = 1, stride::Int = 1)
     stride == 1 && eltype(x) == Float64 && is_full(b) && return GC.@preserve x unsafe_load(Ptr{Vec}(pointer(x, b.first)))
-    return from_lanes(l -> Float64(@inbounds x[(sample(b, l) - 1) * stride + i]))
+    return gather(x, b, i, stride)
 end
+@noinline gather(x::Array, b::Block, i::Int, stride::Int) =
+    from_lanes(l -> Float64(@inbounds x[(sample(b, l) - 1) * stride + i]))
 
 @inline function store!(x::Array, y::Vec, b::Block, i::Int = 1, stride::Int = 1)
     if stride == 1 && eltype(x) == Float64 && is_full(b)
         GC.@preserve x unsafe_store!(Ptr{Vec}(pointer(x, b.first)), y)
     else
-        for (l, j) in enumerate(samples(b))
-            @inbounds x[(j - 1) * stride + i] = lane(y, l)
-        end
+        scatter!(x, y, b, i, stride)
+    end
+    return
+end
+@noinline function scatter!(x::Array, y::Vec, b::Block, i::Int, stride::Int)
+    for (l, j) in enumerate(samples(b))
+        @inbounds x[(j - 1) * stride + i] = lane(y, l)
     end
     return
 end
