@@ -118,6 +118,8 @@ def test_bad_input_is_refused_by_name(X):
         f(p, X.astype(np.float32))
     with pytest.raises(ValueError, match="the parameters have the shapes"):
         f(p | {"W": p["W"][:2]}, X)
+    with pytest.raises(TypeError, match="the parameters are a list; expected a dictionary"):
+        f(list(p.values()), X)
     with pytest.raises(TypeError, match="net is 3"):
         door.function(3)
     with pytest.raises(ValueError, match="Unrolled"):
@@ -198,7 +200,19 @@ def test_equation_without_a_root_is_nan_in_compiled_code_and_an_error_outside(f,
         door.root(f, np.array([start]))
 
 
+def test_derivatives_are_nan_where_the_jacobian_is_singular():
+    def z(a):
+        return door.root(lambda z, a: z**2 - a, jnp.ones(1), args=(a,))[0]
+
+    assert np.isnan(jax.grad(z)(0.0))
+    assert np.isnan(jax.jacfwd(z)(0.0))
+    assert jax.grad(z)(4.0) == pytest.approx(0.25)
+
+
 def test_bad_equations_are_refused_by_name():
+    for wrap in (lambda g: g, jax.jit):
+        with pytest.raises(ValueError, match=r"f returned an array of shape \(1,\); expected \(2,\)"):
+            wrap(lambda: door.root(lambda z: z[:1], np.ones(2)))()
     with pytest.raises(TypeError, match="f is 3; expected a function"):
         door.root(3, np.zeros(2))
     with pytest.raises(TypeError, match="z0 has shape"):

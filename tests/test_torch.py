@@ -106,6 +106,63 @@ def test_second_derivatives_are_refused_in_so_many_words(layer, x):
         g.sum().backward()
 
 
+def test_transforms_of_functions_map_and_differentiate_the_layer_in_reverse_mode_only(layer, x):
+    each = torch.func.vmap(layer)(x)
+    torch.testing.assert_close(each, layer(x))
+    J = torch.func.jacrev(layer)(x[:2])
+    torch.testing.assert_close(J, torch.autograd.functional.jacobian(layer, x[:2]))
+    weights = {name: w.detach() for name, w in layer.named_parameters()}
+    one = torch.func.grad(lambda w, x: torch.func.functional_call(layer, w, x).sum())
+    torch.testing.assert_close(torch.func.vmap(one, (None, 0))(weights, x)["W"][1], one(weights, x[1])["W"])
+    with pytest.raises(RuntimeError, match=r"reverse mode only.*Network\.jvp"):
+        torch.func.jacfwd(layer)(x)
+
+
+def test_no_samples_give_no_outputs_and_gradients_of_zero(layer, x):
+    x = x[:0].clone().requires_grad_()
+    y = layer(x)
+    assert y.shape == (0, 2)
+    y.sum().backward()
+    assert x.grad.shape == (0, 3)
+    assert not flat(layer).size or not vector(w.grad for w in layer.parameters()).any()
+
+
+def test_parameters_may_be_parametrised(layer, x):
+    class Half(nn.Module):
+        def forward(self, w):
+            return w / 2
+
+    halved = copy.deepcopy(layer.net)
+    halved.weights["R"][...] /= 2
+    nn.utils.parametrize.register_parametrization(layer, "R", Half())
+    torch.testing.assert_close(layer(x).detach(), torch.from_numpy(halved.predict(x.numpy())))
+    layer(x).sum().backward()
+    expected, _ = halved.vjp(x.numpy(), np.ones((12, 2)))
+    np.testing.assert_allclose(layer.parametrizations.R.original.grad, halved.named(expected)["R"] / 2, atol=1e-9)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_optimisers_change_the_network_as_they_do_a_layer_of_rows(optimizer, fused, x):
+    kind = getattr(torch.optim, optimizer)
+    if fused and optimizer not in ("SGD", "Adam", "AdamW"):
+        pytest.skip("this optimiser is not fused")
+    layer = ImplicitRNN(make_net("numpy"))
+    rows = {name: w.detach().clone(memory_format=torch.contiguous_format) for name, w in layer.named_parameters()}
+    settings = {"lr": 0.01} | ({"fused": True} if fused else {})
+    ours, others = kind(layer.parameters(), **settings), kind(rows.values(), **settings)
+    for _ in range(3):
+        ours.zero_grad()
+        layer(x).square().sum().backward()
+        for name, w in layer.named_parameters():
+            rows[name].grad = w.grad.contiguous()
+        ours.step()
+        others.step()
+    for name, w in layer.named_parameters():
+        torch.testing.assert_close(w.detach(), rows[name])
+        np.testing.assert_array_equal(layer.net.weights[name], w.detach())
+
+
 def test_transforms_of_functions_see_the_parameters_they_are_given(layer, x):
     weights = {name: 0.5 * w.detach() for name, w in layer.named_parameters()}
     halved = copy.deepcopy(layer.net)
@@ -198,7 +255,7 @@ def test_layer_works_in_a_worker_process_or_says_how_to_start_it(layer, engine, 
     expected = layer(x[:4]).detach()
     loader = DataLoader(Outputs(layer, x[:4]), batch_size=4, num_workers=1, multiprocessing_context=context)
     if (engine, context) == ("julia", "fork"):
-        with pytest.raises(irnn.EngineError, match='DataLoader.*multiprocessing_context="spawn"'):
+        with pytest.raises(irnn.EngineError, match=r'DataLoader.*multiprocessing_context="spawn"'):
             next(iter(loader))
     else:
         torch.testing.assert_close(next(iter(loader)), expected, rtol=1e-9, atol=1e-9)
@@ -232,6 +289,7 @@ def test_sample_without_equilibrium_is_an_error_forward(engine):
         (torch.zeros(2, 4, dtype=torch.float64), ValueError, r"shape \(2, 4\); expected \(\.\.\., 3\)"),
         (torch.full((2, 3), torch.nan, dtype=torch.float64), ValueError, "NaN"),
         (torch.zeros(2, 3, dtype=torch.float64, device="meta"), TypeError, "x is on meta.*CPU"),
+        ([[0.0, 0.0, 0.0]], TypeError, r"x is a list; expected a tensor"),
     ],
 )
 def test_bad_input_is_refused_by_name(bad, error, message):
@@ -296,6 +354,15 @@ def test_unconverged_samples_raise_and_have_no_derivative():
     z[1].sum().backward(retain_graph=True)
     np.testing.assert_allclose(a.grad, [[0], [-0.25]])
     with pytest.raises(irnn.ConvergenceError, match="no derivative"):
+        z.sum().backward()
+
+
+def test_a_singular_solution_has_no_derivative_and_does_not_spoil_that_of_others():
+    a = torch.tensor([[4.0], [0.0]], dtype=torch.float64, requires_grad=True)
+    z = root(lambda z, a: z**2 - a, torch.ones(2, 1, dtype=torch.float64), args=(a,), batched="a")
+    z[0].sum().backward(retain_graph=True)
+    np.testing.assert_allclose(a.grad, [[0.25], [0]])
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution of sample 1"):
         z.sum().backward()
 
 

@@ -24,7 +24,7 @@ try:
     import jax
     import jax.numpy as jnp
 except ImportError as error:
-    raise ImportError("implicit_rnn.jax needs JAX: pip install 'implicit-rnn[jax]'") from error
+    raise ImportError(f"implicit_rnn.jax needs JAX ({error}): pip install 'implicit-rnn[jax]'") from error
 
 __all__ = ["fixed_point", "function", "parameters", "root"]
 
@@ -125,6 +125,10 @@ def function(
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
     def apply(parameters: Parameters, X: Any) -> jax.Array:
+        if not isinstance(parameters, dict):
+            raise TypeError(
+                f"the parameters are a {type(parameters).__name__}; expected a dictionary as of parameters(net)"
+            )
         found = {name: np.shape(weights) for name, weights in parameters.items()}
         if found != shapes:
             raise ValueError(f"the parameters have the shapes {found}; expected {shapes}")
@@ -219,9 +223,10 @@ def fixed_point(
 
     Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
     the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
-    in reverse mode. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the iteration is a damped Newton method
-    within JAX, by the same criterion; samples that do not converge are NaN there, and ``solver`` gives the tolerance and the
-    largest number of iterations. It also finds fixed points that Picard iteration would leave.
+    in reverse mode; where ∂c/∂z is singular they are NaN. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the
+    iteration is a damped Newton method within JAX, by the same criterion; samples that do not converge are NaN there, and
+    ``solver`` gives the tolerance and the largest number of iterations. It also finds fixed points that Picard iteration would
+    leave.
 
     Parameters
     ----------
@@ -308,10 +313,19 @@ def _solve(
     arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
     positions = equations.positions(f, len(arrays), batched)
     axes = (0, *(0 if k in positions else None for k in range(len(arrays))))
+    whole = [start.reshape(-1, start.shape[-1]), *arrays]
+    one = [array if axis is None else array[0] for array, axis in zip(whole, axes, strict=True)]
+    found = jax.eval_shape(f, *one).shape
+    if found != start.shape[-1:]:
+        raise ValueError(f"f returned an array of shape {found}; expected {start.shape[-1:]}, the shape of one z")
     chosen = choose(Solver, solver, "solver")
     problem = _Problem(pose, jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes), sorted(positions), chosen, on_failure)
     z = _solution(problem, start.reshape(-1, start.shape[-1]), arrays)
     return z.reshape(start.shape)
+
+
+_LARGEST_CHANGE = 0.25
+"""Of ∂c/∂z within the error of a solution, relative; at a double root it changes by a half."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -333,12 +347,21 @@ class _Problem:
         """c (B, n), zero at the solution."""
         return self.f(z, *args) if self.root else self.f(z, *args) - z
 
+    def derivatives(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        """∂c/∂z (B, n, n)."""
+        J = self.jacobian(z, *args)
+        return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)
+
+    def are_regular(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+        """(B,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
+        A = self.derivatives(z, args)
+        near = self.derivatives(z + self.direction(z, args, self.conditions(z, args)), args)
+        change = jnp.linalg.solve(A, near - A)
+        return jnp.abs(change).sum(1).max(1) <= _LARGEST_CHANGE
+
     def direction(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
         """-(∂c/∂z)⁻¹ c (B, n), the step of Newton's method."""
-        J = self.jacobian(z, *args)
-        if not self.root:
-            J = J - jnp.eye(z.shape[1], dtype=z.dtype)
-        return -jnp.linalg.solve(J, c[..., None])[..., 0]
+        return -jnp.linalg.solve(self.derivatives(z, args), c[..., None])[..., 0]
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -364,7 +387,9 @@ def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Arr
     start, args = primals
     z = _solution(problem, start, args)
     _, c = jax.jvp(lambda args: problem.conditions(z, args), (args,), (tangents[1],))
-    return z, problem.direction(z, args, c)
+    regular = problem.are_regular(*jax.lax.stop_gradient((z, args)))
+    factor = jnp.where(regular, 1, np.nan).astype(z.dtype)  # and not a choice, whose transpose would give zeros
+    return z, factor[:, None] * problem.direction(z, args, c)
 
 
 def _on_arrays(f: Callable[..., jax.Array]) -> Callable[..., Array]:

@@ -22,7 +22,7 @@ try:
     from torch import Tensor, nn
 except ImportError as error:
     raise ImportError(
-        "implicit_rnn.torch needs PyTorch: pip install 'implicit-rnn[torch]', or see pytorch.org"
+        f"implicit_rnn.torch needs PyTorch ({error}): pip install 'implicit-rnn[torch]', or see pytorch.org"
     ) from error
 
 __all__ = ["ImplicitRNN", "fixed_point", "root"]
@@ -92,7 +92,9 @@ class ImplicitRNN(nn.Module):
         x
             The inputs (..., inputs), of the dtype of the parameters.
         """
-        weights = tuple(self._parameters.values())
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self.net.topology.inputs})")
+        weights = tuple(getattr(self, name) for name in self.net.weights)  # which may be parametrised
         tensor = weights[0]
         if x.device.type != "cpu" or tensor.device.type != "cpu":
             raise TypeError(
@@ -141,10 +143,11 @@ class ImplicitRNN(nn.Module):
 
 def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
     """Let the network follow the parameters where these have got memory of their own."""
-    if all(weights.device.type == "cpu" for weights in layer._parameters.values()):
-        layer.net = layer.network(layer._parameters.values())
-        for name, view in layer.net.weights.items():
-            layer._parameters[name].data = torch.from_numpy(view)
+    own = [layer._parameters.get(name) for name in layer.net.weights]  # None where it is parametrised
+    if all(weights is not None and weights.device.type == "cpu" for weights in own):
+        layer.net = layer.network(own)
+        for weights, view in zip(own, layer.net.weights.values(), strict=True):
+            weights.data = torch.from_numpy(view)
 
 
 def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
@@ -156,12 +159,27 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
+    """What ``torch.vmap`` asks of an ``autograd.Function``: its outputs, stacked, and the axes along which they are."""
+    parts = [
+        function.apply(
+            *(each if axis is None else each.select(axis, k) for each, axis in zip(given, in_dims, strict=True))
+        )
+        for k in range(info.batch_size)
+    ]
+    outputs = tuple(torch.stack(part) for part in zip(*parts, strict=True))
+    return outputs, (0,) * len(outputs)
+
+
 class _Equilibrium(torch.autograd.Function):
     """(layer, x (B, inputs), *parameters) -> outputs, and the states for the backward pass."""
 
     @staticmethod
     def forward(layer: ImplicitRNN, x: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
         net = layer.network(weights)
+        if not len(x):
+            sizes = net.topology.neurons if layer.of == "state" else net.topology.output_size, net.topology.neurons
+            return x.new_empty(0, sizes[0]), x.new_empty(0, sizes[1])
         state = net.equilibrium(_numpy(x), solver=layer.solver, on_failure=layer.on_failure).state
         y = state.copy() if layer.of == "state" else net.read_out(state)
         return torch.from_numpy(y), torch.from_numpy(state)
@@ -174,6 +192,17 @@ class _Equilibrium(torch.autograd.Function):
         ctx.save_for_backward(output[1], *tensors)
 
     @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "an ImplicitRNN layer has derivatives in reverse mode only, such as torch.func.jacrev; Network.jvp has products with "
+            "its Jacobian"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
+        return _one_by_one(_Equilibrium, info, in_dims, *given)
+
+    @staticmethod
     def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Pullback.apply(ctx.layer, v, *ctx.saved_tensors)
 
@@ -183,6 +212,8 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def forward(layer: ImplicitRNN, v: Tensor, state: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        if not len(x):
+            return torch.zeros_like(x), *map(torch.zeros_like, weights)
         net = layer.network(weights)
         gradient, dx = net.vjp(
             _numpy(x),
@@ -198,6 +229,10 @@ class _Pullback(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Nothing is kept."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
+        return _one_by_one(_Pullback, info, in_dims, *given)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> None:
@@ -300,6 +335,10 @@ def root(
     return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure)
 
 
+_LARGEST_CHANGE = 0.25
+"""Of ∂c/∂z within the error of a solution, relative; at a double root it changes by a half."""
+
+
 class _Conditions:
     """The conditions c(z, args) = 0 of a batch: f(z) - z, or f(z) for a root, and their Jacobians."""
 
@@ -320,10 +359,20 @@ class _Conditions:
 
     def newton(self, z: Tensor, *args: Tensor) -> Tensor:
         """A step of Newton's method: z itself at a solution, where each step brings one to the next derivatives in args."""
+        return z - torch.linalg.solve(self.derivatives(z, *args), self.values(z, *args))
+
+    def derivatives(self, z: Tensor, *args: Tensor) -> Tensor:
+        """∂c/∂z (m, n, n)."""
         jacobians = self.jacobians(z, *args)
-        if not self.root:
-            jacobians = jacobians - torch.eye(z.shape[1], dtype=z.dtype)
-        return z - torch.linalg.solve(jacobians, self.values(z, *args))
+        return jacobians if self.root else jacobians - torch.eye(z.shape[1], dtype=z.dtype)
+
+    @torch.no_grad()
+    def are_regular(self, z: Tensor, *args: Tensor) -> Tensor:
+        """(m,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
+        A = self.derivatives(z, *args)
+        error, info = torch.linalg.solve_ex(A, self.values(z, *args))
+        change = torch.linalg.solve_ex(A, self.derivatives(z - error, *args) - A)[0]
+        return (info == 0) & (change.abs().sum(1).amax(1) <= _LARGEST_CHANGE)
 
 
 class _Solution(torch.autograd.Function):
@@ -340,28 +389,29 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         z, *args = ctx.saved_tensors
-        failed = v.detach().numpy().any(axis=1) & ~ctx.solution.converged
+        concerned = v.detach().numpy().any(axis=1)
+        failed = concerned & ~ctx.solution.converged
         if failed.any():
             raise ConvergenceError(
                 f"{failed.sum()} of {len(failed)} samples did not converge (first sample {failed.argmax()}) and have no "
                 "derivative; leave them out of what is differentiated",
                 ctx.solution,
             )
-        again = torch.is_grad_enabled()
+        again = torch.is_grad_enabled()  # and with respect to v too
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        rows = torch.from_numpy(ctx.solution.converged)
+        rows = torch.from_numpy(ctx.solution.converged if again else concerned)
         with torch.enable_grad():
             leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
             given = [arg[rows] if each else arg for arg, each in zip(leaves, ctx.conditions.batched, strict=True)]
             z = z.detach()[rows]
-            try:
-                for _ in range(1 + again):
-                    z = ctx.conditions.newton(z, *given)
-            except torch.linalg.LinAlgError as error:
+            if (bad := ~ctx.conditions.are_regular(z, *given)).any():
                 raise ConvergenceError(
-                    f"the Jacobian of the equation is singular at a solution: {error}",
+                    f"the Jacobian of the equation is singular at the solution of sample {int(rows.nonzero()[bad][0])}, or so "
+                    "nearly that its error decides: there the solution has no derivative",
                     ctx.solution,
-                ) from None
+                )
+            for _ in range(1 + again):
+                z = ctx.conditions.newton(z, *given)
         gradients = torch.autograd.grad(z, [leaves[k] for k in wanted], v[rows], create_graph=again, allow_unused=True)
         found = dict(zip(wanted, gradients, strict=True))
         return None, None, None, *(found.get(k) for k in range(len(args)))
