@@ -72,7 +72,8 @@ function equation_solve(handle::Py, solver::Py, outs::Py)
     arrays = NumPy{Int8}(outs[0]), NumPy{Int32}(outs[1]), NumPy{Float64}(outs[2]), NumPy{Float64}(outs[3])
     found = answer() do
         borrow(arrays...) do status, iterations, residual, rate
-            solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
+            regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
+            s.inverses = Inverses(s.problem, s.Z, regular)
             nothing
         end
     end

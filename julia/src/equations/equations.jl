@@ -71,8 +71,8 @@ function solve_equation(f, z0::AbstractVecOrMat, args; root, solver = Auto(), ba
     T = eltype(value)
     problem = EquationProblem{T}(f, value, args, batched; root, scale)
     Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
-    solve!(Z, outcome, problem, solver)
-    return ImplicitSolution(problem, value, outcome, Inverses(problem, Z))
+    regular = solve!(Z, outcome, problem, solver)
+    return ImplicitSolution(problem, value, outcome, Inverses(problem, Z, regular))
 end
 
 "A function of one number as one of a vector."

@@ -109,22 +109,71 @@ end
 
 # --- Newton's method -------------------------------------------------------------------------------------------
 
-"What came of samples side by side: where they are, which have converged, and how."
+"What came of samples side by side: where they are, which have converged, of which ∂c/∂z is known to be regular there, and how."
 struct Ended{K}
     z::Short{K, Vec}
     converged::Mask
+    regular::Mask
     evaluations::Vec
     residual::Vec
     rate::Vec
 end
 
 """
-    newton!(w, p, z, args, active, used, limit, tol, root)
+    newton!(w, p, z, args, limit, tol, root)
 
-Newton's method as for one sample (`newton!`, `search_line!`, `near!`), for those that are `active` and have `used` so many
-evaluations; each is evaluated once in a round. Those that do not converge have come across something that asks for more than Newton steps, halved where need be.
+Newton's method as for one sample (`newton!`, `search_line!`, `near!`); each is evaluated once in a round. Those that do not converge
+have come across something that asks for more than Newton steps, halved where need be.
 """
-@inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, active::Mask, used, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+@inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+    if R
+        ended, usual = whole_steps!(w, p, z, args, limit, tol)
+        usual && return ended
+    end
+    return damped_steps!(w, p, z, args, limit, tol, root)
+end
+
+# Most samples need whole steps only, and come to a root that is not zero. This is what `damped_steps!` does for them; not `usual` where
+# it would do something else for one of the block. The derivative of one unknown is regular at the root
+# where it has changed by less than a quarter on a step that was longer than rounding, and steps have shrunk and it been steady since: so
+# it is within the error of the solution.
+@inline function whole_steps!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64) where {T, K}
+    active, usual = ALL, true
+    regular = NONE
+    infinite, none = Vec(Inf), zero(Vec)
+    kept = map(in_registers, (z, measure(z, p.weights), infinite, infinite, infinite, none, none, none))
+    for k in 1:min(limit, SIDED_EVALUATIONS)
+        z, largest, merit_before, distance, last_distance, related, evaluations, last_derivative = map(out_of_registers, kept)
+        c = evaluate!(w.J, p, z, args, Val(true))
+        derivative = K == 1 ? @inbounds(w.J[1]) : none
+        merit = measure(c)
+        step = newton_step!(w, c)
+        size, now = measure(z, p.weights), measure(step, p.weights)
+        isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
+        usual = all(!active | (merit < (1.0 - 1.0e-4) * merit_before) & (max(size, now) < Inf))
+        largest = ifelse(active, max(largest, size), largest)
+        last_distance, distance = ifelse(active, distance, last_distance), ifelse(active, now, distance)
+        rounding = Float64(eps(T)) * largest
+        related = ifelse(active, max(size, rounding / tol), related)
+        near = active & (now <= tol * size)
+        usual &= !any(active & (now <= rounding) & !near) && (k > 1 || !any(near & (merit > 0.0)))
+        z = choose(active, plus(z, step), z)
+        evaluations = ifelse(near, Vec(k), evaluations)
+        if K == 1
+            steady = (abs(derivative - last_derivative) <= 0.25 * abs(last_derivative)) & (4.0 * now <= last_distance)
+            steady &= regular | (last_distance >= sqrt(Float64(eps(T))) * size)
+            regular = ifelse(active, steady, regular)
+        end
+        active &= !near
+        kept = map(in_registers, (z, largest, merit, distance, last_distance, related, evaluations, derivative))
+        usual && any(active) || break
+    end
+    z, _, _, distance, last_distance, related, evaluations, _ = map(out_of_registers, kept)
+    return ended_at(z, !active, regular, evaluations, distance, last_distance, related), usual && !any(active)
+end
+
+@noinline function damped_steps!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+    active = ALL
     found = NONE
     size, infinite = measure(z, p.weights), Vec(Inf)
     kept = map(in_registers, (z, z, z, size, size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
@@ -162,7 +211,7 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
             z = choose(near, value, z)
         end
         found |= near
-        evaluations = ifelse(near, used + Float64(k), evaluations)
+        evaluations = ifelse(near, Vec(k), evaluations)
         active &= !near & (judged | !moved)
 
         # Where they go: a whole step on, or half of the last one.
@@ -175,9 +224,13 @@ evaluations; each is evaluated once in a round. Those that do not converge have 
         any(active) || break
     end
     z, _, _, _, _, distance, last_distance, related, evaluations, _, _ = map(out_of_registers, kept)
-    residual = ifelse(distance == 0.0, zero(Vec), distance / related)
-    rate = ifelse(last_distance < Inf, distance / last_distance, zero(Vec))
-    return Ended(z, found, evaluations, residual, ifelse(distance == 0.0, zero(Vec), rate))
+    return ended_at(z, found, NONE, evaluations, distance, last_distance, related)
+end
+
+@inline function ended_at(z, converged::Mask, regular::Mask, evaluations, distance, last_distance, related)
+    moving = distance > 0.0
+    residual = ifelse(moving, distance / related, zero(Vec))
+    return Ended(z, converged, regular, evaluations, residual, ifelse(moving & (last_distance < Inf), distance / last_distance, zero(Vec)))
 end
 
 # As for one sample.
@@ -199,10 +252,10 @@ may_be_sided(::Newton, ::AbstractEquation) = true
 may_be_sided(::Auto, p::AbstractEquation) = p.root
 
 @inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
-    attracting!(w, p, args, newton!(w, p, z, args, ALL, 0.0, limit, tol, root), root)
+    attracting!(w, p, args, newton!(w, p, z, args, limit, tol, root), root)
 
 @inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
-    newton!(w, p, z, args, ALL, 0.0, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
+    newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
 "Those of the fixed points found that attract, as far as the norm of ∂f/∂z tells."
 @inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
@@ -210,11 +263,11 @@ may_be_sided(::Auto, p::AbstractEquation) = p.root
     any(ended.converged) || return ended
     evaluate!(w.J, p, ended.z, args, Val(true))
     attracts = largest_column_sum(w.J) < 1.0
-    return Ended(ended.z, ended.converged & attracts, ended.evaluations, ended.residual, ended.rate)
+    return Ended(ended.z, ended.converged & attracts, NONE, ended.evaluations, ended.residual, ended.rate)
 end
 
 "Solve the samples of a block; those that do not converge side by side one by one."
-@inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
+@inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, regular, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
     ended = solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
     converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
     if is_full(b) && all(converged)
@@ -224,12 +277,14 @@ end
         for l in 1:LANES
             @inbounds outcome.status[b.first + l - 1] = CONVERGED
             @inbounds outcome.iterations[b.first + l - 1] = unsafe_trunc(Int32, lane(ended.evaluations, l))
+            @inbounds regular[b.first + l - 1] = lane(ended.regular, l)
         end
         return
     end
     for (l, j) in enumerate(samples(b))
         if lane(converged, l)
             ntuple(i -> (@inbounds Z[i, j] = lane(ended.z[i], l); nothing), Val(K))
+            regular[j] = lane(ended.regular, l)
             put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
         else
             solve_sample!(s, Z, outcome, p, solver, tol, j)
@@ -238,23 +293,24 @@ end
     return
 end
 
-function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, p::Equation{T, K}, solver, tol::Float64) where {T, K}
+"… all of them, and write to `regular` of which samples ∂c/∂z is known to be regular at the solution."
+function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equation{T, K}, solver, tol::Float64) where {T, K}
     total, threads = size(Z, 2), Threads.nthreads()
     buffers = [(SidedBuffers(K), Iteration{T}(K)) for _ in 1:threads]
     in_parallel(cld(total, PIECE), threads) do thread, k
         w, s = buffers[thread]
         range = piece(k, PIECE, total)
-        solve_piece!(w, s, Z, outcome, p, solver, tol, range, p.root ? Val(true) : Val(false))
+        solve_piece!(w, s, Z, outcome, regular, p, solver, tol, range, p.root ? Val(true) : Val(false))
     end
     return
 end
 
 # Where f fails, that will be told when it is the turn of the sample for which it does.
-function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, root)
+function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, range, root)
     at = Ref(first(range))          # the block at work
     while at[] <= last(range)
         try
-            solve_blocks!(w, s, Z, outcome, p, solver, tol, at, last(range), root)
+            solve_blocks!(w, s, Z, outcome, regular, p, solver, tol, at, last(range), root)
         catch error
             error isa Interrupted && rethrow()
             foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(Block(at[], last(range))))
@@ -264,10 +320,10 @@ function solve_piece!(w::SidedBuffers, s, Z, outcome, p, solver, tol, range, roo
     return
 end
 
-function solve_blocks!(w::SidedBuffers, s, Z, outcome, p, solver, tol, at, last, root)
+function solve_blocks!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, at, last, root)
     while at[] <= last
         check_interrupt()
-        solve_block!(w, s, Z, outcome, p, solver, tol, Block(at[], last), root)
+        solve_block!(w, s, Z, outcome, regular, p, solver, tol, Block(at[], last), root)
         at[] += LANES
     end
     return

@@ -35,42 +35,33 @@ end
 """
     linearize!(w, p, inverses, b, wanted)
 
-w.B = A⁻¹ of the samples of a block, which is kept; the jets of f by all variables, and for which of the `wanted` that is so: `inverse!`
-says why not.
+w.B = A⁻¹ of the samples of a block; the jets of f by all variables, and for which of the `wanted` that is so: `inverse!` says why not.
+What is known to be regular is not looked at again.
 """
 @inline function linearize!(w::SidedBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
     z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
     N = Val(K + count_variables(args))
     y = checked(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...), K)
-    kept = size(inverses.kept, 3) == length(inverses.known)
-    if kept && all(j -> @inbounds(inverses.known[j]), samples(b))
-        ntuple(i -> (@inbounds w.B[i] = load(inverses.kept, b, i, K * K); nothing), Val(K * K))
-        return y, wanted
-    end
     ntuple(Val(K)) do k
         ntuple(i -> (@inbounds w.J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
         ntuple(i -> (@inbounds w.B[i, k] = Vec(i == k); nothing), Val(K))
     end
-    size_of_A = column_sum(w.J, Val(K))
+    known = all(j -> @inbounds(inverses.regular[j]), samples(b))
+    size_of_A = known ? zero(Vec) : column_sum(w.J, Val(K))
     invert!(w.J, w.B, Val(K))
-    regular = wanted & (size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0)
+    return y, known ? wanted : wanted & prove_regular!(w, p, inverses, z, args, b, y, size_of_A, root)
+end
+
+@noinline function prove_regular!(w::SidedBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
+    regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0
     c = ntuple(i -> value_of(y[i]) - (R ? zero(Vec) : z[i]), Val(K))
     corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
     evaluate!(w.J, p, corrected, args, root)
     regular &= deviation(w.B, w.J, Val(K)) <= 0.25
-    if kept
-        if is_full(b) && all(regular)
-            ntuple(i -> store!(inverses.kept, @inbounds(w.B[i]), b, i, K * K), Val(K * K))
-            foreach(j -> (@inbounds inverses.known[j] = true), samples(b))
-        else
-            for (l, j) in enumerate(samples(b))
-                lane(regular, l) || continue
-                ntuple(i -> (@inbounds inverses.kept[(j - 1) * K * K + i] = lane(w.B[i], l); nothing), Val(K * K))
-                inverses.known[j] = true
-            end
-        end
+    for (l, j) in enumerate(samples(b))
+        @inbounds inverses.regular[j] = lane(regular, l)
     end
-    return y, regular
+    return regular
 end
 
 # One unknown needs no loops.

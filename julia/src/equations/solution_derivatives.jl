@@ -9,26 +9,32 @@ Base.showerror(io::IO, e::SingularSolution) = print(
 )
 
 """
-    Inverses(problem, Z)
+    Inverses(problem, Z, regular = zeros(Bool, samples))
 
-The inverses of ∂c/∂z at the solution `Z` (n × samples), each of which is found when it is first needed and kept if all of them
-have room.
+The inverses of ∂c/∂z at the solution `Z` (n × samples), and for which samples it is known to be `regular`. Where samples are taken
+one by one, each inverse is found when it is first needed, and kept if all of them have room.
 """
-struct Inverses{T}
-    Z::Matrix{T}
-    kept::Array{T, 3}
+mutable struct Inverses{T}
+    const Z::Matrix{T}
+    const regular::Vector{Bool}
+    kept::Array{T, 3}               # none before `make_room!`
     known::Vector{Bool}
 end
-function Inverses(problem::EquationProblem{T}, Z::Matrix{T}) where {T}
-    n, samples = size(Z)
-    places = n > DENSE ? 0 : n^2 * samples * sizeof(T) <= FACTORS_LIMIT ? samples : 1
-    return Inverses{T}(Z, Array{T}(undef, n, n, places), zeros(Bool, samples))
+Inverses(::EquationProblem{T}, Z::Matrix{T}, regular = zeros(Bool, size(Z, 2))) where {T} =
+    Inverses{T}(Z, regular, Array{T}(undef, 0, 0, 0), Bool[])
+
+function make_room!(inverses::Inverses{T}) where {T}
+    n, samples = size(inverses.Z)
+    isempty(inverses.known) && n <= DENSE && n^2 * samples * sizeof(T) <= FACTORS_LIMIT || return
+    inverses.kept, inverses.known = Array{T}(undef, n, n, samples), zeros(Bool, samples)
+    return
 end
 
-"Buffers for the inverse of one sample: A, A at the corrected solution, that solution, and the solution itself, `at`."
+"Buffers for the inverse of one sample: A, A at the corrected solution, A⁻¹ where it is not kept, that solution, and the solution itself, `at`."
 struct InverseBuffers{T}
     A::Matrix{T}
     corrected::Matrix{T}
+    inverse::Array{T, 3}
     pivots::Vector{Int}
     z::Vector{T}
     at::Vector{T}
@@ -37,7 +43,7 @@ struct InverseBuffers{T}
 end
 function InverseBuffers{T}(n::Int) where {T}
     m = n <= DENSE ? n : 0
-    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
+    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
 end
 
 """
@@ -48,12 +54,12 @@ within the error δ = A⁻¹c of the solution that no solution need exist or be 
 double root is 1/2 (the test of Newton and Kantorovich).
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
-    all_kept = size(inverses.kept, 3) == length(inverses.known)
-    inverse = view(inverses.kept, :, :, all_kept ? sample : 1)
-    all_kept && inverses.known[sample] && return inverse
+    kept = !isempty(inverses.known)
+    inverse = kept ? view(inverses.kept, :, :, sample) : view(w.inverse, :, :, 1)
+    kept && inverses.known[sample] && return inverse
     copy_column!(w.at, 1, inverses.Z, sample)
     invert!(inverse, w, p, sample)
-    inverses.known[sample] = all_kept
+    kept && (inverses.known[sample] = true)
     return inverse
 end
 
@@ -139,6 +145,7 @@ end
 concerned(v, j) = any(!iszero, view(v, :, j))
 
 function find_inverses!(inverses::Inverses{T}, p::AbstractEquation{T}) where {T}
+    make_room!(inverses)
     w = InverseBuffers{T}(p.n)
     foreach(j -> inverse!(inverses, w, p, j), axes(inverses.Z, 2))
     return
@@ -148,6 +155,7 @@ vjp_by_samples!(gradients, p::AbstractEquation, inverses, v) = vjp_by_samples!((
 function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
     differentiates_side_by_side(p, inverses) && return vjp_side_by_side!(gradients, p, inverses, v)
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
+    make_room!(inverses)
     w = InverseBuffers{T}(p.n)
     for j in axes(inverses.Z, 2)
         concerned(v, j) || continue
@@ -202,6 +210,7 @@ end
 
 function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
     differentiates_side_by_side(p, inverses) && return jacobian_side_by_side!(J, p, inverses, index, wanted)
+    make_room!(inverses)
     n, entries, samples = size(J)
     w = InverseBuffers{T}(n)
     B = zeros(T, n, entries)

@@ -7,18 +7,19 @@ const FIXED_POINT_SOLVERS = Union{Auto, Picard, Anderson, Newton, NLsolver}
     solve!(Z, outcome, problem, solver)
 
 Solve an [`EquationProblem`](@ref) from the start `Z` (n × samples), which becomes the solution; `outcome` says how each sample
-ended.
+ended. Returns the samples of which ∂c/∂z is known to be regular at the solution.
 """
 function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, solver::Solver) where {T}
     solver isa (problem.root ? ROOT_SOLVERS : FIXED_POINT_SOLVERS) ||
         throw(ArgumentError("$(nameof(typeof(solver))) does not solve $(problem.root ? "f(z) = 0" : "z = f(z) in general")"))
     # `f` may be newer than this code.
-    Base.invokelatest(solve_samples!, Z, outcome, suited(problem), solver, Float64(tolerance(solver, T)))
-    return
+    regular = zeros(Bool, problem.samples)
+    Base.invokelatest(solve_samples!, Z, outcome, regular, suited(problem), solver, Float64(tolerance(solver, T)))
+    return regular
 end
 
-function solve_samples!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
-    may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, p, solver, tol)
+function solve_samples!(Z::Matrix{T}, outcome::Outcome, regular, p::AbstractEquation{T}, solver, tol::Float64) where {T}
+    may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, regular, p, solver, tol)
     s = Iteration{T}(p.n)
     foreach(sample -> solve_sample!(s, Z, outcome, p, solver, tol, sample), axes(Z, 2))
     return
