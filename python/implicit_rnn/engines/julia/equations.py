@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,16 +22,15 @@ class JuliaEquation:
         assert isinstance(equation.f, JuliaFunction)
         self._equation = equation
         self._args = _lent(equation)  # Julia works on their memory, and on that of the state
-
-    def _bind(self, state: Array) -> None:
-        self._state = state
-        number = _ask("equation_compile", _describe(self._equation), state.reshape(-1), self._args)
-        self._handle = Handle(number)
+        self._form = _form_of(equation)
 
     def solve(self, solver: Solver, out: Solution) -> None:
-        self._bind(out.state)
+        self._state = out.state
         outs = (out.status, out.iterations, out.residual, out.rate)
-        _ask("equation_solve", self._handle.number, {"name": solver.name, "options": solver.options()}, outs)
+        method = _solver(solver)
+        self._handle = Handle(
+            _ask("equation_solve", self._form.number, out.state.reshape(-1), self._args, method.number, outs)
+        )
 
     def vjp(self, v: Array) -> list[Array | None]:
         equation = self._equation
@@ -59,8 +59,9 @@ class JuliaEquation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._equation = state["equation"]
-        self._args = _lent(self._equation)
-        self._bind(state["state"])
+        self._args, self._state = _lent(self._equation), state["state"]
+        self._form = _form_of(self._equation)
+        self._handle = Handle(_ask("equation_at", self._form.number, self._state.reshape(-1), self._args))
 
 
 def _ask(name: str, *arguments: Any) -> Any:
@@ -73,25 +74,51 @@ def _ask(name: str, *arguments: Any) -> Any:
     raise ValueError(str(text))
 
 
-def _describe(equation: Equation) -> dict[str, Any]:
+def _form_of(equation: Equation) -> Handle:
     assert isinstance(equation.f, JuliaFunction)
-    return {
-        "code": equation.f.text,
-        "root": equation.root,
-        "number": equation.shape == (),
-        "scale": [] if equation.scale is None else equation.scale.tolist(),
-        "dtype": equation.start.dtype.name,
-        "n": equation.n,
-        "samples": equation.samples,
+    args = zip(equation.args, equation.batched, strict=True)
+    return _form(
+        equation.f.text,
+        equation.root,
+        equation.shape == (),
+        () if equation.scale is None else tuple(equation.scale.tolist()),
+        equation.start.dtype,
+        equation.start.shape,
+        tuple([(array.dtype, array.shape, batched) for array, batched in args]),
+    )
+
+
+@lru_cache(maxsize=256)
+def _form(
+    code: str,
+    root: bool,
+    number: bool,
+    scale: tuple[float, ...],
+    dtype: np.dtype,
+    shape: tuple[int, ...],
+    args: tuple[tuple[np.dtype, tuple[int, ...], bool], ...],
+) -> Handle:
+    """What equations in a loop have in common."""
+    samples, n = shape
+    description = {
+        "code": code,
+        "root": root,
+        "number": number,
+        "scale": list(scale),
+        "dtype": dtype.name,
+        "n": n,
+        "samples": samples,
         "args": [
-            {
-                "dtype": array.dtype.name,
-                "shape": [*equation.entry_shape(index), *([equation.samples] if equation.batched[index] else [])],
-                "batched": equation.batched[index],
-            }
-            for index, array in enumerate(equation.args)
+            {"dtype": dtype.name, "shape": [*own[1:], own[0]] if batched else [*own], "batched": batched}
+            for dtype, own, batched in args
         ],
     }
+    return Handle(_ask("equation_form", description))
+
+
+@lru_cache(maxsize=64)
+def _solver(solver: Solver) -> Handle:
+    return Handle(_ask("equation_solver", solver.name, solver.options()))
 
 
 def _lent(equation: Equation) -> tuple[Array, ...]:
