@@ -30,11 +30,13 @@ has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float3
 "f(z), and J = ∂c/∂z."
 @inline function evaluate!(J::Matrix{Vec}, p::Equation{T, K}, z::Short{K, Vec}, args, root::Val) where {T, K}
     y = checked(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...), K)
-    ntuple(Val(K)) do k
-        ntuple(i -> (@inbounds J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
-    end
-    return Short(ntuple(i -> value_of(@inbounds y[i]), Val(K)))
+    put_derivatives!(J, y, root, Val(K))
+    return Short(ntuple(i -> (@inline; value_of(@inbounds y[i])), Val(K)))
 end
+# Row by row: what f returns may be an array of long jets.
+@inline put_derivatives!(J::Matrix{Vec}, y, root::Val, K::Val) = ntuple(i -> (@inline; put_row!(J, @inbounds(y[i]), i, root, K)), K)
+@inline put_row!(J::Matrix{Vec}, y, i::Int, root::Val, K::Val) =
+    (ntuple(k -> (@inline; @inbounds J[i, k] = derivative_of_condition(y, i, k, root); nothing), K); nothing)
 @inline derivative_of_condition(y, i, k, ::Val{true}) = partial_of(y, k)
 @inline derivative_of_condition(y, i, k, ::Val{false}) = i == k ? partial_of(y, k) - 1.0 : partial_of(y, k)
 

@@ -42,9 +42,9 @@ What is known to be regular is not looked at again.
     z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
     N = Val(K + count_variables(args))
     y = checked(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...), K)
-    ntuple(Val(K)) do k
-        ntuple(i -> (@inbounds w.J[i, k] = derivative_of_condition(y[i], i, k, root); nothing), Val(K))
-        ntuple(i -> (@inbounds w.B[i, k] = Vec(i == k); nothing), Val(K))
+    put_derivatives!(w.J, y, root, Val(K))
+    for k in 1:K, i in 1:K
+        @inbounds w.B[i, k] = Vec(i == k)
     end
     known = all(j -> @inbounds(inverses.regular[j]), samples(b))
     size_of_A = known ? zero(Vec) : column_sum(w.J, Val(K))
