@@ -215,6 +215,13 @@ def test_names_of_a_door_are_described_and_their_examples_run(door, monkeypatch)
         doc = inspect.getdoc(value)
         assert section(doc, "Examples"), name
         assert not parameters(value).keys() - known_parameters([doc], module).keys(), name
+        for method in (
+            (m for m in members(value) if inspect.isfunction(vars(value).get(m))) if inspect.isclass(value) else ()
+        ):
+            said = inspect.cleandoc(vars(value)[method].__doc__ or "")
+            assert said, f"{name}.{method}"
+            missing = [each for each in parameters(getattr(value, method)) if not re.search(rf"\b{each}\b", said)]
+            assert not missing, f"{name}.{method} does not tell of {missing}"
         run(doctest.DocTestFinder().find(value, name, extraglobs={"np": np, "irnn": irnn}))
 
 

@@ -100,10 +100,10 @@ function equation_solve(form::Py, Z::Py, args::Py, solver::Py, outs::Py)
 end
 solve_session!(s::EquationSession, method::Solver, arrays) =
     borrow(arrays...) do status, iterations, residual, rate
-        regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
-        s.inverses = Inverses(s.problem, s.Z, regular)
-        nothing
-    end
+    regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
+    s.inverses = Inverses(s.problem, s.Z, regular)
+    nothing
+end
 
 "`equation_vjp(handle, v, gradients)`; arguments that are not floating-point numbers stand in for their gradients."
 function equation_vjp(handle::Py, v::Py, gradients::Py)

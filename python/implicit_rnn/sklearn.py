@@ -390,9 +390,21 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNRegressor:
-        """Train on samples X (B, features) and targets y (B,) or (B, targets), with weights (B,).
+        """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.
 
-        With integer weights and all samples in one batch the result is that of samples repeated so often.
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+        y
+            (B,) or (B, targets) their targets.
+        sample_weight
+            (B,) weights of the samples, none below zero; ``None`` for all equal.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For data or parameters out of range or of the wrong kind.
         """
         return self._fit(X, y, sample_weight, partial=False, multi_output=True, y_numeric=True)
 
@@ -400,13 +412,31 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         """Train for one epoch on these samples, from where the last call of ``fit`` or ``partial_fit`` ended.
 
         The samples of the first call decide the scale.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in ``fit``.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For data or parameters out of range or of the wrong kind.
         """
         return self._fit(X, y, sample_weight, partial=True, multi_output=True, y_numeric=True)
 
     def predict(self, X: ArrayLike) -> Array:
         """The targets (B,) or (B, targets), in the shape of those that were learnt.
 
-        Raises ``ConvergenceError`` where a sample has no equilibrium.
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+
+        Raises
+        ------
+        ConvergenceError
+            Where a sample has no equilibrium.
         """
         outputs = self._predict_outputs(X)
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
@@ -518,9 +548,21 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         self.verbose = verbose
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNClassifier:
-        """Train on samples X (B, features) and labels y (B,) of any kind, with weights (B,).
+        """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.
 
-        With integer weights and all samples in one batch the result is that of samples repeated so often.
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+        y
+            (B,) their labels, of any kind.
+        sample_weight
+            (B,) weights of the samples, none below zero; ``None`` for all equal.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For data or parameters out of range or of the wrong kind.
         """
         return self._fit(X, y, sample_weight, partial=False)
 
@@ -533,13 +575,31 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     ) -> ImplicitRNNClassifier:
         """Train for one epoch on these samples, from where the last call of ``fit`` or ``partial_fit`` ended.
 
-        The first call has to name all ``classes``; its samples decide the scale.
+        The samples of the first call decide the scale.
+
+        Parameters
+        ----------
+        X, y, sample_weight
+            As in ``fit``.
+        classes
+            All labels there can be, which the first call has to name.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For data or parameters out of range or of the wrong kind.
         """
         _check_partial_fit_first_call(self, classes)
         return self._fit(X, y, sample_weight, partial=True, known=self.classes_)
 
     def predict(self, X: ArrayLike) -> Array:
-        """The most probable class (B,) of each sample; errors as in ``decision_function``."""
+        """The most probable class (B,) of each sample; errors as in ``decision_function``.
+
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+        """
         decision = self.decision_function(X)
         chosen = decision > 0 if decision.ndim == 1 else decision.argmax(axis=1)
         return np.asarray(self.classes_[chosen.astype(np.intp)])
@@ -547,20 +607,40 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     def decision_function(self, X: ArrayLike) -> Array:
         """The logits (B, classes); of two classes only that of the second (B,).
 
-        Raises ``ConvergenceError`` where a sample has no equilibrium.
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+
+        Raises
+        ------
+        ConvergenceError
+            Where a sample has no equilibrium.
         """
         outputs = self._predict_outputs(X)
         return outputs[:, 0] if len(self.classes_) == 2 else outputs
 
     def predict_proba(self, X: ArrayLike) -> Array:
-        """The probabilities (B, classes), in the order of ``classes_``."""
+        """The probabilities (B, classes), in the order of ``classes_``; errors as in ``decision_function``.
+
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+        """
         decision = self.decision_function(X)
         if decision.ndim == 1:
             return np.stack([expit(-decision), expit(decision)], axis=1)
         return np.asarray(softmax(decision, axis=1))
 
     def predict_log_proba(self, X: ArrayLike) -> Array:
-        """Their logarithms (B, classes), which are finite."""
+        """Their logarithms (B, classes), which are finite; errors as in ``decision_function``.
+
+        Parameters
+        ----------
+        X
+            (B, features) the samples.
+        """
         decision = self.decision_function(X)
         if decision.ndim == 1:
             return np.stack([log_expit(-decision), log_expit(decision)], axis=1)
