@@ -1,6 +1,6 @@
 # Numbers fitted to times: from which size on one way is faster than another. They change how long a result takes; for the sums that
-# are taken in another order they also change its last bits. Fitted on two cores of an x86 processor with AVX-512 and OpenBLAS, when
-# idle; `python tests/benchmarks/run.py tune` measures on this machine what is marked with `tune`.
+# are taken in another order they also change its last bits. Fitted on two cores of x86 processors with AVX-512, and OpenBLAS;
+# `python tests/benchmarks/run.py tune` measures on this machine what is marked with `tune`.
 
 # --- products ---------------------------------------------------------------------------------------------------
 
