@@ -3,7 +3,7 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, Solver, Workspace, equilibrium!, hessian_vector_product!,
+using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, equilibrium!, hessian_vector_product!,
     interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
 
@@ -320,23 +320,25 @@ include("equations_bridge.jl")
 
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
-for f in (compile, program, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
-    hasmethod(f, arguments) && precompile(f, arguments)
-end
-precompile(hand_over, ())
-precompile(solve, ntuple(_ -> Py, 5))
-precompile(gradient, ntuple(_ -> Py, 3))
-precompile(vjp, ntuple(_ -> Py, 4))
-precompile(jvp, ntuple(_ -> Py, 3))
-for T in (Float64, Float32)
-    net = Network{T}(1, [Layer(1)]; outputs = 1)
-    S = typeof(Session(Problem(net), Workspace(net)))
-    precompile(program, (typeof(Workspace(net)), Py))
-    precompile(solve, (S, Py, Py, Py, Py))
-    precompile(gradient, (S, Py, Int))
-    precompile(vjp, (S, Py, Bool, Int))
-    precompile(jvp, (S, Py, Bool))
-    precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
+if PrecompileTools.workload_enabled(ImplicitRNN)
+    for f in (compile, program, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
+        hasmethod(f, arguments) && precompile(f, arguments)
+    end
+    precompile(hand_over, ())
+    precompile(solve, ntuple(_ -> Py, 5))
+    precompile(gradient, ntuple(_ -> Py, 3))
+    precompile(vjp, ntuple(_ -> Py, 4))
+    precompile(jvp, ntuple(_ -> Py, 3))
+    for T in (Float64, Float32)
+        net = Network{T}(1, [Layer(1)]; outputs = 1)
+        S = typeof(Session(Problem(net), Workspace(net)))
+        precompile(program, (typeof(Workspace(net)), Py))
+        precompile(solve, (S, Py, Py, Py, Py))
+        precompile(gradient, (S, Py, Int))
+        precompile(vjp, (S, Py, Bool, Int))
+        precompile(jvp, (S, Py, Bool))
+        precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
+    end
 end
 
 end

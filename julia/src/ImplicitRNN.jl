@@ -15,7 +15,7 @@ using LinearAlgebra
 using LinearAlgebra: BlasFloat
 using NLsolve: NLsolve, nlsolve
 using Optimisers: Optimisers
-using PrecompileTools: @compile_workload, @setup_workload
+using PrecompileTools: PrecompileTools, @compile_workload, @setup_workload
 using Random: AbstractRNG, default_rng, shuffle!
 
 export Network, Layer, neurons

@@ -1,3 +1,5 @@
+using Zygote
+
 for net in (one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.9)), layered(; feedback = true), layered(; feedback = false))
     p, X, Y = parameters(net), samples(net, 4), targets(net, 4)
     state = Equilibrium(net; solver = Picard(tol = 1.0e-14, max_iterations = 10_000))

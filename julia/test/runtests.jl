@@ -1,13 +1,18 @@
-using Aqua, ForwardDiff, ImplicitRNN, InteractiveUtils, LinearAlgebra, Random, Test, Zygote
+# All tests, or those of the files that are named: Pkg.test("ImplicitRNN"; test_args = ["gemm", "losses"])
+
+using ForwardDiff, ImplicitRNN, InteractiveUtils, LinearAlgebra, Random, Test
 using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
 
 include("fixtures.jl")
 
+const FILES = [
+    "quality", "gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training",
+    "side_by_side", "fit", "device", "equations", "lanes",
+]
+
 @testset "ImplicitRNN" begin
-    @testset "Package quality" begin
-        Aqua.test_all(ImplicitRNN; persistent_tasks = false)
-    end
-    for file in ("gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training", "side_by_side", "fit", "device", "equations", "lanes")
+    issubset(ARGS, FILES) || error("no such tests: $(join(setdiff(ARGS, FILES), ", ")); there are $(join(FILES, ", "))")
+    for file in (isempty(ARGS) ? FILES : ARGS)
         @testset "$file" begin
             include("$file.jl")
         end

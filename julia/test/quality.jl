@@ -1,0 +1,5 @@
+using Aqua
+
+@testset "the package as a whole" begin
+    Aqua.test_all(ImplicitRNN; persistent_tasks = false)
+end
