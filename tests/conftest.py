@@ -46,13 +46,20 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         why_no_julia()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "julia: the test needs the Julia engine")
     config.addinivalue_line("markers", "device: the test runs on the reference device arrays of Julia's GPU packages")
+    config.addinivalue_line("markers", "slow: the test takes minutes, and is run only with --slow")
     config.stash[ran] = config.stash[skipped] = 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("slow") and not item.config.option.slow:
+        pytest.skip("takes minutes; run by --slow")
     if item.get_closest_marker("julia") is None:
         return
     reason = why_no_julia()

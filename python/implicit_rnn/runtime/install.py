@@ -22,7 +22,7 @@ from implicit_rnn.errors import EngineError
 PHASES = (
     (re.compile(r"Downloading|Installing Julia|Installed Julia", re.IGNORECASE), "installing Julia"),
     (re.compile(r"Updating|Resolving|Cloning", re.IGNORECASE), "choosing the versions of the packages"),
-    (re.compile(r"Installed|Installing packages", re.IGNORECASE), "downloading the packages"),
+    (re.compile(r"^ *Installed "), "downloading the packages"),
     (re.compile(r"Precompiling|precompiled", re.IGNORECASE), "precompiling the packages"),
 )
 """What a line of the output tells of the phase."""
@@ -67,7 +67,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
 
     What it starts ends with it when this process is interrupted. Raises ``EngineError`` where the log cannot be written.
     """
-    begin, phase = time.perf_counter(), ""
+    begin, phase = time.perf_counter(), -1
     with (
         _open_log() as log,
         subprocess.Popen(
@@ -86,10 +86,10 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
             for line in process.stdout:
                 log.write(line)
                 log.flush()
-                now = next((name for pattern, name in PHASES if pattern.search(line)), phase)
-                if now != phase:
+                now = next((k for k, (pattern, _) in enumerate(PHASES) if pattern.search(line)), phase)
+                if now > phase:  # juliapkg and Pkg come back to what they have done, which is no news
                     phase = now
-                    say(f"{phase} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
+                    say(f"{PHASES[phase][1]} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
             return process.wait()
         except BaseException:
             _end(process)

@@ -1,0 +1,372 @@
+"""From pip to a Julia that runs, by juliapkg, with an empty depot and a Julia package server on loopback.
+
+Julia interprets here what it usually compiles, and CondaPkg, which only Conda needs, is a stand-in: what counts is what is
+installed and used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import ssl
+import subprocess
+import sys
+import textwrap
+import venv
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from conftest import CHECKOUT, ENVIRONMENT, NOWHERE, Finished, run_process
+from package_server import PackageServer, make_index
+
+from implicit_rnn.runtime import environments
+
+pytestmark = [
+    pytest.mark.julia,
+    pytest.mark.skipif(os.name != "posix", reason="the stand-in for Julia's executable is a shell script"),
+    pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), reason="needs the checkout"),
+]
+
+KRYLOVKIT = "0b1a1467-8014-51b9-945f-bf0ae24f4b77"
+NEWER = "0.2.0"
+
+# --- the packages ----------------------------------------------------------------------------------------------
+
+
+def write_package(folder: Path, version: str, uuid: str, **tables: dict[str, str]) -> Path:
+    """A Julia package that is nothing but its name; returns its folder."""
+    name = folder.name
+    lines = [f'name = "{name}"', f'uuid = "{uuid}"', f'version = "{version}"']
+    for table, entries in tables.items():
+        lines += [f"[{table}]", *(f'{key} = "{value}"' for key, value in entries.items())]
+    (folder / "src").mkdir(parents=True)
+    (folder / "Project.toml").write_text("\n".join(lines))
+    (folder / "src" / f"{name}.jl").write_text(f"module {name} end")
+    return folder
+
+
+def stand_ins(folder: Path) -> list[Path]:
+    """OpenSSL, which juliacall asks for in the version of Python's."""
+    version = ".".join(map(str, ssl.OPENSSL_VERSION_INFO[:3]))
+    return [write_package(folder / "OpenSSL_jll", version, "458c3c95-2e84-50aa-8efc-19380b2a3a95")]
+
+
+def conda_stand_in(folder: Path) -> Path:
+    return write_package(folder / "CondaPkg", "0.2.99", "992eb4ea-22a4-4c89-a5bb-47a3300528ab")
+
+
+def older_packages(folder: Path) -> list[Path]:
+    """KrylovKit 0.9 and what would take it, did ImplicitRNN not ask for newer ones."""
+    return [
+        write_package(folder / "krylov" / "KrylovKit", "0.9.5", KRYLOVKIT),
+        write_package(
+            folder / "implicit" / "ImplicitDifferentiation",
+            "0.9.0",
+            "57b37032-215b-411a-8a7c-41a003a55207",
+            deps={"KrylovKit": KRYLOVKIT},
+            compat={"KrylovKit": "0.8, 0.9, 0.10"},
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def manifest(julia_environment) -> Path:
+    """The manifest of the packages that can be served."""
+    project = Path(julia_environment.project)
+    found = [project / name for name in ("JuliaManifest.toml", "Manifest.toml") if (project / name).is_file()]
+    if not found or "\npath = " not in found[0].read_text():
+        pytest.skip("the Julia environment of this machine has no packages by their paths, which could be served")
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def julia(julia_environment) -> str:
+    return julia_environment.exe
+
+
+@pytest.fixture(scope="module")
+def index(julia, manifest, tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("packages")
+    folders = [*stand_ins(folder), conda_stand_in(folder), *older_packages(folder)]
+    return make_index(julia, folder / "server", manifest, folders)
+
+
+@pytest.fixture(scope="module")
+def server(index):
+    with PackageServer(index) as server:
+        yield server
+
+
+def build_wheel(folder: Path, version: str | None = None) -> Path:
+    """A wheel of the checkout, as another version where one is given."""
+    source = CHECKOUT
+    if version is not None:
+        source = folder / "source"
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            (source / name).parent.mkdir(exist_ok=True, parents=True)
+            shutil.copy(CHECKOUT / name, source / name)
+        for name in ("julia", "python"):
+            shutil.copytree(CHECKOUT / name, source / name, symlinks=True)
+        for name in ("julia/Project.toml", "python/implicit_rnn/juliapkg.json"):
+            text = (source / name).read_text()
+            (source / name).write_text(text.replace(metadata.version("implicit-rnn"), version))
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]
+    done = run_process(list(map(str, command)), ENVIRONMENT, 120)
+    assert done.returncode == 0, str(done)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+# --- a machine ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Machine:
+    """A user's home with a depot of Julia packages, and virtual environments."""
+
+    home: Path
+    settings: dict[str, str]
+    wheel: Path
+
+    def venv(self, name: str) -> Path:
+        """The Python of a virtual environment in which pip has installed the wheel, made at its first use."""
+        folder = self.home / name
+        python = folder / "bin" / "python"
+        if not folder.exists():
+            venv.create(folder, with_pip=False)
+            # What the package depends on is that of the environment of these tests.
+            site = next(folder.glob("lib/python*/site-packages"))
+            (site / "tests.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")))
+            self.install(name, self.wheel)
+        return python
+
+    def site(self, name: str) -> Path:
+        return next((self.home / name).glob("lib/python*/site-packages"))
+
+    def project(self, name: str) -> Path:
+        """Where juliapkg installs for a virtual environment."""
+        return self.home / name / "julia_env"
+
+    def install(self, name: str, wheel: Path) -> None:
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            self.home / name / "bin" / "python",
+            "--no-cache-dir",
+            "install",
+        ]
+        done = run_process([*map(str, pip), "--no-index", "--no-deps", "--quiet", str(wheel)], self.settings, 120)
+        assert done.returncode == 0, str(done)
+
+    def run(self, name: str, *arguments: str, **settings: str) -> Finished:
+        command = [str(self.venv(name)), *arguments]
+        return run_process(command, self.settings | settings, 280, self.home)
+
+    def start(self, name: str, **settings: str) -> Finished:
+        """Start an engine, whichever can be had; stdout is its name, and the Julia package's version if it is Julia's."""
+        return self.run(name, "-c", textwrap.dedent(START), **settings)
+
+    def doctor(self, name: str, *arguments: str, **settings: str) -> dict:
+        return json.loads(self.run(name, "-m", "implicit_rnn", "doctor", "--json", *arguments, **settings).stdout)
+
+    def compiled(self) -> set[Path]:
+        return set((self.home / "depot" / "compiled").rglob("*.ji"))
+
+
+START = """
+    import warnings
+    import implicit_rnn as irnn
+    warnings.simplefilter("always")
+    engine = irnn.get_engine()
+    version = ""
+    if engine.name == "julia":
+        from implicit_rnn.runtime import start
+        version = start.evaluate("string(pkgversion(Base.require(Main, :ImplicitRNN)))")
+    print(engine.name, version)
+"""
+PREFERENCES = """
+[extras]
+PrecompileTools = "aea7be01-6a6a-4083-8856-8a6e6704d82a"
+
+[preferences.PrecompileTools]
+precompile_workloads = false
+"""
+
+
+def make_machine(home: Path, julia: str, server: PackageServer, wheel: Path, quick: bool) -> Machine:
+    """A machine that has Julia and nothing else of it; where ``quick``, Julia interprets instead of compiling."""
+    names = [name for name in ENVIRONMENT if name.startswith(("PYTHON", "JULIA", "IMPLICIT", "XDG", "VIRTUAL_ENV"))]
+    # The code of Julia's standard library may have been compiled into the depot of whoever built Julia.
+    bundled = home / "bundled"
+    bundled.mkdir()
+    for depot in [*os.environ.get("JULIA_DEPOT_PATH", "").split(os.pathsep), os.path.expanduser("~/.julia")]:
+        if depot and (Path(depot) / "compiled").is_dir():
+            (bundled / "compiled").unlink(missing_ok=True)
+            (bundled / "compiled").symlink_to(Path(depot) / "compiled")
+    settings = {name: value for name, value in ENVIRONMENT.items() if name not in names} | {
+        "HOME": str(home),
+        "JULIA_DEPOT_PATH": f"{home / 'depot'}{os.pathsep}{bundled}{os.pathsep}",
+        "JULIA_PKG_SERVER": server.url,
+        "PYTHON_JULIAPKG_EXE": julia,
+    }
+    if quick:
+        script = home / "julia"
+        script.write_text(f'#!/bin/sh\nexec "{julia}" -O0 --compile=min "$@"\n')
+        script.chmod(0o755)
+        settings |= {
+            "PYTHON_JULIAPKG_EXE": str(script),
+            "PYTHON_JULIACALL_OPTIMIZE": "0",
+            "PYTHON_JULIACALL_COMPILE": "min",
+        }
+        version = run_process([julia, "-e", 'print("v$(VERSION.major).$(VERSION.minor)")'], ENVIRONMENT).stdout
+        project = home / "depot" / "environments" / version / "Project.toml"
+        project.parent.mkdir(parents=True)
+        project.write_text(PREFERENCES)
+    return Machine(home, settings, wheel)
+
+
+@pytest.fixture(scope="module")
+def machine(julia, server, wheel, tmp_path_factory) -> Machine:
+    return make_machine(tmp_path_factory.mktemp("machine"), julia, server, wheel, quick=True)
+
+
+@pytest.fixture(scope="module")
+def first_use(machine) -> Finished:
+    """The first use of the package on that machine, in the virtual environment "one"."""
+    return machine.start("one")
+
+
+@pytest.fixture
+def used(machine, first_use) -> Machine:
+    """A machine on which the package has been used in the virtual environment "one"."""
+    assert first_use.returncode == 0, str(first_use)
+    return machine
+
+
+VERSION = metadata.version("implicit-rnn")
+
+# --- first use ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+def test_first_use_installs_what_is_needed_and_starts(first_use, machine):
+    assert first_use.stdout == f"julia {VERSION}\n", str(first_use)
+    assert environments.manifest_versions(machine.project("one"))["PythonCall"] == metadata.version("juliacall")
+    assert "Warning" not in first_use.stderr
+
+
+def test_first_use_tells_of_each_phase_once_and_in_its_order(first_use):
+    phases = [line.split(": ")[1].split(" (")[0] for line in first_use.stderr.splitlines() if "log in" in line]
+    assert phases == [
+        "choosing the versions of the packages",
+        "downloading the packages",
+        "precompiling the packages",
+    ], str(first_use)
+
+
+def test_second_start_compiles_nothing_and_needs_no_network(used):
+    before = used.compiled()
+    second = used.start("one", JULIA_PKG_SERVER=NOWHERE)
+    assert second.stdout == f"julia {VERSION}\n", str(second)
+    assert second.stderr == ""
+    assert used.compiled() == before
+
+
+# --- two installations of one user -------------------------------------------------------------------------------
+
+
+def test_setup_in_one_virtual_environment_leaves_the_other_as_it_is(used):
+    prepared = used.run("two", "-m", "implicit_rnn", "setup")
+    assert prepared.returncode == 0, str(prepared)
+    for name in ("one", "two"):
+        started = used.start(name, JULIA_PKG_SERVER=NOWHERE)
+        assert started.stdout == f"julia {VERSION}\n", str(started)
+        assert started.stderr == ""
+
+
+def test_setup_repairs_what_is_damaged(used):
+    used.run("two", "-m", "implicit_rnn", "setup")
+    (project,) = used.home.glob(".local/share/implicit-rnn/julia-*")
+    (project / "Manifest.toml").unlink()
+    assert "run `implicit-rnn setup` again" in used.start("two").stderr
+    assert used.run("two", "-m", "implicit_rnn", "setup").returncode == 0
+    assert used.start("two").stdout == f"julia {VERSION}\n"
+
+
+def test_two_processes_at_once_install_once_each_after_the_other_with_clean_output(used):
+    shutil.rmtree(used.project("one"))
+    command = [str(used.venv("one")), "-m", "implicit_rnn", "doctor", "--install", "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, env=used.settings, cwd=used.home, **pipes) for _ in range(2)]
+    for process in both:
+        stdout, stderr = process.communicate(timeout=120)
+        assert json.loads(stdout)["julia engine"] == "ready", stderr
+
+
+# --- packages that cannot be had together ------------------------------------------------------------------------
+
+
+def test_conflict_with_another_package_is_named_and_gone_when_that_package_is(used):
+    other = used.site("one") / "other"
+    other.mkdir()
+    wanted = {"packages": {"KrylovKit": {"uuid": KRYLOVKIT, "version": "0.9"}}}
+    (other / "juliapkg.json").write_text(json.dumps(wanted))
+    refused = used.start("one")
+    shutil.rmtree(other)
+    assert refused.stdout == "numpy \n", str(refused)
+    assert "juliapkg could not install" in refused.stderr
+    assert "Unsatisfiable requirements detected for package KrylovKit" in refused.stderr
+    assert "`implicit-rnn setup`" in refused.stderr
+    assert used.start("one").stdout == f"julia {VERSION}\n"
+
+
+# --- servers that fail -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def empty_depot(used, tmp_path) -> dict[str, str]:
+    """Settings with which no package is installed, though all of them are compiled."""
+    shutil.rmtree(used.project("one"), ignore_errors=True)
+    shutil.copytree(used.home / "depot" / "environments", tmp_path / "environments")
+    (tmp_path / "compiled").symlink_to(used.home / "depot" / "compiled")
+    path = used.settings["JULIA_DEPOT_PATH"].split(os.pathsep)
+    return {"JULIA_DEPOT_PATH": os.pathsep.join([str(tmp_path), *path[1:]])}
+
+
+def test_server_that_dies_leads_to_the_numpy_engine_and_the_next_start_goes_on(used, empty_depot, index):
+    with PackageServer(index, healthy=20, then="dies") as dying:
+        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=dying.url)
+    assert refused.stdout == "numpy \n", str(refused)
+    assert "juliapkg could not install" in refused.stderr
+    with PackageServer(index) as healthy:
+        resumed = used.start("one", **empty_depot, JULIA_PKG_SERVER=healthy.url)
+        assert resumed.stdout == f"julia {VERSION}\n", str(resumed)
+        assert healthy.packages < len(environments.manifest_versions(used.project("one"))) - 10
+
+
+@pytest.mark.slow
+def test_server_that_stalls_leads_to_the_numpy_engine(used, empty_depot, index):
+    with PackageServer(index, healthy=20, then="stalls") as stalling:
+        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=stalling.url)
+    assert refused.stdout == "numpy \n", str(refused)
+    assert "juliapkg could not install" in refused.stderr
+
+
+# --- upgrade and downgrade ---------------------------------------------------------------------------------------
+
+
+def test_upgrade_and_downgrade_bring_their_own_julia_sources(used, tmp_path):
+    newer = build_wheel(tmp_path, NEWER)
+    for wheel, version in ((newer, NEWER), (used.wheel, VERSION)):
+        used.install("one", wheel)
+        started = used.start("one")
+        assert started.stdout == f"julia {version}\n", str(started)
