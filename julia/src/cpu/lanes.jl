@@ -229,8 +229,8 @@ end
 @inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
 
 # Entry (i, k) of the matrix of all lanes, or of each.
-@inline entry(M::Matrix, i::Int, k::Int, lanes) = same_in_all(@inbounds(M[i, k]), lanes)
-@inline entry(M::Array{T, 3}, i::Int, k::Int, lanes) where {T} = vector(M, (k - 1) * size(M, 2) + i, lanes)
+@inline matrix_entry(M::Matrix, i::Int, k::Int, lanes) = same_in_all(@inbounds(M[i, k]), lanes)
+@inline matrix_entry(M::Array{T, 3}, i::Int, k::Int, lanes) where {T} = vector(M, (k - 1) * size(M, 2) + i, lanes)
 
 # S = U + M Z
 function affine_lanes!(w::Lanes{T, L}, M::Array{T}, cold::Bool) where {T, L}
@@ -240,7 +240,7 @@ function affine_lanes!(w::Lanes{T, L}, M::Array{T}, cold::Bool) where {T, L}
     GC.@preserve S U Z M for i in 1:n
         sum = vector(U, i, lanes)
         for k in 1:n
-            sum = muladd_lanes(entry(M, i, k, lanes), vector(Z, k, lanes), sum)
+            sum = muladd_lanes(matrix_entry(M, i, k, lanes), vector(Z, k, lanes), sum)
         end
         put_vector!(S, i, sum)
     end
@@ -298,7 +298,7 @@ function direction_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     (; A, D, step) = w
     GC.@preserve A D step M begin
         for j in 1:n, i in 1:n
-            m = map(x -> VecElement(-x.value), entry(M, i, j, lanes))
+            m = map(x -> VecElement(-x.value), matrix_entry(M, i, j, lanes))
             put_vector!(A, (j - 1) * n + i, muladd_lanes(m, vector(D, i, lanes), same_in_all(T(i == j), lanes)))
         end
         # Two columns at a time: what is left of the matrix is read and written half as often.
