@@ -219,14 +219,33 @@ function descend!(rule::Optimisers.AbstractRule, state, p, g)
     return state
 end
 
-# The same to the last bit. `sqrt` looks for negative numbers first, which keeps the loop of Optimisers.jl out of vector registers.
-function descend!(rule::Optimisers.Adam, state::Tuple{Vector{T}, Vector{T}, NTuple{2, T}}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat}
-    m, v, powers = state
+# The same to the last bit for Adam. `sqrt` looks for negative numbers first, which keeps the loops of Optimisers.jl out of vector
+# registers.
+const AdamState{T} = Tuple{Vector{T}, Vector{T}, NTuple{2, T}}
+
+descend!(rule::Optimisers.Adam, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat} =
+    adam_step!((p, direction, η) -> p - direction * η, rule, state, p, g)
+
+function descend!(rule::Optimisers.AdamW, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat}
+    λ = T(rule.lambda)
+    rule.couple && return adam_step!((p, direction, η) -> p - η * (direction + λ * p), rule, state, p, g)
+    return adam_step!((p, direction, η) -> p - (η * direction + λ * p), rule, state, p, g)
+end
+
+function descend!(
+        rule::Optimisers.OptimiserChain{<:Tuple{Optimisers.WeightDecay, Optimisers.Adam}}, (decay, state)::Tuple{Any, AdamState{T}},
+        p::StridedVector{T}, g::Vector{T}
+    ) where {T <: BlasFloat}
+    g .+= T(first(rule.opts).lambda) .* p
+    return decay, descend!(last(rule.opts), state, p, g)
+end
+
+function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
     η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
         m[i] = β1 * m[i] + (1 - β1) * g[i]
         v[i] = β2 * v[i] + (1 - β2) * abs2(g[i])
-        p[i] -= m[i] / c1 / (Base.sqrt_llvm(v[i] / c2) + ε) * η
+        p[i] = step(p[i], m[i] / c1 / (Base.sqrt_llvm(v[i] / c2) + ε), η)
     end
     return m, v, powers .* (β1, β2)
 end

@@ -83,13 +83,17 @@ end
     @test !goes_side_by_side(Trainer(Problem(tiny), Optimisers.ClipNorm(1.0); nets = 40), nets(40), batches)
 end
 
-@testset "Adam is that of Optimisers.jl, $T" for T in (Float64, Float32)
-    rule = Optimisers.Adam(0.01, (0.9, 0.99), 1.0e-7)
+@testset "$name is that of Optimisers.jl, $T" for (name, rule) in (
+            ("Adam", Optimisers.Adam(0.01, (0.9, 0.99), 1.0e-7)), ("AdamW", Optimisers.AdamW(0.01, (0.9, 0.99), 0.1)),
+            ("AdamW, uncoupled", Optimisers.AdamW(0.01, (0.9, 0.99), 0.1; couple = false)),
+            ("Adam with weight decay", Optimisers.OptimiserChain(Optimisers.WeightDecay(0.1), Optimisers.Adam(0.01))),
+        ), T in (Float64, Float32)
     p, q = ones(T, 37), ones(T, 37)
     ours, theirs = Optimisers.init(rule, p), Optimisers.init(rule, q)
+    @test which(descend!, typeof.((rule, ours, p, p))) != which(descend!, (Optimisers.AbstractRule, Any, Any, Any))
     for k in 1:10
         g = T[sin(i * k) for i in eachindex(p)]
-        ours = descend!(rule, ours, p, g)
+        ours = descend!(rule, ours, p, copy(g))
         theirs, change = Optimisers.apply!(rule, theirs, q, g)
         q .-= change
     end
