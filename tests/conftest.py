@@ -26,7 +26,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMP
 NOWHERE = "http://127.0.0.1:9"
 CHECKOUT = Path(__file__).parent.parent
 
-ran, skipped = pytest.StashKey[int](), pytest.StashKey[int]()
 
 # --- Julia or no Julia ---------------------------------------------------------------------------------------
 
@@ -54,7 +53,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "julia: the test needs the Julia engine")
     config.addinivalue_line("markers", "device: the test runs on the reference device arrays of Julia's GPU packages")
     config.addinivalue_line("markers", "slow: the test takes minutes, and is run only with --slow")
-    config.stash[ran] = config.stash[skipped] = 0
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -62,17 +60,29 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("takes minutes; run by --slow")
     if item.get_closest_marker("julia") is None:
         return
-    reason = why_no_julia()
-    item.config.stash[skipped if reason else ran] += 1
-    if reason:
-        pytest.skip(f"needs Julia: {reason}")
+    if reason := why_no_julia():
+        pytest.skip(f"{NEEDS_JULIA}{reason}")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if config.stash[skipped]:
-        terminalreporter.write_line(f"{config.stash[skipped]} tests need Julia and were SKIPPED: {why_no_julia()}")
-    elif config.stash[ran]:
-        terminalreporter.write_line(f"{config.stash[ran]} tests needed Julia and were run with it")
+NEEDS_JULIA = "needs Julia: "
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests needed Julia, also those of the workers of pytest-xdist."""
+    stats = terminalreporter.stats
+    reasons = [str(report.longrepr[2]) for report in stats.get("skipped", ()) if isinstance(report.longrepr, tuple)]
+    skipped = [reason.split(NEEDS_JULIA)[1] for reason in reasons if NEEDS_JULIA in reason]
+    ran = [report for name in ("passed", "failed") for report in stats.get(name, ()) if report.when == "call"]
+    needed = sum("julia" in report.keywords for report in ran)
+    if skipped:
+        terminalreporter.write_line(f"{len(skipped)} tests need Julia and were SKIPPED: {skipped[0]}")
+    elif needed:
+        terminalreporter.write_line(f"{needed} tests needed Julia and were run with it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of the Julia package first: one of them takes longer than all others of a module."""
+    items.sort(key=lambda item: item.path.stem != "test_julia_package")
 
 
 SHARED_WITH_DEVICES = ("test_layered", "test_losses", "test_vjp")
