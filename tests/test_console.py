@@ -105,7 +105,7 @@ def test_command_prints_a_result_on_an_ascii_stream(run_python: RunPython):
         from implicit_rnn import cli
         from implicit_rnn.runtime import doctor
 
-        doctor.diagnose = lambda install: {"ok": True, "length": "1.10 ± 0.02", "project": "/home/Łukasz"}
+        doctor.diagnose = lambda **options: {"ok": True, "length": "1.10 ± 0.02", "project": "/home/Łukasz"}
         raise SystemExit(cli.main(["doctor"]))
     """
     done = run_python(code, ENVIRONMENT | {"PYTHONIOENCODING": "ascii"})
