@@ -7,7 +7,6 @@ interleaved as those of the training gradient.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from workers import ContestantError, Worker
+from workers import Worker, start
 
 OURS, JAX = "implicit-rnn", "jax"
 SCRIPTS = {OURS: "equations_ours.py", JAX: "equations_with_jax.py"}
@@ -130,16 +129,7 @@ CASES = (
 def run(peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        absent: dict[str, str] = {}
-        for name, script in SCRIPTS.items():
-            try:
-                workers[name] = Worker(script, sys.executable if name == OURS else peers_python)
-                stack.callback(workers[name].close)
-            except ContestantError as error:
-                if name == OURS:
-                    raise
-                absent[name] = str(error)
+        workers, absent = start(SCRIPTS, OURS, peers_python, stack)
         print(header(), flush=True)
         rows = []
         for case in CASES:

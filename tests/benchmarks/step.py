@@ -7,7 +7,6 @@ slows the machine down for a while slows all of a round.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from cases import INPUTS, NORM, OUTPUTS, TOL, Case, flops
-from workers import ContestantError, Worker
+from workers import Worker, start
 
 OURS = "implicit-rnn"
 PEERS = {"jax": "with_jax.py", "torch": "with_torch.py", "torchdeq": "with_torchdeq.py"}
@@ -31,16 +30,7 @@ PAUSE = 0.05
 def run(cases: Sequence[Case], peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
-        absent: dict[str, str] = {}
-        for name, script in [(OURS, "ours.py"), *PEERS.items()]:
-            try:
-                workers[name] = Worker(script, sys.executable if name == OURS else peers_python)
-                stack.callback(workers[name].close)
-            except ContestantError as error:
-                if name == OURS:
-                    raise
-                absent[name] = str(error)
+        workers, absent = start({OURS: "ours.py", **PEERS}, OURS, peers_python, stack)
         versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
         rows = []
         for case in cases:
