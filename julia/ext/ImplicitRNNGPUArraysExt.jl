@@ -11,12 +11,13 @@ module ImplicitRNNGPUArraysExt
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, batch, Batches, BLOW_UP,
-    check_device, check_features, check_interrupt, check_size, Connection, CONVERGED, CPUWorkspace, curvature,
-    DIVERGED, ElementwiseLoss, equilibrium!, free_memory, guarantees_uniqueness, is_singular, is_whole,
-    JacobianPenalty, limit, LINEARIZED_PATIENCE, loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS,
-    needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise, PILOT_ITERATIONS, PILOTS, Quality,
-    rademacher, repels, rows_of, scale_floor, SINGULAR, slope, SMALLEST_STEP, Solver, Stage, StateSeed, StepBuffers,
-    SUSPICIOUS_SIZE, tolerance, train!, trust_radius, unpack!, unpack_tangent, UNSTABLE, value, worse, WORST_ADJOINT
+    check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_start, check_supervised,
+    Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED, ElementwiseLoss, equilibrium!, free_memory,
+    guarantees_uniqueness, is_singular, is_whole, JacobianPenalty, limit, LINEARIZED_PATIENCE, loss_and_gradient!,
+    LossSeed, matrix_size, MAX_ITERATIONS, needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise,
+    PILOT_ITERATIONS, PILOTS, Quality, rademacher, repels, scale_floor, SINGULAR, slope, SMALLEST_STEP, Solver,
+    Stage, StateSeed, StepBuffers, SUSPICIOUS_SIZE, tolerance, train!, trust_radius, unpack_tangent, unpack!, UNSTABLE,
+    value, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Backend
 using LinearAlgebra: I, issuccess, lu!, mul!

@@ -93,7 +93,7 @@ end
 @inline function respond_block(g, D, s, t, first, n, samples, ::Tiling{P}) where {P}
     return block() do r, c
         i, j = row_of(t, r, P), first + column_of(t, c, P)
-        i <= n && j <= samples ? respond(g, D, i, j, s[(c - 1) * BLOCK + r]) : zero(s[1])
+        i <= n && j <= samples ? row_value(g, D, i, j, s[(c - 1) * BLOCK + r]) : zero(s[1])
     end
 end
 
@@ -120,7 +120,7 @@ end
 end
 @inline square(x) = muladd(x[1], x[1], muladd(x[2], x[2], muladd(x[3], x[3], x[4] * x[4])))
 
-# The verdict on column t of the group, of which j is the sample.
+# The decision on column t of the group, of which j is the sample.
 @inline function conclude_column!(progress, record, rule, sums, t, j, samples, ::Tiling{P}) where {P}
     j <= samples && @inbounds(progress.running[j]) || return REST
     change2 = size2 = largest = zero(eltype(sums))
@@ -132,20 +132,20 @@ end
     return conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
 end
 
-@inline function change_block!(z, f, verdicts, damping, t, ::Tiling{P}) where {P}
+@inline function change_block!(z, f, decisions, damping, t, ::Tiling{P}) where {P}
     block() do r, c
         i, column = row_of(t, r, P), column_of(t, c, P)
-        @inbounds verdict = verdicts[column]
-        verdict == Int32(REST) || advance!(z, nothing, i, column, f[(c - 1) * BLOCK + r], verdict == Int32(ADVANCE) ? damping : one(damping))
+        @inbounds decision = decisions[column]
+        decision == Int32(REST) || advance!(z, nothing, i, column, f[(c - 1) * BLOCK + r], decision == Int32(ADVANCE) ? damping : one(damping))
         nothing
     end
     return
 end
 
-@inline function count_running(verdicts)
+@inline function count_running(decisions)
     running = zero(Int32)
-    for verdict in verdicts
-        running += verdict == Int32(ADVANCE)
+    for decision in decisions
+        running += decision == Int32(ADVANCE)
     end
     return running
 end
@@ -164,7 +164,7 @@ iteration, by the same rule.
     matrix = @localmem eltype(Z) (Q, Q)
     z = @localmem eltype(Z) (P + 1, C)                   # of one row more, so that the columns begin in different banks
     sums = @localmem eltype(Z) (3, P ÷ BLOCK, C)
-    verdicts = @localmem Int32 (C,)
+    decisions = @localmem Int32 (C,)
     going = @localmem Int32 (1,)
     u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
     f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
@@ -182,12 +182,12 @@ iteration, by the same rule.
         sum_columns!(sums, g, D, s, @inbounds(f[1]), z, t, n, tiling)
         @synchronize
         if t <= C
-            @inbounds verdicts[t] = Int32(conclude_column!(progress, record, rule, sums, t, (group - 1) * C + t, samples, tiling))
+            @inbounds decisions[t] = Int32(conclude_column!(progress, record, rule, sums, t, (group - 1) * C + t, samples, tiling))
         end
         @synchronize
-        change_block!(z, @inbounds(f[1]), verdicts, rule.damping, t, tiling)
+        change_block!(z, @inbounds(f[1]), decisions, rule.damping, t, tiling)
         if t == 1
-            @inbounds going[1] = count_running(verdicts)
+            @inbounds going[1] = count_running(decisions)
         end
         @synchronize
     end

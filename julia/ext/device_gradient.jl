@@ -3,23 +3,15 @@
 function ImplicitRNN.loss_and_gradient!(
         g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
     ) where {T}
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("targets", Y, output_size(net), B)
-    weights === nothing || length(weights) == B ||
-        throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
-    seed = LossSeed(problem.loss, Y, weights, T(1 / B))
+    check_supervised(problem.net, X, Y, weights)
+    seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
     return pull_back!(g, nothing, ws, problem, p, X, nothing, seed, probe, report)
 end
 
 function ImplicitRNN.vjp!(
         g, dX, ws::DeviceWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
     )
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("cotangents", V, rows_of(net, of), B)
-    check_size("derivatives", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
+    check_pullback(problem.net, dX, X, V, of, start)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     return pull_back!(g, dX, ws, problem, p, X, start, seed, probe, report)
 end
@@ -28,12 +20,7 @@ function ImplicitRNN.jvp!(
         tangent, ws::DeviceWorkspace{T}, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
     ) where {T}
     net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("tangents", tangent, rows_of(net, of), B)
-    check_size("directions", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
-    length(dp) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    check_pushforward(net, tangent, X, dp, dX, of, start)
     check_options(problem)
     unpack!(ws, p)
     direction, quality = tangent_weights(ws, dp), Quality()

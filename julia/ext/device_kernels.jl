@@ -12,9 +12,9 @@ const LANES, GROUP = 32, 8
 @inline curvature_at(f::Piecewise, i, s, z) = at_row((g, s, z) -> curvature(g, s, z), f.ranges, f.activations, i, s, z)
 @inline slope_at(f::Piecewise, i, s, z) = at_row((g, s, z) -> slope(g, s, z), f.ranges, f.activations, i, s, z)
 
-@inline at_row(respond::R, ::Tuple{Any}, fs::Tuple{Any}, i, x...) where {R} = respond(only(fs), x...)
-@inline at_row(respond::R, ranges::Tuple, fs::Tuple, i, x...) where {R} =
-    i <= last(first(ranges)) ? respond(first(fs), x...) : at_row(respond, Base.tail(ranges), Base.tail(fs), i, x...)
+@inline at_row(f::F, ::Tuple{Any}, groups::Tuple{Any}, i, x...) where {F} = f(only(groups), x...)
+@inline at_row(f::F, ranges::Tuple, groups::Tuple, i, x...) where {F} =
+    i <= last(first(ranges)) ? f(first(groups), x...) : at_row(f, Base.tail(ranges), Base.tail(groups), i, x...)
 
 # --- one iteration ------------------------------------------------------------------------------------------------
 
@@ -31,9 +31,9 @@ struct Scaled end
 struct Deviating{F <: Activation}
     f::F
 end
-@inline respond(a::Activated, D, i, j, s) = value_at(a.f, i, s)
-@inline respond(::Scaled, D, i, j, s) = @inbounds D[i, j] * s
-@inline respond(a::Deviating, d, i, j, s) = value_at(a.f, i, s) - @inbounds(d[i]) * s
+@inline row_value(a::Activated, D, i, j, s) = value_at(a.f, i, s)
+@inline row_value(::Scaled, D, i, j, s) = @inbounds D[i, j] * s
+@inline row_value(a::Deviating, d, i, j, s) = value_at(a.f, i, s) - @inbounds(d[i]) * s
 
 "The state that a value of the right-hand side means."
 @inline state_of(g, D, i, s, z) = z
@@ -59,38 +59,38 @@ struct Rule{T}
 end
 
 "What becomes of a column: it rests, takes the next iterate, or ends, as one that the host has to solve or not."
-@enum Verdict::Int8 REST ADVANCE DELIVER ABANDON
+@enum Decision::Int8 REST ADVANCE FINISH ABANDON
 
-# The verdict on a column after `count` evaluations, its status should it end, and its relative residual.
-@inline function judge(r::Rule{T}, change, size, largest, count, rate) where {T}
+# The decision on a column after `count` evaluations, its status should it end, and its relative residual.
+@inline function decide(r::Rule{T}, change, size, largest, count, rate) where {T}
     scale = max(size, r.floor)
     residual = iszero(scale) ? zero(T) : change / scale
     if !isfinite(change)
-        return (r.rescue ? ABANDON : DELIVER), NON_FINITE, residual
+        return (r.rescue ? ABANDON : FINISH), NON_FINITE, residual
     elseif change <= r.tol * scale
         doubtful = !r.settled && (largest > T(SUSPICIOUS_SIZE) || !r.checked && (count == 1 || r.damping < 1))
-        return (doubtful ? ABANDON : DELIVER), CONVERGED, residual
+        return (doubtful ? ABANDON : FINISH), CONVERGED, residual
     elseif change > T(BLOW_UP) * (1 + r.floor)
-        return (r.rescue ? ABANDON : DELIVER), DIVERGED, residual
+        return (r.rescue ? ABANDON : FINISH), DIVERGED, residual
     elseif count >= r.limit
-        return DELIVER, MAX_ITERATIONS, residual
+        return FINISH, MAX_ITERATIONS, residual
     end
     slow = count % AUTO_BLOCK == 0 && log(r.tol * scale / change) / log(min(rate, T(0.9999))) > r.patience
     return (slow ? ABANDON : ADVANCE), MAX_ITERATIONS, residual
 end
 
-# Let column j have its verdict, and write down what becomes of it; tells whether its iterate is to be changed.
+# Let column j have its decision, and write down what becomes of it; tells whether its iterate is to be changed.
 @inline function conclude!(progress, record, j, rule, change, size, largest)
     @inbounds begin
         before, count = progress.change[j], progress.count[j] + one(Int32)
         rate = isfinite(before) ? change / before : progress.rate[j]
-        verdict, status, residual = judge(rule, change, size, largest, count, rate)
+        decision, status, residual = decide(rule, change, size, largest, count, rate)
         progress.count[j], progress.change[j], progress.rate[j] = count, change, rate
-        progress.running[j] = verdict == ADVANCE
-        progress.abandoned[j] = verdict == ABANDON
+        progress.running[j] = decision == ADVANCE
+        progress.abandoned[j] = decision == ABANDON
     end
-    verdict == DELIVER && record!(record, j, status, count, residual, rate)
-    return verdict == ADVANCE || (rule.latest && verdict == DELIVER && status == CONVERGED) ? verdict : REST
+    decision == FINISH && record!(record, j, status, count, residual, rate)
+    return decision == ADVANCE || (rule.latest && decision == FINISH && status == CONVERGED) ? decision : REST
 end
 
 """
@@ -104,13 +104,13 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
     @uniform n = size(Z, 1)
     @uniform samples = size(Z, 2)
     sums = @localmem eltype(Z) (3, LANES, GROUP)
-    verdicts = @localmem Int32 (GROUP,)
+    decisions = @localmem Int32 (GROUP,)
 
     if j <= samples && @inbounds(progress.running[j])
         change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
         i = lane
         while i <= n
-            @inbounds z = respond(g, D, i, j, S[i, j])
+            @inbounds z = row_value(g, D, i, j, S[i, j])
             @inbounds d = z - Z[i, j]
             z = state_of(g, D, i, S[i, j], z)
             change2 = muladd(d, d, change2)
@@ -124,7 +124,7 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
     end
     @synchronize
     if lane == 1
-        verdict = REST
+        decision = REST
         if j <= samples && @inbounds(progress.running[j])
             change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
             for l in 1:LANES
@@ -132,18 +132,18 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
                 @inbounds size2 += sums[2, l, column]
                 @inbounds largest = max(largest, sums[3, l, column])
             end
-            verdict = conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
+            decision = conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
         end
-        @inbounds verdicts[column] = Int32(verdict)
+        @inbounds decisions[column] = Int32(decision)
     end
     @synchronize
-    @inbounds verdict = verdicts[column]
-    if verdict != Int32(REST)
-        damping = verdict == Int32(ADVANCE) ? rule.damping : one(rule.damping)
+    @inbounds decision = decisions[column]
+    if decision != Int32(REST)
+        damping = decision == Int32(ADVANCE) ? rule.damping : one(rule.damping)
         i = lane
         while i <= n
-            @inbounds z = respond(g, D, i, j, S[i, j])
-            advance!(Z, verdict == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
+            @inbounds z = row_value(g, D, i, j, S[i, j])
+            advance!(Z, decision == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
             i += LANES
         end
     end
@@ -184,7 +184,7 @@ end
 "F = f(S) - d̄ S"
 @kernel function deviate!(F, @Const(S), f, @Const(slope))
     i, j = @index(Global, NTuple)
-    @inbounds F[i, j] = respond(Deviating(f), slope, i, j, S[i, j])
+    @inbounds F[i, j] = row_value(Deviating(f), slope, i, j, S[i, j])
 end
 
 "D = f′(S) for Z = f(S)"

@@ -134,7 +134,7 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
     net, B = problem.net, size(X, 2)
     check_features(net, X)
     check_solver(problem.solver)
-    start === nothing || check_size("states", start, neurons(net), B)
+    check_start(net, X, start)
     unpack!(ws, p)
     for columns in pieces(ws, problem, B)
         x, z = on_device(ws, columns_of(X, columns)), columns_of(start, columns)

@@ -210,7 +210,33 @@ function rows_of(net::Network, of::Symbol)
     return of === :outputs ? output_size(net) : neurons(net)
 end
 
-# --- checks ---------------------------------------------------------------------------------------------------
+# --- checks, for the workspaces of all devices -----------------------------------------------------------------
+
+function check_supervised(net, X, Y, weights)
+    check_features(net, X)
+    check_size("targets", Y, output_size(net), size(X, 2))
+    weights === nothing || length(weights) == size(X, 2) ||
+        throw(DimensionMismatch("there are $(length(weights)) weights for $(size(X, 2)) samples"))
+    return
+end
+
+function check_pullback(net, dX, X, V, of, start)
+    check_features(net, X)
+    check_size("cotangents", V, rows_of(net, of), size(X, 2))
+    check_size("derivatives", dX, net.inputs, size(X, 2))
+    return check_start(net, X, start)
+end
+
+function check_pushforward(net, tangent, X, dp, dX, of, start)
+    check_features(net, X)
+    check_size("tangents", tangent, rows_of(net, of), size(X, 2))
+    check_size("directions", dX, net.inputs, size(X, 2))
+    length(dp) == length(net) ||
+        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    return check_start(net, X, start)
+end
+
+check_start(net, X, start) = start === nothing || check_size("states", start, neurons(net), size(X, 2))
 
 check_features(net, X) = size(X, 1) == net.inputs ||
     throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))

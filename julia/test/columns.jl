@@ -1,7 +1,7 @@
 # What belongs to a sample stays with it, whatever columns move.
 
 using ImplicitRNN: AndersonState, Columns, NewtonState, RefinementState, SolverState, move_column!, per_column, reclaim!,
-    set_aside!, swap_columns!
+    defer!, swap_columns!
 
 mark(A::Array{Bool}, sample) = isodd(sample)
 mark(A::Array, sample) = sample
@@ -24,7 +24,7 @@ states(n, width) = (AndersonState{Float64}(n, 3, width), NewtonState{Float64}(n,
     for step in 1:200
         c.active > 1 || reclaim!(c)
         j, k = rand(rng, 1:c.active, 2)
-        isodd(step) ? swap_columns!(c, j, k) : set_aside!(c, j)
+        isodd(step) ? swap_columns!(c, j, k) : defer!(c, j)
         step % 7 == 0 && reclaim!(c)
     end
     reclaim!(c)
@@ -36,7 +36,7 @@ end
 
 @testset "no array of the columns is left behind" begin
     c = Columns{Float64}(3, 11, zeros(3, 11))
-    arrays = [getfield(c, name) for name in fieldnames(Columns) if getfield(c, name) isa Array && name ∉ (:aside, :buffers)]
+    arrays = [getfield(c, name) for name in fieldnames(Columns) if getfield(c, name) isa Array && name ∉ (:deferred, :buffers)]
     @test all(A -> any(B -> A === B, per_column(c)), arrays)
     @test all(state -> all(A -> A isa Array && size(A)[end] == 11, per_column(state)), states(3, 11))
 end

@@ -88,7 +88,7 @@ end
     end
 end
 
-deliver!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
+store_result!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     copy_column!(p.Z, sample, p.latest ? c.F : c.Z, j)
 
 # The linearised system: t = (D - d̄) λ.

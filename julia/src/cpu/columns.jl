@@ -74,7 +74,7 @@ An equation for each of many samples that [`evaluate_all!`](@ref) evaluates for 
 - the fields `tol` and `floor`, the relative tolerance and the smallest size that residuals are related to; `Z`, where the results
   go (n × samples); `outcome`, how each sample ended; and `threads`, among which products may be shared;
 - the methods [`affine!`](@ref)`(c, p)` for all columns, [`activate!`](@ref)`(c, p, j)` and
-  [`deliver!`](@ref)`(p, sample, c, j, status)` for one of them.
+  [`store_result!`](@ref)`(p, sample, c, j, status)` for one of them.
 """
 abstract type ColumnEquation{T} end
 
@@ -114,7 +114,7 @@ mutable struct Columns{T, D <: Union{Nothing, Matrix{T}}}
     const rate::Vector{T}
     const iterations::Vector{Int}
     const singular::Vector{Bool}     # whether the last Jacobian of the sample had no inverse
-    const aside::Vector{Int}         # columns set aside, see `set_aside!`
+    const deferred::Vector{Int}      # columns set aside, see `defer!`
     active::Int
     limit::Int                       # evaluations of f that a sample may have
     cold::Bool                       # the iterate is zero, so that S = U
@@ -154,7 +154,7 @@ function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.state = nothing
     c.cold = cold
     cold && fill!(view(c.Z, :, 1:samples), 0)
-    empty!(c.aside)
+    empty!(c.deferred)
     for j in 1:samples
         c.sample[j] = j
         c.residual[j] = T(Inf)
@@ -224,7 +224,7 @@ end
 "Write column j out as finished and let the last active column take its place."
 function finish!(c::Columns, p::ColumnEquation, j::Int, status::Status, residual)
     sample = c.sample[j]
-    deliver!(p, sample, c, j, status)
+    store_result!(p, sample, c, j, status)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
     j == c.active || move_column!(c, j, c.active)
     c.active -= 1
@@ -232,12 +232,12 @@ function finish!(c::Columns, p::ColumnEquation, j::Int, status::Status, residual
 end
 
 """
-    deliver!(p, sample, c, j, status)
+    store_result!(p, sample, c, j, status)
 
 Write the solution in column j out for the sample: the iterate whose residual is known, and the last finite one; in a gradient,
 where that pays, the value of the last evaluation.
 """
-function deliver!(p::Stationary, sample::Int, c::Columns, j::Int, status::Status)
+function store_result!(p::Stationary, sample::Int, c::Columns, j::Int, status::Status)
     copy_column!(p.Z, sample, p.latest && status === CONVERGED ? c.F : c.Z, j)
     copy_column!(p.S, sample, c.S, j)
     return
@@ -325,7 +325,7 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = fa
         elseif rescue && status !== CONVERGED && c.iterations[j] < c.limit
             fill!(view(c.Z, :, j), 0)
             c.residual[j] = Inf
-            set_aside!(c, j)
+            defer!(c, j)
         else
             finish!(c, p, j, status, residual)
         end
@@ -334,21 +334,21 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = fa
 end
 
 "Take column j out of the active ones, unfinished."
-function set_aside!(c::Columns, j::Int)
+function defer!(c::Columns, j::Int)
     swap_columns!(c, j, c.active)
-    push!(c.aside, c.active)
+    push!(c.deferred, c.active)
     c.active -= 1
     return
 end
 
 "Make the columns set aside active as well; returns the number of active columns."
 function reclaim!(c::Columns)
-    isempty(c.aside) && return c.active
-    for (j, k) in enumerate(sort!(append!(c.aside, 1:c.active)))
+    isempty(c.deferred) && return c.active
+    for (j, k) in enumerate(sort!(append!(c.deferred, 1:c.active)))
         j == k || move_column!(c, j, k)
     end
-    c.active = length(c.aside)
-    empty!(c.aside)
+    c.active = length(c.deferred)
+    empty!(c.deferred)
     return c.active
 end
 

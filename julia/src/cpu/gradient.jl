@@ -3,13 +3,9 @@
 function loss_and_gradient!(
         g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
     ) where {T}
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("targets", Y, output_size(net), B)
-    weights === nothing || length(weights) == B ||
-        throw(DimensionMismatch("there are $(length(weights)) weights for $B samples"))
+    check_supervised(problem.net, X, Y, weights)
     unpack!(ws, p)
-    seed = LossSeed(problem.loss, Y, weights, T(1 / B))
+    seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
     summary = pull_back!(g, nothing, ws, problem, X, nothing, seed, probe, report)
     return summary.loss, summary.quality
 end
@@ -17,11 +13,7 @@ end
 function vjp!(
         g, dX, ws::CPUWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
     )
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("cotangents", V, rows_of(net, of), B)
-    check_size("derivatives", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
+    check_pullback(problem.net, dX, X, V, of, start)
     unpack!(ws, p)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     summary = pull_back!(g, dX, ws, problem, X, start, seed, probe, report)

@@ -19,14 +19,14 @@ struct Lanes{T, L}
     anchor::Matrix{T}              # where Picard iteration was left
     A::Array{T, 3}
     active::Vector{T}              # 1 or 0
-    lost::Vector{Bool}
+    failed::Vector{Bool}
     change2::Vector{T}             # ‖F - Z‖², ‖F‖²
     size2::Vector{T}
     residual2::Vector{T}           # the last ‖F - Z‖² of a lane at work, and the one before
     last2::Vector{T}
     reach::Vector{T}               # how far from the anchor the equilibrium may be
     iterations::Vector{T}
-    verdict::Vector{T}
+    decision::Vector{T}
     grown::Vector{T}               # 1 where the last step of Newton's method made the residual larger
 end
 Lanes{T, L}(n::Int) where {T, L} = Lanes{T, L}(
@@ -72,13 +72,13 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         for l in 1:count
             j = first_sample + l - 1
             used = unsafe_trunc(Int, w.iterations[l])
-            if w.lost[l] && used < c.limit
+            if w.failed[l] && used < c.limit
                 left += 1
                 copy_column!(c.U, left, c.U, j)
                 copy_column!(c.Z, left, c.Z, j)
                 c.sample[left], c.iterations[left] = j, used
             else
-                status = w.lost[l] ? status_of_lost!(c, j, w, p, l) : CONVERGED
+                status = w.failed[l] ? status_of_failed!(c, j, w, p, l) : CONVERGED
                 store!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
                 store!(p.S, j, w.S, l)
                 scale = max(sqrt(w.size2[l]), p.floor)
@@ -91,7 +91,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
 end
 
 # How the sample of a lane that would go on elsewhere ends if it has no evaluation left; column j, its own, is overwritten.
-function status_of_lost!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
+function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
     isfinite(w.residual2[l]) || return NON_FINITE
     w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
     foreach((A, B) -> store!(A, j, B, l), (c.S, c.F), (w.S, w.F))
@@ -101,20 +101,20 @@ end
 """
     newton_lanes!(w, M, p, cold, evaluations)
 
-The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `lost`. `M` is that of all lanes or, with the lane as its first
+The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `failed`. `M` is that of all lanes or, with the lane as its first
 index, one for each.
 """
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps = p.unique ? 1 : 3
     fill!(w.active, 1)
-    fill!(w.lost, false)
+    fill!(w.failed, false)
     fill!(w.iterations, 0)
     fill!(w.residual2, T(Inf))
     fill!(w.last2, T(Inf))
     for k in 1:evaluations
         affine_lanes!(w, M, cold && k == 1)
         activate_lanes!(w, p.f)
-        judge!(w, p, k, picard_steps) || return
+        check_convergence!(w, p, k, picard_steps) || return
         k == evaluations && break
         if k <= picard_steps
             step_lanes!(w, w.F, Val(L), true)
@@ -127,14 +127,14 @@ function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::B
         end
     end
     @inbounds for l in 1:L
-        w.lost[l] |= w.active[l] > 0
+        w.failed[l] |= w.active[l] > 0
     end
     return
 end
 
-# Takes out the lanes that are done or lost after the evaluation k; returns whether any is still at work.
-function judge!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) where {T, L}
-    (; active, residual2, last2, iterations, verdict, grown, change2, size2) = w
+# Takes out the lanes that are done or failed after the evaluation k; returns whether any is still at work.
+function check_convergence!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) where {T, L}
+    (; active, residual2, last2, iterations, decision, grown, change2, size2) = w
     newton = k > picard_steps + 1
     tol2, floor2 = p.tol^2, p.floor^2
     settled = zero(T)
@@ -148,18 +148,18 @@ function judge!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) 
         last2[l] = ifelse(at_work, before2, last2[l])
         residual2[l] = ifelse(at_work, now2, before2)
         iterations[l] = ifelse(at_work, T(k), iterations[l])
-        verdict[l] = ifelse(at_work, ifelse(broken, T(LOST), ifelse(done, T(DONE), zero(T))), zero(T))
-        settled += verdict[l]
+        decision[l] = ifelse(at_work, ifelse(broken, T(FAILED), ifelse(done, T(DONE), zero(T))), zero(T))
+        settled += decision[l]
     end
     p.unique || k != picard_steps || reach!(w)
     if settled > 0
         @inbounds @simd ivdep for l in 1:L
-            active[l] = ifelse(verdict[l] > 0, zero(T), active[l])
-            w.lost[l] |= verdict[l] == T(LOST)
+            active[l] = ifelse(decision[l] > 0, zero(T), active[l])
+            w.failed[l] |= decision[l] == T(FAILED)
         end
         # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
         p.unique || @inbounds for l in 1:L
-            w.lost[l] |= verdict[l] == DONE &&
+            w.failed[l] |= decision[l] == DONE &&
                 (k == 1 || size2[l] > T(SUSPICIOUS_SIZE)^2 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
         end
     end
@@ -175,7 +175,7 @@ end
     return sum > 0
 end
 
-const DONE, LOST = 1, 2
+const DONE, FAILED = 1, 2
 
 # Where Newton's method has overshot, the next step is Picard's, which contracts if there is but one equilibrium.
 function prefer_picard!(w::Lanes)
@@ -195,7 +195,7 @@ function reach!(w::Lanes{T, L}) where {T, L}
     @inbounds for l in 1:L
         q = rate(w, l)
         w.reach[l] = trust_radius(sqrt(w.residual2[l]), q)
-        w.active[l] > 0 && w.verdict[l] == 0 && !contracts(q) && (w.verdict[l] = w.active[l] = 0; w.lost[l] = true)
+        w.active[l] > 0 && w.decision[l] == 0 && !contracts(q) && (w.decision[l] = w.active[l] = 0; w.failed[l] = true)
     end
     return
 end

@@ -227,7 +227,7 @@ function add_sample!(sum::LaneWeights, s::SideBySide{T, L}, X, Y, sample::Int, w
     drive_lanes!(w.U, weights, X, sample, lanes)
     fill!(w.Z, 0)
     newton_lanes!(w, weights.recurrent, s.forward, true, LANE_ITERATIONS)
-    s.unsolved .|= w.lost
+    s.unsolved .|= w.failed
     copyto!(s.Z, w.F)
     slopes_lanes!(w, s.f)
     read_out_lanes!(s, lanes)

@@ -5,12 +5,7 @@ function jvp!(
         tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
     )
     net, B = problem.net, size(X, 2)
-    check_features(net, X)
-    check_size("tangents", tangent, rows_of(net, of), B)
-    check_size("directions", dX, net.inputs, B)
-    start === nothing || check_size("states", start, neurons(net), B)
-    length(dp) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    check_pushforward(net, tangent, X, dp, dX, of, start)
     unpack!(ws, p)
     direction = unpack_tangent(net, ws.weights, dp)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)

@@ -25,7 +25,7 @@ mutable struct Tile{T}
     const outcome::Outcome                    # per sample of the tile
     const adjoint_outcome::Outcome
     threads::Int                              # among which products may be shared
-    latest::Bool                              # whether the values of the last evaluations are wanted, see `deliver!`
+    latest::Bool                              # whether the values of the last evaluations are wanted, see `store_result!`
     factorised::Bool                          # whether the factorisations of Newton's method are
 end
 
@@ -42,8 +42,6 @@ function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where
         Outcome(width), Outcome(width), 1, false, false,
     )
 end
-
-# --- how it went ----------------------------------------------------------------------------------------------
 
 # --- how it went ----------------------------------------------------------------------------------------------
 

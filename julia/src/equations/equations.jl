@@ -99,7 +99,7 @@ function vjp(solution::ImplicitSolution{T}, v::AbstractArray) where {T}
         throw(DimensionMismatch("v has size $(size(v)); expected that of the value, $(size(solution.value))"))
     problem = solution.problem
     V = reshape(Array{T}(v), problem.n, :)
-    failed = count(j -> concerned(V, j) && solution.status[j] != CONVERGED, 1:problem.samples)
+    failed = count(j -> has_cotangent(V, j) && solution.status[j] != CONVERGED, 1:problem.samples)
     failed == 0 || error("$failed samples did not converge and have no derivative; v must be zero for them")
     gradients = [is_differentiable(x) ? zero(x) : x for x in problem.args]
     vjp!(gradients, problem, solution.inverses, V)

@@ -133,18 +133,18 @@ function vjp_piece!(gradients::Tuple, w::SidedBuffers, one::InverseBuffers, p::E
         check_interrupt()
         b = Block(sample, last(range))
         vs = load_columns(v, b, Val(K))
-        concerned = reduce(|, map(x -> !(x == 0.0), vs.entries))
-        if !any(concerned)
+        wanted = reduce(|, map(x -> !(x == 0.0), vs.entries))
+        if !any(wanted)
             map((g, x) -> x isa PerSample && fill_block!(g, b), gradients, p.args)
             continue
         end
-        y, regular = linearize!(w, p, inverses, b, concerned, root)
+        y, regular = linearize!(w, p, inverses, b, wanted, root)
         λ = ntuple(k -> ifelse(regular, -sum(ntuple(i -> @inbounds(w.B[i, k]) * vs[i], Val(K))), zero(Vec)), Val(K))
         product(o) = ifelse(regular, sum(ntuple(i -> λ[i] * partial_of(y[i], o), Val(K))), zero(Vec))
         map((g, sum, x, o) -> put_products!(product, g, sum, x, o, b), gradients, sums, p.args, offsets(K, arguments(p, b)))
-        all(regular | !concerned) && continue
+        all(regular | !wanted) && continue
         for (l, j) in enumerate(samples(b))
-            lane(concerned, l) && !lane(regular, l) || continue
+            lane(wanted, l) && !lane(regular, l) || continue
             adjoint!(one, p, inverses, v, j)
             copy_column!(one.at, 1, inverses.Z, j)
             add_pullbacks!(gradients, p, one.at, j, one.λ)

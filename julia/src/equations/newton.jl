@@ -21,7 +21,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     isfinite(s.merit) || return NON_FINITE
     while true
         status = p.root ? nothing : assess!(s, p, tol)
-        status === nothing || return deliver!(s, status)
+        status === nothing || return finish!(s, status)
         solvable = newton_step!(s, l, p)
         if p.root
             status = assess_root!(s, l, solvable, p, tol)

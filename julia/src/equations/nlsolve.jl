@@ -43,13 +43,13 @@ function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) 
         return
     end
     both!(c, J, x) = (conditions!(c, x); jacobian!(J, x))
-    p.root || assess!(s, p, tol) !== CONVERGED || return attracts(deliver!(s, CONVERGED), s, p)
+    p.root || assess!(s, p, tol) !== CONVERGED || return attracts(finish!(s, CONVERGED), s, p)
     status = erased_nlsolve(
         solver.method, Erased(conditions!), Erased(jacobian!), Erased(both!), Float64.(s.z) ./ unit, s.limit - s.evaluations
     )
     # It goes through its iterations even where it stays where it is.
     status === MAX_ITERATIONS && s.evaluations < s.limit && (status = SINGULAR)
-    status === CONVERGED && !p.root && deliver!(s, status)
+    status === CONVERGED && !p.root && finish!(s, status)
     return attracts(status, s, p)
 end
 

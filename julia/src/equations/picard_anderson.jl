@@ -3,7 +3,7 @@
 function iterate!(solver::Picard, s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
     while evaluate!(s, p)
         status = assess!(s, p, tol)
-        status === nothing || return deliver!(s, status)
+        status === nothing || return finish!(s, status)
         advance!(s, T(solver.damping))
     end
     return MAX_ITERATIONS
@@ -17,7 +17,7 @@ end
 end
 
 "Of a fixed point f(z), which is the better, is the solution, unless it is not finite."
-@inline function deliver!(s::Iteration, status::Status)
+@inline function finish!(s::Iteration, status::Status)
     status === NON_FINITE || copyto!(s.z, s.value)
     return status
 end
@@ -41,7 +41,7 @@ function iterate!(solver::Anderson, s::Iteration{T}, p::AbstractEquation{T}, tol
     depth, head, last = 0, 0, Inf
     while evaluate!(s, p)
         status = assess!(s, p, tol)
-        status === nothing || return deliver!(s, status)
+        status === nothing || return finish!(s, status)
         if isfinite(last)
             head = mod1(head + 1, solver.memory)
             remember!(h, s, head)

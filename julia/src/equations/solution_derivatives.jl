@@ -133,7 +133,7 @@ c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`S
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
     p = suited(problem)
-    if is_small(problem) && all(j -> concerned(v, j), axes(v, 2))
+    if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
         Base.invokelatest(find_inverses!, inverses, p)
         Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
     else
@@ -142,7 +142,7 @@ function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::
     return gradients
 end
 
-concerned(v, j) = any(!iszero, view(v, :, j))
+has_cotangent(v, j) = any(!iszero, view(v, :, j))
 
 function find_inverses!(inverses::Inverses{T}, p::AbstractEquation{T}) where {T}
     make_room!(inverses)
@@ -158,7 +158,7 @@ function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) 
     make_room!(inverses)
     w = InverseBuffers{T}(p.n)
     for j in axes(inverses.Z, 2)
-        concerned(v, j) || continue
+        has_cotangent(v, j) || continue
         adjoint!(w, p, inverses, v, j)
         copy_column!(w.at, 1, inverses.Z, j)
         add_pullbacks!(gradients, p, w.at, j, w.λ)

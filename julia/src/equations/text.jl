@@ -23,7 +23,7 @@ Base.showerror(io::IO, e::InvalidCode) = print(io, e.text)
 function compile_text(text)
     code = Meta.parse(text; raise = false)
     if Meta.isexpr(code, (:error, :incomplete))
-        throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_complaint(only(code.args)))"))
+        throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_message(only(code.args)))"))
     end
     place = Module(gensym("equation"))
     push!(PLACES, place)
@@ -34,8 +34,8 @@ function compile_text(text)
 end
 
 # Julia draws an arrow with the message behind it, below the line in question.
-parse_complaint(error::Exception) = parse_complaint(sprint(showerror, error))
-function parse_complaint(said)
+parse_message(error::Exception) = parse_message(sprint(showerror, error))
+function parse_message(said)
     lines = split(strip(string(said)), '\n')
     found = findlast(contains("──"), lines)
     return strip(found === nothing ? last(lines) : last(split(lines[found], "──")))

@@ -42,7 +42,7 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
     while true
         # Where the iterate stands.
         status = p.root ? nothing : assess!(s, p, tol)
-        status === nothing || status === DIVERGED || return deliver!(s, status)
+        status === nothing || status === DIVERGED || return finish!(s, status)
         solvable = newton_step!(s, l, p)
         if p.root
             status = assess_root!(s, l, solvable, p, tol)

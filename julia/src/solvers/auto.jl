@@ -35,7 +35,7 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
             advance!(c, one(T))
         end
         for j in c.active:-1:1
-            predicted_iterations(c, p, j) > patience && set_aside!(c, j)
+            predicted_iterations(c, p, j) > patience && defer!(c, j)
         end
     end
     reclaim!(c) == 0 && return true
@@ -56,7 +56,7 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
     end
     if !p.unique
         for j in c.active:-1:1
-            contracts(c.rate[j]) || set_aside!(c, j)
+            contracts(c.rate[j]) || defer!(c, j)
         end
     end
     done = iterate_linearized!(c, p, LINEARIZED_PATIENCE)

@@ -50,7 +50,7 @@ affine!(c::Columns, p::Linearized) = multiply_add!(c.S, p.M, c.F, c.active, p.th
     change_deviation!(c.F, p.equation.f, p.slope, c.S, c.Z, j)
 
 # g(s) = t + d̄ s
-function deliver!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status)
+function store_result!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status)
     @inbounds @simd for i in eachindex(p.slope)
         p.Z[i, sample] = muladd(p.slope[i], c.S[i, j], c.Z[i, j])
     end
