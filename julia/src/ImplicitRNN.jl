@@ -11,6 +11,7 @@ using ChainRulesCore: ChainRulesCore, NoTangent, ignore_derivatives, unthunk
 using ForwardDiff: Dual, ForwardDiff, partials
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
 using KrylovKit: eigsolve, linsolve
+using Base.Cartesian: @nexprs, @nif
 using LinearAlgebra
 using LinearAlgebra: BlasFloat
 using NLsolve: NLsolve, nlsolve
@@ -31,6 +32,7 @@ export vjp, jvp, fixed_point, root
 include("usual.jl")
 include("interrupt.jl")
 include("cpu/threads.jl")
+include("cpu/registers.jl")
 include("cpu/gemm.jl")
 include("model/activations.jl")
 include("model/constraints.jl")

@@ -1,8 +1,8 @@
 # Measures again what julia/src/cpu/tuning.jl has as numbers.
 
 using ImplicitRNN, LinearAlgebra, Random
-using ImplicitRNN: LARGE, Panels, Problem, SMALL, SMALL_LU, WORTH_A_THREAD, Workspace, eliminate!, lapack_factor!, linearization_work,
-    linearize!, loss_and_gradient!, multiply_add!, multiply_add_loops!, store!, unpack!, work_per_sample
+using ImplicitRNN: Problem, SMALL, SMALL_LU, WORTH_A_THREAD, Workspace, eliminate!, lapack_factor!, linearization_work,
+    linearize!, loss_and_gradient!, multiply_add!, multiply_add_loops!, unpack!, work_per_sample
 
 "Nanoseconds of a call of `f` after `prepare`, the least of several."
 function nanoseconds(f, prepare = () -> nothing; seconds = 0.1)
@@ -41,17 +41,6 @@ function own_or_lapack()
     times = map(sizes) do n
         M, A, pivots = I - 0.5 * randn(n, n) / sqrt(n), zeros(n, n), zeros(Int, n)
         return Tuple(nanoseconds(() -> f(A, pivots), () -> copyto!(A, M)) for f in (eliminate!, lapack_factor!))
-    end
-    return crossover(sizes, first.(times), last.(times))
-end
-
-function whole_or_panels()
-    sizes, m = [64, 96, 128, 160, 200, 256, 320, 400, 512], 256
-    times = map(sizes) do n
-        A, B, S = randn(n, n), randn(n, m), zeros(n, m)
-        P = Panels{Float64}(n, n)
-        store!(P, A, 1)
-        return nanoseconds(() -> multiply_add!(S, A, B, m, 1)), nanoseconds(() -> multiply_add!(S, P, B, m, 1))
     end
     return crossover(sizes, first.(times), last.(times))
 end
@@ -96,7 +85,6 @@ function tune()
     return [
         ("SMALL", "$SMALL", "$(loops_or_blas())"),
         ("SMALL_LU", "$SMALL_LU", "$(own_or_lapack())"),
-        ("LARGE", "$LARGE", "$(whole_or_panels())"),
         ("work_per_sample(N)", "N²/9 + 35 N", "$a N² + $b N"),
         ("linearization_work(n)", "1.5e6 + 2200 n² + 1.4 n³", "$c + $d n² + $e n³"),
     ]

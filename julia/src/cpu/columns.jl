@@ -195,9 +195,9 @@ end
 
 "    affine!(c, p)\n\n`S = U + M Z` for the active columns."
 function affine!(c::Columns, p::FixedPoint)
-    copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
-    c.cold && (c.cold = false; return c.S)
-    return multiply_add!(c.S, p.M, c.Z, c.active, p.threads)
+    c.cold || return multiply!(c.S, c.U, p.M, c.Z, c.active, p.threads)
+    c.cold = false
+    return copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
 end
 
 "Largest accepted growth of a residual; beyond it a sample counts as diverged."

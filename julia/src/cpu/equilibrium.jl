@@ -84,14 +84,8 @@ function unroll!(chain, c::Columns{T}, p::Stationary{T}, steps::Int) where {T}
 end
 
 "U = input X + feed Z + bias: all that drives a stage from outside."
-function drive!(U::Matrix{T}, w::StageWeights{T}, Z, X, m, threads = 1) where {T}
-    n = size(U, 1)
-    @inbounds for j in 1:m
-        @simd for i in 1:n
-            U[i, j] = w.bias[i]
-        end
-    end
-    multiply_add!(U, w.input, X, m, threads)
+function drive!(U::Matrix, w::StageWeights, Z, X, m, threads = 1)
+    multiply!(U, w.bias, w.input, X, m, threads)
     return multiply_add!(U, w.feed, Z, m, threads)
 end
 
@@ -102,8 +96,7 @@ function read_out!(ws::Tile{T}, net::Network, m::Int) where {T}
             ws.Y[i, j] = ws.Z[neuron, j]
         end
     else
-        ws.Y .= ws.weights.d
-        multiply_add!(ws.Y, ws.weights.C, view(ws.Z, first(net.readout):last(net.readout), :), m)
+        multiply!(ws.Y, ws.weights.d, ws.weights.C, view(ws.Z, first(net.readout):last(net.readout), :), m)
     end
     return ws.Y
 end

@@ -1,15 +1,47 @@
-# Products with the leading columns of dense matrices, in the sizes in which they are fastest, and their row blocks shared
-# among threads.
+# Products of matrices in the shapes there are here: the weights of a stage with the columns of a tile, and outer products of two
+# tiles. Each entry is summed up in one order, that of the columns of the left factor, whatever the size of the product and the
+# number of threads.
 
 const Dense{T} = StridedMatrix{T}
 
-"Call `work` for the ranges of a large matrix's rows or columns, of which there are n, shared among threads."
-in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
-    in_parallel((_, k) -> work(piece(k, width, n)), cld(n, width), threads)
+"    multiply_add!(S, A, B, m, threads = 1)\n\n`S[:, 1:m] += A B[1:k, 1:m]` for A with k columns."
+multiply_add!(S, A, B, m::Int, threads::Int = 1) = multiply!(S, S, A, B, m, threads)
 
-column_group(A) = (group = UNPACKED ÷ length(A); group >= 8 ? group & ~7 : Int(typemax(Int32)))
+"""
+    multiply!(S, U, A, B, m, threads = 1)
 
-is_small(A) = size(A, 1) <= SMALL && size(A, 2) <= SMALL
+`S[:, 1:m] = U[:, 1:m] + A B[1:k, 1:m]` for A with k columns. A vector U is the same for all columns; U may be S.
+"""
+function multiply!(S, U, A, B, m::Int, threads::Int = 1)
+    n, k = size(A)
+    k == 0 && U === S && return S
+    if in_registers(S, U, A) && B isa Dense{eltype(S)}
+        GC.@preserve B multiply_in_registers!(S, U, A, Operand(B), k, m, threads)
+    else
+        U === S || (view(S, :, 1:m) .= U isa AbstractVector ? U : view(U, :, 1:m))
+        k == 0 || n <= SMALL && k <= SMALL ? multiply_add_loops!(S, A, B, m) :
+            gemm!('N', 'N', true, A, view(B, 1:k, 1:m), true, view(S, :, 1:m))
+    end
+    return S
+end
+
+"    add_outer!(G, A, B, m, threads = 1)\n\n`G += A[:, 1:m] B[:, 1:m]ᵀ`"
+function add_outer!(G, A, B, m::Int, threads::Int = 1)
+    if in_registers(G, G, A) && B isa Dense{eltype(G)}
+        GC.@preserve B multiply_in_registers!(G, G, A, transposed(B), m, size(G, 2), threads)
+    elseif size(G, 1) <= SMALL && size(G, 2) <= SMALL
+        add_outer_loops!(G, A, B, m)
+    else
+        gemm!('N', 'T', true, view(A, :, 1:m), view(B, :, 1:m), true, G)
+    end
+    return G
+end
+
+"    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
+function transposed_multiply!(S, A, B, m::Int)
+    size(A, 1) <= SMALL && size(A, 2) <= SMALL && return transposed_multiply_loops!(S, A, B, m)
+    return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
+end
 
 """
     gemm!(tA, tB, α, A, B, β, C)
@@ -25,126 +57,6 @@ gemm!(tA, tB, α, A, B, β, C) = mul!(C, tA == 'N' ? A : transpose(A), tB == 'N'
 gemv!(t, α, A::Dense{T}, x::StridedVector{T}, β, y::StridedVector{T}) where {T <: BlasFloat} =
     isempty(y) ? y : BLAS.gemv!(t, T(α), A, x, T(β), y)
 gemv!(t, α, A, x, β, y) = mul!(y, t == 'N' ? A : transpose(A), x, α, β)
-
-"    multiply_add!(S, A, B, m)\n\n`S[:, 1:m] += A B[1:k, 1:m]` for A with k columns."
-function multiply_add!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
-    n, k = size(A)
-    n * k * m == 0 && return S
-    is_small(A) && return multiply_add_loops!(S, A, B, m)
-    group = column_group(A)
-    for k in 1:cld(m, group)
-        columns = piece(k, group, m)
-        BLAS.gemm!('N', 'N', one(T), A, view(B, axes(A, 2), columns), one(T), view(S, :, columns))
-    end
-    return S
-end
-multiply_add!(S, A, B, m::Int) = (gemm!('N', 'N', true, A, view(B, axes(A, 2), 1:m), true, view(S, :, 1:m)); S)
-
-@inline function multiply_add_loops!(S, A, B, m::Int)
-    @inbounds for j in 1:m, l in axes(A, 2)
-        b = B[l, j]
-        @simd for i in axes(A, 1)
-            S[i, j] = muladd(A[i, l], b, S[i, j])
-        end
-    end
-    return S
-end
-
-"    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
-function transposed_multiply!(S::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
-    is_small(A) || return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
-    @inbounds for j in 1:m, i in axes(A, 2)
-        sum = zero(T)
-        for l in axes(A, 1)
-            sum = muladd(A[l, i], B[l, j], sum)
-        end
-        S[i, j] = sum
-    end
-    return S
-end
-transposed_multiply!(S, A, B, m::Int) = gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
-
-"    multiply_add!(S, A, B, m, threads)\n\nThe same with the rows of a large A shared among threads."
-function multiply_add!(S, A, B, m::Int, threads::Int)
-    n = size(A, 1)
-    (threads == 1 || n <= BLOCK) && return multiply_add!(S, A, B, m)
-    in_blocks(rows -> multiply_add!(view(S, rows, :), view(A, rows, :), B, m), n, threads)
-    return S
-end
-
-# --- factors of many products -----------------------------------------------------------------------------------
-
-"""
-    Panels{T}(n, k)
-
-An n × k matrix cut into blocks, each of which lies contiguously in memory: products block by block stay within the sizes
-that need no packing, which a product with the whole would repeat every time.
-"""
-struct Panels{T}
-    blocks::Matrix{Matrix{T}}
-end
-Panels{T}(n::Int, k::Int) where {T} = Panels{T}(
-    [zeros(T, length(rows), length(columns)) for rows in pieces_of(n, PANEL[1]), columns in pieces_of(k, PANEL[2])]
-)
-
-"The left factor of many products."
-const Factor{T} = Union{Matrix{T}, Panels{T}}
-
-factor(::Type{T}, n::Int) where {T} = n > LARGE ? Panels{T}(n, n) : zeros(T, n, n)
-
-"    store!(P, A, threads)\n\n`P = A`"
-store!(P::Matrix, A::Matrix, threads::Int) = copyto!(P, A)
-store!(P::Panels, A::Matrix, threads::Int) =
-    each_block((block, rows, columns) -> copyto!(block, view(A, rows, columns)), P, threads)
-
-"    store_transposed!(P, A, threads)\n\n`P = Aᵀ`"
-store_transposed!(P::Matrix, A::Matrix, threads::Int) = transpose_into!(P, A)
-store_transposed!(P::Panels, A::Matrix, threads::Int) =
-    each_block((block, rows, columns) -> transpose_into!(block, view(A, columns, rows)), P, threads)
-
-# Call `work(block, rows, columns)` for all blocks, shared among threads by block rows.
-function each_block(work::F, P::Panels, threads::Int) where {F}
-    in_parallel(size(P.blocks, 1), threads) do _, i
-        for l in axes(P.blocks, 2)
-            block = P.blocks[i, l]
-            work(block, (i - 1) * PANEL[1] .+ axes(block, 1), (l - 1) * PANEL[2] .+ axes(block, 2))
-        end
-    end
-    return P
-end
-
-function multiply_add!(S, P::Panels, B, m::Int, threads::Int)
-    each_block((block, rows, columns) -> multiply_add!(view(S, rows, :), block, view(B, columns, :), m), P, threads)
-    return S
-end
-
-# --- outer products ---------------------------------------------------------------------------------------------
-
-"    add_outer!(G, A, B, m)\n\n`G += A[:, 1:m] B[:, 1:m]ᵀ`"
-function add_outer!(G::Dense{T}, A::Dense{T}, B::Dense{T}, m::Int) where {T <: BlasFloat}
-    n, k = size(G)
-    n * k == 0 && return G
-    if is_small(G)
-        @inbounds for j in 1:m, l in 1:k
-            b = B[l, j]
-            @simd for i in 1:n
-                G[i, l] = muladd(A[i, j], b, G[i, l])
-            end
-        end
-    else
-        BLAS.gemm!('N', 'T', one(T), view(A, :, 1:m), view(B, :, 1:m), one(T), G)
-    end
-    return G
-end
-add_outer!(G, A, B, m::Int) = gemm!('N', 'T', true, view(A, :, 1:m), view(B, :, 1:m), true, G)
-
-"    add_outer!(G, A, B, m, threads)\n\nThe same with the columns of a large G shared among threads."
-function add_outer!(G, A, B, m::Int, threads::Int)
-    k = size(G, 2)
-    (threads == 1 || k <= BLOCK) && return add_outer!(G, A, B, m)
-    in_blocks(columns -> add_outer!(view(G, :, columns), A, view(B, columns, :), m), k, threads)
-    return G
-end
 
 "    add_columns!(g, A, m)\n\n`g += Σⱼ A[:, j]` over the first m columns."
 function add_columns!(g, A, m)
@@ -166,4 +78,204 @@ function transpose_into!(B::Dense, A::Dense)
         end
     end
     return B
+end
+
+"Call `work` for the ranges of a large matrix's rows or columns, of which there are n, shared among threads."
+in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
+    in_parallel((_, k) -> work(piece(k, width, n)), cld(n, width), threads)
+
+# --- a few rows ---------------------------------------------------------------------------------------------------
+
+@inline function multiply_add_loops!(S, A, B, m::Int)
+    @inbounds for j in 1:m, l in axes(A, 2)
+        b = B[l, j]
+        @simd for i in axes(A, 1)
+            S[i, j] = muladd(A[i, l], b, S[i, j])
+        end
+    end
+    return S
+end
+
+@inline function add_outer_loops!(G, A, B, m::Int)
+    @inbounds for j in 1:m, l in axes(G, 2)
+        b = B[l, j]
+        @simd for i in axes(G, 1)
+            G[i, l] = muladd(A[i, j], b, G[i, l])
+        end
+    end
+    return G
+end
+
+@inline function transposed_multiply_loops!(S, A, B, m::Int)
+    @inbounds for j in 1:m, i in axes(A, 2)
+        sum = zero(eltype(S))
+        for l in axes(A, 1)
+            sum = muladd(A[l, i], B[l, j], sum)
+        end
+        S[i, j] = sum
+    end
+    return S
+end
+
+# --- in registers -------------------------------------------------------------------------------------------------
+
+# A block of S, the rows of one or two registers by some columns, stays in registers through all of its sum. BLAS libraries do the same,
+# but pack the factors of every product, and choose their kernel by a list of processors.
+
+"Columns of a block at most: of two registers each, they leave some for the factors."
+const COLUMNS_AT_ONCE = REGISTER == 64 ? 8 : 6
+
+"Rows from which on products are computed in registers: half of one."
+fewest_rows(::Type{T}) where {T} = register_lanes(T) ÷ 2
+
+in_registers(S, U, A) = false
+in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A) where {T <: Hardware} =
+    size(A, 1) >= fewest_rows(T) && stride(S, 1) == stride(U, 1) == 1 && rows_are_contiguous(A)
+rows_are_contiguous(A::Dense) = stride(A, 1) == 1
+rows_are_contiguous(A) = false
+
+"A matrix in memory: entry (i, j), counted from 0, is `i * down + j * across` numbers after the first."
+struct Operand{T}
+    first::Ptr{T}
+    down::Int
+    across::Int
+end
+Operand(A::AbstractMatrix) = Operand(pointer(A), stride(A, 1), stride(A, 2))
+Operand(a::AbstractVector) = Operand(pointer(a), stride(a, 1), 0)          # the same column again and again
+transposed(A::AbstractMatrix) = Operand(pointer(A), stride(A, 2), stride(A, 1))
+@inline address(A::Operand{T}, i::Int, j::Int) where {T} = A.first + sizeof(T) * (i * A.down + j * A.across)
+@inline columns_from(A::Operand, j::Int) = Operand(address(A, 0, j), A.down, A.across)
+
+# S = U + A B for k columns of A and m of S.
+function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, k::Int, m::Int, threads::Int) where {T}
+    m == 0 && return S
+    n, lanes = size(S, 1), register_lanes(T)
+    GC.@preserve S U A begin
+        s, u = Operand(S), Operand(U)
+        if n >= lanes
+            multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T)))
+        else
+            multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T) ÷ 2))
+        end
+    end
+    return S
+end
+
+function multiply_pairs!(S, U, A, B, n::Int, k::Int, m::Int, threads::Int, ::Val{L}) where {L}
+    registers = cld(n, L)
+    threads == 1 || n > BLOCK || (threads = 1)
+    in_parallel(cld(registers, 2), threads) do _, pair
+        if 2 * pair <= registers
+            multiply_rows!(S, U, A, B, n, k, m, pair, Val(2), Val(L))
+        else
+            multiply_rows!(S, U, A, B, n, k, m, pair, Val(1), Val(L))
+        end
+    end
+    return
+end
+
+# The rows of pair number `pair` of registers, of which there are R. The last register of S ends with it, even if it has to begin
+# within the one before, of which it keeps what it has of it.
+function multiply_rows!(S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, ::Val{R}, ::Val{L}) where {R, L}
+    register(r) = (2 * (pair - 1) + r - 1) * L
+    rows = ntuple(r -> min(register(r), n - L), Val(R))
+    kept = map(bits_up_to, ntuple(register, Val(R)) .- rows)
+    a, places = rows_of_factor(A, pair, rows, Val(L))
+    groups = cld(m, COLUMNS_AT_ONCE)
+    for g in 1:groups
+        j, next = (g - 1) * m ÷ groups, g * m ÷ groups
+        multiply_columns!(
+            next - j, columns_from(S, j), columns_from(U, j), a, columns_from(B, j), k, rows, places, kept, Val(L)
+        )
+    end
+    return
+end
+
+bits_up_to(n::Int) = (1 << n) - 1
+rows_of_factor(A::Dense, ::Int, rows, lanes) = Operand(A), rows
+
+@eval multiply_columns!(columns::Int, S, U, A, B, k, rows, places, kept, lanes) =
+    @nif $COLUMNS_AT_ONCE c -> columns == c c -> multiply_block!(Val(c), S, U, A, B, k, rows, places, kept, lanes)
+
+"""
+    multiply_block!(columns, S, U, A, B, k, rows, places, kept, lanes)
+
+`S = U + A B` for the registers of S that begin at `rows` and for its first columns. The registers of A begin at `places`; the sum
+is over k columns of A. S keeps the lanes whose bits are set in `kept`.
+"""
+@generated function multiply_block!(
+        ::Val{C}, S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, rows::NTuple{R, Int},
+        places::NTuple{R, Int}, kept::NTuple{R, Int}, ::Val{L},
+    ) where {C, T, R, L}
+    V = LaneVector{L, T}
+    return quote
+        $(Expr(:meta, :noinline))
+        @nexprs $C c -> @nexprs $R r -> s_c_r = unsafe_load(Ptr{$V}(address(U, rows[r], c - 1)))
+        for l in 0:(k - 1)
+            @nexprs $R r -> a_r = unsafe_load(Ptr{$V}(address(A, places[r], l)))
+            @nexprs $C c -> begin
+                b = same_in_all(unsafe_load(address(B, l, c - 1)), Val($L))
+                @nexprs $R r -> s_c_r = muladd_lanes(a_r, b, s_c_r)
+            end
+        end
+        @nexprs $C c -> @nexprs $R r -> begin
+            to = Ptr{$V}(address(S, rows[r], c - 1))
+            unsafe_store!(to, kept[r] == 0 ? s_c_r : select_lanes(kept[r], unsafe_load(to), s_c_r))
+        end
+        return
+    end
+end
+
+# --- factors of many products -----------------------------------------------------------------------------------
+
+"""
+    Panels{T}(n, k)
+
+An n × k matrix whose rows lie in memory as products take them, those of two registers at a time, column by column: with a power of
+two for a stride, the columns of a plain matrix would fight for a few lines of the cache. At least a register of rows.
+"""
+struct Panels{T}
+    rows::Int
+    columns::Int
+    data::Vector{T}
+end
+Panels{T}(n::Int, k::Int) where {T} = Panels{T}(n, k, zeros(T, cld(n, register_lanes(T)) * register_lanes(T) * k))
+Base.size(P::Panels) = (P.rows, P.columns)
+Base.size(P::Panels, d::Int) = size(P)[d]
+Base.pointer(P::Panels) = pointer(P.data)
+rows_are_contiguous(::Panels) = true
+
+"The left factor of many products."
+const Factor{T} = Union{Matrix{T}, Panels{T}}
+
+factor(::Type{T}, n::Int) where {T} = T <: Hardware && n > LANE_NEURONS ? Panels{T}(n, n) : zeros(T, n, n)
+
+function rows_of_factor(P::Panels{T}, pair::Int, rows::NTuple{R, Int}, ::Val{L}) where {T, R, L}
+    start = 2L * (pair - 1) * P.columns
+    return Operand(pointer(P) + sizeof(T) * start, 1, R * L), ntuple(r -> (r - 1) * L, Val(R))
+end
+
+"    store!(P, A, threads)\n\n`P = A`"
+store!(P::Matrix, A::Matrix, threads::Int) = copyto!(P, A)
+store!(P::Panels, A::Matrix, threads::Int) = fill_panels!((i, l) -> @inbounds(A[i, l]), P, threads)
+
+"    store_transposed!(P, A, threads)\n\n`P = Aᵀ`"
+store_transposed!(P::Matrix, A::Matrix, threads::Int) = transpose_into!(P, A)
+store_transposed!(P::Panels, A::Matrix, threads::Int) = fill_panels!((i, l) -> @inbounds(A[l, i]), P, threads)
+
+function fill_panels!(value::F, P::Panels{T}, threads::Int) where {F, T}
+    (; rows, columns, data) = P
+    L = register_lanes(T)
+    registers = cld(rows, L)
+    in_parallel(cld(registers, 2), rows > BLOCK ? threads : 1) do _, pair
+        numbers = (2 * pair - 1):min(2 * pair, registers)
+        across = L * length(numbers)
+        for (r, number) in enumerate(numbers), first in 1:8:columns, i in 1:L       # by 8 columns, as in `transpose_into!`
+            row, place = min((number - 1) * L, rows - L) + i, 2L * (pair - 1) * columns + (r - 1) * L + i
+            for l in first:min(first + 7, columns)
+                @inbounds data[place + (l - 1) * across] = value(row, l)
+            end
+        end
+    end
+    return P
 end

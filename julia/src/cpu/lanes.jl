@@ -210,22 +210,10 @@ end
 
 # --- vector arithmetic ------------------------------------------------------------------------------------------
 
-# The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop around them. The `Vec`
-# of SIMD.jl is the same tuple with every operation there is; here five are needed, these.
-
-"One value per lane, in vector registers."
-const LaneVector{L, T} = NTuple{L, VecElement{T}}
-
-for (T, name) in ((Float32, "f32"), (Float64, "f64")), L in (8, 16)
-    V = LaneVector{L, T}
-    @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
-end
-
 # The k-th vector of an array whose first index is the lane; the caller keeps the array alive.
 @inline vector(A::Array{T}, k::Int, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(pointer(A)), k)
 @inline put_vector!(A::Array{T}, k::Int, v::LaneVector{L, T}) where {T, L} =
     unsafe_store!(Ptr{LaneVector{L, T}}(pointer(A)), v, k)
-@inline same_in_all(x, ::Val{L}) where {L} = ntuple(_ -> VecElement(x), Val(L))
 @inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
 
 # Entry (i, k) of the matrix of all lanes, or of each.

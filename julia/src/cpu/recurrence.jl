@@ -20,8 +20,8 @@ mutable struct Recurrence{T}
 end
 function Recurrence(R::Matrix{T}) where {T}
     n = size(R, 1)
-    forward = n > LARGE ? factor(T, n) : R
-    return Recurrence{T}(R, forward, factor(T, n), zeros(T, n), factor(T, 0), factor(T, 0), Matrix{T}[], false, T(NaN))
+    forward = factor(T, n)
+    return Recurrence{T}(R, forward isa Matrix ? R : forward, factor(T, n), zeros(T, n), factor(T, 0), factor(T, 0), Matrix{T}[], false, T(NaN))
 end
 
 "Call when `R` has changed."

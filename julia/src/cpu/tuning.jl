@@ -7,18 +7,6 @@
 "Matrices of up to so many rows and columns are multiplied by plain loops: a BLAS call would cost more than the work (`tune`)."
 const SMALL = 12
 
-"""
-BLAS libraries multiply small matrices (m n k up to about 10⁶) without packing them, near the peak of a core. A product with
-a matrix of medium size reaches the same by going through the columns in groups.
-"""
-const UNPACKED = 1_000_000
-
-"Square matrices of more rows are cut into panels where they are the factor of many products (`tune`)."
-const LARGE = 200
-
-"Rows and columns of a panel: what keeps a product with it below `UNPACKED`, for some tens of columns."
-const PANEL = (64, 256)
-
 "Where threads share a product, large matrices are divided into blocks of so many rows or columns."
 const BLOCK = 256
 

@@ -57,23 +57,32 @@ function loss_gradient!(G, loss::ElementwiseLoss, Y, T, weights, scale)
 end
 
 function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
+    for j in axes(T, 2)
+        top = Y[1, j]
+        @inbounds for i in axes(T, 1)
+            top = ifelse(Y[i, j] > top, Y[i, j], top)           # of a NaN, the exponentials tell
+        end
+        @inbounds @simd for i in axes(T, 1)
+            G[i, j] = Y[i, j] - top
+        end
+    end
     total = 0.0
     for j in axes(T, 2)
         w = scale * weight_of(weights, j)
-        top, mass, partition = Y[1, j], zero(eltype(T)), zero(eltype(Y))
-        @inbounds for i in axes(T, 1)
-            top = max(top, Y[i, j])
+        mass = expected = partition = zero(eltype(Y))
+        @inbounds @simd for i in axes(T, 1)
             mass += T[i, j]
+            expected = muladd(T[i, j], G[i, j], expected)
         end
-        @inbounds for i in axes(T, 1)
-            G[i, j] = exp_nonpositive(Y[i, j] - top)
+        @inbounds @simd for i in axes(T, 1)
+            G[i, j] = exp_nonpositive(G[i, j])
             partition += G[i, j]
         end
-        log_partition, share = Float64(log(partition)), mass / partition
-        @inbounds for i in axes(T, 1)
+        share = mass / partition
+        @inbounds @simd for i in axes(T, 1)
             G[i, j] = w * (share * G[i, j] - T[i, j])
-            total += w * T[i, j] * (log_partition - (Y[i, j] - top))
         end
+        total += w * (Float64(mass) * log(partition) - expected)
     end
     return total
 end
