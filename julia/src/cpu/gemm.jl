@@ -163,12 +163,17 @@ end
 
 function multiply_pairs!(S, U, A, B, n::Int, k::Int, m::Int, threads::Int, ::Val{L}) where {L}
     registers = cld(n, L)
-    threads == 1 || n > BLOCK || (threads = 1)
-    in_parallel(cld(registers, 2), threads) do _, pair
+    n > BLOCK || (threads = 1)
+    return multiply_pairs!(S, U, A, B, n, k, m, registers, threads, copies_of_rows(A, k, m, threads, Val(L)), Val(L))
+end
+
+function multiply_pairs!(S, U, A, B, n, k, m, registers::Int, threads::Int, copies::C, ::Val{L}) where {C, L}
+    in_parallel(cld(registers, 2), threads) do thread, pair
+        copy = copies === nothing ? nothing : copies[thread]
         if 2 * pair <= registers
-            multiply_rows!(S, U, A, B, n, k, m, pair, Val(2), Val(L))
+            multiply_rows!(S, U, A, B, n, k, m, pair, copy, Val(2), Val(L))
         else
-            multiply_rows!(S, U, A, B, n, k, m, pair, Val(1), Val(L))
+            multiply_rows!(S, U, A, B, n, k, m, pair, copy, Val(1), Val(L))
         end
     end
     return
@@ -176,11 +181,13 @@ end
 
 # The rows of pair number `pair` of registers, of which there are R. The last register of S ends with it, even if it has to begin
 # within the one before, of which it keeps what it has of it.
-function multiply_rows!(S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, ::Val{R}, ::Val{L}) where {R, L}
+function multiply_rows!(
+        S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, copy, ::Val{R}, ::Val{L}
+    ) where {R, L}
     register(r) = (2 * (pair - 1) + r - 1) * L
     rows = ntuple(r -> min(register(r), n - L), Val(R))
     kept = map(bits_up_to, ntuple(register, Val(R)) .- rows)
-    a, places = rows_of_factor(A, pair, rows, Val(L))
+    a, places = rows_of_factor(A, pair, rows, k, copy, Val(L))
     groups = cld(m, COLUMNS_AT_ONCE)
     for g in 1:groups
         j, next = (g - 1) * m ÷ groups, g * m ÷ groups
@@ -192,7 +199,22 @@ function multiply_rows!(S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m
 end
 
 bits_up_to(n::Int) = (1 << n) - 1
-rows_of_factor(A::Dense, ::Int, rows, lanes) = Operand(A), rows
+
+"Bytes from one column to the next from which on rows that are used again and again are copied together first."
+const FAR_APART = 4096
+
+copies_of_rows(A, k::Int, m::Int, threads::Int, lanes) = nothing
+copies_of_rows(A::Dense{T}, k::Int, m::Int, threads::Int, ::Val{L}) where {T, L} =
+    stride(A, 2) * sizeof(T) >= FAR_APART && m > 2 * COLUMNS_AT_ONCE ? [Vector{T}(undef, 2L * k) for _ in 1:threads] : nothing
+
+rows_of_factor(A::Dense, ::Int, rows, k::Int, ::Nothing, lanes) = Operand(A), rows
+function rows_of_factor(A::Dense{T}, ::Int, rows::NTuple{R, Int}, k::Int, copy::Vector{T}, ::Val{L}) where {T, R, L}
+    whole, panel, places = Operand(A), Operand(pointer(copy), 1, R * L), ntuple(r -> (r - 1) * L, Val(R))
+    for l in 0:(k - 1), r in 1:R
+        unsafe_copyto!(address(panel, places[r], l), address(whole, rows[r], l), L)
+    end
+    return panel, places
+end
 
 @eval multiply_columns!(columns::Int, S, U, A, B, k, rows, places, kept, lanes) =
     @nif $COLUMNS_AT_ONCE c -> columns == c c -> multiply_block!(Val(c), S, U, A, B, k, rows, places, kept, lanes)
@@ -250,7 +272,7 @@ const Factor{T} = Union{Matrix{T}, Panels{T}}
 
 factor(::Type{T}, n::Int) where {T} = T <: Hardware && n > LANE_NEURONS ? Panels{T}(n, n) : zeros(T, n, n)
 
-function rows_of_factor(P::Panels{T}, pair::Int, rows::NTuple{R, Int}, ::Val{L}) where {T, R, L}
+function rows_of_factor(P::Panels{T}, pair::Int, rows::NTuple{R, Int}, k::Int, ::Nothing, ::Val{L}) where {T, R, L}
     start = 2L * (pair - 1) * P.columns
     return Operand(pointer(P) + sizeof(T) * start, 1, R * L), ntuple(r -> (r - 1) * L, Val(R))
 end
