@@ -161,8 +161,8 @@ function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, k::Int, m::Int
     return S
 end
 
-function multiply_pairs!(S, U, A, B, n::Int, k::Int, m::Int, threads::Int, ::Val{L}) where {L}
-    registers = cld(n, L)
+function multiply_pairs!(S::Operand{T}, U, A, B, n::Int, k::Int, m::Int, threads::Int, ::Val{L}) where {T, L}
+    registers = max(cld(n, L), L == register_lanes(T) ? 1 : 2)
     n > BLOCK || (threads = 1)
     return multiply_pairs!(S, U, A, B, n, k, m, registers, threads, copies_of_rows(A, k, m, threads, Val(L)), Val(L))
 end
@@ -188,12 +188,13 @@ function multiply_rows!(
     rows = ntuple(r -> min(register(r), n - L), Val(R))
     kept = map(bits_up_to, ntuple(register, Val(R)) .- rows)
     a, places = rows_of_factor(A, pair, rows, k, copy, Val(L))
-    groups = cld(m, COLUMNS_AT_ONCE)
-    for g in 1:groups
-        j, next = (g - 1) * m ÷ groups, g * m ÷ groups
-        multiply_columns!(
-            next - j, columns_from(S, j), columns_from(U, j), a, columns_from(B, j), k, rows, places, kept, Val(L)
-        )
+    for j in 0:COLUMNS_AT_ONCE:(m - 1)
+        s, u, b = columns_from(S, j), columns_from(U, j), columns_from(B, j)
+        if m - j > COLUMNS_AT_ONCE ÷ 2
+            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE), Val(L))
+        else
+            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE ÷ 2), Val(L))
+        end
     end
     return
 end
@@ -216,32 +217,32 @@ function rows_of_factor(A::Dense{T}, ::Int, rows::NTuple{R, Int}, k::Int, copy::
     return panel, places
 end
 
-@eval multiply_columns!(columns::Int, S, U, A, B, k, rows, places, kept, lanes) =
-    @nif $COLUMNS_AT_ONCE c -> columns == c c -> multiply_block!(Val(c), S, U, A, B, k, rows, places, kept, lanes)
-
 """
-    multiply_block!(columns, S, U, A, B, k, rows, places, kept, lanes)
+    multiply_block!(S, U, A, B, k, rows, places, kept, count, columns, lanes)
 
-`S = U + A B` for the registers of S that begin at `rows` and for its first columns. The registers of A begin at `places`; the sum
-is over k columns of A. S keeps the lanes whose bits are set in `kept`.
+`S = U + A B` for the registers of S that begin at `rows` and for its first columns; where there are fewer than `columns`, the last
+is computed again and again. The registers of A begin at `places`; the sum is over k columns of A. S keeps the lanes whose bits are
+set in `kept`.
 """
 @generated function multiply_block!(
-        ::Val{C}, S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, rows::NTuple{R, Int},
-        places::NTuple{R, Int}, kept::NTuple{R, Int}, ::Val{L},
-    ) where {C, T, R, L}
+        S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, rows::NTuple{R, Int}, places::NTuple{R, Int},
+        kept::NTuple{R, Int}, count::Int, ::Val{C}, ::Val{L},
+    ) where {T, R, C, L}
     V = LaneVector{L, T}
     return quote
         $(Expr(:meta, :noinline))
-        @nexprs $C c -> @nexprs $R r -> s_c_r = unsafe_load(Ptr{$V}(address(U, rows[r], c - 1)))
+        @nexprs $C c -> j_c = min(c, count) - 1
+        @nexprs $C c -> b_c = address(B, 0, j_c)
+        @nexprs $C c -> @nexprs $R r -> s_c_r = unsafe_load(Ptr{$V}(address(U, rows[r], j_c)))
         for l in 0:(k - 1)
             @nexprs $R r -> a_r = unsafe_load(Ptr{$V}(address(A, places[r], l)))
             @nexprs $C c -> begin
-                b = same_in_all(unsafe_load(address(B, l, c - 1)), Val($L))
+                b = same_in_all(unsafe_load(b_c + sizeof(T) * l * B.down), Val($L))
                 @nexprs $R r -> s_c_r = muladd_lanes(a_r, b, s_c_r)
             end
         end
         @nexprs $C c -> @nexprs $R r -> begin
-            to = Ptr{$V}(address(S, rows[r], c - 1))
+            to = Ptr{$V}(address(S, rows[r], j_c))
             unsafe_store!(to, kept[r] == 0 ? s_c_r : select_lanes(kept[r], unsafe_load(to), s_c_r))
         end
         return
