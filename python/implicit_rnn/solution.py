@@ -97,9 +97,9 @@ class Solution:
 
     def failure(self) -> str | None:
         """A sentence on the samples that did not converge, or None where all did."""
-        failed = ~self.converged
-        if not failed.any():
+        if not np.count_nonzero(self.status):  # the quickest look
             return None
+        failed = ~self.converged
         kinds = ", ".join(
             f"{count} {Status(code).name.lower()}"
             for code, count in zip(*np.unique(self.status[failed], return_counts=True), strict=True)

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from implicit_rnn.errors import ScaleWarning, warn
 
 _CONVERTIBLE = "biuf"
+_FEW = 4096
 
 LARGEST_SCALE, LARGEST_RATIO = 100.0, 1000.0
 """Means and spreads of a column, and quotients of the spreads of two, beyond which nets do not learn."""
@@ -62,10 +63,15 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     array = as_real(name, array, dtype)
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = np.require(array, requirements=("C", "A"))
-    if not np.isfinite(array).all():
+    if not _all_finite(array):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(array)} samples, first in sample {bad[0]}")
     return array
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    # Of few numbers the sum of squares is known sooner than whether each is finite; should that overflow, they are looked at.
+    return (array.size < _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
 
 def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> np.ndarray:

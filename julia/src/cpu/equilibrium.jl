@@ -249,6 +249,9 @@ function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p,
     check_features(net, X)
     unpack!(ws, p)
     problem.solver isa Chord && linearize!(ws, problem, X)
+    amplifications = Float64[
+        stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)
+    ]
     threads = threads_for(net, B)
     tiles = pieces_of(B, tile_width(net, B))
     buffers = buffers!(ws, B, threads, length(tiles))
@@ -261,44 +264,60 @@ function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p,
         for (name, values) in ((:status, solution.status), (:iterations, solution.iterations), (:residual, solution.residual), (:rate, solution.rate))
             copyto!(view(values, samples), view(getfield(tile.outcome, name), 1:m))
         end
-        certify!(view(solution.bound, samples), tile, net, view(X, :, samples))
+        certify!(view(solution.bound, samples), tile, net, view(X, :, samples), amplifications)
     end
     return solution
 end
 
 """
-    certify!(bound, ws, net, X)
+    certify!(bound, ws, net, X, amplifications)
 
 The bound on max |z - z*| per sample. With e the elementwise error bound of the stages before and r the
 residual of a stage, its error is at most A ‖r + L |feed| e‖ in the norm of its constraint, where A is its
 [`amplification`](@ref).
 """
-function certify!(bound, ws::Tile, net::Network, X)
-    constant = Float64[stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)]
-    any(isnan, constant) && return fill!(bound, NaN)
+function certify!(bound, ws::Tile, net::Network, X, amplifications)
+    any(isnan, amplifications) && return fill!(bound, NaN)
     m = size(X, 2)
     error = zeros(size(ws.Z, 1), m)
+    weighted = net.constraint isa Union{InfNorm, Perron}
     for (k, stage) in enumerate(net.stages)
         w, c, rows = ws.weights.stages[k], ws.columns[k], stage.rows
-        Z = ws.Z[rows, 1:m]
-        copyto!(view(c.Z, :, 1:m), Z)
+        before = 1:(first(rows) - 1)
+        fed = view(error, rows, :)
+        isempty(before) || multiply_add!(fed, Float64.(abs.(w.feed)), view(error, before, :), m)
+        copyto!(view(c.Z, :, 1:m), view(ws.Z, rows, 1:m))
         drive!(c.U, w, ws.Z, X, m)
-        copyto!(c.S, c.U)
-        stage.recurrent && multiply_add!(c.S, w.recurrent, c.Z, m)
-        foreach(j -> activate!(c.F, stage.activation, c.S, c.Z, j), 1:m)
-        fed = gemm!('N', 'N', true, Float64.(abs.(w.feed)), error[1:(first(rows) - 1), :], false, zeros(length(rows), m))
-        e = abs.(view(c.F, :, 1:m) .- Z) .+ stage.slopes .* fed
-        if stage.recurrent
-            stretch = net.constraint isa Union{InfNorm, Perron} ? w.stretch : ones(length(rows))
-            measure = net.constraint isa Union{InfNorm, Perron} ? maximum : norm
-            for j in 1:m
-                e[:, j] .= constant[k] * measure(stretch .* view(e, :, j)) ./ stretch
-            end
-        end
-        error[rows, :] .= e
+        stage.recurrent ? multiply!(c.S, c.U, w.recurrent, c.Z, m) : copyto!(c.S, c.U)
+        f = stage.activation
+        @usual f Tanh bound_errors!(fed, c, f, stage.slopes, amplifications[k], stage.recurrent ? w.stretch : nothing, weighted, m)
     end
     for j in 1:m
-        bound[j] = maximum(view(error, :, j))
+        largest = 0.0
+        for i in axes(error, 1)
+            largest = worse(error[i, j], largest)
+        end
+        bound[j] = largest
     end
     return bound
+end
+
+# From what the error of the stages before does to the argument of a stage, |feed| e, to the bounds on its own errors: in the norm
+# weighted with `stretch` of a recurrent stage, the largest entry or the Euclidean one.
+function bound_errors!(fed, c::Columns, f::Activation, slopes, amplification, stretch, weighted::Bool, m::Int)
+    for j in 1:m
+        activate!(c.F, f, c.S, c.Z, j)
+        largest, sum2 = 0.0, 0.0
+        @inbounds for i in axes(fed, 1)
+            e = abs(Float64(c.F[i, j]) - c.Z[i, j]) + slopes[i] * fed[i, j]
+            fed[i, j] = e
+            stretch === nothing || (largest = worse(stretch[i] * e, largest))
+            sum2 += e^2
+        end
+        stretch === nothing && continue
+        @inbounds for i in axes(fed, 1)
+            fed[i, j] = weighted ? amplification * largest / stretch[i] : amplification * sqrt(sum2)
+        end
+    end
+    return
 end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -68,7 +69,7 @@ class Block:
 
     @property
     def size(self) -> int:
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     def view(self, flat: np.ndarray) -> np.ndarray:
         """The block in ``flat`` (..., parameters), not copied; matrices are stored column by column."""
@@ -209,8 +210,12 @@ class Topology:
         """The outputs (..., B, outputs) of states Z (..., B, N) with the parameters ``flat`` (..., parameters)."""
         if not self.linear_readout:
             return np.asarray(Z[..., self.read_neurons])
-        C, d = self.block("C").view(flat), self.block("d").view(flat)
+        C, d = (block.view(flat) for block in self._readout)
         return np.asarray(Z[..., self.rows[-1]] @ np.swapaxes(C, -1, -2) + d[..., None, :])
+
+    @cached_property
+    def _readout(self) -> tuple[Block, Block]:
+        return self.block("C"), self.block("d")
 
     def block(self, name: str) -> Block:
         """The weight array of that name."""
