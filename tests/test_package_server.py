@@ -6,14 +6,17 @@ installed and used.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
 import sys
 import textwrap
 import venv
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +34,7 @@ pytestmark = [
 ]
 
 KRYLOVKIT = "0b1a1467-8014-51b9-945f-bf0ae24f4b77"
-NEWER = "0.2.0"
+VERSION, NEWER = metadata.version("implicit-rnn"), "0.2.0"
 
 # --- the packages ----------------------------------------------------------------------------------------------
 
@@ -90,7 +93,7 @@ def julia(julia_environment) -> str:
 @pytest.fixture(scope="module")
 def index(julia, manifest, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("packages")
-    folders = [*stand_ins(folder), conda_stand_in(folder), *older_packages(folder)]
+    folders = [CHECKOUT / "julia", *stand_ins(folder), conda_stand_in(folder), *older_packages(folder)]
     return make_index(julia, folder / "server", manifest, folders)
 
 
@@ -110,9 +113,8 @@ def build_wheel(folder: Path, version: str | None = None) -> Path:
             shutil.copy(CHECKOUT / name, source / name)
         for name in ("julia", "python"):
             shutil.copytree(CHECKOUT / name, source / name, symlinks=True)
-        for name in ("julia/Project.toml", "python/implicit_rnn/juliapkg.json"):
-            text = (source / name).read_text()
-            (source / name).write_text(text.replace(metadata.version("implicit-rnn"), version))
+        project = source / "julia" / "Project.toml"
+        project.write_text(project.read_text().replace(f'"{VERSION}"', f'"{version}"', 1))
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]
     done = run_process(list(map(str, command)), ENVIRONMENT, 120)
     assert done.returncode == 0, str(done)
@@ -134,6 +136,10 @@ class Machine:
     home: Path
     settings: dict[str, str]
     wheel: Path
+    patience: float = 280
+    """seconds that a command may take"""
+    prefix: tuple[str, ...] = ()
+    """of every command"""
 
     def venv(self, name: str) -> Path:
         """The Python of a virtual environment in which pip has installed the wheel, made at its first use."""
@@ -168,8 +174,26 @@ class Machine:
         assert done.returncode == 0, str(done)
 
     def run(self, name: str, *arguments: str, **settings: str) -> Finished:
-        command = [str(self.venv(name)), *arguments]
-        return run_process(command, self.settings | settings, 280, self.home)
+        command = [*self.prefix, str(self.venv(name)), *arguments]
+        return run_process(command, self.settings | settings, self.patience, self.home)
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        """Nothing can be written anywhere on the machine meanwhile, not even by root."""
+        if os.geteuid() == 0:
+            if shutil.which("setpriv") is None:
+                pytest.skip("no setpriv, without which root may write anywhere")
+            self.prefix = ("setpriv", "--bounding-set=-all", "--inh-caps=-all")
+        paths = [Path(folder) / name for folder, _, names in os.walk(self.home) for name in (".", *names)]
+        modes = {path: path.stat().st_mode for path in paths if not path.is_symlink()}
+        try:
+            for path, mode in modes.items():
+                path.chmod(mode & ~0o222)
+            yield
+        finally:
+            self.prefix = ()
+            for path, mode in modes.items():
+                path.chmod(mode)
 
     def start(self, name: str, **settings: str) -> Finished:
         """Start an engine, whichever can be had; stdout is its name, and the Julia package's version if it is Julia's."""
@@ -252,8 +276,6 @@ def used(machine, first_use) -> Machine:
     return machine
 
 
-VERSION = metadata.version("implicit-rnn")
-
 # --- first use ---------------------------------------------------------------------------------------------------
 
 
@@ -281,20 +303,49 @@ def test_second_start_compiles_nothing_and_needs_no_network(used):
     assert used.compiled() == before
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_first_use_with_all_that_is_usually_compiled(julia, server, wheel, tmp_path):
+    machine = make_machine(tmp_path, julia, server, wheel, quick=False)
+    machine.patience = 1800
+    first = machine.start("one")
+    assert first.stdout == f"julia {VERSION}\n", str(first)
+    assert "precompiling the Julia sources (once)" in first.stderr
+    before = machine.compiled()
+    second = machine.start("two")
+    assert second.stdout == f"julia {VERSION}\n", str(second)
+    assert "precompiling the Julia sources" not in second.stderr
+    assert machine.compiled() == before
+
+
 # --- two installations of one user -------------------------------------------------------------------------------
 
 
-def test_setup_in_one_virtual_environment_leaves_the_other_as_it_is(used):
-    prepared = used.run("two", "-m", "implicit_rnn", "setup")
+@pytest.fixture(scope="module")
+def compiled_by_setup(machine, first_use) -> set[Path]:
+    """What setup in the virtual environment "two" compiled."""
+    before = machine.compiled()
+    prepared = machine.run("two", "-m", "implicit_rnn", "setup")
     assert prepared.returncode == 0, str(prepared)
+    return machine.compiled() - before
+
+
+def test_second_virtual_environment_of_a_user_compiles_nothing(compiled_by_setup, machine):
+    assert compiled_by_setup == set()
+    (copy,) = (machine.home / "depot" / "packages" / "ImplicitRNN").iterdir()
+    assert (copy / "src" / "ImplicitRNN.jl").is_file()
+
+
+@pytest.mark.usefixtures("compiled_by_setup")
+def test_setup_in_one_virtual_environment_leaves_the_other_as_it_is(used):
     for name in ("one", "two"):
         started = used.start(name, JULIA_PKG_SERVER=NOWHERE)
         assert started.stdout == f"julia {VERSION}\n", str(started)
         assert started.stderr == ""
 
 
+@pytest.mark.usefixtures("compiled_by_setup")
 def test_setup_repairs_what_is_damaged(used):
-    used.run("two", "-m", "implicit_rnn", "setup")
     (project,) = used.home.glob(".local/share/implicit-rnn/julia-*")
     (project / "Manifest.toml").unlink()
     assert "run `implicit-rnn setup` again" in used.start("two").stderr
@@ -310,6 +361,49 @@ def test_two_processes_at_once_install_once_each_after_the_other_with_clean_outp
     for process in both:
         stdout, stderr = process.communicate(timeout=120)
         assert json.loads(stdout)["julia engine"] == "ready", stderr
+
+
+# --- where nothing can be written ----------------------------------------------------------------------------------
+
+
+def test_read_only_environment_is_used_as_it_is_also_after_other_packages_have_come(used):
+    with used.read_only():
+        attempt = used.run("one", "-c", f"open({str(used.home / 'file')!r}, 'w')")
+        assert "Permission denied" in attempt.stderr
+        started = used.start("one", JULIA_PKG_SERVER=NOWHERE)
+    assert started.stdout == f"julia {VERSION}\n", str(started)
+    other = used.site("one") / "other"
+    other.mkdir()
+    (other / "juliapkg.json").write_text('{"packages": {}}')
+    with used.read_only():
+        started = used.start("one")
+    shutil.rmtree(other)
+    assert started.stdout == f"julia {VERSION}\n", str(started)
+    assert started.stderr == ""
+
+
+# --- Jupyter -----------------------------------------------------------------------------------------------------
+
+
+def test_installation_tells_of_its_progress_in_the_cell_of_a_notebook(used, tmp_path, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    settings = [f"{name}={value}" for name, value in used.settings.items()]
+    kernel = ["env", "-i", *settings, str(used.venv("notebook")), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    specification = tmp_path / "kernels" / "machine" / "kernel.json"
+    specification.parent.mkdir(parents=True)
+    specification.write_text(json.dumps({"argv": kernel, "display_name": "machine", "language": "python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(textwrap.dedent(START))])
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="machine", coalesce_streams=True).execute()
+    shown = {output["name"]: output["text"] for output in notebook.cells[0].outputs}
+    assert shown["stdout"] == f"julia {VERSION}\n"
+    told = [re.sub(r"[\d.]+ s\b.*", "s", line) for line in shown["stderr"].splitlines()]
+    assert told == [
+        "implicit-rnn: installing Julia and its packages (once, some minutes)",
+        "implicit-rnn: choosing the versions of the packages (s",
+        "implicit-rnn: installed in s",
+    ]
 
 
 # --- packages that cannot be had together ------------------------------------------------------------------------
@@ -370,3 +464,22 @@ def test_upgrade_and_downgrade_bring_their_own_julia_sources(used, tmp_path):
         used.install("one", wheel)
         started = used.start("one")
         assert started.stdout == f"julia {version}\n", str(started)
+
+
+# --- Julia by itself ---------------------------------------------------------------------------------------------
+
+TEST = """
+    import Pkg
+    Pkg.add("ImplicitRNN")
+    # Pkg asks for checks of all bounds, for which every package would be compiled anew.
+    Pkg.test("ImplicitRNN"; test_args = ["activations"], julia_args = `--check-bounds=auto`)
+"""
+
+
+def test_pkg_test_installs_what_the_tests_need_and_runs_those_that_are_named(used, tmp_path):
+    julia = [used.settings["PYTHON_JULIAPKG_EXE"], "--startup-file=no", f"--project={tmp_path}"]
+    settings = used.settings | {"JULIA_PKG_PRECOMPILE_AUTO": "0"}
+    done = run_process([*julia, "-e", textwrap.dedent(TEST)], settings, 280, used.home)
+    assert done.returncode == 0, str(done)
+    assert re.search(r"^ImplicitRNN +\| +(\d+) +\1 ", done.stdout, re.MULTILINE), str(done)
+    assert "Testing ImplicitRNN tests passed" in done.stderr

@@ -1,8 +1,10 @@
 """Julia in this process: which one, its start, its threads, and how Ctrl-C stops it.
 
 - ``environments``: the Julia and the packages to use, found and checked before anything is started
-- ``embedded``: the Julia that runs, and the one way into it
+- ``start``: the Julia that runs, and the one way into it
+- ``sources``: where the Julia sources of this package are compiled, once for all installations
 - ``threads``: how many, and whose signals are whose
 - ``interrupt``: Ctrl-C
-- ``commands``: `implicit-rnn setup` and `implicit-rnn doctor`
+- ``install``: what juliapkg does, in a process of its own, with its progress
+- ``setup``, ``doctor``: `implicit-rnn setup` and `implicit-rnn doctor`
 """

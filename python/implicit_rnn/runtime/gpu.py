@@ -12,7 +12,14 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install
 from implicit_rnn.runtime.environments import Environment
 
-ADD_CUDA = 'import Pkg; Pkg.add(Pkg.PackageSpec(; name = "CUDA", uuid = "052768ef-5323-5732-b1bb-66c8b64840ba", version = "5"))'
+ADD_CUDA = """
+import Pkg
+Pkg.add([
+    Pkg.PackageSpec(; name = "CUDA", uuid = "052768ef-5323-5732-b1bb-66c8b64840ba", version = "5"),
+    Pkg.PackageSpec(; name = "GPUArraysCore", uuid = "46192b85-c4d5-4398-a991-12ede77f4527", version = "0.2"),
+    Pkg.PackageSpec(; name = "KernelAbstractions", uuid = "63c18a36-062a-441e-b654-da1e3ab1ce7c", version = "0.9"),
+])
+"""
 SIZES = ((16, 4096), (64, 4096), (256, 4096))
 """Neurons and samples of the table of times."""
 

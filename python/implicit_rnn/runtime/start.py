@@ -17,8 +17,8 @@ from typing import Any
 
 from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import install, threads
-from implicit_rnn.runtime.environments import JULIA_SOURCES, find_environment, julia_string
+from implicit_rnn.runtime import install, sources, threads
+from implicit_rnn.runtime.environments import find_environment, julia_string
 from implicit_rnn.runtime.interrupt import Interrupter
 
 EntryPoint = Callable[..., Any]
@@ -123,18 +123,18 @@ def _import_juliacall() -> Any:
 
 
 def _load() -> dict[str, EntryPoint]:
-    sources = str(JULIA_SOURCES.resolve())
+    source = str(sources.locate(_evaluate('join(DEPOT_PATH, "\\n")').splitlines()))
     known = 'let id = Base.identify_package("ImplicitRNN"); string(id !== nothing && Base.isprecompiled(id)) end'
-    _evaluate(f'(push!(LOAD_PATH, {julia_string(sources)}); "")')
+    _evaluate(f'(push!(LOAD_PATH, {julia_string(source)}); "")')
     if _evaluate(known) != "true":
         say("precompiling the Julia sources (once)")
     begin = time.perf_counter()
     loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
     if time.perf_counter() - begin > 15:
         say(f"precompiled in {time.perf_counter() - begin:.0f} s")
-    if not os.path.samefile(loaded, sources):
+    if not os.path.samefile(loaded, source):
         raise EngineError(
-            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {sources}; use a "
+            f"the Julia project has an ImplicitRNN of its own at {loaded}, not the one of this package at {source}; use a "
             "project without it: `implicit-rnn setup`, or `implicit-rnn setup --julia EXE --project DIR`"
         )
     extension = "Base.get_extension(Base.require(Main, :ImplicitRNN), :ImplicitRNNPythonCallExt)"

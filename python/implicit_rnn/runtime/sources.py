@@ -1,0 +1,61 @@
+"""The Julia sources that run: those shipped with this package, at a place that all installations share.
+
+The code that Julia compiles holds for sources at one place. Beside Julia's own packages, under a name made of their content,
+they are compiled once for each depot and version, not once for each virtual environment. Julia's ``Pkg.gc()`` deletes
+the copies along with other packages that no project names; what is needed is then copied again, and its compiled code still
+holds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from implicit_rnn.runtime.environments import JULIA_SOURCES
+
+MODIFIED = 315532800.0
+"""When every copy says that it was modified (1980): Julia 1.10 compares the times of the files, not their content."""
+
+
+def locate(depots: Iterable[str]) -> Path:
+    """Where the sources are that Julia is to load: in one of the depots, into the first of which they are copied if need be.
+
+    A checkout goes on with its own tree, and so does an installation whose copy cannot be written, or has been changed.
+    """
+    shipped = JULIA_SOURCES.resolve()
+    if JULIA_SOURCES.is_symlink():
+        return shipped
+    name = _digest(shipped)
+    places = [Path(depot) / "packages" / "ImplicitRNN" / name for depot in depots]
+    if not any(place.is_dir() for place in places):
+        with contextlib.suppress(OSError):
+            _copy(shipped, places[0])
+    return next((place for place in places if place.is_dir() and _digest(place) == name), shipped)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def _digest(folder: Path) -> str:
+    content = hashlib.sha256()
+    for path in _files(folder):
+        content.update(f"{path.as_posix()}\0".encode() + hashlib.sha256((folder / path).read_bytes()).digest())
+    return content.hexdigest()[:12]
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a folder in one step for others, of whom one may do the same: who is second fails, with an OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+        copy = Path(temporary) / target.name
+        for path in _files(source):
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, copy / path)
+            os.utime(copy / path, (MODIFIED, MODIFIED))
+        copy.rename(target)
