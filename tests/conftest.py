@@ -139,6 +139,40 @@ def julia_environment() -> Environment:
     )
 
 
+PREFERENCES = """
+[extras]
+ImplicitRNN = "74eb9529-a41d-4f8c-83e4-0ae849b485fd"
+
+[preferences.ImplicitRNN]
+precompile_workload = false
+"""
+
+
+@pytest.fixture
+def other_packages(tmp_path: Path, julia_environment: Environment) -> Callable[[str], tuple[Path, dict[str, str]]]:
+    """Julia's shared environment ``@implicit-rnn-NAME``, and settings with which little is compiled for it and nothing kept.
+
+    "lower" has the oldest packages that are accepted, "newest" the newest PythonCall.
+    """
+
+    def find(name: str) -> tuple[Path, dict[str, str]]:
+        code = f'print(something(Base.load_path_expand("@implicit-rnn-{name}"), ""))'
+        found = run_process([julia_environment.exe, "--startup-file=no", "-e", code], ENVIRONMENT).stdout
+        if not Path(found).is_file():
+            pytest.skip(f"this machine has no shared Julia environment @implicit-rnn-{name}")
+        (tmp_path / "preferences").mkdir()
+        (tmp_path / "preferences" / "Project.toml").write_text(PREFERENCES)
+        depots = ENVIRONMENT.get("JULIA_DEPOT_PATH") or os.pathsep
+        load_path = ["@", str(tmp_path / "preferences"), str(CHECKOUT / "julia"), "@stdlib"]
+        settings = {
+            "JULIA_DEPOT_PATH": os.pathsep.join([str(tmp_path / "depot"), depots]),
+            "JULIA_LOAD_PATH": os.pathsep.join(load_path),
+        }
+        return Path(found).parent, ENVIRONMENT | settings
+
+    return find
+
+
 # --- data ----------------------------------------------------------------------------------------------------
 
 

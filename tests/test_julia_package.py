@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import tomllib
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
 import implicit_rnn as irnn
@@ -14,6 +15,8 @@ from implicit_rnn.runtime import environments
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
 PACKAGE = CHECKOUT / "julia"
+NOT_INSTALLED = {"CUDA", "InteractiveUtils", "LinearAlgebra", "Random", "Test", "julia"}
+ON_THE_OLDEST = ("network", "solvers", "vjp")
 LINT = PACKAGE / "test" / "lint"
 
 
@@ -26,6 +29,19 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
     path = os.pathsep.join((julia_environment.project, str(PACKAGE), "@stdlib"))
     command = [julia_environment.exe, "--startup-file=no", str(PACKAGE / "test" / "runtests.jl")]
     done = run_process(command, ENVIRONMENT | {"JULIA_LOAD_PATH": path}, 860, PACKAGE / "test")
+    assert done.returncode == 0, str(done)
+
+
+@pytest.mark.julia
+@pytest.mark.timeout(900)
+def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_environment, other_packages):
+    project, settings = other_packages("lower")
+    accepted = tomllib.loads((PACKAGE / "Project.toml").read_text())["compat"]
+    oldest = {name: bound.split(",")[0] for name, bound in accepted.items()}
+    present = environments.manifest_versions(project)
+    assert {name for name in oldest if not (present.get(name) or "").startswith(oldest[name])} <= NOT_INSTALLED
+    command = [julia_environment.exe, "--startup-file=no", f"--project={project}", str(PACKAGE / "test" / "runtests.jl")]
+    done = run_process([*command, *ON_THE_OLDEST], settings, 860, PACKAGE / "test")
     assert done.returncode == 0, str(done)
 
 

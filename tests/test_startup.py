@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Finished, RunPython
+from conftest import ENVIRONMENT, Finished, RunPython, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments
@@ -298,6 +298,35 @@ class TestGivenJulia:
 
 
 SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').predict([[0, 1]])"
+
+
+@pytest.mark.julia
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["lower", "newest"])
+def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
+    run_python: RunPython, julia_environment, other_packages, name, tmp_path
+):
+    project, settings = other_packages(name)
+    version = environments.manifest_versions(project)["PythonCall"]
+    target = str(tmp_path / "juliacall")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, f"juliacall=={version}"]
+    if run_process(pip, ENVIRONMENT, 120).returncode != 0:
+        pytest.skip(f"pip finds no juliacall {version}")
+    code = """
+        import juliacall, numpy as np, implicit_rnn as irnn
+        X, Y = np.random.default_rng(0).standard_normal((2, 20, 2))
+        runs = {}
+        for engine in ("julia", "numpy"):
+            net = irnn.Network(2, [irnn.Layer(4)], outputs=2, seed=0, engine=engine)
+            loss = net.fit(X, Y, epochs=3, seed=0, progress=False, callbacks=[lambda state: None]).loss
+            root = irnn.root(lambda z, x: z + np.tanh(z) - x, np.zeros(2), args=(X[0],), engine=engine).value
+            runs[engine] = net.predict(X), loss, root
+        print(juliacall.__version__, [bool(np.allclose(a, b)) for a, b in zip(*runs.values())])
+    """
+    path = os.pathsep.join([target, ENVIRONMENT.get("PYTHONPATH", "")])
+    given = {"PYTHON_JULIACALL_EXE": julia_environment.exe, "PYTHON_JULIACALL_PROJECT": str(project)}
+    done = run_python(code, settings | given | {"PYTHONPATH": path, "XDG_CONFIG_HOME": str(tmp_path)}, 540)
+    assert done.stdout == f"{version} [True, True, True]\n", str(done)
 
 
 @pytest.mark.julia

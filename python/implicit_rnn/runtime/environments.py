@@ -162,10 +162,11 @@ def find_environment(may_install: bool = True) -> Environment | None:
 
 def _from_juliapkg(may_install: bool) -> Environment | None:
     """None where juliapkg has, or now installs, what is needed; else what it installed earlier, if that still serves."""
-    project, resolved = _juliapkg_state()
+    project = _juliapkg_project()
+    writeable = os.access(_nearest_folder(project), os.W_OK)
+    resolved = writeable and _is_resolved()
     if resolved and _is_whole(project):
         return None
-    writeable = os.access(_nearest_folder(project), os.W_OK)
     if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server_answers()):
         if (earlier := _installed_earlier(project)) is not None:
             return earlier
@@ -186,14 +187,20 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
     return None
 
 
-def _juliapkg_state() -> tuple[str, bool]:
-    """The project of juliapkg, and whether juliapkg takes it for up to date."""
+def _juliapkg_project() -> str:
     with install.stdout_kept_clean():
-        import juliapkg
         from juliapkg.state import STATE  # juliapkg.project() would install before it answers
 
+    return str(STATE["project"])
+
+
+def _is_resolved() -> bool:
+    """Whether juliapkg takes its project, in which it has to write a lock to tell, for up to date."""
+    with install.stdout_kept_clean():
+        import juliapkg
+
         try:
-            return str(STATE["project"]), bool(juliapkg.resolve(dry_run=True))
+            return bool(juliapkg.resolve(dry_run=True))
         except Exception as error:
             raise EngineError(f"juliapkg failed: {error}; {SETUP_HINT}") from error
 
