@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -67,14 +66,6 @@ def test_without_cuda_the_error_says_what_to_do(data):
         pytest.skip("CUDA.jl is in Julia's environment")
     with pytest.raises(irnn.EngineError, match=r'needs CUDA.jl, which is not in .*Pkg.add\("CUDA"\)'):
         network(device="cuda", engine="julia").predict(data[0])
-
-
-def test_arrays_in_the_memory_of_a_gpu_are_refused_with_the_remedy():
-    class OnCard:
-        __cuda_array_interface__: ClassVar = {"shape": (4, 3), "typestr": "<f8", "data": (0, True), "version": 3}
-
-    with pytest.raises(TypeError, match="X is a OnCard in the memory of a GPU; copy it to a NumPy array first"):
-        network(engine="numpy").predict(OnCard())
 
 
 # --- the engine on device arrays -------------------------------------------------------------------------------

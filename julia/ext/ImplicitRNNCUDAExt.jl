@@ -1,10 +1,10 @@
 """
-What only CUDA.jl knows: whether there is a card that works, and what it is. All computation is that of ImplicitRNNGPUArraysExt.
+What only CUDA.jl knows: whether there is a card that works, what it is, and how its memory is shared. All computation is that of ImplicitRNNGPUArraysExt.
 No card has run this yet.
 """
 module ImplicitRNNCUDAExt
 
-using CUDA: CUDA, CUDABackend
+using CUDA: CUDA, CuArray, CUDABackend, CuPtr
 using ImplicitRNN
 
 ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
@@ -15,6 +15,13 @@ ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
 )
 
 ImplicitRNN.free_memory(::CUDABackend) = Int(CUDA.free_memory())
+
+function ImplicitRNN.wrap_memory(::CUDABackend, ::Type{T}, address::UInt, n::Int) where {T}
+    return n == 0 ? CuArray{T}(undef, 0) : unsafe_wrap(CuArray, CuPtr{T}(address), n)
+end
+ImplicitRNN.await_stream(::CUDABackend, stream::Int) =
+    stream == 0 ? CUDA.device_synchronize() : CUDA.cuStreamSynchronize(CUDA.CUstream(UInt(stream)))
+ImplicitRNN.finish_work(::CUDABackend) = CUDA.synchronize()
 
 function ImplicitRNN.describe_device(::CUDABackend)
     card = CUDA.device()

@@ -11,7 +11,7 @@ module ImplicitRNNGPUArraysExt
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, batch, Batches, BLOW_UP,
-    check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_start, check_supervised,
+    check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_size, check_start, check_supervised,
     Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED, ElementwiseLoss, equilibrium!, free_memory,
     guarantees_uniqueness, is_singular, is_whole, JacobianPenalty, limit, LINEARIZED_PATIENCE, loss_and_gradient!,
     LossSeed, matrix_size, MAX_ITERATIONS, needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise,

@@ -5,7 +5,7 @@ module ImplicitRNNPythonCallExt
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, equilibrium!, hessian_vector_product!,
     interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
-using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyimport, pyis, pybuiltins
+using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pybuiltins
 
 """
     entry_points()
@@ -15,8 +15,8 @@ A Python dictionary of functions, the whole of what Python calls. Handles are in
 function entry_points()
     points = pydict()
     own = (
-        compile, program, solve, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore, release, alive,
-        describe_device, interrupt_address,
+        compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
+        release, alive, describe_device, device_memory, find_nonfinite, download, interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
@@ -39,9 +39,10 @@ end
 lookup(handle::Py) = HANDLES[pyconvert(Int, handle)]
 
 function release(handle::Py)
-    delete!(HANDLES, pyconvert(Int, handle))
+    give_up(pop!(HANDLES, pyconvert(Int, handle), nothing))
     return nothing
 end
+give_up(object) = nothing
 
 alive() = length(HANDLES)
 
@@ -82,6 +83,9 @@ function view_of(x::NumPy{T}) where {T}
 end
 
 columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) ÷ rows))
+columns(x::AbstractVector, rows::Int) = reshape(x, rows, :)
+
+include("lent_memory.jl")
 
 # --- problems -------------------------------------------------------------------------------------------------
 
@@ -122,20 +126,23 @@ const DEVICES = Dict(
 )
 
 function workspace_on(net::Network, device::String)
-    device == "cpu" && return Workspace(net)
-    library, backend = library_of(device)
-    # Late, as the methods of the package are younger than this call.
-    return Base.invokelatest(() -> Workspace(net, getproperty(library, backend)()))
+    return device == "cpu" ? Workspace(net) : on_backend(backend -> Workspace(net, backend), device)
 end
 
 "`describe_device(device)`: the device in words, an error where there is none that works."
 function describe_device(device::Py)
-    library, name = library_of(pyconvert(String, device))
-    return Base.invokelatest() do
-        backend = getproperty(library, name)()
+    return on_backend(pyconvert(String, device)) do backend
+        library = parentmodule(typeof(backend))
         ImplicitRNN.check_device(backend)
-        return string(ImplicitRNN.describe_device(backend), ", ", library, ".jl ", pkgversion(library))
+        string(ImplicitRNN.describe_device(backend), ", ", library, ".jl ", pkgversion(library))
     end
+end
+
+"`f` of the backend of a device."
+function on_backend(f, device::String)
+    library, name = library_of(device)
+    # Late, as the methods of the package are younger than this call.
+    return Base.invokelatest(() -> f(getproperty(library, name)()))
 end
 
 "The package of a device, loaded, and the name of its backend."
@@ -171,12 +178,23 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     state, status, iterations = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2])
     given_start = NumPy{T}(warm ? start : outs[0])
     measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
-    borrow(NumPy{T}(p), NumPy{T}(X), given_start, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
+    Lender(s.workspace)(NumPy{T}(p), NumPy{T}(X), given_start, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
         N = neurons(net)
         solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
     end
     pydel!(outs)          # a tuple keeps its arrays alive
+    return nothing
+end
+
+"`read_out(handle, (p, state, out))`: the outputs of states on the device."
+read_out(handle::Py, arrays::Py) = read_out(lookup(handle)::Session, arrays)
+function read_out(s::Session{T}, arrays::Py) where {T}
+    net = s.problem.net
+    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))...) do p, state, out
+        ImplicitRNN.read_out!(columns(out, output_size(net)), s.workspace, p, columns(state, neurons(net)))
+    end
+    pydel!(arrays)
     return nothing
 end
 
@@ -191,7 +209,7 @@ gradient(handle::Py, arrays::Py, probe::Py) = gradient(lookup(handle)::Session, 
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
-    loss, quality = borrow(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
+    loss, quality = Lender(s.workspace)(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
         loss_and_gradient!(
             g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report_of(report...),
         )
@@ -200,8 +218,8 @@ function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
 end
 
-given(x::Vector) = isempty(x) ? nothing : x
-given(x::Vector, rows::Int) = isempty(x) ? nothing : columns(x, rows)
+given(x::AbstractVector) = isempty(x) ? nothing : x
+given(x::AbstractVector, rows::Int) = isempty(x) ? nothing : columns(x, rows)
 
 # Three more arrays than `count`: status, residual and adjoint residual per sample.
 per_sample(arrays::Py, count::Int) = length(arrays) == count ? () :
@@ -218,7 +236,7 @@ vjp(handle::Py, arrays::Py, of_state::Py, probe::Py) =
 function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
-    penalty, quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
+    penalty, quality = Lender(s.workspace)(lent..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
         vjp!(
             g, columns(dX, net.inputs), s.workspace, s.problem, p, columns(X, net.inputs), columns(V, rows_of(net, of)); of,
             start = given(start, neurons(net)), probe, report = report_of(report...),
@@ -233,7 +251,7 @@ jvp(handle::Py, arrays::Py, of_state::Py) = jvp(lookup(handle)::Session, arrays,
 function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
-    quality = borrow(lent..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
+    quality = Lender(s.workspace)(lent..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
         jvp!(
             columns(tangent, rows_of(net, of)), s.workspace, s.problem, p, columns(X, net.inputs), dp, columns(dX, net.inputs); of,
             start = given(start, neurons(net)), report = report_of(report...),
@@ -247,7 +265,7 @@ end
 hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(lookup(handle)::Session, arrays)
 function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))...) do p, X, Y, weights, v, h
+    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))...) do p, X, Y, weights, v, h
         hessian_vector_product!(
             h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v, given(weights)
         )
@@ -260,8 +278,9 @@ end
 spectral_radius(handle::Py, arrays::Py) = spectral_radius(lookup(handle)::Session, arrays)
 function spectral_radius(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    borrow(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
-        copyto!(out, ImplicitRNN.spectral_radius(net, p, columns(X, net.inputs), columns(state, neurons(net))))
+    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
+        x, z = on_host(columns(X, net.inputs)), on_host(columns(state, neurons(net)))      # where eigenvalues are found
+        copyto!(out, ImplicitRNN.spectral_radius(net, p, x, z))
     end
     pydel!(arrays)
     return nothing
@@ -294,7 +313,7 @@ function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
         NumPy{Int64},
     )
     lent = map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(10)))
-    borrow(lent...) do P, good, halted, X, Y, weights, order, rates, losses, unconverged
+    Lender(first(t.buffers).workspace)(lent...) do P, good, halted, X, Y, weights, order, rates, losses, unconverged
         nets = Replicas(columns(P, length(net)), columns(good, length(net)), halted)
         samples = length(X) ÷ net.inputs
         epochs = length(losses) ÷ length(halted)

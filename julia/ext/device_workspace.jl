@@ -49,6 +49,9 @@ end
 
 ImplicitRNN.allocate(ws::DeviceWorkspace{T}, dimensions::Int...) where {T} = KernelAbstractions.zeros(ws.backend, T, dimensions...)
 
+ImplicitRNN.backend_of(ws::DeviceWorkspace) = ws.backend
+ImplicitRNN.device_vector(backend::Backend, ::Type{T}, n::Int) where {T} = KernelAbstractions.allocate(backend, T, n)
+
 # --- between host and device ------------------------------------------------------------------------------------------
 
 on_host(A::Array) = A

@@ -145,15 +145,6 @@ The [`AbstractWorkspace`](@ref) for a network on this machine's CPU, or on a dev
 """
 Workspace(net::Network) = CPUWorkspace(net)
 
-"    check_device(backend)\n\nAn error that says why, where the device of a backend cannot be used."
-check_device(backend) = nothing
-
-"    free_memory(backend)\n\nBytes of the device's memory that are free, as far as its package tells; a batch that needs more is done in pieces."
-free_memory(backend) = typemax(Int)
-
-"    describe_device(backend)\n\nThe device of a backend in words: its name, driver and memory."
-describe_device(backend) = string(nameof(typeof(backend)))
-
 # --- with a workspace of their own ----------------------------------------------------------------------------
 
 """

@@ -314,6 +314,18 @@ else
         end
     end
 
+    @testset "states and outputs stay on the device: $(size(p))" for (net, p) in ((net, parameters(net)) for net in (layered(), one_layer(; T = Float32)))
+        X, ws = samples(net, 20), on_device(net)
+        solution = Solution(JLArray(zeros(eltype(net), neurons(net), 20)), (getfield(Solution(net, 20), k) for k in 2:6)...)
+        ImplicitRNN.equilibrium!(solution, ws, Problem(net), p, JLArray(X))
+        outputs = ImplicitRNN.read_out!(JLArray(zeros(eltype(net), 2, 20)), ws, p, solution.state)
+        @test relative_error(Array(outputs), predict(net, p, X)) < agreement(eltype(net))
+        @test ImplicitRNN.find_nonfinite(outputs) == (0, 0)
+        X[2, [5, 9]] .= NaN
+        @test ImplicitRNN.find_nonfinite(JLArray(X)) == (2, 5)
+        @test_throws DimensionMismatch ImplicitRNN.read_out!(outputs, ws, p, JLArray(X))
+    end
+
     @testset "one launch or many: $n neurons, $T" for (n, T) in ((1, Float64), (16, Float64), (33, Float64), (128, Float64), (129, Float64), (17, Float32), (129, Float32))
         net = one_layer(; T, neurons = n, constraint = Perron(0.8))
         p, X, Y = parameters(net; gain = 0.3), samples(net, 45), targets(net, 45)

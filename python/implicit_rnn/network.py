@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
 
-from implicit_rnn import options, serialization, training
+from implicit_rnn import device_arrays, options, serialization, training
 from implicit_rnn.console import html_table
+from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines import (
     DEVICES,
     CompiledNetwork,
@@ -26,7 +28,7 @@ from implicit_rnn.engines import (
 )
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
-from implicit_rnn.model.losses import Loss, LossLike, as_weights
+from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import GradientReport, Solution, remedy
@@ -352,6 +354,8 @@ class Network:
         start = self._start(z0, len(x))
         options.check_on_failure(on_failure)
         solution = Solution.empty(len(x), self.topology.neurons, self.dtype)
+        if isinstance(x, DeviceArray):
+            solution = replace(solution, state=self._empty(x, self.topology.neurons))
         self.program(solver).solve(self._parameters, x, start, solution)
         if failure := solution.failure():
             _report(on_failure, failure, self.topology.constraint, solution)
@@ -408,7 +412,12 @@ class Network:
         >>> bool((net.read_out(net.equilibrium(X).state) == net.predict(X)).all())
         True
         """
-        return self.topology.read_out(self._parameters, state)
+        if (there := device_arrays.lent("state", state, self._device)) is None:
+            return self.topology.read_out(self._parameters, state)
+        z = self._lent("state", there, self.topology.neurons, "neurons")
+        outputs = self._empty(z, self.topology.output_size)
+        self.program().read_out(self._parameters, z, outputs)
+        return outputs
 
     def loss_and_gradient(
         self,
@@ -468,8 +477,8 @@ class Network:
         >>> gradient.shape, net.named(gradient)["R"].shape
         ((105,), (8, 8))
         """
-        x = self._samples("X", X)
-        samples = self._with_targets(x, Y, loss, sample_weights)
+        samples = self.samples(X, Y, loss, sample_weights)
+        x = samples.X
         options.check_on_failure(on_failure)
         gradient = np.empty_like(self._parameters)
         if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
@@ -536,7 +545,7 @@ class Network:
         v = self._rows("V", V, len(x), self._width(of), of if of == "outputs" else "neurons")
         options.check_on_failure(on_failure)
         _check_report(report, len(x))
-        gradient, dX = np.empty_like(self._parameters), np.empty_like(x)
+        gradient, dX = np.empty_like(self._parameters), self._empty(x, self.topology.inputs)
         program = self.program(solver, through)
         quality = program.vjp(self._parameters, x, start, v, of, gradient, dX, report)
         self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
@@ -593,11 +602,12 @@ class Network:
         if dX is None and dparameters is None:
             raise TypeError("jvp needs a direction: dX (B, inputs), dparameters (P,) or both")
         width = self._width(of)
-        dx = np.zeros_like(x) if dX is None else self._rows("dX", dX, len(x), self.topology.inputs, "features")
+        inputs = self.topology.inputs
+        dx = np.zeros((len(x), inputs), self.dtype) if dX is None else self._rows("dX", dX, len(x), inputs, "features")
         dp = np.zeros_like(self._parameters) if dparameters is None else self._direction("dparameters", dparameters)
         options.check_on_failure(on_failure)
         _check_report(report, len(x))
-        tangent = np.empty((len(x), width), self.dtype)
+        tangent = self._empty(x, width)
         program = self.program(solver, through)
         quality = program.jvp(self._parameters, x, start, dp, dx, of, tangent, report)
         self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
@@ -643,8 +653,7 @@ class Network:
         >>> np.allclose((net.loss_and_gradient(X, Y)[1] - before) / 1e-6, product, atol=1e-4)
         True
         """
-        x = self._samples("X", X)
-        samples = self._with_targets(x, Y, loss, sample_weights)
+        samples = self.samples(X, Y, loss, sample_weights)
         direction = self._direction("v", v)
         product = np.empty_like(self._parameters)
         self.program(solver, loss=loss).hessian_vector_product(self._parameters, samples, direction, product)
@@ -742,20 +751,40 @@ class Network:
                 options.choose(Loss, loss, "loss"),
                 check_penalty(jacobian_penalty, through),
             )
-            if self._compiled is None:
-                self._compiled = self.engine.compile(self.topology, self.dtype.name, self._device)
-            program = self._programs[choice] = self._compiled.program(problem)
+            program = self._programs[choice] = self._compile().program(problem)
             while len(self._programs) > _PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
         return program
 
+    def _compile(self) -> CompiledNetwork:
+        if self._compiled is None:
+            self._compiled = self.engine.compile(self.topology, self.dtype.name, self._device)
+        return self._compiled
+
     def _samples(self, name: str, X: ArrayLike) -> Array:
+        if (there := device_arrays.lent(name, X, self._device)) is not None:
+            return self._lent(name, there, self.topology.inputs, "features")
         return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
 
     def _rows(self, name: str, value: ArrayLike, samples: int, columns: int, what: str) -> Array:
-        rows = as_samples(name, value, columns, self.dtype, what)
+        if (there := device_arrays.lent(name, value, self._device)) is not None:
+            rows = self._lent(name, there, columns, what)
+        else:
+            rows = as_samples(name, value, columns, self.dtype, what)
         check_samples(name, rows, samples)
         return rows
+
+    def _lent(self, name: str, array: DeviceArray, columns: int, what: str) -> Array:
+        """An array on the network's device, checked."""
+        self._compile()  # where the device cannot be had, that is what is to be said
+        return device_arrays.as_samples(name, array, columns, self.dtype, what)
+
+    def _empty(self, like: Array, columns: int) -> Array:
+        """(samples, columns) for results, where the samples are."""
+        shape = (len(like), columns)
+        if isinstance(like, DeviceArray):
+            return cast("Array", DeviceArray.empty(shape, self.dtype, self._device))
+        return np.empty(shape, self.dtype)
 
     def _start(self, z0: ArrayLike | None, samples: int) -> Array | None:
         return None if z0 is None else self._rows("z0", z0, samples, self.topology.neurons, "neurons")
@@ -790,8 +819,38 @@ class Network:
             )
             _report(on_failure, failure, self.topology.constraint, None)
 
-    def _with_targets(self, x: Array, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
-        targets = options.choose(Loss, loss, "loss").targets("Y", Y, len(x), self.topology.output_size, self.dtype)
+    def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
+        """What a loss is taken on, checked and converted, in the memory of the machine or of the network's device.
+
+        Parameters
+        ----------
+        X, Y, loss, sample_weights
+            As for ``loss_and_gradient``: samples (B, inputs), targets (B, outputs) and weights (B,).
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad input.
+
+        Examples
+        --------
+        >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
+        >>> len(net.samples([[0.5, -1.0], [0.2, 0.1]], [[0.3], [0.0]], "mse", None))
+        2
+        """
+        x = self._samples("X", X)
+        chosen, outputs = options.choose(Loss, loss, "loss"), self.topology.output_size
+        there = device_arrays.lent("Y", Y, self._device)
+        if isinstance(chosen, CustomLoss) and (there is not None or isinstance(x, DeviceArray)):
+            raise TypeError(
+                f"{chosen} is computed by NumPy; pass X and Y as NumPy arrays, or choose a loss of the package"
+            )
+        if there is None:
+            targets = chosen.targets("Y", Y, len(x), outputs, self.dtype)
+        else:
+            targets = self._rows("Y", there, len(x), outputs, "outputs")
+            if chosen.bounded:
+                chosen.targets("Y", there.numpy(), len(x), outputs, self.dtype)
         return Samples(x, targets, as_weights("sample_weights", sample_weights, len(x), self.dtype))
 
     # --- the rest ----------------------------------------------------------------------------------------

@@ -41,7 +41,8 @@ class Solution:
     Attributes
     ----------
     state
-        (B, N) the state z of all neurons; of unconverged samples the last finite iterate.
+        (B, N) the state z of all neurons; of unconverged samples the last finite iterate. For samples on a device it is an
+        array there, with a method ``numpy``.
     status
         (B,) ``Status`` of each sample.
     iterations

@@ -1,6 +1,6 @@
 """Networks as layers of PyTorch, and fixed points and roots of functions written in PyTorch, with exact gradients.
 
-The engines work on the CPU, in the memory of the tensors.
+The engines work in the memory of the tensors: on the CPU, and layers on an NVIDIA card where their network is, too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn import equations
+from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.network import Network
@@ -35,8 +36,9 @@ class ImplicitRNN(nn.Module):
     """A network as a layer: differentiable in its parameters and in its inputs, by the implicit function theorem.
 
     The parameters, under the names of ``Network.weights``, are the memory of the network: what an optimiser of PyTorch
-    changes, ``net`` has at once, and the other way round. The layer runs on the CPU, in the precision of the network.
-    Derivatives are of first order, in reverse mode.
+    changes, ``net`` has at once, and the other way round. The layer runs in the precision of the network, on the CPU; or on an
+    NVIDIA card with a network of ``device="cuda"``, where inputs and outputs stay on the card, and parameters that are there too
+    are copied to ``net`` in each call. Derivatives are of first order, in reverse mode.
 
     Parameters
     ----------
@@ -96,10 +98,11 @@ class ImplicitRNN(nn.Module):
             raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self.net.topology.inputs})")
         weights = tuple(getattr(self, name) for name in self.net.weights)  # which may be parametrised
         tensor = weights[0]
-        if x.device.type != "cpu" or tensor.device.type != "cpu":
+        if x.device != tensor.device or (x.device.type != "cpu" and not is_lent(x, self.net.device)):
             raise TypeError(
-                f"x is on {x.device} and the parameters are on {tensor.device}, but the engines work on the CPU: keep this layer "
-                "there, layer.cpu(), and call layer(x.cpu()).to(x.device)"
+                f"x is on {x.device} and the parameters are on {tensor.device}, but the network computes on {self.net.device}: "
+                "keep this layer on the CPU, layer.cpu(), and call layer(x.cpu()).to(x.device); or, on an NVIDIA card, "
+                "layer.net.to('cuda') and layer.to(x.device)"
             )
         if x.dtype != tensor.dtype:
             raise TypeError(
@@ -122,10 +125,19 @@ class ImplicitRNN(nn.Module):
         if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
             return self.net
         dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
+        net, own = self.net, self._has_on_card(tensors)
+        if not own or net.dtype.name != dtype:
+            net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
         for name, view in net.weights.items():
-            view[...] = tensors[name].detach().numpy()
+            view[...] = tensors[name].detach().cpu().numpy()
+        if own:
+            self.net = net
         return net
+
+    def _has_on_card(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these are the layer's parameters, somewhere else than in the memory of the network."""
+        own = [(self._parameters.get(name), tensor) for name, tensor in tensors.items()]
+        return all(p is not None and p.device.type != "cpu" and p.data_ptr() == tensor.data_ptr() for p, tensor in own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImplicitRNN:
         super()._apply(fn, recurse)
@@ -159,6 +171,16 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
+def _lent(tensor: Tensor, net: Network) -> Any:
+    """What the network takes for a tensor, without a copy: an array, or the tensor itself if it is on the network's device."""
+    whole = tensor.detach().contiguous()
+    return whole if is_lent(whole, net.device) else whole.numpy()
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_dlpack(array) if isinstance(array, DeviceArray) else torch.from_numpy(array)
+
+
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
     """What ``torch.vmap`` asks of an ``autograd.Function``: its outputs, stacked, and the axes along which they are."""
     parts = [
@@ -180,9 +202,9 @@ class _Equilibrium(torch.autograd.Function):
         if not len(x):
             sizes = net.topology.neurons if layer.of == "state" else net.topology.output_size, net.topology.neurons
             return x.new_empty(0, sizes[0]), x.new_empty(0, sizes[1])
-        state = net.equilibrium(_numpy(x), solver=layer.solver, on_failure=layer.on_failure).state
-        y = state.copy() if layer.of == "state" else net.read_out(state)
-        return torch.from_numpy(y), torch.from_numpy(state)
+        state = net.equilibrium(_lent(x, net), solver=layer.solver, on_failure=layer.on_failure).state
+        z = _tensor(state)
+        return z.clone() if layer.of == "state" else _tensor(net.read_out(state)), z
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -216,15 +238,16 @@ class _Pullback(torch.autograd.Function):
             return torch.zeros_like(x), *map(torch.zeros_like, weights)
         net = layer.network(weights)
         gradient, dx = net.vjp(
-            _numpy(x),
-            _numpy(v),
+            _lent(x, net),
+            _lent(v, net),
             of=layer.of,
             solver=layer.solver,
             adjoint=layer.adjoint,
-            z0=_numpy(state),
+            z0=_lent(state, net),
             on_failure=layer.on_failure,
         )
-        return torch.from_numpy(dx), *map(torch.from_numpy, net.named(gradient).values())
+        parts = [torch.from_numpy(part).to(x.device) for part in net.named(gradient).values()]
+        return _tensor(dx), *parts
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -50,28 +50,37 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     ``MemoryError`` for more than the machine has.
     """
     array = as_array(name, value)
-    if array.ndim != 2:
-        hint = f"; one sample is {name}[None, :]" if array.ndim == 1 and array.shape[0] == columns else ""
-        raise ValueError(f"{name} has shape {array.shape}; expected (samples, {columns} {what}){hint}")
-    if array.shape[1] != columns:
-        raise ValueError(
-            f"{name} has shape {array.shape}; expected (samples, {columns}): the network has {columns} {what}"
-        )
-    if array.shape[0] == 0:
-        raise ValueError(f"{name} has no samples: shape {array.shape}")
+    check_shape_of_samples(name, array.shape, columns, what)
     check_memory(name, array.shape[0], columns + neurons, dtype)
     array = as_real(name, array, dtype)
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = np.require(array, requirements=("C", "A"))
     if not _all_finite(array):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        raise ValueError(f"{name} has NaN or infinity in {len(bad)} of {len(array)} samples, first in sample {bad[0]}")
+        tell_of_nonfinite(name, len(bad), len(array), int(bad[0]))
     return array
 
 
 def _all_finite(array: np.ndarray) -> bool:
     # Of few numbers the sum of squares is known sooner than whether each is finite; should that overflow, they are looked at.
     return (array.size < _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
+
+
+def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what: str) -> None:
+    """``ValueError`` unless the shape is (samples, columns), with at least one sample."""
+    if len(shape) != 2:
+        hint = f"; one sample is {name}[None, :]" if len(shape) == 1 and shape[0] == columns else ""
+        raise ValueError(f"{name} has shape {shape}; expected (samples, {columns} {what}){hint}")
+    if shape[1] != columns:
+        raise ValueError(f"{name} has shape {shape}; expected (samples, {columns}): the network has {columns} {what}")
+    if shape[0] == 0:
+        raise ValueError(f"{name} has no samples: shape {shape}")
+
+
+def tell_of_nonfinite(name: str, bad: int, samples: int, first: int) -> None:
+    """``ValueError`` if there are ``bad`` samples with entries that are not finite, of which this is the first."""
+    if bad:
+        raise ValueError(f"{name} has NaN or infinity in {bad} of {samples} samples, first in sample {first}")
 
 
 def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> np.ndarray:
@@ -119,7 +128,7 @@ def _memory() -> float:
 
 def warn_of_scale(name: str, array: np.ndarray) -> None:
     """Warn, at most once, of columns (samples, columns) that are so far from unit scale that training will come to nothing."""
-    if len(array) < 2:
+    if len(array) < 2 or not isinstance(array, np.ndarray):  # those on a device stay there
         return
     columns = array.astype(np.float64)
     mean, spread = columns.mean(axis=0), columns.std(axis=0)
@@ -175,7 +184,9 @@ def as_array(name: str, value: ArrayLike) -> np.ndarray:
     except ValueError as error:
         raise ValueError(f"{name} is no array of numbers: {error}") from error
     if array.ndim == 0 and array.dtype == object and hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{name} is a {type(value).__name__} in the memory of a GPU; copy it to a NumPy array first")
+        raise TypeError(
+            f"{name} is a {type(value).__name__} in the memory of a GPU, which is not taken here; copy it to a NumPy array first"
+        )
     return array
 
 

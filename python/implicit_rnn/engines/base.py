@@ -2,7 +2,8 @@
 
 A network's topology becomes a ``CompiledNetwork``, which has the memory of its computations, and that with the options of a
 ``Problem`` a ``Program``; an ``Equation`` of any function becomes a ``CompiledEquation``. All arrays are C-contiguous NumPy
-arrays of the network's dtype unless said otherwise, and engines write results into arrays the caller allocated.
+arrays of the network's dtype unless said otherwise, and engines write results into arrays the caller allocated. An engine that
+computes on a device takes a ``DeviceArray`` for samples, targets, states and what is to be written of their kind.
 """
 
 from __future__ import annotations
@@ -130,6 +131,9 @@ class Program(Protocol):
 
     def solve(self, p: np.ndarray, X: np.ndarray, z0: np.ndarray | None, out: Solution) -> None:
         """Equilibria for X (B, inputs) and the parameters p, from the start z0 (B, N) or zero."""
+
+    def read_out(self, p: np.ndarray, state: np.ndarray, out: np.ndarray) -> None:
+        """The outputs of the states (B, N) go to out (B, outputs)."""
 
     def gradient(
         self, p: np.ndarray, samples: Samples, g: np.ndarray, probe: int, report: GradientReport | None = None

@@ -40,6 +40,8 @@ class Loss(Option):
 
     averaged: ClassVar[bool] = True
     """Whether ℓ is the mean over the outputs rather than their sum."""
+    bounded: ClassVar[bool] = False
+    """Whether there are numbers that cannot be targets."""
 
     @abstractmethod
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
@@ -187,6 +189,8 @@ class BinaryCrossEntropy(Loss):
     1.0
     """
 
+    bounded = True
+
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
         e = np.exp(-np.abs(Y))
         return np.maximum(Y, 0) - T * Y + np.log1p(e), np.where(Y < 0, e, 1) / (1 + e) - T
@@ -219,6 +223,7 @@ class CrossEntropy(Loss):
     """
 
     averaged = False
+    bounded = True
 
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
         y = Y - Y.max(axis=-1, keepdims=True)

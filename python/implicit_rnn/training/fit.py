@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
 from implicit_rnn.errors import CheckpointError
-from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, CustomLoss, Loss, LossLike, as_weights
+from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import Adam, Guard, Optimizer, OptimizerLike
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
@@ -150,16 +150,16 @@ def fit_many(
     if any((net.topology, net.dtype, net.engine, net.device) != kind for net in nets):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
     chosen = options.choose(Loss, loss, "loss")
-    samples = _data(first, chosen, "", X, Y, sample_weights)
+    samples = first.samples(X, Y, chosen, sample_weights)
     warn_of_scale("X", samples.X)
-    if not isinstance(chosen, CrossEntropy | BinaryCrossEntropy | CustomLoss):
+    if not (chosen.bounded or isinstance(chosen, CustomLoss)):
         warn_of_scale("Y", samples.Y)
     held_out = None
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
             raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
         xv, yv, *wv = validation
-        held_out = _data(first, chosen, "validation", xv, yv, wv[0] if wv else None)
+        held_out = _validation(first, chosen, xv, yv, wv[0] if wv else None)
     if held_out is None and (restore_best or early_stopping is not None):
         needs = "restore_best" if restore_best else "early_stopping"
         raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
@@ -215,11 +215,10 @@ def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> Non
     whole.restore(training, "resume", epochs - 1 if whole.goes_on else epochs)
 
 
-def _data(net: Network, loss: Loss, name: str, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:
-    names = [f"{name}[{k}]" for k in range(3)] if name else ["X", "Y", "sample_weights"]
-    x = as_samples(names[0], X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
-    y = loss.targets(names[1], Y, len(x), net.topology.output_size, net.dtype)
-    return Samples(x, y, as_weights(names[2], weights, len(x), net.dtype))
+def _validation(net: Network, loss: Loss, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:
+    x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
+    y = loss.targets("validation[1]", Y, len(x), net.topology.output_size, net.dtype)
+    return Samples(x, y, as_weights("validation[2]", weights, len(x), net.dtype))
 
 
 P = ParamSpec("P")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines import Halt, Samples
 from implicit_rnn.errors import CheckpointError
 from implicit_rnn.options import Option
@@ -170,7 +171,8 @@ def _fingerprints(samples: Samples | None, names: Sequence[str]) -> dict[str, An
 def _fingerprint(array: Array | None) -> dict[str, Any] | None:
     if array is None:
         return None
-    digest = hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16)
+    values = array.numpy() if isinstance(array, DeviceArray) else np.ascontiguousarray(array)
+    digest = hashlib.blake2b(values.data, digest_size=16)
     return {"shape": list(array.shape), "digest": digest.hexdigest()}
 
 

@@ -76,6 +76,9 @@ class JuliaProgram:
         arrays = (out.state.reshape(-1), out.status, out.iterations, out.residual, out.rate, out.bound)
         call("solve", self._handle.number, p, X.reshape(-1), None if z0 is None else z0.reshape(-1), arrays)
 
+    def read_out(self, p: Array, state: Array, out: Array) -> None:
+        call("read_out", self._handle.number, (p, state.reshape(-1), out.reshape(-1)))
+
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:

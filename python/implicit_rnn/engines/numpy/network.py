@@ -122,6 +122,9 @@ class NumpyProgram:
         out.rate[...] = outcome.rate[0]
         out.bound[...] = self._certify(weights, np.abs(found.F - found.Z))[0]
 
+    def read_out(self, p: Array, state: Array, out: Array) -> None:
+        out[...] = self.topology.read_out(p, state)
+
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:

@@ -1,0 +1,82 @@
+# Memory of a device: arrays that other libraries lend, and those that results are written to. Python has them as `DeviceArray`.
+
+"A vector of a device, of which Python knows where it lies; of element type T."
+struct OnDevice{T}
+    address::UInt
+    length::Int
+    stream::Int          # what is to be waited for before it is read, nothing if it is negative
+end
+OnDevice(x::NumPy{T}) where {T} = OnDevice{T}(
+    pyconvert(UInt, x.array.address), pyconvert(Int, x.array.size), pyconvert(Int, x.array.stream)
+)
+
+"Python's arrays as vectors, see `borrow`; those of a device where there is a `backend`."
+struct Lender{B}
+    backend::B
+end
+Lender(ws::AbstractWorkspace) = Lender(ImplicitRNN.backend_of(ws))
+
+(::Lender{Nothing})(f::F, arrays::Vararg{NumPy, N}) where {F, N} = borrow(f, arrays...)
+(l::Lender)(f, arrays::NumPy...) = any(is_on_device, arrays) ? lend(f, l.backend, arrays) : borrow(f, arrays...)
+
+is_on_device(x::NumPy) = pyhasattr(x.array, "address")
+
+function lend(f, backend, arrays)
+    there = map(is_on_device, arrays)
+    views = map((x, t) -> t ? OnDevice(x) : view_of(x), arrays, there)
+    try
+        return GC.@preserve views GIL.@unlock begin
+            foreach(v -> v isa OnDevice && v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream), views)
+            result = f(map(v -> vector_of(backend, v), views)...)
+            ImplicitRNN.finish_work(backend)
+            result
+        end
+    finally
+        foreach((x, v) -> v isa OnDevice ? pydel!(x.array) : (pydel!(v.handle); pydel!(v.py)), arrays, views)
+    end
+end
+vector_of(backend, v::OnDevice{T}) where {T} = ImplicitRNN.wrap_memory(backend, T, v.address, v.length)
+vector_of(backend, v::PyArray) = unsafe_wrap(Array, v.ptr, length(v))
+
+on_host(A::Array) = A
+on_host(A::AbstractArray) = Array(A)
+
+"Memory that a result is in, which Python and who it gave it to may read until it is released."
+struct Memory{B, V}
+    backend::B
+    vector::V
+end
+# Others may still be at work with it, in streams of their own.
+give_up(m::Memory) = ImplicitRNN.await_stream(m.backend, 0)
+
+"`device_memory(device, dtype, n) -> (handle, address)`."
+function device_memory(device::Py, dtype::Py, n::Py)
+    T = pyconvert(String, dtype) == "float32" ? Float32 : Float64
+    count = pyconvert(Int, n)
+    return on_backend(pyconvert(String, device)) do backend
+        ImplicitRNN.check_device(backend)
+        vector = ImplicitRNN.device_vector(backend, T, count)
+        keep(Memory(backend, vector)), ImplicitRNN.address_of(vector)
+    end
+end
+
+"`download(device, array, out)`: a copy in the machine's memory."
+function download(device::Py, array::Py, out::Py)
+    return on_backend(pyconvert(String, device)) do backend
+        numbers(array) do T
+            Lender(backend)((to, from) -> (copyto!(to, from); nothing), NumPy{T}(out), NumPy{T}(array))
+        end
+    end
+end
+
+"`find_nonfinite(device, array, columns) -> (samples with entries that are not finite, the first of them)`."
+function find_nonfinite(device::Py, array::Py, rows::Py)
+    n = pyconvert(Int, rows)
+    return on_backend(pyconvert(String, device)) do backend
+        numbers(array) do T
+            Lender(backend)(x -> ImplicitRNN.find_nonfinite(columns(x, n)) .- (0, 1), NumPy{T}(array))
+        end
+    end
+end
+
+numbers(f, array::Py) = pyconvert(String, array.dtype.name) == "float32" ? f(Float32) : f(Float64)

@@ -1,0 +1,43 @@
+# What is asked of a device, a backend of KernelAbstractions.jl; the extensions on the packages of devices know more.
+
+"    check_device(backend)\n\nAn error that says why, where the device of a backend cannot be used."
+check_device(backend) = nothing
+
+"    free_memory(backend)\n\nBytes of the device's memory that are free, as far as its package tells; a batch that needs more is done in pieces."
+free_memory(backend) = typemax(Int)
+
+"    describe_device(backend)\n\nThe device of a backend in words: its name, driver and memory."
+describe_device(backend) = string(nameof(typeof(backend)))
+
+# --- memory that is shared with other libraries -----------------------------------------------------------------
+
+"    backend_of(workspace)\n\nThe backend of the device that a workspace is on, `nothing` for the CPU."
+backend_of(::AbstractWorkspace) = nothing
+
+"    device_vector(backend, T, n)\n\nA vector of n numbers in the memory of a device, to be filled in."
+function device_vector end
+
+"    wrap_memory(backend, T, address, n)\n\nA vector on memory of a device that belongs to another."
+function wrap_memory end
+
+"    address_of(array)\n\nWhere the memory of a device array begins."
+address_of(array) = UInt(pointer(array))
+
+"""
+    await_stream(backend, stream)
+
+Wait until what was to be done in a stream is done: one of another library, whose handle is given; 0 stands for the whole device.
+"""
+await_stream(backend, stream::Int) = nothing
+
+"    finish_work(backend)\n\nWait until all that was asked of the device is done, so that others may read what was written."
+finish_work(backend) = nothing
+
+"    read_out!(outputs, workspace, p, Z)\n\nThe outputs (outputs × samples) of the states `Z` (neurons × samples) on the device of a workspace."
+function read_out! end
+
+"    find_nonfinite(X) -> (count, first)\n\nHow many columns of `X` have an entry that is not finite, and the first of them, 0 if there is none."
+function find_nonfinite(X::AbstractMatrix)
+    bad = findall(Array(.!vec(all(isfinite, X; dims = 1))))
+    return length(bad), isempty(bad) ? 0 : first(bad)
+end

@@ -1,0 +1,364 @@
+"""Arrays in the memory of a device: those of other libraries, read where they lie, and those that results come in.
+
+What is read is what has ``__dlpack__`` (the Python array API standard) or ``__cuda_array_interface__`` (Numba's, versions 0 to
+3), and both are what a result has: ``torch.from_dlpack(result)``, ``cupy.asarray(result)`` and the like share its memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+
+from implicit_rnn.validation import check_shape_of_samples, tell_of_nonfinite
+
+Array = np.ndarray
+
+KINDS = {"cpu": (), "cuda": (2, 13), "jl": (1,)}
+"""DLPack's kinds of memory that the arrays of each device are in, but for those of the machine, which are NumPy's. The reference
+device arrays, which are for tests, are in the machine's memory."""
+
+NOTHING, EVERYTHING = -1, 0
+"""For a stream: there is nothing to wait for; the whole device is to be waited for."""
+
+_LEGACY_STREAM = 1
+_NEWEST_INTERFACE = 3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DeviceArray:
+    """An array in the memory of a device, in C order.
+
+    Attributes
+    ----------
+    device
+        "cuda".
+    address
+        Where its memory begins.
+    shape, dtype
+        As of a NumPy array.
+    stream
+        The stream whose work has to be done before it is read, ``NOTHING`` or ``EVERYTHING``.
+    owner
+        What keeps the memory alive.
+    """
+
+    device: str
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    stream: int
+    owner: object
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: np.dtype, device: str) -> DeviceArray:
+        """Memory of the engine's, to be filled in."""
+        from implicit_rnn.engines.julia.network import Handle, call
+
+        number, address = call("device_memory", device, dtype.name, math.prod(shape))
+        return cls(device, int(address), shape, dtype, NOTHING, Handle(number))
+
+    @property
+    def ndim(self) -> int:
+        """The number of axes."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory in another shape, of which one number may be -1."""
+        known = -math.prod(shape) if -1 in shape else 1
+        whole = tuple(self.size // known if n == -1 else n for n in shape)
+        if math.prod(whole) != self.size:
+            raise ValueError(f"an array of shape {self.shape} cannot have the shape {shape}")
+        return DeviceArray(self.device, self.address, whole, self.dtype, self.stream, self.owner)
+
+    def numpy(self) -> Array:
+        """A copy in the machine's memory."""
+        from implicit_rnn.engines.julia.network import call
+
+        copy = np.empty(self.shape, self.dtype)
+        call("download", self.device, self.reshape(-1), copy.reshape(-1))
+        return copy
+
+    def __array__(self, *_: object, **__: object) -> Array:
+        raise TypeError("this array is in the memory of a device; its method numpy() copies it to the machine's")
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        """As of Numba's interface, version 3. The engine has finished with it, so that there is no stream to wait for."""
+        if self.device != "cuda":
+            raise AttributeError(f"an array of the device {self.device!r} is not in the memory of an NVIDIA card")
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.address, False),
+            "strides": None,
+            "stream": None,
+            "version": _NEWEST_INTERFACE,
+        }
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return KINDS[self.device][0], 0
+
+    def __dlpack__(
+        self,
+        *,
+        stream: int | None = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
+    ) -> object:
+        """A capsule as of DLPack before 1.0, which those after it take. No ``stream`` has to wait for the engine."""
+        if dl_device not in (None, self.__dlpack_device__()) or copy:
+            raise BufferError("an array of the engine is given out where it is, without a copy")
+        return _capsule_of(self)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray(shape {self.shape}, {self.dtype} on {self.device})"
+
+
+# --- arrays of other libraries -------------------------------------------------------------------------------
+
+
+def lent(name: str, value: object, device: str) -> DeviceArray | None:
+    """An array of another library as it lies on the device; None for what is not there.
+
+    Raises ``TypeError`` and ``ValueError`` for an array that is there but cannot be read without a copy, or contradicts itself.
+    """
+    if device == "cpu" or isinstance(value, np.ndarray):
+        return None
+    if isinstance(value, DeviceArray):
+        return value if value.device == device else None
+    kind = _kind(value)
+    if kind is not None and kind[0] in KINDS[device]:
+        return _of_dlpack(name, value, device, kind[1])
+    if kind is None and hasattr(value, "__cuda_array_interface__"):
+        return _of_interface(name, value.__cuda_array_interface__, value, device)
+    return None
+
+
+def is_lent(value: object, device: str) -> bool:
+    """Whether ``lent`` would take it."""
+    if device == "cpu" or isinstance(value, np.ndarray):
+        return False
+    if isinstance(value, DeviceArray):
+        return value.device == device
+    kind = _kind(value)
+    return hasattr(value, "__cuda_array_interface__") if kind is None else kind[0] in KINDS[device]
+
+
+def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, what: str) -> Array:
+    """The checks of ``validation.as_samples`` for an array on a device, which is never converted.
+
+    It is returned as what engines take, which use no more of it than the array has.
+    """
+    check_shape_of_samples(name, array.shape, columns, what)
+    if array.dtype != dtype:
+        raise TypeError(
+            f"{name} has dtype {array.dtype}, the network {dtype}, and arrays on a device are taken as they are: convert it there"
+        )
+    from implicit_rnn.engines.julia.network import call
+
+    bad, first = call("find_nonfinite", array.device, array.reshape(-1), columns)
+    tell_of_nonfinite(name, int(bad), len(array), int(first))
+    return cast("Array", array)
+
+
+def _kind(value: object) -> tuple[int, int] | None:
+    """Where DLPack says that an array is: the kind of memory and the number of the device."""
+    if isinstance(value, type) or not hasattr(value, "__dlpack_device__") or not hasattr(value, "__dlpack__"):
+        return None
+    kind, number = value.__dlpack_device__()
+    return int(kind), int(number)
+
+
+def _checked(
+    name: str,
+    device: str,
+    address: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: np.dtype,
+    stream: int,
+    owner: object,
+) -> DeviceArray:
+    """The array, with its strides in entries known to be those of C order."""
+    if strides is not None:
+        usual = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+        if any(n > 1 and stride != step for n, stride, step in zip(shape, strides, usual, strict=True)):
+            raise ValueError(
+                f"{name} of shape {shape} has the strides {strides} in entries; expected {usual}, those of C order: copy it on "
+                "the device, as by tensor.contiguous() or cupy.ascontiguousarray"
+            )
+    if address == 0 and math.prod(shape) > 0:
+        raise ValueError(f"{name} has shape {shape} and no memory (its address is 0)")
+    return DeviceArray(device, address, shape, dtype, stream, owner)
+
+
+# --- __cuda_array_interface__ --------------------------------------------------------------------------------
+
+
+def _of_interface(name: str, given: Any, owner: object, device: str) -> DeviceArray:
+    what = f"the __cuda_array_interface__ of {name}"
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{what} is a {type(given).__name__}; expected a dictionary")
+    if missing := [key for key in ("shape", "typestr", "data", "version") if key not in given]:
+        raise TypeError(f"{what} has no {', '.join(missing)}")
+    version = given["version"]
+    if not isinstance(version, int) or not 0 <= version <= _NEWEST_INTERFACE:
+        raise TypeError(f"{what} has version {version!r}; expected one up to {_NEWEST_INTERFACE}")
+    if given.get("mask") is not None:
+        raise TypeError(f"{name} is masked; expected an array of which all entries have a value")
+    shape = _sizes(given["shape"])
+    if shape is None:
+        raise TypeError(f"{what} has shape {given['shape']!r}; expected a tuple of sizes")
+    try:
+        dtype = np.dtype(given["typestr"])
+        address, _ = given["data"]  # and whether it is read-only, as which it is treated
+        address = int(address)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{what} has typestr {given['typestr']!r} and data {given['data']!r}; expected a type such as '<f4', and an "
+            "address with whether it is read-only"
+        ) from None
+    return _checked(
+        name, device, address, shape, _strides(what, given, shape, dtype), dtype, _stream(what, given, version), owner
+    )
+
+
+def _sizes(given: Any) -> tuple[int, ...] | None:
+    if not isinstance(given, tuple | list) or not all(isinstance(n, int | np.integer) and n >= 0 for n in given):
+        return None
+    return tuple(int(n) for n in given)
+
+
+def _strides(what: str, given: Mapping[str, Any], shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...] | None:
+    """In entries."""
+    strides = given.get("strides")
+    if strides is None:
+        return None
+    whole = isinstance(strides, tuple | list) and all(isinstance(n, int | np.integer) for n in strides)
+    if not whole or len(strides) != len(shape) or any(n % dtype.itemsize for n in strides):
+        raise TypeError(f"{what} has strides {strides!r} in bytes; expected {len(shape)} multiples of {dtype.itemsize}")
+    return tuple(int(n) // dtype.itemsize for n in strides)
+
+
+def _stream(what: str, given: Mapping[str, Any], version: int) -> int:
+    """Before version 3 nothing is said of streams."""
+    if version < _NEWEST_INTERFACE:
+        return EVERYTHING
+    stream = given.get("stream")
+    if stream is None:
+        return NOTHING
+    if not isinstance(stream, int) or stream <= 0:
+        raise TypeError(f"{what} has stream {stream!r}; expected None, 1, 2 or the handle of a stream")
+    return stream
+
+
+# --- DLPack --------------------------------------------------------------------------------------------------
+
+
+class _Device(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("number", ctypes.c_int32))
+
+
+class _Type(ctypes.Structure):
+    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device", _Device),
+        ("ndim", ctypes.c_int32),
+        ("dtype", _Type),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    )
+
+
+_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+class _Managed(ctypes.Structure):
+    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
+
+
+_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
+_FLOAT = 2
+_NAME = b"dltensor"
+
+_api = ctypes.pythonapi
+_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
+_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
+_pointer_of_dying = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
+_Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(("PyCapsule_New", _api))
+
+
+def _of_dlpack(name: str, value: Any, device: str, number: int) -> DeviceArray:
+    """The capsule is kept, and never marked as used: with it the producer gets its memory back."""
+    if number != 0:
+        raise ValueError(
+            f"{name} is on card {number}, and the engine computes on card 0, the first of CUDA_VISIBLE_DEVICES: set that to it"
+        )
+    # The producer makes the legacy stream wait for its own, and the engine waits for that.
+    on_card = device == "cuda"
+    capsule = value.__dlpack__(stream=_LEGACY_STREAM) if on_card else value.__dlpack__()
+    tensor = _Managed.from_address(_get_pointer(capsule, _NAME)).tensor
+    kind, bits = _CODES.get(tensor.dtype.code, f"of code {tensor.dtype.code}"), tensor.dtype.bits
+    if tensor.dtype.code != _FLOAT or tensor.dtype.lanes != 1 or bits not in (16, 32, 64):
+        raise TypeError(f"{name} has dtype {kind}{bits}; expected float32 or float64")
+    shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
+    strides = tuple(tensor.strides[k] for k in range(tensor.ndim)) if tensor.strides else None
+    address = (tensor.data or 0) + tensor.byte_offset
+    stream = _LEGACY_STREAM if on_card else NOTHING
+    return _checked(name, device, address, shape, strides, np.dtype(f"float{bits}"), stream, (capsule, value))
+
+
+_given_out: dict[int, tuple[object, ...]] = {}
+"""What the capsules given out need, by the address of their tensors, until they are done with."""
+
+
+def _forget(address: int) -> None:
+    _given_out.pop(address, None)
+
+
+def _forget_unused(capsule: int) -> None:
+    """What a capsule held that nobody has used, whose name is still the first."""
+    if _is_valid(capsule, _NAME):
+        _forget(_pointer_of_dying(capsule, _NAME))
+
+
+_take_back, _discard = _Deleter(_forget), _Destructor(_forget_unused)
+
+
+def _capsule_of(array: DeviceArray) -> object:
+    sizes = ctypes.c_int64 * array.ndim
+    shape = sizes(*array.shape)
+    strides = sizes(*(math.prod(array.shape[k + 1 :]) for k in range(array.ndim)))
+    tensor = _Tensor(
+        array.address,
+        _Device(*array.__dlpack_device__()),
+        array.ndim,
+        _Type(_FLOAT, 8 * array.dtype.itemsize, 1),
+        ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
+        ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)),
+        0,
+    )
+    managed = _Managed(tensor, None, _take_back)
+    address = ctypes.addressof(managed)
+    _given_out[address] = (managed, shape, strides, array.owner)
+    return _new(address, _NAME, _discard)

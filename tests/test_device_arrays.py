@@ -1,0 +1,319 @@
+"""Arrays in the memory of a device: what is read of them, what is refused, and that none is copied.
+
+Without a card the memory of the machine stands for that of a card: a class that says where NumPy's memory lies as CuPy says it of
+a card's, and DLPack's arrays on the CPU, on networks whose device is that of the reference arrays of Julia's GPU packages.
+"""
+
+from __future__ import annotations
+
+import gc
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CHECKOUT, has_julia_package
+
+import implicit_rnn as irnn
+from implicit_rnn import device_arrays
+from implicit_rnn.device_arrays import EVERYTHING, NOTHING, DeviceArray, lent
+from implicit_rnn.runtime import start
+
+STREAM = 7
+
+
+class OnCard:
+    """An array as CuPy has them: here of NumPy's memory."""
+
+    def __init__(self, array: np.ndarray, **different: Any) -> None:
+        self.array, self.different = array, different
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        usual = {
+            "shape": self.array.shape,
+            "typestr": self.array.dtype.str,
+            "data": (self.array.ctypes.data, True),
+            "strides": None,
+            "stream": STREAM,
+            "version": 3,
+        }
+        given = usual | self.different
+        return {key: value for key, value in given.items() if value != "absent"}
+
+
+class ByDLPack:
+    """An array as other libraries have them, of NumPy's memory."""
+
+    def __init__(self, array: np.ndarray, device: tuple[int, int] = (1, 0)) -> None:
+        self.array, self.device = array, device
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return self.device
+
+    def __dlpack__(self, **options: Any) -> object:
+        return self.array.__dlpack__()
+
+
+# --- what is read ----------------------------------------------------------------------------------------------
+
+
+def test_an_array_is_read_where_it_lies():
+    array = np.arange(12.0).reshape(4, 3)
+    for producer in (OnCard(array), OnCard(array, strides=array.strides), OnCard(array, shape=[4, 3]), ByDLPack(array)):
+        found = lent("X", producer, "jl")
+        assert (found.address, found.shape, found.dtype) == (array.ctypes.data, (4, 3), np.dtype("float64"))
+        assert (len(found), found.ndim, found.size, found.reshape(-1).shape) == (4, 2, 12, (12,))
+
+
+def test_strides_count_where_there_is_more_than_one_entry():
+    column = np.arange(12.0).reshape(4, 3)[:, :1].copy()
+    assert lent("X", OnCard(column, strides=(8, 1000)), "jl").shape == (4, 1)
+    assert lent("X", ByDLPack(np.zeros((1, 3))[:, ::1]), "jl").shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("said", "stream"),
+    [
+        ({}, STREAM),
+        ({"stream": None}, NOTHING),
+        ({"stream": "absent"}, NOTHING),
+        ({"stream": 1}, 1),
+        ({"version": 2, "stream": "absent"}, EVERYTHING),  # which PyTorch has
+    ],
+)
+def test_the_stream_of_the_producer_is_known(said, stream):
+    assert lent("X", OnCard(np.zeros((4, 3)), **said), "jl").stream == stream
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ({"data": "absent"}, TypeError, "__cuda_array_interface__ of X has no data"),
+        ({"version": 4}, TypeError, "version 4; expected one up to 3"),
+        ({"version": "3"}, TypeError, "version '3'"),
+        ({"mask": object()}, TypeError, "X is masked"),
+        ({"shape": (4, -3)}, TypeError, r"shape \(4, -3\); expected a tuple of sizes"),
+        ({"shape": 12}, TypeError, "shape 12"),
+        ({"typestr": "<f9"}, TypeError, "typestr '<f9'.*; expected a type such as '<f4'"),
+        ({"data": 17}, TypeError, "data 17"),
+        ({"data": (0, True)}, ValueError, r"shape \(4, 3\) and no memory"),
+        ({"strides": (8, 32)}, ValueError, r"strides \(1, 4\) in entries; expected \(3, 1\).*contiguous"),
+        ({"strides": (24,)}, TypeError, "expected 2 multiples of 8"),
+        ({"strides": (24, 4)}, TypeError, "expected 2 multiples of 8"),
+        ({"stream": 0}, TypeError, "stream 0; expected None, 1, 2 or the handle of a stream"),
+        ({"stream": "s"}, TypeError, "stream 's'"),
+    ],
+)
+def test_what_contradicts_itself_is_refused_by_name(said, error, message):
+    with pytest.raises(error, match=message):
+        lent("X", OnCard(np.zeros((4, 3)), **said), "jl")
+
+
+def test_what_dlpack_cannot_say_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"strides \(1, 4\) in entries"):
+        lent("X", ByDLPack(np.zeros((3, 4)).T), "jl")
+    with pytest.raises(TypeError, match="X has dtype int64; expected float32 or float64"):
+        lent("X", ByDLPack(np.zeros((3, 4), np.int64)), "jl")
+    with pytest.raises(ValueError, match=r"X is on card 1.*CUDA_VISIBLE_DEVICES"):
+        lent("X", ByDLPack(np.zeros((3, 4)), (2, 1)), "cuda")
+
+
+def test_what_is_somewhere_else_is_not_read():
+    array = np.zeros((4, 3))
+    assert lent("X", array, "jl") is None
+    assert lent("X", array.tolist(), "jl") is None
+    assert lent("X", OnCard(array), "cpu") is None
+    assert lent("X", ByDLPack(array), "cuda") is None  # it is in the machine's memory
+    assert lent("X", ByDLPack(array, (2, 0)), "jl") is None
+    for producer in (array, OnCard(array), ByDLPack(array)):
+        assert device_arrays.is_lent(producer, "jl") == (lent("X", producer, "jl") is not None)
+
+
+# --- what is given out -----------------------------------------------------------------------------------------
+
+
+def test_a_result_on_a_card_has_the_interface_of_cupy():
+    result = DeviceArray("cuda", 4096, (4, 3), np.dtype("float32"), NOTHING, None)
+    assert result.__cuda_array_interface__ == {
+        "shape": (4, 3),
+        "typestr": "<f4",
+        "data": (4096, False),
+        "strides": None,
+        "stream": None,
+        "version": 3,
+    }
+    assert result.__dlpack_device__() == (2, 0)
+    with pytest.raises(TypeError, match=r"in the memory of a device; its method numpy\(\) copies"):
+        np.asarray(result)
+
+
+def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
+    memory = np.arange(12.0).reshape(4, 3)
+    result = DeviceArray("jl", memory.ctypes.data, (4, 3), memory.dtype, NOTHING, memory)
+    taken = np.from_dlpack(result)
+    assert taken.ctypes.data == memory.ctypes.data
+    np.testing.assert_array_equal(taken, memory)
+    result.__dlpack__()  # a capsule that nobody takes
+    assert [kept[-1] is memory for kept in device_arrays._given_out.values()] == [True]
+    del taken
+    gc.collect()
+    assert not device_arrays._given_out
+    with pytest.raises(BufferError, match="without a copy"):
+        result.__dlpack__(copy=True)
+
+
+# --- networks --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nets(monkeypatch: pytest.MonkeyPatch) -> tuple[irnn.Network, irnn.Network]:
+    """The same network on the CPU and on the reference device arrays, which read and write the memory they are lent."""
+    if not has_julia_package("JLArrays"):
+        pytest.skip("JLArrays.jl is not in Julia's environment")
+    monkeypatch.setattr("implicit_rnn.network.DEVICES", ("cpu", "jl"))
+    start.evaluate(
+        f'isdefined(Main, :AWAITED) || include(raw"{CHECKOUT / "julia" / "test" / "lent_memory.jl"}"); empty!(AWAITED)'
+    )
+    cpu, device = (
+        irnn.Network(3, [irnn.Layer(6), 4], feedback=True, outputs=2, seed=1, engine="julia") for _ in range(2)
+    )
+    return cpu, device.to("jl")
+
+
+def awaited() -> set[int]:
+    return set(start.evaluate("copy(AWAITED)"))
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("producer", [OnCard, ByDLPack])
+def test_a_device_array_in_gives_a_device_array_out(nets, X, Y, producer):
+    cpu, device = nets
+    x, y = producer(X), producer(Y)
+    there = device.equilibrium(x)
+    assert isinstance(there.state, DeviceArray)
+    assert there.converged.all()
+    np.testing.assert_allclose(there.state.numpy(), cpu.equilibrium(X).state, atol=1e-9)
+    np.testing.assert_allclose(device.read_out(there.state).numpy(), cpu.predict(X), atol=1e-9)
+    np.testing.assert_allclose(np.from_dlpack(device.predict(x, z0=there.state)), cpu.predict(X), atol=1e-9)
+    loss, gradient = device.loss_and_gradient(x, y, sample_weights=np.arange(1.0, 13))
+    expected, along = cpu.loss_and_gradient(X, Y, sample_weights=np.arange(1.0, 13))
+    assert loss == pytest.approx(expected, rel=1e-9)
+    np.testing.assert_allclose(gradient, along, atol=1e-9)
+    g, dX = device.vjp(x, y, z0=there.state)
+    for found, exact in zip((g, dX.numpy()), cpu.vjp(X, Y), strict=True):
+        np.testing.assert_allclose(found, exact, atol=1e-8)
+    np.testing.assert_allclose(device.jvp(x, x).numpy(), cpu.jvp(X, X), atol=1e-8)
+    np.testing.assert_allclose(device.jvp(x, dparameters=g).numpy(), cpu.jvp(X, dparameters=g), atol=1e-8)
+    np.testing.assert_allclose(device.spectral_radius(x), cpu.spectral_radius(X), rtol=1e-7)
+    assert awaited() - {EVERYTHING} == ({STREAM} if producer is OnCard else set())
+
+
+@pytest.mark.julia
+def test_numpy_arrays_and_those_of_the_device_can_be_mixed(nets, X, Y):
+    cpu, device = nets
+    assert isinstance(device.predict(X), np.ndarray)
+    for x, y in ((X, ByDLPack(Y)), (ByDLPack(X), Y)):
+        np.testing.assert_allclose(device.loss_and_gradient(x, y)[1], cpu.loss_and_gradient(X, Y)[1], atol=1e-9)
+        dX = device.vjp(x, y)[1]
+        np.testing.assert_allclose(dX if x is X else dX.numpy(), cpu.vjp(X, Y)[1], atol=1e-8)
+
+
+@pytest.mark.julia
+def test_nothing_is_written_to_what_is_lent(nets, X, Y):
+    x, y, start_ = X.copy(), Y.copy(), np.zeros((12, 10))
+    nets[1].vjp(OnCard(x), OnCard(y), z0=OnCard(start_))
+    nets[1].fit(OnCard(x), OnCard(y), epochs=2, batch_size=5, progress=False)
+    np.testing.assert_array_equal(x, X)
+    np.testing.assert_array_equal(y, Y)
+    assert not start_.any()
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
+def test_training_on_arrays_of_the_device_is_that_on_numpy_arrays(nets, X, Y, optimizer):
+    device = nets[1]
+    again = pickle.loads(pickle.dumps(device))
+    options = {"epochs": 4, "batch_size": 5, "seed": 2, "validation": (X, Y), "progress": False, "optimizer": optimizer}
+    if optimizer == "lbfgs":
+        options["batch_size"] = None
+    run, same = device.fit(OnCard(X), ByDLPack(Y), **options), again.fit(X, Y, **options)
+    np.testing.assert_array_equal(run.loss, same.loss)
+    np.testing.assert_array_equal(device.parameters, again.parameters)
+    device.fit(X, OnCard(Y), **options | {"epochs": 6}, resume=run)  # the same data, wherever they are
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
+def test_targets_on_the_device_are_checked_as_others_are(nets, X, Y, loss):
+    cpu, device = nets
+    good = np.eye(2)[np.arange(12) % 2]
+    found = device.loss_and_gradient(OnCard(X), OnCard(good), loss=loss)[0]
+    assert found == pytest.approx(cpu.loss_and_gradient(X, good, loss=loss)[0], rel=1e-9)
+    with pytest.raises(ValueError, match="Y"):
+        device.loss_and_gradient(OnCard(X), OnCard(Y), loss=loss)
+
+
+@pytest.mark.julia
+def test_bad_arrays_of_the_device_are_refused_as_others_are(nets, X, Y):
+    device = nets[1]
+    with pytest.raises(ValueError, match=r"X has shape \(12, 2\); expected \(samples, 3\)"):
+        device.predict(OnCard(Y))
+    with pytest.raises(ValueError, match="X has no samples"):
+        device.predict(OnCard(X[:0]))
+    with pytest.raises(ValueError, match="Y has 11 samples, X has 12"):
+        device.loss_and_gradient(OnCard(X), OnCard(Y[:11].copy()))
+    with pytest.raises(TypeError, match=r"X has dtype float32, the network float64.*convert it there"):
+        device.predict(OnCard(X.astype(np.float32)))
+    bad = X.copy()
+    bad[4:6, 1] = np.nan
+    with pytest.raises(ValueError, match="X has NaN or infinity in 2 of 12 samples, first in sample 4"):
+        device.predict(ByDLPack(bad))
+    with pytest.raises(TypeError, match="sample_weights is a OnCard in the memory of a GPU"):
+        device.loss_and_gradient(X, Y, sample_weights=OnCard(np.ones(12)))
+    with pytest.raises(TypeError, match="is computed by NumPy; pass X and Y as NumPy arrays"):
+        device.loss_and_gradient(OnCard(X), Y, loss=irnn.CustomLoss(lambda y, t: (y[:, 0], y)))
+
+
+@pytest.mark.julia
+def test_the_memory_of_results_is_returned(nets, X):
+    device = nets[1]
+    gc.collect()
+    device.predict(X)
+    kept = start.entry_points()["alive"]()
+    results = [device.predict(OnCard(X)) for _ in range(3)]
+    assert start.entry_points()["alive"]() >= kept + 3
+    del results
+    gc.collect()
+    device.predict(X)
+    assert start.entry_points()["alive"]() <= kept
+    assert EVERYTHING in awaited()  # before it is freed
+
+
+@pytest.mark.julia
+def test_a_layer_of_torch_works_in_the_memory_of_its_tensors(nets, X):
+    torch = pytest.importorskip("torch")
+    from implicit_rnn.torch import ImplicitRNN
+
+    results = []
+    for net in nets:
+        for of in ("outputs", "state"):
+            layer, x = ImplicitRNN(net, of=of), torch.tensor(X, requires_grad=True)
+            y = layer(x)
+            (y**2).sum().backward()
+            results.append([y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
+    for here, there in zip(results[:2], results[2:], strict=True):
+        for expected, found in zip(here, there, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-8)
+
+
+def test_arrays_of_a_card_on_a_network_of_the_cpu_are_refused_with_the_remedy():
+    net = irnn.Network(3, [irnn.Layer(4)], outputs=2, engine="numpy")
+    with pytest.raises(TypeError, match=r"X is a OnCard in the memory of a GPU.*; copy it to a NumPy array first"):
+        net.predict(OnCard(np.zeros((4, 3))))
+
+
+def test_an_engine_without_devices_says_so_rather_than_reading_the_array():
+    net = irnn.Network(3, [irnn.Layer(4)], outputs=2, engine="numpy", device="cuda")
+    with pytest.raises(irnn.EngineError, match="cuda"):
+        net.predict(OnCard(np.zeros((4, 3))))
