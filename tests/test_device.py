@@ -175,6 +175,65 @@ def test_who_computes_on_the_cpu_loads_no_package_for_devices(run_python: RunPyt
     assert done.stdout.strip() == "[]", str(done)
 
 
+# --- equations ------------------------------------------------------------------------------------------------
+
+KEPLER = irnn.julia("(E, M, e) -> E .- e .* sin.(E) .- M")
+
+
+@pytest.fixture
+def orbits(rng) -> tuple[np.ndarray, np.ndarray]:
+    return rng.uniform(0, 6, 300), rng.uniform(0, 0.9, 300)
+
+
+@pytest.mark.julia
+def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(pair, orbits, rng, monkeypatch):
+    monkeypatch.setattr("implicit_rnn.equations.DEVICES", ("cpu", "jl"))
+    M, _ = orbits
+    here, there = (
+        irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"), device=name) for name in ("cpu", "jl")
+    )
+    np.testing.assert_allclose(there.value, here.value, rtol=1e-10)
+    np.testing.assert_array_equal(there.status, here.status)
+    np.testing.assert_array_equal(there.iterations, here.iterations)
+    v = rng.standard_normal((300, 1))
+    for solution in (there, pickle.loads(pickle.dumps(there))):
+        for name, product in here.vjp(v).items():
+            np.testing.assert_allclose(solution.vjp(v)[name], product, rtol=1e-8)
+        np.testing.assert_allclose(solution.jacobian("e"), here.jacobian("e"), rtol=1e-8)
+    shared = irnn.root(KEPLER, M[:, None], args=(M, 0.5), batched="M", device="jl")
+    expected = irnn.root(KEPLER, M[:, None], args=(M, 0.5), batched="M").vjp(v)["e"]
+    assert shared.vjp(v)["e"] == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.julia
+def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(pair, orbits, monkeypatch):
+    monkeypatch.setattr("implicit_rnn.equations.DEVICES", ("cpu", "jl"))
+    half = irnn.julia("z -> z ./ 2")
+    with pytest.raises(irnn.EngineError, match=r"does not offer equations of more than 8 unknowns \(9 came\)"):
+        irnn.fixed_point(half, np.ones((5, 9)), device="jl")
+    with pytest.raises(irnn.EngineError, match="does not offer the solver Anderson for equations; choose Auto, Picard"):
+        irnn.fixed_point(half, np.ones((5, 2)), solver="anderson", device="jl")
+    with pytest.raises(irnn.EngineError, match="does not offer this function, which gives values of type Array"):
+        irnn.fixed_point(irnn.julia("z -> sort(z) ./ 2"), np.ones((5, 2)), device="jl")
+    with pytest.raises(ValueError, match=r"f returned .*\(3,\)"):
+        irnn.fixed_point(irnn.julia("z -> [z[1], z[2], z[1]]"), np.ones((5, 2)), device="jl")
+
+
+def test_a_python_function_cannot_run_on_a_device():
+    with pytest.raises(ValueError, match="a Python function cannot run on device='cuda'; write it as Julia code"):
+        irnn.root(lambda z: z, [[1.0]], device="cuda")
+    with pytest.raises(ValueError, match="device is 'gpu'; expected one of 'cpu', 'cuda'"):
+        irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="gpu")
+
+
+@pytest.mark.julia
+def test_an_equation_without_cuda_says_what_to_do():
+    if has_julia_package("CUDA"):
+        pytest.skip("CUDA.jl is in Julia's environment")
+    with pytest.raises(irnn.EngineError, match=r"needs CUDA.jl, which is not in"):
+        irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="cuda")
+
+
 # --- the command, and what goes wrong --------------------------------------------------------------------------
 
 

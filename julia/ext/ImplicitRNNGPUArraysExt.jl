@@ -9,17 +9,20 @@ solver asked for.
 module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
+using ImplicitRNN.ForwardDiff: Dual, ForwardDiff, Partials, partials, Tag
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, AUTO_BLOCK, batch, Batches, BLOW_UP,
-    check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_size, check_start, check_supervised,
-    Connection, CONVERGED, CPUWorkspace, curvature, DIVERGED, ElementwiseLoss, equilibrium!, free_memory,
-    guarantees_uniqueness, is_singular, is_whole, JacobianPenalty, limit, LINEARIZED_PATIENCE, loss_and_gradient!,
-    LossSeed, matrix_size, MAX_ITERATIONS, needs_equilibrium, NON_FINITE, norm_of, output_size, OutputSeed, Piecewise,
-    PILOT_ITERATIONS, PILOTS, Quality, rademacher, repels, scale_floor, SINGULAR, slope, SMALLEST_STEP, Solver,
-    Stage, StateSeed, StepBuffers, SUSPICIOUS_SIZE, tolerance, train!, trust_radius, unpack_tangent, unpack!, UNSTABLE,
-    value, worse, WORST_ADJOINT
+using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, at, AUTO_BLOCK, batch, Batches, BLOW_UP,
+    call!, check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_size, check_start,
+    check_supervised, Connection, CONVERGED, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE,
+    ElementwiseLoss, EquationProblem, equilibrium!, free_memory, guarantees_uniqueness, ImplicitSolution,
+    is_differentiable, is_singular, is_whole, jacobian!, JacobianPenalty, limit, LINEARIZED_PATIENCE,
+    loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, needs_equilibrium, NON_FINITE, norm_of,
+    number_or_array, Outcome, output_size, OutputSeed, PerSample, Piecewise, PILOT_ITERATIONS, PILOTS,
+    predicted_iterations, Quality, rademacher, repels, scale_floor, Short, SINGULAR, slope, SMALLEST_ROOT_STEP,
+    SMALLEST_STEP, solve!, Solver, Stage, STALLED, StateSeed, StepBuffers, SUSPICIOUS_SIZE, tolerance, train!,
+    trust_radius, unpack!, unpack_tangent, UNSTABLE, value, vjp!, worse, WORST_ADJOINT
 using KernelAbstractions
-using KernelAbstractions: Backend
+using KernelAbstractions: Adapt, Backend
 using LinearAlgebra: I, issuccess, lu!, mul!
 
 include("device_kernels.jl")
@@ -31,5 +34,6 @@ include("device_solvers.jl")
 include("device_passes.jl")
 include("device_gradient.jl")
 include("device_training.jl")
+include("device_equations.jl")
 
 end

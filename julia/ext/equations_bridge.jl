@@ -2,22 +2,23 @@
 # The entry points of `implicit_rnn.equations`. Each returns None or a number, or where the user's function is at fault what is
 # wrong, as (kind, text) for Python to say with the names it knows.
 
-using ImplicitRNN: EquationProblem, Inverses, compiled_function, solve!, vjp!
+using ImplicitRNN: EquationProblem, compiled_function, inverses_at, solve!, vjp!
 
 """
 An equation on the memory of Python's arrays, which their owner keeps alive as long as the handle: the arguments, and `Z`, which
-holds the start and then the solution, at which `inverses` are found when they are first needed.
+holds the start and then the solution, at which `inverses` are found when they are first needed; or on a device with copies of
+them, of which `given` is what `Z` is a copy of.
 """
-mutable struct EquationSession{T}
+mutable struct EquationSession{T, M <: AbstractMatrix{T}}
     const problem::EquationProblem{T}
-    const Z::Matrix{T}
-    inverses::Union{Nothing, Inverses{T}}
+    const Z::M
+    const given::Matrix{T}
+    inverses::Any
 end
+EquationSession(problem::EquationProblem{T}, Z::AbstractMatrix{T}, given::Matrix{T}) where {T} =
+    EquationSession{T, typeof(Z)}(problem, Z, given, nothing)
 
-function inverses!(s::EquationSession{T}) where {T}
-    s.inverses === nothing && (s.inverses = Inverses(s.problem, s.Z))
-    return s.inverses::Inverses{T}
-end
+inverses!(s::EquationSession) = s.inverses === nothing ? (s.inverses = inverses_at(s.problem, s.Z)) : s.inverses
 
 const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
 
@@ -51,6 +52,7 @@ struct EquationForm
     shapes::Vector{Tuple{Vararg{Int}}}
     batched::Vector{Bool}
     weights::Vector{Float64}
+    device::String
 end
 
 "`equation_form(description) -> handle`."
@@ -58,10 +60,11 @@ equation_form(d::Py) = answer(() -> keep(form_of(d)))
 function form_of(d::Py)
     f = compiled_function(pyconvert(String, d["code"]))
     pyconvert(Bool, d["number"]) && (f = ImplicitRNN.OfNumber(f))
-    args = collect(d["args"])
+    args, device = collect(d["args"]), pyconvert(String, d["device"])
+    device == "cpu" || on_backend(ImplicitRNN.check_device, device)           # which loads its package, for the calls to come
     return EquationForm(
         dtype(d), f, pyconvert(Bool, d["root"]), pyconvert(Int, d["n"]), pyconvert(Int, d["samples"]), dtype.(args), shape.(args),
-        Bool[pyconvert(Bool, a["batched"]) for a in args], inv.(pyconvert(Vector{Float64}, d["scale"])),
+        Bool[pyconvert(Bool, a["batched"]) for a in args], inv.(pyconvert(Vector{Float64}, d["scale"])), device,
     )
 end
 
@@ -78,7 +81,12 @@ function equation_session(::Type{T}, d::EquationForm, Z::Py, args::Py) where {T}
     arguments = Array[reshape(lasting(NumPy{d.types[k]}(args[k - 1])), d.shapes[k]) for k in eachindex(d.types)]
     pydel!(args)          # a tuple keeps its arrays alive
     problem = EquationProblem{T}(d.f, d.root, d.n, d.samples, arguments, d.batched, d.weights)
-    return EquationSession{T}(problem, reshape(lasting(NumPy{T}(Z)), d.n, d.samples), nothing)
+    given = reshape(lasting(NumPy{T}(Z)), d.n, d.samples)
+    d.device == "cpu" && return EquationSession(problem, given, given)
+    return on_backend(d.device) do backend
+        there = copyto!(reshape(ImplicitRNN.device_vector(backend, T, length(given)), size(given)), given)
+        EquationSession(ImplicitRNN.on_device(problem, backend), there, given)
+    end
 end
 
 "A vector on the memory of an array that its owner keeps."
@@ -101,7 +109,8 @@ end
 solve_session!(s::EquationSession, method::Solver, arrays) =
     borrow(arrays...) do status, iterations, residual, rate
     regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
-    s.inverses = Inverses(s.problem, s.Z, regular)
+    s.inverses = inverses_at(s.problem, s.Z, regular)
+    s.Z === s.given || copyto!(s.given, s.Z)
     nothing
 end
 

@@ -33,6 +33,9 @@ await_stream(backend, stream::Int) = nothing
 "    finish_work(backend)\n\nWait until all that was asked of the device is done, so that others may read what was written."
 finish_work(backend) = nothing
 
+"    on_device(problem, backend)\n\nAn [`EquationProblem`](@ref) whose arguments are on a device."
+function on_device end
+
 "    read_out!(outputs, workspace, p, Z)\n\nThe outputs (outputs × samples) of the states `Z` (neurons × samples) on the device of a workspace."
 function read_out! end
 

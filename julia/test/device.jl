@@ -369,6 +369,8 @@ else
         @test_throws DimensionMismatch gradient(device, p, X, Y; weights = ones(4))
     end
 
+    include("device_equations.jl")
+
     if Base.find_package("GPUCompiler") === nothing || Sys.which("ptxas") === nothing
         @info "Skipped: the kernels as machine code need GPUCompiler in the environment and CUDA's ptxas on the PATH"
         @test_skip "machine code"

@@ -20,6 +20,7 @@ function kernels_of(::Type{T}) where {T}
         (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Activated{ImplicitRNN.Tanh}, Nothing, E.Rule{T}, typeof(tiling)))
     end
     tiling = E.Tiling(64, T)
+    equations = merge((equation_kernels(E, T, K, f) for (K, f) in FUNCTIONS)...)
     return (;
         stage = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
         adjoint = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Scaled, M, E.Rule{T})),
@@ -36,7 +37,33 @@ function kernels_of(::Type{T}) where {T}
         curvatures = (E.gpu_curvatures!, 2, (M, M, M, f)),
         signs = (E.gpu_signs!, 2, (M, UInt64, Int, Int)),
         record = (E.gpu_record_evaluation!, 1, (record, M)),
+        equations...,
     )
+end
+
+"Functions of equations by their unknowns; each sample has a number `a` and as many numbers `b` as it has unknowns."
+const FUNCTIONS = (
+    1 => (z, a, b) -> z .- a .* exp.(.-z) .- b,
+    2 => (z, a, b) -> [a * z[1] - z[2]^2 - b[1], exp(-z[1]) * z[2] - b[2]],
+    5 => (z, a, b) -> a .* z .+ z .* z .- b,
+    8 => (z, a, b) -> a .* z .+ z .* z .- b,
+)
+
+function equation_kernels(E, ::Type{T}, K, f) where {T}
+    M, V, group = PTX.Global{T, 2}, PTX.Global{T, 1}, E.group_of(K)
+    per_sample(types::NamedTuple) = NamedTuple{keys(types), Tuple{(PTX.Global{S, 1} for S in types)...}}
+    ends = per_sample((; solved = Bool, iterations = Int32, residual = Float64, rate = Float64))
+    args = Tuple{ImplicitRNN.PerSample{0, V}, ImplicitRNN.PerSample{K, M}}
+    solve(solver, root) = (E.gpu_solve_samples!, (group,), (M, ends, typeof(f), args, E.SampleRule{K}, Val{solver}, Val{root}, Val{group}))
+    found = (;
+        newton = solve(Newton, true), auto = solve(Auto, false),
+        vjp = (E.gpu_pull_back_samples!, (group,), (M, PTX.Global{Bool, 1}, M, M, typeof(f), args, Val{true}, Val{K}, Val{group})),
+        jacobian = (
+            E.gpu_jacobian_of_samples!, (group,),
+            (PTX.Global{T, 3}, PTX.Global{Bool, 1}, M, PTX.Global{Bool, 1}, typeof(f), args, Val{true}, Val{K}, Val{2}, Val{group}),
+        ),
+    )
+    return NamedTuple{Tuple(Symbol("equation_", name, "_", K) for name in keys(found))}(values(found))
 end
 
 function check_resources(name, T, ptx, items, card)

@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from types import FunctionType
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options
-from implicit_rnn.engines import check_engine, get_engine
+from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
@@ -148,6 +148,7 @@ def fixed_point(
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
+    device: str = "cpu",
 ) -> ImplicitSolution:
     """Solve ``z = f(z, *args)``.
 
@@ -196,6 +197,9 @@ def fixed_point(
         What happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the solution, "warn", or "ignore".
     engine
         Julia code needs "julia" or "auto", Python functions run on every engine. ``None`` reads IMPLICIT_RNN_ENGINE.
+    device
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, one sample on each of its threads, for many samples of up to 8
+        unknowns; see the page *On a GPU*.
 
     Raises
     ------
@@ -222,7 +226,7 @@ def fixed_point(
     >>> print(solution.value.round(6).ravel())
     [0.980821 0.801418]
     """
-    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=False)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, device, root=False)
 
 
 def root(
@@ -238,6 +242,7 @@ def root(
     scale: ArrayLike | None = None,
     on_failure: str = "raise",
     engine: str | None = None,
+    device: str = "cpu",
 ) -> ImplicitSolution:
     """Solve ``f(z, *args) = 0``.
 
@@ -246,7 +251,7 @@ def root(
 
     Parameters
     ----------
-    f, z0, args, batched, vectorized, jac, vjp, scale, on_failure, engine
+    f, z0, args, batched, vectorized, jac, vjp, scale, on_failure, engine, device
         As for ``fixed_point``, but that f returns what is to be zero, (n,).
     solver
         ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and, for Julia code,
@@ -265,7 +270,7 @@ def root(
     >>> print(solution.jacobian("a").round(6))  # 1 / (2 z)
     [[0.353553]]
     """
-    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, root=True)
+    return _solve(f, z0, args, batched, solver, vectorized, jac, vjp, scale, on_failure, engine, device, root=True)
 
 
 def _solve(
@@ -280,13 +285,15 @@ def _solve(
     scale: ArrayLike | None,
     on_failure: str,
     engine: str | None,
+    device: str,
     root: bool,
 ) -> ImplicitSolution:
     options.check_on_failure(on_failure)
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
     _check_function(f, vectorized, jac, vjp)
     check_engine(engine)
-    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root)
+    _check_device(f, device)
+    equation = replace(_pose(f, z0, args, batched, vectorized, jac, vjp, scale, root), device=device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -307,6 +314,12 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
             raise ValueError(f"{name} is for Python functions; Julia code is differentiated exactly without it")
         if hook is not None and not callable(hook):
             raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
+
+
+def _check_device(f: Function, device: str) -> None:
+    options.check_choice("device", device, DEVICES)
+    if device != "cpu" and not isinstance(f, JuliaFunction):
+        raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
 
 
 def _check_solver(solver: Solver, root: bool) -> Solver:

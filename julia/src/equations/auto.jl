@@ -11,6 +11,9 @@ const TRUST_REGIONS = (
 "The part of the evaluations that each of them may use, and Newton's method before; the last gets what is left."
 const ATTEMPT_SHARES = (0.1, 0.2, 0.3, 0.2, 1.0)
 
+"The part of the evaluations that Newton's method may use on a fixed point."
+const FIXED_POINT_SHARE = 0.05
+
 "Evaluations that each gets in any case, if there are so many."
 const LEAST_ATTEMPT = 60
 
@@ -61,7 +64,7 @@ function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
     if p.n <= DENSE
         copyto!(s.start, s.z)
         forget!(s, p)
-        status = with_share!(() -> iterate!(Newton(), s, p, tol), s, 0.05)
+        status = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
         status === CONVERGED && return CONVERGED
     end
     return Base.invokelatest(slow_fixed_point!, s, erased(p), tol)::Status
@@ -79,7 +82,7 @@ function slow_fixed_point!(s::Iteration, p::ErasedEquation, tol)
         status === CONVERGED && return CONVERGED
         status === MAX_ITERATIONS || break
         copyto!(s.start, s.z)
-        with_share!(() -> iterate!(Newton(), s, p, tol), s, 0.05) === CONVERGED && return CONVERGED
+        with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE) === CONVERGED && return CONVERGED
     end
     found = trust_regions!(s, linearization!(s), p, tol)
     return status === DIVERGED && found !== CONVERGED ? DIVERGED : found

@@ -28,11 +28,11 @@ include("text.jl")
 What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (shaped like the start), and per sample `status`, `iterations`
 (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it.
 """
-struct ImplicitSolution{T, N}
+struct ImplicitSolution{T, A <: AbstractArray{T}, I}
     problem::EquationProblem{T}
-    value::Array{T, N}
+    value::A
     outcome::Outcome
-    inverses::Inverses{T}
+    inverses::I
 end
 Base.getproperty(s::ImplicitSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
@@ -51,6 +51,10 @@ A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`
 is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ
 much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point found by
 `Auto`, `Newton` or `NLsolver` from which Picard iteration would move away is `UNSTABLE`.
+
+Where `z0` is an array of a device, such as a `CuArray`, all samples are solved there, one by each work-item, and the value is one as
+well. It takes up to $(MAX_SHORT) unknowns, and as arguments numbers and vectors of up to $(MAX_SHORT) entries; by the solvers `Auto`,
+`Newton` and `Picard`, of which those samples that need more than steps of Picard's and Newton's kind are handed to the CPU in one piece.
 
     solution = fixed_point((z, a) -> cos.(a .* z), [0.5], 0.8)
     vjp(solution, [1.0])                   # (dz/da,)
@@ -72,7 +76,7 @@ function solve_equation(f, z0::AbstractVecOrMat, args; root, solver = Auto(), ba
     problem = EquationProblem{T}(f, value, args, batched; root, scale)
     Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
     regular = solve!(Z, outcome, problem, solver)
-    return ImplicitSolution(problem, value, outcome, Inverses(problem, Z, regular))
+    return ImplicitSolution(problem, value, outcome, inverses_at(problem, Z, regular))
 end
 
 "A function of one number as one of a vector."

@@ -13,7 +13,7 @@ struct EquationProblem{T}
     root::Bool
     n::Int
     samples::Int
-    args::Vector{Array}
+    args::Vector{AbstractArray}
     batched::Vector{Bool}
     weights::Vector{Float64}         # 1 / scale; none where all entries count alike
 end
@@ -21,7 +21,7 @@ end
 function EquationProblem{T}(f, z0::AbstractVecOrMat, args, batched; root, scale = nothing) where {T}
     n = size(z0, 1)
     problem = EquationProblem{T}(
-        f, root, n, size(z0, 2), Array[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
+        f, root, n, size(z0, 2), AbstractArray[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
         inverse_scale(scale, n),
     )
     for (i, x) in enumerate(problem.args)
@@ -42,7 +42,7 @@ function inverse_scale(scale::AbstractVector, n)
     return inv.(Float64.(scale))
 end
 
-is_differentiable(x::Array) = eltype(x) <: AbstractFloat
+is_differentiable(x::AbstractArray) = eltype(x) <: AbstractFloat
 
 "What `f` is given as an argument: `Shared` by all samples, or `PerSample`, where K tells a number (0), the length of a [`Short`](@ref) vector, or another array (-1)."
 struct Shared{X}
@@ -55,9 +55,9 @@ end
 shared(x::Array) = Shared(x)
 shared(x::Array{<:Any, 0}) = Shared(x[])
 shared(x::Vector) = Shared(length(x) <= MAX_SHORT ? Short(Tuple(x)) : x)
-per_sample(x::Array) = PerSample{-1, typeof(x)}(x)
-per_sample(x::Vector) = PerSample{0, typeof(x)}(x)
-per_sample(x::Matrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) : -1, typeof(x)}(x)
+per_sample(x::AbstractArray) = PerSample{-1, typeof(x)}(x)
+per_sample(x::AbstractVector) = PerSample{0, typeof(x)}(x)
+per_sample(x::AbstractMatrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) : -1, typeof(x)}(x)
 
 @inline at(x::Shared, j) = x.value
 @inline at(x::PerSample{0}, j) = @inbounds x.array[j]

@@ -14,7 +14,8 @@ struct Short{N, T} <: AbstractVector{T}
     entries::NTuple{N, T}
     Short(entries::Tuple{T, Vararg{T, M}}) where {T, M} = new{M + 1, T}(entries)
 end
-Short(entries...) = Short(promote(entries...))
+@inline Short(entries::T...) where {T} = Short(entries)
+@inline Short(entries...) = Short(promote(entries...))
 
 Base.size(::Short{N}) where {N} = (N,)
 Base.IndexStyle(::Type{<:Short}) = IndexLinear()
@@ -28,4 +29,4 @@ Base.BroadcastStyle(style::ShortStyle, ::Broadcast.DefaultArrayStyle{0}) = style
 Base.BroadcastStyle(::ShortStyle, style::Broadcast.DefaultArrayStyle{1}) = style
 Base.BroadcastStyle(::ShortStyle{N}, ::ShortStyle{M}) where {N, M} =
     N == 1 ? ShortStyle{M}() : M == 1 ? ShortStyle{N}() : Broadcast.DefaultArrayStyle{1}()
-Base.copy(b::Broadcast.Broadcasted{ShortStyle{N}}) where {N} = Short(ntuple(i -> (@inline; @inbounds b[i]), Val(N))...)
+@inline Base.copy(b::Broadcast.Broadcasted{ShortStyle{N}}) where {N} = Short(ntuple(i -> (@inline; @inbounds b[i]), Val(N))...)

@@ -23,6 +23,9 @@ end
 Inverses(::EquationProblem{T}, Z::Matrix{T}, regular = zeros(Bool, size(Z, 2))) where {T} =
     Inverses{T}(Z, regular, Array{T}(undef, 0, 0, 0), Bool[])
 
+"What derivatives of the solution `Z` begin with, wherever that is."
+inverses_at(problem::EquationProblem, Z::Matrix, regular = zeros(Bool, size(Z, 2))) = Inverses(problem, Z, regular)
+
 function make_room!(inverses::Inverses{T}) where {T}
     n, samples = size(inverses.Z)
     isempty(inverses.known) && n <= DENSE && n^2 * samples * sizeof(T) <= FACTORS_LIMIT || return

@@ -23,7 +23,7 @@ calls = map((Float64, Float32)) do T
         (Equilibrium(Network{T}(1, [Layer(1)]; outputs = 1)), vector, matrix),
         (fixed_point, typeof(cos), vector),
         (root, typeof(cos), matrix),
-        (vjp, ImplicitSolution{T, 2}, matrix),
+        (vjp, ImplicitSolution{T, matrix, ImplicitRNN.Inverses{T}}, matrix),
         (newton!, Iteration{T}, Linearization{T}, ErasedEquation{T}, Float64),
         (trust_regions!, Iteration{T}, Linearization{T}, ErasedEquation{T}, Float64),
         ((iterate!, solver, start...) for solver in (Auto, Picard, Anderson, Newton, NLsolver))...,

@@ -24,7 +24,7 @@ Of = Literal["outputs", "state"]
 """What of a network is differentiated."""
 
 DEVICES = ("cpu", "cuda")
-"""Where a network can be computed."""
+"""Where a network, or an equation of Julia code, can be computed."""
 
 WORST_ADJOINT = 1e-3
 """A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
@@ -248,6 +248,8 @@ class Equation:
     """∂f/∂z of a Python f, see ``fixed_point``"""
     vjp: Callable[..., Any] | None = None
     """products with the partial derivatives of a Python f, see ``fixed_point``"""
+    device: str = "cpu"
+    """where Julia code runs, one of ``DEVICES``"""
 
     @property
     def samples(self) -> int:

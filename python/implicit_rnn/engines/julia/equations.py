@@ -85,6 +85,7 @@ def _form_of(equation: Equation) -> Handle:
         equation.start.dtype,
         equation.start.shape,
         tuple([(array.dtype, array.shape, batched) for array, batched in args]),
+        equation.device,
     )
 
 
@@ -97,6 +98,7 @@ def _form(
     dtype: np.dtype,
     shape: tuple[int, ...],
     args: tuple[tuple[np.dtype, tuple[int, ...], bool], ...],
+    device: str,
 ) -> Handle:
     """What equations in a loop have in common."""
     samples, n = shape
@@ -108,6 +110,7 @@ def _form(
         "dtype": dtype.name,
         "n": n,
         "samples": samples,
+        "device": device,
         "args": [
             {"dtype": dtype.name, "shape": [*own[1:], own[0]] if batched else [*own], "batched": batched}
             for dtype, own, batched in args
