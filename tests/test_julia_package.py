@@ -40,7 +40,12 @@ def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_
     oldest = {name: bound.split(",")[0] for name, bound in accepted.items()}
     present = environments.manifest_versions(project)
     assert {name for name in oldest if not (present.get(name) or "").startswith(oldest[name])} <= NOT_INSTALLED
-    command = [julia_environment.exe, "--startup-file=no", f"--project={project}", str(PACKAGE / "test" / "runtests.jl")]
+    command = [
+        julia_environment.exe,
+        "--startup-file=no",
+        f"--project={project}",
+        str(PACKAGE / "test" / "runtests.jl"),
+    ]
     done = run_process([*command, *ON_THE_OLDEST], settings, 860, PACKAGE / "test")
     assert done.returncode == 0, str(done)
 

@@ -15,7 +15,7 @@ import tomllib
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import environments
+from implicit_rnn.runtime import environments, gpu
 
 pytestmark = pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), reason="needs the checkout")
 
@@ -50,6 +50,15 @@ def test_juliapkg_asks_for_the_julia_and_the_packages_that_the_julia_package_ask
         name: {"uuid": project["deps"][name], "version": project["compat"][name]}
         for name in environments.dependencies()
     }
+
+
+def test_packages_that_setup_adds_for_cuda_are_those_of_the_extensions_in_versions_that_these_accept():
+    project = tomllib.loads((CHECKOUT / "julia" / "Project.toml").read_text())
+    asked = re.findall(r'name = "(\w+)", uuid = "([^"]+)", version = "([^"]+)"', gpu.ADD_CUDA)
+    assert {"PythonCall": project["weakdeps"]["PythonCall"]} | {name: uuid for name, uuid, _ in asked} == project[
+        "weakdeps"
+    ]
+    assert all(project["compat"][name].startswith(version) for name, _, version in asked)
 
 
 def test_julia_package_has_the_licence():
