@@ -162,7 +162,7 @@ def other_packages(tmp_path: Path, julia_environment: Environment) -> Callable[[
             pytest.skip(f"this machine has no shared Julia environment @implicit-rnn-{name}")
         (tmp_path / "preferences").mkdir()
         (tmp_path / "preferences" / "Project.toml").write_text(PREFERENCES)
-        depots = ENVIRONMENT.get("JULIA_DEPOT_PATH") or os.pathsep
+        depots = str(start.evaluate(f'join(DEPOT_PATH, "{os.pathsep}")'))
         load_path = ["@", str(tmp_path / "preferences"), str(CHECKOUT / "julia"), "@stdlib"]
         settings = {
             "JULIA_DEPOT_PATH": os.pathsep.join([str(tmp_path / "depot"), depots]),
