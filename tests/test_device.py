@@ -76,7 +76,8 @@ def pair(monkeypatch) -> Iterator[tuple[irnn.Network, irnn.Network]]:
     """The same network on the CPU and on the reference device arrays."""
     if not has_julia_package("JLArrays"):
         pytest.skip("JLArrays.jl is not in Julia's environment")
-    monkeypatch.setattr("implicit_rnn.network.DEVICES", ("cpu", "jl"))
+    for module in ("network", "equations"):
+        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", "jl"))
     return network(engine="julia"), network(engine="julia", device="jl")
 
 
@@ -186,8 +187,7 @@ def orbits(rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.julia
-def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(pair, orbits, rng, monkeypatch):
-    monkeypatch.setattr("implicit_rnn.equations.DEVICES", ("cpu", "jl"))
+def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(pair, orbits, rng):
     M, _ = orbits
     here, there = (
         irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"), device=name) for name in ("cpu", "jl")
@@ -206,8 +206,7 @@ def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_c
 
 
 @pytest.mark.julia
-def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(pair, orbits, monkeypatch):
-    monkeypatch.setattr("implicit_rnn.equations.DEVICES", ("cpu", "jl"))
+def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(pair):
     half = irnn.julia("z -> z ./ 2")
     with pytest.raises(irnn.EngineError, match=r"does not offer equations of more than 8 unknowns \(9 came\)"):
         irnn.fixed_point(half, np.ones((5, 9)), device="jl")
@@ -242,6 +241,7 @@ def test_the_self_test_of_a_device_compares_it_with_the_cpu(pair):
     report = gpu.self_test("jl", sizes=((8, 32),))
     assert report["ok"]
     assert set(report["differences"]) == {"float64", "float32"}
+    assert set(report["differences"]["float32"]) == {"states", "gradient", "fit", "equation"}
     assert set(report["gradient, ms"]["8 x 32"]) == {"cpu", "jl"}
     assert gpu.describe("jl").startswith("JLBackend, JLArrays.jl")
 

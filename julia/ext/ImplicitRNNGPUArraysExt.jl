@@ -5,22 +5,24 @@ The parameters in force, the states, slopes and statuses of a batch and all prod
 singular values and eigenvalues, which the constraints Spectral and Monotone need, and whether an equilibrium attracts; and the
 samples that Picard iteration leaves unsolved, which the [`CPUWorkspace`](@ref ImplicitRNN.CPUWorkspace) solves in one piece by the
 solver asked for.
+
+Equations of any function of a few unknowns are solved and differentiated by a work-item for each sample.
 """
 module ImplicitRNNGPUArraysExt
 
 using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN.ForwardDiff: Dual, ForwardDiff, Partials, partials, Tag
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, at, AUTO_BLOCK, batch, Batches, BLOW_UP,
-    call!, check_device, check_features, check_interrupt, check_pullback, check_pushforward, check_size, check_start,
-    check_supervised, Connection, CONVERGED, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE,
-    ElementwiseLoss, EquationProblem, equilibrium!, free_memory, guarantees_uniqueness, ImplicitSolution,
-    is_differentiable, is_singular, is_whole, jacobian!, JacobianPenalty, limit, LINEARIZED_PATIENCE,
-    loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, needs_equilibrium, NON_FINITE, norm_of,
-    number_or_array, Outcome, output_size, OutputSeed, PerSample, Piecewise, PILOT_ITERATIONS, PILOTS,
-    predicted_iterations, Quality, rademacher, repels, scale_floor, Short, SINGULAR, slope, SMALLEST_ROOT_STEP,
-    SMALLEST_STEP, solve!, Solver, Stage, STALLED, StateSeed, StepBuffers, SUSPICIOUS_SIZE, tolerance, train!,
-    trust_radius, unpack!, unpack_tangent, UNSTABLE, value, vjp!, worse, WORST_ADJOINT
+using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, at, ATTEMPT_SHARES, AUTO_BLOCK, batch,
+    Batches, BLOW_UP, call!, check_device, check_features, check_interrupt, check_pullback, check_pushforward,
+    check_size, check_start, check_supervised, Connection, CONVERGED, CPUWorkspace, curvature, decreases, DIVERGED,
+    DIVERGENCE, ElementwiseLoss, EquationProblem, equilibrium!, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness,
+    ImplicitSolution, is_differentiable, is_singular, is_whole, jacobian!, JacobianPenalty, LEAST_ATTEMPT, limit,
+    LINEARIZED_PATIENCE, loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, needs_equilibrium,
+    NON_FINITE, norm_of, number_or_array, Outcome, output_size, OutputSeed, PerSample, picard_patience, Piecewise,
+    PILOT_ITERATIONS, PILOTS, predicted_iterations, Quality, rademacher, repels, scale_floor, Short, SINGULAR, slope,
+    SMALLEST_ROOT_STEP, SMALLEST_STEP, solve!, Solver, Stage, STALLED, StateSeed, StepBuffers, SUSPICIOUS_SIZE,
+    tolerance, train!, trust_radius, unpack!, unpack_tangent, UNSTABLE, value, vjp!, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Adapt, Backend
 using LinearAlgebra: I, issuccess, lu!, mul!
@@ -34,6 +36,9 @@ include("device_solvers.jl")
 include("device_passes.jl")
 include("device_gradient.jl")
 include("device_training.jl")
+include("device_functions.jl")
+include("device_newton.jl")
 include("device_equations.jl")
+include("device_derivatives.jl")
 
 end

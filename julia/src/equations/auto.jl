@@ -88,9 +88,12 @@ function slow_fixed_point!(s::Iteration, p::ErasedEquation, tol)
     return status === DIVERGED && found !== CONVERGED ? DIVERGED : found
 end
 
+"Picard iterations that a start of Newton's method is worth."
+picard_patience(n::Int) = 4 * (n + 2)
+
 # Until the iteration ends, or is so slow that Newton's method is cheaper (`nothing`); what runs away begins anew.
 function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
-    patience = 4 * (p.n + 2)
+    patience = picard_patience(p.n)
     while evaluate!(s, p)
         status = assess!(s, p, tol)
         if status === CONVERGED

@@ -42,7 +42,7 @@ def describe(device: str = "cuda") -> str:
 
 
 def self_test(device: str = "cuda", sizes: tuple[tuple[int, int], ...] = SIZES) -> dict[str, Any]:
-    """Compute states, gradients and a fit on the device and on the CPU, and time a gradient on both.
+    """Compute states, gradients, a fit and an equation on the device and on the CPU, and time a gradient on both.
 
     Returns the largest relative differences by precision, the times in ms by size (neurons x samples), and ``ok``: whether
     the differences are those of rounding. Raises ``EngineError`` where the device cannot be had.
@@ -66,7 +66,16 @@ def _differences(device: str, dtype: str) -> dict[str, float]:
     }
     for net in (here, there):
         net.fit(X, Y, epochs=5, batch_size=64, seed=0, progress=False)
-    return found | {"fit": _difference(there.parameters, here.parameters)}
+    return found | {"fit": _difference(there.parameters, here.parameters), "equation": _equation(device, X[:, :1])}
+
+
+def _equation(device: str, M: np.ndarray) -> float:
+    """The difference of the solutions of Kepler's equation for mean anomalies (B, 1)."""
+    from implicit_rnn import equations
+
+    kepler = equations.julia("(E, M) -> E .- 0.5 .* sin.(E) .- M")
+    here, there = (equations.root(kepler, M, args=(M,), batched="M", device=name).value for name in ("cpu", device))
+    return _difference(there, here)
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
