@@ -32,10 +32,15 @@ end
 
 Let the columns that are running come to their end, in `record`, or to be left to the host, `progress.abandoned`.
 """
-function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace{T}, q::Equation, progress, record, rule) where {T}
+function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+    approach!(ws, q, progress, rule)
+    return iterate_plainly!(ws, q, progress, record, rule)
+end
+
+function iterate_plainly!(ws::DeviceWorkspace, q::Equation, progress, record, rule)
     n, samples = size(q.Z)
     if n <= FUSED_NEURONS
-        tiling = Tiling(n, T)
+        tiling = Tiling(n, eltype(q.Z))
         items = work_items(tiling)
         picard!(ws.backend, items)(
             q.Z, progress, record, q.U, q.M, q.g, q.D, rule, tiling; ndrange = items * cld(samples, samples_of(tiling))
@@ -46,6 +51,33 @@ function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace{T}, q::Equation, pr
         step!(ws, q, progress, record, rule)
         look(progress, k) || break
     end
+    return
+end
+
+"""
+    approach!(ws, q, progress, rule)
+
+Iterate in single precision, as far as its rounding allows, where double precision is asked for and there is work enough for that to pay
+(`ws.single_first`). Columns that converge so go on in double precision from where they are, the others from where they began: what is
+decided of them, and how exactly they are solved, remains the same.
+"""
+approach!(ws::DeviceWorkspace, q::Equation, progress, rule) = nothing
+function approach!(ws::DeviceWorkspace{Float64}, q::Equation, progress, rule)
+    n, samples = size(q.Z)
+    n^2 * samples >= ws.single_first || return
+    Z = Float32.(q.Z)
+    single = Equation(Z, similar(Z), Float32.(q.U), Float32.(q.M), q.g, q.D === nothing ? nothing : Float32.(q.D))
+    course, record = progress_of(ws, samples, Float32), record_of(ws, samples, Float32)
+    course.running .= progress.running
+    coarse = Rule{Float32}(
+        tolerance(Picard(), Float32), max(rule.floor, floatmin(Float32)), rule.damping, min(rule.limit, PATIENCE), rule.patience, true, true,
+        false, rule.damping == 1
+    )
+    iterate_plainly!(ws, single, course, record, coarse)
+    # One that converges at once may repel, which is not to be covered up.
+    near = progress.running .& .!course.abandoned .& (record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
+    q.Z .= ifelse.(reshape(near, 1, :), Z, q.Z)
+    foreach((to, from) -> to .= ifelse.(near, from, to), (progress.count, progress.change, progress.rate), (course.count, course.change, course.rate))
     return
 end
 

@@ -11,11 +11,12 @@ struct StageArrays{M}
 end
 
 """
-    DeviceWorkspace(net, backend; budget = 3 / 4 of the free memory)
+    DeviceWorkspace(net, backend; budget = 3 / 4 of the free memory, single_first = 2^26)
 
 The [`AbstractWorkspace`](@ref ImplicitRNN.AbstractWorkspace) of a device: of any backend of KernelAbstractions.jl. The solver
 `NLsolver`, the linear solver `:gmres` and Hessian-vector products are refused. A batch whose arrays would take more than `budget`
-bytes is computed piece by piece.
+bytes is computed piece by piece. Where an iteration of a net of double precision takes `single_first` multiplications or more, it is
+done in single precision first, see [`approach!`](@ref).
 """
 mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: AbstractVector{T}} <: AbstractWorkspace{T}
     const net::Network{T}
@@ -30,15 +31,16 @@ mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: Abs
     const chains::Vector{Vector{M}}             # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     on_host::Bool                               # whether the parameters are in force on the CPU as well
     budget::Int                                 # bytes that a batch may take
+    single_first::Int                           # multiplications from which single precision comes first
 end
 
-function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3) where {T}
+function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3, single_first::Int = 2^26) where {T}
     check_device(backend)
     make(dimensions...) = KernelAbstractions.zeros(backend, T, dimensions...)
     M, V = typeof(make(0, 0)), typeof(make(0))
     return DeviceWorkspace{T, typeof(backend), M, V}(
         net, backend, CPUWorkspace(net), make(length(net)), make(length(net)), device_stages(net, make), make(net.outputs),
-        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget
+        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget, single_first
     )
 end
 
@@ -100,7 +102,8 @@ function arrays!(ws::DeviceWorkspace{T}, samples::Int) where {T}
 end
 
 "Per column, how its solve stands: see [`step!`](@ref)."
-function progress_of(ws::DeviceWorkspace{T}, samples::Int) where {T}
+progress_of(ws::DeviceWorkspace{T}, samples::Int) where {T} = progress_of(ws, samples, T)
+function progress_of(ws::DeviceWorkspace, samples::Int, ::Type{T}) where {T}
     filled(value) = fill!(KernelAbstractions.allocate(ws.backend, typeof(value), samples), value)
     return (;
         running = filled(true), started = filled(true), abandoned = filled(false),
@@ -109,7 +112,8 @@ function progress_of(ws::DeviceWorkspace{T}, samples::Int) where {T}
 end
 
 "Per column, how it went: an [`Outcome`](@ref ImplicitRNN.Outcome) on the device."
-function record_of(ws::DeviceWorkspace{T}, samples::Int) where {T}
+record_of(ws::DeviceWorkspace{T}, samples::Int) where {T} = record_of(ws, samples, T)
+function record_of(ws::DeviceWorkspace, samples::Int, ::Type{T}) where {T}
     filled(value) = fill!(KernelAbstractions.allocate(ws.backend, typeof(value), samples), value)
     return (; status = filled(CONVERGED), iterations = filled(Int32(0)), residual = filled(T(0)), rate = filled(T(0)))
 end
@@ -138,7 +142,7 @@ function pieces(ws::DeviceWorkspace{T}, problem::Problem, samples::Int) where {T
 end
 
 # Those of a stage, what the methods keep, and room for intermediate results.
-arrays_per_sample(problem::Problem) = 10 + kept(problem.solver) + kept(problem.adjoint)
+arrays_per_sample(problem::Problem) = 12 + kept(problem.solver) + kept(problem.adjoint)
 kept(::Solver) = 4
 kept(s::Anderson) = 2 * s.memory + 3
 kept(::Adjoint) = 0

@@ -336,6 +336,24 @@ else
         @test relative_error(there.g, here.g) < agreement(T)
     end
 
+    @testset "single precision first: $(neurons(net)) neurons" for net in (one_layer(), one_layer(; neurons = 130, constraint = Monotone(0.1)), one_layer(; neurons = 6, constraint = Free()))
+        gain = net.constraint isa Free ? 0.6 : 0.3                      # of the free net some samples have no equilibrium
+        p, X, Y = parameters(net; gain), samples(net, 45), targets(net, 45)
+        first_single, plain = (ImplicitRNN.Workspace(net, JLBackend(); single_first) for single_first in (0, typemax(Int)))
+        for solver in (Auto(), Picard(), Picard(damping = 0.7), Picard(max_iterations = 12))
+            here, there = (solved(ws, p, X; solver) for ws in (plain, first_single))
+            @test there.status == here.status
+            @test there.state[:, converged(here)] ≈ here.state[:, converged(here)] rtol = 1.0e-9
+            @test maximum(abs, there.iterations - here.iterations) <= 2
+            @test all(<=(1.0e-10), there.residual[converged(here)])
+        end
+        net.constraint isa Free && continue
+        @test solved(first_single, p, X).state != solved(plain, p, X).state
+        here, there = (gradient(ws, p, X, Y) for ws in (plain, first_single))
+        @test relative_error(there.g, here.g) < 1.0e-9
+        @test there.quality.adjoint_residual <= 1.0e-10
+    end
+
     @testset "small systems by elimination: $T, $n rows" for T in (Float64, Float32), n in (1, 3, 64, 65, 90)
         E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
         rng = Xoshiro(n)
