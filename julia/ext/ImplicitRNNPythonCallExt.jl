@@ -297,6 +297,7 @@ function trainer(handle::Py, d::Py)
         Trainer(
             s.problem, rule; workspace = s.workspace, guard, clip = pyconvert(Float64, d["clip"]),
             nets = pyconvert(Int, d["nets"]), batch_size = pyconvert(Int, d["batch_size"]),
+            warm_start = pyconvert(Bool, d["warm_start"]),
         )
     )
 end

@@ -1,11 +1,12 @@
 # The way back on the device: gradients of a loss or of products, and products with tangents.
 
 function ImplicitRNN.loss_and_gradient!(
-        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
+        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
+    check_start(problem.net, X, states)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    return pull_back!(g, nothing, ws, problem, p, X, nothing, seed, probe, report)
+    return pull_back!(g, nothing, ws, problem, p, X, states, seed, probe, report, states)
 end
 
 function ImplicitRNN.vjp!(
@@ -102,8 +103,8 @@ end
 ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X, Y, v, weights = nothing) =
     refused("Hessian-vector products")
 
-# The gradient goes to `g`, that of the samples to `dX` if that is not nothing.
-function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report)
+# The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
+function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report, states = nothing)
     check_options(problem)
     unpack!(ws, p)
     penalty, parts = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2)), pieces(ws, problem, size(X, 2))
@@ -111,6 +112,7 @@ function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, s
     for columns in parts
         x = on_device(ws, columns_of(X, columns))
         found = settle!(ws, problem, x, columns_of(start, columns))
+        states === nothing || keep_states!(states, ws, found, columns)
         loss += begin_back!(ws, seed, columns)
         residual = zeros(length(columns))
         dx = dX === nothing ? nothing : fill!(similar(x), 0)
@@ -145,6 +147,14 @@ function last_evaluation!(ws::DeviceWorkspace, k, X, status)
     a, stage = ws.arrays[k], ws.net.stages[k]
     latest = !(ws.net.constraint isa Monotone) || !stage.recurrent
     slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
+    return
+end
+
+"The states found become these columns of `states`, zero where there is no equilibrium: a solver starts anew from there."
+function keep_states!(states, ws::DeviceWorkspace, found, columns)
+    foreach((stage, a) -> put_block!(states, stage.rows, columns, a.Z), ws.net.stages, ws.arrays)
+    failed = columns[found.status .!= CONVERGED]
+    isempty(failed) || (states[:, failed] .= 0)
     return
 end
 

@@ -18,14 +18,19 @@ function ImplicitRNN.train!(
 end
 
 function ImplicitRNN.batch_gradient!(
-        b::DeviceBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int
+        b::DeviceBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
     )
     (; X, Y, weights) = batches
-    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights)
+    is_whole(batches) &&
+        return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights, nothing, equilibria)
     selected = batch(batches, epoch, step)
-    return loss_and_gradient!(
-        b.gradient, b.workspace, problem, p, X[:, selected], Y[:, selected], probe, weights === nothing ? nothing : weights[selected]
+    states = equilibria === nothing ? nothing : equilibria[:, selected]
+    loss, quality = loss_and_gradient!(
+        b.gradient, b.workspace, problem, p, X[:, selected], Y[:, selected], probe,
+        weights === nothing ? nothing : weights[selected], nothing, states
     )
+    states === nothing || (equilibria[:, selected] = states)
+    return loss, quality
 end
 
 ImplicitRNN.flatten!(numbers, x::AbstractGPUArray) = append!(numbers, on_host(x))

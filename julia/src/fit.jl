@@ -44,6 +44,8 @@ Train the parameters `p` in place on the samples `X` (features × samples) and t
 - `loss`: a [`Loss`](@ref), [`MSE`](@ref) by default; `weights`: one per sample.
 - `clip`: the largest Euclidean norm of a gradient; `guard`: when to stop, see [`Guard`](@ref).
 - `solver`, `adjoint`, `jacobian_penalty`: as for [`Problem`](@ref).
+- `warm_start`: whether a solver starts from the equilibrium of the sample in the epoch before (neurons × samples numbers are kept)
+  rather than from zero. The results are the same to the tolerance where a constraint guarantees one equilibrium.
 
 Returns a named tuple of `loss`, the mean over the steps of each epoch, and `unconverged`, the number of samples of each epoch that
 did not converge. A training that its guard halts, or whose loss or gradient is not finite, ends with a warning, NaN as the losses
@@ -58,7 +60,7 @@ and `ArgumentError` for options out of range.
 function fit!(
         p::AbstractVector{T}, net::Network{T}, X::AbstractMatrix, Y::AbstractMatrix; epochs::Int = 100, batch_size::Int = size(X, 2),
         rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
-        guard::Guard = Guard(), options...,
+        guard::Guard = Guard(), warm_start::Bool = false, options...,
     ) where {T}
     samples = size(X, 2)
     check_length(net, p)
@@ -70,7 +72,7 @@ function fit!(
     epochs > 0 || throw(ArgumentError("epochs must be positive, got $epochs"))
     1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))
     clip > 0 || throw(ArgumentError("clip must be positive, got $clip"))
-    trainer = Trainer(Problem(net; options...), rule; clip, guard, batch_size = batch_size < samples ? batch_size : 0)
+    trainer = Trainer(Problem(net; options...), rule; clip, guard, warm_start, batch_size = batch_size < samples ? batch_size : 0)
     nets, order, steps = Replicas(reshape(p, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
     X, Y, weights = Matrix{T}(X), Matrix{T}(Y), weights === nothing ? nothing : Vector{T}(weights)
     loss, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)

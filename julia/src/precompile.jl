@@ -19,11 +19,11 @@
             vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
             jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)
         end
-        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2)
+        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2, warm_start = false)
         order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
         train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
         nets > 1 || return
-        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2)
+        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start = false)
         train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, 2, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
     end
     @compile_workload begin

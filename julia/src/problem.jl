@@ -88,7 +88,7 @@ Where and how batches of a network are computed: all buffers of its passes, on s
 call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, and the methods
 
 - [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
-- [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)`
+- [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing)`
 - [`vjp!`](@ref)`(g, dX, ws, problem, p, X, V; of, start, probe, report)`
 - [`jvp!`](@ref)`(tangent, ws, problem, p, X, dp, dX; of, start, report)`
 - [`allocate`](@ref)`(ws, dimensions...)`
@@ -107,10 +107,11 @@ samples) or zero.
 function equilibrium! end
 
 """
-    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
+    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing)
 
 The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
-in per sample.
+in per sample. Where `states` (neurons × samples) are given, they are the first iterates, and become the equilibria found; zero for a
+sample that has not converged.
 """
 function loss_and_gradient! end
 

@@ -40,15 +40,16 @@ mutable struct StepBuffers{T, R, W <: AbstractWorkspace{T}, V <: AbstractVector{
     const batch_X::M
     const batch_Y::M
     const batch_weights::V
+    const batch_states::M                 # first iterates, of none without warm starts
     const before::V                       # parameters at the beginning of an epoch
     rule::R
     rate::Float64
 end
-function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, batch_size::Int) where {T}
+function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, batch_size::Int, warm_start::Bool) where {T}
     zeros_of(dimensions...) = allocate(workspace, dimensions...)
     return StepBuffers(
         workspace, zeros_of(length(net)), zeros_of(net.inputs, batch_size), zeros_of(output_size(net), batch_size),
-        zeros_of(batch_size), zeros_of(length(net)), rule, NaN,
+        zeros_of(batch_size), zeros_of(neurons(net), warm_start ? batch_size : 0), zeros_of(length(net)), rule, NaN,
     )
 end
 
@@ -62,11 +63,13 @@ function rule_at!(b::StepBuffers, rate)
 end
 
 """
-    Trainer(problem, rule; workspace = Workspace(problem.net), nets = 1, clip = Inf, guard = Guard(), batch_size = 0)
+    Trainer(problem, rule; workspace, nets = 1, clip = Inf, guard = Guard(), batch_size = 0, warm_start = false)
 
 The state of a training run in a [`workspace`](@ref AbstractWorkspace), where its arrays are: `rule` is a rule of Optimisers.jl,
 `clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with parameters of their own can be trained side by side
-on the same samples, in batches of up to `batch_size` where these are not all samples.
+on the same samples, in batches of up to `batch_size` where these are not all samples. The `workspace` is one of the CPU where none
+is given. With `warm_start` a solver starts from the equilibrium of the sample at its last visit, which takes a state (neurons ×
+samples) per net; a trainer is then for one set of samples, in one order.
 """
 mutable struct Trainer{T, R, O, B <: StepBuffers{T, R}}
     const problem::Problem{T}
@@ -75,6 +78,8 @@ mutable struct Trainer{T, R, O, B <: StepBuffers{T, R}}
     const clip::T
     const guard::Guard
     const batch_size::Int
+    const warm_start::Bool
+    const equilibria::Vector{AbstractMatrix{T}}     # the last of all samples, per net, for warm starts
     const buffers::Vector{B}              # per thread
     const side_by_side::Vector{Any}       # of tiny nets, per thread
     steps::Int                            # taken so far; numbers the random vectors of the Jacobian penalty
@@ -82,11 +87,14 @@ end
 
 function Trainer(
         problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
-        guard::Guard = Guard(), batch_size::Int = 0,
+        guard::Guard = Guard(), batch_size::Int = 0, warm_start::Bool = false,
     ) where {T}
-    buffers = StepBuffers(problem.net, workspace, rule, batch_size)
+    warm_start && problem.adjoint isa Unrolled &&
+        throw(ArgumentError("warm_start gives a solver its first iterate, which Unrolled does not use: its steps begin at zero"))
+    buffers = StepBuffers(problem.net, workspace, rule, batch_size, warm_start)
     states = [Optimisers.init(rule, buffers.gradient) for _ in 1:nets]
-    return Trainer(problem, rule, states, T(clip), guard, batch_size, [buffers], Any[], 0)
+    equilibria = AbstractMatrix{T}[]
+    return Trainer(problem, rule, states, T(clip), guard, batch_size, warm_start, equilibria, [buffers], Any[], 0)
 end
 
 "The samples of a call of [`train!`](@ref), and when they take part."
@@ -122,10 +130,21 @@ NaN. The nets are shared among threads, and tiny ones trained side by side in ve
 """
 function train!(trainer::Trainer, nets::Replicas, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing)
     batches = Batches(X, Y, weights, order, batch_size, rates)
+    trainer.warm_start && make_equilibria!(trainer, size(X, 2))
     goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
         train_each!(trainer, nets, batches, losses, unconverged)
     trainer.steps += length(rates)
     return losses
+end
+
+# Zero, until a sample is visited; those of other samples are of no use.
+function make_equilibria!(trainer::Trainer, samples::Int)
+    (; equilibria) = trainer
+    isempty(equilibria) || size(first(equilibria), 2) == samples || empty!(equilibria)
+    while length(equilibria) < length(trainer.states)
+        push!(equilibria, allocate(first(trainer.buffers).workspace, neurons(trainer.problem.net), samples))
+    end
+    return
 end
 
 function train_each!(trainer::Trainer, nets::Replicas, batches::Batches, losses, unconverged)
@@ -133,7 +152,8 @@ function train_each!(trainer::Trainer, nets::Replicas, batches::Batches, losses,
     threads = threads_for_nets(trainer, batches, count)
     add_buffers!(trainer, threads)
     in_parallel(count, threads) do thread, s
-        train_net!(trainer, trainer.buffers[thread], nets, s, batches, view(losses, :, s), view(unconverged, :, s))
+        equilibria = trainer.warm_start ? trainer.equilibria[s] : nothing
+        train_net!(trainer, trainer.buffers[thread], nets, s, batches, equilibria, view(losses, :, s), view(unconverged, :, s))
     end
     return
 end
@@ -148,17 +168,17 @@ end
 function add_buffers!(trainer::Trainer, threads::Int)
     net = trainer.problem.net
     while length(trainer.buffers) < threads
-        push!(trainer.buffers, StepBuffers(net, Workspace(net), trainer.rule, trainer.batch_size))
+        push!(trainer.buffers, StepBuffers(net, Workspace(net), trainer.rule, trainer.batch_size, trainer.warm_start))
     end
     return
 end
 
-function train_net!(trainer::Trainer, b::StepBuffers, nets::Replicas, s::Int, batches::Batches, losses, unconverged)
+function train_net!(trainer::Trainer, b::StepBuffers, nets::Replicas, s::Int, batches::Batches, equilibria, losses, unconverged)
     p, good = view(nets.parameters, :, s), view(nets.good, :, s)
     for epoch in 1:epochs_of(batches)
         nets.halted[s] == Int8(RUNNING) || return end_losses!(losses, unconverged, epoch)
         copyto!(b.before, p)
-        losses[epoch], unconverged[epoch] = train_epoch!(trainer, b, p, s, batches, epoch)
+        losses[epoch], unconverged[epoch] = train_epoch!(trainer, b, p, s, batches, equilibria, epoch)
         halt = halt_of(trainer.guard, losses[epoch], unconverged[epoch] / samples_of(batches), p)
         halt in (NOT_FINITE, TOO_MANY_UNCONVERGED) || copyto!(good, b.before)
         halt == RUNNING || copyto!(p, good)
@@ -182,11 +202,11 @@ function halt_of(guard::Guard, loss, unconverged, p)
 end
 
 # The mean loss, NaN as soon as a loss or gradient is not finite, and the number of unconverged samples.
-function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batches, epoch::Int)
+function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batches, equilibria, epoch::Int)
     total, failed, first_probe = 0.0, 0, trainer.steps + (epoch - 1) * steps_of(batches)
     for step in 1:steps_of(batches)
         check_interrupt()
-        loss, quality = batch_gradient!(b, trainer.problem, p, batches, epoch, step, first_probe + step)
+        loss, quality = batch_gradient!(b, trainer.problem, p, batches, epoch, step, first_probe + step, equilibria)
         total += loss * length(batch(batches, epoch, step))
         failed += quality.unconverged
         gradient_norm = norm(b.gradient)
@@ -197,19 +217,29 @@ function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batc
     return total / samples_of(batches), failed
 end
 
-"The loss and quality of a step for a net with the parameters `p`; the gradient goes to `b.gradient`."
-function batch_gradient!(b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int)
+"""
+The loss and quality of a step for a net with the parameters `p`; the gradient goes to `b.gradient`. For warm starts, `equilibria` are
+those of all samples found last; they are brought up to date.
+"""
+function batch_gradient!(
+        b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
+    )
     (; X, Y, weights) = batches
-    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights)
+    is_whole(batches) &&
+        return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights, nothing, equilibria)
     selected = batch(batches, epoch, step)
     m = length(selected)
     gather!(b.batch_X, X, selected)
     gather!(b.batch_Y, Y, selected)
     weights === nothing || copyto!(view(b.batch_weights, 1:m), view(weights, selected))
-    return loss_and_gradient!(
+    equilibria === nothing || gather!(b.batch_states, equilibria, selected)
+    loss, quality = loss_and_gradient!(
         b.gradient, b.workspace, problem, p, view(b.batch_X, :, 1:m), view(b.batch_Y, :, 1:m), probe,
-        weights === nothing ? nothing : view(b.batch_weights, 1:m)
+        weights === nothing ? nothing : view(b.batch_weights, 1:m), nothing,
+        equilibria === nothing ? nothing : view(b.batch_states, :, 1:m)
     )
+    equilibria === nothing || scatter!(equilibria, b.batch_states, selected)
+    return loss, quality
 end
 
 "    descend!(rule, state, p, g)\n\nA step of a rule of Optimisers.jl for the gradient `g`; returns its state."
@@ -257,6 +287,17 @@ function gather!(to::Matrix, from::StridedMatrix, selected)
     checkbounds(from, :, selected)
     @inbounds for (j, sample) in enumerate(selected)
         copy_column!(to, j, from, sample)
+    end
+    return to
+end
+
+"The first columns of `from` become the selected ones of `to`, the inverse of [`gather!`](@ref)."
+scatter!(to::AbstractMatrix, from::AbstractMatrix, selected) =
+    copyto!(view(to, :, selected), view(from, :, eachindex(selected)))
+function scatter!(to::StridedMatrix, from::Matrix, selected)
+    checkbounds(to, :, selected)
+    @inbounds for (j, sample) in enumerate(selected)
+        copy_column!(to, sample, from, j)
     end
     return to
 end

@@ -1,12 +1,13 @@
 # The gradient of a batch, of its loss or of a product with any cotangent: the sum over tiles, shared among threads.
 
 function loss_and_gradient!(
-        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing
+        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
+    check_start(problem.net, X, states)
     unpack!(ws, p)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    summary = pull_back!(g, nothing, ws, problem, X, nothing, seed, probe, report)
+    summary = pull_back!(g, nothing, ws, problem, X, states, seed, probe, report, states)
     return summary.loss, summary.quality
 end
 
@@ -69,8 +70,9 @@ end
 
 # --- the way back -----------------------------------------------------------------------------------------------
 
-# The gradient goes to `g`, that of the samples to `dX` if that is not nothing; the weights are in force.
-function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, probe, report)
+# The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing; the weights are in
+# force.
+function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, probe, report, states = nothing)
     net, B = problem.net, size(X, 2)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
@@ -87,7 +89,7 @@ function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, p
         tile = buffers[thread]
         tile.gradient = clear!(ws.gradients[share])
         ws.summaries[share] = sum_tiles!(
-            tile, problem, X, start, seed, dX, report, penalty, width,
+            tile, problem, X, start, seed, dX, report, states, penalty, width,
             ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
         )
     end
@@ -102,7 +104,7 @@ end
 shares_of(net::Network{T}) where {T} = clamp(SHARES_LIMIT ÷ (sizeof(T) * length(net)), first(SHARES), last(SHARES))
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
-function sum_tiles!(tile::Tile, problem::Problem, X, start, seed, dX, report, penalty, width::Int, numbers)
+function sum_tiles!(tile::Tile, problem::Problem, X, start, seed, dX, report, states, penalty, width::Int, numbers)
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
@@ -115,6 +117,7 @@ function sum_tiles!(tile::Tile, problem::Problem, X, start, seed, dX, report, pe
         loss = begin_back!(tile, seed, net, samples)
         loss += backward!(tile, problem, x, penalty, first(samples), columns_of(dX, samples))
         report === nothing || report!(report, tile, samples)
+        states === nothing || keep_states!(columns_of(states, samples), tile)
         summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, length(samples))))
     end
     return summary
@@ -128,6 +131,14 @@ function report!((status, residual, adjoint_residual), tile::Tile, samples)
     copyto!(view(status, samples), view(tile.outcome.status, 1:m))
     copyto!(view(residual, samples), view(tile.outcome.residual, 1:m))
     copyto!(view(adjoint_residual, samples), view(tile.adjoint_outcome.residual, 1:m))
+    return
+end
+
+"The states found become `states` (neurons × samples), zero where there is no equilibrium: a solver starts anew from there."
+function keep_states!(states, tile::Tile)
+    for j in axes(states, 2)
+        tile.outcome.status[j] === CONVERGED ? copy_column!(states, j, tile.Z, j) : fill!(view(states, :, j), 0)
+    end
     return
 end
 

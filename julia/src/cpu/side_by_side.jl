@@ -339,7 +339,7 @@ is_elementwise(chain::Optimisers.OptimiserChain) = all(is_elementwise, chain.opt
 # a step costs as much as 9 samples besides: of times of 2 to 12 neurons and 4 to 32 samples.
 function goes_side_by_side(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
     problem, samples, count = trainer.problem, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
-    first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} &&
+    first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} && !trainer.warm_start &&
         is_tiny(problem, samples) && is_elementwise(trainer.rule) || return false
     threads = Threads.nthreads()
     return cld(cld(count, NETS), threads) * 10 * samples < cld(count, threads) * (samples + 9)
