@@ -69,7 +69,7 @@ The state of a training run in a [`workspace`](@ref AbstractWorkspace), where it
 `clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with parameters of their own can be trained side by side
 on the same samples, in batches of up to `batch_size` where these are not all samples. The `workspace` is one of the CPU where none
 is given. With `warm_start` a solver starts from the equilibrium of the sample at its last visit, which takes a state (neurons ×
-samples) per net; a trainer is then for one set of samples, in one order.
+samples) per net; the trainer is then for one set of samples.
 """
 mutable struct Trainer{T, R, O, B <: StepBuffers{T, R}}
     const problem::Problem{T}

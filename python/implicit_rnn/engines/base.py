@@ -182,8 +182,19 @@ class Program(Protocol):
     def spectral_radius(self, p: np.ndarray, X: np.ndarray, state: np.ndarray, out: np.ndarray) -> None:
         """The largest spectral radius of the stages' Jacobians D R at the states (B, N) goes to out (B,) float64."""
 
-    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> Trainer:
-        """A trainer of ``nets`` nets, for all optimisers but LBFGS; ``clip`` bounds the Euclidean norm of a gradient."""
+    def trainer(
+        self,
+        optimizer: Optimizer,
+        nets: int,
+        batch_size: int,
+        clip: float,
+        guard: Guard,
+        warm_start: bool = False,
+    ) -> Trainer:
+        """A trainer of ``nets`` nets, for all optimisers but LBFGS; ``clip`` bounds the Euclidean norm of a gradient.
+
+        With a ``warm_start`` it is for one set of samples, whose equilibria at their last visit are the first iterates.
+        """
 
 
 class CompiledNetwork(Protocol):

@@ -8,32 +8,38 @@ import numpy as np
 
 from implicit_rnn.engines.base import Halt, Replicas, Samples
 from implicit_rnn.model.optimizers import GradientDescent, Guard
+from implicit_rnn.model.topology import Topology
 
 Array = np.ndarray
 
-Gradients = Callable[[Array, Samples, int], tuple[Array, Array, Array]]
+Gradients = Callable[[Array, Samples, int, Array | None], tuple[Array, Array, Array]]
 """Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, with
-the number of the random vectors of the Jacobian penalty."""
+the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N): these become the equilibria
+found, zero for samples that have not converged."""
 
 
 class StepTrainer:
-    """See ``engines.base.Trainer``; the parameters of the nets have the ``shape`` (nets, parameters)."""
+    """See ``engines.base.Trainer``."""
 
     def __init__(
         self,
         gradients: Gradients,
         optimizer: GradientDescent,
-        shape: tuple[int, int],
+        topology: Topology,
+        nets: int,
         dtype: np.dtype,
         clip: float,
         guard: Guard,
+        warm_start: bool,
     ) -> None:
         self._gradients = gradients
         self._clip = clip
         self._guard = guard
         self._steps = 0
         self._optimizer = optimizer
-        self._moments = optimizer.start(shape, dtype)
+        self._moments = optimizer.start((nets, topology.parameters), dtype)
+        self._states = np.zeros((nets, 0, topology.neurons), dtype) if warm_start else None
+        """(S, B, N) the equilibria of all samples at their last visit, zero before the first"""
 
     def train(
         self,
@@ -46,6 +52,9 @@ class StepTrainer:
         unconverged: Array,
     ) -> None:
         steps = len(rates) // len(order)
+        if self._states is not None and self._states.shape[1] != len(samples):
+            shape = (len(nets.parameters), len(samples), self._states.shape[-1])
+            self._states = np.zeros(shape, self._states.dtype)
         for epoch, permutation in enumerate(order):
             running = nets.halted == Halt.RUNNING
             before = nets.parameters.copy()
@@ -63,9 +72,15 @@ class StepTrainer:
         total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
         alive = running.copy()
         for step, first in enumerate(range(0, len(samples), batch_size)):
-            batch = _select(samples, permutation[first : first + batch_size])
+            chosen: Array | slice = permutation[first : first + batch_size]
+            if len(chosen) == len(samples):
+                chosen = slice(None)  # in their own order, and not copied
+            batch = _select(samples, chosen)
+            states = None if self._states is None else self._states[:, chosen]
             self._steps += 1
-            loss, G, unsolved = self._gradients(P, batch, self._steps)
+            loss, G, unsolved = self._gradients(P, batch, self._steps, states)
+            if self._states is not None:
+                self._states[:, chosen] = states
             failed += np.where(alive, unsolved, 0)
             size = _norms(G)
             alive &= np.isfinite(loss) & np.isfinite(size)
@@ -103,8 +118,6 @@ def _norms(P: Array) -> Array:
     return np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P)))
 
 
-def _select(samples: Samples, chosen: Array) -> Samples:
-    if len(chosen) == len(samples):
-        return samples
+def _select(samples: Samples, chosen: Array | slice) -> Samples:
     weights = samples.weights
     return Samples(samples.X[chosen], samples.Y[chosen], None if weights is None else weights[chosen])

@@ -45,6 +45,7 @@ def fit_many(
     adjoint: AdjointLike = Implicit(),
     clip: float | None = None,
     jacobian_penalty: float = 0.0,
+    warm_start: bool = False,
     validation: tuple[ArrayLike, ...] | None = None,
     validation_every: int = 1,
     restore_best: bool = False,
@@ -86,6 +87,11 @@ def fit_many(
         Largest Euclidean norm of a gradient; longer ones are scaled down to it.
     jacobian_penalty
         Adds that much of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
+    warm_start
+        Whether the solver starts each sample from its equilibrium in the epoch before, rather than from zero, which saves
+        iterations and keeps nets × B × neurons numbers. Equilibria and gradients are the same to the
+        tolerance of the solver where a constraint makes them unique; under ``Free`` they may be others. A sample that does
+        not converge starts from zero at its next visit, as does a run that is resumed. Not for ``Unrolled`` and ``LBFGS``.
     validation, validation_every
         Samples (V, inputs), targets (V, outputs) and optionally their weights (V,), on which the loss is taken every so
         many epochs.
@@ -185,6 +191,7 @@ def fit_many(
         bool(restore_best),
         options.choose(Guard, guard, "guard"),
         seed,
+        bool(warm_start),
     )
     watch = Watch(
         (callbacks,) if callable(callbacks) else tuple(callbacks),

@@ -113,7 +113,9 @@ class Training:
             )
         else:
             clip = np.inf if settings.clip is None else settings.clip
-            self.trainer = program.trainer(settings.optimizer, len(nets), settings.batch_size, clip, settings.guard)
+            self.trainer = program.trainer(
+                settings.optimizer, len(nets), settings.batch_size, clip, settings.guard, settings.warm_start
+            )
 
     @cached_property
     def description(self) -> dict[str, Any]:

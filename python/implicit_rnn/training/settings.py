@@ -34,8 +34,14 @@ class Settings:
     restore_best: bool
     guard: Guard
     seed: int
+    warm_start: bool = False
 
     def __post_init__(self) -> None:
+        if self.warm_start and not self.adjoint.needs_equilibrium:
+            raise ValueError(
+                f"warm_start gives the solver its first iterate, which adjoint={self.adjoint} does not use: its steps begin at "
+                "zero; leave warm_start out, or use Implicit()"
+            )
         if isinstance(self.optimizer, LBFGS):
             if self.batch_size < self.samples:
                 raise ValueError(
@@ -44,6 +50,11 @@ class Settings:
                 )
             if self.clip is not None:
                 raise ValueError("clip changes the gradient that LBFGS models; its line search bounds the step already")
+            if self.warm_start:
+                raise ValueError(
+                    "warm_start would make the loss that LBFGS searches along a line depend on the points before; leave it out, "
+                    "or use Adam"
+                )
             if self.schedule != Constant():
                 raise ValueError(f"LBFGS searches for its steps and has no learning rate for {self.schedule} to change")
 

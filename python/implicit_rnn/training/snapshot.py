@@ -118,7 +118,7 @@ class Snapshot:
 
     def _check(self, training: Training, origin: str, last: int) -> None:
         here, settings = training.description, training.settings
-        differ = list(_differences(self.run, here))
+        differ = list(_differences({**LATER, **self.run}, here))
         if self.run["epochs"] != here["epochs"] and settings.schedule.needs_end:
             differ.append(
                 f"epochs is {self.run['epochs']} there and {here['epochs']} here, and the learning rates of "
@@ -133,6 +133,9 @@ class Snapshot:
 
 
 # --- what must be equal --------------------------------------------------------------------------------------
+
+LATER: Mapping[str, Any] = {"warm_start": False}
+"""Settings that snapshots of before there were these lack, and what they were."""
 
 
 def describe(training: Training) -> dict[str, Any]:

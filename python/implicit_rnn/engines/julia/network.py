@@ -83,18 +83,23 @@ class JuliaProgram:
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:
         if isinstance(self._problem.loss, CustomLoss):
-            return self._gradient_of_python_loss(p, samples, g, probe, report)
+            return self._gradient_of_python_loss(p, samples, g, probe, report, None)
         arrays = (p, *_flat(samples), g, *_per_sample(report))
         loss, *quality = call("gradient", self._handle.number, arrays, probe)
         return loss, Quality(*quality)
 
     def _gradient_of_python_loss(
-        self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None
+        self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None, states: Array | None
     ) -> tuple[float, Quality]:
-        """Forward in Julia, the loss in Python, and back in Julia from the equilibria found."""
+        """Forward in Julia, the loss in Python, and back in Julia from the equilibria found.
+
+        ``states`` (B, N) are first iterates and become the equilibria, see ``engines.steps``.
+        """
         topology, X = self._network.topology, samples.X
         found = Solution.empty(len(X), topology.neurons, X.dtype)
-        self.solve(p, X, None, found)
+        self.solve(p, X, states, found)
+        if states is not None:
+            states[...] = np.where(found.converged[:, None], found.state, 0)
         Y = topology.read_out(p, found.state)
         loss, V = self._problem.loss.value_and_gradient(Y, samples.Y, samples.weights)
         back = GradientReport.empty(len(X)) if report is None else report
@@ -163,30 +168,42 @@ class JuliaProgram:
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
-    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> Trainer:
+    def trainer(
+        self,
+        optimizer: Optimizer,
+        nets: int,
+        batch_size: int,
+        clip: float,
+        guard: Guard,
+        warm_start: bool = False,
+    ) -> Trainer:
         if type(optimizer).__module__ != Optimizer.__module__:
             raise EngineError(
                 f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
             )
         if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
-            shape = (nets, self._network.topology.parameters)
-            return StepTrainer(self._gradients, optimizer, shape, np.dtype(self._network.dtype), clip, guard)
+            topology, dtype = self._network.topology, np.dtype(self._network.dtype)
+            return StepTrainer(self._gradients, optimizer, topology, nets, dtype, clip, guard, warm_start)
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
             "nets": nets,
             "batch_size": batch_size,
+            "warm_start": warm_start,
             "clip": clip,
             "unconverged": float(guard.unconverged),
             "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
         return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), nets)
 
-    def _gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Array]:
-        """Net by net, for a trainer in Python."""
+    def _gradients(
+        self, P: Array, samples: Samples, probe: int, states: Array | None
+    ) -> tuple[Array, Array, Array]:
+        """Net by net, of a loss of Python's, for a trainer in Python."""
         losses, G, unconverged = np.empty(len(P)), np.empty_like(P), np.empty(len(P), np.int64)
         for s, p in enumerate(P):
-            losses[s], quality = self.gradient(p, samples, G[s], probe)
+            own = None if states is None else states[s]
+            losses[s], quality = self._gradient_of_python_loss(p, samples, G[s], probe, None, own)
             unconverged[s] = quality.unconverged
         return losses, G, unconverged
 

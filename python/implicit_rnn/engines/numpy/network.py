@@ -201,14 +201,23 @@ class NumpyProgram:
                 for k, d in enumerate(D):
                     out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
-    def trainer(self, optimizer: Optimizer, nets: int, batch_size: int, clip: float, guard: Guard) -> StepTrainer:
+    def trainer(
+        self,
+        optimizer: Optimizer,
+        nets: int,
+        batch_size: int,
+        clip: float,
+        guard: Guard,
+        warm_start: bool = False,
+    ) -> StepTrainer:
         if not isinstance(optimizer, GradientDescent):
             raise _unsupported(f"the optimizer {optimizer.name}")
-        shape = (nets, self.topology.parameters)
-        return StepTrainer(self._train_gradients, optimizer, shape, self.dtype, clip, guard)
+        return StepTrainer(self._train_gradients, optimizer, self.topology, nets, self.dtype, clip, guard, warm_start)
 
-    def _train_gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Array]:
-        loss, G, outcome, residual = self._gradients(P, samples, probe)
+    def _train_gradients(
+        self, P: Array, samples: Samples, probe: int, states: Array | None
+    ) -> tuple[Array, Array, Array]:
+        loss, G, outcome, residual = self._gradients(P, samples, probe, states)
         return loss, G, self.failed(outcome, residual).sum(axis=1)
 
     # --- forward -----------------------------------------------------------------------------------------
@@ -342,10 +351,17 @@ class NumpyProgram:
 
     # --- backward ----------------------------------------------------------------------------------------
 
-    def _gradients(self, P: Array, samples: Samples, probe: int) -> tuple[Array, Array, Outcome, Array]:
-        """Losses (S,), gradients (S, P), how the solves ended, and the adjoint residuals (S, B)."""
+    def _gradients(
+        self, P: Array, samples: Samples, probe: int, states: Array | None = None
+    ) -> tuple[Array, Array, Outcome, Array]:
+        """Losses (S,), gradients (S, P), how the solves ended, and the adjoint residuals (S, B).
+
+        ``states`` (S, B, N) are first iterates and become the equilibria, see ``engines.steps``.
+        """
         weights = self._unpack(P)
-        found = self._forward(weights, samples.X, None, self._unrolled)
+        found = self._forward(weights, samples.X, states, self._unrolled)
+        if states is not None:
+            states[...] = np.where((found.outcome.status == CONVERGED)[..., None], found.Z, 0)
         loss, dY = self._loss(self.topology.read_out(P, found.Z), samples)
         G = np.zeros((len(P), self.topology.parameters), self.dtype)
         dZ = self._read_out_pullback(P, found.Z, dY, G)
