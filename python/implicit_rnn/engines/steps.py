@@ -76,7 +76,7 @@ class StepTrainer:
             if len(chosen) == len(samples):
                 chosen = slice(None)  # in their own order, and not copied
             batch = _select(samples, chosen)
-            states = None if self._states is None else self._states[:, chosen]
+            states = None if self._states is None else np.ascontiguousarray(self._states[:, chosen])
             self._steps += 1
             loss, G, unsolved = self._gradients(P, batch, self._steps, states)
             if self._states is not None:
