@@ -178,7 +178,7 @@ def test_a_run_from_before_there_were_warm_starts_goes_on_without(net, engine, X
     run = fit(net, X, Y, epochs=7)
     described = {name: value for name, value in run.snapshot.run.items() if name != "warm_start"}
     old = dataclasses.replace(run, snapshot=dataclasses.replace(run.snapshot, run=described))
-    with pytest.raises(irnn.CheckpointError, match="warm_start is False there and True here$"):
+    with pytest.raises(irnn.CheckpointError, match=r"warm_start is False there and True here$"):
         fit(net, X, Y, resume=old, warm_start=True)
     fit(net, X, Y, resume=old)
     whole = make_net(engine)

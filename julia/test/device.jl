@@ -195,23 +195,27 @@ else
         @test trained[2][2] ≈ trained[1][2] rtol = 1.0e-8
     end
 
-    @testset "training stays on the device: $(nameof(typeof(rule)))" for rule in (ImplicitRNN.Optimisers.Adam(0.01), ImplicitRNN.Optimisers.Momentum(0.01))
+    @testset "training stays on the device: $(nameof(typeof(rule))), warm start $warm_start" for
+        (rule, warm_start) in ((ImplicitRNN.Optimisers.Adam(0.01), false), (ImplicitRNN.Optimisers.Momentum(0.01), true))
+
         net = layered()
         P = hcat(parameters(net), parameters(net; seed = 9))
         X, Y, weights = samples(net, 30), targets(net, 30), rand(Xoshiro(7), 30)
         order = reduce(hcat, shuffle(Xoshiro(e), 1:30) for e in 1:4)
         results = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
             nets, losses, unconverged = Replicas(copy(P)), zeros(4, 2), zeros(Int, 4, 2)
-            trainer = Trainer(Problem(net), rule; workspace, batch_size = 8, nets = 2, clip = 0.5)
+            trainer = Trainer(Problem(net), rule; workspace, batch_size = 8, nets = 2, clip = 0.5, warm_start)
             train!(trainer, nets, X, Y, order, 8, fill(0.01, 16), losses, unconverged; weights)
             state = ImplicitRNN.optimizer_state(trainer)
             again = Trainer(Problem(net), rule; workspace, batch_size = 8, nets = 2)
             ImplicitRNN.restore_optimizer_state!(again, state)
             @test ImplicitRNN.optimizer_state(again) == state
-            nets.parameters, losses, state, unconverged
+            nets.parameters, losses, state, unconverged, trainer.equilibria
         end
         @test all(relative_error(results[2][k], results[1][k]) < 1.0e-8 for k in 1:3)
         @test results[2][4] == results[1][4]
+        @test all(E -> E isa JLArray, results[2][5])
+        @test all(relative_error(Array(there), here) < 1.0e-8 for (here, there) in zip(results[1][5], results[2][5]))
         @test on_device(net) isa ImplicitRNN.AbstractWorkspace && first(Trainer(Problem(net), rule; workspace = on_device(net)).buffers).gradient isa JLArray
     end
 

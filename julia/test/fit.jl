@@ -88,6 +88,15 @@ end
     @test steps == 1:12
 end
 
+@testset "a warm start leads to the same losses, to the tolerance" begin
+    net = one_layer()
+    X, Y = samples(net, 10), targets(net, 10)
+    losses(warm_start) = fit!(parameters(net), net, X, Y; epochs = 5, batch_size = 4, rng = Xoshiro(1), warm_start).loss
+    @test losses(true) ≈ losses(false) rtol = 1.0e-8
+    @test losses(true) != losses(false)
+    @test_throws "warm_start gives" fit!(parameters(net), net, X, Y; adjoint = Unrolled(3), warm_start = true)
+end
+
 @testset "a rule without a learning rate, and one of several, are taken as they are" begin
     net = one_layer()
     X, Y = samples(net, 10), targets(net, 10)

@@ -47,18 +47,82 @@ end
     @test parts == whole
 end
 
-@testset "what a step allocates depends neither on the samples nor on the iterations" begin
+@testset "what a step allocates depends neither on the samples nor on the iterations, warm start $warm" for warm in (false, true)
     net = one_layer(; neurons = 4)
     p = parameters(net; gain = 1.0)
     function allocated(samples_count, tol)
         problem = Problem(net; solver = Picard(; tol))
         X, Y = samples(net, samples_count), targets(net, samples_count)
         ws, g = ImplicitRNN.Workspace(net), zeros(length(net))
-        step() = (ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y); nothing)
+        states = warm ? zeros(4, samples_count) : nothing
+        step() = (ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y, 0, nothing, nothing, states); nothing)
         step()
         return @allocated step()
     end
     @test allocated(8, 1.0e-3) == allocated(64, 1.0e-12) <= 4096
+end
+
+function train_warm!(P, net, X, Y; epochs = 3, rate = 0.02, batch_size = 8, warm_start = true, options...)
+    samples, nets = size(X, 2), size(P, 2)
+    order = stack(e -> batch_size < samples ? randperm(Xoshiro(e), samples) : 1:samples, 1:epochs)
+    losses, unconverged = zeros(epochs, nets), zeros(Int, epochs, nets)
+    trainer = Trainer(Problem(net; options...), ImplicitRNN.Optimisers.Descent(rate); nets, batch_size, warm_start)
+    train!(trainer, Replicas(P), X, Y, order, batch_size, fill(rate, epochs * cld(samples, batch_size)), losses, unconverged)
+    return trainer, losses, unconverged
+end
+
+@testset "a warm start begins at the equilibrium of the sample and the net, batches of $batch_size" for batch_size in (8, 20)
+    net = layered()
+    X, Y, P = samples(net, 20), targets(net, 20), reduce(hcat, parameters(net; seed) for seed in 1:5)
+    first_visit, _, _ = train_warm!(P, net, X, Y; rate = 0.0, epochs = 1, batch_size)
+    for s in 1:5
+        @test first_visit.equilibria[s] ≈ equilibrium(net, P[:, s], X).state rtol = 1.0e-9
+    end
+    # From there, one evaluation says that it is one.
+    order, losses, unconverged = reshape(shuffle(Xoshiro(9), 1:20), :, 1), zeros(1, 5), zeros(Int, 1, 5)
+    second_visit = Trainer(
+        Problem(net; solver = Picard(tol = 1.0e-8, max_iterations = 1)), ImplicitRNN.Optimisers.Descent(0.0); nets = 5, batch_size, warm_start = true
+    )
+    append!(second_visit.equilibria, first_visit.equilibria)
+    train!(second_visit, Replicas(P), X, Y, order, batch_size, zeros(cld(20, batch_size)), losses, unconverged)
+    @test all(iszero, unconverged)
+end
+
+@testset "warm starts lead to the same training, to the tolerance: $constraint" for constraint in (Perron(0.9), Free(), Monotone(0.1))
+    net = one_layer(; constraint)
+    X, Y, p = samples(net, 20), targets(net, 20), reshape(parameters(net; gain = 0.3), :, 1)
+    (_, warm, failed), (_, cold, _) = (train_warm!(copy(p), net, X, Y; epochs = 10, warm_start) for warm_start in (true, false))
+    @test warm ≈ cold rtol = 1.0e-8
+    @test all(iszero, failed)
+end
+
+@testset "tiny nets with warm starts are those trained alone, to the last bit" begin
+    net = one_layer(; neurons = 3)
+    X, Y, P = samples(net, 4), targets(net, 4), reduce(hcat, parameters(net; seed) for seed in 1:64)
+    together, alone = copy(P), P[:, 64:64]
+    _, losses, _ = train_warm!(together, net, X, Y; batch_size = 4)
+    _, expected, _ = train_warm!(alone, net, X, Y; batch_size = 4)
+    @test together[:, 64:64] == alone
+    @test losses[:, 64:64] == expected
+end
+
+@testset "a sample that does not converge starts anew, and so do other samples" begin
+    net = Network(1, [Layer(1)]; outputs = [1], constraint = Free())
+    P = reshape([1.0, -3.0, 0.0], :, 1)                 # z = tanh(x - 3 z)
+    trainer, _, unconverged = train_warm!(P, net, [5.0 0.5], zeros(1, 2); rate = 0.0, batch_size = 2, solver = Picard())
+    @test unconverged[:] == [1, 1, 1]
+    @test trainer.equilibria[1][1] > 0.9 && trainer.equilibria[1][2] == 0
+    train!(trainer, Replicas(P), fill(5.0, 1, 3), zeros(1, 3), reshape(1:3, :, 1), 3, [0.0], zeros(1, 1), zeros(Int, 1, 1))
+    @test size(only(trainer.equilibria)) == (1, 3)
+    @test allequal(only(trainer.equilibria))
+end
+
+@testset "warm starts where there is no first iterate, or states that do not fit, are refused" begin
+    net = one_layer()
+    p, X, Y, rule = parameters(net), samples(net, 4), targets(net, 4), ImplicitRNN.Optimisers.Adam()
+    @test_throws "Unrolled does not use" Trainer(Problem(net; adjoint = Unrolled(3)), rule; warm_start = true)
+    step!(states) = ImplicitRNN.loss_and_gradient!(zero(p), ImplicitRNN.Workspace(net), Problem(net), p, X, Y, 0, nothing, nothing, states)
+    @test_throws "states are (5, 3)" step!(zeros(5, 3))
 end
 
 @testset "a net that explodes stops and says so" begin

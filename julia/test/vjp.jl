@@ -155,19 +155,24 @@ Base.BroadcastStyle(::Type{<:Remote}) = Broadcast.ArrayStyle{Remote}()
 Base.similar(b::Broadcast.Broadcasted{Broadcast.ArrayStyle{Remote}}, ::Type{T}) where {T} = Remote(Array{T}(undef, length.(axes(b))))
 
 ImplicitRNN.allocate(::Elsewhere{T}, dimensions::Int...) where {T} = Remote(zeros(T, dimensions))
-function ImplicitRNN.loss_and_gradient!(g::Remote, ws::Elsewhere, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing)
+function ImplicitRNN.loss_and_gradient!(
+        g::Remote, ws::Elsewhere, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
+    )
     push!(ws.calls, :loss_and_gradient!)
-    return ImplicitRNN.loss_and_gradient!(g.values, ws.inner, problem, collect(p), collect(X), collect(Y), probe, weights, report)
+    found = states === nothing ? nothing : collect(states)
+    result = ImplicitRNN.loss_and_gradient!(g.values, ws.inner, problem, collect(p), collect(X), collect(Y), probe, weights, report, found)
+    states === nothing || copyto!(states, found)
+    return result
 end
 
-@testset "a Trainer works with any workspace and its arrays" begin
+@testset "a Trainer works with any workspace and its arrays, warm start $warm_start" for warm_start in (false, true)
     net = one_layer()
     X, Y, order = samples(net, 20), targets(net, 20), repeat(1:20, 1, 3)
     run!(trainer, P, X, Y) = train!(trainer, Replicas(P), X, Y, order, 8, fill(0.02, 9), zeros(3, 1), zeros(Int, 3, 1))
     here, there = reshape(parameters(net), :, 1), Remote(reshape(parameters(net), :, 1))
     rule, elsewhere = ImplicitRNN.Optimisers.Adam(0.02), Elsewhere(net)
-    run!(Trainer(Problem(net), rule; batch_size = 8), here, X, Y)
-    run!(Trainer(Problem(net), rule; workspace = elsewhere, batch_size = 8), there, Remote(X), Remote(Y))
+    run!(Trainer(Problem(net), rule; batch_size = 8, warm_start), here, X, Y)
+    run!(Trainer(Problem(net), rule; workspace = elsewhere, batch_size = 8, warm_start), there, Remote(X), Remote(Y))
     @test length(elsewhere.calls) == 9
     @test there.values ≈ here rtol = 1.0e-12
 end

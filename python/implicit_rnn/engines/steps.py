@@ -14,7 +14,7 @@ Array = np.ndarray
 
 Gradients = Callable[[Array, Samples, int, Array | None], tuple[Array, Array, Array]]
 """Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, with
-the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N): these become the equilibria
+the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N). These become the equilibria
 found, zero for samples that have not converged."""
 
 
@@ -72,9 +72,8 @@ class StepTrainer:
         total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
         alive = running.copy()
         for step, first in enumerate(range(0, len(samples), batch_size)):
-            chosen: Array | slice = permutation[first : first + batch_size]
-            if len(chosen) == len(samples):
-                chosen = slice(None)  # in their own order, and not copied
+            # All samples in their own order, and not copied.
+            chosen = slice(None) if batch_size >= len(samples) else permutation[first : first + batch_size]
             batch = _select(samples, chosen)
             states = None if self._states is None else np.ascontiguousarray(self._states[:, chosen])
             self._steps += 1

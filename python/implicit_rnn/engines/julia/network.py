@@ -196,9 +196,7 @@ class JuliaProgram:
         }
         return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), nets)
 
-    def _gradients(
-        self, P: Array, samples: Samples, probe: int, states: Array | None
-    ) -> tuple[Array, Array, Array]:
+    def _gradients(self, P: Array, samples: Samples, probe: int, states: Array | None) -> tuple[Array, Array, Array]:
         """Net by net, of a loss of Python's, for a trainer in Python."""
         losses, G, unconverged = np.empty(len(P)), np.empty_like(P), np.empty(len(P), np.int64)
         for s, p in enumerate(P):
