@@ -22,6 +22,10 @@
         trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2, warm_start = false)
         order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
         train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
+        for size in (products ? (2, samples) : ())
+            trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2, warm_start = true)
+            train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, size, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
+        end
         nets > 1 || return
         trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start = false)
         train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, 2, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)

@@ -195,6 +195,18 @@ else
         @test trained[2][2] ≈ trained[1][2] rtol = 1.0e-8
     end
 
+    @testset "the states found are kept for a warm start, zero where there is no equilibrium" begin
+        net = Network(1, [Layer(1)]; outputs = [1], constraint = Free())
+        p, X, problem = [1.0, -3.0, 0.0], [5.0 0.5 6.0], Problem(net; solver = Picard())        # z = tanh(x - 3 z)
+        here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
+            states = zeros(1, 3)
+            ImplicitRNN.loss_and_gradient!(zero(p), workspace, problem, p, X, zero(X), 0, nothing, nothing, states)
+            states
+        end
+        @test here[2] == there[2] == 0 < there[1]
+        @test there ≈ here
+    end
+
     @testset "training stays on the device: $(nameof(typeof(rule))), warm start $warm_start" for
         (rule, warm_start) in ((ImplicitRNN.Optimisers.Adam(0.01), false), (ImplicitRNN.Optimisers.Momentum(0.01), true))
 
