@@ -291,9 +291,11 @@ def _solve(
     options.check_on_failure(on_failure)
     chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
     _check_function(f, vectorized, jac, vjp)
-    check_engine(engine)
+    engine = check_engine(engine)
     _check_device(f, device)
-    equation = replace(_pose(f, z0, args, batched, vectorized, jac, vjp, scale, root), device=device)
+    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root)
+    if device != equation.device:
+        equation = replace(equation, device=device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -332,10 +334,10 @@ def _check_solver(solver: Solver, root: bool) -> Solver:
     return solver
 
 
-def _engine(f: Function, engine: str | None) -> Engine:
+def _engine(f: Function, engine: str) -> Engine:
     if not isinstance(f, JuliaFunction):
         return get_engine("numpy")
-    if check_engine(engine) == "numpy":
+    if engine == "numpy":
         raise EngineError(
             "Julia code runs on the Julia engine only, and the NumPy engine was chosen (by engine or IMPLICIT_RNN_ENGINE); "
             "choose engine='julia' or give f as a Python function"

@@ -18,6 +18,8 @@ Kind = TypeVar("Kind", bound="Option")
 class _OptionType(ABCMeta):
     """Refuses misspelt options with a list of the valid ones."""
 
+    __instancecheck__ = type.__instancecheck__  # no class is registered as a virtual one, so that this is true and quick
+
     if not TYPE_CHECKING:
 
         def __call__(cls, *values: Any, **options: Any) -> Any:
@@ -184,8 +186,10 @@ def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
 OnFailure = Literal["raise", "warn", "ignore"]
 """What happens when a sample does not converge."""
 
+_ON_FAILURE = get_args(OnFailure)
+
 
 def check_on_failure(value: object) -> str:
     """What to do about unconverged samples, checked."""
-    check_choice("on_failure", value, get_args(OnFailure))
+    check_choice("on_failure", value, _ON_FAILURE)
     return str(value)

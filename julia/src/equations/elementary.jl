@@ -51,6 +51,12 @@ end
 end
 
 @inline function Base.exp(x::Vec)
+    k, r = reduce_exponent(x)
+    m, power = expm1_reduced(r), power_of_two(k)
+    return Vec(all(abs(x) < 708.0) ? in_registers(muladd(m, power, power)) : in_registers(exp_of_any(x)))
+end
+# Also where the result is not a normal number; the same for those lanes where it is.
+@noinline function exp_of_any(x::Vec)
     k, r = reduce_exponent(clamp(x, -746.0, 710.0))
     return scaled(k, expm1_reduced(r))
 end

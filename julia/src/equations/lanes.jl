@@ -29,7 +29,7 @@ has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float3
 
 "f(z), and J = ∂c/∂z."
 @inline function evaluate!(J::Matrix{Vec}, p::Equation{T, K}, z::Short{K, Vec}, args, root::Val) where {T, K}
-    y = checked(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...), K)
+    y = checked(@inline(p.f(Short(ntuple(k -> variable(z[k], k, Val(K)), Val(K))), args...)), K)
     put_derivatives!(J, y, root, Val(K))
     return Short(ntuple(i -> (@inline; value_of(@inbounds y[i])), Val(K)))
 end
@@ -143,34 +143,35 @@ end
     active, usual = ALL, true
     regular = NONE
     infinite, none = Vec(Inf), zero(Vec)
-    kept = map(in_registers, (z, measure(z, p.weights), infinite, infinite, infinite, none, none, none))
+    kept = map(in_registers, (z, measure(z, p.weights), none, infinite, infinite, infinite, none, none))
     for k in 1:min(limit, SIDED_EVALUATIONS)
-        z, largest, merit_before, distance, last_distance, related, evaluations, last_derivative = map(out_of_registers, kept)
+        z, largest, size, merit_before, distance, last_distance, evaluations, last_derivative = map(out_of_registers, kept)
         c = evaluate!(w.J, p, z, args, Val(true))
         derivative = K == 1 ? @inbounds(w.J[1]) : none
         merit = measure(c)
         step = newton_step!(w, c)
-        size, now = measure(z, p.weights), measure(step, p.weights)
-        isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
-        usual = all(!active | (merit < (1.0 - 1.0e-4) * merit_before) & (max(size, now) < Inf))
-        largest = ifelse(active, max(largest, size), largest)
+        here, now = measure(z, p.weights), measure(step, p.weights)
+        isempty(p.weights) || (here = max(here, Vec(sqrt(K))))
+        usual = all(!active | (merit < (1.0 - 1.0e-4) * merit_before) & (here < Inf) & (now < Inf))
+        size = ifelse(active, here, size)
+        largest = ifelse(active & (here > largest), here, largest)
         last_distance, distance = ifelse(active, distance, last_distance), ifelse(active, now, distance)
-        rounding = Float64(eps(T)) * largest
-        related = ifelse(active, max(size, rounding / tol), related)
-        near = active & (now <= tol * size)
-        usual &= !any(active & (now <= rounding) & !near) && (k > 1 || !any(near & (merit > 0.0)))
+        near = active & (now <= tol * here)
+        settled = active & (now <= Float64(eps(T)) * largest)
+        usual &= !any(settled & !near) && (k > 1 || !any(near & (merit > 0.0)))
         z = choose(active, plus(z, step), z)
         evaluations = ifelse(near, Vec(k), evaluations)
         if K == 1
             steady = (abs(derivative - last_derivative) <= 0.25 * abs(last_derivative)) & (4.0 * now <= last_distance)
-            steady &= regular | (last_distance >= sqrt(Float64(eps(T))) * size)
+            steady &= regular | (last_distance >= sqrt(Float64(eps(T))) * here)
             regular = ifelse(active, steady, regular)
         end
         active &= !near
-        kept = map(in_registers, (z, largest, merit, distance, last_distance, related, evaluations, derivative))
+        kept = map(in_registers, (z, largest, size, merit, distance, last_distance, evaluations, derivative))
         usual && any(active) || break
     end
-    z, _, _, distance, last_distance, related, evaluations, _ = map(out_of_registers, kept)
+    z, largest, size, _, distance, last_distance, evaluations, _ = map(out_of_registers, kept)
+    related = max(size, Float64(eps(T)) / tol * largest)
     return ended_at(z, !active, regular, evaluations, distance, last_distance, related), usual && !any(active)
 end
 

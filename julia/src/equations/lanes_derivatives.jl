@@ -41,7 +41,7 @@ What is known to be regular is not looked at again.
 @inline function linearize!(w::SidedBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
     z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
     N = Val(K + count_variables(args))
-    y = checked(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...), K)
+    y = checked(@inline(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...)), K)
     put_derivatives!(w.J, y, root, Val(K))
     for k in 1:K, i in 1:K
         @inbounds w.B[i, k] = Vec(i == k)

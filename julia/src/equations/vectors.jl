@@ -47,8 +47,8 @@ end
     Base.llvmcall($("%a = bitcast i$(64LANES) %0 to <$LANES x double>\n%r = extractelement <$LANES x double> %a, i64 %1\nret double %r"), Float64, Tuple{Vec, Int64}, x, l - 1)
 @inline lane(m::Mask, l::Int) = isodd(bits(m) >> (l - 1))
 const Register = NTuple{LANES, VecElement{Float64}}
-# As what LLVM keeps in registers from one round of a loop to the next; a `Vec` is an integer to it, of which it knows only as long
-# as it sees all that is done with it.
+# As what LLVM keeps in registers from one round of a loop to the next, and where two branches meet; a `Vec` is an integer to it, of
+# which it knows only as long as it sees all that is done with it, and which else it keeps in as many registers of other kind.
 @eval @inline in_registers(x::Vec) = Base.llvmcall($("%r = bitcast i$(64LANES) %0 to <$LANES x double>\nret <$LANES x double> %r"), Register, Tuple{Vec}, x)
 @eval @inline Vec(x::Register) = Base.llvmcall($("%r = bitcast <$LANES x double> %0 to i$(64LANES)\nret i$(64LANES) %r"), Vec, Tuple{Register}, x)
 "The lanes f(1), f(2), …"
@@ -158,7 +158,8 @@ function in_domain(f::F, x::Float64...) where {F}
 end
 
 "y with the lanes in question replaced by f(x)."
-@inline replaced_lanes(f::F, y::Vec, which::Mask, x::Vec...) where {F} = any(which) ? replace_lanes(f, y, which, x...) : y
+@inline replaced_lanes(f::F, y::Vec, which::Mask, x::Vec...) where {F} =
+    Vec(any(which) ? in_registers(replace_lanes(f, y, which, x...)) : in_registers(y))
 @noinline replace_lanes(f::F, y::Vec, which::Mask, x::Vec...) where {F} =
     from_lanes(l -> lane(which, l) ? in_domain(f, map(x -> lane(x, l), x)...) : lane(y, l))
 
@@ -178,15 +179,15 @@ end
 @inline sample(b::Block, l::Int) = min(b.first + l - 1, b.last)
 
 "Number i of the `stride` numbers that each sample has in the array."
-@inline function load(x::Array, b::Block, i::Int = 1, stride::Int = 1)
-    stride == 1 && eltype(x) == Float64 && is_full(b) && return GC.@preserve x unsafe_load(Ptr{Vec}(pointer(x, b.first)))
-    return gather(x, b, i, stride)
-end
+@inline load(x::Array, b::Block, i::Int = 1, stride::Int = 1) =
+    Vec(is_contiguous(x, b, stride) ? load_registers(x, b) : in_registers(gather(x, b, i, stride)))
+@inline load_registers(x::Array, b::Block) = in_registers(GC.@preserve x unsafe_load(Ptr{Vec}(pointer(x, b.first))))
+@inline is_contiguous(x::Array, b::Block, stride::Int) = stride == 1 && eltype(x) == Float64 && is_full(b)
 @noinline gather(x::Array, b::Block, i::Int, stride::Int) =
     from_lanes(l -> Float64(@inbounds x[(sample(b, l) - 1) * stride + i]))
 
 @inline function store!(x::Array, y::Vec, b::Block, i::Int = 1, stride::Int = 1)
-    if stride == 1 && eltype(x) == Float64 && is_full(b)
+    if is_contiguous(x, b, stride)
         GC.@preserve x unsafe_store!(Ptr{Vec}(pointer(x, b.first)), y)
     else
         scatter!(x, y, b, i, stride)

@@ -77,7 +77,7 @@ class Block:
         if len(self.shape) == 1:
             return part
         rows, columns = self.shape
-        return np.swapaxes(part.reshape(*flat.shape[:-1], columns, rows), -1, -2)
+        return part.reshape(*flat.shape[:-1], columns, rows).swapaxes(-1, -2)
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ class Topology:
         if not self.linear_readout:
             return np.asarray(Z[..., self.read_neurons])
         C, d = (block.view(flat) for block in self._readout)
-        return np.asarray(Z[..., self.rows[-1]] @ np.swapaxes(C, -1, -2) + d[..., None, :])
+        return np.asarray(Z[..., self.rows[-1]] @ C.swapaxes(-1, -2) + d[..., None, :])
 
     @cached_property
     def _readout(self) -> tuple[Block, Block]:

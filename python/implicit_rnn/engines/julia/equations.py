@@ -127,7 +127,7 @@ def _solver(solver: Solver) -> Handle:
 def _lent(equation: Equation) -> tuple[Array, ...]:
     """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
     return tuple(
-        np.ascontiguousarray(array.transpose(_reversal(array.ndim, batched))).reshape(-1)
+        array.transpose(_reversal(array.ndim, batched)).ravel()
         for array, batched in zip(equation.args, equation.batched, strict=True)
     )
 

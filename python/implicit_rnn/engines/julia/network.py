@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,13 @@ def call(name: str, *arguments: Any) -> Any:
 class Handle:
     """An object on the Julia side, released with its owner."""
 
+    __slots__ = ("number",)
+
     def __init__(self, number: int) -> None:
         self.number = number
-        weakref.finalize(self, _released.append, number).atexit = False
+
+    def __del__(self, release: Callable[[int], None] = _released.append) -> None:
+        release(self.number)
 
 
 class JuliaNetwork:
