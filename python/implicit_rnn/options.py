@@ -18,7 +18,7 @@ Kind = TypeVar("Kind", bound="Option")
 class _OptionType(ABCMeta):
     """Refuses misspelt options with a list of the valid ones."""
 
-    __instancecheck__ = type.__instancecheck__  # no class is registered as a virtual one, so that this is true and quick
+    __instancecheck__ = type.__instancecheck__  # true and quick, as no class is registered as a virtual one
 
     if not TYPE_CHECKING:
 

@@ -17,12 +17,12 @@ Elementwise = Callable[[Array], Array]
 
 BLOW_UP = 1e6
 """A residual so much larger than what there was at the start is divergence."""
-BLOCK = 8
+BLOCK = 16
 """Picard steps after which Auto looks at the rates."""
 PATIENCE = 128
 """Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
 _DENSE = 64
-_SMALL = 16
+_SMALL = 32
 _SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
 """Evaluations of a sample by the later methods of Auto."""
