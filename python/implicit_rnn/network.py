@@ -697,9 +697,10 @@ class Network:
         """Train on X (B, inputs) and Y (B, outputs), or labels; the settings are those of ``fit_many``.
 
         What is learnt: ``loss``, ``sample_weights``, ``jacobian_penalty``. How: ``optimizer``, ``schedule``, ``epochs``,
-        ``batch_size``, ``clip``, ``solver``, ``adjoint``, ``warm_start``, ``seed``. When it ends: ``validation``, ``validation_every``,
-        ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Who watches: ``callbacks``, ``callback_every``,
-        ``progress``, ``checkpoint``, and ``resume`` to go on. Raises ``TypeError`` for a setting that does not exist.
+        ``batch_size``, ``clip``, ``solver``, ``adjoint``, ``warm_start``, ``seed``. When it ends: ``validation``,
+        ``validation_every``, ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Who watches: ``callbacks``,
+        ``callback_every``, ``progress``, ``checkpoint``, and ``resume`` to go on. Raises ``TypeError`` for a setting that
+        does not exist.
 
         Examples
         --------

@@ -14,8 +14,8 @@ Array = np.ndarray
 
 Gradients = Callable[[Array, Samples, int, Array | None], tuple[Array, Array, Array]]
 """Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, with
-the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N). These become the equilibria
-found, zero for samples that have not converged."""
+the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N). These become the
+equilibria found, zero for samples that have not converged."""
 
 
 class StepTrainer:

@@ -110,10 +110,10 @@ def fit_many(
         before Ctrl-C or another exception leaves the call.
     resume
         The path of such a file, or what an earlier call returned (a ``Run``, of several nets their list): the run goes on
-        from there and ends, bit by bit, as if it had never stopped (with ``warm_start`` to the tolerance). Data, nets, engine and all settings that decide the
-        result must be those of the earlier call; ``epochs``, which counts from the start of the run, may be another
-        number where the schedule does not depend on it (``Constant``, ``Step``, and ``WarmUp`` to one of these). The
-        parameters of the nets at the call do not count.
+        from there and ends, bit by bit, as if it had never stopped (with ``warm_start`` to the tolerance). Data, nets,
+        engine and all settings that decide the result must be those of the earlier call; ``epochs``, which counts from
+        the start of the run, may be another number where the schedule does not depend on it (``Constant``, ``Step``,
+        and ``WarmUp`` to one of these). The parameters of the nets at the call do not count.
     seed
         Of the order of the minibatches, the same on every engine.
     progress
