@@ -18,7 +18,7 @@ import tomllib
 from conftest import RunPython
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import environments
+from implicit_rnn.runtime import environments, install
 from implicit_rnn.runtime.environments import Environment
 from implicit_rnn.runtime.setup import remove
 
@@ -98,6 +98,15 @@ def test_failed_installation_is_reported_with_its_first_cause_the_log_and_setup(
     assert "Unsatisfiable requirements detected for package KrylovKit" in done.stdout
     assert "run `implicit-rnn setup` to try again" in done.stdout
     assert "Stacktrace" in next(home(stand_in).rglob("install.log")).read_text()
+
+
+def test_cause_of_a_failure_is_told_with_the_list_that_it_announces(tmp_path, monkeypatch):
+    log = tmp_path / "install.log"
+    monkeypatch.setattr(install, "log_path", lambda: log)
+    log.write_text("Traceback\nException: entries do not agree:\n- '0.9' at here\n- '0.10' at there\nthe end\n")
+    assert install.cause() == "Exception: entries do not agree: - '0.9' at here - '0.10' at there"
+    log.write_text("no error\nthe end\n")
+    assert install.cause() == "the end"
 
 
 def test_nothing_but_the_result_comes_on_stdout_and_each_phase_on_stderr(run_python: RunPython, stand_in):

@@ -418,7 +418,8 @@ def test_conflict_with_another_package_is_named_and_gone_when_that_package_is(us
     shutil.rmtree(other)
     assert refused.stdout == "numpy \n", str(refused)
     assert "juliapkg could not install" in refused.stderr
-    assert "Unsatisfiable requirements detected for package KrylovKit" in refused.stderr
+    assert "'version' entries have empty intersection: - " in refused.stderr
+    assert f"- '0.9' at {other / 'juliapkg.json'}" in refused.stderr
     assert "`implicit-rnn setup`" in refused.stderr
     assert used.start("one").stdout == f"julia {VERSION}\n"
 

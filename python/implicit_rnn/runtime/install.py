@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -118,10 +119,13 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def cause() -> str:
-    """The line of the last log that says what went wrong: the first error, else the last line."""
+    """What went wrong by the last log: its first error, with the list that this announces, else its last line."""
     lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]
-    return (errors or lines[-1:] or ["it said nothing"])[0]
+    if not errors:
+        return (lines or ["it said nothing"])[-1]
+    entries = itertools.takewhile(lambda line: line.startswith("- "), lines[lines.index(errors[0]) + 1 :])
+    return " ".join([errors[0], *entries])
 
 
 @contextlib.contextmanager
