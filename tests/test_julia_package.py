@@ -34,6 +34,7 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
 
 @pytest.mark.julia
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_environment, other_packages):
     project, settings = other_packages("lower")
     accepted = tomllib.loads((PACKAGE / "Project.toml").read_text())["compat"]

@@ -302,6 +302,7 @@ SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').pre
 
 @pytest.mark.julia
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lower", "newest"])
 def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     run_python: RunPython, julia_environment, other_packages, name, tmp_path
