@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import io
 import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import tomllib
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 def make_index(julia: str, target: Path, manifest: Path, folders: Iterable[Path]) -> dict[str, Path]:

@@ -14,13 +14,17 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import RunPython
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments, install
 from implicit_rnn.runtime.environments import Environment
 from implicit_rnn.runtime.setup import remove
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 STAND_IN = """
     import json, os, sys, time

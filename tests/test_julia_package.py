@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 
 import numpy as np
 import pytest
-import tomllib
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
 PACKAGE = CHECKOUT / "julia"

@@ -11,11 +11,15 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-import tomllib
 from conftest import CHECKOUT, ENVIRONMENT, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments, gpu
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 pytestmark = pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), reason="needs the checkout")
 
