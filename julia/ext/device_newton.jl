@@ -63,7 +63,6 @@ end
     residual = R ? value : minus(value, z)
     merit = measure(residual, R ? r.plain : r.weights)
     isfinite(merit) || return SampleEnd(z, false, c)
-    first = true
     while true
         if !R
             converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1, limit)

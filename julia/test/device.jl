@@ -352,15 +352,16 @@ else
         @test relative_error(there.g, here.g) < agreement(T)
     end
 
-    @testset "single precision first: $(neurons(net)) neurons" for net in (one_layer(), one_layer(; neurons = 130, constraint = Monotone(0.1)), one_layer(; neurons = 6, constraint = Free()))
+    @testset "single precision first: $(neurons(net)) neurons" for net in (one_layer(), one_layer(; neurons = 130, constraint = Perron(0.5)), one_layer(; neurons = 6, constraint = Free()))
         gain = net.constraint isa Free ? 0.6 : 0.3                      # of the free net some samples have no equilibrium
         p, X, Y = parameters(net; gain), samples(net, 45), targets(net, 45)
         first_single, plain = (ImplicitRNN.Workspace(net, JLBackend(); single_first) for single_first in (0, typemax(Int)))
-        for solver in (Auto(), Picard(), Picard(damping = 0.7), Picard(max_iterations = 12))
+        for solver in (Auto(), Picard(damping = 0.7), Picard(max_iterations = 12))
             here, there = (solved(ws, p, X; solver) for ws in (plain, first_single))
             @test there.status == here.status
             @test there.state[:, converged(here)] ≈ here.state[:, converged(here)] rtol = 1.0e-9
-            @test maximum(abs, there.iterations - here.iterations) <= 2
+            # Where the iteration need not contract, rounding decides how it goes.
+            @test net.constraint isa Free || maximum(abs, there.iterations - here.iterations) <= 2
             @test all(<=(1.0e-10), there.residual[converged(here)])
         end
         net.constraint isa Free && continue
