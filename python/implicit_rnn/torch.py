@@ -412,8 +412,8 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         z, *args = ctx.saved_tensors
-        wanted = v.detach().numpy().any(axis=1)
-        failed = wanted & ~ctx.solution.converged
+        has_cotangent = v.detach().numpy().any(axis=1)
+        failed = has_cotangent & ~ctx.solution.converged
         if failed.any():
             raise ConvergenceError(
                 f"{failed.sum()} of {len(failed)} samples did not converge (first sample {failed.argmax()}) and have no "
@@ -422,7 +422,7 @@ class _Solution(torch.autograd.Function):
             )
         again = torch.is_grad_enabled()  # and with respect to v too
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        rows = torch.from_numpy(ctx.solution.converged if again else wanted)
+        rows = torch.from_numpy(ctx.solution.converged if again else has_cotangent)
         with torch.enable_grad():
             leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
             given = [arg[rows] if each else arg for arg, each in zip(leaves, ctx.conditions.batched, strict=True)]
