@@ -362,7 +362,7 @@ end
 end
 
 @testset "a large equation is solved and differentiated without a matrix" begin
-    n = 3000
+    n = 4000
     f = (z, a) -> 0.3 .* a .* sin.(circshift(z, 1)) .+ 0.2 .* cos.(circshift(z, -2)) .+ 0.1
     a, v = 1 .+ 0.5 .* sin.(1:n), cos.(1:n)
     gradient_of(v) = (solution = fixed_point(f, zeros(n), a); @assert all(converged(solution)); vjp(solution, v)[1])
