@@ -129,10 +129,8 @@ const COLUMNS_AT_ONCE = REGISTER == 64 ? 8 : 6
 fewest_rows(::Type{T}) where {T} = register_lanes(T) ÷ 2
 
 in_registers(S, U, A) = false
-in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A) where {T <: Hardware} =
-    size(A, 1) >= fewest_rows(T) && stride(S, 1) == stride(U, 1) == 1 && rows_are_contiguous(A)
-rows_are_contiguous(A::Dense) = stride(A, 1) == 1
-rows_are_contiguous(A) = false
+in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A::Dense{T}) where {T <: Hardware} =
+    size(A, 1) >= fewest_rows(T) && stride(S, 1) == stride(U, 1) == stride(A, 1) == 1
 
 "A matrix in memory: entry (i, j), counted from 0, is `i * down + j * across` numbers after the first."
 struct Operand{T}
@@ -266,7 +264,9 @@ Panels{T}(n::Int, k::Int) where {T} = Panels{T}(n, k, zeros(T, cld(n, register_l
 Base.size(P::Panels) = (P.rows, P.columns)
 Base.size(P::Panels, d::Int) = size(P)[d]
 Base.pointer(P::Panels) = pointer(P.data)
-rows_are_contiguous(::Panels) = true
+
+multiply!(S::Dense{T}, U, P::Panels{T}, B::Dense{T}, m::Int, threads::Int = 1) where {T} =
+    GC.@preserve B multiply_in_registers!(S, U, P, Operand(B), P.columns, m, threads)
 
 "The left factor of many products."
 const Factor{T} = Union{Matrix{T}, Panels{T}}

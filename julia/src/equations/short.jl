@@ -14,7 +14,7 @@ struct Short{N, T} <: AbstractVector{T}
     entries::NTuple{N, T}
     Short(entries::Tuple{T, Vararg{T, M}}) where {T, M} = new{M + 1, T}(entries)
 end
-@inline Short(entries::T...) where {T} = Short(entries)
+@inline Short(entry::T, entries::T...) where {T} = Short((entry, entries...))
 @inline Short(entries...) = Short(promote(entries...))
 
 Base.size(::Short{N}) where {N} = (N,)

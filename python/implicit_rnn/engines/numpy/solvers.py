@@ -18,11 +18,11 @@ Elementwise = Callable[[Array], Array]
 BLOW_UP = 1e6
 """A residual so much larger than what there was at the start is divergence."""
 BLOCK = 8
-"""Picard steps after which Auto looks at the rates; a network with one equilibrium is given twice as many."""
+"""Picard steps after which Auto looks at the rates."""
 PATIENCE = 128
 """Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
 _DENSE = 64
-_SMALL = 32
+_SMALL = 16
 _SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
 """Evaluations of a sample by the later methods of Auto."""
@@ -312,13 +312,13 @@ class _Solve:
     def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
         n = self.shape[-1]
-        patience, block = (PATIENCE, BLOCK) if self.equation.check_stability else (PATIENCE // 8, 2 * BLOCK)
+        patience = PATIENCE // (1 if self.equation.check_stability else 8)
         slow: list[_Rows] = []
         self.rescued = slow
         left = solver.max_iterations
         while len(self.rows.index):
-            self.picard(min(block, left))
-            left -= block
+            self.picard(min(BLOCK, left))
+            left -= BLOCK
             rows = self.rows
             if not len(rows.index):
                 break
