@@ -11,7 +11,7 @@ import pytest
 from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import Samples
+from implicit_rnn.engines import Samples, TrainerOptions
 from implicit_rnn.engines.julia.network import call
 from implicit_rnn.runtime import environments, start
 
@@ -115,7 +115,7 @@ def test_results_are_plain_numpy_arrays(net, X, Y):
     loss, gradient = net.loss_and_gradient(X, Y)
     assert type(solution.state) is type(gradient) is np.ndarray
     assert type(loss) is float
-    assert type(net.program().trainer(irnn.Adam(), 1, 12, np.inf, irnn.Guard()).state()) is np.ndarray
+    assert type(net.program().trainer(TrainerOptions(irnn.Adam(), 1, 12, np.inf, irnn.Guard())).state()) is np.ndarray
 
 
 def test_read_only_arrays_are_read_in_place(net, X, Y):

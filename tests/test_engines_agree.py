@@ -9,7 +9,7 @@ import pytest
 from conftest import make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import Replicas, Samples
+from implicit_rnn.engines import Replicas, Samples, TrainerOptions
 
 pytestmark = pytest.mark.julia
 
@@ -135,12 +135,12 @@ class TestTraining:
 
     def test_optimiser_states_are_equal_and_portable(self, optimizer, constraint, X, Y):
         nets = both(constraint=constraint)
-        trainers = [n.program().trainer(optimizer, 1, len(X), np.inf, irnn.Guard()) for n in nets]
+        trainers = [n.program().trainer(TrainerOptions(optimizer, 1, len(X), np.inf, irnn.Guard())) for n in nets]
         for net, trainer in zip(nets, trainers, strict=True):
             train(trainer, net, X, Y, optimizer, 10)
         np.testing.assert_allclose(trainers[1].state(), trainers[0].state(), rtol=0, atol=1e-9)
 
-        resumed = [n.program().trainer(optimizer, 1, len(X), np.inf, irnn.Guard()) for n in nets]
+        resumed = [n.program().trainer(TrainerOptions(optimizer, 1, len(X), np.inf, irnn.Guard())) for n in nets]
         for new, other in zip(resumed, reversed(trainers), strict=True):
             new.restore(other.state())
         for net, trainer in zip(nets, resumed, strict=True):
@@ -183,6 +183,6 @@ def test_many_nets_trained_side_by_side_agree(X, Y):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=names)
 def test_a_state_of_the_wrong_length_is_refused(optimizer, X):
-    trainer = make_net("julia").program().trainer(optimizer, 1, len(X), np.inf, irnn.Guard())
+    trainer = make_net("julia").program().trainer(TrainerOptions(optimizer, 1, len(X), np.inf, irnn.Guard()))
     with pytest.raises((irnn.EngineError, ValueError), match="numbers"):
         trainer.restore(np.zeros((1, trainer.state().shape[1] + 1)))

@@ -1,4 +1,4 @@
-"""Training: what a run records, minibatches, validation, clipping, many nets, Ctrl-C, and runs that fail."""
+"""TrainerOptions: what a run records, minibatches, validation, clipping, many nets, Ctrl-C, and runs that fail."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from conftest import ENVIRONMENT, make_net, make_oscillating
 
 import implicit_rnn as irnn
+from implicit_rnn.engines import TrainerOptions
 from implicit_rnn.training import loop
 
 # --- the record ----------------------------------------------------------------------------------------------
@@ -88,7 +89,7 @@ def test_result_does_not_depend_on_the_length_of_the_chunks(engine, seconds, mon
 
 def test_ten_thousand_epochs_of_a_tiny_net_are_a_handful_of_calls(engine, monkeypatch, X, Y):
     net, calls = make_net(engine, neurons=2), []
-    trainer = type(net.program().trainer(irnn.Adam(), 1, 12, 1.0, irnn.Guard()))
+    trainer = type(net.program().trainer(TrainerOptions(irnn.Adam(), 1, 12, 1.0, irnn.Guard())))
 
     def train(self, nets, samples, order, *rest, real=trainer.train):
         calls.append(len(order))

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import Replicas, Samples
+from implicit_rnn.engines import Replicas, Samples, TrainerOptions
 
 STILL = irnn.SGD(1e-300)
 """An optimiser that leaves the parameters as they are."""
@@ -71,7 +71,7 @@ def test_nets_trained_together_have_equilibria_of_their_own(engine, loss):
     net = make_linear(engine, 0.7)
     program = net.program(irnn.Picard(tol=1e-6, max_iterations=40), loss=loss)
     nets = Replicas.start(np.stack([net.parameters * scale for scale in ([1, 1, 1], [-30, 1, 1])]))
-    trainer = program.trainer(STILL, 2, 2, np.inf, irnn.Guard(), warm_start=True)
+    trainer = program.trainer(TrainerOptions(STILL, 2, 2, np.inf, irnn.Guard(), warm_start=True))
     unconverged = np.zeros((2, 1), np.int64)
     for _ in range(51):
         trainer.train(nets, Samples(X, np.zeros((3, 1))), order, 2, np.full(2, 1e-300), np.zeros((2, 1)), unconverged)

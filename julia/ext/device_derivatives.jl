@@ -118,18 +118,6 @@ end
 
 # --- from the solution to its derivatives ---------------------------------------------------------------------------
 
-function ImplicitRNN.vjp(solution::ImplicitSolution{T, <:AbstractGPUArray}, v::AbstractArray) where {T}
-    size(v) == size(solution.value) ||
-        throw(DimensionMismatch("v has size $(size(v)); expected that of the value, $(size(solution.value))"))
-    there = v isa AbstractGPUArray ? convert_entries(T, v) : copyto!(similar(solution.value), v)
-    problem, V = solution.problem, reshape(there, size(solution.inverses.Z))
-    failed = count(on_host(vec(any(!iszero, V; dims = 1))) .& (solution.status .!= CONVERGED))
-    failed == 0 || error("$failed samples did not converge and have no derivative; v must be zero for them")
-    gradients = Any[is_differentiable(x) ? zero(x) : x for x in problem.args]
-    vjp!(gradients, problem, solution.inverses, V)
-    return ((is_differentiable(x) ? number_or_array(g) : nothing for (g, x) in zip(gradients, problem.args))...,)
-end
-
 function ImplicitRNN.vjp!(gradients, problem::EquationProblem{T}, inverses::DeviceInverses{T}, V::AbstractMatrix{T}) where {T}
     Base.invokelatest(vjp_on_device!, gradients, problem, inverses.Z, V isa AbstractGPUArray ? V : copyto!(similar(inverses.Z), V), Val(problem.n))
     return gradients

@@ -18,13 +18,10 @@ function ImplicitRNN.on_device(problem::EquationProblem{T}, backend::Backend) wh
     return EquationProblem{T}(problem.f, problem.root, problem.n, problem.samples, args, problem.batched, problem.weights)
 end
 
-ImplicitRNN.solve_equation(f, z0::AbstractGPUArray{<:Real}, args; options...) = solve_equation_on_device(f, float.(z0), args; options...)
-function solve_equation_on_device(f, value::AbstractGPUArray{T}, args; root, solver = Auto(), batched = (), scale = nothing) where {T}
-    problem = ImplicitRNN.on_device(EquationProblem{T}(f, value, args, batched; root, scale), get_backend(value))
-    Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
-    regular = solve!(Z, outcome, problem, solver)
-    return ImplicitSolution(problem, value, outcome, ImplicitRNN.inverses_at(problem, Z, regular))
-end
+ImplicitRNN.beside(value::AbstractGPUArray, problem::EquationProblem) = ImplicitRNN.on_device(problem, get_backend(value))
+ImplicitRNN.beside(value::AbstractGPUArray{T}, x::AbstractArray) where {T} =
+    x isa AbstractGPUArray ? convert_entries(T, x) : copyto!(similar(value), x)
+ImplicitRNN.solve_equation(f, z0::AbstractGPUArray{<:Real}, args; options...) = ImplicitRNN.solve_from!(float.(z0), f, args; options...)
 
 "The equation of some of the samples, on the host."
 function part_of(problem::EquationProblem{T}, columns) where {T}

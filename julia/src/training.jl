@@ -229,16 +229,16 @@ function batch_gradient!(
         return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights, nothing, equilibria)
     selected = batch(batches, epoch, step)
     m = length(selected)
-    gather!(b.batch_X, X, selected)
-    gather!(b.batch_Y, Y, selected)
+    copy_columns!(b.batch_X, 1:m, X, selected)
+    copy_columns!(b.batch_Y, 1:m, Y, selected)
     weights === nothing || copyto!(view(b.batch_weights, 1:m), view(weights, selected))
-    equilibria === nothing || gather!(b.batch_states, equilibria, selected)
+    equilibria === nothing || copy_columns!(b.batch_states, 1:m, equilibria, selected)
     loss, quality = loss_and_gradient!(
         b.gradient, b.workspace, problem, p, view(b.batch_X, :, 1:m), view(b.batch_Y, :, 1:m), probe,
         weights === nothing ? nothing : view(b.batch_weights, 1:m), nothing,
         equilibria === nothing ? nothing : view(b.batch_states, :, 1:m)
     )
-    equilibria === nothing || scatter!(equilibria, b.batch_states, selected)
+    equilibria === nothing || copy_columns!(equilibria, selected, b.batch_states, 1:m)
     return loss, quality
 end
 
@@ -280,24 +280,13 @@ function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S,
     return m, v, powers .* (β1, β2)
 end
 
-"The selected columns of `from` become the first of `to`."
-gather!(to::AbstractMatrix, from::AbstractMatrix, selected) =
-    copyto!(view(to, :, eachindex(selected)), view(from, :, selected))
-function gather!(to::Matrix, from::StridedMatrix, selected)
-    checkbounds(from, :, selected)
-    @inbounds for (j, sample) in enumerate(selected)
-        copy_column!(to, j, from, sample)
-    end
-    return to
-end
-
-"The first columns of `from` become the selected ones of `to`, the inverse of [`gather!`](@ref)."
-scatter!(to::AbstractMatrix, from::AbstractMatrix, selected) =
-    copyto!(view(to, :, selected), view(from, :, eachindex(selected)))
-function scatter!(to::StridedMatrix, from::Matrix, selected)
-    checkbounds(to, :, selected)
-    @inbounds for (j, sample) in enumerate(selected)
-        copy_column!(to, sample, from, j)
+"Columns `here` of `from` become the columns `there` of `to`."
+copy_columns!(to::AbstractMatrix, there, from::AbstractMatrix, here) = copyto!(view(to, :, there), view(from, :, here))
+function copy_columns!(to::Matrix, there, from::StridedMatrix, here)
+    checkbounds(to, :, there)
+    checkbounds(from, :, here)
+    @inbounds for (j, k) in zip(there, here)
+        copy_column!(to, j, from, k)
     end
     return to
 end

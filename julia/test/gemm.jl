@@ -66,6 +66,17 @@ end
     end
 end
 
+@testset "matrices too small for a product are refused before any is read" begin
+    S, A, B = zeros(40, 4), zeros(40, 6), zeros(6, 4)
+    P = factor(Float64, 40)
+    for (product!, arguments) in (
+            (multiply!, (S, S, A, B, 5)), (multiply!, (S, S, A, zeros(5, 4), 4)), (multiply!, (S, zeros(39), A, B, 4)),
+            (multiply!, (S, S, P, zeros(39, 4), 4)), (add_outer!, (zeros(40, 7), A, zeros(6, 6), 6)), (add_outer!, (zeros(40, 6), A, B, 5)),
+        )
+        @test_throws DimensionMismatch product!(arguments...)
+    end
+end
+
 @testset "other numbers" begin
     A, B, U = big.(randn(33, 33)), big.(randn(33, 4)), big.(randn(33, 4))
     @test multiply!(zero(U), U, A, B, 4) ≈ U + A * B

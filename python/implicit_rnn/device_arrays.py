@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -136,26 +136,29 @@ def lent(name: str, value: object, device: str) -> DeviceArray | None:
 
     Raises ``TypeError`` and ``ValueError`` for an array that is there but cannot be read without a copy, or contradicts itself.
     """
-    if device == "cpu" or isinstance(value, np.ndarray):
-        return None
-    if isinstance(value, DeviceArray):
-        return value if value.device == device else None
-    kind = _kind(value)
-    if kind is not None and kind[0] in KINDS[device]:
-        return _of_dlpack(name, value, device, kind[1])
-    if kind is None and hasattr(value, "__cuda_array_interface__"):
-        return _of_interface(name, value.__cuda_array_interface__, value, device)
-    return None
+    read = _reader(value, device)
+    return None if read is None else read(name, value, device)
 
 
 def is_lent(value: object, device: str) -> bool:
     """Whether ``lent`` would take it."""
+    return _reader(value, device) is not None
+
+
+def _reader(value: object, device: str) -> Callable[[str, Any, str], DeviceArray] | None:
+    """By what protocol an array on the device is read."""
     if device == "cpu" or isinstance(value, np.ndarray):
-        return False
+        return None
     if isinstance(value, DeviceArray):
-        return value.device == device
-    kind = _kind(value)
-    return hasattr(value, "__cuda_array_interface__") if kind is None else kind[0] in KINDS[device]
+        return _of_engine if value.device == device else None
+    place = _place(value)
+    if place is None:
+        return _of_interface if hasattr(value, "__cuda_array_interface__") else None
+    return _of_dlpack if place[0] in KINDS[device] else None
+
+
+def _of_engine(_name: str, value: DeviceArray, _device: str) -> DeviceArray:
+    return value
 
 
 def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, what: str) -> Array:
@@ -175,7 +178,7 @@ def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, wha
     return cast("Array", array)
 
 
-def _kind(value: object) -> tuple[int, int] | None:
+def _place(value: object) -> tuple[int, int] | None:
     """Where DLPack says that an array is: the kind of memory and the number of the device."""
     if isinstance(value, type) or not hasattr(value, "__dlpack_device__") or not hasattr(value, "__dlpack__"):
         return None
@@ -209,8 +212,8 @@ def _checked(
 # --- __cuda_array_interface__ --------------------------------------------------------------------------------
 
 
-def _of_interface(name: str, given: Any, owner: object, device: str) -> DeviceArray:
-    what = f"the __cuda_array_interface__ of {name}"
+def _of_interface(name: str, owner: Any, device: str) -> DeviceArray:
+    what, given = f"the __cuda_array_interface__ of {name}", owner.__cuda_array_interface__
     if not isinstance(given, Mapping):
         raise TypeError(f"{what} is a {type(given).__name__}; expected a dictionary")
     if missing := [key for key in ("shape", "typestr", "data", "version") if key not in given]:
@@ -308,8 +311,9 @@ _Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
 _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(("PyCapsule_New", _api))
 
 
-def _of_dlpack(name: str, value: Any, device: str, number: int) -> DeviceArray:
+def _of_dlpack(name: str, value: Any, device: str) -> DeviceArray:
     """The capsule is kept, and never marked as used: with it the producer gets its memory back."""
+    _, number = value.__dlpack_device__()
     if number != 0:
         raise ValueError(
             f"{name} is on card {number}, and the engine computes on card 0, the first of CUDA_VISIBLE_DEVICES: set that to it"

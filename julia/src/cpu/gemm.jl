@@ -16,7 +16,7 @@ function multiply!(S, U, A, B, m::Int, threads::Int = 1)
     n, k = size(A)
     k == 0 && U === S && return S
     if in_registers(S, U, A) && B isa Dense{eltype(S)}
-        GC.@preserve B multiply_in_registers!(S, U, A, Operand(B), k, m, threads)
+        GC.@preserve B multiply_in_registers!(S, U, A, Operand(B), size(B), k, m, threads)
     else
         U === S || (view(S, :, 1:m) .= U isa AbstractVector ? U : view(U, :, 1:m))
         k == 0 || n <= SMALL && k <= SMALL ? multiply_add_loops!(S, A, B, m) :
@@ -28,9 +28,9 @@ end
 "    add_outer!(G, A, B, m, threads = 1)\n\n`G += A[:, 1:m] B[:, 1:m]ᵀ`"
 function add_outer!(G, A, B, m::Int, threads::Int = 1)
     if in_registers(G, G, A) && B isa Dense{eltype(G)}
-        GC.@preserve B multiply_in_registers!(G, G, A, transposed(B), m, size(G, 2), threads)
+        GC.@preserve B multiply_in_registers!(G, G, A, transposed(B), reverse(size(B)), m, size(G, 2), threads)
     elseif size(G, 1) <= SMALL && size(G, 2) <= SMALL
-        add_outer_loops!(G, A, B, m)
+        multiply_add_loops!(G, view(A, :, 1:m), transpose(B), size(G, 2))
     else
         gemm!('N', 'T', true, view(A, :, 1:m), view(B, :, 1:m), true, G)
     end
@@ -96,16 +96,6 @@ in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
     return S
 end
 
-@inline function add_outer_loops!(G, A, B, m::Int)
-    @inbounds for j in 1:m, l in axes(G, 2)
-        b = B[l, j]
-        @simd for i in axes(G, 1)
-            G[i, l] = muladd(A[i, j], b, G[i, l])
-        end
-    end
-    return G
-end
-
 @inline function transposed_multiply_loops!(S, A, B, m::Int)
     @inbounds for j in 1:m, i in axes(A, 2)
         sum = zero(eltype(S))
@@ -144,9 +134,10 @@ transposed(A::AbstractMatrix) = Operand(pointer(A), stride(A, 2), stride(A, 1))
 @inline address(A::Operand{T}, i::Int, j::Int) where {T} = A.first + sizeof(T) * (i * A.down + j * A.across)
 @inline columns_from(A::Operand, j::Int) = Operand(address(A, 0, j), A.down, A.across)
 
-# S = U + A B for k columns of A and m of S.
-function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, k::Int, m::Int, threads::Int) where {T}
+# S = U + A B for k columns of A and m of S; B has so many rows and columns.
+function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, size_of_B, k::Int, m::Int, threads::Int) where {T}
     m == 0 && return S
+    check_product(S, U, A, size_of_B, k, m)
     n, lanes = size(S, 1), register_lanes(T)
     GC.@preserve S U A begin
         s, u = Operand(S), Operand(U)
@@ -157,6 +148,18 @@ function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, k::Int, m::Int
         end
     end
     return S
+end
+
+# What is in registers has been read without a look at the bounds.
+function check_product(S, U, A, (rows, columns), k::Int, m::Int)
+    size(S, 1) == size(U, 1) == size(A, 1) && size(S, 2) >= m && (U isa AbstractVector || size(U, 2) >= m) &&
+        size(A, 2) >= k && rows >= k && columns >= m && return
+    throw(
+        DimensionMismatch(
+            "a product of $k terms for $m columns needs more than factors of $(size(A)) and ($rows, $columns) for sums of $(size(S)), " *
+                "beginning with $(size(U))"
+        )
+    )
 end
 
 function multiply_pairs!(S::Operand{T}, U, A, B, n::Int, k::Int, m::Int, threads::Int, ::Val{L}) where {T, L}
@@ -266,7 +269,7 @@ Base.size(P::Panels, d::Int) = size(P)[d]
 Base.pointer(P::Panels) = pointer(P.data)
 
 multiply!(S::Dense{T}, U, P::Panels{T}, B::Dense{T}, m::Int, threads::Int = 1) where {T} =
-    GC.@preserve B multiply_in_registers!(S, U, P, Operand(B), P.columns, m, threads)
+    GC.@preserve B multiply_in_registers!(S, U, P, Operand(B), size(B), P.columns, m, threads)
 
 "The left factor of many products."
 const Factor{T} = Union{Matrix{T}, Panels{T}}

@@ -1,5 +1,5 @@
 # Vector registers. The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop
-# around them. The `Vec` of SIMD.jl is the same tuple with every operation there is; here five are needed, these.
+# around them. The `Vec` of SIMD.jl is the same tuple with every operation there is; here a few are needed.
 
 "Numbers side by side in vector registers."
 const LaneVector{L, T} = NTuple{L, VecElement{T}}

@@ -70,14 +70,17 @@ inverse and no step leads on: at a local minimum of ‖f‖, for one.
 """
 root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
 
-function solve_equation(f, z0::AbstractVecOrMat, args; root, solver = Auto(), batched = (), scale = nothing)
-    value = float(Array(z0))
-    T = eltype(value)
-    problem = EquationProblem{T}(f, value, args, batched; root, scale)
+solve_equation(f, z0::AbstractVecOrMat, args; options...) = solve_from!(float(Array(z0)), f, args; options...)
+function solve_from!(value::AbstractVecOrMat{T}, f, args; root, solver = Auto(), batched = (), scale = nothing) where {T}
+    problem = beside(value, EquationProblem{T}(f, value, args, batched; root, scale))
     Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
     regular = solve!(Z, outcome, problem, solver)
     return ImplicitSolution(problem, value, outcome, inverses_at(problem, Z, regular))
 end
+
+"    beside(value, x)\n\nAn equation or an array `x` where `value` is, and an array with entries of its type."
+beside(::Array, problem::EquationProblem) = problem
+beside(::Array{T}, x::AbstractArray) where {T} = Array{T}(x)
 
 "A function of one number as one of a vector."
 struct OfNumber{F}
@@ -102,8 +105,8 @@ function vjp(solution::ImplicitSolution{T}, v::AbstractArray) where {T}
     size(v) == size(solution.value) ||
         throw(DimensionMismatch("v has size $(size(v)); expected that of the value, $(size(solution.value))"))
     problem = solution.problem
-    V = reshape(Array{T}(v), problem.n, :)
-    failed = count(j -> has_cotangent(V, j) && solution.status[j] != CONVERGED, 1:problem.samples)
+    V = reshape(beside(solution.value, v), problem.n, :)
+    failed = count(Array(vec(any(!iszero, V; dims = 1))) .& .!converged(solution))
     failed == 0 || error("$failed samples did not converge and have no derivative; v must be zero for them")
     gradients = [is_differentiable(x) ? zero(x) : x for x in problem.args]
     vjp!(gradients, problem, solution.inverses, V)

@@ -57,20 +57,15 @@ function loss_gradient!(G, loss::ElementwiseLoss, Y, T, weights, scale)
 end
 
 function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
+    total = 0.0
     for j in axes(T, 2)
-        top = Y[1, j]
+        w, top = scale * weight_of(weights, j), Y[1, j]
         @inbounds for i in axes(T, 1)
             top = ifelse(Y[i, j] > top, Y[i, j], top)           # of a NaN, the exponentials tell
         end
-        @inbounds @simd for i in axes(T, 1)
-            G[i, j] = Y[i, j] - top
-        end
-    end
-    total = 0.0
-    for j in axes(T, 2)
-        w = scale * weight_of(weights, j)
         mass = expected = partition = zero(eltype(Y))
         @inbounds @simd for i in axes(T, 1)
+            G[i, j] = Y[i, j] - top
             mass += T[i, j]
             expected = muladd(T[i, j], G[i, j], expected)
         end

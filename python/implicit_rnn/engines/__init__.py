@@ -17,6 +17,7 @@ from implicit_rnn.engines.base import (
     Replicas,
     Samples,
     Trainer,
+    TrainerOptions,
 )
 from implicit_rnn.engines.numpy import NumpyEngine
 from implicit_rnn.errors import EngineError, EngineWarning, warn
@@ -35,6 +36,7 @@ __all__ = [
     "Replicas",
     "Samples",
     "Trainer",
+    "TrainerOptions",
     "get_engine",
 ]
 

@@ -41,6 +41,20 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class TrainerOptions:
+    """How nets are trained side by side."""
+
+    optimizer: Optimizer
+    nets: int
+    batch_size: int
+    clip: float
+    """The largest Euclidean norm of a gradient."""
+    guard: Guard
+    warm_start: bool = False
+    """Whether the equilibrium of a sample at its last visit is the first iterate; a trainer is then for one set of samples."""
+
+
+@dataclass(frozen=True)
 class Quality:
     """Summary of the solves behind a gradient."""
 
@@ -182,19 +196,8 @@ class Program(Protocol):
     def spectral_radius(self, p: np.ndarray, X: np.ndarray, state: np.ndarray, out: np.ndarray) -> None:
         """The largest spectral radius of the stages' Jacobians D R at the states (B, N) goes to out (B,) float64."""
 
-    def trainer(
-        self,
-        optimizer: Optimizer,
-        nets: int,
-        batch_size: int,
-        clip: float,
-        guard: Guard,
-        warm_start: bool = False,
-    ) -> Trainer:
-        """A trainer of ``nets`` nets, for all optimisers but LBFGS; ``clip`` bounds the Euclidean norm of a gradient.
-
-        With a ``warm_start`` it is for one set of samples, whose equilibria at their last visit are the first iterates.
-        """
+    def trainer(self, options: TrainerOptions) -> Trainer:
+        """What trains nets so, by any optimiser but LBFGS."""
 
 
 class CompiledNetwork(Protocol):

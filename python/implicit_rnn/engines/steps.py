@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from implicit_rnn.engines.base import Halt, Replicas, Samples
-from implicit_rnn.model.optimizers import GradientDescent, Guard
+from implicit_rnn.engines.base import Halt, Replicas, Samples, TrainerOptions
+from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Topology
 
 Array = np.ndarray
@@ -24,21 +24,19 @@ class StepTrainer:
     def __init__(
         self,
         gradients: Gradients,
-        optimizer: GradientDescent,
+        options: TrainerOptions,
         topology: Topology,
-        nets: int,
         dtype: np.dtype,
-        clip: float,
-        guard: Guard,
-        warm_start: bool,
     ) -> None:
+        optimizer = options.optimizer
+        assert isinstance(optimizer, GradientDescent)
         self._gradients = gradients
-        self._clip = clip
-        self._guard = guard
+        self._clip = options.clip
+        self._guard = options.guard
         self._steps = 0
         self._optimizer = optimizer
-        self._moments = optimizer.start((nets, topology.parameters), dtype)
-        self._states = np.zeros((nets, 0, topology.neurons), dtype) if warm_start else None
+        self._moments = optimizer.start((options.nets, topology.parameters), dtype)
+        self._states = np.zeros((options.nets, 0, topology.neurons), dtype) if options.warm_start else None
         """(S, B, N) the equilibria of all samples at their last visit, zero before the first"""
 
     def train(

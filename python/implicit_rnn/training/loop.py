@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_rnn.console import progress_bar
-from implicit_rnn.engines import Halt, Replicas, Samples, Trainer
+from implicit_rnn.engines import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
 from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
@@ -113,9 +113,10 @@ class Training:
             )
         else:
             clip = np.inf if settings.clip is None else settings.clip
-            self.trainer = program.trainer(
+            options = TrainerOptions(
                 settings.optimizer, len(nets), settings.batch_size, clip, settings.guard, settings.warm_start
             )
+            self.trainer = program.trainer(options)
 
     @cached_property
     def description(self) -> dict[str, Any]:

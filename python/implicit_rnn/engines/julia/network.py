@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Replicas, Samples, Trainer
+from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.losses import MSE, CustomLoss
-from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
+from implicit_rnn.model.optimizers import GradientDescent, Optimizer
 from implicit_rnn.model.topology import Topology
 from implicit_rnn.options import Option
 from implicit_rnn.runtime import start
@@ -172,33 +172,26 @@ class JuliaProgram:
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         call("spectral_radius", self._handle.number, (p, X.reshape(-1), state.reshape(-1), out))
 
-    def trainer(
-        self,
-        optimizer: Optimizer,
-        nets: int,
-        batch_size: int,
-        clip: float,
-        guard: Guard,
-        warm_start: bool = False,
-    ) -> Trainer:
+    def trainer(self, options: TrainerOptions) -> Trainer:
+        optimizer, guard = options.optimizer, options.guard
         if type(optimizer).__module__ != Optimizer.__module__:
             raise EngineError(
                 f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
             )
         if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
             topology, dtype = self._network.topology, np.dtype(self._network.dtype)
-            return StepTrainer(self._gradients, optimizer, topology, nets, dtype, clip, guard, warm_start)
+            return StepTrainer(self._gradients, options, topology, dtype)
         description = {
             "name": optimizer.name.lower(),
             "options": optimizer.options(),
-            "nets": nets,
-            "batch_size": batch_size,
-            "warm_start": warm_start,
-            "clip": clip,
+            "nets": options.nets,
+            "batch_size": options.batch_size,
+            "warm_start": options.warm_start,
+            "clip": options.clip,
             "unconverged": float(guard.unconverged),
             "parameter_norm": np.inf if guard.parameter_norm is None else float(guard.parameter_norm),
         }
-        return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), nets)
+        return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), options.nets)
 
     def _gradients(self, P: Array, samples: Samples, probe: int, states: Array | None) -> tuple[Array, Array, Array]:
         """Net by net, of a loss of Python's, for a trainer in Python."""

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.engines import base
-from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples
+from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples, TrainerOptions
 from implicit_rnn.engines.numpy import solvers
 from implicit_rnn.engines.numpy.equations import PythonEquation
 from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
-from implicit_rnn.model.optimizers import GradientDescent, Guard, Optimizer
+from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import INPUT, Stage, Topology
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled
@@ -201,18 +201,10 @@ class NumpyProgram:
                 for k, d in enumerate(D):
                     out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
 
-    def trainer(
-        self,
-        optimizer: Optimizer,
-        nets: int,
-        batch_size: int,
-        clip: float,
-        guard: Guard,
-        warm_start: bool = False,
-    ) -> StepTrainer:
-        if not isinstance(optimizer, GradientDescent):
-            raise _unsupported(f"the optimizer {optimizer.name}")
-        return StepTrainer(self._train_gradients, optimizer, self.topology, nets, self.dtype, clip, guard, warm_start)
+    def trainer(self, options: TrainerOptions) -> StepTrainer:
+        if not isinstance(options.optimizer, GradientDescent):
+            raise _unsupported(f"the optimizer {options.optimizer.name}")
+        return StepTrainer(self._train_gradients, options, self.topology, self.dtype)
 
     def _train_gradients(
         self, P: Array, samples: Samples, probe: int, states: Array | None
