@@ -5,14 +5,15 @@
     adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
     limits = options(; tol = nothing, max_iterations = 1000)
     # With the keywords of the bridge, each set of which is a method of its own.
-    function exercise(::Type{T}, neurons, activation, constraint, solver; samples = 3, damping = (;), products = false, nets = 1) where {T}
+    function exercise(::Type{T}, neurons, activation, @nospecialize(constraint), @nospecialize(solver); samples = 3, damping = (;), products = false, nets = 1) where {T}
         net = Network{T}(
             2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
             input_skips = Int[], outputs = 1, constraint = constraint(0.9),
         )
         adjoint = Implicit(; merge(limits, options(; linear_solver = "auto"))...)
         problem = Problem(net; solver = solver(; merge(limits, options(; damping...))...), adjoint, loss = MSE(), jacobian_penalty = 0.0)
-        p, X, Y = fill(T(0.1), length(net)), ones(T, 2, samples), zeros(T, 1, samples)
+        # Free networks neither repel nor need the last resorts here.
+        p, X, Y = map(k -> T(0.2 * sin(k^2)), 1:length(net)), ones(T, 2, samples), zeros(T, 1, samples)
         equilibrium!(Solution(net, samples), Workspace(net), problem, p, X, nothing)
         loss_and_gradient!(zeros(T, length(net)), Workspace(net), problem, p, X, Y, 0, nothing, nothing)
         for start in (products ? (nothing, zeros(T, neurons, samples)) : ())

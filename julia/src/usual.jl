@@ -11,3 +11,16 @@ macro usual(x, types, call)
     x, call = esc(x), esc(call)
     return foldr((type, otherwise) -> :($x isa $(esc(type)) ? $call : $otherwise), types; init = call)
 end
+
+"""
+    @late call
+
+`call`, with its method found and compiled when it is first reached: for what is rare and long to compile, and would otherwise be
+compiled with whatever may call it. Nor is that compiled anew where another package invalidates a method the call may use.
+"""
+macro late(call)
+    Meta.isexpr(call, :call) || throw(ArgumentError("@late takes a call, got $call"))
+    arguments = call.args[2:end]
+    options = filter(a -> Meta.isexpr(a, :parameters), arguments)
+    return esc(Expr(:call, :(Base.invokelatest), options..., call.args[1], filter(a -> !Meta.isexpr(a, :parameters), arguments)...))
+end

@@ -1,6 +1,6 @@
 # Products of matrices, and work shared among threads.
 
-using ImplicitRNN: add_outer!, COLUMNS_AT_ONCE, factor, in_parallel, multiply!, multiply_add!, Panels, register_lanes, store!, store_transposed!
+using ImplicitRNN: add!, add_outer!, COLUMNS_AT_ONCE, factor, in_parallel, @late, multiply!, multiply_each!, multiply_add!, Panels, register_lanes, store!, store_transposed!
 
 # A few rows, half a register of them, one, and what does not fill the last.
 rows_to_try(T) = (1, 2, register_lanes(T) ÷ 2 - 1, register_lanes(T) ÷ 2, register_lanes(T) - 1, register_lanes(T), 33, 40, 63, 300)
@@ -123,4 +123,27 @@ end
         end
         @test total[] == 20 * 5050
     end
+end
+
+# --- elementwise ----------------------------------------------------------------------------------------------
+
+@testset "sums and products of entries are those of broadcasts, also of views ($T)" for T in (Float32, Float64)
+    rng = Xoshiro(3)
+    A, B, C = (randn(rng, T, 5, 7) for _ in 1:3)
+    rows, columns = 2:4, 3:6
+    part(M) = view(M, rows, columns)
+    @test add!(copy(A), B) == A .+ B
+    @test add!(A[:, 1], B[:, 1]) == A[:, 1] .+ B[:, 1]
+    @test add!(part(copy(A)), B[rows, columns]) == part(A) .+ part(B)
+    @test multiply_each!(copy(C), A, B) == A .* B
+    @test multiply_each!(part(copy(C)), part(A), part(B)) == part(A) .* part(B)
+    @test_throws DimensionMismatch add!(copy(A), B[:, 1:6])
+    @test_throws DimensionMismatch add!(part(copy(A)), B)
+    @test_throws DimensionMismatch multiply_each!(copy(C), A, part(B))
+end
+
+@testset "a call that is compiled late is that call" begin
+    @test @late(hypot(3.0, 4.0)) === 5.0
+    @test @late(sum([3, -4]; init = 0.5)) === -0.5
+    @test_throws "takes a call" macroexpand(@__MODULE__, :(@late x))
 end

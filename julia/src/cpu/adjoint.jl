@@ -114,8 +114,7 @@ pass, if there are any, for the adjoint; `latest` asks for the value of the last
 `threads`.
 """
 function solve_adjoint!(E, ::JacobianFree, c, recurrence, D, G; options...)
-    E .= D .* G
-    return E
+    return multiply_each!(E, D, G)
 end
 
 function solve_adjoint!(
@@ -170,7 +169,7 @@ function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     for j in c.active:-1:1
         check_interrupt()
         g, d = c.U[:, j], c.coefficients[:, j]
-        λ, _ = linsolve(
+        λ, _ = @late linsolve(
             v -> v - M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
             atol = zero(T), rtol = p.tol / 2,
         )

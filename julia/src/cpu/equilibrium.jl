@@ -51,7 +51,7 @@ function solve_stage!(ws::Tile{T}, problem, rows, f::F, k::Int) where {T, F <: A
         factors_of(ws, k), ws.threads,
     )
     if adjoint isa Unrolled
-        unroll!(ws.chains[k], c, stationary, adjoint.steps)
+        @late unroll!(ws.chains[k], c, stationary, adjoint.steps)
     else
         @usual solver Auto solve!(solver, c, stationary)
     end
@@ -154,12 +154,12 @@ function backward_stage!(
     total = 0.0
     unrolled = stage.recurrent && problem.adjoint isa Unrolled
     if unrolled
-        unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, G)
+        @late unroll_back!(E, g.recurrent, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, G)
     else
         slopes!(D, f, S, Z)
         direct = nothing
         if stage.recurrent && penalty.weight > 0
-            total, direct = add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m)
+            total, direct = @late(add_penalty!(ws, penalty, problem.net, stage, w, g, first_sample, m))::Tuple{Float64, Matrix{T}}
         end
         if stage.recurrent
             adjoint = problem.adjoint
@@ -167,9 +167,9 @@ function backward_stage!(
                 E, adjoint, ws.adjoints[k], ws.recurrences[k], D, G;
                 outcome = ws.adjoint_outcome, factors = factors_of(ws, k), latest = ws.latest, threads = ws.threads,
             )
-            direct === nothing || (E .+= direct)
+            direct === nothing || add!(E, direct)
         else
-            E .= D .* G
+            multiply_each!(E, D, G)
         end
     end
     # The recurrent weights act in every unrolled step, what drives the stage in the sum of them.
@@ -186,8 +186,8 @@ function unroll_back!(E, gR, c::Columns{T}, chain, steps, f, R, G) where {T}
     for k in steps:-1:1
         check_interrupt()
         slopes!(e, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
-        e .*= λ
-        E .+= e
+        multiply_each!(e, e, λ)
+        add!(E, e)
         add_outer!(gR, e, view(chain[2k - 1], :, 1:m), m)
         gemm!('T', 'N', true, R, e, false, λ)
     end
@@ -222,16 +222,26 @@ function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
         slopes!(D, stage.activation, view(tile.S, stage.rows, 1:m), view(tile.Z, stage.rows, 1:m))
         fill!(r.slope, 0)
         add_columns!(r.slope, D, m)
-        r.slope ./= m
+        rmul!(r.slope, T(1 / m))
         all(isfinite, r.slope) || continue
         rate = mean_rate(tile.outcome, m)
-        spread = sqrt(sum(abs2, D .- r.slope) / sum(abs2, D))
+        spread = deviation(D, r.slope)
         tol = Float64(tolerance(problem.solver, T))
         saved = 2 * (products(rate, tol) - products(rate * spread, tol) - 2)
         asked || pays(saved, n, B) || continue
         linearize!(r, Threads.nthreads())
     end
     return
+end
+
+# ‖D - mean‖ / ‖D‖ for the mean of its columns.
+function deviation(D, mean)
+    left, whole = 0.0, 0.0
+    for j in axes(D, 2), i in axes(D, 1)
+        left += (Float64(D[i, j]) - mean[i])^2
+        whole += Float64(D[i, j])^2
+    end
+    return sqrt(left / whole)
 end
 
 # Whether any number of products saved could pay.
@@ -285,7 +295,7 @@ function certify!(bound, ws::Tile, net::Network, X, amplifications)
         w, c, rows = ws.weights.stages[k], ws.columns[k], stage.rows
         before = 1:(first(rows) - 1)
         fed = view(error, rows, :)
-        isempty(before) || multiply_add!(fed, Float64.(abs.(w.feed)), view(error, before, :), m)
+        isempty(before) || multiply_add!(fed, map(x -> Float64(abs(x)), w.feed), view(error, before, :), m)
         copyto!(view(c.Z, :, 1:m), view(ws.Z, rows, 1:m))
         drive!(c.U, w, ws.Z, X, m)
         stage.recurrent ? multiply!(c.S, c.U, w.recurrent, c.Z, m) : copyto!(c.S, c.U)

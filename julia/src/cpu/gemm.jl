@@ -18,7 +18,7 @@ function multiply!(S, U, A, B, m::Int, threads::Int = 1)
     if in_registers(S, U, A) && B isa Dense{eltype(S)}
         GC.@preserve B multiply_in_registers!(S, U, A, Operand(B), size(B), k, m, threads)
     else
-        U === S || (view(S, :, 1:m) .= U isa AbstractVector ? U : view(U, :, 1:m))
+        U === S || foreach(j -> copy_column!(S, j, U, U isa AbstractVector ? 1 : j), 1:m)
         k == 0 || n <= SMALL && k <= SMALL ? multiply_add_loops!(S, A, B, m) :
             gemm!('N', 'N', true, A, view(B, 1:k, 1:m), true, view(S, :, 1:m))
     end

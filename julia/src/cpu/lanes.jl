@@ -308,7 +308,9 @@ function direction_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
             end
         end
     end
-    step .= .-step
+    @inbounds @simd for i in eachindex(step)
+        step[i] = -step[i]
+    end
     return
 end
 

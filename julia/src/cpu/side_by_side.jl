@@ -97,7 +97,7 @@ end
 @inline add_product!(A::Array, i::Int, x, y, lanes) = put_vector!(A, i, muladd_lanes(x, y, vector(A, i, lanes)))
 
 function add!(a::LaneWeights, b::LaneWeights)
-    foreach((A, B) -> A .+= B, sums(a), sums(b))
+    map(add!, sums(a), sums(b))
     return a
 end
 clear!(g::LaneWeights) = foreach(A -> fill!(A, 0), sums(g))
@@ -216,7 +216,7 @@ function loss_and_gradient!(s::SideBySide{T}, X, Y, weights, samples) where {T}
             add_sample!(sum, s, X, Y, sample, T(1 / B) * weight_of(weights, sample))
         end
         k == 1 || add!(s.total, sum)
-        s.loss .+= s.tile_loss
+        add!(s.loss, s.tile_loss)
     end
     pack_gradient!(s)
     return
@@ -304,7 +304,7 @@ function read_out_adjoint_lanes!(sum::LaneWeights, s::SideBySide{T}, lanes) wher
         end
         put_vector!(G, offset + q, g)
     end
-    sum.d .+= GY
+    add!(sum.d, GY)
     return
 end
 
@@ -319,7 +319,7 @@ function add_pullback_lanes!(sum::LaneWeights, s::SideBySide, X, sample::Int, la
             add_product!(sum.input, (k - 1) * n + i, e, same_in_all(@inbounds(X[k, sample]), lanes), lanes)
         end
     end
-    sum.bias .+= E
+    add!(sum.bias, E)
     return
 end
 

@@ -48,7 +48,7 @@ function push_forward_stage!(ws::Tile, problem, stage::Stage, f::Activation, k::
     multiply_add!(U, w.feed, ws.E, m, ws.threads)
     G = view(U, :, 1:m)
     if stage.recurrent && problem.adjoint isa Unrolled
-        unroll_tangent!(E, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, t.recurrent, G)
+        @late unroll_tangent!(E, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, t.recurrent, G)
         return
     end
     slopes!(D, f, S, Z)
@@ -59,7 +59,7 @@ function push_forward_stage!(ws::Tile, problem, stage::Stage, f::Activation, k::
             outcome = ws.adjoint_outcome, latest = ws.latest, threads = ws.threads, tangent = true,
         )
     else
-        E .= D .* G
+        multiply_each!(E, D, G)
     end
     return
 end
@@ -75,7 +75,7 @@ function unroll_tangent!(E, c::Columns, chain, steps, f, R, dR, G)
         gemm!('N', 'N', true, dR, view(chain[2k - 1], :, 1:m), true, E)
         gemm!('N', 'N', true, R, dZ, true, E)
         slopes!(D, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
-        dZ .= D .* E
+        multiply_each!(dZ, D, E)
     end
     copyto!(E, dZ)
     return
@@ -91,7 +91,7 @@ function read_out_tangent!(tangent, ws::Tile, net::Network, direction::Weights, 
         end
     else
         rows = first(net.readout):last(net.readout)
-        tangent .= direction.d
+        foreach(j -> copy_column!(tangent, j, direction.d, 1), 1:m)
         multiply_add!(tangent, direction.C, view(ws.Z, rows, :), m)
         multiply_add!(tangent, ws.weights.C, view(ws.E, rows, :), m)
     end

@@ -101,5 +101,5 @@ function repels!(s::Iteration{T}, p::AbstractEquation{T}) where {T}
     end
     s.linearized = false
     length(J) == 1 && return abs(J[1]) >= 1
-    return Base.invokelatest(repels, J, ones(T, p.n, 1))::Bool
+    return (@late repels(J, ones(T, p.n, 1)))::Bool
 end

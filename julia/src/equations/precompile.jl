@@ -1,11 +1,11 @@
-# What equations go through whatever their function (NLsolve.jl, ImplicitDifferentiation.jl), compiled when the package
-# is; the loops over the samples are compiled for each function.
+# What equations go through whatever their function, compiled when the package is; the loops over the samples are compiled for each
+# function, and NLsolve.jl when it is first asked for.
 
 @setup_workload begin
     halve = (z, a) -> a .* z .+ 1
     @compile_workload begin
         for z0 in (ones(1), ones(1, 2))
-            solution = root(halve, z0, 0.5; solver = NLsolver())
+            solution = root(halve, z0, 0.5)
             vjp(solution, one.(z0))
             jacobian!(zeros(1, 1, length(z0)), solution.problem, solution.inverses, 1)
         end

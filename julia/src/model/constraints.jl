@@ -140,7 +140,11 @@ function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
         end
         scaled && @inbounds(g.scales[j] += column)
     end
-    scaled && (g.scales .-= inner)
+    if scaled
+        @inbounds @simd for i in eachindex(inner)
+            g.scales[i] -= inner[i]
+        end
+    end
     for i in eachindex(inner)
         @inbounds inner[i] = row_factor[i] < 1 ? inner[i] / row_sum[i] : zero(T)
     end
@@ -155,13 +159,16 @@ end
 
 # The whole matrix: R = c K with c = min(1, limit / size(K)), where the size is a singular value or an eigenvalue.
 
-function constrain!(w, c::Union{Spectral, Monotone}, slopes)
+constrain!(w, c::Union{Spectral, Monotone}, slopes) = @late scale_matrix!(w, c, slopes)
+constrain_pullback!(g, c::Union{Spectral, Monotone}, w, slopes) = @late scale_matrix_pullback!(g, c, w, slopes)
+
+function scale_matrix!(w, c, slopes)
     size, _ = matrix_size(c, w.raw, slopes)
     w.recurrent .= eltype(w.raw)(min(1, limit(c) / size)) .* w.raw
     return w
 end
 
-function constrain_pullback!(g, c::Union{Spectral, Monotone}, w, slopes)
+function scale_matrix_pullback!(g, c, w, slopes)
     size, direction = matrix_size(c, w.raw, slopes)
     if size <= limit(c)
         copyto!(g.raw, g.recurrent)

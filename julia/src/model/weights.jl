@@ -122,13 +122,13 @@ end
 
 function add!(G::Weights, H::Weights, threads::Int = 1)
     for (a, b) in zip(G.stages, H.stages)
-        a.input .+= b.input
+        add!(a.input, b.input)
         for (A, B) in ((a.feed, b.feed), (a.recurrent, b.recurrent))
-            in_blocks(columns -> view(A, :, columns) .+= view(B, :, columns), size(A, 2), threads)
+            in_blocks(columns -> add!(view(A, :, columns), view(B, :, columns)), size(A, 2), threads)
         end
-        a.bias .+= b.bias
+        add!(a.bias, b.bias)
     end
-    G.C .+= H.C
-    G.d .+= H.d
+    add!(G.C, H.C)
+    add!(G.d, H.d)
     return G
 end

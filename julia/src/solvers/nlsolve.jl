@@ -75,7 +75,7 @@ end
 "    call_nlsolve(arguments...; options...)\n\nThe result of NLsolve.jl; the [`Stop`](@ref) thrown out of it; `nothing` where its method breaks down."
 function call_nlsolve(arguments...; options...)
     try
-        return nlsolve(arguments...; xtol = 0.0, options...)
+        return @late nlsolve(arguments...; xtol = 0.0, options...)
     catch error
         error isa Stop && return error
         error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} || rethrow()

@@ -14,7 +14,8 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     n = size(R, 1)
     all(isfinite, d) && all(isfinite, R) || return NaN
     n <= DENSE_EIGEN && return maximum(abs, eigvals(d .* R); init = zero(T))
-    values, _, info = eigsolve(v -> d .* (R * v), normalize!(ones(T, n)), 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
+    start = ones(T, n) ./ T(sqrt(n))
+    values, _, info = @late eigsolve(v -> d .* (R * v), start, 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
     info.converged > 0 || return maximum(abs, eigvals(d .* R))
     return abs(first(values))
 end
@@ -29,9 +30,8 @@ repels(::Columns, ::ColumnEquation, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
     d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues. Their code is called late, as it
-    # would otherwise take the compiled solvers with it when other packages invalidate a method it may use.
-    return maximum(abs, d) * norm_of(p.recurrence) >= 1 && Base.invokelatest(repels, p.recurrence.R, d)::Bool
+    # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
+    return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
 repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
 
