@@ -134,6 +134,15 @@ def test_predictions_have_the_shape_of_the_targets(regressor):
     assert regressor.fit(X, Y[:, 0]).predict(X).shape == (20,)
 
 
+@pytest.mark.parametrize("dtype", [bool, "uint8", "float16", object, str])
+def test_targets_may_be_numbers_of_any_kind(regressor, friedman, dtype):
+    X, y = friedman
+    y = (y > 14).astype(float)
+    regressor.set_params(epochs=2)
+    expected = clone(regressor).fit(X, y).predict(X)
+    assert_allclose(regressor.fit(X, y.astype(dtype)).predict(X), expected, rtol=1e-9)
+
+
 @BOTH
 def test_the_unit_of_the_features_and_targets_does_not_matter(kind, friedman):
     X, y = friedman

@@ -475,12 +475,17 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
         self._target_shape = y.shape[1:]
-        self._target_scaler = self._scaler_of("y", y.reshape(len(y), -1), weights)
+        self._target_scaler = self._scaler_of("y", self._columns(y), weights)
 
     def _encode(self, y: Array) -> Array:
         if y.shape[1:] != self._target_shape:
             raise ValueError(f"y has shape {y.shape}; expected {('samples', *self._target_shape)}, as it was at first")
-        return np.asarray(self._target_scaler.transform(y.reshape(len(y), -1)))
+        return np.asarray(self._target_scaler.transform(self._columns(y)))
+
+    @staticmethod
+    def _columns(y: Array) -> Array:
+        """Targets of any kind of numbers, also booleans and digits, as (B, targets)."""
+        return y.reshape(len(y), -1).astype(np.float64)
 
     @property
     def _outputs(self) -> int:
