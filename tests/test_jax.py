@@ -109,13 +109,37 @@ def test_sample_without_equilibrium_is_an_error_that_says_so(engine):
         jax.block_until_ready(jax.jit(f)(door.parameters(net), np.array([[0.1], [5.0]])))
 
 
+def test_outside_compiled_code_errors_are_those_of_the_network(engine):
+    net = make_oscillating(engine)
+    p = door.parameters(net)
+    with pytest.raises(irnn.ConvergenceError, match="1 of 2 samples"):
+        door.function(net, solver="picard")(p, np.array([[0.1], [5.0]]))
+    with pytest.raises(ValueError, match="X has NaN or infinity in 1 of 2 samples, first in sample 1"):
+        door.function(net)(p, np.array([[0.1], [np.nan]]))
+
+
+def test_no_samples_give_no_outputs_and_gradients_of_zero(f, p, X):
+    assert f(p, X[:0]).shape == jax.jit(f)(p, X[:0]).shape == (0, 2)
+    gradient = jax.grad(lambda p: f(p, X[:0]).sum())(p)
+    assert all((part == 0).all() for part in gradient.values())
+
+
+def test_second_derivatives_are_refused_in_so_many_words(f, p, X):
+    with pytest.raises(TypeError, match=r"first derivatives only.*hessian_vector_product"):
+        jax.hessian(lambda x: f(p, x).sum())(X[0])
+
+
 def test_bad_input_is_refused_by_name(X):
     net = make_net("numpy")
     f, p = door.function(net), door.parameters(net)
     with pytest.raises(ValueError, match=r"X has shape \(12, 2\); expected \(\.\.\., 3\)"):
         f(p, X[:, :2])
-    with pytest.raises(TypeError, match="X has dtype float32, but the network has float64"):
+    with pytest.raises(
+        TypeError, match=r"X has dtype float32, but the network has float64; convert it, \.astype\('float64'\)"
+    ):
         f(p, X.astype(np.float32))
+    with pytest.raises(TypeError, match="W has dtype int"):
+        f(p | {"W": np.zeros(p["W"].shape, int).tolist()}, X)
     with pytest.raises(ValueError, match="the parameters have the shapes"):
         f(p | {"W": p["W"][:2]}, X)
     with pytest.raises(TypeError, match="the parameters are a list; expected a dictionary"):
@@ -124,6 +148,10 @@ def test_bad_input_is_refused_by_name(X):
         door.function(3)
     with pytest.raises(ValueError, match="Unrolled"):
         door.function(net, adjoint=irnn.Unrolled(3))
+    with pytest.raises(ValueError, match=r"solver is 'newtom'.*did you mean Newton"):
+        door.function(net, solver="newtom")
+    with pytest.raises(ValueError, match="on_failure is 'stop'"):
+        door.function(net, on_failure="stop")
     with jax.enable_x64(False), pytest.raises(TypeError, match="jax_enable_x64"):
         door.parameters(net)
 
@@ -213,6 +241,22 @@ def test_bad_equations_are_refused_by_name():
     for wrap in (lambda g: g, jax.jit):
         with pytest.raises(ValueError, match=r"f returned an array of shape \(1,\); expected \(2,\)"):
             wrap(lambda: door.root(lambda z: z[:1], np.ones(2)))()
+        with pytest.raises(TypeError, match="f returned None; expected an array of float64"):
+            wrap(lambda: door.root(lambda z: None, np.ones(2)))()
+        with pytest.raises(TypeError, match=r"f returned .*int.*; expected an array of float64"):
+            wrap(lambda: door.root(lambda z: z.astype(int), np.ones(2)))()
+        with pytest.raises(
+            ValueError, match=r"args\[0\] has shape \(2,\); expected \(3, \.\.\.\), as z0 has 3 samples"
+        ):
+            wrap(lambda: door.root(lambda z, a: z - a, np.ones((3, 1)), args=(np.ones(2),), batched="a"))()
+        with pytest.raises(ValueError, match="Picard iterates z = f"):
+            wrap(lambda: door.root(lambda z: z, np.ones(2), solver="picard"))()
+        with pytest.raises(ValueError, match=r"z0 has shape \(0, 2\)"):
+            wrap(lambda: door.root(lambda z: z, np.ones((0, 2))))()
+    with pytest.raises(TypeError, match=r"args\[0\] is a str; expected a number or an array"):
+        door.root(lambda z, a: z, np.ones(2), args=("a",))
+    with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):
+        door.root(lambda z, a: z, np.ones(2), args=2.0)
     with pytest.raises(TypeError, match="f is 3; expected a function"):
         door.root(3, np.zeros(2))
     with pytest.raises(TypeError, match="z0 has shape"):

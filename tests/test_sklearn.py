@@ -134,6 +134,15 @@ def test_predictions_have_the_shape_of_the_targets(regressor):
     assert regressor.fit(X, Y[:, 0]).predict(X).shape == (20,)
 
 
+@pytest.mark.parametrize("dtype", [bool, "uint8", "float16", object, str])
+def test_targets_may_be_numbers_of_any_kind(regressor, friedman, dtype):
+    X, y = friedman
+    y = (y > 14).astype(float)
+    regressor.set_params(epochs=2)
+    expected = clone(regressor).fit(X, y).predict(X)
+    assert_allclose(regressor.fit(X, y.astype(dtype)).predict(X), expected, rtol=1e-9)
+
+
 @BOTH
 def test_the_unit_of_the_features_and_targets_does_not_matter(kind, friedman):
     X, y = friedman
@@ -145,6 +154,12 @@ def test_the_unit_of_the_features_and_targets_does_not_matter(kind, friedman):
     else:
         predicted = estimator.fit(1e6 * X - 5e6, y).predict(1e6 * X - 5e6)
     assert_allclose(predicted, expected, rtol=1e-6)
+
+
+def test_a_network_of_single_precision_predicts_targets_far_from_zero_to_their_digits(regressor, friedman):
+    X, y = friedman
+    expected = clone(regressor).set_params(dtype="float32").fit(X, y).predict(X)
+    assert_allclose(regressor.set_params(dtype="float32").fit(X, y + 1e9).predict(X) - 1e9, expected, atol=1e-3)
 
 
 def test_without_scaling_the_network_sees_the_numbers_as_they_are(friedman):
@@ -294,8 +309,48 @@ def test_unrolled_nets_predict_by_the_steps_they_were_trained_with(friedman):
 
 
 def test_sparse_samples_are_refused_by_name(estimator, data):
-    with pytest.raises(TypeError, match="Sparse data was passed for X, but dense data is required"):
+    with pytest.raises(TypeError, match="X is a sparse csr_array; expected a dense array"):
         estimator.fit(csr_array(data[0]), data[1])
+
+
+def test_masked_samples_and_sparse_targets_are_refused_by_name(estimator, data):
+    X, y = data
+    hidden = np.ma.masked_array(X, X > 0.5)
+    with pytest.raises(TypeError, match=r"X is a masked array with \d+ masked entries"):
+        estimator.fit(hidden, y)
+    with pytest.raises(TypeError, match="y is a sparse csr_array"):
+        estimator.fit(X, csr_array(y[:, None]))
+    with pytest.raises(TypeError, match="X is a masked array"):
+        estimator.fit(X, y).predict(hidden)
+
+
+@pytest.mark.parametrize("unit", [1e200, 1e-200])
+def test_numbers_whose_variance_cannot_be_told_are_refused(estimator, regressor, data, unit):
+    X, y = data
+    with pytest.raises(ValueError, match=r"column 0 of X, with entries up to .* cannot be scaled"):
+        estimator.fit(unit * X, y)
+    with pytest.raises(ValueError, match=r"column 0 of y, with entries up to .* cannot be scaled"):
+        regressor.fit(X, unit * y)
+
+
+def test_samples_beyond_the_precision_of_the_network_are_refused_by_name(estimator, data):
+    X, y = data
+    estimator.set_params(dtype="float32").fit(X, y)
+    with pytest.raises(ValueError, match=r"X has entries up to .*e\+300, which float32 cannot hold"):
+        estimator.predict(1e300 * X)
+
+
+def test_too_few_samples_for_early_stopping_are_said(iris):
+    classifier = ImplicitRNNClassifier(early_stopping=True)
+    with pytest.raises(
+        ValueError, match=r"cannot hold out validation_fraction=0.1 of 10 samples.*early_stopping=False"
+    ):
+        classifier.fit(iris[0][45:55], iris[1][45:55])
+
+
+def test_weights_of_classes_below_zero_are_refused(iris):
+    with pytest.raises(ValueError, match=r"class_weight gives class .*setosa.* the weight -1.0"):
+        ImplicitRNNClassifier(class_weight={"setosa": -1.0, "versicolor": 1.0, "virginica": 1.0}).fit(*iris)
 
 
 def test_predictions_before_a_fit_are_refused(estimator, data):
@@ -336,11 +391,16 @@ def test_partial_fit_refuses_what_it_cannot_do(iris, parameters, message):
     [
         ({"layers": 8}, TypeError, "layers must be a sequence of sizes or Layer objects"),
         ({"layers": (0,)}, ValueError, "neurons"),
+        ({"layers": (True,)}, TypeError, "layers has True; expected a Layer or a number of neurons"),
+        ({"skips": 3}, TypeError, "skips is 3; expected pairs"),
+        ({"input_skips": 3}, TypeError, "input_skips is 3; expected layers"),
+        ({"scale": "yes"}, TypeError, "scale must be True or False"),
+        ({"warm_start": "yes"}, TypeError, "warm_start must be True or False"),
         ({"activation": "tanj"}, ValueError, "did you mean tanh"),
         ({"constraint": "peron"}, ValueError, "did you mean Perron"),
         ({"optimizer": "adan"}, ValueError, "did you mean Adam"),
         ({"early_stopping": 5}, TypeError, "early_stopping must be True, False or an EarlyStopping"),
-        ({"early_stopping": True, "validation_fraction": 2.0}, ValueError, "test_size"),
+        ({"validation_fraction": 2.0}, ValueError, "validation_fraction must lie strictly between 0 and 1"),
         ({"batch_size": "all"}, TypeError, "batch_size must be a whole number"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number from 1"),
         ({"clip": -1.0}, ValueError, "clip must be positive"),

@@ -290,6 +290,7 @@ def test_sample_without_equilibrium_is_an_error_forward(engine):
         (torch.full((2, 3), torch.nan, dtype=torch.float64), ValueError, "NaN"),
         (torch.zeros(2, 3, dtype=torch.float64, device="meta"), TypeError, "x is on meta.*CPU"),
         ([[0.0, 0.0, 0.0]], TypeError, r"x is a list; expected a tensor"),
+        (torch.eye(3, dtype=torch.float64).to_sparse(), TypeError, r"layout torch.sparse_coo; .* x\.to_dense\(\)"),
     ],
 )
 def test_bad_input_is_refused_by_name(bad, error, message):
@@ -304,6 +305,35 @@ def test_bad_settings_are_refused_by_name():
         ImplicitRNN(make_net("numpy"), of="logits")
     with pytest.raises(ValueError, match="Unrolled"):
         ImplicitRNN(make_net("numpy"), adjoint=irnn.Unrolled(3))
+    with pytest.raises(ValueError, match=r"solver is 'newtom'.*did you mean Newton"):
+        ImplicitRNN(make_net("numpy"), solver="newtom")
+    with pytest.raises(ValueError, match="on_failure is 'stop'"):
+        ImplicitRNN(make_net("numpy"), on_failure="stop")
+
+
+def test_parameters_of_another_shape_do_not_spread_over_those_of_the_network(layer, x):
+    with pytest.raises(ValueError, match=r"W has shape \(1, 3\); expected \(\d, 3\)"):
+        torch.func.functional_call(layer, {"W": torch.zeros(1, 3, dtype=x.dtype)}, x)
+
+
+def test_parameters_of_two_precisions_are_refused(layer, x):
+    with pytest.raises(TypeError, match=r"expected one for all: layer\.float\(\) or layer\.double\(\)"):
+        torch.func.functional_call(layer, {"R": layer.R.detach().float()}, x)
+
+
+def test_half_precision_is_refused_and_can_be_taken_back(layer, x):
+    expected = layer(x)
+    with pytest.raises(
+        TypeError, match="computes in float32 or float64, not in float16: convert the other layers only"
+    ):
+        layer.half()
+    torch.testing.assert_close(layer.double()(x), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tracing_which_would_keep_one_answer_for_all_inputs_is_refused(layer, x):
+    with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit"):
+        torch.jit.trace(layer, x)
 
 
 # --- equations -----------------------------------------------------------------------------------------------
@@ -374,6 +404,12 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z: z, np.zeros(2))
     with pytest.raises(ValueError, match="f takes z and 1 argument"):
         root(lambda z, a: z - a, z0)
+    with pytest.raises(TypeError, match=r"args\[0\] is a NoneType; expected a tensor or a number"):
+        root(lambda z, a: z - a, z0, args=(None,))
+    with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):
+        root(lambda z, a: z - a, z0, args=2.0)
+    with pytest.raises(ValueError, match=r"z0 has shape \(0,\)"):
+        root(lambda z: z, z0[0, :0])
     with pytest.raises(TypeError, match=r"args\[0\] is on meta"):
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
 

@@ -289,7 +289,7 @@ def _solve(
     root: bool,
 ) -> ImplicitSolution:
     options.check_on_failure(on_failure)
-    chosen = _check_solver(options.choose(Solver, solver, "solver"), root)
+    chosen = choose_solver(solver, root)
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
     _check_device(f, device)
@@ -324,7 +324,9 @@ def _check_device(f: Function, device: str) -> None:
         raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
 
 
-def _check_solver(solver: Solver, root: bool) -> Solver:
+def choose_solver(solver: Solver | str, root: bool) -> Solver:
+    """The solver, or that of this name; ``ValueError`` for one that solves no such equations."""
+    solver = options.choose(Solver, solver, "solver")
     if isinstance(solver, Chord):
         raise ValueError("Chord shares a matrix among the samples of a network; for equations use Newton() or Auto()")
     if root and isinstance(solver, (Picard, Anderson)):
@@ -381,9 +383,7 @@ def _pose(
     root: bool,
 ) -> Equation:
     start, shape = _start(z0)
-    if type(args) is not tuple and (isinstance(args, (str, bytes, np.ndarray)) or not isinstance(args, Sequence)):
-        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
-    names = _argument_names(f, len(args))
+    names = _argument_names(f, len(check_arguments(args)))
     per_sample = _positions(batched, names)
     arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
@@ -399,6 +399,13 @@ def _pose(
     flags = tuple([index in per_sample for index in range(len(arrays))])
     sizes = _sizes(scale, start)
     return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp)
+
+
+def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
+    """``args``; ``TypeError`` unless it is a tuple or list."""
+    if type(args) is not tuple and (isinstance(args, (str, bytes)) or not isinstance(args, Sequence)):
+        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
+    return args
 
 
 def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:

@@ -17,7 +17,7 @@ import numpy as np
 from implicit_rnn import equations
 from implicit_rnn.engines import Of
 from implicit_rnn.network import Network
-from implicit_rnn.options import OnFailure, choose
+from implicit_rnn.options import OnFailure, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
 
 try:
@@ -79,7 +79,7 @@ def function(
     of
         "outputs" for the outputs of the network, "state" for the equilibrium of all neurons.
     solver, adjoint, on_failure
-        As in ``Network.equilibrium`` and ``Network.vjp``. What is raised inside compiled code arrives as a
+        As in ``Network.equilibrium`` and ``Network.vjp``. What is raised under ``jit``, ``vmap`` and ``grad`` arrives as a
         ``jax.errors.JaxRuntimeError`` with the message of the ``ConvergenceError``.
 
     Returns
@@ -91,7 +91,11 @@ def function(
     ------
     TypeError
         For a ``net`` that is none, and for a float64 network where JAX has no 64-bit numbers; in a call, for parameters or
-        inputs of another dtype.
+        inputs of another dtype, and for derivatives of derivatives.
+    ValueError
+        For settings that are none; in a call, for parameters or inputs of the wrong shape, and NaN or infinity among them.
+    ConvergenceError
+        In a call, for samples without equilibrium, unless ``on_failure`` says otherwise.
 
     Examples
     --------
@@ -106,19 +110,22 @@ def function(
     if of not in ("outputs", "state"):
         raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
     _check_precision(net.dtype)
-    host = _Host(net, of, solver, at_equilibrium(adjoint), on_failure)
+    check_on_failure(on_failure)
+    host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
+
+    solve, pull_back = _of_first_order(host.solve), _of_first_order(host.pull_back)
 
     @jax.custom_vjp
     def call(p: jax.Array, x: jax.Array) -> jax.Array:
-        return host.solve(p, x)[0]
+        return solve(p, x)[0]
 
     def forward(p: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        y, state = host.solve(p, x)
+        y, state = solve(p, x)
         return y, (p, x, state)
 
     def backward(kept: tuple[jax.Array, ...], v: jax.Array) -> tuple[jax.Array, jax.Array]:
         p, x, state = kept
-        return host.pull_back(p, x, state, v)
+        return pull_back(p, x, state, v)
 
     call.defvjp(forward, backward)
 
@@ -132,17 +139,34 @@ def function(
         found = {name: np.shape(weights) for name, weights in parameters.items()}
         if found != shapes:
             raise ValueError(f"the parameters have the shapes {found}; expected {shapes}")
-        x = jnp.asarray(X)
-        for name, array in (("X", x), *parameters.items()):
+        x, weights = jnp.asarray(X), {name: jnp.asarray(parameters[name]) for name in shapes}
+        for name, array in (("X", x), *weights.items()):
             if array.dtype != net.dtype:
-                raise TypeError(f"{name} has dtype {array.dtype}, but the network has {net.dtype}")
+                raise TypeError(
+                    f"{name} has dtype {array.dtype}, but the network has {net.dtype}; convert it, .astype({net.dtype.name!r})"
+                )
         if x.ndim == 0 or x.shape[-1] != net.topology.inputs:
             raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
-        flat = jnp.concatenate([jnp.ravel(parameters[name].T) for name in shapes])  # blocks are stored column by column
-        y = call(flat, x.reshape(-1, x.shape[-1]))
+        flat = jnp.concatenate([jnp.ravel(each.T) for each in weights.values()])  # blocks are stored column by column
+        rows = x.reshape(-1, x.shape[-1])
+        y = call(flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return apply
+
+
+def _of_first_order(function: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The function, which refuses to be differentiated: it is part of a derivative already."""
+    guarded = jax.custom_jvp(function)
+
+    @guarded.defjvp
+    def refuse(*_: Any) -> None:
+        raise TypeError(
+            "a network has first derivatives only in JAX, in reverse mode, and this differentiates them again; "
+            "Network.hessian_vector_product gives exact products with the Hessian of a loss"
+        )
+
+    return guarded
 
 
 class _Host:
@@ -152,12 +176,12 @@ class _Host:
         self._net = copy.copy(net)
         self._of, self._solver, self._adjoint, self._on_failure = of, solver, adjoint, on_failure
         self._lock = threading.Lock()
+        topology = net.topology
+        self._sizes = (topology.neurons if of == "state" else topology.output_size, topology.neurons)
 
     def solve(self, p: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The outputs (B, outputs) and the states (B, N) for x (B, inputs)."""
-        net = self._net
-        sizes = [net.topology.neurons if self._of == "state" else net.topology.output_size, net.topology.neurons]
-        shapes = tuple(jax.ShapeDtypeStruct((len(x), size), net.dtype) for size in sizes)
+        shapes = tuple(jax.ShapeDtypeStruct((len(x), size), self._net.dtype) for size in self._sizes)
         y, state = jax.pure_callback(self._solve, shapes, p, x, vmap_method="expand_dims")
         return y, state
 
@@ -176,13 +200,22 @@ class _Host:
     def _pull_back(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, ...]:
         return _each(self._pull_back_one, (p, 1), (x, 2), (state, 2), (v, 2))
 
+    def outputs(self, p: jax.Array, x: jax.Array) -> jax.Array:
+        """The outputs (B, outputs) for p (P,) and x (B, inputs) that are known, and errors as they are raised."""
+        return jnp.asarray(self._solve_one(np.asarray(p), np.asarray(x))[0])
+
     def _solve_one(self, p: Array, x: Array) -> tuple[Array, Array]:
+        if not len(x):
+            y, state = (np.empty((0, size), self._net.dtype) for size in self._sizes)
+            return y, state
         with self._lock:
             self._net.parameters = p
             state = self._net.equilibrium(x, solver=self._solver, on_failure=self._on_failure).state
             return (state if self._of == "state" else self._net.read_out(state)), state
 
     def _pull_back_one(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, Array]:
+        if not len(x):
+            return np.zeros_like(p), np.zeros_like(x)
         with self._lock:
             self._net.parameters = p
             return self._net.vjp(
@@ -197,6 +230,11 @@ def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) 
     views = [np.broadcast_to(array, lead + array.shape[array.ndim - axes :]) for array, axes in whole]
     results = [function(*(view[index] for view in views)) for index in np.ndindex(*lead)]
     return tuple(np.reshape(np.stack(parts), lead + parts[0].shape) for parts in zip(*results, strict=True))
+
+
+def _are_traced(*arrays: Any) -> bool:
+    """Whether JAX transforms or compiles what is done with these arrays."""
+    return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def _check_precision(dtype: np.dtype) -> None:
@@ -309,19 +347,36 @@ def _solve(
         raise TypeError(
             f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64"
         )
-    arrays = [jnp.asarray(arg) for arg in args]
+    if not start.size:
+        raise ValueError(f"z0 has shape {start.shape}; expected (n,) or (B, n), none of them 0")
+    check_on_failure(on_failure)
+    chosen = equations.choose_solver(solver, pose is equations.root)
+    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
     arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
     positions = equations.positions(f, len(arrays), batched)
     axes = (0, *(0 if k in positions else None for k in range(len(arrays))))
     whole = [start.reshape(-1, start.shape[-1]), *arrays]
+    for k in positions:
+        if not arrays[k].ndim or len(arrays[k]) != len(whole[0]):
+            raise ValueError(
+                f"args[{k}] has shape {arrays[k].shape}; expected ({len(whole[0])}, ...), as z0 has {len(whole[0])} samples"
+            )
     one = [array if axis is None else array[0] for array, axis in zip(whole, axes, strict=True)]
-    found = jax.eval_shape(f, *one).shape
-    if found != start.shape[-1:]:
-        raise ValueError(f"f returned an array of shape {found}; expected {start.shape[-1:]}, the shape of one z")
-    chosen = choose(Solver, solver, "solver")
+    found = jax.eval_shape(f, *one)
+    if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
+        raise TypeError(f"f returned {found}; expected an array of {start.dtype}")
+    if found.shape != start.shape[-1:]:
+        raise ValueError(f"f returned an array of shape {found.shape}; expected {start.shape[-1:]}, the shape of one z")
     problem = _Problem(pose, jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes), sorted(positions), chosen, on_failure)
     z = _solution(problem, start.reshape(-1, start.shape[-1]), arrays)
     return z.reshape(start.shape)
+
+
+def _argument(name: str, value: Any) -> jax.Array:
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a number or an array of numbers") from error
 
 
 _LARGEST_CHANGE = 0.25
@@ -367,7 +422,7 @@ class _Problem:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """The solutions (B, n)."""
-    if any(isinstance(array, jax.core.Tracer) for array in (start, *args)):
+    if _are_traced(start, *args):
         return _newton(problem, start, args)
     solution = problem.pose(
         _on_arrays(problem.f),

@@ -28,7 +28,7 @@ from implicit_rnn.training.loop import Training, Watch
 from implicit_rnn.training.schedules import Constant, Schedule
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import EarlyStopping
-from implicit_rnn.validation import as_samples, warn_of_scale
+from implicit_rnn.validation import as_samples, refuse_masked_or_sparse, warn_of_scale
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -95,6 +95,9 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
         ``known`` are the labels that the targets can be, where not all of them may be there.
         """
+        self._check_parameters()
+        for name, array in (("X", X), ("y", y)):
+            refuse_masked_or_sparse(name, array)
         first = not hasattr(self, "network_") or not (partial or self.warm_start)
         X, y = validate_data(self, X, y, reset=first, dtype=FLOATS, order="C", **checks)
         weights = None
@@ -112,7 +115,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         if stopping is not None:
             (X, y, weights), held_out = self._split(X, y, weights)
         if first:
-            self._input_scaler = self._scaler().fit(X, sample_weight=weights)
+            self._input_scaler = self._scaler_of("X", X, weights)
             self._learn_targets(y if known is None else known, weights)
         self._take_network(X.shape[1], first)
         samples = self._samples(X, y, weights)
@@ -200,19 +203,44 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _split(self, X: Array, y: Array, weights: Array | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """The samples to learn from, and those on which the loss is watched."""
         arrays = [X, y] if weights is None else [X, y, weights]
-        parts = train_test_split(
-            *arrays,
-            test_size=self.validation_fraction,
-            random_state=self._draw_seed(),
-            stratify=y if isinstance(self, ClassifierMixin) else None,
-        )
+        try:
+            parts = train_test_split(
+                *arrays,
+                test_size=self.validation_fraction,
+                random_state=self._draw_seed(),
+                stratify=y if isinstance(self, ClassifierMixin) else None,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"early_stopping cannot hold out validation_fraction={self.validation_fraction} of {len(X)} samples: {error}; "
+                "set another fraction, or early_stopping=False"
+            ) from error
         learnt, watched = parts[::2], parts[1::2]
         return (*learnt, None)[:3], (*watched, None)[:3]
 
     # --- parameters --------------------------------------------------------------------------------------
 
-    def _scaler(self) -> StandardScaler:
-        return StandardScaler(with_mean=self.scale, with_std=self.scale)
+    def _check_parameters(self) -> None:
+        """Check those that nothing else checks, or only under another name."""
+        for name in ("scale", "warm_start"):
+            if not isinstance(value := getattr(self, name), bool | np.bool_):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
+        options.check_fraction("validation_fraction", self.validation_fraction)
+
+    def _scaler_of(self, name: str, array: Array, weights: Array | None) -> StandardScaler:
+        """The scaler that has learnt mean and spread of the columns of an array."""
+        scaler = StandardScaler(with_mean=self.scale, with_std=self.scale)
+        with np.errstate(over="ignore", invalid="ignore"):
+            scaler.fit(array, sample_weight=weights)
+        if self.scale:
+            known = np.isfinite(scaler.var_) & ((scaler.var_ > 0) | (np.ptp(array, axis=0) == 0))
+            if not known.all():
+                k = int(known.argmin())
+                raise ValueError(
+                    f"column {k} of {name}, with entries up to {np.abs(array[:, k]).max():.3g}, has a variance beyond the "
+                    "numbers there are and cannot be scaled; give it, or its sample_weight, in other units"
+                )
+        return scaler
 
     def _draw_seed(self) -> int:
         return int(self._random.randint(np.iinfo(np.int32).max))
@@ -221,7 +249,10 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         if not isinstance(self.layers, Iterable):
             raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
         sizes = int | np.integer
-        return [Layer(int(layer), self.activation) if isinstance(layer, sizes) else layer for layer in self.layers]
+        return [
+            Layer(int(layer), self.activation) if isinstance(layer, sizes) and not isinstance(layer, bool) else layer
+            for layer in self.layers
+        ]
 
     def _chosen_optimizer(self) -> Optimizer:
         """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""
@@ -258,6 +289,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _predict_outputs(self, X: Any) -> Array:
         """The outputs (B, outputs) of the network."""
         check_is_fitted(self)
+        refuse_masked_or_sparse("X", X)
         inputs = self._inputs(validate_data(self, X, reset=False, dtype=FLOATS, order="C"))
         adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
         return self.network_.predict(
@@ -438,17 +470,22 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         ConvergenceError
             Where a sample has no equilibrium.
         """
-        outputs = self._predict_outputs(X)
+        outputs = self._predict_outputs(X).astype(np.float64)  # the units of the targets may need it
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
         self._target_shape = y.shape[1:]
-        self._target_scaler = self._scaler().fit(y.reshape(len(y), -1), sample_weight=weights)
+        self._target_scaler = self._scaler_of("y", self._columns(y), weights)
 
     def _encode(self, y: Array) -> Array:
         if y.shape[1:] != self._target_shape:
             raise ValueError(f"y has shape {y.shape}; expected {('samples', *self._target_shape)}, as it was at first")
-        return np.asarray(self._target_scaler.transform(y.reshape(len(y), -1)))
+        return np.asarray(self._target_scaler.transform(self._columns(y)))
+
+    @staticmethod
+    def _columns(y: Array) -> Array:
+        """Targets of any kind of numbers, also booleans and digits, as (B, targets)."""
+        return y.reshape(len(y), -1).astype(np.float64)
 
     @property
     def _outputs(self) -> int:
@@ -663,6 +700,11 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         if self.class_weight is None:
             return weights
         of_class = compute_sample_weight(self.class_weight, y)
+        if not (valid := np.isfinite(of_class) & (of_class >= 0)).all():
+            bad = valid.argmin()
+            raise ValueError(
+                f"class_weight gives class {y[bad]!r} the weight {of_class[bad]}; expected finite numbers, none below zero"
+            )
         return np.asarray(of_class if weights is None else of_class * weights)
 
     def _check_partial(self) -> None:

@@ -15,8 +15,8 @@ from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.network import Network
-from implicit_rnn.options import OnFailure
-from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike, at_equilibrium
+from implicit_rnn.options import OnFailure, check_on_failure, choose
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
 
 try:
     import torch
@@ -52,7 +52,10 @@ class ImplicitRNN(nn.Module):
     Raises
     ------
     TypeError
-        For a ``net`` that is none; in a call, for inputs of another dtype or on another device than the parameters.
+        For a ``net`` that is none; in a call, for inputs of another dtype or on another device than the parameters, and where
+        these have become anything but float32 or float64.
+    ValueError
+        For settings that are none; in a call, for inputs or parameters of the wrong shape, and inputs with NaN or infinity.
     ConvergenceError
         In a call or its backward pass, for samples without equilibrium, unless ``on_failure`` says otherwise.
 
@@ -80,7 +83,12 @@ class ImplicitRNN(nn.Module):
             raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
         self.net = net
         self.of = of
-        self.solver, self.adjoint, self.on_failure = solver, at_equilibrium(adjoint), on_failure
+        check_on_failure(on_failure)
+        self.solver, self.adjoint, self.on_failure = (
+            choose(Solver, solver, "solver"),
+            at_equilibrium(adjoint),
+            on_failure,
+        )
         for name, weights in net.weights.items():
             self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
         self.register_load_state_dict_post_hook(_share_memory)
@@ -104,6 +112,10 @@ class ImplicitRNN(nn.Module):
                 "keep this layer on the CPU, layer.cpu(), and call layer(x.cpu()).to(x.device); or, on an NVIDIA card, "
                 "layer.net.to('cuda') and layer.to(x.device)"
             )
+        if torch.jit.is_tracing():
+            raise RuntimeError("an ImplicitRNN layer runs outside PyTorch, and cannot be traced by torch.jit")
+        if x.layout != torch.strided:
+            raise TypeError(f"x has the layout {x.layout}; expected a dense tensor: pass x.to_dense()")
         if x.dtype != tensor.dtype:
             raise TypeError(
                 f"x has dtype {x.dtype}, but the parameters have {tensor.dtype}; convert x, or the layer by .float() or .double()"
@@ -124,7 +136,10 @@ class ImplicitRNN(nn.Module):
         tensors = dict(zip(self.net.weights, weights, strict=True))
         if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
             return self.net
-        dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        dtype = _common_dtype(tensors)
+        for name, view in self.net.weights.items():
+            if tensors[name].shape != view.shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {view.shape}")
         net, own = self.net, self._has_on_card(tensors)
         if not own or net.dtype.name != dtype:
             net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
@@ -160,6 +175,22 @@ def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
         layer.net = layer.network(own)
         for weights, view in zip(own, layer.net.weights.values(), strict=True):
             weights.data = torch.from_numpy(view)
+
+
+def _common_dtype(tensors: dict[str, Tensor]) -> str:
+    """The name of the dtype that all parameters have, float32 or float64."""
+    found = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    if len(set(found.values())) > 1:
+        raise TypeError(
+            f"the parameters have the dtypes {found}; expected one for all: layer.float() or layer.double()"
+        )
+    dtype = found.popitem()[1]
+    if dtype not in ("float32", "float64"):
+        raise TypeError(
+            f"an ImplicitRNN layer computes in float32 or float64, not in {dtype}: convert the other layers only, and call it "
+            "as layer(x.float()); layer.float() restores this one"
+        )
+    return dtype
 
 
 def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
@@ -460,7 +491,9 @@ def _solve(
             else f"is a {type(z0).__name__}"
         )
         raise TypeError(f"z0 {what}; expected a tensor (n,) or (B, n) of float32 or float64")
-    tensors = [torch.as_tensor(arg) for arg in args]
+    if not z0.numel():
+        raise ValueError(f"z0 has shape {tuple(z0.shape)}; expected (n,) or (B, n), none of them 0")
+    tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
     for name, tensor in (("z0", z0), *((f"args[{k}]", tensor) for k, tensor in enumerate(tensors))):
         if tensor.device.type != "cpu":
             raise TypeError(f"{name} is on {tensor.device}, but the engines work on the CPU: pass {name}.cpu()")
@@ -483,6 +516,13 @@ def _solve(
     floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     z: Tensor = _Solution.apply(solve, conditions, z0.reshape(-1, z0.shape[-1]), *floats)
     return z.reshape(z0.shape)
+
+
+def _argument(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor or a number") from error
 
 
 def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:

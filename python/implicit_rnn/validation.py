@@ -24,7 +24,7 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     """``value`` as an array of that dtype.
 
     Booleans, integers and floats up to 64 bits, of either byte order, are converted; ``TypeError`` for anything
-    else.
+    else, ``ValueError`` for numbers beyond the range of that dtype.
     """
     array = as_array(name, value)
     if array.dtype.kind == "O":
@@ -39,7 +39,14 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
         )
     if array.dtype == dtype and array.dtype.isnative:
         return array
-    return array.astype(dtype)
+    with np.errstate(over="ignore"):
+        converted = array.astype(dtype)
+    if array.dtype.itemsize > dtype.itemsize and (np.isinf(converted) & np.isfinite(array)).any():
+        largest = np.abs(array[np.isfinite(array)]).max()
+        raise ValueError(
+            f"{name} has entries up to {largest:.3g}, which {dtype} cannot hold; scale it, or use dtype='float64'"
+        )
+    return converted
 
 
 def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what: str, neurons: int = 0) -> np.ndarray:

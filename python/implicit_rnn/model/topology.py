@@ -130,6 +130,10 @@ class Topology:
             raise ValueError("layers is empty; a network needs at least one Layer")
         constraint.check_activations(layer.activation for layer in stack)
         pairs_back = _feedback_pairs(feedback, len(stack))
+        if not isinstance(skips, Iterable):
+            raise TypeError(f"skips is {skips!r}; expected pairs (earlier, later) of layers")
+        if not isinstance(input_skips, Iterable):
+            raise TypeError(f"input_skips is {input_skips!r}; expected layers, such as (2,)")
         forward = tuple(sorted((int(a), int(b)) for a, b in skips))
         for a, b in forward:
             if not 0 <= a < b - 1 < len(stack) - 1:
