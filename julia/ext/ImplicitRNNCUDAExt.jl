@@ -16,6 +16,18 @@ ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
 
 ImplicitRNN.free_memory(::CUDABackend) = Int(CUDA.free_memory())
 
+function ImplicitRNN.with_coarse_products(work, ::CUDABackend)
+    CUDA.capability(CUDA.device()) >= v"8.0" || return false
+    mode, precision = CUDA.math_mode(), CUDA.math_precision()
+    CUDA.math_mode!(CUDA.FAST_MATH; precision = :TensorFloat32)
+    try
+        work()
+    finally
+        CUDA.math_mode!(mode; precision)
+    end
+    return true
+end
+
 function ImplicitRNN.wrap_memory(::CUDABackend, ::Type{T}, address::UInt, n::Int) where {T}
     return n == 0 ? CuArray{T}(undef, 0) : unsafe_wrap(CuArray, CuPtr{T}(address), n)
 end

@@ -57,25 +57,56 @@ end
 """
     approach!(ws, q, progress, rule)
 
-Iterate in single precision, as far as its rounding allows, where double precision is asked for and there is work enough for that to pay
-(`ws.single_first`). Columns that converge so go on in double precision from where they are, the others from where they began: what is
+Iterate in lower precision, as far as its rounding allows, where there is work enough for that to pay (`ws.coarse_first`): in single
+precision where double is asked for, and with coarse products where single is, if the device has them and they are products of its
+library. Columns that converge so go on in the precision asked for from where they are, the others from where they began: what is
 decided of them, and how exactly they are solved, remains the same.
 """
-approach!(ws::DeviceWorkspace, q::Equation, progress, rule) = nothing
-function approach!(ws::DeviceWorkspace{Float64}, q::Equation, progress, rule)
+function approach!(ws::DeviceWorkspace, q::Equation, progress, rule)
     n, samples = size(q.Z)
-    n^2 * samples >= ws.single_first || return
+    n^2 * samples >= ws.coarse_first && approach_coarsely!(ws, q, progress, rule)
+    return
+end
+
+function approach_coarsely!(ws::DeviceWorkspace{Float64}, q::Equation, progress, rule)
     Z = Float32.(q.Z)
     single = Equation(Z, similar(Z), Float32.(q.U), Float32.(q.M), q.g, q.D === nothing ? nothing : Float32.(q.D))
-    course, record = progress_of(ws, samples, Float32), record_of(ws, samples, Float32)
+    tour = Tour{Float32}(ws, progress, rule, tolerance(Picard(), Float32))
+    travel!(tour, ws, single)
+    return take_up!(q, progress, tour, Z, rule)
+end
+
+function approach_coarsely!(ws::DeviceWorkspace{Float32}, q::Equation, progress, rule)
+    size(q.Z, 1) > FUSED_NEURONS || return
+    Z = copy(q.Z)
+    coarse = Equation(Z, q.S, q.U, q.M, q.g, q.D)
+    tour = Tour{Float32}(ws, progress, rule, 4 * COARSE_ROUNDING)
+    with_coarse_products(() -> travel!(tour, ws, coarse), ws.backend) && take_up!(q, progress, tour, Z, rule)
+    return
+end
+
+"An iteration in lower precision, whose outcome is not that of the equation."
+struct Tour{T, P, R}
+    progress::P
+    record::R
+    rule::Rule{T}
+end
+function Tour{T}(ws::DeviceWorkspace, progress, rule, tol) where {T}
+    samples = length(progress.running)
+    course, record = progress_of(ws, samples, T), record_of(ws, samples, T)
     course.running .= progress.running
-    coarse = Rule{Float32}(
-        tolerance(Picard(), Float32), max(rule.floor, floatmin(Float32)), rule.damping, min(rule.limit, PATIENCE), rule.patience, true, true,
-        false, rule.damping == 1
+    coarse = Rule{T}(
+        tol, max(rule.floor, floatmin(T)), rule.damping, min(rule.limit, PATIENCE), rule.patience, true, true, false, rule.damping == 1
     )
-    iterate_plainly!(ws, single, course, record, coarse)
+    return Tour{T, typeof(course), typeof(record)}(course, record, coarse)
+end
+
+travel!(tour::Tour, ws::DeviceWorkspace, q::Equation) = iterate_plainly!(ws, q, tour.progress, tour.record, tour.rule)
+
+function take_up!(q::Equation, progress, tour::Tour, Z, rule)
+    course = tour.progress
     # One that converges at once may repel, which is not to be covered up.
-    near = progress.running .& .!course.abandoned .& (record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
+    near = progress.running .& .!course.abandoned .& (tour.record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
     q.Z .= ifelse.(reshape(near, 1, :), Z, q.Z)
     foreach((to, from) -> to .= ifelse.(near, from, to), (progress.count, progress.change, progress.rate), (course.count, course.change, course.rate))
     return

@@ -11,12 +11,12 @@ struct StageArrays{M}
 end
 
 """
-    DeviceWorkspace(net, backend; budget = 3 / 4 of the free memory, single_first = 2^26)
+    DeviceWorkspace(net, backend; budget = 3 / 4 of the free memory, coarse_first = 2^26)
 
 The [`AbstractWorkspace`](@ref ImplicitRNN.AbstractWorkspace) of a device: of any backend of KernelAbstractions.jl. The solver
 `NLsolver`, the linear solver `:gmres` and Hessian-vector products are refused. A batch whose arrays would take more than `budget`
-bytes is computed piece by piece. Where an iteration of a net of double precision takes `single_first` multiplications or more, it is
-done in single precision first, see [`approach!`](@ref).
+bytes is computed piece by piece. Where an iteration takes `coarse_first` multiplications or more, it is done in lower precision first,
+see [`approach!`](@ref).
 """
 mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: AbstractVector{T}} <: AbstractWorkspace{T}
     const net::Network{T}
@@ -31,16 +31,16 @@ mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: Abs
     const chains::Vector{Vector{M}}             # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     on_host::Bool                               # whether the parameters are in force on the CPU as well
     budget::Int                                 # bytes that a batch may take
-    single_first::Int                           # multiplications from which single precision comes first
+    coarse_first::Int                           # multiplications from which lower precision comes first
 end
 
-function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3, single_first::Int = 2^26) where {T}
+function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3, coarse_first::Int = 2^26) where {T}
     check_device(backend)
     make(dimensions...) = KernelAbstractions.zeros(backend, T, dimensions...)
     M, V = typeof(make(0, 0)), typeof(make(0))
     return DeviceWorkspace{T, typeof(backend), M, V}(
         net, backend, CPUWorkspace(net), make(length(net)), make(length(net)), device_stages(net, make), make(net.outputs),
-        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget, single_first
+        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget, coarse_first
     )
 end
 

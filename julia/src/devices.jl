@@ -9,6 +9,17 @@ free_memory(backend) = typemax(Int)
 "    describe_device(backend)\n\nThe device of a backend in words: its name, driver and memory."
 describe_device(backend) = string(nameof(typeof(backend)))
 
+"""
+    with_coarse_products(work, backend) -> Bool
+
+Call `work()` with products of matrices in single precision whose factors are rounded to 11 bits (TF32), as tensor cores multiply many
+times faster; false, and nothing is called, where a device does not have that.
+"""
+with_coarse_products(work, backend) = false
+
+"The rounding of a factor in [`with_coarse_products`](@ref)."
+const COARSE_ROUNDING = 2.0^-11
+
 # --- memory that is shared with other libraries -----------------------------------------------------------------
 
 "    backend_of(workspace)\n\nThe backend of the device that a workspace is on, `nothing` for the CPU."

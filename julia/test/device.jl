@@ -355,7 +355,7 @@ else
     @testset "single precision first: $(neurons(net)) neurons" for net in (one_layer(), one_layer(; neurons = 130, constraint = Perron(0.5)), one_layer(; neurons = 6, constraint = Free()))
         gain = net.constraint isa Free ? 0.6 : 0.3                      # of the free net some samples have no equilibrium
         p, X, Y = parameters(net; gain), samples(net, 45), targets(net, 45)
-        first_single, plain = (ImplicitRNN.Workspace(net, JLBackend(); single_first) for single_first in (0, typemax(Int)))
+        first_single, plain = (ImplicitRNN.Workspace(net, JLBackend(); coarse_first) for coarse_first in (0, typemax(Int)))
         for solver in (Auto(), Picard(damping = 0.7), Picard(max_iterations = 12))
             here, there = (solved(ws, p, X; solver) for ws in (plain, first_single))
             @test there.status == here.status
@@ -369,6 +369,27 @@ else
         here, there = (gradient(ws, p, X, Y) for ws in (plain, first_single))
         @test relative_error(there.g, here.g) < 1.0e-9
         @test there.quality.adjoint_residual <= 1.0e-10
+    end
+
+    # The reference device has no coarse products; these stand in for them, with factors of no fewer digits.
+    @testset "coarse products first: $(neurons(net)) neurons" for net in (one_layer(; T = Float32, neurons = 130, constraint = Perron(0.5)), one_layer(; T = Float32))
+        p, X, Y, tours = parameters(net; gain = 0.3), samples(net, 45), targets(net, 45), Ref(0)
+        without = ImplicitRNN.Workspace(net, JLBackend(); coarse_first = 0)
+        here = solved(without, p, X)
+        ImplicitRNN.with_coarse_products(work, ::JLBackend) = (tours[] += 1; work(); true)
+        first_coarse, plain = (ImplicitRNN.Workspace(net, JLBackend(); coarse_first) for coarse_first in (0, typemax(Int)))
+        try
+            there = Base.invokelatest(solved, first_coarse, p, X)
+            @test tours[] == (neurons(net) > 128)                 # smaller stages take no products of a library
+            @test all(converged(here)) && all(converged(there))
+            @test there.state ≈ here.state rtol = 1.0e-5
+            @test all(<=(1.0e-6), there.residual)
+            @test relative_error(Base.invokelatest(gradient, first_coarse, p, X, Y).g, Base.invokelatest(gradient, plain, p, X, Y).g) < 1.0e-4
+            @test tours[] == 3 * (neurons(net) > 128)
+        finally
+            Base.delete_method(which(ImplicitRNN.with_coarse_products, (Any, JLBackend)))
+        end
+        @test solved(without, p, X).state == here.state
     end
 
     @testset "small systems by elimination: $T, $n rows" for T in (Float64, Float32), n in (1, 3, 64, 65, 90)
