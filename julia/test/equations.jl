@@ -433,3 +433,9 @@ end
     @test_throws "cannot be parsed: Expected `)`" compiled_function("(z, a) -> cos.(a .* z")
     @test_throws "not a function" compiled_function("1 + 1")
 end
+
+@testset "a fixed point that iteration would leave is unstable by every solver ($solver)" for solver in
+    (Auto(), Newton(), Anderson(), Picard(damping = 0.3), NLsolver())
+    @test fixed_point((z, a) -> tanh.(a .- 3 .* z), [0.2], 0.5; solver).status == [ImplicitRNN.UNSTABLE]
+    @test fixed_point(z -> 2 .* z, [0.0]; solver).status == [ImplicitRNN.UNSTABLE]       # it rests where it starts
+end
