@@ -415,3 +415,40 @@ def test_derivative_in_float32_does_not_depend_on_the_unit(exponent):
     unit = np.float32(10.0**exponent)
     sol = fixed_point(lambda z, a: unit * np.cos(a * z / unit), np.array([[1], [3]], np.float32) * unit, args=(0.8,))
     np.testing.assert_allclose(sol.jacobian("a") / unit, -0.324205, rtol=1e-5)
+
+
+# --- steps that are short without a root ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "starts"),
+    [
+        (lambda z: np.sqrt(z) + 1, "z -> sqrt.(z) .+ 1", [0.01, 1.0, 100.0]),
+        (lambda z: np.sqrt(z) + 0.1 + z, "z -> sqrt.(z) .+ 0.1 .+ z", [0.01, 1.0, 100.0]),
+        (lambda z: np.sqrt(z - 1) + 1, "z -> sqrt.(z .- 1) .+ 1", [1.01, 3.0, 100.0]),
+        (lambda z: (z * z) ** 0.25 + 1, "z -> sqrt.(abs.(z)) .+ 1", [-1.0, 0.01, 100.0]),
+    ],
+    ids=["sqrt(z) + 1", "sqrt(z) + z + 0.1", "sqrt(z - 1) + 1", "sqrt(abs(z)) + 1"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_slope_is_no_root(kind, function, code, starts):
+    f = either(kind, function, code)
+    for solver in (Auto(max_iterations=300), Newton()):
+        with np.errstate(all="ignore"):
+            sol = root(f, np.array(starts)[:, None], solver=solver, on_failure="ignore")
+        assert not sol.converged.any(), (solver, sol.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_root_of_infinite_slope_is_found(kind):
+    f = either(kind, lambda z: np.sqrt(z) - 1, "z -> sqrt.(z) .- 1")
+    np.testing.assert_allclose(root(f, [[3.0], [0.2]]).value, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_at_or_near_the_root_converges_at_once(kind):
+    f = either(kind, lambda z, a: z**3 + z - a, "(z, a) -> z .^ 3 .+ z .- a")
+    start = np.array([[1.0], [1 + 1e-15], [1 + 1e-12], [1 + 1e-9]])
+    sol = root(f, start, args=(2.0,))
+    np.testing.assert_allclose(sol.value, 1, rtol=1e-15)
+    assert (sol.iterations <= 2).all()

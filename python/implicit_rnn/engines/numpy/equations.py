@@ -38,6 +38,8 @@ _PART = 2**24
 """Numbers that derivatives may take at a time."""
 
 _LARGEST_CHANGE = 0.25
+_LEFT_OF_CONDITIONS = 0.5
+"""What is left of ‖c‖ behind a step to a root, at most."""
 
 
 class PythonEquation:
@@ -246,7 +248,8 @@ def _newton_steps(f: Function, Z: Array, rows: Array, C: Array) -> Array:
 def _is_steady(f: Function, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
     """Whether A is about the same two steps further, along the step.
 
-    Newton's steps are as short at a pole as at a root, from which they lead away, but one may start at it.
+    A short step to a root makes the conditions much smaller than they were, unless one starts there. Newton's steps are as short at
+    a pole, from which they lead away, and where f has an infinite slope, as √z + 1 at zero.
     """
     further = Z + 2 * steps + 8 * np.finfo(Z.dtype).eps * Z
     if f.is_large():
@@ -397,7 +400,7 @@ class _Root:
         f, sizes, count = self.f, self.sizes, len(rows)
         Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
-        last = np.full(count, np.inf)
+        last, judged = np.full(count, np.inf), np.full(count, np.inf)
         F = np.full_like(Z, np.nan)
         sizes.begin(f.equation.start[rows], rows)
         going = np.flatnonzero(evaluations < limit)
@@ -416,8 +419,9 @@ class _Root:
             quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
             spent = evaluations[going] >= limit
             done = sizes.near(length, size, index, quotient, spent)
-            first = np.isinf(last[going])
-            doubtful = done & exists & first & (merit > 0)
+            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * judged[going])
+            judged[going] = merit
+            doubtful = done & exists & ~proven & (merit > 0)
             if doubtful.any():
                 done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
             broken = ~np.isfinite(merit)
