@@ -248,8 +248,8 @@ def _newton_steps(f: Function, Z: Array, rows: Array, C: Array) -> Array:
 def _is_steady(f: Function, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
     """Whether A is about the same two steps further, along the step.
 
-    A short step to a root makes the conditions much smaller than they were, unless one starts there. Newton's steps are as short at
-    a pole, from which they lead away, and where f has an infinite slope, as √z + 1 at zero.
+    A short step to a root makes the conditions much smaller than they were, unless one starts there. Newton's steps are as
+    short at a pole, from which they lead away, and where f has an infinite slope, as √z + 1 at zero.
     """
     further = Z + 2 * steps + 8 * np.finfo(Z.dtype).eps * Z
     if f.is_large():
