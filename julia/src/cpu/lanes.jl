@@ -208,28 +208,33 @@ function jacobian_lanes!(J::Array{T, 3}, D, M, lanes) where {T}
     return J
 end
 
-# P = A A
+# P = A A. Two columns at a time: what they are sums of is read half as often.
 function square_lanes!(P::Array{T, 3}, A::Array{T, 3}, lanes) where {T}
-    n = size(A, 2)
-    GC.@preserve P A for j in 1:n, i in 1:n
-        sum = same_in_all(zero(T), lanes)
+    n, zero_lanes = size(A, 2), same_in_all(zero(T), lanes)
+    GC.@preserve P A for j in 1:2:n, i in 1:n
+        next = min(j + 1, n)
+        sum, sum_of_next = zero_lanes, zero_lanes
         for k in 1:n
-            sum = muladd_lanes(vector(A, (k - 1) * n + i, lanes), vector(A, (j - 1) * n + k, lanes), sum)
+            a = vector(A, (k - 1) * n + i, lanes)
+            sum = muladd_lanes(a, vector(A, (j - 1) * n + k, lanes), sum)
+            sum_of_next = muladd_lanes(a, vector(A, (next - 1) * n + k, lanes), sum_of_next)
         end
         put_vector!(P, (j - 1) * n + i, sum)
+        put_vector!(P, (next - 1) * n + i, sum_of_next)
     end
     return P
 end
 
-# Lanes whose matrix has a norm below 1, the largest sum of a column, are active no more.
+# Lanes whose matrix has a norm below 1, that of Frobenius or the largest sum of a column, are active no more.
 function drop_contractions!(w::Lanes{T}, A::Array{T, 3}) where {T}
-    (; active, decision, change2) = w
-    largest, sum = fill!(decision, 0), change2
+    (; active, decision, change2, grown) = w
+    largest, squares, sum = fill!(decision, 0), fill!(grown, 0), change2
     @inbounds for j in axes(A, 3)
         fill!(sum, 0)
         for i in axes(A, 2)
             @simd ivdep for l in eachindex(sum)
                 sum[l] += abs(A[l, i, j])
+                squares[l] = muladd(A[l, i, j], A[l, i, j], squares[l])
             end
         end
         @simd ivdep for l in eachindex(sum)
@@ -237,7 +242,7 @@ function drop_contractions!(w::Lanes{T}, A::Array{T, 3}) where {T}
         end
     end
     @inbounds for l in eachindex(active)
-        active[l] = ifelse(largest[l] < 1, zero(T), active[l])
+        active[l] = ifelse((largest[l] < 1) | (squares[l] < 1), zero(T), active[l])
     end
     return
 end
