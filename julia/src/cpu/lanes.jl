@@ -191,7 +191,7 @@ function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, pica
         for i in axes(J, 1), k in axes(J, 2)
             J[i, k] = w.D[l, i] * lane_entry(M, l, i, k)
         end
-        failed[l] = !(Base.invokelatest(spectral_radius, J, ones(T, size(J, 1)))::T < 1)
+        failed[l] = !((@late spectral_radius(J, ones(T, size(J, 1))))::T < 1)
     end
     return
 end
