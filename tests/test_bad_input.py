@@ -511,3 +511,49 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
     with pytest.raises(ValueError, match="epochs"):
         net.fit(X, Y, epochs=0)
     np.testing.assert_array_equal(net.parameters, before)
+
+
+# --- settings and parameters -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
+        ({"seed": "a"}, TypeError, "seed must be a whole number from 0, got 'a'"),
+        ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
+        ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
+        ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
+        ({"epochs": 2**31}, ValueError, r"epochs must be a whole number below 2\*\*31, got 2147483648"),
+    ],
+)
+def test_setting_of_fit_that_makes_no_sense_is_refused_by_name(net, X, setting, error, message):
+    with pytest.raises(error, match=message):
+        net.fit(X, np.zeros((12, 2)), **{"epochs": 1, **setting})
+
+
+def test_seed_of_a_network_that_makes_no_sense_is_refused_by_name():
+    with pytest.raises(ValueError, match="seed must be a whole number from 0, got -1"):
+        irnn.Network(2, [3], outputs=1, seed=-1)
+
+
+def test_more_iterations_than_can_be_counted_are_refused():
+    with pytest.raises(ValueError, match=r"max_iterations must be a whole number below 2\*\*31"):
+        irnn.Auto(max_iterations=2**31)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    "constraint", [irnn.Free(), irnn.Perron(), irnn.InfNorm(), irnn.Spectral(), irnn.Monotone()], ids=lambda c: c.name
+)
+def test_recurrent_weights_that_are_not_finite_end_as_non_finite_and_are_named(engine, X, constraint, value):
+    net = irnn.Network(3, [irnn.Layer(4)], outputs=2, constraint=constraint, engine=engine, seed=0)
+    net.weights["R"][1, 2] = value
+    with np.errstate(all="ignore"):
+        with pytest.raises(irnn.ConvergenceError, match=r"non_finite.*look whether net.parameters are finite"):
+            net.predict(X)
+        with pytest.raises(irnn.ConvergenceError):
+            net.loss_and_gradient(X, np.zeros((12, 2)))
+        with pytest.raises(irnn.ConvergenceError):
+            net.jvp(X, X)
+        assert np.isnan(net.spectral_radius(X, on_failure="ignore")).all()

@@ -48,10 +48,11 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong_on_stderr(arguments, ca
     assert err.startswith("usage: implicit-rnn")
 
 
-def test_number_that_is_none_is_named_with_what_was_expected(capsys):
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "many"])
+def test_number_that_is_none_is_named_with_what_was_expected(text, capsys):
     with pytest.raises(SystemExit):
-        main(["xor", "--neurons", "0"])
-    assert "0 is not a whole number from 1" in capsys.readouterr().err
+        main(["xor", f"--seeds={text}"])
+    assert f"{text} is not a whole number from 1" in capsys.readouterr().err
 
 
 def test_version_is_that_of_the_package(capsys):

@@ -361,3 +361,94 @@ def test_what_minpack_solves_is_solved_and_nothing_wrong_is_called_converged(nam
         assert sol.converged.all(), sol
     if sol.converged.all():
         assert np.linalg.norm(f(sol.value)) < 1e-6 * max(1, np.abs(sol.value).max())
+
+
+# --- what was seen on the way --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1)])
+@pytest.mark.parametrize("start", [-2.0, -0.03, 3.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_equation_without_solution_is_not_converged_because_iterates_exploded_once(kind, start, shape):
+    f = either(kind, lambda z: np.exp(z**2 - z) + 0.52 * z, "z -> exp.(z .^ 2 .- z) .+ 0.52 .* z")
+    for solver in (Auto(), Newton()):
+        sol = fixed_point(f, np.full(shape, start), solver=solver, on_failure="ignore")
+        assert not sol.converged.any(), (solver, sol.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_point_is_sought_from_its_start_again_after_iteration_has_exploded(kind):
+    f = either(
+        kind,
+        lambda z: 8 * np.log(z) ** 3 + z**2 - 3,
+        "z -> 8 .* log.(z) .^ 3 .+ z .^ 2 .- 3",
+    )
+    sol = fixed_point(f, [[9.0], [9.5]], solver=Auto(), on_failure="ignore")
+    assert (sol.value > 1).all()  # of zero there is no logarithm
+    assert (sol.status != Status.NON_FINITE).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_newton_step_to_where_f_has_no_value_is_shortened(kind):
+    f = either(kind, lambda z: z - 0.9 * np.log(z), "z -> z .- 0.9 .* log.(z)")  # the first whole step leads to -2.9
+    sol = fixed_point(f, [[4.0]], solver=Newton())
+    np.testing.assert_allclose(sol.value, [[1.0]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", [Auto(), Newton(), Anderson(), Picard(damping=0.3)], ids=lambda s: s.name)
+def test_fixed_point_that_iteration_would_leave_is_unstable_by_every_solver(kind, solver):
+    f = either(kind, lambda z: np.tanh(0.5 - 3 * z), "z -> tanh.(0.5 .- 3 .* z)")
+    sol = fixed_point(f, [[0.2], [0.3]], solver=solver, on_failure="ignore")
+    assert (sol.status == Status.UNSTABLE).all()
+
+
+def test_solution_that_has_shrunk_to_nearly_nothing_has_its_derivative():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sol = fixed_point(lambda z, a: np.tanh(a * z), np.array([[1.0], [2.0]]), args=(0.99,))
+        np.testing.assert_allclose(sol.vjp(np.ones((2, 1)))["a"], 0, atol=1e-300)
+
+
+@pytest.mark.parametrize("exponent", [-36, -31, -30, -29, -25, 0, 30])
+def test_derivative_in_float32_does_not_depend_on_the_unit(exponent):
+    unit = np.float32(10.0**exponent)
+    sol = fixed_point(lambda z, a: unit * np.cos(a * z / unit), np.array([[1], [3]], np.float32) * unit, args=(0.8,))
+    np.testing.assert_allclose(sol.jacobian("a") / unit, -0.324205, rtol=1e-5)
+
+
+# --- steps that are short without a root ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("function", "code", "starts"),
+    [
+        (lambda z: np.sqrt(z) + 1, "z -> sqrt.(z) .+ 1", [0.01, 1.0, 100.0]),
+        (lambda z: np.sqrt(z) + 0.1 + z, "z -> sqrt.(z) .+ 0.1 .+ z", [0.01, 1.0, 100.0]),
+        (lambda z: np.sqrt(z - 1) + 1, "z -> sqrt.(z .- 1) .+ 1", [1.01, 3.0, 100.0]),
+        (lambda z: (z * z) ** 0.25 + 1, "z -> sqrt.(abs.(z)) .+ 1", [-1.0, 0.01, 100.0]),
+    ],
+    ids=["sqrt(z) + 1", "sqrt(z) + z + 0.1", "sqrt(z - 1) + 1", "sqrt(abs(z)) + 1"],
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinite_slope_is_no_root(kind, function, code, starts):
+    f = either(kind, function, code)
+    for solver in (Auto(max_iterations=300), Newton()):
+        with np.errstate(all="ignore"):
+            sol = root(f, np.array(starts)[:, None], solver=solver, on_failure="ignore")
+        assert not sol.converged.any(), (solver, sol.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_root_of_infinite_slope_is_found(kind):
+    f = either(kind, lambda z: np.sqrt(z) - 1, "z -> sqrt.(z) .- 1")
+    np.testing.assert_allclose(root(f, [[3.0], [0.2]]).value, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_start_at_or_near_the_root_converges_at_once(kind):
+    f = either(kind, lambda z, a: z**3 + z - a, "(z, a) -> z .^ 3 .+ z .- a")
+    start = np.array([[1.0], [1 + 1e-15], [1 + 1e-12], [1 + 1e-9]])
+    sol = root(f, start, args=(2.0,))
+    np.testing.assert_allclose(sol.value, 1, rtol=1e-15)
+    assert (sol.iterations <= 2).all()

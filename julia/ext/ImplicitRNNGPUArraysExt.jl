@@ -17,7 +17,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, at, AT
     Batches, BLOW_UP, call!, check_device, check_features, check_interrupt, check_pullback, check_pushforward,
     check_size, check_start, check_supervised, Connection, CONVERGED, CPUWorkspace, curvature, decreases, DIVERGED,
     DIVERGENCE, ElementwiseLoss, EquationProblem, equilibrium!, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness,
-    is_differentiable, is_singular, is_whole, jacobian!, JacobianPenalty, LEAST_ATTEMPT, limit, LINEARIZED_PATIENCE,
+    is_differentiable, is_singular, is_whole, jacobian!, JacobianPenalty, LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE,
     loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, needs_equilibrium, NON_FINITE, norm_of,
     Outcome, output_size, OutputSeed, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS,
     predicted_iterations, Quality, rademacher, repels, scale_floor, Short, SINGULAR, slope, SMALLEST_ROOT_STEP,

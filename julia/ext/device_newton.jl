@@ -63,6 +63,7 @@ end
     residual = R ? value : minus(value, z)
     merit = measure(residual, R ? r.plain : r.weights)
     isfinite(merit) || return SampleEnd(z, false, c)
+    before = oftype(merit, Inf)
     while true
         if !R
             converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1, limit)
@@ -72,8 +73,8 @@ end
         all_finite(step) || return SampleEnd(z, false, c)
         if R
             converged, after = near(c, r, measure(step, r.weights), measure(z, r.weights), limit)
-            # Newton's steps are as short at a pole as at a root, but one may start at it.
-            steady = !(converged && isinf(c.distance) && merit > 0) || is_steady!(A, t, f, z, step, args)
+            doubtful = converged && merit > 0 && (isinf(c.distance) || merit > oftype(merit, LEFT_OF_CONDITIONS) * before)
+            steady = !doubtful || is_steady!(A, t, f, z, step, args)
             converged && steady && return SampleEnd(plus(z, step, one(T)), true, after)
             c = steady ? after : Course(after.largest, after.outset, Inf, after.rate, after.relative, after.evaluations)
         end

@@ -2,7 +2,7 @@
 
 const DeviceBuffers{T, R} = StepBuffers{T, R, <:DeviceWorkspace}
 "A trainer whose workspace is that of a device."
-const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:DeviceBuffers{T, R}}
+const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:DeviceBuffers{T}}
 
 function ImplicitRNN.train!(
         trainer::DeviceTrainer, nets::Replicas{<:Array}, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing

@@ -47,8 +47,11 @@ mutable struct StepBuffers{T, R, W <: AbstractWorkspace{T}, V <: AbstractVector{
 end
 function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, batch_size::Int, warm_start::Bool) where {T}
     zeros_of(dimensions...) = allocate(workspace, dimensions...)
-    return StepBuffers(
-        workspace, zeros_of(length(net)), zeros_of(net.inputs, batch_size), zeros_of(output_size(net), batch_size),
+    gradient, X = zeros_of(length(net)), zeros_of(net.inputs, batch_size)
+    # A rule whose own rate is of another type than those of a schedule, such as Adam(1f-2), becomes one of another type.
+    R = Union{typeof(rule), typeof(Optimisers.adjust(rule, 1.0))}
+    return StepBuffers{T, R, typeof(workspace), typeof(gradient), typeof(X)}(
+        workspace, gradient, X, zeros_of(output_size(net), batch_size),
         zeros_of(batch_size), zeros_of(neurons(net), warm_start ? batch_size : 0), zeros_of(length(net)), rule, NaN,
     )
 end
@@ -71,7 +74,7 @@ on the same samples, in batches of up to `batch_size` where these are not all sa
 is given. With `warm_start` a solver starts from the equilibrium of the sample at its last visit, which takes a state (neurons ×
 samples) per net; the trainer is then for one set of samples.
 """
-mutable struct Trainer{T, R, O, B <: StepBuffers{T, R}}
+mutable struct Trainer{T, R, O, B <: StepBuffers{T}}
     const problem::Problem{T}
     const rule::R
     const states::Vector{O}               # of the optimiser, per net

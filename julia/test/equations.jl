@@ -433,3 +433,21 @@ end
     @test_throws "cannot be parsed: Expected `)`" compiled_function("(z, a) -> cos.(a .* z")
     @test_throws "not a function" compiled_function("1 + 1")
 end
+
+@testset "a fixed point that iteration would leave is unstable by every solver ($solver)" for solver in
+    (Auto(), Newton(), Anderson(), Picard(damping = 0.3), NLsolver())
+    @test fixed_point((z, a) -> tanh.(a .- 3 .* z), [0.2], 0.5; solver).status == [ImplicitRNN.UNSTABLE]
+    @test fixed_point(z -> 2 .* z, [0.0]; solver).status == [ImplicitRNN.UNSTABLE]       # it rests where it starts
+end
+
+@testset "a point of infinite slope is no root ($solver)" for solver in (Auto(max_iterations = 300), Newton(), NLsolver())
+    for f in (z -> sqrt.(z) .+ 1, z -> sqrt.(z) .+ z .+ 0.1, z -> sqrt.(abs.(z)) .+ 1)
+        @test !any(root(f, [0.01 1.0 100.0]; solver).status .== ImplicitRNN.CONVERGED)
+    end
+end
+
+@testset "nor is it for many samples ($solver)" for solver in (Auto(max_iterations = 100), Newton())
+    Z = collect(exp.(range(-3, 3, 4100))')
+    @test !any(root(z -> sqrt.(abs.(z)) .+ 1, Z; solver).status .== ImplicitRNN.CONVERGED)
+    @test abs.(root(z -> sqrt.(abs.(z) .+ 1) .- 2, Z; solver).value) ≈ fill(3, 1, 4100)
+end

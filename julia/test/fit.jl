@@ -139,3 +139,17 @@ end
     end
     @test length(blocks) >= 3
 end
+
+@testset "a rule may have a rate of any type, with and without a schedule ($(T))" for T in (Float64, Float32)
+    (; Adam, Descent, OptimiserChain, WeightDecay) = ImplicitRNN.Optimisers
+    net = one_layer(; T)
+    X, Y, schedule = samples(net, 12), targets(net, 12), t -> 0.5 / t
+    trained(rule, schedule) = (p = parameters(net); fit!(p, net, X, Y; epochs = 3, batch_size = 4, rule, schedule, rng = Xoshiro(1)); p)
+    for (given, usual) in (
+            Adam(0.5f0) => Adam(0.5), Descent(Float16(0.5)) => Descent(0.5),
+            OptimiserChain(WeightDecay(0.25), Descent(1 // 2)) => OptimiserChain(WeightDecay(0.25), Descent(0.5)),
+        )
+        @test trained(given, nothing) ≈ trained(usual, nothing) rtol = 1.0e-3
+        @test trained(given, schedule) == trained(usual, schedule)
+    end
+end

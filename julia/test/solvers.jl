@@ -174,6 +174,18 @@ end
     @test auto.state[1] > 0.8
 end
 
+@testset "no equilibrium that repels is returned as converged ($n neurons, gain $gain, $T)" for n in (2, 6, 16, 24), gain in (1, 2), T in (Float64, Float32)
+    net = Network{T}(2, [Layer(n)]; outputs = 1, constraint = Free())
+    found = 0
+    for seed in 1:10
+        p, X = randn(Xoshiro(seed), T, length(net)) .* T(gain / sqrt(n)), randn(Xoshiro(seed), T, 2, 20)
+        solution = equilibrium(net, p, X)
+        found += count(converged(solution))
+        @test all(ImplicitRNN.spectral_radius(net, p, X, solution.state)[converged(solution)] .< 1)
+    end
+    @test found > 20
+end
+
 @testset "the spectral radius is right on rotations and for large stages" begin
     rotation = 1.5 .* [0.0 -1.0; 1.0 0.0]
     @test ImplicitRNN.spectral_radius(rotation, ones(2)) ≈ 1.5

@@ -170,9 +170,8 @@ def fixed_point(
     solver
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
         ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖z‖₂ seen on the way, so that the answer does not depend
-        on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. Auto,
-        Newton and NLsolve report a fixed point as UNSTABLE if Picard iteration would move away from it; ``root`` finds
-        solutions of f(z) - z = 0 of any kind.
+        on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. A fixed point is reported as UNSTABLE if Picard
+        iteration would move away from it; ``root`` finds solutions of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
     jac

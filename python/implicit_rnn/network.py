@@ -33,7 +33,7 @@ from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
-from implicit_rnn.validation import as_real, as_samples, check_samples
+from implicit_rnn.validation import as_generator, as_real, as_samples, check_samples
 
 Array = np.ndarray
 
@@ -110,7 +110,7 @@ class Network:
         constraint = options.choose(Constraint, constraint, "constraint")
         topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
         self._set_up(topology, dtype, engine, device)
-        self._initialise(np.random.default_rng(seed))
+        self._initialise(as_generator(seed))
 
     def _set_up(self, topology: Topology, dtype: DTypeLike, engine: str | None, device: str) -> None:
         try:

@@ -128,11 +128,13 @@ def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
 
 
 def check_count(name: str, value: object) -> int:
-    """A whole number from 1, checked."""
+    """A whole number from 1, checked; what is counted with it has 32 bits."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number from 1, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be a whole number from 1, got {value}")
+    if int(value) >= 2**31:
+        raise ValueError(f"{name} must be a whole number below 2**31, got {value}")
     return int(value)
 
 

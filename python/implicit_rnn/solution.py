@@ -122,7 +122,9 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
     """What to do about samples without equilibrium, which ended with these ``status`` (B,), under a constraint or none."""
     failed = np.array([MAX_ITERATIONS]) if status is None else status[status != CONVERGED]
     ways = []
-    if (failed != SINGULAR).any():
+    if (failed == NON_FINITE).any():
+        ways.append("where NaN or infinity came up, look whether net.parameters are finite, and for very large ones")
+    if not np.isin(failed, (NON_FINITE, SINGULAR)).all():
         ways.append("raise max_iterations, loosen tol or damp the solver")
     if (failed == SINGULAR).any():
         ways.append("where the Jacobian is singular, another start z0 or Anderson(), which needs no Jacobian")

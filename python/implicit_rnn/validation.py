@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -213,3 +213,12 @@ def _from_pandas(name: str, table: Any) -> np.ndarray:
             )
     array = np.asarray(table)
     return _numbers(name, array) if array.dtype.kind == "O" else array
+
+
+def as_generator(seed: int | None) -> np.random.Generator:
+    """The random numbers of a seed, which None draws."""
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        kind = ValueError if isinstance(seed, Integral) else TypeError
+        raise kind(f"seed must be a whole number from 0, got {seed!r}") from None

@@ -18,6 +18,7 @@ struct Lanes{T, L}
     step::Matrix{T}
     anchor::Matrix{T}              # where Picard iteration was left
     A::Array{T, 3}
+    power::Array{T, 3}             # of D M
     active::Vector{T}              # 1 or 0
     failed::Vector{Bool}
     change2::Vector{T}             # ‖F - Z‖², ‖F‖²
@@ -30,7 +31,7 @@ struct Lanes{T, L}
     grown::Vector{T}               # 1 where the last step of Newton's method made the residual larger
 end
 Lanes{T, L}(n::Int) where {T, L} = Lanes{T, L}(
-    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
+    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
 )
 
 """
@@ -56,7 +57,7 @@ const LANE_ITERATIONS = 12
 
 Solve the equation `p` for the samples whose drive and start are in the columns of `c`: a Picard step or three, then Newton's
 method. The columns that remain active in `c` are of the samples for which that did not do: which take too long or, without
-a guarantee of uniqueness, whose residual grew or whose equilibrium may not be the one that attracts. What happens to a
+a guarantee of uniqueness, whose residual grew or whose equilibrium repels or may not be the one that attracts. What happens to a
 sample does not depend on the others.
 """
 function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T, L}
@@ -114,7 +115,7 @@ function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::B
     for k in 1:evaluations
         affine_lanes!(w, M, cold && k == 1)
         activate_lanes!(w, p.f)
-        check_convergence!(w, p, k, picard_steps) || return
+        check_convergence!(w, p, k, picard_steps) || break
         k == evaluations && break
         if k <= picard_steps
             step_lanes!(w, w.F, Val(L), true)
@@ -129,6 +130,7 @@ function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::B
     @inbounds for l in 1:L
         w.failed[l] |= w.active[l] > 0
     end
+    p.unique || check_stability!(w, M, p, picard_steps)
     return
 end
 
@@ -164,6 +166,85 @@ function check_convergence!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_
         end
     end
     return any_above_zero(active)
+end
+
+"Squarings of D M after which eigenvalues are cheaper: powers of a matrix have norms below 1 where its spectral radius is."
+const SQUARINGS = 4
+
+# Newton's method may end at an equilibrium that repels, which is left to the general method.
+function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
+    (; active, failed, iterations, power) = w
+    @inbounds for l in 1:L
+        active[l] = ifelse(failed[l] | (iterations[l] <= picard_steps), zero(T), one(T))
+    end
+    any_above_zero(active) || return
+    slopes_lanes!(w, p.f)
+    jacobian_lanes!(power, w.D, M, Val(L))
+    for k in 0:SQUARINGS
+        k == 0 || copyto!(power, square_lanes!(w.A, power, Val(L)))
+        drop_contractions!(w, power)
+        any_above_zero(active) || return
+    end
+    for l in 1:L
+        active[l] > 0 || continue
+        J = Matrix{T}(undef, size(w.D, 2), size(w.D, 2))
+        for i in axes(J, 1), k in axes(J, 2)
+            J[i, k] = w.D[l, i] * lane_entry(M, l, i, k)
+        end
+        failed[l] = !((@late spectral_radius(J, ones(T, size(J, 1))))::T < 1)
+    end
+    return
+end
+
+lane_entry(M::Matrix, l::Int, i::Int, k::Int) = M[i, k]
+lane_entry(M::Array{<:Any, 3}, l::Int, i::Int, k::Int) = M[l, i, k]
+
+# D M
+function jacobian_lanes!(J::Array{T, 3}, D, M, lanes) where {T}
+    n, zero_lanes = size(J, 2), same_in_all(zero(T), lanes)
+    GC.@preserve J D M for k in 1:n, i in 1:n
+        put_vector!(J, (k - 1) * n + i, muladd_lanes(matrix_entry(M, i, k, lanes), vector(D, i, lanes), zero_lanes))
+    end
+    return J
+end
+
+# P = A A. Two columns at a time: what they are sums of is read half as often.
+function square_lanes!(P::Array{T, 3}, A::Array{T, 3}, lanes) where {T}
+    n, zero_lanes = size(A, 2), same_in_all(zero(T), lanes)
+    GC.@preserve P A for j in 1:2:n, i in 1:n
+        next = min(j + 1, n)
+        sum, sum_of_next = zero_lanes, zero_lanes
+        for k in 1:n
+            a = vector(A, (k - 1) * n + i, lanes)
+            sum = muladd_lanes(a, vector(A, (j - 1) * n + k, lanes), sum)
+            sum_of_next = muladd_lanes(a, vector(A, (next - 1) * n + k, lanes), sum_of_next)
+        end
+        put_vector!(P, (j - 1) * n + i, sum)
+        put_vector!(P, (next - 1) * n + i, sum_of_next)
+    end
+    return P
+end
+
+# Lanes whose matrix has a norm below 1, that of Frobenius or the largest sum of a column, are active no more.
+function drop_contractions!(w::Lanes{T}, A::Array{T, 3}) where {T}
+    (; active, decision, change2, grown) = w
+    largest, squares, sum = fill!(decision, 0), fill!(grown, 0), change2
+    @inbounds for j in axes(A, 3)
+        fill!(sum, 0)
+        for i in axes(A, 2)
+            @simd ivdep for l in eachindex(sum)
+                sum[l] += abs(A[l, i, j])
+                squares[l] = muladd(A[l, i, j], A[l, i, j], squares[l])
+            end
+        end
+        @simd ivdep for l in eachindex(sum)
+            largest[l] = ifelse(sum[l] <= largest[l], largest[l], sum[l])      # NaN, too
+        end
+    end
+    @inbounds for l in eachindex(active)
+        active[l] = ifelse((largest[l] < 1) | (squares[l] < 1), zero(T), active[l])
+    end
+    return
 end
 
 # Of numbers that are not below zero; faster than `any`, which stops at the first.

@@ -98,7 +98,7 @@ function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where 
         status = assess!(s, p, tol)
         if status === CONVERGED
             # What iteration leads to attracts, but not what it starts at.
-            return s.evaluations == 1 && p.n <= DENSE && repels!(s, p) ? UNSTABLE : finish!(s, CONVERGED)
+            return finish!(s, CONVERGED, p, s.evaluations == 1)
         elseif status !== nothing
             s.evaluations == 1 && return status
             restart!(s, p)

@@ -49,8 +49,8 @@ formula is the fastest, one that branches on values is solved one sample after t
 
 A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, since a solution may be zero, when it
 is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ
-much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point found by
-`Auto`, `Newton` or `NLsolver` from which Picard iteration would move away is `UNSTABLE`.
+much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point from
+which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do not look).
 
 Where `z0` is an array of a device, such as a `CuArray`, all samples are solved there, one by each work-item, and the value is one as
 well. It takes up to $(MAX_SHORT) unknowns, and as arguments numbers and vectors of up to $(MAX_SHORT) entries; by the solvers `Auto`,

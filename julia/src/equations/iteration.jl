@@ -33,9 +33,10 @@ mutable struct Iteration{T}
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
     rate::Float64             # its quotient with the one before
     relative::Float64         # its quotient with what it is related to
+    judged::Float64           # ‖c‖ where the last Newton step of a root was judged
 end
 Iteration{T}(n::Int) where {T} =
-    Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf)
+    Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf)
 
 "Begin with a sample from the start `z`, allowing so many evaluations of f."
 @inline function begin!(s::Iteration, p::AbstractEquation, Z::Matrix, sample::Int, limit::Int)
@@ -50,7 +51,7 @@ end
 
 @inline function forget!(s::Iteration, p::AbstractEquation)
     s.largest = s.outset = measure(s.z, p.weights)
-    s.distance, s.rate, s.relative, s.merit = Inf, 0.0, Inf, NaN
+    s.distance, s.rate, s.relative, s.merit, s.judged = Inf, 0.0, Inf, NaN, Inf
     return s
 end
 

@@ -158,7 +158,8 @@ end
         last_distance, distance = ifelse(active, distance, last_distance), ifelse(active, now, distance)
         near = active & (now <= tol * here)
         settled = active & (now <= Float64(eps(T)) * largest)
-        usual &= !any(settled & !near) && (k > 1 || !any(near & (merit > 0.0)))
+        usual &= !any(settled & !near) && !any(near & (merit > LEFT_OF_CONDITIONS * merit_before))
+        usual &= k > 1 || !any(near & (merit > 0.0))
         z = choose(active, plus(z, step), z)
         evaluations = ifelse(near, Vec(k), evaluations)
         if K == 1
@@ -201,7 +202,7 @@ end
         stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
         near = judged & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
         if R
-            doubtful = near & (last_distance == Inf) & (merit > 0.0)
+            doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
             if any(doubtful)
                 doubtful &= !is_steady!(w, p, z, new_step, args)
                 near &= !doubtful

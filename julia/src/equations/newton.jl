@@ -35,10 +35,12 @@ end
 
 "How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."
 @inline function assess_root!(s::Iteration, l::Linearization, solvable::Bool, p::AbstractEquation, tol::Float64)
-    size, first = measure(s.z, p.weights), isinf(s.distance)
+    size = measure(s.z, p.weights)
+    proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.judged
+    s.judged = s.merit
     if solvable
         near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
-        if first && s.merit > 0 && !is_steady!(s, l, p)
+        if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf
             return nothing
         end
@@ -54,8 +56,20 @@ end
     return CONVERGED
 end
 
-# Whether the Jacobian is about the same two steps further: Newton's steps are as short at a pole as at a root, from which they
-# lead away, but one may start at it.
+# A short step to a root makes the conditions much smaller than they were. Newton's steps are as short at a pole, from which they lead
+# away, and where f has an infinite slope, as √z + 1 at zero.
+"What is left of ‖c‖ behind a step to a root, at most."
+const LEFT_OF_CONDITIONS = 0.5
+
+"Whether a root has been found, to rounding, where nothing leads on."
+function found!(s::Iteration, l::Linearization, p::AbstractEquation)
+    settled(s) || return false
+    p.root || return true
+    conditions_jacobian!(l.J, p, s.z, s.sample)
+    return is_steady!(s, l, p)
+end
+
+# Whether the Jacobian is about the same two steps further, as at a root at which one may have started.
 @noinline function is_steady!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     s.base .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
     change = similar(l.J)
@@ -85,7 +99,7 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
     end
     if p.root
         copyto!(s.z, s.base)
-        return settled(s) ? CONVERGED : SINGULAR
+        return found!(s, l, p) ? CONVERGED : SINGULAR
     end
     copyto!(s.z, s.picard)
     evaluate!(s, l, p) || return MAX_ITERATIONS

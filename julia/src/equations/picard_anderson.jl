@@ -3,7 +3,8 @@
 function iterate!(solver::Picard, s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
     while evaluate!(s, p)
         status = assess!(s, p, tol)
-        status === nothing || return finish!(s, status)
+        # Undamped iteration ends at what attracts it, unless it starts there.
+        status === nothing || return finish!(s, status, p, solver.damping < 1 || s.evaluations == 1)
         advance!(s, T(solver.damping))
     end
     return MAX_ITERATIONS
@@ -20,6 +21,12 @@ end
 @inline function finish!(s::Iteration, status::Status)
     status === NON_FINITE || copyto!(s.z, s.value)
     return status
+end
+
+"… and may be one that repels, which is seen where a matrix is affordable."
+function finish!(s::Iteration, status::Status, p::AbstractEquation, doubtful::Bool)
+    finish!(s, status)
+    return doubtful && p.n <= DENSE ? attracts(status, s, p) : status
 end
 
 "The last differences of Anderson acceleration, columns of `ΔR` and `ΔF` in turn, with its normal equations."
@@ -41,7 +48,7 @@ function iterate!(solver::Anderson, s::Iteration{T}, p::AbstractEquation{T}, tol
     depth, head, last = 0, 0, Inf
     while evaluate!(s, p)
         status = assess!(s, p, tol)
-        status === nothing || return finish!(s, status)
+        status === nothing || return finish!(s, status, p, true)
         if isfinite(last)
             head = mod1(head + 1, solver.memory)
             remember!(h, s, head)

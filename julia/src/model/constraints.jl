@@ -182,14 +182,19 @@ end
 limit(c::Spectral) = c.rho
 limit(c::Monotone) = 1 - c.margin
 
-# The size of K which the constraint limits (at least a tiny positive number), and its gradient ∂size/∂K.
+# The size of K which the constraint limits (at least a tiny positive number), and its gradient ∂size/∂K. LAPACK refuses NaN and
+# infinity; all is NaN then.
 function matrix_size(::Spectral, K, slopes)
-    U, s, V = svd(slopes .* K)
+    M = slopes .* K
+    all(isfinite, M) || return NaN, M .* NaN
+    U, s, V = svd(M)
     return max(first(s), floatmin()), (slopes .* view(U, :, 1)) * view(V, :, 1)'
 end
 function matrix_size(::Monotone, K, slopes)
     M = slopes .* K
-    values, vectors = eigen(Symmetric((M .+ M') ./ 2))
+    M = (M .+ M') ./ 2
+    all(isfinite, M) || return NaN, M .* NaN
+    values, vectors = eigen(Symmetric(M))
     v = view(vectors, :, size(M, 1))
     return max(last(values), floatmin()), (slopes .* v) * v'
 end
@@ -208,4 +213,4 @@ With D = f′ and M = L R: a contraction has ‖(I - D R)⁻¹‖ <= 1/(1 - κ);
 amplification(::Free, w, slopes) = NaN
 amplification(c::Union{InfNorm, Perron}, w, slopes) = 1 / (1 - c.kappa)
 amplification(c::Spectral, w, slopes) = 1 / (1 - c.rho)
-amplification(c::Monotone, w, slopes) = 1 + opnorm(slopes .* w.recurrent) / c.margin
+amplification(c::Monotone, w, slopes) = all(isfinite, w.recurrent) ? 1 + opnorm(slopes .* w.recurrent) / c.margin : NaN

@@ -24,9 +24,12 @@ end
 
 # --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
 
+nan_size(K) = Dual{Nothing}(NaN, NaN), K .* NaN
+
 # First-order perturbation of the largest eigenvalue λ₁ and its eigenvector: v₁′ = Σₖ (vₖᵀM′v₁)/(λ₁ - λₖ) vₖ.
 function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
     M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    all(isfinite, M) && all(isfinite, dM) || return nan_size(K)
     values, vectors = eigen(Symmetric((M .+ M') ./ 2))
     n = length(values)
     v, S = vectors[:, n], (dM .+ dM') ./ 2
@@ -41,6 +44,7 @@ end
 # The same for singular values, from MᵀM and MMᵀ.
 function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
     M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
+    all(isfinite, M) && all(isfinite, dM) || return nan_size(K)
     U, s, V = svd(M)
     u, v = U[:, 1], V[:, 1]
     du, dv = zero(u), zero(v)

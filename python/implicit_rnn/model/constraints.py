@@ -7,7 +7,7 @@ constraint without. ``bounds`` (n,) bounds the slope of each neuron's activation
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -387,7 +387,7 @@ class Spectral(WholeMatrix):
 
     def size(self, M: Array) -> tuple[Array, Array, Array]:
         """The largest singular value, with its singular vectors."""
-        left, values, right = np.linalg.svd(M)
+        left, values, right = _of_finite(np.linalg.svd, M)
         return values[:, 0], left[:, :, 0], right[:, 0, :]
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
@@ -436,14 +436,23 @@ class Monotone(WholeMatrix):
 
     def size(self, M: Array) -> tuple[Array, Array, Array]:
         """The largest eigenvalue of the symmetric part, with its eigenvector twice."""
-        eigenvalues, vectors = np.linalg.eigh((M + np.swapaxes(M, -1, -2)) / 2)
+        eigenvalues, vectors = _of_finite(np.linalg.eigh, (M + np.swapaxes(M, -1, -2)) / 2)
         return eigenvalues[:, -1], vectors[:, :, -1], vectors[:, :, -1]
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1 + ‖L R‖₂/m."""
         size = np.linalg.norm(residual, axis=-1, keepdims=True)
-        norms = np.linalg.norm(bounds[:, None] * R, 2, axis=(-2, -1))[:, None, None]
+        norms = _of_finite(np.linalg.svd, bounds[:, None] * R)[1].max(axis=-1)[:, None, None]
         return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))
+
+
+def _of_finite(decompose: Callable[[Array], Sequence[Array]], M: Array) -> list[Array]:
+    """The parts of the decompositions of matrices (S, n, n); LAPACK refuses NaN and infinity, and what comes of them is NaN."""
+    finite = np.isfinite(M).all(axis=(-2, -1))
+    parts = [part.copy() for part in decompose(np.where(finite[:, None, None], M, 0))]
+    for part in parts:
+        part[~finite] = np.nan
+    return parts
 
 
 ConstraintLike = Constraint | Literal["free", "perron", "inf_norm", "spectral", "monotone"]

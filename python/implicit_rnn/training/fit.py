@@ -194,9 +194,9 @@ def fit_many(
         bool(warm_start),
     )
     watch = Watch(
-        (callbacks,) if callable(callbacks) else tuple(callbacks),
+        _callbacks(callbacks),
         options.check_count("callback_every", callback_every),
-        Checkpoint(checkpoint) if isinstance(checkpoint, str | Path) else checkpoint,
+        _checkpoint(checkpoint),
         progress,
         options.check_on_failure(on_failure),
     )
@@ -204,6 +204,22 @@ def fit_many(
     if resume is not None:
         _resume(training, resume)
     return training.run(watch)
+
+
+def _callbacks(callbacks: Sequence[Callback] | Callback) -> tuple[Callback, ...]:
+    listed = callbacks if isinstance(callbacks, list | tuple) else (callbacks,)
+    for callback in listed:
+        if not callable(callback):
+            raise TypeError(f"callbacks must be functions that are called with a Progress, got {callback!r}")
+    return tuple(listed)
+
+
+def _checkpoint(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | None:
+    if checkpoint is None or isinstance(checkpoint, Checkpoint):
+        return checkpoint
+    if isinstance(checkpoint, str | Path):
+        return Checkpoint(checkpoint)
+    raise TypeError(f"checkpoint must be a path or a Checkpoint, got {checkpoint!r}")
 
 
 def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> None:

@@ -24,6 +24,7 @@ from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.snapshot import Snapshot, describe
 from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
+from implicit_rnn.validation import as_generator
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -81,7 +82,7 @@ class State:
         S = len(parameters)
         return cls(
             Replicas.start(parameters),
-            np.random.default_rng(seed),
+            as_generator(seed),
             np.empty((S, epochs)),
             np.empty((S, epochs), np.int64),
             np.zeros(S, np.int64),

@@ -38,6 +38,8 @@ _PART = 2**24
 """Numbers that derivatives may take at a time."""
 
 _LARGEST_CHANGE = 0.25
+_LEFT_OF_CONDITIONS = 0.5
+"""What is left of ‖c‖ behind a step to a root, at most."""
 
 
 class PythonEquation:
@@ -246,7 +248,8 @@ def _newton_steps(f: Function, Z: Array, rows: Array, C: Array) -> Array:
 def _is_steady(f: Function, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
     """Whether A is about the same two steps further, along the step.
 
-    Newton's steps are as short at a pole as at a root, from which they lead away, but one may start at it.
+    A short step to a root makes the conditions much smaller than they were, unless one starts there. Newton's steps are as
+    short at a pole, from which they lead away, and where f has an infinite slope, as √z + 1 at zero.
     """
     further = Z + 2 * steps + 8 * np.finfo(Z.dtype).eps * Z
     if f.is_large():
@@ -283,14 +286,22 @@ class _Sizes:
     def __call__(self, V: Array) -> Array:
         return _length(V.astype(np.float64) * self.weights)
 
-    def reference(self, size: Array, index: Array) -> Array:
-        """What a step is related to, for iterates of that size of the samples ``index``."""
+    def begin(self, Z: Array, index: Array) -> None:
+        """The samples ``index`` begin at Z, whatever was seen on the way before."""
+        self.largest[index] = self(Z)
+
+    def pass_by(self, size: Array, index: Array) -> None:
+        """Iterates of that size are on the way of the samples ``index``; trial steps that are taken back are not."""
         self.largest[index] = np.fmax(self.largest[index], size)
-        return np.maximum(np.maximum(size, self.floor), self.eps * self.largest[index] / self.tol)
+
+    def reference(self, size: Array, index: Array) -> Array:
+        """What a step is related to, at iterates of that size of the samples ``index``."""
+        return np.maximum(np.maximum(size, self.floor), self.eps * np.fmax(self.largest[index], size) / self.tol)
 
     def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
         """Whether steps end the iteration, see ``engines.base.Equation``."""
-        rounding = (step <= self.eps * self.largest[index]) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
+        rounding = self.eps * np.fmax(self.largest[index], size)
+        rounding = (step <= rounding) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
         return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
 
 
@@ -315,6 +326,14 @@ class _FixedPoint(_Solve):
 
     def scale(self, rows: _Rows) -> Array:
         return self.sizes.reference(self.sizes(rows.F), rows.index)
+
+    def accept(self, rows: _Rows) -> None:
+        self.sizes.pass_by(self.sizes(rows.F), rows.index)
+
+    def restart(self, rows: _Rows) -> Array:
+        start = self.f.equation.start[rows.index]
+        self.sizes.begin(start, rows.index)
+        return start
 
     def is_near(self, rows: _Rows, scale: Array, spent: Array) -> Array:
         return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
@@ -381,8 +400,9 @@ class _Root:
         f, sizes, count = self.f, self.sizes, len(rows)
         Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
-        last = np.full(count, np.inf)
+        last, judged = np.full(count, np.inf), np.full(count, np.inf)
         F = np.full_like(Z, np.nan)
+        sizes.begin(f.equation.start[rows], rows)
         going = np.flatnonzero(evaluations < limit)
         if len(going):
             F[going] = f.real(Z[going], rows[going])
@@ -394,12 +414,14 @@ class _Root:
             exists = np.isfinite(step).all(axis=1)
             length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
             size = sizes(z)
+            sizes.pass_by(size, index)
             reference = sizes.reference(size, index)
             quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
             spent = evaluations[going] >= limit
             done = sizes.near(length, size, index, quotient, spent)
-            first = np.isinf(last[going])
-            doubtful = done & exists & first & (merit > 0)
+            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * judged[going])
+            judged[going] = merit
+            doubtful = done & exists & ~proven & (merit > 0)
             if doubtful.any():
                 done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
             broken = ~np.isfinite(merit)

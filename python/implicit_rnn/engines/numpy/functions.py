@@ -461,9 +461,12 @@ class Function:
         return self(x + shift, rows) if variable == STATE else self(Z, rows, variable, x + shift)
 
     def _complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
-        """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f."""
-        h = 1e-30 if Z.dtype == np.float32 else 1e-200
-        step = (direction * 1j * h).astype(np.result_type(Z.dtype, np.complex64))
+        """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f.
+
+        In double precision for float32, too, which has no room for a step that is small beside variables of every size.
+        """
+        h = 1e-200
+        step = direction.astype(np.complex128) * (1j * h)
         return (self._shifted(Z, rows, variable, step).imag / h).astype(Z.dtype)
 
     def _direction(self, Z: Array, rows: Array, variable: int) -> Array:
@@ -509,9 +512,12 @@ class Function:
         tol = 2e-2 if Z.dtype == np.float32 else 1e-6
         moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
         others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        size = np.where(moved > 0, moved, np.where(others > 0, others, 1.0))
+        nothing = float(
+            np.finfo(Z.dtype).tiny
+        )  # smaller numbers are zero, or on their way to it, and no step is a part of them
+        size = np.where(moved > nothing, moved, np.where(others > nothing, others, 1.0))
         factors = [1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6] + (
-            [] if (moved > 0).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
+            [] if (moved > nothing).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
         )
         best, doubt = np.full((m, self.equation.n), np.nan), np.full(m, np.inf)
         always_flat = np.full(m, True)

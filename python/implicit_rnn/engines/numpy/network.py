@@ -199,7 +199,9 @@ class NumpyProgram:
                 S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ _transposed(w.recurrent)
                 D = self._slope(stage)(S, self._activation(stage)(S))[0]
                 for k, d in enumerate(D):
-                    out[k] = max(out[k], np.abs(np.linalg.eigvals(d[:, None] * w.recurrent[0])).max())
+                    J = d[:, None] * w.recurrent[0]
+                    radius = np.abs(np.linalg.eigvals(J)).max() if np.isfinite(J).all() else np.nan
+                    out[k] = np.maximum(out[k], radius)
 
     def trainer(self, options: TrainerOptions) -> StepTrainer:
         if not isinstance(options.optimizer, GradientDescent):

@@ -157,7 +157,8 @@ class _Solve:
         rows.residual, rows.iterations = residual, rows.iterations + steps
         spent = rows.iterations >= self.limit[rows.index]
         largest, near = self.largest(rows), self.is_near(rows, scale, spent) & (residual < np.inf)
-        left = (residual <= largest) & ~(near | spent)
+        going = residual <= largest if self.trial is None else (residual <= largest) | self.trial
+        left = going & ~(near | spent)
         if left.all():
             return extra
         status = np.zeros(len(residual), np.int8)
@@ -169,13 +170,20 @@ class _Solve:
             status[diverged] = np.where(broken, NON_FINITE, DIVERGED)[diverged]
             if self.rescued is not None and (rescued := diverged & ~spent).any():
                 again = replace(rows.take(rescued))
-                again.Z, again.residual = np.zeros_like(again.Z), np.full_like(again.residual, np.inf)
+                again.Z, again.residual = self.restart(again), np.full_like(again.residual, np.inf)
                 self.rescued.append(again)
                 ended &= ~rescued
         self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
         self.rows = rows.take(left)
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
+
+    def accept(self, rows: _Rows) -> None:
+        """Take note of the iterates of ``rows``, from which a method goes on; trial steps that it takes back are none."""
+
+    def restart(self, rows: _Rows) -> Array:
+        """Where rows that blew up begin again."""
+        return np.zeros_like(rows.Z)
 
     def size(self, V: Array) -> Array:
         """Of vectors, one a row."""
@@ -202,6 +210,8 @@ class _Solve:
 
     stability_in_question = False
     """Whether the method at work may find equilibria that do not attract."""
+    trial: Array | None = None
+    """Which rows are at a trial step, of which a shorter one is taken where it leads too far; None for methods without."""
     rescued: list[_Rows] | None = None
     """Rows that blew up, to start again from zero by another method; None ends them."""
 
@@ -222,6 +232,7 @@ class _Solve:
             self.evaluate(steps=count)
             if not len(self.rows.index):
                 return
+            self.accept(self.rows)
             self.advance(self.rows, self.rows.F, damping)
 
     def advance(self, rows: _Rows, F: Array, damping: float) -> None:
@@ -242,6 +253,7 @@ class _Solve:
             rows = self.rows
             if not len(rows.index):
                 return
+            self.accept(rows)
             r = rows.F - rows.Z
             if k > 0:
                 place = (k - 1) % m
@@ -268,6 +280,7 @@ class _Solve:
         base, direction, picard = (np.zeros((count, n), dtype) for _ in range(3))
         t, at_base = np.zeros(count, dtype), np.full(count, np.inf)
         while True:
+            self.trial = t > 0
             base, direction, picard, t, at_base = self.evaluate(base, direction, picard, t, at_base)
             rows = self.rows
             if not len(rows.index):
@@ -277,7 +290,9 @@ class _Solve:
             fresh = ~worse
             base[fresh], picard[fresh], at_base[fresh] = rows.Z[fresh], rows.F[fresh], rows.residual[fresh]
             if fresh.any():
-                direction[fresh] = self.newton_direction(rows.take(fresh))
+                moved = rows.take(fresh)
+                self.accept(moved)
+                direction[fresh] = self.newton_direction(moved)
             rows.Z = base + t[:, None] * direction
             exhausted = t < _SMALLEST_STEP
             rows.Z[exhausted] = picard[exhausted]
