@@ -148,18 +148,41 @@ precompile_workload = false
 """
 
 
+FIND = """
+project = Base.load_path_expand(ARGS[1])
+manifest = project === nothing ? nothing : Base.project_file_manifest_path(project)
+manifest === nothing || print(get(Base.parsed_toml(manifest), "julia_version", "unknown"), " ", dirname(project))
+"""
+
+
 @pytest.fixture
-def other_packages(tmp_path: Path, julia_environment: Environment) -> Callable[[str], tuple[Path, dict[str, str]]]:
+def other_environment(julia_environment: Environment) -> Callable[[str], Path]:
+    """The folder of another Julia environment, by its entry in a load path; versions of packages hold for one Julia only."""
+
+    def find(entry: str) -> Path:
+        found = run_process([julia_environment.exe, "--startup-file=no", "-e", FIND, entry], ENVIRONMENT).stdout
+        if not found:
+            pytest.skip(f"this machine has no Julia environment {entry}")
+        version, folder = found.split(" ", 1)
+        running = str(start.evaluate("string(VERSION)"))
+        if version.split(".")[:2] != running.split(".")[:2]:
+            pytest.skip(f"the environment {entry} is one of Julia {version}, and this is Julia {running}")
+        return Path(folder)
+
+    return find
+
+
+@pytest.fixture
+def other_packages(
+    tmp_path: Path, other_environment: Callable[[str], Path]
+) -> Callable[[str], tuple[Path, dict[str, str]]]:
     """Julia's shared environment ``@implicit-rnn-NAME``, and settings with which little is compiled for it and nothing kept.
 
     "lower" has the oldest packages that are accepted, "newest" the newest PythonCall.
     """
 
     def find(name: str) -> tuple[Path, dict[str, str]]:
-        code = f'print(something(Base.load_path_expand("@implicit-rnn-{name}"), ""))'
-        found = run_process([julia_environment.exe, "--startup-file=no", "-e", code], ENVIRONMENT).stdout
-        if not Path(found).is_file():
-            pytest.skip(f"this machine has no shared Julia environment @implicit-rnn-{name}")
+        project = other_environment(f"@implicit-rnn-{name}")
         (tmp_path / "preferences").mkdir()
         (tmp_path / "preferences" / "Project.toml").write_text(PREFERENCES)
         depots = str(start.evaluate(f'join(DEPOT_PATH, "{os.pathsep}")'))
@@ -168,7 +191,7 @@ def other_packages(tmp_path: Path, julia_environment: Environment) -> Callable[[
             "JULIA_DEPOT_PATH": os.pathsep.join([str(tmp_path / "depot"), depots]),
             "JULIA_LOAD_PATH": os.pathsep.join(load_path),
         }
-        return Path(found).parent, ENVIRONMENT | settings
+        return project, ENVIRONMENT | settings
 
     return find
 
