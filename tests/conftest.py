@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -303,6 +304,19 @@ def fresh_machine(tmp_path: Path) -> dict[str, str]:
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), NOWHERE)
     places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_DATA_HOME": str(home / "data")}
     return env | proxies | places | {"no_proxy": "", "PYTHON_JULIAPKG_PROJECT": str(home / "juliapkg")}
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """The file of a certificate for 127.0.0.1 that nobody has signed but itself, and that of its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl, which makes the certificate")
+    file, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    request = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=127.0.0.1"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1"]
+    done = run_process(["openssl", *request, *names, "-keyout", str(key), "-out", str(file)], ENVIRONMENT)
+    assert done.returncode == 0, str(done)
+    return file, key
 
 
 @pytest.fixture

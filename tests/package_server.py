@@ -6,6 +6,7 @@ package_server.jl makes the registry; here it is served, by a server that can be
 from __future__ import annotations
 
 import io
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -41,20 +43,33 @@ class PackageServer(ThreadingHTTPServer):
     """Serves an index in threads of its own, from the start of its ``with`` block to the end.
 
     ``packages`` counts the packages that were asked for. After ``healthy`` of them, if that is a number, the server "dies",
-    which is to say that nobody listens any more, or "stalls": it takes every request and answers none.
+    which is to say that nobody listens any more, or "stalls": it takes every request and answers none. With a ``certificate``,
+    the file of it and that of its key, it speaks HTTPS.
     """
 
     daemon_threads = True
 
-    def __init__(self, index: dict[str, Path], healthy: int | None = None, then: str = "dies", port: int = 0) -> None:
+    def __init__(
+        self,
+        index: dict[str, Path],
+        healthy: int | None = None,
+        then: str = "dies",
+        port: int = 0,
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
         super().__init__(("127.0.0.1", port), Handler)
         self.index, self.healthy, self.then = index, healthy, then
+        self.scheme = "http" if certificate is None else "https"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.packages = 0
         self.lock, self.over = threading.Lock(), threading.Event()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
+        return f"{self.scheme}://127.0.0.1:{self.server_address[1]}"
 
     def __enter__(self) -> PackageServer:
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -71,7 +86,7 @@ class PackageServer(ThreadingHTTPServer):
     def is_healthy(self, path: str) -> bool:
         """Note a request for that path; whether it is to be answered."""
         with self.lock:
-            self.packages += path.startswith("/package/")
+            self.packages += "/package/" in path
             return self.healthy is None or self.packages <= self.healthy
 
 
@@ -89,10 +104,10 @@ class Handler(BaseHTTPRequestHandler):
             self.server.over.wait()
 
     def answer(self) -> None:
-        content = None
-        if self.path in ("/registries", "/registries.eager", "/registries.conservative"):
+        path, content = urlsplit(self.path).path, None  # all of an address comes where this is the proxy
+        if path in ("/registries", "/registries.eager", "/registries.conservative"):
             content = "\n".join(path for path in self.server.index if path.startswith("/registry/")).encode()
-        elif folder := self.server.index.get(self.path):
+        elif folder := self.server.index.get(path):
             content = pack(folder)
         self.send_response(404 if content is None else 200)
         self.send_header("Content-Length", str(len(content or b"")))

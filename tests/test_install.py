@@ -10,14 +10,15 @@ import sys
 import textwrap
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import RunPython
+from conftest import NOWHERE, RunPython
+from package_server import PackageServer
 
 import implicit_rnn as irnn
-from implicit_rnn.runtime import environments, install
+from implicit_rnn.runtime import environments, install, package_server
 from implicit_rnn.runtime.environments import Environment
 from implicit_rnn.runtime.setup import remove
 
@@ -196,6 +197,18 @@ def test_what_was_installed_earlier_is_used_where_nothing_can_be_installed(run_p
     assert calls(stand_in) == []
 
 
+def test_what_was_installed_earlier_is_used_with_its_julia_where_both_have_been_moved(
+    run_python: RunPython, stand_in, fake_julia
+):
+    installed_earlier(stand_in, fake_julia)
+    meta = home(stand_in) / "julia_env" / "pyjuliapkg" / "meta.json"
+    julia = meta.parent / "install" / "bin" / "julia"
+    julia.parent.mkdir(parents=True)
+    Path(json.loads(meta.read_text())["executable"]).rename(julia)
+    done = run_python(FIND, without_server(stand_in))
+    assert json.loads(done.stdout)[:2] == [str(julia), str(home(stand_in) / "julia_env")]
+
+
 def test_what_was_installed_earlier_with_another_juliacall_is_not_used(run_python: RunPython, stand_in, fake_julia):
     installed_earlier(stand_in, fake_julia, "0.9.2")
     assert "cannot be reached" in run_python(FIND, without_server(stand_in)).stderr
@@ -214,8 +227,13 @@ def test_doctor_installs_nothing_without_being_asked(run_python: RunPython, stan
 
 
 class Refusing(BaseHTTPRequestHandler):
+    """A server that wants a password, or a proxy that does; it notes what it is asked for."""
+
     def do_GET(self) -> None:
+        self.server.asked.append(self.path)
         self.send_error(401)
+
+    do_CONNECT = do_GET  # noqa: N815
 
     def log_message(self, *arguments: object) -> None:
         pass
@@ -223,22 +241,90 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server():
-    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        server.asked = []
+        server.url = f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        yield server
         server.shutdown()
 
 
+@pytest.fixture
+def no_proxies(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_proxies")
 def test_mirror_is_asked_instead_of_the_public_server(monkeypatch, server):
-    monkeypatch.setenv("JULIA_PKG_SERVER", server)
-    assert environments.package_server_answers()  # that it wants a password is Julia's affair
+    monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
+    assert package_server.answers()  # that it wants a password is Julia's affair
+    assert server.asked == ["/registries"]
     monkeypatch.setenv("JULIA_PKG_SERVER", "127.0.0.1:9")
-    assert not environments.package_server_answers()
+    assert not package_server.answers()
 
 
 def test_no_package_server_at_all_leaves_it_to_julia(monkeypatch):
     monkeypatch.setenv("JULIA_PKG_SERVER", "")
-    assert environments.package_server_answers()
+    assert package_server.answers()
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_mirror_is_asked_through_the_proxy(monkeypatch, server, variable):
+    monkeypatch.setenv("JULIA_PKG_SERVER", "http://mirror.invalid")
+    monkeypatch.setenv(variable, server.url)
+    assert package_server.answers()
+    assert server.asked == ["http://mirror.invalid/registries"]
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("variable", ["https_proxy", "HTTPS_PROXY", "all_proxy"])
+def test_proxy_that_lets_nobody_through_to_the_server_is_no_network(monkeypatch, server, variable):
+    monkeypatch.setenv("JULIA_PKG_SERVER", "https://mirror.invalid")
+    monkeypatch.setenv(variable, server.url)
+    assert not package_server.answers()
+    assert server.asked == ["mirror.invalid:443"]
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_mirror_within_the_house_is_not_asked_through_the_proxy(monkeypatch, server):
+    monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
+    monkeypatch.setenv("http_proxy", NOWHERE)
+    assert not package_server.answers()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    assert package_server.answers()
+
+
+@pytest.mark.usefixtures("no_proxies")
+def test_proxy_of_a_kind_that_python_does_not_know_leaves_it_to_julia(monkeypatch):
+    monkeypatch.setenv("JULIA_PKG_SERVER", "https://mirror.invalid")
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+    assert package_server.answers()
+
+
+@pytest.mark.usefixtures("no_proxies")
+@pytest.mark.parametrize("trusted", [False, True])
+def test_whether_the_certificate_of_the_mirror_is_trusted_is_for_julia_to_say(monkeypatch, certificate, trusted):
+    for name in ("SSL_CERT_DIR", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with PackageServer({}, certificate=certificate) as server:
+        monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
+        assert package_server.answers()
+
+
+def test_certificate_that_is_not_trusted_is_said_with_the_remedy(tmp_path, monkeypatch):
+    log = tmp_path / "install.log"
+    monkeypatch.setattr(install, "log_path", lambda: log)
+    refusal = "RequestError: SSL certificate problem: self-signed certificate while requesting https://mirror.invalid"
+    warning = f"┌ Warning: could not download\n│   exception = {refusal}\n└ @ Pkg.Registry\nERROR: failed to clone\n"
+    monkeypatch.setattr(install, "run", lambda *_: log.write_text(warning))
+    with pytest.raises(irnn.EngineError) as raised:
+        install.resolve_with_juliapkg()
+    assert f"packages: {refusal} (all of it" in str(raised.value)
+    assert "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH" in str(raised.value)
 
 
 # --- several installations of one user -----------------------------------------------------------------------

@@ -228,7 +228,8 @@ precompile_workloads = false
 
 def make_machine(home: Path, julia: str, server: PackageServer, wheel: Path, quick: bool) -> Machine:
     """A machine that has Julia and nothing else of it; where ``quick``, Julia interprets instead of compiling."""
-    names = [name for name in ENVIRONMENT if name.startswith(("PYTHON", "JULIA", "IMPLICIT", "XDG", "VIRTUAL_ENV"))]
+    prefixes = ("PYTHON", "JULIA", "IMPLICIT", "XDG", "VIRTUAL_ENV", "SSL_CERT")
+    names = [name for name in ENVIRONMENT if name.startswith(prefixes) or name.lower().endswith("_proxy")]
     # The code of Julia's standard library may have been compiled into the depot of whoever built Julia.
     bundled = home / "bundled"
     bundled.mkdir()
@@ -382,6 +383,26 @@ def test_read_only_environment_is_used_as_it_is_also_after_other_packages_have_c
     assert started.stderr == ""
 
 
+# --- a virtual environment that is moved ---------------------------------------------------------------------------
+
+
+def test_moved_virtual_environment_is_used_with_the_julia_in_it_where_there_is_no_network(used):
+    used.venv("here")
+    julia = used.project("here") / "pyjuliapkg" / "install" / "bin" / "julia"  # where juliapkg would have put it
+    julia.parent.mkdir(parents=True)
+    shutil.copy(used.settings["PYTHON_JULIAPKG_EXE"], julia)
+    installed = used.start("here", PYTHON_JULIAPKG_EXE=str(julia))
+    assert installed.stdout == f"julia {VERSION}\n", str(installed)
+    before = used.compiled()
+    (used.home / "here").rename(used.home / "there")
+    started = used.start("there", PYTHON_JULIAPKG_EXE="", JULIA_PKG_SERVER=NOWHERE)
+    assert started.stdout == f"julia {VERSION}\n", str(started)
+    assert started.stderr == ""
+    assert used.compiled() == before
+    environment = used.doctor("there", PYTHON_JULIAPKG_EXE="", JULIA_PKG_SERVER=NOWHERE)["julia"]
+    assert environment["project"].startswith(str(used.project("there")))
+
+
 # --- Jupyter -----------------------------------------------------------------------------------------------------
 
 
@@ -454,6 +475,38 @@ def test_server_that_stalls_leads_to_the_numpy_engine(used, empty_depot, index):
         refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=stalling.url)
     assert refused.stdout == "numpy \n", str(refused)
     assert "juliapkg could not install" in refused.stderr
+
+
+# --- mirrors with a certificate of their own, and proxies ----------------------------------------------------------
+
+
+def test_mirror_whose_certificate_nobody_has_signed_is_refused_with_the_remedy(used, empty_depot, index, certificate):
+    with PackageServer(index, certificate=certificate) as mirror:
+        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=mirror.url)
+    assert refused.stdout == "numpy \n", str(refused)
+    assert re.search(rf"packages: RequestError: .*\b[Cc]ert.* while requesting {mirror.url}/", refused.stderr), str(
+        refused
+    )
+    assert "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH" in refused.stderr
+    assert mirror.packages == 0
+
+
+@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "JULIA_SSL_CA_ROOTS_PATH"])
+def test_mirror_whose_certificate_is_trusted_is_used(used, empty_depot, index, certificate, variable):
+    trust = {variable: str(certificate[0])}
+    with PackageServer(index, certificate=certificate) as mirror:
+        started = used.start("one", **empty_depot, **trust, JULIA_PKG_SERVER=mirror.url)
+    assert started.stdout == f"julia {VERSION}\n", str(started)
+    assert mirror.packages > 10
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
+def test_mirror_behind_a_proxy_is_used(used, empty_depot, index, variable):
+    with PackageServer(index) as proxy:
+        through = {variable: proxy.url, "JULIA_PKG_SERVER": "http://mirror.invalid"}
+        started = used.start("one", **empty_depot, **through)
+    assert started.stdout == f"julia {VERSION}\n", str(started)
+    assert proxy.packages > 10
 
 
 # --- upgrade and downgrade ---------------------------------------------------------------------------------------

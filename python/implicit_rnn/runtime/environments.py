@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,8 +19,6 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import install
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
-PACKAGE_SERVER = "https://pkg.julialang.org"
-PROBE_SECONDS = 4.0
 SETUP_HINT = "run `implicit-rnn setup` where there is a network, or `implicit-rnn setup --julia EXE --project DIR`"
 
 
@@ -162,12 +159,15 @@ def find_environment(may_install: bool = True) -> Environment | None:
 
 def _from_juliapkg(may_install: bool) -> Environment | None:
     """None where juliapkg has, or now installs, what is needed; else what it installed earlier, if that still serves."""
+    # With it comes Python's OpenSSL, which a process that finds Julia ready is spared.
+    from implicit_rnn.runtime import package_server
+
     project = _juliapkg_project()
     writeable = os.access(_nearest_folder(project), os.W_OK)
     resolved = writeable and _is_resolved()
     if resolved and _is_whole(project):
         return None
-    if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server_answers()):
+    if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server.answers()):
         if (earlier := _installed_earlier(project)) is not None:
             return earlier
         if not writeable:
@@ -223,49 +223,15 @@ def _installed_earlier(project: str) -> Environment | None:
         record = json.loads((Path(project) / "pyjuliapkg" / "meta.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    environment = Environment(str(record.get("executable")), project, "installed earlier by juliapkg")
+    # A Julia that juliapkg downloaded lies in its project, and has moved along where that has been moved.
+    places = (str(record.get("executable")), str(Path(project) / "pyjuliapkg" / "install" / "bin" / "julia"))
+    exe = next(filter(None, map(shutil.which, places)), places[0])
+    environment = Environment(exe, project, "installed earlier by juliapkg")
     try:
         environment.check()
     except EngineError:
         return None
     return environment
-
-
-def package_server() -> str:
-    """The address of the Julia package server, JULIA_PKG_SERVER or the public one; empty where there is to be none."""
-    server = os.environ.get("JULIA_PKG_SERVER", PACKAGE_SERVER).rstrip("/")
-    return server if not server or "://" in server else f"https://{server}"
-
-
-def package_server_answers() -> bool:
-    """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
-    server = package_server()
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-
-    if not server:
-        return True  # packages come from elsewhere, of which nothing is known here
-    # In a thread of its own: name look-ups have no time-out.
-    reached = threading.Event()
-
-    def probe() -> None:
-        try:
-            urllib.request.urlopen(f"{server}/registries", timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass
-        except urllib.error.URLError as error:
-            if not isinstance(error.reason, ssl.SSLError):
-                return
-        except (OSError, ValueError, http.client.HTTPException):
-            return
-        reached.set()
-
-    thread = threading.Thread(target=probe, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return reached.is_set()
 
 
 def julia_string(text: str) -> str:

@@ -28,6 +28,7 @@ PHASES = (
 )
 """What a line of the output tells of the phase."""
 
+TRUST = "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH, then "
 RESOLVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; juliapkg.resolve(force={force})"
 EXECUTABLE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; print(juliapkg.executable())"
 
@@ -41,9 +42,11 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
     """Let juliapkg install what is needed, anew if ``force``. Raises ``EngineError`` where it cannot."""
     begin = time.perf_counter()
     if run(_python(RESOLVE.format(force=force)), env) != 0:
+        why = cause()
+        trust = TRUST if re.search(r"\bcert", why, re.IGNORECASE) else ""
         raise EngineError(
-            f"juliapkg could not install Julia and its packages: {cause()} (all of it: {log_path()}); "
-            "run `implicit-rnn setup` to try again"
+            f"juliapkg could not install Julia and its packages: {why} (all of it: {log_path()}); "
+            f"{trust}run `implicit-rnn setup` to try again"
         )
     say(f"installed in {time.perf_counter() - begin:.0f} s")
 
@@ -121,6 +124,9 @@ def _end(process: subprocess.Popen[str]) -> None:
 def cause() -> str:
     """What went wrong by the last log: its first error, with the list that this announces, else its last line."""
     lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [
+        line.removeprefix("│   exception = ") for line in lines
+    ]  # of a warning of Julia, which begins with its own message
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]
     if not errors:
         return (lines or ["it said nothing"])[-1]

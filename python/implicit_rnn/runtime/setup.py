@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import environments, gpu, install
+from implicit_rnn.runtime import environments, gpu, install, package_server
 from implicit_rnn.runtime.environments import Environment
 
 
@@ -58,9 +58,9 @@ def _project() -> Path:
 
 def _install() -> Environment:
     settings = os.environ | {"PYTHON_JULIAPKG_PROJECT": str(_project())}
-    if settings.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not environments.package_server_answers():
+    if settings.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not package_server.answers():
         raise EngineError(
-            f"the Julia package server {environments.package_server()} cannot be reached; without it, use a Julia and a project "
+            f"the Julia package server {package_server.address()} cannot be reached; without it, use a Julia and a project "
             "that has the packages: implicit-rnn setup --julia EXE --project DIR"
         )
     install.resolve_with_juliapkg(settings, force=True)
