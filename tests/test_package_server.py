@@ -17,7 +17,7 @@ import sys
 import textwrap
 import venv
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -244,15 +244,18 @@ def make_machine(home: Path, julia: str, server: PackageServer, wheel: Path, qui
         "PYTHON_JULIAPKG_EXE": julia,
     }
     if quick:
+        version = run_process([julia, "-e", 'print("v$(VERSION.major).$(VERSION.minor)")'], ENVIRONMENT).stdout
+        compiled = (
+            "yes" if version == "v1.10" else "min"
+        )  # 1.10 would interpret Pkg, too, and interprets no code of LLVM
         script = home / "julia"
-        script.write_text(f'#!/bin/sh\nexec "{julia}" -O0 --compile=min "$@"\n')
+        script.write_text(f'#!/bin/sh\nexec "{julia}" -O0 --compile={compiled} "$@"\n')
         script.chmod(0o755)
         settings |= {
             "PYTHON_JULIAPKG_EXE": str(script),
             "PYTHON_JULIACALL_OPTIMIZE": "0",
-            "PYTHON_JULIACALL_COMPILE": "min",
+            "PYTHON_JULIACALL_COMPILE": compiled,
         }
-        version = run_process([julia, "-e", 'print("v$(VERSION.major).$(VERSION.minor)")'], ENVIRONMENT).stdout
         project = home / "depot" / "environments" / version / "Project.toml"
         project.parent.mkdir(parents=True)
         project.write_text(PREFERENCES)
@@ -267,7 +270,7 @@ def machine(julia, server, wheel, tmp_path_factory) -> Machine:
 @pytest.fixture(scope="module")
 def first_use(machine) -> Finished:
     """The first use of the package on that machine, in the virtual environment "one"."""
-    return replace(machine, patience=560).start("one")  # Julia 1.10 interprets Pkg, too
+    return machine.start("one")
 
 
 @pytest.fixture
@@ -523,9 +526,9 @@ def test_upgrade_and_downgrade_bring_their_own_julia_sources(used, tmp_path):
 TEST = """
     import Pkg
     Pkg.add("ImplicitRNN")
-    # Pkg asks for checks of all bounds, for which every package would be compiled anew. Julia 1.10 interprets no code of LLVM.
-    compiled = VERSION < v"1.11" ? `--compile=yes` : `--compiled-modules=existing`
-    Pkg.test("ImplicitRNN"; test_args = ["network"], julia_args = `--check-bounds=auto $compiled`)
+    # Pkg asks for checks of all bounds, for which every package would be compiled anew.
+    existing = VERSION < v"1.11" ? `` : `--compiled-modules=existing`
+    Pkg.test("ImplicitRNN"; test_args = ["network"], julia_args = `--check-bounds=auto $existing`)
 """
 
 
