@@ -245,9 +245,8 @@ def make_machine(home: Path, julia: str, server: PackageServer, wheel: Path, qui
     }
     if quick:
         version = run_process([julia, "-e", 'print("v$(VERSION.major).$(VERSION.minor)")'], ENVIRONMENT).stdout
-        compiled = (
-            "yes" if version == "v1.10" else "min"
-        )  # 1.10 would interpret Pkg, too, and interprets no code of LLVM
+        # Julia 1.10 would interpret Pkg, too, and cannot interpret code of LLVM.
+        compiled = "yes" if version == "v1.10" else "min"
         script = home / "julia"
         script.write_text(f'#!/bin/sh\nexec "{julia}" -O0 --compile={compiled} "$@"\n')
         script.chmod(0o755)
