@@ -16,7 +16,7 @@ function entry_points()
     points = pydict()
     own = (
         compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
-        release, alive, describe_device, device_memory, find_nonfinite, download, interrupt_address,
+        release, alive, describe_device, device_memory, find_nonfinite, copy_memory, interrupt_address,
     )
     for f in (own..., EQUATION_ENTRY_POINTS...)
         points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))

@@ -149,7 +149,7 @@ function add_left!(gradients, problem::EquationProblem{T}, Z, V, left) where {T}
     naming_samples(() -> vjp!(found, part, ImplicitRNN.Inverses(part, z), on_host(V[:, left])), left)
     for (g, x, own) in zip(gradients, found, problem.batched)
         is_differentiable(x) || continue
-        own ? put_columns!(g, x, left) : (g .+= x)
+        own ? put_columns!(g, x, left) : (g .+= on_kind_of(g, x))
     end
     return
 end
@@ -181,9 +181,9 @@ function jacobian_on_device!(J, problem::EquationProblem{T}, Z, index::Val{I}, w
     copyto!(J, found)
     left = findall(on_host(.!regular))
     if !isempty(left)
-        part, columns = part_of(problem, left), similar(J, size(J, 1), size(J, 2), length(left))
+        part, columns = part_of(problem, left), zeros(T, size(J, 1), size(J, 2), length(left))
         naming_samples(() -> jacobian!(columns, part, ImplicitRNN.Inverses(part, on_host(Z[:, left])), I), left)
-        J[:, :, left] = columns
+        J[:, :, left] = on_kind_of(J, columns)
     end
     return
 end

@@ -18,6 +18,7 @@ function ImplicitRNN.on_device(problem::EquationProblem{T}, backend::Backend) wh
     return EquationProblem{T}(problem.f, problem.root, problem.n, problem.samples, args, problem.batched, problem.weights)
 end
 
+ImplicitRNN.backend_of(x::AbstractGPUArray) = get_backend(x)
 ImplicitRNN.beside(value::AbstractGPUArray, problem::EquationProblem) = ImplicitRNN.on_device(problem, get_backend(value))
 ImplicitRNN.beside(value::AbstractGPUArray{T}, x::AbstractArray) where {T} =
     x isa AbstractGPUArray ? convert_entries(T, x) : copyto!(similar(value), x)

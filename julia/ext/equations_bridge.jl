@@ -6,17 +6,19 @@ using ImplicitRNN: EquationProblem, compiled_function, inverses_at, solve!, vjp!
 
 """
 An equation on the memory of Python's arrays, which their owner keeps alive as long as the handle: the arguments, and `Z`, which
-holds the start and then the solution, at which `inverses` are found when they are first needed; or on a device with copies of
-them, of which `given` is what `Z` is a copy of.
+holds the start and then the solution, at which `inverses` are found when they are first needed. On a device there are copies of
+those that are not there, and `given` is what `Z` is a copy of, or `Z` itself.
 """
-mutable struct EquationSession{T, M <: AbstractMatrix{T}}
+mutable struct EquationSession{T, M <: AbstractMatrix{T}, G <: AbstractMatrix{T}}
     const problem::EquationProblem{T}
     const Z::M
-    const given::Matrix{T}
+    const given::G
     inverses::Any
 end
-EquationSession(problem::EquationProblem{T}, Z::AbstractMatrix{T}, given::Matrix{T}) where {T} =
-    EquationSession{T, typeof(Z)}(problem, Z, given, nothing)
+EquationSession(problem::EquationProblem{T}, Z::AbstractMatrix{T}, given::AbstractMatrix{T}) where {T} =
+    EquationSession{T, typeof(Z), typeof(given)}(problem, Z, given, nothing)
+
+Lender(s::EquationSession) = Lender(ImplicitRNN.backend_of(s.Z))
 
 inverses!(s::EquationSession) = s.inverses === nothing ? (s.inverses = inverses_at(s.problem, s.Z)) : s.inverses
 
@@ -78,18 +80,36 @@ function equation_at(form::Py, Z::Py, args::Py)
 end
 
 function equation_session(::Type{T}, d::EquationForm, Z::Py, args::Py) where {T}
-    arguments = Array[reshape(lasting(NumPy{d.types[k]}(args[k - 1])), d.shapes[k]) for k in eachindex(d.types)]
-    pydel!(args)          # a tuple keeps its arrays alive
-    problem = EquationProblem{T}(d.f, d.root, d.n, d.samples, arguments, d.batched, d.weights)
-    given = reshape(lasting(NumPy{T}(Z)), d.n, d.samples)
-    d.device == "cpu" && return EquationSession(problem, given, given)
+    if d.device == "cpu"
+        problem, given = equation_on(T, d, Z, args, nothing)
+        return EquationSession(problem, given, given)
+    end
     return on_backend(d.device) do backend
-        there = copyto!(reshape(ImplicitRNN.device_vector(backend, T, length(given)), size(given)), given)
-        EquationSession(ImplicitRNN.on_device(problem, backend), there, given)
+        problem, given = equation_on(T, d, Z, args, backend)
+        EquationSession(ImplicitRNN.on_device(problem, backend), uploaded(given, backend), given)
     end
 end
 
+function equation_on(::Type{T}, d::EquationForm, Z::Py, args::Py, backend) where {T}
+    arguments = AbstractArray[reshape(lasting(NumPy{d.types[k]}(args[k - 1]), backend), d.shapes[k]) for k in eachindex(d.types)]
+    pydel!(args)          # a tuple keeps its arrays alive
+    problem = EquationProblem{T}(d.f, d.root, d.n, d.samples, arguments, d.batched, d.weights)
+    return problem, reshape(lasting(NumPy{T}(Z), backend), d.n, d.samples)
+end
+
+uploaded(A::AbstractMatrix, _) = A
+uploaded(A::Matrix{T}, backend) where {T} =
+    copyto!(reshape(ImplicitRNN.device_vector(backend, T, length(A)), size(A)), A)
+
 "A vector on the memory of an array that its owner keeps."
+lasting(x::NumPy, ::Nothing) = lasting(x)
+function lasting(x::NumPy, backend)
+    is_on_device(x) || return lasting(x)
+    v = OnDevice(x)
+    pydel!(x.array)
+    v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream)
+    return vector_of(backend, v)
+end
 function lasting(x::NumPy{T}) where {T}
     v = view_of(x)
     vector = unsafe_wrap(Array, v.ptr, length(v))
@@ -111,6 +131,7 @@ solve_session!(s::EquationSession, method::Solver, arrays) =
     regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
     s.inverses = inverses_at(s.problem, s.Z, regular)
     s.Z === s.given || copyto!(s.given, s.Z)
+    ImplicitRNN.finish_work(ImplicitRNN.backend_of(s.Z))
     nothing
 end
 
@@ -123,23 +144,33 @@ function equation_vjp(handle::Py, v::Py, gradients::Py)
 end
 function borrow_for_vjp(s::EquationSession{T}, v::Py, gradients::Py) where {T}
     arrays = [NumPy{eltype(x)}(gradients[k - 1]) for (k, x) in enumerate(s.problem.args)]
-    return borrow(NumPy{T}(v), arrays...) do v, gradients...
+    return Lender(s)(NumPy{T}(v), arrays...) do v, gradients...
         shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, s.problem.args)]
         vjp!(shaped, s.problem, inverses!(s), reshape(v, size(s.Z)))
         nothing
     end
 end
 
-"`equation_jacobian(handle, index, wanted, J)` with J (n × entries × samples) and `wanted` (samples) of booleans."
+"""
+`equation_jacobian(handle, index, wanted, J)` with J (n × entries × samples), on a device (entries × n × samples), as Python has it, and
+`wanted` (samples) of booleans.
+"""
 function equation_jacobian(handle::Py, index::Py, wanted::Py, J::Py)
     s, k = lookup(handle)::EquationSession, pyconvert(Int, index) + 1
     return answer(() -> borrow_for_jacobian(s, k, wanted, J))
 end
 function borrow_for_jacobian(s::EquationSession{T}, k::Int, wanted::Py, J::Py) where {T}
-    return borrow(NumPy{Bool}(wanted), NumPy{T}(J)) do wanted, J
-        ImplicitRNN.jacobian!(reshape(J, s.problem.n, :, s.problem.samples), s.problem, inverses!(s), k, wanted)
+    return Lender(s)(NumPy{Bool}(wanted), NumPy{T}(J)) do wanted, J
+        put_jacobian!(J, s, k, wanted)
         nothing
     end
+end
+put_jacobian!(J::Vector, s::EquationSession, k, wanted) =
+    ImplicitRNN.jacobian!(reshape(J, s.problem.n, :, s.problem.samples), s.problem, inverses!(s), k, wanted)
+function put_jacobian!(J::AbstractVector, s::EquationSession, k, wanted)
+    n, samples = s.problem.n, s.problem.samples
+    found = ImplicitRNN.jacobian!(similar(J, n, length(J) ÷ (n * samples), samples), s.problem, inverses!(s), k, wanted)
+    return permutedims!(reshape(J, :, n, samples), found, (2, 1, 3))
 end
 
 const EQUATION_ENTRY_POINTS = (equation_form, equation_solver, equation_at, equation_solve, equation_vjp, equation_jacobian)

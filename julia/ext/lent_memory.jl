@@ -60,11 +60,11 @@ function device_memory(device::Py, dtype::Py, n::Py)
     end
 end
 
-"`download(device, array, out)`: a copy in the machine's memory."
-function download(device::Py, array::Py, out::Py)
+"`copy_memory(device, from, to)`, of which one at least is on the device."
+function copy_memory(device::Py, from::Py, to::Py)
     return on_backend(pyconvert(String, device)) do backend
-        numbers(array) do T
-            Lender(backend)((to, from) -> (copyto!(to, from); nothing), NumPy{T}(out), NumPy{T}(array))
+        numbers(from) do T
+            Lender(backend)((to, from) -> (copyto!(to, from); nothing), NumPy{T}(to), NumPy{T}(from))
         end
     end
 end

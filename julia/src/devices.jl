@@ -22,8 +22,8 @@ const COARSE_ROUNDING = 2.0^-11
 
 # --- memory that is shared with other libraries -----------------------------------------------------------------
 
-"    backend_of(workspace)\n\nThe backend of the device that a workspace is on, `nothing` for the CPU."
-backend_of(::AbstractWorkspace) = nothing
+"    backend_of(x)\n\nThe backend of the device that a workspace or an array is on, `nothing` for the CPU."
+backend_of(::Union{AbstractWorkspace, AbstractArray}) = nothing
 
 "    device_vector(backend, T, n)\n\nA vector of n numbers in the memory of a device, to be filled in."
 function device_vector end

@@ -10,7 +10,7 @@ import ctypes
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 
@@ -62,6 +62,15 @@ class DeviceArray:
         number, address = call("device_memory", device, dtype.name, math.prod(shape))
         return cls(device, int(address), shape, dtype, NOTHING, Handle(number))
 
+    @classmethod
+    def copy_of(cls, array: Array | DeviceArray, device: str) -> DeviceArray:
+        """Memory of the engine's with the numbers of an array, which may be in the machine's memory."""
+        from implicit_rnn.engines.julia.network import call
+
+        copy = cls.empty(array.shape, array.dtype, device)
+        call("copy_memory", device, array.reshape(-1), copy.reshape(-1))
+        return copy
+
     @property
     def ndim(self) -> int:
         """The number of axes."""
@@ -75,8 +84,9 @@ class DeviceArray:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def reshape(self, *shape: int) -> DeviceArray:
+    def reshape(self, *sizes: int | tuple[int, ...]) -> DeviceArray:
         """The same memory in another shape, of which one number may be -1."""
+        shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else cast("tuple[int, ...]", sizes)
         known = -math.prod(shape) if -1 in shape else 1
         whole = tuple(self.size // known if n == -1 else n for n in shape)
         if math.prod(whole) != self.size:
@@ -88,8 +98,13 @@ class DeviceArray:
         from implicit_rnn.engines.julia.network import call
 
         copy = np.empty(self.shape, self.dtype)
-        call("download", self.device, self.reshape(-1), copy.reshape(-1))
+        call("copy_memory", self.device, self.reshape(-1), copy.reshape(-1))
         return copy
+
+    def __reduce_ex__(self, _: object) -> NoReturn:
+        raise TypeError(
+            "an array in the memory of a device cannot be pickled; its method numpy() copies it to the machine's"
+        )
 
     def __array__(self, *_: object, **__: object) -> Array:
         raise TypeError("this array is in the memory of a device; its method numpy() copies it to the machine's")
@@ -167,15 +182,34 @@ def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, wha
     It is returned as what engines take, which use no more of it than the array has.
     """
     check_shape_of_samples(name, array.shape, columns, what)
+    check_dtype(name, array, dtype, "the network")
+    check_finite(name, array)
+    return cast("Array", array)
+
+
+def check_dtype(name: str, array: DeviceArray, dtype: np.dtype, whose: str) -> None:
+    """``TypeError`` for another dtype than that of the network, or of whatever else counts."""
     if array.dtype != dtype:
         raise TypeError(
-            f"{name} has dtype {array.dtype}, the network {dtype}, and arrays on a device are taken as they are: convert it there"
+            f"{name} has dtype {array.dtype}, {whose} {dtype}, and arrays on a device are taken as they are: convert it there"
         )
+
+
+def check_finite(name: str, array: DeviceArray) -> None:
+    """``ValueError`` for NaN and infinity in an array (samples, columns)."""
     from implicit_rnn.engines.julia.network import call
 
-    bad, first = call("find_nonfinite", array.device, array.reshape(-1), columns)
+    bad, first = call("find_nonfinite", array.device, array.reshape(-1), array.shape[1])
     tell_of_nonfinite(name, int(bad), len(array), int(first))
-    return cast("Array", array)
+
+
+def in_machine(name: str, value: object, dtype: np.dtype, device: str) -> Any:
+    """The value, of which an array on the device, not converted, is copied to the machine's memory."""
+    there = lent(name, value, device)
+    if there is None:
+        return value
+    check_dtype(name, there, dtype, "the network")
+    return there.numpy()
 
 
 def _place(value: object) -> tuple[int, int] | None:

@@ -10,15 +10,16 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isfinite
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options
+from implicit_rnn.device_arrays import DeviceArray, check_dtype, check_finite, lent
 from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
@@ -292,9 +293,7 @@ def _solve(
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
     _check_device(f, device)
-    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root)
-    if device != equation.device:
-        equation = replace(equation, device=device)
+    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -380,11 +379,12 @@ def _pose(
     vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
     root: bool,
+    device: str,
 ) -> Equation:
-    start, shape = _start(z0)
+    start, shape = _start(z0, device)
     names = _argument_names(f, len(check_arguments(args)))
     per_sample = _positions(batched, names)
-    arrays = tuple([_argument(name, value, start.dtype) for name, value in zip(names, args, strict=True)])
+    arrays = tuple([_argument(name, value, start.dtype, device) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
@@ -397,7 +397,7 @@ def _pose(
             )
     flags = tuple([index in per_sample for index in range(len(arrays))])
     sizes = _sizes(scale, start)
-    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp)
+    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp, device)
 
 
 def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
@@ -419,12 +419,18 @@ def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
     return np.array(np.broadcast_to(sizes, n))
 
 
-def _start(z0: ArrayLike) -> tuple[Array, tuple[int, ...]]:
-    array = _as_array("z0", z0)
+def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
+    array = _lent_or_array("z0", z0, device)
     if array.ndim > 2 or array.size == 0:
         raise ValueError(
             f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
         )
+    if isinstance(array, DeviceArray):
+        if array.dtype not in (np.float32, np.float64):
+            raise TypeError(f"z0 has dtype {array.dtype}; expected float32 or float64")
+        there = array if array.ndim == 2 else array.reshape(1, -1)
+        check_finite("z0", there)
+        return cast("Array", there), array.shape
     dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
     start = np.ascontiguousarray(as_real("z0", array, dtype))
     start = start if start.ndim == 2 else start.reshape(1, -1)
@@ -444,15 +450,23 @@ def _is_finite(array: Array) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def _argument(name: str, value: ArrayLike, dtype: np.dtype) -> Array:
-    array = _as_array(name, value)
+def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Array:
+    array = _lent_or_array(name, value, device)
     if array.size == 0:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
+    if isinstance(array, DeviceArray):
+        check_dtype(name, array, dtype, "z0")
+        return cast("Array", array)
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
     array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)))
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
+
+
+def _lent_or_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
+    there = lent(name, value, device)
+    return _as_array(name, value) if there is None else there
 
 
 def _as_array(name: str, value: ArrayLike) -> Array:
@@ -526,7 +540,9 @@ class ImplicitSolution(Solution):
         residual, rate = np.empty(samples), np.empty(samples)
         bound = np.ndarray(samples, buffer=_NO_BOUND, strides=(0,))
         arrays = (np.empty(samples, np.int8), np.empty(samples, np.int32), residual, rate, bound)
-        return cls(equation.start.copy(), *arrays, equation=equation, compiled=compiled)
+        start = equation.start
+        state = cast("Array", DeviceArray.copy_of(start, equation.device)) if equation.lent else start.copy()
+        return cls(state, *arrays, equation=equation, compiled=compiled)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -567,14 +583,10 @@ class ImplicitSolution(Solution):
         >>> {name: float(product.round(6)) for name, product in solution.vjp([1.0]).items()}
         {'a': 1.0, 'b': 0.25}
         """
-        array = _as_array("v", v)
-        if array.shape != self.value.shape:
-            raise ValueError(f"v has shape {array.shape}; expected {self.value.shape}, the shape of the value")
-        rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
-        if not np.isfinite(rows).all():
-            raise ValueError("v has NaN or infinity")
+        rows = self._rows(v)
         if not (converged := self.converged).all():
-            failed = rows.any(axis=1) & ~converged
+            here = rows.numpy() if isinstance(rows, DeviceArray) else rows
+            failed = here.any(axis=1) & ~converged
             if failed.any():
                 self._no_derivative(failed, "; v must be zero for them")
         gradients = self._differentiate(lambda: self.compiled.vjp(rows))
@@ -619,12 +631,27 @@ class ImplicitSolution(Solution):
         if self.equation.single and not wanted.all():
             self._no_derivative(~wanted, "")
         J: Array = self._differentiate(lambda: self.compiled.jacobian(index, wanted))
-        return J[0] if self.equation.single else J
+        return J.reshape(J.shape[1:]) if self.equation.single else J
 
     def failure(self) -> str | None:
         """A sentence on the samples that did not converge, or None where all did."""
         sentence = super().failure()
         return sentence and sentence.replace("reach an equilibrium", "converge")
+
+    def _rows(self, v: ArrayLike) -> Array:
+        """The vectors to multiply with, (B, n), where they are."""
+        array = _lent_or_array("v", v, self.equation.device)
+        if array.shape != self.value.shape:
+            raise ValueError(f"v has shape {array.shape}; expected {self.value.shape}, the shape of the value")
+        if isinstance(array, DeviceArray):
+            check_dtype("v", array, self.state.dtype, "the solution")
+            there = array.reshape(self.state.shape)
+            check_finite("v", there)
+            return cast("Array", there)
+        rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
+        if not np.isfinite(rows).all():
+            raise ValueError("v has NaN or infinity")
+        return rows
 
     def _no_derivative(self, failed: Array, remedy: str) -> None:
         raise ConvergenceError(

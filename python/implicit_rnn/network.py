@@ -852,7 +852,8 @@ class Network:
             targets = self._rows("Y", there, len(x), outputs, "outputs")
             if chosen.bounded:
                 chosen.targets("Y", there.numpy(), len(x), outputs, self.dtype)
-        return Samples(x, targets, as_weights("sample_weights", sample_weights, len(x), self.dtype))
+        weights = device_arrays.in_machine("sample_weights", sample_weights, self.dtype, self._device)
+        return Samples(x, targets, as_weights("sample_weights", weights, len(x), self.dtype))
 
     # --- the rest ----------------------------------------------------------------------------------------
 

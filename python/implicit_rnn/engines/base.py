@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.model.losses import Loss
 from implicit_rnn.model.optimizers import Guard, Optimizer
 from implicit_rnn.model.topology import Topology
@@ -264,6 +265,11 @@ class Equation:
     """products with the partial derivatives of a Python f, see ``fixed_point``"""
     device: str = "cpu"
     """where Julia code runs, one of ``DEVICES``"""
+
+    @property
+    def lent(self) -> bool:
+        """Whether the start or an argument is on the device, as all results are then."""
+        return any(isinstance(array, DeviceArray) for array in (self.start, *self.args))
 
     @property
     def samples(self) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options
+from implicit_rnn.device_arrays import in_machine
 from implicit_rnn.engines import Samples
 from implicit_rnn.errors import CheckpointError
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
@@ -164,8 +165,7 @@ def fit_many(
     if validation is not None:
         if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
             raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
-        xv, yv, *wv = validation
-        held_out = _validation(first, chosen, xv, yv, wv[0] if wv else None)
+        held_out = _validation(first, chosen, *validation)
     if held_out is None and (restore_best or early_stopping is not None):
         needs = "restore_best" if restore_best else "early_stopping"
         raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
@@ -238,7 +238,10 @@ def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> Non
     whole.restore(training, "resume", epochs - 1 if whole.goes_on else epochs)
 
 
-def _validation(net: Network, loss: Loss, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None) -> Samples:
+def _validation(net: Network, loss: Loss, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None = None) -> Samples:
+    """In the machine's memory, where their loss is taken."""
+    data = enumerate((X, Y, weights))
+    X, Y, weights = (in_machine(f"validation[{k}]", array, net.dtype, net.device) for k, array in data)
     x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
     y = loss.targets("validation[1]", Y, len(x), net.topology.output_size, net.dtype)
     return Samples(x, y, as_weights("validation[2]", weights, len(x), net.dtype))

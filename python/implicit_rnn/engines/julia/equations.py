@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolution
 from implicit_rnn.engines.julia.network import Handle, call
 from implicit_rnn.solution import Solution
@@ -35,7 +36,7 @@ class JuliaEquation:
     def vjp(self, v: Array) -> list[Array | None]:
         equation = self._equation
         gradients = tuple(
-            np.empty_like(array) if equation.is_differentiable(index) else array
+            _like(array, equation) if equation.is_differentiable(index) else array
             for index, array in enumerate(self._args)
         )
         _ask("equation_vjp", self._handle.number, v.reshape(-1), gradients)
@@ -49,6 +50,12 @@ class JuliaEquation:
     def jacobian(self, index: int, wanted: Array) -> Array:
         equation = self._equation
         shape = equation.entry_shape(index)
+        if equation.lent:
+            there = DeviceArray.empty(
+                (equation.samples, equation.n, equation.entries(index)), self._state.dtype, equation.device
+            )
+            _ask("equation_jacobian", self._handle.number, index, wanted, there.reshape(-1))
+            return cast("Array", there)
         J = np.empty((equation.samples, *reversed(shape), equation.n), self._state.dtype)
         _ask("equation_jacobian", self._handle.number, index, wanted, J.reshape(-1))
         axes = (0, J.ndim - 1, *range(J.ndim - 2, 0, -1))
@@ -126,14 +133,26 @@ def _solver(solver: Solver) -> Handle:
 
 def _lent(equation: Equation) -> tuple[Array, ...]:
     """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
-    return tuple(
-        array.transpose(_reversal(array.ndim, batched)).ravel()
-        for array, batched in zip(equation.args, equation.batched, strict=True)
-    )
+    return tuple(_flat(array, batched) for array, batched in zip(equation.args, equation.batched, strict=True))
+
+
+def _flat(array: Array, batched: bool) -> Array:
+    if isinstance(array, DeviceArray):  # of no more axes than the order is the same for, or refused for them
+        return cast("Array", array.reshape(-1))
+    return array.transpose(_reversal(array.ndim, batched)).ravel()
+
+
+def _like(array: Array, equation: Equation) -> Array:
+    """An array to be filled in, where the results of the equation are."""
+    if equation.lent:
+        return cast("Array", DeviceArray.empty(array.shape, array.dtype, equation.device))
+    return np.empty_like(array)
 
 
 def _from_julia(flat: Array, shape: tuple[int, ...], batched: bool) -> Array:
     """The inverse of ``_lent`` for one argument."""
+    if isinstance(flat, DeviceArray):
+        return cast("Array", flat.reshape(shape))
     axes = _reversal(len(shape), batched)
     return np.asarray(flat.reshape([shape[axis] for axis in axes]).transpose(axes), order="C")
 
