@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import weakref
 from typing import Any
 
 import numpy as np
@@ -167,14 +168,20 @@ def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
 
 
 @pytest.fixture
-def nets(monkeypatch: pytest.MonkeyPatch) -> tuple[irnn.Network, irnn.Network]:
-    """The same network on the CPU and on the reference device arrays, which read and write the memory they are lent."""
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference device arrays are a device, "jl", which reads and writes the memory that it is lent."""
     if not has_julia_package("JLArrays"):
         pytest.skip("JLArrays.jl is not in Julia's environment")
-    monkeypatch.setattr("implicit_rnn.network.DEVICES", ("cpu", "jl"))
+    for module in ("network", "equations"):
+        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", "jl"))
     start.evaluate(
         f'isdefined(Main, :AWAITED) || include(raw"{CHECKOUT / "julia" / "test" / "lent_memory.jl"}"); empty!(AWAITED)'
     )
+
+
+@pytest.fixture
+def nets(reference: None) -> tuple[irnn.Network, irnn.Network]:
+    """The same network on the CPU and on the reference device arrays."""
     cpu, device = (
         irnn.Network(3, [irnn.Layer(6), 4], feedback=True, outputs=2, seed=1, engine="julia") for _ in range(2)
     )
@@ -230,6 +237,23 @@ def test_nothing_is_written_to_what_is_lent(nets, X, Y):
 
 
 @pytest.mark.julia
+def test_weights_and_validation_data_of_the_device_count_as_numpy_arrays_do(nets, X, Y):
+    cpu, device = nets
+    w = np.arange(1.0, 13)
+    found = device.loss_and_gradient(OnCard(X), OnCard(Y), sample_weights=OnCard(w))
+    expected = device.loss_and_gradient(OnCard(X), OnCard(Y), sample_weights=w)
+    assert found[0] == expected[0]
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert found[0] == pytest.approx(cpu.loss_and_gradient(X, Y, sample_weights=w)[0], rel=1e-9)
+    again = pickle.loads(pickle.dumps(device))
+    options = {"epochs": 3, "batch_size": 5, "progress": False}
+    run = device.fit(X, Y, sample_weights=ByDLPack(w), validation=(OnCard(X), ByDLPack(Y), OnCard(w)), **options)
+    same = again.fit(X, Y, sample_weights=w, validation=(X, Y, w), **options)
+    np.testing.assert_array_equal(run.loss, same.loss)
+    np.testing.assert_array_equal(run.validation_loss, same.validation_loss)
+
+
+@pytest.mark.julia
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 def test_training_on_arrays_of_the_device_is_that_on_numpy_arrays(nets, X, Y, optimizer):
     device = nets[1]
@@ -269,8 +293,14 @@ def test_bad_arrays_of_the_device_are_refused_as_others_are(nets, X, Y):
     bad[4:6, 1] = np.nan
     with pytest.raises(ValueError, match="X has NaN or infinity in 2 of 12 samples, first in sample 4"):
         device.predict(ByDLPack(bad))
-    with pytest.raises(TypeError, match="sample_weights is a OnCard in the memory of a GPU"):
-        device.loss_and_gradient(X, Y, sample_weights=OnCard(np.ones(12)))
+    with pytest.raises(TypeError, match=r"sample_weights has dtype int64, the network float64.*convert it there"):
+        device.loss_and_gradient(X, Y, sample_weights=OnCard(np.ones(12, np.int64)))
+    with pytest.raises(ValueError, match=r"sample_weights has shape \(11,\); expected \(12,\)"):
+        device.loss_and_gradient(OnCard(X), OnCard(Y), sample_weights=OnCard(np.ones(11)))
+    with pytest.raises(TypeError, match=r"validation\[0\] has dtype float32, the network float64.*convert it there"):
+        device.fit(X, Y, validation=(OnCard(X.astype(np.float32)), Y), epochs=1, progress=False)
+    with pytest.raises(ValueError, match=r"validation\[1\] has 11 samples, X has 12"):
+        device.fit(X, Y, validation=(OnCard(X), ByDLPack(Y[:11].copy())), epochs=1, progress=False)
     with pytest.raises(TypeError, match="is computed by NumPy; pass X and Y as NumPy arrays"):
         device.loss_and_gradient(OnCard(X), Y, loss=irnn.CustomLoss(lambda y, t: (y[:, 0], y)))
 
@@ -288,6 +318,12 @@ def test_the_memory_of_results_is_returned(nets, X):
     device.predict(X)
     assert start.entry_points()["alive"]() <= kept
     assert EVERYTHING in awaited()  # before it is freed
+
+
+@pytest.mark.julia
+def test_an_array_of_the_device_is_not_pickled(nets, X):
+    with pytest.raises(TypeError, match=r"cannot be pickled; its method numpy\(\) copies it"):
+        pickle.dumps(nets[1].predict(OnCard(X)))
 
 
 @pytest.mark.julia
@@ -317,3 +353,135 @@ def test_an_engine_without_devices_says_so_rather_than_reading_the_array():
     net = irnn.Network(3, [irnn.Layer(4)], outputs=2, engine="numpy", device="cuda")
     with pytest.raises(irnn.EngineError, match="cuda"):
         net.predict(OnCard(np.zeros((4, 3))))
+
+
+# --- equations -------------------------------------------------------------------------------------------------
+
+KEPLER = irnn.julia("(E, M, e) -> E .- e .* sin.(E) .- M")
+PLANE = irnn.julia("(z, a, s, k) -> [s[1] * z[1] - z[2]^2 - a[1], z[1] * z[2] + s[2] * z[k] - a[2]]")
+
+
+@pytest.fixture
+def orbits(rng) -> tuple[np.ndarray, np.ndarray]:
+    return rng.uniform(0, 6, 40), rng.uniform(0, 0.9, 40)
+
+
+def agree(there: irnn.ImplicitSolution, here: irnn.ImplicitSolution, v: np.ndarray, tol: float) -> None:
+    """On the device is what is expected of the CPU: the value, and the derivatives along v by all arguments."""
+    assert isinstance(there.value, DeviceArray)
+    assert there.value.shape == here.value.shape
+    np.testing.assert_allclose(there.value.numpy(), here.value, atol=tol)
+    np.testing.assert_array_equal(there.status, here.status)
+    for cotangent in (v, OnCard(v)):
+        found, expected = there.vjp(cotangent), here.vjp(v)
+        assert list(found) == list(expected)
+        for name in expected:
+            assert found[name].shape == expected[name].shape
+            np.testing.assert_allclose(found[name].numpy(), expected[name], atol=tol)
+            np.testing.assert_allclose(there.jacobian(name).numpy(), here.jacobian(name), atol=tol)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("producer", [OnCard, ByDLPack])
+def test_an_equation_of_device_arrays_has_its_solution_and_derivatives_on_the_device(reference, orbits, rng, producer):
+    M, e = orbits
+    here = irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"))
+    z0 = M[:, None].copy()
+    there = irnn.root(KEPLER, producer(z0), args=(producer(M), producer(e)), batched=("M", "e"), scale=2.0, device="jl")
+    agree(there, here, rng.standard_normal((40, 1)), 1e-9)
+    np.testing.assert_array_equal(z0, M[:, None])  # the solution is in memory of its own
+    assert awaited() - {EVERYTHING} == {STREAM}
+    again = irnn.root(KEPLER, there.value, args=orbits, batched=("M", "e"), device="jl")  # a result is a start
+    assert again.iterations.max() <= 2
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize(("dtype", "tol"), [("float64", 1e-8), ("float32", 1e-3)])
+def test_arguments_of_an_equation_may_be_on_the_device_or_not(reference, rng, dtype, tol):
+    z0, a, v = (rng.uniform(1, 2, (30, 2)).astype(dtype) for _ in range(3))
+    s = np.array([2, 0.5], dtype)
+    here = irnn.root(PLANE, z0, args=(a, s, 2), batched="a", on_failure="ignore")
+    v *= here.converged[:, None]
+    for start_, own, shared in ((z0, OnCard(a), s), (z0, a, OnCard(s)), (OnCard(z0), a, s)):
+        there = irnn.root(PLANE, start_, args=(own, shared, 2), batched="a", on_failure="ignore", device="jl")
+        agree(there, here, v, tol)
+    numpy = irnn.root(PLANE, z0, args=(a, s, 2), batched="a", on_failure="ignore", device="jl")
+    for cotangent in (v, OnCard(v)):  # NumPy in, NumPy out
+        np.testing.assert_allclose(numpy.vjp(cotangent)["s"], here.vjp(v)["s"], atol=tol)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_single_equation_of_device_arrays_keeps_its_shape(reference, shape):
+    cosine, z0, a = irnn.julia("(z, a) -> cos.(a .* z)"), np.full(shape, 0.5), np.full(shape, 0.8)
+    here = irnn.fixed_point(cosine, z0, args=(a,))
+    there = irnn.fixed_point(cosine, OnCard(z0), args=(OnCard(a),), device="jl")
+    agree(there, here, np.ones(shape), 1e-9)
+
+
+@pytest.mark.julia
+def test_arguments_on_the_device_are_read_where_they_lie_as_long_as_there_is_the_solution(reference, orbits):
+    M, e = (array.copy() for array in orbits)
+    producer = OnCard(e)
+    solution = irnn.root(KEPLER, OnCard(M[:, None].copy()), args=(M, producer), batched=("M", "e"), device="jl")
+    kept = weakref.ref(producer)
+    del producer
+    gc.collect()
+    assert kept() is not None
+    e[:] = 0  # which is why they must not be written to: the equation is E = M now
+    np.testing.assert_array_equal(solution.jacobian("M").numpy(), np.ones((40, 1, 1)))
+    with pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(solution)
+    del solution
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.julia
+def test_samples_of_device_arrays_without_a_solution_have_no_derivative(reference):
+    square, a = irnn.julia("(z, a) -> z .^ 2 .- a"), np.array([1.0, 0.0, 4.0, -1.0])
+    solution = irnn.root(
+        square, OnCard(np.ones((4, 1))), args=(OnCard(a),), batched="a", on_failure="ignore", device="jl"
+    )
+    np.testing.assert_array_equal(solution.converged, [True, True, True, False])
+    v = np.array([[1.0], [0.0], [1.0], [0.0]])
+    np.testing.assert_allclose(solution.vjp(OnCard(v))["a"].numpy(), [1 / 2, 0, 1 / 4, 0])
+    with pytest.raises(irnn.ConvergenceError, match=r"1 of 4 samples did not converge \(first sample 3\)"):
+        solution.vjp(OnCard(np.ones((4, 1))))
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution of sample 1"):
+        solution.vjp(OnCard(np.ones((4, 1)) - (np.arange(4) == 3)[:, None]))
+
+
+@pytest.mark.julia
+def test_bad_device_arrays_of_an_equation_are_refused_as_others_are(reference, orbits):
+    M, e = orbits
+    z0, options = M[:, None].copy(), {"batched": ("M", "e"), "device": "jl"}
+    bad = z0.copy()
+    bad[4:6] = np.nan
+    with pytest.raises(ValueError, match="z0 has NaN or infinity in 2 of 40 samples, first in sample 4"):
+        irnn.root(KEPLER, OnCard(bad), args=orbits, **options)
+    with pytest.raises(ValueError, match=r"z0 has shape \(1, 40, 1\); expected"):
+        irnn.root(KEPLER, OnCard(z0[None]), args=orbits, **options)
+    for producer in (OnCard, ByDLPack):
+        with pytest.raises(TypeError, match="z0 has dtype int64; expected float32 or float64"):
+            irnn.root(KEPLER, producer(z0.astype(np.int64)), args=orbits, **options)
+    with pytest.raises(ValueError, match=r"z0 of shape \(2, 40\) has the strides \(1, 2\).*contiguous"):
+        irnn.root(KEPLER, ByDLPack(np.ones((40, 2)).T), args=orbits, **options)
+    with pytest.raises(TypeError, match=r"e has dtype float32, z0 float64.*convert it there"):
+        irnn.root(KEPLER, z0, args=(M, OnCard(e.astype(np.float32))), **options)
+    with pytest.raises(ValueError, match=r"e has shape \(39,\); expected \(40, ...\)"):
+        irnn.root(KEPLER, z0, args=(M, OnCard(e[:39].copy())), **options)
+    with pytest.raises(irnn.EngineError, match=r"number 1 is an array of 4 entries, 2 axes"):
+        irnn.root(irnn.julia("(z, A) -> A * z"), np.ones((3, 2)), args=(OnCard(np.eye(2)),), device="jl")
+    solution = irnn.root(KEPLER, OnCard(z0), args=orbits, **options)
+    with pytest.raises(ValueError, match=r"v has shape \(40,\); expected \(40, 1\)"):
+        solution.vjp(OnCard(M))
+    with pytest.raises(TypeError, match=r"v has dtype float32, the solution float64.*convert it there"):
+        solution.vjp(OnCard(z0.astype(np.float32)))
+    with pytest.raises(ValueError, match="v has NaN or infinity"):
+        solution.vjp(OnCard(bad))
+
+
+def test_an_equation_on_an_engine_without_devices_says_so_rather_than_reading_the_array():
+    with pytest.raises(irnn.EngineError, match="Julia code runs on the Julia engine only"):
+        irnn.root(KEPLER, OnCard(np.ones((4, 1))), args=(1.0, 0.5), engine="numpy", device="cuda")

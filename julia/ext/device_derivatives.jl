@@ -180,10 +180,13 @@ function jacobian_on_device!(J, problem::EquationProblem{T}, Z, index::Val{I}, w
     end
     copyto!(J, found)
     left = findall(on_host(.!regular))
-    if !isempty(left)
-        part, columns = part_of(problem, left), zeros(T, size(J, 1), size(J, 2), length(left))
-        naming_samples(() -> jacobian!(columns, part, ImplicitRNN.Inverses(part, on_host(Z[:, left])), I), left)
-        J[:, :, left] = on_kind_of(J, columns)
-    end
+    isempty(left) || put_left!(J, problem, Z, left, I)
+    return
+end
+
+function put_left!(J, problem::EquationProblem{T}, Z, left, index::Int) where {T}
+    part, columns = part_of(problem, left), zeros(T, size(J, 1), size(J, 2), length(left))
+    naming_samples(() -> jacobian!(columns, part, ImplicitRNN.Inverses(part, on_host(Z[:, left])), index), left)
+    J[:, :, left] = on_kind_of(J, columns)
     return
 end

@@ -81,6 +81,19 @@ end
         @test all(==(ImplicitRNN.NON_FINITE), root(z -> sqrt.(z .- 2), JLArray(ones(1, 3))).status)      # outside the domain
     end
 
+    @testset "derivatives that are left to the CPU, in memory of the device" begin
+        E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
+        here, there = on_both(root, (z, a, s) -> s .* z .- a, ones(2, 3), rand(rng, 2, 3), rand(rng, 2); batched = (1,))
+        v, left = randn(rng, 2, 3) .* [1 0 1], [1, 3]
+        found = (JLArray(zeros(2, 3)), JLArray(zeros(2)))
+        E.add_left!(found, there.problem, there.value, JLArray(v), left)
+        @test all(map((g, expected) -> Array(g) ≈ expected, found, vjp(here, v)))
+        J, expected = JLArray(zeros(2, 2, 3)), zeros(2, 2, 3)
+        E.put_left!(J, there.problem, there.value, left, 1)
+        @test Array(J)[:, :, left] ≈ jacobian!(expected, here.problem, here.inverses, 1)[:, :, left]
+        @test all(iszero, Array(J)[:, :, 2])
+    end
+
     @testset "what a device does not offer is refused by name" begin
         ones_of(n) = JLArray(ones(n, 5))
         local shift = [1.0]

@@ -293,8 +293,9 @@ def _solve(
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
     _check_device(f, device)
+    solving = _engine(f, engine)  # where it cannot be had, that is what is to be said
     equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
-    compiled = _engine(f, engine).compile_equation(equation)
+    compiled = solving.compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
