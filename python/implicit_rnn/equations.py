@@ -199,7 +199,7 @@ def fixed_point(
         Julia code needs "julia" or "auto", Python functions run on every engine. ``None`` reads IMPLICIT_RNN_ENGINE.
     device
         Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, one sample on each of its threads, for many samples of up to 8
-        unknowns; see the page *On a GPU*.
+        unknowns. If z0 or an argument is an array on the card, so are the value and its derivatives; see the page *On a GPU*.
 
     Raises
     ------
@@ -292,10 +292,9 @@ def _solve(
     chosen = choose_solver(solver, root)
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
-    _check_device(f, device)
-    solving = _engine(f, engine)  # where it cannot be had, that is what is to be said
+    _check_device(f, device, engine)
     equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
-    compiled = solving.compile_equation(equation)
+    compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
@@ -317,10 +316,13 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
             raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
 
 
-def _check_device(f: Function, device: str) -> None:
+def _check_device(f: Function, device: str, engine: str) -> None:
     options.check_choice("device", device, DEVICES)
-    if device != "cpu" and not isinstance(f, JuliaFunction):
+    if device == "cpu":
+        return
+    if not isinstance(f, JuliaFunction):
         raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
+    _engine(f, engine)  # where it cannot be had, that is what is to be said of arrays on the device
 
 
 def choose_solver(solver: Solver | str, root: bool) -> Solver:
