@@ -269,7 +269,7 @@ class Equation:
     @property
     def lent(self) -> bool:
         """Whether the start or an argument is on the device, as all results are then."""
-        return any(isinstance(array, DeviceArray) for array in (self.start, *self.args))
+        return self.device != "cpu" and any(isinstance(array, DeviceArray) for array in (self.start, *self.args))
 
     @property
     def samples(self) -> int:
