@@ -48,6 +48,10 @@ def test_pages_load_nothing_from_the_network(pages):
     assert not {path: found for path, text in pages.items() if (found := loaded.findall(text))}
 
 
+def test_no_page_shows_markup_that_its_extensions_do_not_know(pages):
+    assert not [path for path, text in pages.items() if re.search(r"<p>(?:!!!|\?\?\?|===) ", text)]
+
+
 def test_formulas_are_mathml_that_needs_no_script(pages):
     assert pages["mathematics.html"].count("<math") > 100
     assert not [path for path, text in pages.items() if 'class="arithmatex"' in text]
