@@ -17,7 +17,7 @@ ImplicitRNN.check_device(::CUDABackend) = CUDA.functional() ||
 ImplicitRNN.free_memory(::CUDABackend) = Int(CUDA.free_memory())
 
 function ImplicitRNN.with_coarse_products(work, ::CUDABackend)
-    CUDA.capability(CUDA.device()) >= v"8.0" || return false
+    CUDA.capability(CUDA.device()) >= v"8.0" || return
     mode, precision = CUDA.math_mode(), CUDA.math_precision()
     CUDA.math_mode!(CUDA.FAST_MATH; precision = :TensorFloat32)
     try
@@ -25,7 +25,7 @@ function ImplicitRNN.with_coarse_products(work, ::CUDABackend)
     finally
         CUDA.math_mode!(mode; precision)
     end
-    return true
+    return
 end
 
 function ImplicitRNN.wrap_memory(::CUDABackend, ::Type{T}, address::UInt, n::Int) where {T}

@@ -71,43 +71,28 @@ end
 function approach_coarsely!(ws::DeviceWorkspace{Float64}, q::Equation, progress, rule)
     Z = Float32.(q.Z)
     single = Equation(Z, similar(Z), Float32.(q.U), Float32.(q.M), q.g, q.D === nothing ? nothing : Float32.(q.D))
-    tour = Tour{Float32}(ws, progress, rule, tolerance(Picard(), Float32))
-    travel!(tour, ws, single)
-    return take_up!(q, progress, tour, Z, rule)
+    return approach_by!(single, tolerance(Picard(), Float32), ws, q, progress, rule)
 end
 
 function approach_coarsely!(ws::DeviceWorkspace{Float32}, q::Equation, progress, rule)
-    size(q.Z, 1) > FUSED_NEURONS || return
-    Z = copy(q.Z)
-    coarse = Equation(Z, q.S, q.U, q.M, q.g, q.D)
-    tour = Tour{Float32}(ws, progress, rule, 4 * COARSE_ROUNDING)
-    with_coarse_products(() -> travel!(tour, ws, coarse), ws.backend) && take_up!(q, progress, tour, Z, rule)
+    size(q.Z, 1) > FUSED_NEURONS && with_coarse_products(ws.backend) do
+        approach_by!(Equation(copy(q.Z), q.S, q.U, q.M, q.g, q.D), 4 * COARSE_ROUNDING, ws, q, progress, rule)
+    end
     return
 end
 
-"An iteration in lower precision, whose outcome is not that of the equation."
-struct Tour{T, P, R}
-    progress::P
-    record::R
-    rule::Rule{T}
-end
-function Tour{T}(ws::DeviceWorkspace, progress, rule, tol) where {T}
-    samples = length(progress.running)
+# By the iterates of `coarse`, the equation in lower precision, to the tolerance `tol`.
+function approach_by!(coarse::Equation, tol, ws::DeviceWorkspace, q::Equation, progress, rule)
+    T, samples = eltype(coarse.Z), size(q.Z, 2)
     course, record = progress_of(ws, samples, T), record_of(ws, samples, T)
     course.running .= progress.running
-    coarse = Rule{T}(
+    rough = Rule{T}(
         tol, max(rule.floor, floatmin(T)), rule.damping, min(rule.limit, PATIENCE), rule.patience, true, true, false, rule.damping == 1
     )
-    return Tour{T, typeof(course), typeof(record)}(course, record, coarse)
-end
-
-travel!(tour::Tour, ws::DeviceWorkspace, q::Equation) = iterate_plainly!(ws, q, tour.progress, tour.record, tour.rule)
-
-function take_up!(q::Equation, progress, tour::Tour, Z, rule)
-    course = tour.progress
+    iterate_plainly!(ws, coarse, course, record, rough)
     # One that converges at once may repel, which is not to be covered up.
-    near = progress.running .& .!course.abandoned .& (tour.record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
-    q.Z .= ifelse.(reshape(near, 1, :), Z, q.Z)
+    near = progress.running .& .!course.abandoned .& (record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
+    q.Z .= ifelse.(reshape(near, 1, :), coarse.Z, q.Z)
     foreach((to, from) -> to .= ifelse.(near, from, to), (progress.count, progress.change, progress.rate), (course.count, course.change, course.rate))
     return
 end

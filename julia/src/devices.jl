@@ -10,12 +10,12 @@ free_memory(backend) = typemax(Int)
 describe_device(backend) = string(nameof(typeof(backend)))
 
 """
-    with_coarse_products(work, backend) -> Bool
+    with_coarse_products(work, backend)
 
 Call `work()` with products of matrices in single precision whose factors are rounded to 11 bits (TF32), as tensor cores multiply many
-times faster; false, and nothing is called, where a device does not have that.
+times faster; nothing is called where a device does not have that.
 """
-with_coarse_products(work, backend) = false
+with_coarse_products(work, backend) = nothing
 
 "The rounding of a factor in [`with_coarse_products`](@ref)."
 const COARSE_ROUNDING = 2.0^-11

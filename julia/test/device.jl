@@ -376,7 +376,7 @@ else
         p, X, Y, tours = parameters(net; gain = 0.3), samples(net, 45), targets(net, 45), Ref(0)
         without = ImplicitRNN.Workspace(net, JLBackend(); coarse_first = 0)
         here = solved(without, p, X)
-        ImplicitRNN.with_coarse_products(work, ::JLBackend) = (tours[] += 1; work(); true)
+        ImplicitRNN.with_coarse_products(work, ::JLBackend) = (tours[] += 1; work())
         first_coarse, plain = (ImplicitRNN.Workspace(net, JLBackend(); coarse_first) for coarse_first in (0, typemax(Int)))
         try
             there = Base.invokelatest(solved, first_coarse, p, X)

@@ -84,11 +84,8 @@ class ImplicitRNN(nn.Module):
         self.net = net
         self.of = of
         check_on_failure(on_failure)
-        self.solver, self.adjoint, self.on_failure = (
-            choose(Solver, solver, "solver"),
-            at_equilibrium(adjoint),
-            on_failure,
-        )
+        self.solver = choose(Solver, solver, "solver")
+        self.adjoint, self.on_failure = at_equilibrium(adjoint), on_failure
         for name, weights in net.weights.items():
             self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
         self.register_load_state_dict_post_hook(_share_memory)

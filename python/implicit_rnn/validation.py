@@ -41,8 +41,9 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         converted = array.astype(dtype)
-    if array.dtype.itemsize > dtype.itemsize and (np.isinf(converted) & np.isfinite(array)).any():
-        largest = np.abs(array[np.isfinite(array)]).max()
+    narrowed = array.dtype.itemsize > dtype.itemsize and np.isinf(converted).any()
+    if narrowed and (np.isinf(converted) & (finite := np.isfinite(array))).any():
+        largest = np.abs(array[finite]).max()
         raise ValueError(
             f"{name} has entries up to {largest:.3g}, which {dtype} cannot hold; scale it, or use dtype='float64'"
         )

@@ -173,31 +173,27 @@ const SQUARINGS = 4
 
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
 function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
-    (; active, failed, iterations, power) = w
+    (; active, failed, iterations) = w
     @inbounds for l in 1:L
         active[l] = ifelse(failed[l] | (iterations[l] <= picard_steps), zero(T), one(T))
     end
     any_above_zero(active) || return
     slopes_lanes!(w, p.f)
-    jacobian_lanes!(power, w.D, M, Val(L))
+    power, next = jacobian_lanes!(w.power, w.D, M, Val(L)), w.A
     for k in 0:SQUARINGS
-        k == 0 || copyto!(power, square_lanes!(w.A, power, Val(L)))
+        k == 0 || ((power, next) = (square_lanes!(next, power, Val(L)), power))
         drop_contractions!(w, power)
         any_above_zero(active) || return
     end
     for l in 1:L
         active[l] > 0 || continue
-        J = Matrix{T}(undef, size(w.D, 2), size(w.D, 2))
-        for i in axes(J, 1), k in axes(J, 2)
-            J[i, k] = w.D[l, i] * lane_entry(M, l, i, k)
-        end
-        failed[l] = !((@late spectral_radius(J, ones(T, size(J, 1))))::T < 1)
+        failed[l] = !((@late spectral_radius(matrix_of(M, l), w.D[l, :]))::T < 1)
     end
     return
 end
 
-lane_entry(M::Matrix, l::Int, i::Int, k::Int) = M[i, k]
-lane_entry(M::Array{<:Any, 3}, l::Int, i::Int, k::Int) = M[l, i, k]
+matrix_of(M::Matrix, l::Int) = M
+matrix_of(M::Array{<:Any, 3}, l::Int) = M[l, :, :]
 
 # D M
 function jacobian_lanes!(J::Array{T, 3}, D, M, lanes) where {T}

@@ -33,7 +33,7 @@ function find_root!(s::Iteration, p::AbstractEquation, tol)
     l = linearization!(s)
     status = with_share!(() -> newton!(s, l, p, tol), s, ATTEMPT_SHARES[1])
     status in (CONVERGED, NON_FINITE) && return status
-    return Base.invokelatest(trust_regions!, s, l, erased(p), tol)::Status
+    return (@late trust_regions!(s, l, erased(p), tol))::Status
 end
 
 # Each way of the trust region from the start; what is left in the end belongs to one that was not finished.
@@ -67,7 +67,7 @@ function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
         status = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
         status === CONVERGED && return CONVERGED
     end
-    return Base.invokelatest(slow_fixed_point!, s, erased(p), tol)::Status
+    return (@late slow_fixed_point!(s, erased(p), tol))::Status
 end
 
 "Picard iterations between two trials of Newton's method."

@@ -8,7 +8,7 @@ end
 (e::Erased)(out, z) = (e.call(out, z); nothing)
 (e::Erased)(out, J, z) = (e.call(out, J, z); nothing)
 
-iterate!(solver::NLsolver, s::Iteration, p::Equation, tol) = Base.invokelatest(iterate!, solver, s, erased(p), tol)::Status
+iterate!(solver::NLsolver, s::Iteration, p::Equation, tol) = (@late iterate!(solver, s, erased(p), tol))::Status
 function iterate!(solver::NLsolver, s::Iteration{T}, p::ErasedEquation{T}, tol) where {T}
     l = linearization!(s)
     evaluate!(s, l, p) || return MAX_ITERATIONS

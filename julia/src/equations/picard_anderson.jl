@@ -23,7 +23,7 @@ end
     return status
 end
 
-"… and may be one that repels, which is seen where a matrix is affordable."
+"The same of a fixed point that, where it is `doubtful`, may be one that repels: that is looked at where a matrix is affordable."
 function finish!(s::Iteration, status::Status, p::AbstractEquation, doubtful::Bool)
     finish!(s, status)
     return doubtful && p.n <= DENSE ? attracts(status, s, p) : status

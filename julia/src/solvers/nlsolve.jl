@@ -28,7 +28,7 @@ function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int)
     for j in c.active:-1:1
         evaluations = min(iterations, c.limit - c.iterations[j]) - 1
         evaluations > 0 || continue
-        c.iterations[j] += Base.invokelatest(attempts!, root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, evaluations)::Int
+        c.iterations[j] += (@late attempts!(root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, evaluations))::Int
         c.residual[j] = T(Inf)
     end
     # What has converged is found by the same evaluation as for every other solver.

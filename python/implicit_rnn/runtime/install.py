@@ -124,9 +124,8 @@ def _end(process: subprocess.Popen[str]) -> None:
 def cause() -> str:
     """What went wrong by the last log: its first error, with the list that this announces, else its last line."""
     lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
-    lines = [
-        line.removeprefix("│   exception = ") for line in lines
-    ]  # of a warning of Julia, which begins with its own message
+    # Of a warning of Julia, which begins with its own message.
+    lines = [line.removeprefix("│   exception = ") for line in lines]
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]
     if not errors:
         return (lines or ["it said nothing"])[-1]

@@ -512,9 +512,8 @@ class Function:
         tol = 2e-2 if Z.dtype == np.float32 else 1e-6
         moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
         others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        nothing = float(
-            np.finfo(Z.dtype).tiny
-        )  # smaller numbers are zero, or on their way to it, and no step is a part of them
+        # Smaller numbers are zero, or on their way to it, and no step is a part of them.
+        nothing = float(np.finfo(Z.dtype).tiny)
         size = np.where(moved > nothing, moved, np.where(others > nothing, others, 1.0))
         factors = [1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6] + (
             [] if (moved > nothing).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
