@@ -31,7 +31,7 @@ from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
-from implicit_rnn.solution import GradientReport, Solution, remedy
+from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
 from implicit_rnn.validation import as_generator, as_real, as_samples, check_samples
 
@@ -358,7 +358,7 @@ class Network:
             solution = replace(solution, state=self._empty(x, self.topology.neurons))
         self.program(solver).solve(self._parameters, x, start, solution)
         if failure := solution.failure():
-            _report(on_failure, failure, self.topology.constraint, solution)
+            _report(on_failure, failure, self.topology.constraint, solution.status, solution)
         return solution
 
     def predict(
@@ -818,7 +818,9 @@ class Network:
                 f"(largest relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so "
                 f"{consequence}"
             )
-            _report(on_failure, failure, self.topology.constraint, None)
+            # Of the samples, this much is known.
+            failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
+            _report(on_failure, failure, self.topology.constraint, np.array(failed))
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
         """What a loss is taken on, checked and converted, in the memory of the machine or of the network's device.
@@ -969,8 +971,9 @@ def _check_report(report: GradientReport | None, samples: int) -> None:
         )
 
 
-def _report(on_failure: str, failure: str, constraint: Constraint, solution: Solution | None) -> None:
-    status = None if solution is None else solution.status
+def _report(
+    on_failure: str, failure: str, constraint: Constraint, status: Array, solution: Solution | None = None
+) -> None:
     message = f"{failure}. Remedies: {remedy(constraint.unique, status)}"
     if on_failure == "raise":
         raise ConvergenceError(message, solution)

@@ -703,7 +703,8 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         if not (valid := np.isfinite(of_class) & (of_class >= 0)).all():
             bad = valid.argmin()
             raise ValueError(
-                f"class_weight gives class {y[bad]!r} the weight {of_class[bad]}; expected finite numbers, none below zero"
+                f"class_weight gives class {y.tolist()[bad]!r} the weight {of_class[bad]}; expected finite numbers, none "
+                "below zero"
             )
         return np.asarray(of_class if weights is None else of_class * weights)
 
