@@ -126,6 +126,23 @@ def test_read_only_arrays_are_read_in_place(net, X, Y):
     np.testing.assert_array_equal(gradient, expected[1])
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [0.0],
+        np.zeros(4, np.float32),
+        np.zeros(4, np.int64),
+        np.zeros((2, 2)),
+        np.zeros(8)[::2],
+        np.zeros(4).view(np.matrix),
+    ],
+    ids=["list", "float32", "integers", "two axes", "strided", "subclass"],
+)
+def test_memory_of_another_kind_than_was_agreed_is_not_read(net, wrong):
+    with pytest.raises(irnn.EngineError, match="the bridge takes"):
+        call("read_out", net.program()._handle.number, (net.parameters, wrong, np.empty(1)))
+
+
 # --- nothing leaks -------------------------------------------------------------------------------------------
 
 GROWTH = """

@@ -5,7 +5,7 @@ module ImplicitRNNPythonCallExt
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, equilibrium!, hessian_vector_product!,
     interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
-using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pybuiltins
+using PythonCall: GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pybuiltins
 
 """
     entry_points()
@@ -13,6 +13,8 @@ using PythonCall: GIL, Py, PyArray, pyconvert, pydel!, pydict, pyfunc, pyhasattr
 A Python dictionary of functions, the whole of what Python calls. Handles are integers; `release` frees one.
 """
 function entry_points()
+    HEAD[] = pyconvert(Int, pybuiltins.object.__basicsize__)
+    NDARRAY[] = getptr(pyimport("numpy").ndarray)
     points = pydict()
     own = (
         compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
@@ -65,21 +67,47 @@ References are dropped at once, since Julia's garbage collector does not see how
 """
 function borrow(f::F, arrays::Vararg{NumPy, N}) where {F, N}
     (CALLS[] += 1) % COLLECT_EVERY == 0 && GC.gc(false)
-    views = map(view_of, arrays)
     try
-        return GC.@preserve views begin
-            vectors = map(v -> unsafe_wrap(Array, v.ptr, length(v)), views)
+        return GC.@preserve arrays begin
+            vectors = map(memory_of, arrays)
             GIL.@unlock f(vectors...)
         end
     finally
-        foreach(v -> (pydel!(v.handle); pydel!(v.py)), views)
+        foreach(x -> pydel!(x.array), arrays)
     end
 end
 
-function view_of(x::NumPy{T}) where {T}
-    v = PyArray{T, 1, false, true, T}(x.array)
-    only(v.strides) == sizeof(T) || length(v) < 2 || error("the bridge takes contiguous arrays only")
-    return v
+"""
+What NumPy keeps of an array, behind the head of its Python object: the first of `PyArrayObject_fields` in NumPy's C interface.
+Read in place, as a `PyArray` costs more than all else in a small call.
+"""
+struct ArrayFields
+    data::Ptr{Cvoid}
+    axes::Cint
+    shape::Ptr{Int}
+    strides::Ptr{Int}
+    base::Ptr{Cvoid}
+    dtype::Ptr{Cvoid}
+end
+
+"The size of that head, which ends with the type of the object, and the type of arrays."
+const HEAD, NDARRAY = Ref(0), Ref{Ptr{Cvoid}}(C_NULL)
+
+"The letter for a kind of numbers, which NumPy keeps behind the Python type in its record of a dtype."
+kind(::Type{Bool}) = 'b'
+kind(::Type{<:Integer}) = 'i'
+kind(::Type{<:AbstractFloat}) = 'f'
+
+"A vector on the memory of an array, valid as long as that is kept."
+function memory_of(x::NumPy{T}) where {T}
+    object = Ptr{Cvoid}(getptr(x.array)) + HEAD[]
+    unsafe_load(Ptr{Ptr{Cvoid}}(object), 0) == NDARRAY[] || error("the bridge takes NumPy arrays only")
+    fields = unsafe_load(Ptr{ArrayFields}(object))
+    found = Char(unsafe_load(Ptr{UInt8}(fields.dtype + HEAD[] + sizeof(Ptr))))
+    found == kind(T) && fields.axes == 1 || error("the bridge takes vectors of $T, not kind $found with $(fields.axes) axes")
+    entries = unsafe_load(fields.shape)
+    entries < 2 || unsafe_load(fields.strides) == sizeof(T) || error("the bridge takes contiguous arrays of $T only")
+    return unsafe_wrap(Array, Ptr{T}(fields.data), entries)
 end
 
 columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) ÷ rows))
@@ -174,14 +202,12 @@ may be None.
 solve(handle::Py, p::Py, X::Py, start::Py, outs::Py) = solve(lookup(handle)::Session, p, X, start, outs)
 function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     net = s.problem.net
-    warm = !pyis(start, pybuiltins.None)
-    state, status, iterations = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2])
-    given_start = NumPy{T}(warm ? start : outs[0])
-    measures = ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))
-    Lender(s.workspace)(NumPy{T}(p), NumPy{T}(X), given_start, state, status, iterations, measures...) do p, X, start, state, status, iterations, residual, rate, bound
+    results = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2]), ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))...
+    given_start = pyis(start, pybuiltins.None) ? () : (NumPy{T}(start),)
+    Lender(s.workspace)(NumPy{T}(p), NumPy{T}(X), results..., given_start...) do p, X, state, status, iterations, residual, rate, bound, start...
         N = neurons(net)
         solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
-        equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), warm ? columns(start, N) : nothing)
+        equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), map(z -> columns(z, N), start)...)
     end
     pydel!(outs)          # a tuple keeps its arrays alive
     return nothing

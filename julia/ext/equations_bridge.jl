@@ -110,11 +110,9 @@ function lasting(x::NumPy, backend)
     v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream)
     return vector_of(backend, v)
 end
-function lasting(x::NumPy{T}) where {T}
-    v = view_of(x)
-    vector = unsafe_wrap(Array, v.ptr, length(v))
-    pydel!(v.handle)
-    pydel!(v.py)
+function lasting(x::NumPy)
+    vector = memory_of(x)
+    pydel!(x.array)
     return vector
 end
 

@@ -22,21 +22,22 @@ Lender(ws::AbstractWorkspace) = Lender(ImplicitRNN.backend_of(ws))
 is_on_device(x::NumPy) = pyhasattr(x.array, "address")
 
 function lend(f, backend, arrays)
-    there = map(is_on_device, arrays)
-    views = map((x, t) -> t ? OnDevice(x) : view_of(x), arrays, there)
     try
-        return GC.@preserve views GIL.@unlock begin
-            foreach(v -> v isa OnDevice && v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream), views)
-            result = f(map(v -> vector_of(backend, v), views)...)
-            ImplicitRNN.finish_work(backend)
-            result
+        return GC.@preserve arrays begin
+            views = map(x -> is_on_device(x) ? OnDevice(x) : memory_of(x), arrays)
+            GIL.@unlock begin
+                foreach(v -> v isa OnDevice && v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream), views)
+                result = f(map(v -> vector_of(backend, v), views)...)
+                ImplicitRNN.finish_work(backend)
+                result
+            end
         end
     finally
-        foreach((x, v) -> v isa OnDevice ? pydel!(x.array) : (pydel!(v.handle); pydel!(v.py)), arrays, views)
+        foreach(x -> pydel!(x.array), arrays)
     end
 end
 vector_of(backend, v::OnDevice{T}) where {T} = ImplicitRNN.wrap_memory(backend, T, v.address, v.length)
-vector_of(backend, v::PyArray) = unsafe_wrap(Array, v.ptr, length(v))
+vector_of(backend, v::Vector) = v
 
 on_host(A::Array) = A
 on_host(A::AbstractArray) = Array(A)

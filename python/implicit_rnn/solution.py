@@ -88,7 +88,9 @@ class Solution:
             np.empty((samples, neurons), dtype),
             np.empty(samples, np.int8),
             np.empty(samples, np.int32),
-            *(np.empty(samples) for _ in range(3)),
+            np.empty(samples),
+            np.empty(samples),
+            np.empty(samples),
         )
 
     @property

@@ -27,10 +27,10 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
     else, ``ValueError`` for numbers beyond the range of that dtype.
     """
     array = as_array(name, value)
+    if array.dtype is dtype:
+        return array
     if array.dtype.kind == "O":
         array = _numbers(name, array)
-    if array.dtype.kind == "c":
-        raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.kind not in _CONVERTIBLE:
         raise TypeError(f"{name} has dtype {array.dtype}; expected real numbers (float, integer or boolean)")
     if array.dtype.itemsize > 8:

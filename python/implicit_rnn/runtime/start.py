@@ -56,15 +56,16 @@ def entry_points() -> dict[str, EntryPoint]:
     """The functions of the Julia side, with Julia started if it was not; EngineError where that fails."""
     global _entry_points, _interrupter, _fault_handler
     check_not_forked()
-    with LOCK:
-        if _entry_points is None:
-            points = _start()
-            _interrupter = Interrupter(points["interrupt_address"]())
-            _fault_handler = threads.FaultHandler.of_running_julia()
-            _entry_points = points
-        if _fault_handler is not None:
-            _fault_handler.restore()
-        return _entry_points
+    if _entry_points is None:
+        with LOCK:
+            if _entry_points is None:
+                points = _start()
+                _interrupter = Interrupter(points["interrupt_address"]())
+                _fault_handler = threads.FaultHandler.of_running_julia()
+                _entry_points = points
+    if _fault_handler is not None:
+        _fault_handler.restore()
+    return _entry_points
 
 
 def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:

@@ -133,11 +133,11 @@ def _solver(solver: Solver) -> Handle:
 
 def _lent(equation: Equation) -> tuple[Array, ...]:
     """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
-    return tuple(_flat(array, batched) for array, batched in zip(equation.args, equation.batched, strict=True))
+    return tuple([_flat(array, batched) for array, batched in zip(equation.args, equation.batched, strict=True)])
 
 
 def _flat(array: Array, batched: bool) -> Array:
-    if isinstance(array, DeviceArray):  # of no more axes than the order is the same for, or refused for them
+    if array.ndim < 2 or isinstance(array, DeviceArray):  # those there have no more axes than the order is the same for
         return cast("Array", array.reshape(-1))
     return array.transpose(_reversal(array.ndim, batched)).ravel()
 
