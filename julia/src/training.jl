@@ -200,8 +200,16 @@ end
 function halt_of(guard::Guard, loss, unconverged, p)
     isfinite(loss) || return NOT_FINITE
     unconverged > guard.unconverged && return TOO_MANY_UNCONVERGED
-    size_of_p = norm(p)
+    size_of_p = euclidean_norm(p)
     return isfinite(size_of_p) && size_of_p <= guard.parameter_norm ? RUNNING : TOO_LARGE
+end
+
+# ‖x‖ of few numbers from their squares, unless these overflow or vanish, against which `norm` takes care at several times the cost.
+euclidean_norm(x::AbstractVector) = norm(x)
+function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
+    length(x) < 32 || return norm(x)        # by BLAS
+    squares = foldl((sum, entry) -> muladd(entry, entry, sum), x; init = zero(T))
+    return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : norm(x)
 end
 
 # The mean loss, NaN as soon as a loss or gradient is not finite, and the number of unconverged samples.
@@ -212,7 +220,7 @@ function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batc
         loss, quality = batch_gradient!(b, trainer.problem, p, batches, epoch, step, first_probe + step, equilibria)
         total += loss * length(batch(batches, epoch, step))
         failed += quality.unconverged
-        gradient_norm = norm(b.gradient)
+        gradient_norm = euclidean_norm(b.gradient)
         isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
         gradient_norm > trainer.clip && (b.gradient .*= trainer.clip / gradient_norm)
         trainer.states[s] = descend!(rule_at!(b, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)

@@ -39,7 +39,10 @@ end
 
 "    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
 function transposed_multiply!(S, A, B, m::Int)
-    size(A, 1) <= SMALL && size(A, 2) <= SMALL && return transposed_multiply_loops!(S, A, B, m)
+    if size(A, 1) <= SMALL && size(A, 2) <= SMALL
+        fill!(view(S, :, 1:m), 0)
+        return multiply_add_loops!(S, transpose(A), B, m)
+    end
     return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
 end
 
@@ -86,23 +89,22 @@ in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
 
 # --- a few rows ---------------------------------------------------------------------------------------------------
 
+# S[:, 1:m] += A B[:, 1:m]. Sums of two rows and four columns at a time stay in registers; where there are not as many, the last of
+# them is computed several times.
 @inline function multiply_add_loops!(S, A, B, m::Int)
-    @inbounds for j in 1:m, l in axes(A, 2)
-        b = B[l, j]
-        @simd for i in axes(A, 1)
-            S[i, j] = muladd(A[i, l], b, S[i, j])
+    n = size(A, 1)
+    @inbounds for j in 1:4:m, i in 1:2:n
+        i2, j2, j3, j4 = min(i + 1, n), min(j + 1, m), min(j + 2, m), min(j + 3, m)
+        s11, s12, s13, s14 = S[i, j], S[i, j2], S[i, j3], S[i, j4]
+        s21, s22, s23, s24 = S[i2, j], S[i2, j2], S[i2, j3], S[i2, j4]
+        for l in axes(A, 2)
+            a1, a2 = A[i, l], A[i2, l]
+            b1, b2, b3, b4 = B[l, j], B[l, j2], B[l, j3], B[l, j4]
+            s11, s12, s13, s14 = muladd(a1, b1, s11), muladd(a1, b2, s12), muladd(a1, b3, s13), muladd(a1, b4, s14)
+            s21, s22, s23, s24 = muladd(a2, b1, s21), muladd(a2, b2, s22), muladd(a2, b3, s23), muladd(a2, b4, s24)
         end
-    end
-    return S
-end
-
-@inline function transposed_multiply_loops!(S, A, B, m::Int)
-    @inbounds for j in 1:m, i in axes(A, 2)
-        sum = zero(eltype(S))
-        for l in axes(A, 1)
-            sum = muladd(A[l, i], B[l, j], sum)
-        end
-        S[i, j] = sum
+        S[i, j], S[i, j2], S[i, j3], S[i, j4] = s11, s12, s13, s14
+        S[i2, j], S[i2, j2], S[i2, j3], S[i2, j4] = s21, s22, s23, s24
     end
     return S
 end

@@ -448,7 +448,7 @@ function check_gradients!(g::NetGroup, s::SideBySide, trainer::Trainer)
     for l in eachindex(g.numbers)
         g.finite[l] && !(isfinite(s.loss[l]) && g.squares[l] < within) || continue
         gradient = s.gradient[l, :]
-        size = norm(gradient)
+        size = euclidean_norm(gradient)
         g.finite[l] = isfinite(s.loss[l]) && isfinite(size)
         g.finite[l] || keep_state!(trainer, g, l)
         size > trainer.clip && (view(s.gradient, l, :) .*= trainer.clip / size)
