@@ -298,7 +298,7 @@ def _solve(
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
-        _report(on_failure, failure, solution)
+        _report(on_failure, failure, solution, chosen)
     return solution
 
 
@@ -348,17 +348,16 @@ def _engine(f: Function, engine: str) -> Engine:
     return get_engine("julia")
 
 
-def _report(on_failure: str, failure: str, solution: ImplicitSolution) -> None:
+def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: Solver) -> None:
     remedies = ["another z0", "a larger max_iterations", "another solver"]
     if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     if (solution.status == SINGULAR).any():
-        remedies = [
-            "another z0, since the Jacobian has no inverse where the iteration came to",
-            "Auto(), which tries more ways",
-        ]
+        remedies = ["another z0, since the Jacobian has no inverse where the iteration came to"]
+        if not isinstance(solver, Auto):
+            remedies.append("Auto(), which tries more ways")
     equation = solution.equation
     if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
         remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")

@@ -131,6 +131,7 @@ have come across something that asks for more than Newton steps, halved where ne
     if R
         ended, usual = whole_steps!(w, p, z, args, limit, tol)
         usual && return ended
+        return (@late damped_steps!(w, p, z, args, limit, tol, root))::Ended{K}
     end
     return damped_steps!(w, p, z, args, limit, tol, root)
 end
@@ -291,7 +292,7 @@ end
             regular[j] = lane(ended.regular, l)
             put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
         else
-            solve_sample!(s, Z, outcome, p, solver, tol, j)
+            @late solve_sample!(s, Z, outcome, p, solver, tol, j)
         end
     end
     return
@@ -317,7 +318,7 @@ function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, r
             solve_blocks!(w, s, Z, outcome, regular, p, solver, tol, at, last(range), root)
         catch error
             error isa Interrupted && rethrow()
-            foreach(j -> solve_sample!(s, Z, outcome, p, solver, tol, j), samples(Block(at[], last(range))))
+            foreach(j -> (@late solve_sample!(s, Z, outcome, p, solver, tol, j)), samples(Block(at[], last(range))))
             at[] += LANES
         end
     end

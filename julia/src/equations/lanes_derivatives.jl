@@ -144,10 +144,7 @@ function vjp_piece!(gradients::Tuple, w::SidedBuffers, one::InverseBuffers, p::E
         map((g, sum, x, o) -> put_products!(product, g, sum, x, o, b), gradients, sums, p.args, offsets(K, arguments(p, b)))
         all(regular | !wanted) && continue
         for (l, j) in enumerate(samples(b))
-            lane(wanted, l) && !lane(regular, l) || continue
-            adjoint!(one, p, inverses, v, j)
-            copy_column!(one.at, 1, inverses.Z, j)
-            add_pullbacks!(gradients, p, one.at, j, one.λ)
+            lane(wanted, l) && !lane(regular, l) && @late add_vjp_of_sample!(gradients, one, p, inverses, v, j)
         end
     end
     map(add_lanes!, gradients, sums)
@@ -209,7 +206,7 @@ function jacobian_piece!(J, w::SidedBuffers, one::InverseBuffers, B, p::Equation
         end
         all(regular | !asked) && continue
         for (l, j) in enumerate(samples(b))
-            lane(asked, l) && !lane(regular, l) && jacobian_of_sample!(J, one, B, p, inverses, index, j)
+            lane(asked, l) && !lane(regular, l) && @late jacobian_of_sample!(J, one, B, p, inverses, index, j)
         end
     end
     return

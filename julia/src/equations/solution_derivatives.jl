@@ -157,16 +157,23 @@ end
 vjp_by_samples!(gradients, p::AbstractEquation, inverses, v) = vjp_by_samples!((gradients...,), p, inverses, v)
 function vjp_by_samples!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
     differentiates_side_by_side(p, inverses) && return vjp_side_by_side!(gradients, p, inverses, v)
+    return @late vjp_one_by_one!(gradients, p, inverses, v)
+end
+
+function vjp_one_by_one!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
     make_room!(inverses)
     w = InverseBuffers{T}(p.n)
     for j in axes(inverses.Z, 2)
-        has_cotangent(v, j) || continue
-        adjoint!(w, p, inverses, v, j)
-        copy_column!(w.at, 1, inverses.Z, j)
-        add_pullbacks!(gradients, p, w.at, j, w.λ)
+        has_cotangent(v, j) && add_vjp_of_sample!(gradients, w, p, inverses, v, j)
     end
     return gradients
+end
+
+function add_vjp_of_sample!(gradients, w::InverseBuffers, p::AbstractEquation, inverses, v, j::Int)
+    adjoint!(w, p, inverses, v, j)
+    copy_column!(w.at, 1, inverses.Z, j)
+    return add_pullbacks!(gradients, p, w.at, j, w.λ)
 end
 
 # w.λ = -A⁻ᵀ v for sample j; for many unknowns without a matrix.
@@ -213,6 +220,10 @@ end
 
 function jacobian_by_samples!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
     differentiates_side_by_side(p, inverses) && return jacobian_side_by_side!(J, p, inverses, index, wanted)
+    return @late jacobian_one_by_one!(J, p, inverses, index, wanted)
+end
+
+function jacobian_one_by_one!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
     make_room!(inverses)
     n, entries, samples = size(J)
     w = InverseBuffers{T}(n)

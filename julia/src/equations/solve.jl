@@ -20,6 +20,11 @@ end
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, regular, p::AbstractEquation{T}, solver, tol::Float64) where {T}
     may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, regular, p, solver, tol)
+    # An equation that runs side by side need not have the rest compiled for it.
+    return @late solve_one_by_one!(Z, outcome, p, solver, tol)
+end
+
+function solve_one_by_one!(Z::Matrix{T}, outcome::Outcome, p::AbstractEquation{T}, solver, tol::Float64) where {T}
     s = Iteration{T}(p.n)
     foreach(sample -> solve_sample!(s, Z, outcome, p, solver, tol, sample), axes(Z, 2))
     return
