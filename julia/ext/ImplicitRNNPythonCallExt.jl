@@ -5,29 +5,42 @@ module ImplicitRNNPythonCallExt
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, equilibrium!, hessian_vector_product!,
     interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
-using PythonCall: GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pybuiltins
+using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
+    pylist, pybuiltins
+
+# --- entry points -----------------------------------------------------------------------------------------------
 
 """
-    entry_points()
-
-A Python dictionary of functions, the whole of what Python calls. Handles are integers; `release` frees one.
+What a call is given lies in this list of Python's, which it replaces each time. What PythonCall does to convert the arguments of a
+function takes a second to compile, and a microsecond in each call.
 """
-function entry_points()
+const ARGUMENTS = PythonCall.pynew()
+
+"A function of N Python objects, as Python calls it."
+struct EntryPoint{F, N}
+    f::F
+end
+EntryPoint(f) = EntryPoint{typeof(f), findfirst(n -> hasmethod(f, NTuple{n, Py}), 0:5) - 1}(f)
+
+(e::EntryPoint{F, N})() where {F, N} = e.f(ntuple(i -> ARGUMENTS[i - 1], Val(N))...)
+
+"""
+    hand_over()
+
+Give Python the whole of what it calls: a dictionary of functions, and the list that their arguments are put in. Handles are
+integers; `release` frees one.
+"""
+function hand_over()
     HEAD[] = pyconvert(Int, pybuiltins.object.__basicsize__)
     NDARRAY[] = getptr(pyimport("numpy").ndarray)
+    PythonCall.pycopy!(ARGUMENTS, pylist())
     points = pydict()
-    own = (
-        compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
-        release, alive, describe_device, device_memory, find_nonfinite, copy_memory, interrupt_address,
-    )
-    for f in (own..., EQUATION_ENTRY_POINTS...)
-        points[string(nameof(f))] = pyfunc(f; name = string(nameof(f)))
+    for f in ENTRY_POINTS
+        points[string(nameof(f))] = pyfunc(EntryPoint(f); name = string(nameof(f)))
     end
-    return points
+    pyimport("implicit_rnn.runtime.start").receive(points, ARGUMENTS)
+    return nothing
 end
-
-"    hand_over()\n\nGive them to Python."
-hand_over() = (pyimport("implicit_rnn.runtime.start").receive(entry_points()); nothing)
 
 # --- handles --------------------------------------------------------------------------------------------------
 
@@ -123,8 +136,20 @@ struct Session{T, W <: AbstractWorkspace{T}}
     workspace::W
 end
 
-options(x::Py) = pyconvert(Dict{Symbol, Any}, x)
-pairs_of(x::Py) = [Int(first(p)) => Int(last(p)) for p in pyconvert(Vector{Vector{Int}}, x)]
+# Entry by entry, as the conversions of containers take as long to compile.
+integers(x::Py) = Int[pyconvert(Int, n) for n in x]
+numbers(x::Py) = Float64[pyconvert(Float64, n) for n in x]
+pairs_of(x::Py) = Pair{Int, Int}[pyconvert(Int, p[0]) => pyconvert(Int, p[1]) for p in x]
+options(x::Py) = Dict{Symbol, Any}(pyconvert(Symbol, name) => plain(x[name]) for name in x)
+
+"An option: nothing, a truth value, a number or a word."
+function plain(x::Py)
+    pyis(x, pybuiltins.None) && return nothing
+    for (kind, T) in ((pybuiltins.bool, Bool), (pybuiltins.int, Int), (pybuiltins.float, Float64), (pybuiltins.str, String))
+        pyisinstance(x, kind) && return pyconvert(T, x)
+    end
+    return pyconvert(Any, x)
+end
 
 """
 `compile(description) -> (handle, number of parameters)`: a workspace for the network that a Python dictionary describes. Only
@@ -140,9 +165,9 @@ function compile(d::Py)
     net = Network{T}(
         pyconvert(Int, d["inputs"]), layers;
         feedback = pairs_of(d["feedback"]), skips = pairs_of(d["skips"]),
-        input_skips = pyconvert(Vector{Int}, d["input_skips"]),
-        outputs = pyconvert(Union{Int, Vector{Int}}, d["outputs"]),
-        constraint = constraint(pyconvert(Vector{Float64}, d["constraint"]["values"])...),
+        input_skips = integers(d["input_skips"]),
+        outputs = pyisinstance(d["outputs"], pybuiltins.int) ? pyconvert(Int, d["outputs"]) : integers(d["outputs"]),
+        constraint = constraint(numbers(d["constraint"]["values"])...),
     )
     return keep(workspace_on(net, pyconvert(String, d["device"]))), length(net)
 end
@@ -364,17 +389,19 @@ end
 
 include("equations_bridge.jl")
 
+const ENTRY_POINTS = (
+    compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
+    release, alive, describe_device, device_memory, find_nonfinite, copy_memory, interrupt_address, EQUATION_ENTRY_POINTS...,
+)
+
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
 if PrecompileTools.workload_enabled(ImplicitRNN)
-    for f in (compile, program, trainer, train), arguments in ((Py,), (Py, Py), (Py, Py, Py))
-        hasmethod(f, arguments) && precompile(f, arguments)
+    # By way of what PythonCall calls them, which is no part of its interface.
+    if isdefined(PythonCall.JlWrap, :pyjlcallback_call)
+        foreach(f -> precompile(PythonCall.JlWrap.pyjlcallback_call, (typeof(EntryPoint(f)), Py, Py)), ENTRY_POINTS)
     end
     precompile(hand_over, ())
-    precompile(solve, ntuple(_ -> Py, 5))
-    precompile(gradient, ntuple(_ -> Py, 3))
-    precompile(vjp, ntuple(_ -> Py, 4))
-    precompile(jvp, ntuple(_ -> Py, 3))
     for T in (Float64, Float32)
         net = Network{T}(1, [Layer(1)]; outputs = 1)
         S = typeof(Session(Problem(net), Workspace(net)))
@@ -385,6 +412,11 @@ if PrecompileTools.workload_enabled(ImplicitRNN)
         precompile(jvp, (S, Py, Bool))
         precompile(train, (typeof(Trainer(Problem(net), Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))), Int, Py))
     end
+    precompile(equation_session, (Type{Float64}, EquationForm, Py, Py))
+    E = EquationSession{Float64, Matrix{Float64}, Matrix{Float64}}
+    precompile(solve_session!, (E, ImplicitRNN.Auto, Tuple{NumPy{Int8}, NumPy{Int32}, NumPy{Float64}, NumPy{Float64}}))
+    precompile(borrow_for_vjp, (E, Py, Py))
+    precompile(borrow_for_jacobian, (E, Int, Py, Py))
 end
 
 end

@@ -25,7 +25,7 @@ inverses!(s::EquationSession) = s.inverses === nothing ? (s.inverses = inverses_
 const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
 
 dtype(d::Py) = getproperty(DTYPES, Symbol(pyconvert(String, d["dtype"])))
-shape(d::Py) = (pyconvert(Vector{Int}, d["shape"])...,)
+shape(d::Py) = (integers(d["shape"])...,)
 
 fault(::Exception) = nothing
 fault(e::ImplicitRNN.WrongShape) = "shape", sprint(showerror, e)
@@ -33,7 +33,7 @@ fault(e::ImplicitRNN.SingularSolution) = "singular", string(e.sample - 1)
 fault(e::ImplicitRNN.InvalidCode) = "code", e.text
 
 "The value of `work()`; what the user's function did wrong is returned, other errors are thrown."
-function answer(work)
+function answer(@nospecialize(work))
     try
         return work()
     catch error
@@ -66,7 +66,7 @@ function form_of(d::Py)
     device == "cpu" || on_backend(ImplicitRNN.check_device, device)           # which loads its package, for the calls to come
     return EquationForm(
         dtype(d), f, pyconvert(Bool, d["root"]), pyconvert(Int, d["n"]), pyconvert(Int, d["samples"]), dtype.(args), shape.(args),
-        Bool[pyconvert(Bool, a["batched"]) for a in args], inv.(pyconvert(Vector{Float64}, d["scale"])), device,
+        Bool[pyconvert(Bool, a["batched"]) for a in args], inv.(numbers(d["scale"])), device,
     )
 end
 

@@ -64,7 +64,7 @@ end
 "`copy_memory(device, from, to)`, of which one at least is on the device."
 function copy_memory(device::Py, from::Py, to::Py)
     return on_backend(pyconvert(String, device)) do backend
-        numbers(from) do T
+        with_type(from) do T
             Lender(backend)((to, from) -> (copyto!(to, from); nothing), NumPy{T}(to), NumPy{T}(from))
         end
     end
@@ -74,10 +74,10 @@ end
 function find_nonfinite(device::Py, array::Py, rows::Py)
     n = pyconvert(Int, rows)
     return on_backend(pyconvert(String, device)) do backend
-        numbers(array) do T
+        with_type(array) do T
             Lender(backend)(x -> ImplicitRNN.find_nonfinite(columns(x, n)) .- (0, 1), NumPy{T}(array))
         end
     end
 end
 
-numbers(f, array::Py) = pyconvert(String, array.dtype.name) == "float32" ? f(Float32) : f(Float64)
+with_type(f, array::Py) = pyconvert(String, array.dtype.name) == "float32" ? f(Float32) : f(Float64)

@@ -142,15 +142,26 @@ def _load() -> dict[str, EntryPoint]:
     if _evaluate(f"string({extension})") == "nothing":
         raise EngineError("its PythonCall extension was not loaded with it")
     _evaluate(f'({extension}.hand_over(); "")')
-    return {str(name): _handed_over[name] for name in _handed_over}
+    return _handed_over
 
 
 _handed_over: dict[str, EntryPoint] = {}
 
 
-def receive(points: dict[str, EntryPoint]) -> None:
-    """What the Julia side calls, once, with its entry points."""
-    _handed_over.update(points)
+def receive(points: dict[str, EntryPoint], arguments: list[Any]) -> None:
+    """What the Julia side calls, once, with its entry points and the list in which they find their arguments."""
+    _handed_over.update({name: _taking(arguments, points[name]) for name in points})
+
+
+def _taking(list_of_arguments: list[Any], point: EntryPoint) -> EntryPoint:
+    def call(*arguments: Any) -> Any:
+        list_of_arguments[:] = arguments
+        try:
+            return point()
+        finally:
+            list_of_arguments.clear()
+
+    return call
 
 
 def _evaluate(code: str) -> str:
