@@ -16,13 +16,14 @@ function takes a second to compile, and a microsecond in each call.
 """
 const ARGUMENTS = PythonCall.pynew()
 
-"A function of N Python objects, as Python calls it."
-struct EntryPoint{F, N}
-    f::F
+"A function of N Python objects, as Python calls it; of one type for all functions, as PythonCall compiles much for each."
+struct EntryPoint{N}
+    f::Function
 end
-EntryPoint(f) = EntryPoint{typeof(f), findfirst(n -> hasmethod(f, NTuple{n, Py}), 0:5) - 1}(f)
+EntryPoint(f) = EntryPoint{findfirst(n -> hasmethod(f, NTuple{n, Py}), 0:5) - 1}(f)
 
-(e::EntryPoint{F, N})() where {F, N} = e.f(ntuple(i -> ARGUMENTS[i - 1], Val(N))...)
+(e::EntryPoint{N})() where {N} = e.f(ntuple(i -> ARGUMENTS[i - 1], Val(N))...)
+in_python(e::EntryPoint, name::String) = pyfunc(e; name)
 
 """
     hand_over()
@@ -36,7 +37,7 @@ function hand_over()
     PythonCall.pycopy!(ARGUMENTS, pylist())
     points = pydict()
     for f in ENTRY_POINTS
-        points[string(nameof(f))] = pyfunc(EntryPoint(f); name = string(nameof(f)))
+        points[string(nameof(f))] = in_python(EntryPoint(f), string(nameof(f)))
     end
     pyimport("implicit_rnn.runtime.start").receive(points, ARGUMENTS)
     return nothing
@@ -397,9 +398,11 @@ const ENTRY_POINTS = (
 # --- compiled ahead -------------------------------------------------------------------------------------------
 
 if PrecompileTools.workload_enabled(ImplicitRNN)
-    # By way of what PythonCall calls them, which is no part of its interface.
-    if isdefined(PythonCall.JlWrap, :pyjlcallback_call)
-        foreach(f -> precompile(PythonCall.JlWrap.pyjlcallback_call, (typeof(EntryPoint(f)), Py, Py)), ENTRY_POINTS)
+    for f in ENTRY_POINTS, E in (typeof(EntryPoint(f)),)
+        precompile(f, ntuple(_ -> Py, first(E.parameters)))
+        precompile(in_python, (E, String))
+        # What PythonCall calls them by, which is no part of its interface.
+        isdefined(PythonCall.JlWrap, :pyjlcallback_call) && precompile(PythonCall.JlWrap.pyjlcallback_call, (E, Py, Py))
     end
     precompile(hand_over, ())
     for T in (Float64, Float32)
