@@ -21,7 +21,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, amplification, at, AT
     loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, needs_equilibrium, NON_FINITE, norm_of,
     Outcome, output_size, OutputSeed, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS,
     predicted_iterations, Quality, rademacher, repels, scale_floor, Short, SINGULAR, slope, SMALLEST_ROOT_STEP,
-    SMALLEST_STEP, solve!, Solver, Stage, STALLED, StateSeed, StepBuffers, SUSPICIOUS_SIZE, tolerance, train!,
+    SMALLEST_STEP, solve!, Solver, Stage, STALLED, StateSeed, StepBuffers, Summary, SUSPICIOUS_SIZE, tolerance, train!,
     trust_radius, unpack!, unpack_tangent, UNSTABLE, value, vjp!, with_coarse_products, worse, WORST_ADJOINT
 using KernelAbstractions
 using KernelAbstractions: Adapt, Backend
@@ -35,6 +35,7 @@ include("device_lu.jl")
 include("device_solvers.jl")
 include("device_passes.jl")
 include("device_gradient.jl")
+include("device_fused_gradient.jl")
 include("device_training.jl")
 include("device_functions.jl")
 include("device_newton.jl")

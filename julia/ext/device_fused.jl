@@ -52,8 +52,7 @@ end
     return
 end
 
-@inline function write_block!(A, z, t, first, ::Tiling{P}) where {P}
-    n, samples = size(A)
+@inline function write_block!(A, z, t, first, n, samples, ::Tiling{P}) where {P}
     block() do r, c
         i, j = row_of(t, r, P), first + column_of(t, c, P)
         i <= n && j <= samples && @inbounds(A[i, j] = z[i, column_of(t, c, P)])
@@ -153,10 +152,30 @@ end
 # --- the kernel ---------------------------------------------------------------------------------------------------------
 
 """
-Picard iteration of z = g(U + M z) for all columns that are `running`, from the iterates in `Z`: what [`step!`](@ref) does for one
-iteration, by the same rule.
+Picard iteration of a group of columns, z = g(u + M z), until the last of them has ended: the text of a loop, since the barriers of a
+kernel have to stand in its own body.
 """
-@kernel function picard!(Z, progress, record, @Const(U), @Const(M), g, D, rule, tiling::Tiling{P, C, Q}) where {P, C, Q}
+picard_loop(progress, record, M, g, D, rule) = quote
+    while @inbounds(going[1]) > 0
+        s = affine_block(@inbounds(u[1]), matrix, $M, z, t, n, tiling)
+        @inbounds f[1] = respond_block($g, $D, s, t, first[1], n, samples, tiling)
+        sum_columns!(sums, $g, $D, s, @inbounds(f[1]), z, t, n, tiling)
+        @synchronize
+        if t <= C
+            @inbounds decisions[t] = Int32(conclude_column!($progress, $record, $rule, sums, t, first[1] + t, samples, tiling))
+        end
+        @synchronize
+        change_block!(z, @inbounds(f[1]), decisions, $rule.damping, t, tiling)
+        if t == 1
+            @inbounds going[1] = count_running(decisions)
+        end
+        @synchronize
+    end
+end
+
+# Picard iteration of z = g(U + M z) for all columns that are `running`, from the iterates in `Z`: what `step!` does for one iteration, by
+# the same rule.
+@eval @kernel function picard!(Z, progress, record, @Const(U), @Const(M), g, D, rule, tiling::Tiling{P, C, Q}) where {P, C, Q}
     t = @index(Local, Linear)
     group = @index(Group, Linear)
     @uniform n = size(Z, 1)
@@ -166,30 +185,18 @@ iteration, by the same rule.
     sums = @localmem eltype(Z) (3, P ÷ BLOCK, C)
     decisions = @localmem Int32 (C,)
     going = @localmem Int32 (1,)
+    first = @localmem Int (1,)                           # the sample before the group's: in registers, addresses would be kept of it
     u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
     f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
 
     load_matrix!(matrix, M, t, n, tiling)
-    @inbounds u[1] = load_block(U, t, (group - 1) * C, tiling)
-    store_block!(z, load_block(Z, t, (group - 1) * C, tiling), t, tiling)
     if t == 1
-        @inbounds going[1] = 1
+        @inbounds going[1], first[1] = 1, (group - 1) * C
     end
     @synchronize
-    while @inbounds(going[1]) > 0
-        s = affine_block(@inbounds(u[1]), matrix, M, z, t, n, tiling)
-        @inbounds f[1] = respond_block(g, D, s, t, (group - 1) * C, n, samples, tiling)
-        sum_columns!(sums, g, D, s, @inbounds(f[1]), z, t, n, tiling)
-        @synchronize
-        if t <= C
-            @inbounds decisions[t] = Int32(conclude_column!(progress, record, rule, sums, t, (group - 1) * C + t, samples, tiling))
-        end
-        @synchronize
-        change_block!(z, @inbounds(f[1]), decisions, rule.damping, t, tiling)
-        if t == 1
-            @inbounds going[1] = count_running(decisions)
-        end
-        @synchronize
-    end
-    write_block!(Z, z, t, (group - 1) * C, tiling)
+    @inbounds u[1] = load_block(U, t, first[1], tiling)
+    store_block!(z, load_block(Z, t, first[1], tiling), t, tiling)
+    @synchronize
+    $(picard_loop(:progress, :record, :M, :g, :D, :rule))
+    write_block!(Z, z, t, first[1], n, samples, tiling)
 end

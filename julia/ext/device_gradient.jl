@@ -25,7 +25,7 @@ function ImplicitRNN.jvp!(
     check_options(problem)
     unpack!(ws, p)
     direction, quality = tangent_weights(ws, dp), Quality()
-    for columns in pieces(ws, problem, B)
+    for columns in pieces(ws, problem, 1:B)
         x, dx = on_device(ws, columns_of(X, columns)), on_device(ws, columns_of(dX, columns))
         found = settle!(ws, problem, x, columns_of(start, columns))
         residual = zeros(length(columns))
@@ -107,25 +107,35 @@ ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X
 function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report, states = nothing)
     check_options(problem)
     unpack!(ws, p)
-    penalty, parts = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2)), pieces(ws, problem, size(X, 2))
-    total, loss, quality = fill!(similar(ws.gradient), 0), 0.0, Quality()
-    for columns in parts
-        x = on_device(ws, columns_of(X, columns))
-        found = settle!(ws, problem, x, columns_of(start, columns))
-        states === nothing || keep_states!(states, ws, found, columns)
-        loss += begin_back!(ws, seed, columns)
-        residual = zeros(length(columns))
-        dx = dX === nothing ? nothing : fill!(similar(x), 0)
-        for k in length(ws.stages):-1:1
-            loss += backward_stage!(residual, ws, problem.adjoint, k, x, dx, penalty, first(columns))
+    penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2))
+    total, summary = fill!(similar(ws.gradient), 0), Summary()
+    for columns in pieces(ws, problem, axes(X, 2))
+        left = columns
+        if is_fused(ws, problem, seed, length(columns))
+            found, left = pull_back_fused!(total, ws, problem, X, start, seed, report, states, columns)
+            summary = merge(summary, found)
         end
-        total .+= ws.gradient
-        dX === nothing || put_block!(dX, axes(dX, 1), columns, dx)
-        report === nothing || report!(report, columns, found, residual)
-        quality = merge(quality, quality_of(found, residual, problem.adjoint))
+        isempty(left) && continue
+        summary = merge(summary, pull_back_columns!(total, dX, ws, problem, X, start, seed, penalty, report, states, left))
     end
     copyto!(g, total)
-    return loss, quality
+    return summary.loss, summary.quality
+end
+
+# For some of the columns, in as many launches as it takes; their gradient is added to `total`.
+function pull_back_columns!(total, dX, ws::DeviceWorkspace, problem, X, start, seed, penalty, report, states, columns)
+    x = on_device(ws, columns_of(X, columns))
+    found = settle!(ws, problem, x, columns_of(start, columns))
+    states === nothing || keep_states!(states, ws, found, columns)
+    loss, residual = begin_back!(ws, seed, columns), zeros(length(columns))
+    dx = dX === nothing ? nothing : fill!(similar(x), 0)
+    for k in length(ws.stages):-1:1
+        loss += backward_stage!(residual, ws, problem.adjoint, k, x, dx, penalty, first(columns))
+    end
+    total .+= ws.gradient
+    dX === nothing || put_block!(dX, axes(dX, 1), columns, dx)
+    report === nothing || report!(report, columns, found, residual)
+    return Summary(loss, quality_of(found, residual, problem.adjoint))
 end
 
 "Bring the samples to their equilibrium with the parameters in force, with the slopes there."
@@ -139,13 +149,10 @@ function settle!(ws::DeviceWorkspace, problem, X, start)
     return found
 end
 
-"""
-The last evaluation, which gives the slopes. The states become its values, which are nearer to the equilibrium where the equation
-contracts, as monotone ones need not.
-"""
+"The last evaluation, which gives the slopes. The states become its values where these are nearer."
 function last_evaluation!(ws::DeviceWorkspace, k, X, status)
     a, stage = ws.arrays[k], ws.net.stages[k]
-    latest = !(ws.net.constraint isa Monotone) || !stage.recurrent
+    latest = delivers_latest(ws) || !stage.recurrent
     slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
     return
 end
@@ -178,13 +185,11 @@ function begin_back!(ws::DeviceWorkspace, seed::StateSeed, columns)
 end
 
 function read_out_adjoint!(ws::DeviceWorkspace, GY)
-    net, g = ws.net, fill!(ws.gradient, 0)
-    for (stage, w, a) in zip(net.stages, ws.stages, ws.arrays)
+    fill!(ws.gradient, 0)
+    for (k, (w, a)) in enumerate(zip(ws.stages, ws.arrays))
         isempty(w.readout) ? fill!(a.G, 0) : mul!(a.G, w.readout', GY)
-        net.outputs == 0 || isempty(w.readout) ||
-            (part(g, net.weights_out, net.outputs, length(net.readout)) .= (GY * a.Z')[:, readout_columns(net, stage)])
+        ws.net.outputs == 0 || isempty(w.readout) || pack_readout!(ws.gradient, ws.net, k, GY * a.Z', sum(GY; dims = 2))
     end
-    net.outputs == 0 || (view(g, net.weights_out + net.outputs * length(net.readout) .+ (1:net.outputs)) .= vec(sum(GY; dims = 2)))
     return
 end
 
@@ -272,24 +277,29 @@ function solve_linear!(merged, ws::DeviceWorkspace, ::JacobianFree, k; tangent =
     a.E .= a.D .* a.G
     return
 end
-function solve_linear!(merged, ws::DeviceWorkspace{T}, s::Implicit, k; tangent = false) where {T}
+function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = false)
     a, w, samples = ws.arrays[k], ws.stages[k], size(ws.arrays[k].Z, 2)
     q = Equation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
-    latest = !(ws.net.constraint isa Monotone)
-    rule(limit; rescue) = Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, latest)
     record = record_of(ws, samples)
     left = collect(1:samples)
     fill!(a.E, 0)
     if s.linear_solver !== :lu
         progress = progress_of(ws, samples)
-        iterate!(s.linear_solver === :anderson ? Anderson() : Picard(), ws, q, progress, record, rule(iterations(s); rescue = true))
+        iterate!(s.linear_solver === :anderson ? Anderson() : Picard(), ws, q, progress, record, adjoint_rule(ws, s))
         left = findall(on_host(progress.abandoned .| (record.status .!= CONVERGED)))
     end
     residual = Float64.(on_host(record.residual))
-    isempty(left) || (residual[left] .= eliminate_columns!(ws, q, left, tangent, rule(1; rescue = false)))
+    isempty(left) || (residual[left] .= eliminate_columns!(ws, q, left, tangent, adjoint_rule(ws, s, 1; rescue = false)))
     merged .= worse.(residual, merged)
     return
 end
+
+"The [`Rule`](@ref) by which adjoint systems are iterated."
+adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true) where {T} =
+    Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, delivers_latest(ws))
+
+"Whether the value of the last evaluation is nearer to the solution: where the equation contracts, as monotone ones need not."
+delivers_latest(ws::DeviceWorkspace) = !(ws.net.constraint isa Monotone)
 
 "Solve the systems of some columns by LU; returns their residuals, NaN for a singular system."
 function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rule)
@@ -306,7 +316,7 @@ function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rul
     return ifelse.(on_host(singular)[left], NaN, Float64.(on_host(record.residual)[left]))
 end
 
-function quality_of(found::Solution, adjoint_residual, adjoint)
+function quality_of(found, adjoint_residual, adjoint)
     failed = !needs_equilibrium(adjoint) ? 0 : count(j -> found.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT), eachindex(adjoint_residual))
     return Quality(failed, reduce(worse, found.residual; init = 0.0), reduce(worse, adjoint_residual; init = 0.0))
 end

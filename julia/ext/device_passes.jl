@@ -13,7 +13,7 @@ function forward!(ws::DeviceWorkspace, problem::Problem, X, start)
     return solution
 end
 
-function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned, record) where {T}
+function forward_stage!(ws::DeviceWorkspace, problem, k, X, start, abandoned, record)
     stage, a, w, solver = ws.net.stages[k], ws.arrays[k], ws.stages[k], problem.solver
     drive!(ws, k, X)
     if !stage.recurrent
@@ -26,16 +26,19 @@ function forward_stage!(ws::DeviceWorkspace{T}, problem, k, X, start, abandoned,
     problem.adjoint isa Unrolled && return unroll!(ws, k, q, problem.adjoint.steps, record)
     progress = progress_of(ws, size(X, 2))
     progress.running .= progress.started .= .!abandoned
-    checked = !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint)
-    rule = Rule{T}(
-        tolerance(solver, T), scale_floor(T, length(stage.rows)), solver isa Picard ? solver.damping : 1, iterations(solver),
-        solver isa Auto ? PATIENCE : Inf, is_settled(ws, k), checked, solver isa Auto, false,
-    )
+    rule = rule_of(ws, k, solver)
     iterate!(solver, ws, q, progress, record, rule)
     abandoned .|= progress.abandoned
-    checked && mark_unstable!(ws, k, q, progress, record)
+    rule.checked && mark_unstable!(ws, k, q, progress, record)
     return
 end
+
+"The [`Rule`](@ref) by which a solver iterates stage k."
+rule_of(ws::DeviceWorkspace{T}, k, solver) where {T} = Rule{T}(
+    tolerance(solver, T), scale_floor(T, length(ws.net.stages[k].rows)), solver isa Picard ? solver.damping : 1, iterations(solver),
+    solver isa Auto ? PATIENCE : Inf, is_settled(ws, k), !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint),
+    solver isa Auto, false,
+)
 
 iterations(s) = min(s.max_iterations, typemax(Int32))
 
@@ -136,7 +139,7 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
     check_solver(problem.solver)
     check_start(net, X, start)
     unpack!(ws, p)
-    for columns in pieces(ws, problem, B)
+    for columns in pieces(ws, problem, 1:B)
         x, z = on_device(ws, columns_of(X, columns)), columns_of(start, columns)
         found = forward!(ws, problem, x, z === nothing ? nothing : on_device(ws, z))
         for name in (:status, :iterations, :residual, :rate)

@@ -134,3 +134,10 @@ function pack_stage!(g, ws, k, input, feeds, recurrent, bias)
     view(g, net.bias .+ stage.rows) .= vec(bias)
     return
 end
+
+"Pack the gradient of the linear outputs: `weights` for all neurons of stage k, of which some are read."
+function pack_readout!(g, net, k, weights, offset)
+    part(g, net.weights_out, net.outputs, length(net.readout)) .= weights[:, readout_columns(net, net.stages[k])]
+    view(g, net.weights_out + net.outputs * length(net.readout) .+ (1:net.outputs)) .= vec(offset)
+    return
+end

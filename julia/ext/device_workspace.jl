@@ -65,7 +65,7 @@ on_device(ws::DeviceWorkspace{T}, A::AbstractArray) where {T} =
     copyto!(KernelAbstractions.allocate(ws.backend, T, size(A)...), convert(Array{T}, A))
 
 "Rows and columns of `A` become `B`, wherever the two are."
-put_block!(A::AbstractGPUArray, rows, columns, B) = (view(A, rows, columns) .= B; A)
+put_block!(A::AbstractGPUArray, rows, columns, B) = (A[rows, columns] = B; A)
 put_block!(A::AbstractArray, rows, columns, B) = (view(A, rows, columns) .= on_host(B); A)
 
 "Put the parameters into force."
@@ -101,22 +101,15 @@ function arrays!(ws::DeviceWorkspace{T}, samples::Int) where {T}
     return ws.arrays
 end
 
-"Per column, how its solve stands: see [`step!`](@ref)."
-progress_of(ws::DeviceWorkspace{T}, samples::Int) where {T} = progress_of(ws, samples, T)
-function progress_of(ws::DeviceWorkspace, samples::Int, ::Type{T}) where {T}
-    filled(value) = fill!(KernelAbstractions.allocate(ws.backend, typeof(value), samples), value)
-    return (;
-        running = filled(true), started = filled(true), abandoned = filled(false),
-        count = filled(Int32(0)), change = filled(T(Inf)), rate = filled(T(0)),
-    )
-end
+# Per column, how its solve stands (see `step!`) and how it went, an `Outcome` on the device, before it begins.
+initial_progress(::Type{T}) where {T} =
+    (; running = true, started = true, abandoned = false, count = Int32(0), change = T(Inf), rate = T(0))
+initial_record(::Type{T}) where {T} = (; status = CONVERGED, iterations = Int32(0), residual = T(0), rate = T(0))
 
-"Per column, how it went: an [`Outcome`](@ref ImplicitRNN.Outcome) on the device."
-record_of(ws::DeviceWorkspace{T}, samples::Int) where {T} = record_of(ws, samples, T)
-function record_of(ws::DeviceWorkspace, samples::Int, ::Type{T}) where {T}
-    filled(value) = fill!(KernelAbstractions.allocate(ws.backend, typeof(value), samples), value)
-    return (; status = filled(CONVERGED), iterations = filled(Int32(0)), residual = filled(T(0)), rate = filled(T(0)))
-end
+progress_of(ws::DeviceWorkspace{T}, samples::Int, ::Type{S} = T) where {T, S} = map(fill!, room_for(initial_progress(S), ws, samples), initial_progress(S))
+record_of(ws::DeviceWorkspace{T}, samples::Int, ::Type{S} = T) where {T, S} = map(fill!, room_for(initial_record(S), ws, samples), initial_record(S))
+room_for(values::NamedTuple, ws::DeviceWorkspace, samples::Int) =
+    map(value -> KernelAbstractions.allocate(ws.backend, typeof(value), samples), values)
 
 # --- what is offered ----------------------------------------------------------------------------------------------------
 
@@ -134,11 +127,12 @@ check_options(problem::Problem) = (check_solver(problem.solver); check_adjoint(p
 
 # --- pieces of a batch --------------------------------------------------------------------------------------------------
 
-"The columns of the pieces in which so many samples are computed, so that their arrays fit the workspace's budget."
-function pieces(ws::DeviceWorkspace{T}, problem::Problem, samples::Int) where {T}
-    bytes = arrays_per_sample(problem) * neurons(ws.net) * sizeof(T)
-    width = clamp(ws.budget ÷ bytes, 1, max(samples, 1))
-    return [first:min(first + width - 1, samples) for first in 1:width:samples]
+"The pieces in which some columns are computed, so that their arrays fit the workspace's budget."
+function pieces(ws::DeviceWorkspace{T}, problem::Problem, columns) where {T}
+    # Besides states: samples, targets and outputs, and what is computed of them.
+    bytes = (arrays_per_sample(problem) * neurons(ws.net) + 2 * ws.net.inputs + 4 * output_size(ws.net)) * sizeof(T)
+    width = clamp(ws.budget ÷ bytes, 1, max(length(columns), 1))
+    return [columns[first:min(first + width - 1, end)] for first in 1:width:length(columns)]
 end
 
 # Those of a stage, what the methods keep, and room for intermediate results.

@@ -19,6 +19,11 @@ function kernels_of(::Type{T}) where {T}
         tiling = E.Tiling(n, T)
         (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Activated{ImplicitRNN.Tanh}, Nothing, E.Rule{T}, typeof(tiling)))
     end
+    gradients = (;
+        gradient_16 = gradient_kernel(E, T, 16, ImplicitRNN.Tanh, MSE, Nothing, progress, record),
+        gradient_64 = gradient_kernel(E, T, 64, ImplicitRNN.Tanh, BinaryCrossEntropy, Nothing, progress, record),
+        gradient_128 = gradient_kernel(E, T, 128, f, CrossEntropy, V, progress, record),
+    )
     tiling = E.Tiling(64, T)
     equations = merge((equation_kernels(E, T, K, f) for (K, f) in FUNCTIONS)...)
     return (;
@@ -26,7 +31,7 @@ function kernels_of(::Type{T}) where {T}
         adjoint = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Scaled, M, E.Rule{T})),
         evaluation = (E.gpu_step!, group, (M, M, progress, record, M, E.Activated{f}, Nothing, E.Rule{T})),
         linearised = (E.gpu_step!, group, (M, Nothing, progress, record, M, E.Deviating{f}, V, E.Rule{T})),
-        fused...,
+        fused..., gradients...,
         fused_adjoint = (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Scaled, M, E.Rule{T}, typeof(tiling))),
         anderson = (E.gpu_accelerate!, group, (M, M, history, flags, V, Int32, T, T, Val{5})),
         search = (E.gpu_search!, group, (M, M, line, flags, V)),
@@ -39,6 +44,15 @@ function kernels_of(::Type{T}) where {T}
         record = (E.gpu_record_evaluation!, 1, (record, M)),
         equations...,
     )
+end
+
+function gradient_kernel(E, ::Type{T}, n, activation, loss, weights, progress, record) where {T}
+    M, V, tiling = PTX.Global{T, 2}, PTX.Global{T, 1}, E.Tiling(n, T)
+    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
+    solves = of((; progress, record, adjoint_progress = progress, adjoint_record = record, tally = PTX.Global{Float64, 2}))
+    outputs = of((; Y = M, targets = M, weights, loss, scale = T))
+    types = (M, M, M, solves, outputs, M, M, M, M, M, V, E.Activated{activation}, E.Rule{T}, E.Rule{T}, typeof(tiling))
+    return E.gpu_differentiate!, (E.work_items(tiling),), types
 end
 
 "Functions of equations by their unknowns; each sample has a number `a` and as many numbers `b` as it has unknowns."

@@ -18,8 +18,9 @@ struct DeviceArray{T, N, A} <: DenseArray{T, N}
 end
 Base.size(a::DeviceArray) = a.size
 Base.IndexStyle(::Type{<:DeviceArray}) = IndexLinear()
-Base.@propagate_inbounds Base.getindex(a::DeviceArray{T}, i::Int) where {T} = unsafe_load(a.pointer, i)
-Base.@propagate_inbounds Base.setindex!(a::DeviceArray{T}, x, i::Int) where {T} = unsafe_store!(a.pointer, convert(T, x), i)
+Base.@propagate_inbounds Base.getindex(a::DeviceArray{T}, i::Int) where {T} = unsafe_load(a.pointer, i, aligned(T))
+Base.@propagate_inbounds Base.setindex!(a::DeviceArray{T}, x, i::Int) where {T} = unsafe_store!(a.pointer, convert(T, x), i, aligned(T))
+aligned(::Type{T}) where {T} = Val(Base.datatype_alignment(T))      # as in CUDA.jl; else an entry is read byte by byte
 const Global{T, N} = DeviceArray{T, N, 1}
 
 # --- the intrinsics -----------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ end
 function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
     total = 0.0
     for j in axes(T, 2)
-        w, top = scale * weight_of(weights, j), Y[1, j]
+        w, top = scale * weight_of(weights, j), @inbounds(Y[1, j])
         @inbounds for i in axes(T, 1)
             top = ifelse(Y[i, j] > top, Y[i, j], top)           # of a NaN, the exponentials tell
         end
