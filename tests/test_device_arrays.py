@@ -301,8 +301,27 @@ def test_bad_arrays_of_the_device_are_refused_as_others_are(nets, X, Y):
         device.fit(X, Y, validation=(OnCard(X.astype(np.float32)), Y), epochs=1, progress=False)
     with pytest.raises(ValueError, match=r"validation\[1\] has 11 samples, X has 12"):
         device.fit(X, Y, validation=(OnCard(X), ByDLPack(Y[:11].copy())), epochs=1, progress=False)
-    with pytest.raises(TypeError, match="is computed by NumPy; pass X and Y as NumPy arrays"):
-        device.loss_and_gradient(OnCard(X), Y, loss=irnn.CustomLoss(lambda y, t: (y[:, 0], y)))
+    with pytest.raises(TypeError, match=r"Y has dtype float32, the network float64.*convert it there"):
+        device.loss_and_gradient(X, OnCard(Y.astype(np.float32)), loss=irnn.CustomLoss(squared))
+
+
+def squared(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    assert type(y) is type(t) is np.ndarray
+    return ((y - t) ** 2).mean(axis=1), (y - t) * 2 / y.shape[1]
+
+
+@pytest.mark.julia
+def test_a_loss_of_ones_own_is_given_copies_in_the_memory_of_the_machine(nets, X, Y):
+    device, own = nets[1], irnn.CustomLoss(squared)
+    again, expected = pickle.loads(pickle.dumps(device)), nets[0].loss_and_gradient(X, Y)
+    for x, y in ((OnCard(X), ByDLPack(Y)), (X, OnCard(Y)), (ByDLPack(X), Y)):
+        loss, gradient = device.loss_and_gradient(x, y, loss=own)
+        assert loss == pytest.approx(expected[0], rel=1e-9)
+        np.testing.assert_allclose(gradient, expected[1], atol=1e-9)
+    options = {"epochs": 3, "batch_size": 5, "progress": False, "validation": (OnCard(X), OnCard(Y))}
+    run, same = device.fit(OnCard(X), OnCard(Y), loss=own, **options), again.fit(X, Y, **options)
+    np.testing.assert_allclose(run.loss, same.loss, rtol=1e-7)
+    np.testing.assert_allclose(run.validation_loss, same.validation_loss, rtol=1e-7)
 
 
 @pytest.mark.julia
@@ -485,3 +504,53 @@ def test_bad_device_arrays_of_an_equation_are_refused_as_others_are(reference, o
 def test_an_equation_on_an_engine_without_devices_says_so_rather_than_reading_the_array():
     with pytest.raises(irnn.EngineError, match="Julia code runs on the Julia engine only"):
         irnn.root(KEPLER, OnCard(np.ones((4, 1))), args=(1.0, 0.5), engine="numpy", device="cuda")
+
+
+@pytest.mark.julia
+def test_an_equation_of_torch_is_solved_and_differentiated_in_the_memory_of_its_tensors(reference, orbits):
+    torch = pytest.importorskip("torch")
+    from implicit_rnn.torch import root
+
+    results = []
+    for f, device in ((KEPLER, "jl"), (lambda E, M, e: E - e * torch.sin(E) - M, "cpu")):
+        M, e = (torch.tensor(array, requires_grad=True) for array in orbits)
+        before = len(device_arrays._given_out)
+        z = root(f, M.detach()[:, None], args=(M, e), batched=("M", "e"), device=device)
+        (z**2).sum().backward()
+        assert len(device_arrays._given_out) - before == (
+            3 if device == "jl" else 0
+        )  # all three in memory of the engine's
+        results.append([z.detach(), M.grad, e.grad])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.julia
+def test_an_equation_of_torch_takes_integers_numbers_and_one_problem_to_the_device(reference):
+    torch = pytest.importorskip("torch")
+    from implicit_rnn.torch import fixed_point
+
+    a = torch.tensor(0.8, requires_grad=True)
+    cosine = irnn.julia("(z, a, k) -> cos.(a .* z) ./ k")
+    z = fixed_point(cosine, torch.tensor([0.5]), args=(a, 1), scale=2.0, device="jl")
+    z.sum().backward()
+    assert z.item() == pytest.approx(0.801418, rel=1e-5)
+    assert a.grad.item() == pytest.approx(-0.324205, rel=1e-4)
+
+
+@pytest.mark.julia
+def test_an_equation_of_jax_is_solved_on_the_device_by_way_of_the_machine(reference, orbits):
+    jax = pytest.importorskip("jax")
+    from implicit_rnn.jax import root
+
+    M, e = orbits
+    expected = irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"))
+    with jax.enable_x64(True):
+
+        def total(e):
+            return (root(KEPLER, M[:, None], args=(M, e), batched=("M", "e"), device="jl") ** 2).sum()
+
+        for wrap in (lambda function: function, jax.jit):
+            value, gradient = wrap(jax.value_and_grad(total))(e)
+            assert value == pytest.approx((expected.value**2).sum(), rel=1e-9)
+            np.testing.assert_allclose(gradient, expected.vjp(2 * expected.value)["e"], rtol=1e-7)

@@ -265,6 +265,44 @@ def test_bad_equations_are_refused_by_name():
         door.root(lambda z, a: z - a, np.zeros(2))
 
 
+# --- equations in Julia code ---------------------------------------------------------------------------------
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.jit])
+def test_julia_code_has_the_solution_and_the_derivatives_of_the_same_function_in_jax(wrap):
+    def solve(f):
+        return lambda a, s: door.root(f, np.ones((3, 2)), args=(a, s, 2), batched="a")
+
+    julia = solve(irnn.julia("(z, a, s, k) -> [s[1] * z[1] - z[2]^2 - a[1], z[1] * z[k] + s[2] * z[2] - a[2]]"))
+    same = solve(lambda z, a, s, k: jnp.stack([s[0] * z[0] - z[1] ** 2 - a[0], z[0] * z[1] + s[1] * z[1] - a[1]]))
+    a, s = np.array([[1.0, 2.0], [1.5, 1.8], [0.5, 1.0]]), np.array([2.0, 0.5])
+    close(wrap(julia)(a, s), same(a, s))
+    for differentiate in (jax.jacrev, jax.jacfwd):
+        for found, expected in zip(
+            wrap(differentiate(julia, (0, 1)))(a, s), differentiate(same, (0, 1))(a, s), strict=True
+        ):
+            close(found, expected, rtol=1e-7, atol=1e-9)
+    close(jax.vmap(julia, (0, None))(np.stack([a, 2 * a]), s), np.stack([same(a, s), same(2 * a, s)]))
+
+
+@pytest.mark.julia
+def test_second_derivatives_of_julia_code_are_refused_in_so_many_words():
+    def z(a):
+        return door.root(irnn.julia("(z, a) -> z .^ 2 .- a"), jnp.ones(1), args=(a,))[0]
+
+    assert jax.grad(z)(4.0) == pytest.approx(0.25)
+    with pytest.raises(
+        TypeError, match="has first derivatives only, and this differentiates them again; write f in JAX"
+    ):
+        jax.grad(jax.grad(z))(4.0)
+
+
+def test_a_function_of_jax_cannot_run_on_a_device():
+    with pytest.raises(ValueError, match="a Python function cannot run on device='cuda'; write it as Julia code"):
+        door.root(lambda z: z, np.ones(2), device="cuda")
+
+
 # --- the documentation ---------------------------------------------------------------------------------------
 
 

@@ -414,6 +414,37 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
 
 
+@pytest.mark.julia
+def test_julia_code_has_the_solution_and_the_derivatives_of_the_same_function_in_pytorch():
+    a, s = torch.tensor([[1.0, 2.0], [1.5, 1.8], [0.5, 1.0]]).double(), torch.tensor([2.0, 0.5]).double()
+    results = []
+    for f in (
+        irnn.julia("(z, a, s, k) -> [s[1] * z[1] - z[2]^2 - a[1], z[1] * z[k] + s[2] * z[2] - a[2]]"),
+        lambda z, a, s, k: torch.stack([s[0] * z[0] - z[1] ** 2 - a[0], z[0] * z[1] + s[1] * z[1] - a[1]]),
+    ):
+        leaves = a.clone().requires_grad_(), s.clone().requires_grad_()
+        z = root(f, torch.ones(3, 2).double(), args=(*leaves, 2), batched="a")
+        (z**2).sum().backward()
+        results.append([z.detach(), *(leaf.grad for leaf in leaves)])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.julia
+def test_julia_code_has_first_derivatives_only():
+    a = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    z = root(irnn.julia("(z, a) -> z .^ 2 .- a"), torch.ones(1).double(), args=(a,))
+    (slope,) = torch.autograd.grad(z.sum(), a, create_graph=True)
+    assert slope.item() == pytest.approx(0.5 / 2**0.5)
+    with pytest.raises(RuntimeError, match="an equation in Julia code has first derivatives only"):
+        slope.sum().backward()
+
+
+def test_a_function_of_pytorch_cannot_run_on_a_device():
+    with pytest.raises(ValueError, match="a Python function cannot run on device='cuda'; write it as Julia code"):
+        root(lambda z: z, torch.ones(2), device="cuda")
+
+
 # --- the documentation ---------------------------------------------------------------------------------------
 
 

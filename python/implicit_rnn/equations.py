@@ -292,7 +292,7 @@ def _solve(
     chosen = choose_solver(solver, root)
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
-    _check_device(f, device, engine)
+    check_device(f, device, engine)
     equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
@@ -316,13 +316,14 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
             raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
 
 
-def _check_device(f: Function, device: str, engine: str) -> None:
+def check_device(f: Function, device: str, engine: str | None = None) -> None:
+    """Errors for a device that there is not, or that is not for f."""
     options.check_choice("device", device, DEVICES)
     if device == "cpu":
         return
     if not isinstance(f, JuliaFunction):
         raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
-    _engine(f, engine)  # where it cannot be had, that is what is to be said of arrays on the device
+    _engine(f, check_engine(engine))  # where it cannot be had, that is what is to be said of arrays on the device
 
 
 def choose_solver(solver: Solver | str, root: bool) -> Solver:

@@ -1,6 +1,7 @@
 """Networks as functions of JAX, and fixed points and roots of functions written in JAX, with exact gradients.
 
-The engines work on the CPU; a network is called from compiled code by ``jax.pure_callback``.
+The engines are called by way of the machine's memory; from compiled code by ``jax.pure_callback``, which calls networks and
+equations in Julia code.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.engines import Of
+from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
@@ -113,7 +115,7 @@ def function(
     check_on_failure(on_failure)
     host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
 
-    solve, pull_back = _of_first_order(host.solve), _of_first_order(host.pull_back)
+    solve, pull_back = (_of_first_order(part, _OF_A_NETWORK) for part in (host.solve, host.pull_back))
 
     @jax.custom_vjp
     def call(p: jax.Array, x: jax.Array) -> jax.Array:
@@ -155,16 +157,19 @@ def function(
     return apply
 
 
-def _of_first_order(function: Callable[..., tuple[jax.Array, jax.Array]]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+_OF_A_NETWORK = (
+    "a network has first derivatives only in JAX, in reverse mode, and this differentiates them again; "
+    "Network.hessian_vector_product gives exact products with the Hessian of a loss"
+)
+
+
+def _of_first_order(function: Callable[..., Any], message: str) -> Callable[..., Any]:
     """The function, which refuses to be differentiated: it is part of a derivative already."""
     guarded = jax.custom_jvp(function)
 
     @guarded.defjvp
     def refuse(*_: Any) -> None:
-        raise TypeError(
-            "a network has first derivatives only in JAX, in reverse mode, and this differentiates them again; "
-            "Network.hessian_vector_product gives exact products with the Hessian of a loss"
-        )
+        raise TypeError(message)
 
     return guarded
 
@@ -249,15 +254,18 @@ def _check_precision(dtype: np.dtype) -> None:
 
 
 def fixed_point(
-    f: Callable[..., jax.Array],
+    f: Function,
     z0: Any,
     *,
     args: Sequence[Any] = (),
     batched: str | int | Iterable[str | int] = (),
     solver: SolverLike = Auto(),
     on_failure: OnFailure = "raise",
+    device: str = "cpu",
 ) -> jax.Array:
     """The solution of ``z = f(z, *args)`` with f written in JAX, differentiable in the arguments, any number of times.
+
+    Or with f in Julia code, differentiable once.
 
     Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
     the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
@@ -266,16 +274,23 @@ def fixed_point(
     ``solver`` gives the tolerance and the largest number of iterations. It also finds fixed points that Picard iteration would
     leave.
 
+    Julia code is called in compiled code as well, and an error there is JAX's, which says that of the engine; where ∂c/∂z is
+    singular its derivatives are an error.
+
     Parameters
     ----------
     f
-        A function of arrays, given one sample z (n,) and returning (n,); it is mapped over a batch by ``jax.vmap``.
+        A function of arrays, given one sample z (n,) and returning (n,); it is mapped over a batch by ``jax.vmap``. Or Julia
+        code, ``implicit_rnn.julia(text)``.
     z0
         The start: (n,), or (B, n) for a batch, float32 or float64.
     args
         The further arguments of f: arrays and numbers.
     batched, solver, on_failure
         As in ``implicit_rnn.fixed_point``.
+    device
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays come by way of the machine's memory,
+        wherever JAX has them.
 
     Returns
     -------
@@ -294,23 +309,26 @@ def fixed_point(
     >>> print(f"{jax.jit(jax.grad(z))(0.8):.4f}")
     -0.3242
     """
-    return _solve(equations.fixed_point, f, z0, args, batched, solver, on_failure)
+    return _solve(equations.fixed_point, f, z0, args, batched, solver, on_failure, device)
 
 
 def root(
-    f: Callable[..., jax.Array],
+    f: Function,
     z0: Any,
     *,
     args: Sequence[Any] = (),
     batched: str | int | Iterable[str | int] = (),
     solver: SolverLike = Auto(),
     on_failure: OnFailure = "raise",
+    device: str = "cpu",
 ) -> jax.Array:
     """The solution of ``f(z, *args) = 0`` with f written in JAX, differentiable in the arguments, any number of times.
 
+    Or with f in Julia code, differentiable once.
+
     Parameters
     ----------
-    f, z0, args, batched, solver, on_failure
+    f, z0, args, batched, solver, on_failure, device
         As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
 
     Returns
@@ -328,20 +346,22 @@ def root(
     >>> print(f"{z(2.0):.4f} {jax.grad(z)(2.0):.4f} {jax.grad(jax.grad(z))(2.0):.4f}")
     1.4142 0.3536 -0.0884
     """
-    return _solve(equations.root, f, z0, args, batched, solver, on_failure)
+    return _solve(equations.root, f, z0, args, batched, solver, on_failure, device)
 
 
 def _solve(
     pose: Callable[..., equations.ImplicitSolution],
-    f: Callable[..., jax.Array],
+    f: Function,
     z0: Any,
     args: Sequence[Any],
     batched: str | int | Iterable[str | int],
     solver: SolverLike,
     on_failure: OnFailure,
+    device: str,
 ) -> jax.Array:
-    if not callable(f):
-        raise TypeError(f"f is {f!r}; expected a function of arrays")
+    if not isinstance(f, JuliaFunction) and not callable(f):
+        raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
+    equations.check_device(f, device)
     start = jnp.asarray(z0)
     if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
         raise TypeError(
@@ -361,6 +381,9 @@ def _solve(
             raise ValueError(
                 f"args[{k}] has shape {arrays[k].shape}; expected ({len(whole[0])}, ...), as z0 has {len(whole[0])} samples"
             )
+    if isinstance(f, JuliaFunction):
+        in_julia = _JuliaProblem(pose, f, sorted(positions), chosen, on_failure, device)
+        return _julia_solution(in_julia, whole[0], arrays).reshape(start.shape)
     one = [array if axis is None else array[0] for array, axis in zip(whole, axes, strict=True)]
     found = jax.eval_shape(f, *one)
     if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
@@ -489,3 +512,70 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     limit = problem.solver.max_iterations
     z, c, step, *_, done, _ = jax.lax.while_loop(lambda s: (s[-1] < limit) & ~jnp.all(s[-2]), advance, first)
     return jnp.where(done[:, None], z + jnp.where(done[:, None], step, 0), np.nan)
+
+
+# --- equations in Julia code -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _JuliaProblem:
+    """An equation of a batch of samples, solved outside JAX for a start and arguments that come with the call."""
+
+    pose: Callable[..., equations.ImplicitSolution]
+    f: JuliaFunction
+    batched: list[int]
+    solver: Solver
+    on_failure: OnFailure
+    device: str
+
+    def solution(self, start: Any, args: Sequence[Any]) -> equations.ImplicitSolution:
+        return self.pose(
+            self.f,
+            np.asarray(start),
+            args=[np.asarray(array) for array in args],
+            batched=self.batched,
+            solver=self.solver,
+            on_failure=self.on_failure,
+            device=self.device,
+        )
+
+    def values(self, start: Any, *args: Any) -> Array:
+        """The solutions (B, n), NaN where there is none."""
+        solution = self.solution(start, args)
+        return np.where(solution.converged[:, None], solution.state, np.nan).astype(start.dtype)
+
+    def jacobians(self, start: Any, *args: Any) -> list[Array]:
+        """Their derivatives (B, n, size) by each argument of floats."""
+        solution = self.solution(start, args)
+        return [solution.jacobian(k) for k, array in enumerate(args) if array.dtype.kind == "f"]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _julia_solution(problem: _JuliaProblem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
+    """The solutions (B, n)."""
+    z: jax.Array = _outside(problem.values, jax.ShapeDtypeStruct(start.shape, start.dtype), start, *args)
+    return z
+
+
+@_julia_solution.defjvp
+def _julia_derivative(problem: _JuliaProblem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    start, args = primals
+    floats = [k for k, array in enumerate(args) if array.dtype.kind == "f"]
+    sizes = [args[k].size // (len(start) if k in problem.batched else 1) for k in floats]
+    shapes = [jax.ShapeDtypeStruct((*start.shape, size), start.dtype) for size in sizes]
+    take = _of_first_order(
+        lambda *arrays: _outside(problem.jacobians, shapes, *arrays),
+        "an equation in Julia code has first derivatives only, and this differentiates them again; write f in JAX",
+    )
+    change = jnp.zeros_like(start)
+    for k, J in zip(floats, take(start, *args), strict=True):
+        along = tangents[1][k].reshape(-1, J.shape[-1])
+        change += jnp.einsum("bij,bj->bi", J, jnp.broadcast_to(along, (len(start), J.shape[-1])))
+    return _julia_solution(problem, start, args), change
+
+
+def _outside(function: Callable[..., Any], shapes: Any, *arrays: jax.Array) -> Any:
+    """What the function of NumPy arrays gives, at once or when the compiled code runs."""
+    if _are_traced(*arrays):
+        return jax.pure_callback(function, shapes, *arrays, vmap_method="sequential")
+    return jax.tree.map(jnp.asarray, function(*map(np.asarray, arrays)))

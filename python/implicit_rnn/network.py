@@ -843,11 +843,10 @@ class Network:
         """
         x = self._samples("X", X)
         chosen, outputs = options.choose(Loss, loss, "loss"), self.topology.output_size
+        if isinstance(chosen, CustomLoss):  # a function of NumPy arrays
+            x = x.numpy() if isinstance(x, DeviceArray) else x
+            Y = device_arrays.in_machine("Y", Y, self.dtype, self._device)
         there = device_arrays.lent("Y", Y, self._device)
-        if isinstance(chosen, CustomLoss) and (there is not None or isinstance(x, DeviceArray)):
-            raise TypeError(
-                f"{chosen} is computed by NumPy; pass X and Y as NumPy arrays, or choose a loss of the package"
-            )
         if there is None:
             targets = chosen.targets("Y", Y, len(x), outputs, self.dtype)
         else:

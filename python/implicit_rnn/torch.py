@@ -1,6 +1,7 @@
 """Networks as layers of PyTorch, and fixed points and roots of functions written in PyTorch, with exact gradients.
 
-The engines work in the memory of the tensors: on the CPU, and layers on an NVIDIA card where their network is, too.
+The engines work in the memory of the tensors: on the CPU; and on an NVIDIA card for layers whose network is there, too, and for
+equations in Julia code.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from implicit_rnn import equations
 from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
+from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_on_failure, choose
@@ -199,10 +201,10 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-def _lent(tensor: Tensor, net: Network) -> Any:
-    """What the network takes for a tensor, without a copy: an array, or the tensor itself if it is on the network's device."""
+def _lent(tensor: Tensor, device: str) -> Any:
+    """What is taken for a tensor, without a copy: an array, or the tensor itself if it is on the device."""
     whole = tensor.detach().contiguous()
-    return whole if is_lent(whole, net.device) else whole.numpy()
+    return whole if is_lent(whole, device) else whole.numpy()
 
 
 def _tensor(array: np.ndarray) -> Tensor:
@@ -230,7 +232,7 @@ class _Equilibrium(torch.autograd.Function):
         if not len(x):
             sizes = net.topology.neurons if layer.of == "state" else net.topology.output_size, net.topology.neurons
             return x.new_empty(0, sizes[0]), x.new_empty(0, sizes[1])
-        state = net.equilibrium(_lent(x, net), solver=layer.solver, on_failure=layer.on_failure).state
+        state = net.equilibrium(_lent(x, net.device), solver=layer.solver, on_failure=layer.on_failure).state
         z = _tensor(state)
         return z.clone() if layer.of == "state" else _tensor(net.read_out(state)), z
 
@@ -266,12 +268,12 @@ class _Pullback(torch.autograd.Function):
             return torch.zeros_like(x), *map(torch.zeros_like, weights)
         net = layer.network(weights)
         gradient, dx = net.vjp(
-            _lent(x, net),
-            _lent(v, net),
+            _lent(x, net.device),
+            _lent(v, net.device),
             of=layer.of,
             solver=layer.solver,
             adjoint=layer.adjoint,
-            z0=_lent(state, net),
+            z0=_lent(state, net.device),
             on_failure=layer.on_failure,
         )
         parts = [torch.from_numpy(part).to(x.device) for part in net.named(gradient).values()]
@@ -297,7 +299,7 @@ class _Pullback(torch.autograd.Function):
 
 
 def fixed_point(
-    f: Callable[..., Tensor],
+    f: Function,
     z0: Tensor,
     *,
     args: Sequence[Tensor] = (),
@@ -306,24 +308,29 @@ def fixed_point(
     vectorized: bool = False,
     scale: Tensor | None = None,
     on_failure: OnFailure = "raise",
+    device: str = "cpu",
 ) -> Tensor:
-    """The solution of ``z = f(z, *args)`` with f written in PyTorch, differentiable in the arguments.
+    """The solution of ``z = f(z, *args)`` with f written in PyTorch or Julia, differentiable in the arguments.
 
     Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from autograd. Gradients
     come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, and so do second
-    derivatives; what happens on the way to the solution is not recorded.
+    derivatives; what happens on the way to the solution is not recorded. Julia code has first derivatives.
 
     Parameters
     ----------
     f
         A function of tensors, given one sample z (n,) and returning (n,), which is mapped over a batch by
         ``torch.func.vmap``; with ``vectorized`` it takes any number of samples at once, z (m, n) and batched arguments (m, ...).
+        Or Julia code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64 on the CPU.
+        The start: (n,), or (B, n) for a batch, float32 or float64.
     args
         The further arguments of f: tensors and numbers.
     batched, solver, vectorized, scale, on_failure
         As in ``implicit_rnn.fixed_point``. ``scale`` is a number or (n,).
+    device
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card. Tensors of floats that are there are read without a copy, and
+        where z0 or an argument is there, so is the solution.
 
     Returns
     -------
@@ -345,11 +352,11 @@ def fixed_point(
     >>> a.grad
     tensor([-0.3242], dtype=torch.float64)
     """
-    return _solve(equations.fixed_point, f, z0, args, batched, solver, vectorized, scale, on_failure)
+    return _solve(equations.fixed_point, f, z0, args, batched, solver, vectorized, scale, on_failure, device)
 
 
 def root(
-    f: Callable[..., Tensor],
+    f: Function,
     z0: Tensor,
     *,
     args: Sequence[Tensor] = (),
@@ -358,12 +365,13 @@ def root(
     vectorized: bool = False,
     scale: Tensor | None = None,
     on_failure: OnFailure = "raise",
+    device: str = "cpu",
 ) -> Tensor:
-    """The solution of ``f(z, *args) = 0`` with f written in PyTorch, differentiable in the arguments.
+    """The solution of ``f(z, *args) = 0`` with f written in PyTorch or Julia, differentiable in the arguments.
 
     Parameters
     ----------
-    f, z0, args, batched, solver, vectorized, scale, on_failure
+    f, z0, args, batched, solver, vectorized, scale, on_failure, device
         As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
 
     Returns
@@ -383,7 +391,7 @@ def root(
     >>> print(f"{z.item():.6f} {a.grad.item():.6f}")
     1.414214 0.353553
     """
-    return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure)
+    return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure, device)
 
 
 _LARGEST_CHANGE = 0.25
@@ -468,9 +476,42 @@ class _Solution(torch.autograd.Function):
         return None, None, None, *(found.get(k) for k in range(len(args)))
 
 
+class _JuliaSolution(torch.autograd.Function):
+    """(solve, device, start, *arguments) -> the solution of an equation in Julia code."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: Callable[..., Any], device: str, start: Tensor, *args: Tensor) -> Tensor:
+        ctx.solution, ctx.device = solve(start, *args), device
+        ctx.save_for_backward(*args)
+        return _tensor(ctx.solution.value)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, None, *_JuliaPullback.apply(ctx.solution, ctx.device, v, *ctx.saved_tensors)
+
+
+class _JuliaPullback(torch.autograd.Function):
+    """(solution, device, cotangent, *arguments) -> the cotangents of the arguments, None of integers."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, solution: equations.ImplicitSolution, device: str, v: Tensor, *args: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        products = solution.vjp(_lent(v, device))
+        found = zip(map(products.get, solution.names), args, strict=True)
+        return tuple(None if product is None else _tensor(product).to(arg.device) for product, arg in found)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "an equation in Julia code has first derivatives only, and this differentiates its gradient again "
+            "(create_graph=True); write f in PyTorch"
+        )
+
+
 def _solve(
     pose: Callable[..., equations.ImplicitSolution],
-    f: Callable[..., Tensor],
+    f: Function,
     z0: Tensor,
     args: Sequence[Tensor],
     batched: str | int | Iterable[str | int],
@@ -478,9 +519,11 @@ def _solve(
     vectorized: bool,
     scale: Tensor | None,
     on_failure: OnFailure,
+    device: str,
 ) -> Tensor:
-    if not callable(f):
-        raise TypeError(f"f is {f!r}; expected a function of tensors")
+    if not isinstance(f, JuliaFunction) and not callable(f):
+        raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
+    equations.check_device(f, device)
     if not isinstance(z0, Tensor) or z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
         what = (
             f"has shape {tuple(z0.shape)} and dtype {z0.dtype}"
@@ -492,8 +535,28 @@ def _solve(
         raise ValueError(f"z0 has shape {tuple(z0.shape)}; expected (n,) or (B, n), none of them 0")
     tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
     for name, tensor in (("z0", z0), *((f"args[{k}]", tensor) for k, tensor in enumerate(tensors))):
-        if tensor.device.type != "cpu":
-            raise TypeError(f"{name} is on {tensor.device}, but the engines work on the CPU: pass {name}.cpu()")
+        if tensor.device.type != "cpu" and not is_lent(tensor, device):
+            raise TypeError(
+                f"{name} is on {tensor.device}, and the equation is solved on {device!r}: pass {name}.cpu(); or, on an "
+                "NVIDIA card, Julia code for f with device='cuda'"
+            )
+    floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
+    settings: dict[str, Any] = {
+        "solver": solver,
+        "scale": None if scale is None else _numpy(torch.as_tensor(scale).cpu()),
+        "on_failure": on_failure,
+    }
+    if isinstance(f, JuliaFunction):
+
+        def solve_julia(start: Tensor, *args: Tensor) -> equations.ImplicitSolution:
+            given = [_lent(arg, device) if arg.is_floating_point() else _numpy(arg.cpu()) for arg in args]
+            return pose(
+                f, _lent(start, device), args=given, batched=batched, vectorized=vectorized, device=device, **settings
+            )
+
+        found: Tensor = _JuliaSolution.apply(solve_julia, device, z0, *floats)
+        return found
+
     positions = equations.positions(f, len(tensors), batched)
     conditions = _Conditions(f, [k in positions for k in range(len(tensors))], vectorized, pose is equations.root)
 
@@ -503,14 +566,11 @@ def _solve(
             start,
             args=arrays,
             batched=sorted(positions),
-            solver=solver,
             vectorized=True,
             jac=_on_arrays(conditions.jacobians),
-            scale=None if scale is None else _numpy(torch.as_tensor(scale)),
-            on_failure=on_failure,
+            **settings,
         )
 
-    floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     z: Tensor = _Solution.apply(solve, conditions, z0.reshape(-1, z0.shape[-1]), *floats)
     return z.reshape(z0.shape)
 
