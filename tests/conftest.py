@@ -19,7 +19,7 @@ import pytest
 import implicit_rnn as irnn
 from implicit_rnn.engines.julia import JuliaEngine
 from implicit_rnn.engines.julia.network import JuliaNetwork
-from implicit_rnn.runtime import environments, start
+from implicit_rnn.runtime import environments, gpu, start
 from implicit_rnn.runtime.environments import Environment
 
 # Before Julia is started here, which changes it.
@@ -53,6 +53,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "julia: the test needs the Julia engine")
     config.addinivalue_line("markers", "device: the test runs on the reference device arrays of Julia's GPU packages")
+    config.addinivalue_line("markers", "cuda: the test runs on an NVIDIA card, where the machine has one and CUDA.jl")
     config.addinivalue_line("markers", "slow: the test takes minutes, and is run only with --slow")
 
 
@@ -89,27 +90,39 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 SHARED_WITH_DEVICES = ("test_layered", "test_losses", "test_vjp")
 """The modules whose tests run a third time on the reference device arrays, where Julia has them; others take long there."""
 
+DEVICES = [pytest.param("jl", marks=(pytest.mark.julia, pytest.mark.device))]
+"""The reference device arrays, and a card where the machine has the driver of one."""
+if shutil.which("nvidia-smi"):
+    DEVICES.append(pytest.param("cuda", marks=(pytest.mark.julia, pytest.mark.device, pytest.mark.cuda)))
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = any("engine" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
     if "engine" in metafunc.fixturenames and not chosen:
         engines = ["numpy", pytest.param("julia", marks=pytest.mark.julia)]
         if metafunc.module.__name__ in SHARED_WITH_DEVICES:
-            engines.append(pytest.param("device", marks=(pytest.mark.julia, pytest.mark.device)))
+            engines += DEVICES
         metafunc.parametrize("engine", engines, indirect=True)
 
 
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The name of each engine in turn; for ``device`` the Julia engine, with networks on device arrays."""
-    if request.param != "device":
+    """The name of each engine in turn; for a device the Julia engine, with networks on it."""
+    if request.param in ("numpy", "julia"):
         return str(request.param)
-    if not has_julia_package("JLArrays"):
-        pytest.skip("JLArrays.jl is not in Julia's environment")
+    check_device(request.param)
     monkeypatch.setattr(
-        JuliaEngine, "compile", lambda self, topology, dtype, device: JuliaNetwork(topology, dtype, "jl")
+        JuliaEngine, "compile", lambda self, topology, dtype, device: JuliaNetwork(topology, dtype, request.param)
     )
     return "julia"
+
+
+def check_device(name: str) -> None:
+    """Skip where Julia lacks the package of a device, or the device does not work."""
+    if name == "jl" and not has_julia_package("JLArrays"):
+        pytest.skip("JLArrays.jl is not in Julia's environment")
+    if name == "cuda" and (card := gpu.describe()).startswith("not available"):
+        pytest.skip(card)
 
 
 def has_julia_package(name: str) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from conftest import RunPython, has_julia_package
+from conftest import DEVICES, RunPython, check_device, has_julia_package
 
 import implicit_rnn as irnn
 from implicit_rnn.engines.julia.network import call
@@ -71,14 +70,18 @@ def test_without_cuda_the_error_says_what_to_do(data):
 # --- the engine on device arrays -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def pair(monkeypatch) -> Iterator[tuple[irnn.Network, irnn.Network]]:
-    """The same network on the CPU and on the reference device arrays."""
-    if not has_julia_package("JLArrays"):
-        pytest.skip("JLArrays.jl is not in Julia's environment")
+@pytest.fixture(params=DEVICES)
+def device_name(request, monkeypatch) -> str:
+    check_device(request.param)
     for module in ("network", "equations"):
-        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", "jl"))
-    return network(engine="julia"), network(engine="julia", device="jl")
+        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", request.param))
+    return request.param
+
+
+@pytest.fixture
+def pair(device_name) -> tuple[irnn.Network, irnn.Network]:
+    """The same network on the CPU and on a device."""
+    return network(engine="julia"), network(engine="julia", device=device_name)
 
 
 @pytest.mark.julia
@@ -105,7 +108,7 @@ def test_training_follows_that_of_the_cpu(pair, data):
     runs = [net.fit(*data, epochs=5, batch_size=16, seed=3, progress=False) for net in (cpu, device)]
     np.testing.assert_allclose(runs[1].loss, runs[0].loss, rtol=1e-7)
     np.testing.assert_allclose(device.parameters, cpu.parameters, atol=1e-7)
-    with pytest.raises(irnn.CheckpointError, match="device is 'cpu' there and 'jl' here"):
+    with pytest.raises(irnn.CheckpointError, match=f"device is 'cpu' there and '{device.device}' here"):
         device.fit(*data, epochs=6, batch_size=16, seed=3, progress=False, resume=runs[0])
 
 
@@ -136,7 +139,7 @@ def test_many_nets_are_trained_as_on_the_cpu(pair, data):
 
 @pytest.mark.julia
 def test_a_run_resumed_on_the_device_is_the_run_not_interrupted(pair, data):
-    whole, parted = pair[1], irnn.Network.from_topology(pair[1].topology, "float64", "julia", "jl")
+    whole, parted = pair[1], irnn.Network.from_topology(pair[1].topology, "float64", "julia", pair[1].device)
     parted.parameters[:] = whole.parameters
     options = {"batch_size": 16, "seed": 3, "progress": False, "optimizer": irnn.Adam(0.01)}
     whole.fit(*data, epochs=6, **options)
@@ -187,10 +190,10 @@ def orbits(rng) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.julia
-def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(pair, orbits, rng):
+def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(device_name, orbits, rng):
     M, _ = orbits
     here, there = (
-        irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"), device=name) for name in ("cpu", "jl")
+        irnn.root(KEPLER, M[:, None], args=orbits, batched=("M", "e"), device=name) for name in ("cpu", device_name)
     )
     np.testing.assert_allclose(there.value, here.value, rtol=1e-10)
     np.testing.assert_array_equal(there.status, here.status)
@@ -200,22 +203,22 @@ def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_c
         for name, product in here.vjp(v).items():
             np.testing.assert_allclose(solution.vjp(v)[name], product, rtol=1e-8)
         np.testing.assert_allclose(solution.jacobian("e"), here.jacobian("e"), rtol=1e-8)
-    shared = irnn.root(KEPLER, M[:, None], args=(M, 0.5), batched="M", device="jl")
+    shared = irnn.root(KEPLER, M[:, None], args=(M, 0.5), batched="M", device=device_name)
     expected = irnn.root(KEPLER, M[:, None], args=(M, 0.5), batched="M").vjp(v)["e"]
     assert shared.vjp(v)["e"] == pytest.approx(expected, rel=1e-8)
 
 
 @pytest.mark.julia
-def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(pair):
+def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(device_name):
     half = irnn.julia("z -> z ./ 2")
     with pytest.raises(irnn.EngineError, match=r"does not offer equations of more than 8 unknowns \(9 came\)"):
-        irnn.fixed_point(half, np.ones((5, 9)), device="jl")
+        irnn.fixed_point(half, np.ones((5, 9)), device=device_name)
     with pytest.raises(irnn.EngineError, match="does not offer the solver Anderson for equations; choose Auto, Picard"):
-        irnn.fixed_point(half, np.ones((5, 2)), solver="anderson", device="jl")
+        irnn.fixed_point(half, np.ones((5, 2)), solver="anderson", device=device_name)
     with pytest.raises(irnn.EngineError, match="does not offer this function, which gives values of type Array"):
-        irnn.fixed_point(irnn.julia("z -> sort(z) ./ 2"), np.ones((5, 2)), device="jl")
+        irnn.fixed_point(irnn.julia("z -> sort(z) ./ 2"), np.ones((5, 2)), device=device_name)
     with pytest.raises(ValueError, match=r"f returned .*\(3,\)"):
-        irnn.fixed_point(irnn.julia("z -> [z[1], z[2], z[1]]"), np.ones((5, 2)), device="jl")
+        irnn.fixed_point(irnn.julia("z -> [z[1], z[2], z[1]]"), np.ones((5, 2)), device=device_name)
 
 
 def test_a_python_function_cannot_run_on_a_device():
@@ -237,13 +240,14 @@ def test_an_equation_without_cuda_says_what_to_do():
 
 
 @pytest.mark.julia
-def test_the_self_test_of_a_device_compares_it_with_the_cpu(pair):
-    report = gpu.self_test("jl", sizes=((8, 32),))
+def test_the_self_test_of_a_device_compares_it_with_the_cpu(device_name):
+    report = gpu.self_test(device_name, sizes=((8, 32),))
     assert report["ok"]
     assert set(report["differences"]) == {"float64", "float32"}
     assert set(report["differences"]["float32"]) == {"states", "gradient", "fit", "equation"}
-    assert set(report["gradient, ms"]["8 x 32"]) == {"cpu", "jl"}
-    assert gpu.describe("jl").startswith("JLBackend, JLArrays.jl")
+    assert set(report["gradient, ms"]["8 x 32"]) == {"cpu", device_name}
+    library = {"jl": "JLArrays.jl", "cuda": "CUDA.jl"}[device_name]
+    assert library in gpu.describe(device_name)
 
 
 @pytest.mark.julia

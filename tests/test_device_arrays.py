@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, has_julia_package
+from conftest import CHECKOUT, check_device
 
 import implicit_rnn as irnn
 from implicit_rnn import device_arrays
@@ -170,8 +170,7 @@ def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference device arrays are a device, "jl", which reads and writes the memory that it is lent."""
-    if not has_julia_package("JLArrays"):
-        pytest.skip("JLArrays.jl is not in Julia's environment")
+    check_device("jl")
     for module in ("network", "equations"):
         monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", "jl"))
     start.evaluate(
