@@ -307,7 +307,7 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
         raise TypeError(f"f is the string {f!r}; pass Julia code as irnn.julia(text)")
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected irnn.julia(text) or a function")
-    if isinstance(f, JuliaFunction) and vectorized:
+    if options.check_flag("vectorized", vectorized) and isinstance(f, JuliaFunction):
         raise ValueError("vectorized=True is for Python functions; Julia code is always given one sample, at no cost")
     for name, hook in (("jac", jac), ("vjp", vjp)):
         if hook is not None and isinstance(f, JuliaFunction):
@@ -485,7 +485,9 @@ def positions(f: Function, count: int, batched: str | int | Iterable[str | int])
 
 
 def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
-    listed = (batched,) if isinstance(batched, (str, int)) else batched
+    listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched
+    if not isinstance(listed, Iterable) or getattr(listed, "shape", (0,)) == ():
+        raise TypeError(f"batched is {batched!r}; expected names or positions of arguments, such as 'a' or (0,)")
     return {_position(key, names, "batched has") for key in listed}
 
 

@@ -14,6 +14,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 
+def as_path(path: object) -> Path:
+    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else."""
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise TypeError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
+    return Path(path)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
 

@@ -33,7 +33,7 @@ from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
-from implicit_rnn.validation import as_generator, as_real, as_samples, check_samples
+from implicit_rnn.validation import as_generator, as_real, as_samples, check_memory_of_parameters, check_samples
 
 Array = np.ndarray
 
@@ -127,6 +127,7 @@ class Network:
         self._device = device
         self._compiled: CompiledNetwork | None = None
         self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
+        check_memory_of_parameters(topology.parameters, self.dtype)
         self._parameters = np.zeros(topology.parameters, self.dtype)
         self._weights = MappingProxyType(topology.views(self._parameters))
 
@@ -405,6 +406,11 @@ class Network:
         -------
         The outputs (B, outputs).
 
+        Raises
+        ------
+        ValueError, TypeError
+            For anything but real numbers (B, N).
+
         Examples
         --------
         >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -413,7 +419,10 @@ class Network:
         True
         """
         if (there := device_arrays.lent("state", state, self._device)) is None:
-            return self.topology.read_out(self._parameters, state)
+            z, neurons = as_real("state", state, self.dtype), self.topology.neurons
+            if z.ndim != 2 or z.shape[1] != neurons:
+                raise ValueError(f"state has shape {z.shape}; expected (samples, {neurons} neurons)")
+            return self.topology.read_out(self._parameters, z)
         z = self._lent("state", there, self.topology.neurons, "neurons")
         outputs = self._empty(z, self.topology.output_size)
         self.program().read_out(self._parameters, z, outputs)
@@ -964,7 +973,11 @@ def _some(entries: Iterable[object], most: int = 8) -> str:
 
 
 def _check_report(report: GradientReport | None, samples: int) -> None:
-    if report is not None and len(report.status) != samples:
+    if report is None:
+        return
+    if not isinstance(report, GradientReport):
+        raise TypeError(f"report is {report!r}; expected GradientReport.empty({samples})")
+    if len(report.status) != samples:
         raise ValueError(
             f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
         )

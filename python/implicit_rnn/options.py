@@ -11,6 +11,8 @@ from functools import lru_cache
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
+import numpy as np
+
 Value = float | int | str | None
 Kind = TypeVar("Kind", bound="Option")
 
@@ -138,6 +140,13 @@ def check_count(name: str, value: object) -> int:
     return int(value)
 
 
+def check_flag(name: str, value: object) -> bool:
+    """True or False, checked: any word, also "no", would count as true."""
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
 def check_number(name: str, value: object) -> None:
     """``TypeError`` unless it is a real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -180,7 +189,7 @@ def check_positive(name: str, value: float) -> None:
 
 def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
     """``ValueError`` unless it is one of the valid words."""
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         expected = f"expected one of {', '.join(map(repr, valid))}{did_you_mean([value], valid)}"
         raise ValueError(f"{name} is {value!r}; {expected}")
 

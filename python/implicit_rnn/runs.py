@@ -19,7 +19,7 @@ from typing import Any
 
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
-from implicit_rnn.files import write_atomically
+from implicit_rnn.files import as_path, write_atomically
 
 Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold."""
@@ -88,10 +88,17 @@ def run_many(
     ['seed-0', 'seed-1', 'seed-2']
     """
     options.check_count("jobs", jobs)
-    for name in tasks:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+    for what, function in (("run", run), ("report", report)):
+        if not callable(function):
+            raise TypeError(f"{what} is {function!r}; expected a function")
+    if not isinstance(tasks, Mapping):
+        raise TypeError(f"tasks is a {type(tasks).__name__}; expected the arguments of each run by its name, a dict of dicts")
+    for name, arguments in tasks.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             raise ValueError(f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-'")
-    store = None if folder is None else _Store(Path(folder), settings or {})
+        if not isinstance(arguments, Mapping):
+            raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
+    store = None if folder is None else _Store(as_path(folder), settings or {})
     results: dict[str, Any] = {}
     for name, arguments in tasks.items():
         if store and (kept := store.find(name, arguments)) is not None:
@@ -248,9 +255,10 @@ class _Store:
 
     def find(self, name: str, arguments: Mapping[str, Any]) -> Any | None:
         """The result kept under that name if it is whole and of the same arguments and settings."""
+        fingerprint = self._fingerprint(arguments)
         with suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            if kept["fingerprint"] == self._fingerprint(arguments):
+            if kept["fingerprint"] == fingerprint:
                 return kept["result"]
         return None
 
@@ -260,5 +268,10 @@ class _Store:
         write_atomically(self.folder / f"{name}.json", text.encode())
 
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
-        described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)
+        try:
+            described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"settings and the arguments of tasks must be data that JSON can hold, where results are kept in a folder: {error}"
+            ) from None
         return hashlib.sha256(described.encode()).hexdigest()

@@ -13,7 +13,7 @@ from safetensors.numpy import save as serialize
 
 from implicit_rnn.engines import DEVICES, check_engine
 from implicit_rnn.errors import ModelFileError, warn
-from implicit_rnn.files import read_tensors, write_atomically
+from implicit_rnn.files import as_path, read_tensors, write_atomically
 from implicit_rnn.model.topology import Topology
 from implicit_rnn.options import check_choice
 
@@ -35,7 +35,7 @@ def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxy
         **{f"note:{name}": text for name, text in notes.items()},
     }
     tensors = {name: np.ascontiguousarray(weight) for name, weight in net.weights.items()}
-    write_atomically(Path(path), serialize(tensors, metadata))
+    write_atomically(as_path(path), serialize(tensors, metadata))
 
 
 def notes(path: str | Path) -> dict[str, str]:
@@ -80,7 +80,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     """
     from implicit_rnn.network import Network
 
-    source = Path(path)
+    source = as_path(path)
     if not source.is_file():
         raise FileNotFoundError(f"no model file {source}")
     tensors, metadata = read_tensors(source, ModelFileError)

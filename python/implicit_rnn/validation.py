@@ -125,6 +125,15 @@ def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None
         )
 
 
+def check_memory_of_parameters(parameters: int, dtype: np.dtype) -> None:
+    """``MemoryError`` if that many cannot fit in the machine's memory."""
+    if (needed := parameters * dtype.itemsize) > (available := _memory()):
+        raise MemoryError(
+            f"the network has {parameters} parameters, for which {needed / 2**30:.3g} GiB are needed and "
+            f"{available / 2**30:.3g} GiB are there; expected fewer inputs, neurons or outputs"
+        )
+
+
 @functools.cache
 def _memory() -> float:
     """Bytes of memory of the machine, infinity where that is not known."""

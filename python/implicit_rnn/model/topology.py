@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
-from implicit_rnn.options import did_you_mean, from_description
+from implicit_rnn.options import check_flag, did_you_mean, from_description
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -50,7 +50,8 @@ class Layer:
 
     def __post_init__(self) -> None:
         _check_count("neurons", self.neurons)
-        if self.activation not in ACTIVATIONS:
+        check_flag("lateral", self.lateral)
+        if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}"
                 + did_you_mean([self.activation], ACTIVATIONS)
@@ -123,24 +124,20 @@ class Topology:
     ) -> Topology:
         """A checked topology; layers count from 0."""
         _check_count("inputs", inputs)
-        if isinstance(layers, Layer | int) or not isinstance(layers, Iterable):
-            raise TypeError(f"layers is {layers!r}; expected a list of Layer")
-        stack = tuple(_as_layer(layer) for layer in layers)
+        stack = tuple(_as_layer(layer) for layer in _listed("layers", layers, "a list of Layer"))
         if not stack:
             raise ValueError("layers is empty; a network needs at least one Layer")
         constraint.check_activations(layer.activation for layer in stack)
         pairs_back = _feedback_pairs(feedback, len(stack))
-        if not isinstance(skips, Iterable):
-            raise TypeError(f"skips is {skips!r}; expected pairs (earlier, later) of layers")
-        if not isinstance(input_skips, Iterable):
-            raise TypeError(f"input_skips is {input_skips!r}; expected layers, such as (2,)")
-        forward = tuple(sorted((int(a), int(b)) for a, b in skips))
+        forward = _pairs("skips", skips, "pairs (earlier, later) of layers, such as [(0, 2)]")
         for a, b in forward:
             if not 0 <= a < b - 1 < len(stack) - 1:
                 raise ValueError(
                     f"skips has {(a, b)}; expected pairs (earlier, later) of layers that are not neighbours"
                 )
-        extra = tuple(sorted({int(layer) for layer in input_skips}))
+        seeing = "layers that see the input, such as (2,)"
+        listed = _listed("input_skips", input_skips, seeing)
+        extra = tuple(sorted({_whole("input_skips", layer, seeing) for layer in listed}))
         if any(not 1 <= layer < len(stack) for layer in extra):
             raise ValueError(f"input_skips is {extra}; expected layers from 1 to {len(stack) - 1}")
         neurons = sum(layer.neurons for layer in stack)
@@ -322,31 +319,49 @@ def _check_count(name: str, value: object) -> None:
 def _as_layer(layer: Layer | int) -> Layer:
     if isinstance(layer, Layer):
         return layer
-    if isinstance(layer, int) and not isinstance(layer, bool):
-        return Layer(layer)
+    if isinstance(layer, int | np.integer) and not isinstance(layer, bool):
+        return Layer(int(layer))
     raise TypeError(f"layers has {layer!r}; expected a Layer or a number of neurons")
 
 
 def _feedback_pairs(feedback: bool | Iterable[tuple[int, int]], layers: int) -> tuple[tuple[int, int], ...]:
-    if isinstance(feedback, bool):
+    if isinstance(feedback, bool | np.bool_):
         return tuple((j, i) for j in range(1, layers) for i in range(j)) if feedback else ()
-    pairs = tuple(sorted((int(j), int(i)) for j, i in feedback))
+    pairs = _pairs("feedback", feedback, "True, False or pairs (later, earlier) of layers, such as [(1, 0)]")
     for j, i in pairs:
         if not 0 <= i < j < layers:
             raise ValueError(f"feedback has {(j, i)}; expected pairs (later, earlier) of the layers 0 to {layers - 1}")
     return pairs
 
 
+def _pairs(name: str, value: object, expected: str) -> tuple[tuple[int, int], ...]:
+    """Pairs of layers, each once, in order."""
+    pairs = [_listed(name, pair, expected) for pair in _listed(name, value, expected)]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+    whole = {(_whole(name, first, expected), _whole(name, second, expected)) for first, second in pairs}
+    return tuple(sorted(whole))
+
+
+def _listed(name: str, value: Any, expected: str) -> list[Any]:
+    """The entries of a list, tuple, set or array; ``TypeError`` for anything else, text included."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "shape", (0,)) == ():
+        raise TypeError(f"{name} has {value!r}; expected {expected}")
+    return list(value)
+
+
+def _whole(name: str, value: object, expected: str) -> int:
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} has {value!r}; expected {expected}")
+    return int(value)
+
+
 def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, ...]:
     if isinstance(outputs, int | np.integer):
         _check_count("outputs", outputs)
         return int(outputs)
-    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
-        raise TypeError(f"outputs is {outputs!r}; expected a number of outputs or a list of neurons")
-    entries = list(outputs)
-    if any(isinstance(neuron, bool | np.bool_) or not isinstance(neuron, int | np.integer) for neuron in entries):
-        raise TypeError(f"outputs is {entries!r}; expected a number of outputs or a list of neurons (whole numbers)")
-    chosen = tuple(int(neuron) for neuron in entries)
+    expected = "a number of outputs or a list of neurons (whole numbers)"
+    chosen = tuple(_whole("outputs", neuron, expected) for neuron in _listed("outputs", outputs, expected))
     if not chosen or any(not 0 <= neuron < neurons for neuron in chosen):
         raise ValueError(f"outputs is {list(chosen)}; expected neurons from 0 to {neurons - 1}, at least one")
     return chosen

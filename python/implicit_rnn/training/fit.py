@@ -150,6 +150,10 @@ def fit_many(
     >>> [bool(run.loss[-1] < run.loss[0]) for run in runs]
     [True, True, True]
     """
+    from implicit_rnn.network import Network
+
+    if not isinstance(nets, Sequence) or not all(isinstance(net, Network) for net in nets):
+        raise TypeError(f"nets must be a list of Network, got {nets!r}; one net is trained by net.fit(X, Y)")
     if not nets:
         raise ValueError("nets is empty")
     first = nets[0]
@@ -171,8 +175,10 @@ def fit_many(
         raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
     if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
         raise TypeError(f"early_stopping must be an EarlyStopping(patience=...), got {early_stopping!r}")
-    if clip is not None and not clip > 0:
-        raise ValueError(f"clip must be positive, got {clip}")
+    if clip is not None:
+        options.check_number("clip", clip)
+        if not clip > 0:
+            raise ValueError(f"clip must be positive, got {clip}")
     size = len(samples) if batch_size is None else options.check_count("batch_size", batch_size)
     gradient = options.choose(Adjoint, adjoint, "adjoint")
     settings = Settings(
@@ -188,10 +194,10 @@ def fit_many(
         check_penalty(jacobian_penalty, gradient),
         options.check_count("validation_every", validation_every),
         early_stopping,
-        bool(restore_best),
+        options.check_flag("restore_best", restore_best),
         options.choose(Guard, guard, "guard"),
         seed,
-        bool(warm_start),
+        options.check_flag("warm_start", warm_start),
     )
     watch = Watch(
         _callbacks(callbacks),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from implicit_rnn.engines import Halt
-from implicit_rnn.options import Option, check_count, check_not_negative
+from implicit_rnn.options import Option, check_count, check_flag, check_not_negative
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network
@@ -52,6 +52,7 @@ class EarlyStopping(Option):
     def __post_init__(self) -> None:
         check_count("patience", self.patience)
         check_not_negative("min_delta", self.min_delta)
+        check_flag("restore_best", self.restore_best)
 
 
 @dataclass(frozen=True)
