@@ -174,7 +174,7 @@ def test_transforms_of_functions_see_the_parameters_they_are_given(layer, x):
     np.testing.assert_allclose(vector(g.values()), expected, atol=1e-9)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "save", "state_dict", "assign", "double", "share_memory"])
+@pytest.mark.parametrize("way", ["deepcopy", "save", "state_dict", "assign", "double", "replaced", "data"])
 def test_network_follows_the_parameters_whatever_torch_does_to_them(engine, way, x):
     layer = ImplicitRNN(make_net(engine, dtype="float32"))
     expected = layer(x.float()).detach()
@@ -192,13 +192,63 @@ def test_network_follows_the_parameters_whatever_torch_does_to_them(engine, way,
         assert other.net.dtype == np.float64
         x = x.double()
     else:
-        other = copy.deepcopy(layer).share_memory()
+        weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
+        for name, weight in weights.items():
+            if way == "data":
+                getattr(other, name).data = weight
+            else:
+                setattr(other, name, nn.Parameter(weight))
     np.testing.assert_allclose(other(x.to(other.W.dtype)).detach(), expected, rtol=1e-5, atol=1e-6)
     assert other.net is not layer.net
     np.testing.assert_array_equal(flat(other), other.net.parameters)
     with torch.no_grad():
         other.W += 1
     np.testing.assert_array_equal(flat(other), other.net.parameters)
+
+
+def test_parameters_that_read_the_memory_of_each_other_are_copied_before_they_are_written(layer, x):
+    R, W = layer.R.detach().clone(), layer.W.detach().clone()
+    layer.R.data, layer.W.data = layer.R.data.T, layer.R.data[:, : W.shape[1]]
+    layer(x)
+    np.testing.assert_array_equal(layer.net.weights["R"], R.T)
+    np.testing.assert_array_equal(layer.net.weights["W"], R[:, : W.shape[1]])
+
+
+def test_parameters_of_another_module_are_not_taken_over_by_a_functional_call(layer, engine, x):
+    other = ImplicitRNN(make_net(engine, seed=99))
+    before, expected = layer.net.parameters.copy(), other(x).detach()
+    torch.testing.assert_close(torch.func.functional_call(layer, dict(other.named_parameters()), x), expected)
+    np.testing.assert_array_equal(layer.net.parameters, before)
+    other.net.parameters *= 0
+    assert not any(weight.any() for weight in other.parameters())  # still the memory of its own network
+
+
+def test_tied_parameters_give_both_layers_what_they_are(engine, x):
+    one, other = ImplicitRNN(make_net(engine)), ImplicitRNN(make_net(engine, seed=99))
+    other.W = one.W
+    for factor in (1.0, 2.0):
+        with torch.no_grad():
+            one.W.mul_(factor)
+        for layer in (one, other):
+            y = layer(x).detach()
+            np.testing.assert_array_equal(flat(layer), layer.net.parameters)
+            np.testing.assert_array_equal(y, layer.net.predict(x.numpy()))
+
+
+def test_parameters_that_cannot_be_shared_among_processes_are_not_silently_copied(layer, x):
+    expected = layer(x).detach()
+    with pytest.raises(RuntimeError, match=r"memory of its network and cannot be shared.*state_dict"):
+        nn.Sequential(layer).share_memory()
+    torch.testing.assert_close(layer(x).detach(), expected)
+
+
+def test_negated_views_count_as_the_numbers_they_show(layer, x):
+    torch.testing.assert_close(layer(torch._neg_view(x)), layer(-x))
+    given = x.clone().requires_grad_()
+    ones = torch.ones(len(x), 2, dtype=x.dtype)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(layer(given), given, v)[0] for v in (torch._neg_view(ones), -ones))
+    )
 
 
 def test_training_in_a_model_with_other_layers_lowers_the_loss(engine):
@@ -396,6 +446,42 @@ def test_a_singular_solution_has_no_derivative_and_does_not_spoil_that_of_others
         z.sum().backward()
 
 
+def test_a_solution_does_not_depend_on_its_start_even_if_that_asks_for_a_gradient():
+    start = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
+    (fixed_point(torch.cos, start) + start).sum().backward()
+    assert start.grad.item() == 1
+
+
+def test_gradients_that_a_function_keeps_to_itself_are_told():
+    module = nn.Linear(2, 2, dtype=torch.float64)
+    with pytest.warns(UserWarning, match=r"uses tensors that require gradients and are not among args.*Pass them"):
+        fixed_point(lambda z: torch.tanh(module(z)) / 2, ZEROS[0, :2])
+    with torch.no_grad():
+        fixed_point(lambda z: torch.tanh(module(z)) / 2, ZEROS[0, :2])
+    weights = dict(module.named_parameters())
+    names = list(weights)
+
+    def f(z, *values):
+        return torch.tanh(torch.func.functional_call(module, dict(zip(names, values, strict=True)), z)) / 2
+
+    fixed_point(f, ZEROS[0, :2], args=tuple(weights.values())).sum().backward()
+    assert module.weight.grad.shape == (2, 2)
+
+
+def test_transforms_of_functions_of_a_solution_are_refused_with_the_remedy():
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(RuntimeError, match=r"torch\.func.*batched=.*backward\(\)"):
+            transform(lambda a: root(lambda z, a: z**3 - a, torch.ones(1, dtype=a.dtype), args=(a,))[0])(
+                torch.ones(2, dtype=torch.float64)
+            )
+
+
+def test_a_compiled_function_may_solve():
+    a = torch.tensor([2.0], dtype=torch.float64)
+    solve = torch.compile(lambda a: root(lambda z, a: z**2 - a, torch.ones_like(a), args=(a,)), backend="eager")
+    torch.testing.assert_close(solve(a), a.sqrt())
+
+
 def test_bad_equations_are_refused_by_name():
     z0 = torch.zeros(3, 2, dtype=torch.float64)
     with pytest.raises(TypeError, match="f is 3; expected a function"):
@@ -410,6 +496,10 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=2.0)
     with pytest.raises(ValueError, match=r"z0 has shape \(0,\)"):
         root(lambda z: z, z0[0, :0])
+    with pytest.raises(TypeError, match="f returned a list; expected a tensor"):
+        root(lambda z: [z], z0)
+    with pytest.raises(TypeError, match="scale is a str; expected a tensor or a number"):
+        root(lambda z: z, z0, scale="small")
     with pytest.raises(TypeError, match=r"args\[0\] is on meta"):
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
 

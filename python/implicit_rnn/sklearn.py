@@ -90,7 +90,17 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     # --- training ----------------------------------------------------------------------------------------
 
-    def _fit(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
+    def _fit(self: Self, *data: Any, **how: Any) -> Self:
+        """What ``_learn`` does, or nothing at all: an error leaves the estimator as it was, not with a network that is not trained."""
+        before = dict(vars(self))
+        try:
+            return self._learn(*data, **how)
+        except Exception:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
         """One more epoch if ``partial``, else a whole training, which goes on from the last one with ``warm_start``.
 
         ``known`` are the labels that the targets can be, where not all of them may be there.
@@ -288,7 +298,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     def _predict_outputs(self, X: Any) -> Array:
         """The outputs (B, outputs) of the network."""
-        check_is_fitted(self)
+        check_is_fitted(self, "network_")
         refuse_masked_or_sparse("X", X)
         inputs = self._inputs(validate_data(self, X, reset=False, dtype=FLOATS, order="C"))
         adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
@@ -474,6 +484,8 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
+        if y.dtype.kind not in "biuf":
+            raise TypeError(f"y has dtype {y.dtype}; expected real numbers (float, integer or boolean)")
         self._target_shape = y.shape[1:]
         self._target_scaler = self._scaler_of("y", self._columns(y), weights)
 

@@ -15,7 +15,7 @@ from implicit_rnn import equations
 from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
 from implicit_rnn.equations import Function, JuliaFunction
-from implicit_rnn.errors import ConvergenceError
+from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
@@ -88,6 +88,7 @@ class ImplicitRNN(nn.Module):
         check_on_failure(on_failure)
         self.solver = choose(Solver, solver, "solver")
         self.adjoint, self.on_failure = at_equilibrium(adjoint), on_failure
+        self._own: dict[str, nn.Parameter | None] = {}
         for name, weights in net.weights.items():
             self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
         self.register_load_state_dict_post_hook(_share_memory)
@@ -125,7 +126,7 @@ class ImplicitRNN(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def network(self, weights: Iterable[Tensor]) -> Network:
-        """The network with other parameters, or ``net`` if these are its memory, as they are but in ``functional_call``.
+        """The network with these parameters: ``net`` for those of the layer, another for those of a ``functional_call``.
 
         Parameters
         ----------
@@ -139,23 +140,44 @@ class ImplicitRNN(nn.Module):
         for name, view in self.net.weights.items():
             if tensors[name].shape != view.shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {view.shape}")
-        net, own = self.net, self._has_on_card(tensors)
+        net, own = self.net, self._has(tensors)
         if not own or net.dtype.name != dtype:
             net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
+        values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}  # of each other's memory
         for name, view in net.weights.items():
-            view[...] = tensors[name].detach().cpu().numpy()
+            view[...] = values[name]
         if own:
             self.net = net
+            for name, view in net.weights.items():
+                parameter = self._own[name]
+                if parameter is not None and parameter.device.type == "cpu":
+                    parameter.data = torch.from_numpy(view)
         return net
 
-    def _has_on_card(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether these are the layer's parameters, somewhere else than in the memory of the network."""
-        own = [(self._parameters.get(name), tensor) for name, tensor in tensors.items()]
-        return all(p is not None and p.device.type != "cpu" and p.data_ptr() == tensor.data_ptr() for p, tensor in own)
+    def _has(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether these are the layer's own parameters, not those that ``functional_call`` has put in their place."""
+        return all(
+            (own := self._own.get(name)) is not None
+            and own is self._parameters.get(name)
+            and own.data_ptr() == tensor.data_ptr()
+            for name, tensor in tensors.items()
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of every module; the network follows the new parameter."""
+        super().register_parameter(name, param)
+        self._own[name] = param
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ImplicitRNN:
         super()._apply(fn, recurse)
+        self._own = dict(self._parameters)
+        shared = any(parameter is not None and parameter.is_shared() for parameter in self._own.values())
         _share_memory(self)
+        if shared:
+            raise RuntimeError(
+                "the parameters of an ImplicitRNN layer are the memory of its network and cannot be shared among processes by "
+                "share_memory(): send state_dict() or gradients between them, as DistributedDataParallel does"
+            )
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a pickle or deep copy has parted them
@@ -171,9 +193,7 @@ def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
     """Let the network follow the parameters where these have got memory of their own."""
     own = [layer._parameters.get(name) for name in layer.net.weights]  # None where it is parametrised
     if all(weights is not None and weights.device.type == "cpu" for weights in own):
-        layer.net = layer.network(own)
-        for weights, view in zip(own, layer.net.weights.values(), strict=True):
-            weights.data = torch.from_numpy(view)
+        layer.network(own)
 
 
 def _common_dtype(tensors: dict[str, Tensor]) -> str:
@@ -198,12 +218,12 @@ def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().numpy()
+    return tensor.detach().resolve_neg().contiguous().numpy()
 
 
 def _lent(tensor: Tensor, device: str) -> Any:
     """What is taken for a tensor, without a copy: an array, or the tensor itself if it is on the device."""
-    whole = tensor.detach().contiguous()
+    whole = tensor.detach().resolve_neg().contiguous()
     return whole if is_lent(whole, device) else whole.numpy()
 
 
@@ -458,6 +478,8 @@ class _Solution(torch.autograd.Function):
             )
         again = torch.is_grad_enabled()  # and with respect to v too
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
+        if not wanted:  # but the start, on which a solution does not depend
+            return None, None, None, *(None for _ in args)
         rows = torch.from_numpy(ctx.solution.converged if again else has_cotangent)
         with torch.enable_grad():
             leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
@@ -509,6 +531,7 @@ class _JuliaPullback(torch.autograd.Function):
         )
 
 
+@torch.compiler.disable
 def _solve(
     pose: Callable[..., equations.ImplicitSolution],
     f: Function,
@@ -543,7 +566,7 @@ def _solve(
     floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     settings: dict[str, Any] = {
         "solver": solver,
-        "scale": None if scale is None else _numpy(torch.as_tensor(scale).cpu()),
+        "scale": None if scale is None else _numpy(_argument("scale", scale).cpu()),
         "on_failure": on_failure,
     }
     if isinstance(f, JuliaFunction):
@@ -554,8 +577,7 @@ def _solve(
                 f, _lent(start, device), args=given, batched=batched, vectorized=vectorized, device=device, **settings
             )
 
-        found: Tensor = _JuliaSolution.apply(solve_julia, device, z0, *floats)
-        return found
+        return _applied(_JuliaSolution, solve_julia, device, z0, *floats)
 
     positions = equations.positions(f, len(tensors), batched)
     conditions = _Conditions(f, [k in positions for k in range(len(tensors))], vectorized, pose is equations.root)
@@ -571,8 +593,36 @@ def _solve(
             **settings,
         )
 
-    z: Tensor = _Solution.apply(solve, conditions, z0.reshape(-1, z0.shape[-1]), *floats)
-    return z.reshape(z0.shape)
+    start = z0.reshape(-1, z0.shape[-1])
+    _warn_of_lost_gradients(conditions, start, floats)
+    return _applied(_Solution, solve, conditions, start, *floats).reshape(z0.shape)
+
+
+def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    """What the function gives; ``RuntimeError`` with the remedy under a transform of torch.func."""
+    try:
+        found: Tensor = function.apply(*given)
+    except RuntimeError as error:
+        if "functorch" not in str(error):
+            raise
+        raise RuntimeError(
+            "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a batch "
+            "with batched=, and differentiate by backward() or torch.autograd.grad"
+        ) from error
+    return found
+
+
+def _warn_of_lost_gradients(conditions: _Conditions, start: Tensor, args: Sequence[Tensor]) -> None:
+    """Warn where f has gradients with respect to something that is not among its arguments, to which none will flow."""
+    if not torch.is_grad_enabled():
+        return
+    value = conditions.f(*(tensor.detach().clone() for tensor in (start, *args)))
+    if isinstance(value, Tensor) and value.requires_grad:
+        warn(
+            "f uses tensors that require gradients and are not among args, such as parameters of a module: they will get none. "
+            "Pass them in args, f(z, *args), or detach() them",
+            UserWarning,
+        )
 
 
 def _argument(name: str, value: Any) -> Tensor:
@@ -587,8 +637,9 @@ def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
 
     @torch.no_grad()
     def g(*arrays: np.ndarray) -> np.ndarray:
-        return f(
-            *(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays)
-        ).numpy()
+        value = f(*(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays))
+        if not isinstance(value, Tensor):
+            raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
+        return value.resolve_neg().numpy()
 
     return g
