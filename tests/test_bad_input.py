@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from conftest import make_net
@@ -299,6 +301,71 @@ def test_outputs_of_another_kind_are_refused(outputs):
         irnn.Network(1, [2], outputs=outputs)
 
 
+@pytest.mark.parametrize(
+    ("structure", "error", "message"),
+    [
+        ({"skips": [(0.5, 2.5)]}, TypeError, r"skips has 0\.5; expected pairs \(earlier, later\) of layers"),
+        ({"skips": [(0, 1, 2)]}, ValueError, r"skips is \[\(0, 1, 2\)\]; expected pairs"),
+        ({"skips": "02"}, TypeError, "skips has '02'; expected pairs"),
+        ({"feedback": None}, TypeError, r"feedback has None; expected True, False or pairs \(later, earlier\)"),
+        ({"feedback": 1}, TypeError, "feedback has 1; expected True, False or pairs"),
+        ({"feedback": [("1", "0")]}, TypeError, "feedback has '1'; expected True, False or pairs"),
+        ({"input_skips": [1.5]}, TypeError, r"input_skips has 1\.5; expected layers that see the input"),
+        ({"input_skips": [[1]]}, TypeError, r"input_skips has \[1\]; expected layers"),
+        ({"layers": b"12"}, TypeError, "layers has b'12'; expected a list of Layer"),
+        ({"layers": np.array(3)}, TypeError, r"layers has array\(3\); expected a list of Layer"),
+        ({"outputs": np.array(3)}, TypeError, r"outputs has array\(3\); expected a number of outputs"),
+        ({"engine": np.array([])}, ValueError, r"engine is array.*; expected one of"),
+        ({"device": np.array([])}, ValueError, r"device is array.*; expected one of"),
+    ],
+)
+def test_structure_that_is_not_of_layers_is_refused_by_name(structure, error, message):
+    with pytest.raises(error, match=message):
+        irnn.Network(**({"inputs": 1, "layers": [2, 2, 2], "outputs": 1} | structure))
+
+
+def test_structure_may_be_given_in_numbers_and_arrays_of_numpy():
+    arrays = {"feedback": np.array([[2, 0]]), "skips": np.array([[0, 2]]), "input_skips": np.array([1])}
+    net = irnn.Network(1, np.array([2, 3, 2]), outputs=np.array([6]), **arrays)
+    lists = irnn.Network(1, [2, 3, 2], feedback=[(2, 0)], skips=[(0, 2)], input_skips=[1], outputs=[6])
+    assert net.topology == lists.topology
+    every = irnn.Network(1, [2, 2], feedback=np.True_, outputs=1)
+    assert every.topology == irnn.Network(1, [2, 2], feedback=True, outputs=1).topology
+
+
+def test_connection_that_is_named_twice_is_one():
+    twice = irnn.Network(1, [2, 2, 2], feedback=[(1, 0), (1, 0)], skips=[(0, 2), (0, 2)], outputs=1)
+    assert twice.topology == irnn.Network(1, [2, 2, 2], feedback=[(1, 0)], skips=[(0, 2)], outputs=1).topology
+
+
+@pytest.mark.parametrize(
+    "choose",
+    [
+        lambda word: irnn.Layer(2, lateral=word),
+        lambda word: irnn.EarlyStopping(restore_best=word),
+        lambda word: make_net("numpy").fit([[0.1] * 3], [[0.2] * 2], warm_start=word),
+        lambda word: make_net("numpy").fit([[0.1] * 3], [[0.2] * 2], restore_best=word),
+        lambda word: irnn.root(lambda z: z, [1.0], vectorized=word),
+    ],
+)
+@pytest.mark.parametrize("word", ["no", "False", 0, None, []])
+def test_word_in_place_of_true_or_false_is_refused(choose, word):
+    with pytest.raises(TypeError, match=f"must be True or False, got {re.escape(repr(word))}"):
+        choose(word)
+
+
+@pytest.mark.parametrize("activation", [["tanh"], np.tanh, None])
+def test_activation_that_is_no_name_is_refused(activation):
+    with pytest.raises(ValueError, match="unknown activation .*; expected one of tanh, "):
+        irnn.Layer(2, activation)
+
+
+@pytest.mark.parametrize("sizes", [{"inputs": 2**70}, {"outputs": 2**70}, {"layers": [10**8]}])
+def test_network_larger_than_memory_is_refused_at_once(sizes):
+    with pytest.raises(MemoryError, match=r"the network has \d+ parameters, for which .* GiB are needed"):
+        irnn.Network(**({"inputs": 1, "layers": [2], "outputs": 1} | sizes))
+
+
 def test_no_layers_are_refused():
     with pytest.raises(ValueError, match="layers is empty"):
         irnn.Network(1, [], outputs=1)
@@ -483,6 +550,41 @@ def test_count_of_fit_may_be_a_numpy_integer(net, X, Y, name):
 def test_clip_that_is_not_positive_is_refused(net, X, Y, clip):
     with pytest.raises(ValueError, match="clip must be positive"):
         net.fit(X, Y, clip=clip)
+
+
+@pytest.mark.parametrize("clip", ["1", [1.0], np.array([1.0]), True])
+def test_clip_that_is_no_number_is_refused(net, X, Y, clip):
+    with pytest.raises(TypeError, match="clip must be a number"):
+        net.fit(X, Y, clip=clip)
+
+
+@pytest.mark.parametrize("make", [lambda net: net, lambda net: [net, "net"], lambda net: iter([net])])
+def test_what_is_no_list_of_nets_is_refused(net, X, Y, make):
+    with pytest.raises(TypeError, match=r"nets must be a list of Network, got .*net\.fit\(X, Y\)"):
+        irnn.fit_many(make(net), X, Y)
+
+
+def test_report_of_another_kind_is_refused(net, X, Y):
+    with pytest.raises(TypeError, match=r"report is True; expected GradientReport\.empty\(12\)"):
+        net.loss_and_gradient(X, Y, report=True)
+
+
+@pytest.mark.parametrize("state", [np.zeros((2, 99)), np.zeros(5), np.zeros((1, 2, 5)), [], 1.0])
+def test_states_of_another_shape_are_not_read_out(net, state):
+    with pytest.raises(ValueError, match=r"state has shape \(.*\); expected \(samples, \d+ neurons\)"):
+        net.read_out(state)
+
+
+def test_states_may_be_lists(net, X):
+    state = net.equilibrium(X).state
+    np.testing.assert_array_equal(net.read_out(state.tolist()), net.read_out(state))
+
+
+@pytest.mark.parametrize("path", [None, 3, b"net.safetensors", ["net.safetensors"]])
+def test_what_is_no_path_is_refused(net, path):
+    for use in (net.save, irnn.load):
+        with pytest.raises(TypeError, match="path is .*; expected a name, as text or a pathlib.Path"):
+            use(path)
 
 
 def test_fit_of_no_nets_is_refused(X, Y):

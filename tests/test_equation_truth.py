@@ -446,6 +446,17 @@ def test_root_of_infinite_slope_is_found(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("tol", [1e-16, 1e-300])
+def test_tolerance_that_no_number_can_reach_asks_for_the_nearest_root(kind, dtype, tol):
+    f = either(kind, lambda z, a: z**2 - a, "(z, a) -> z .^ 2 .- a")
+    a = np.arange(2, 40)[:, None].astype(dtype)
+    for solver in (Newton(tol=tol), Auto(tol=tol)):
+        sol = root(f, np.ones_like(a), args=(a,), batched="a", solver=solver)
+        np.testing.assert_allclose(sol.value, np.sqrt(a), rtol=2 * np.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_start_at_or_near_the_root_converges_at_once(kind):
     f = either(kind, lambda z, a: z**3 + z - a, "(z, a) -> z .^ 3 .+ z .- a")
     start = np.array([[1.0], [1 + 1e-15], [1 + 1e-12], [1 + 1e-9]])

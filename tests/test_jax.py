@@ -215,6 +215,36 @@ def test_vmap_over_equations():
     close(jax.jit(jax.vmap(jax.grad(z)))(a), [jax.grad(z)(each) for each in a], rtol=1e-8)
 
 
+def test_what_an_equation_closes_over_counts_as_an_argument():
+    def by_argument(a):
+        return door.fixed_point(lambda z, a: jnp.cos(a * z), np.array([0.5]), args=(a,))[0]
+
+    def by_closure(a):
+        return door.fixed_point(lambda z: jnp.cos(a * z), np.array([0.5]))[0]
+
+    def by_both(a):  # the derivative has a part of either
+        return door.fixed_point(lambda z, b: jnp.cos(jnp.sqrt(a * b) * z), np.array([0.5]), args=(a,))[0]
+
+    a = np.array([0.3, 0.8])
+    for closure in (by_closure, by_both):
+        for transform in (lambda f: f, jax.grad, jax.jacfwd, lambda f: jax.grad(jax.grad(f))):
+            expected = [transform(by_argument)(each) for each in a]
+            close([transform(closure)(each) for each in a], expected, rtol=1e-8)
+            close(jax.vmap(transform(closure))(a), expected, rtol=1e-8)
+            close(jax.jit(jax.vmap(transform(closure)))(a), expected, rtol=1e-8)
+            close([transform(jax.jit(closure))(each) for each in a], expected, rtol=1e-8)
+
+
+def test_random_numbers_of_a_key_may_drive_an_equation():
+    def drift(z, key):
+        return 0.5 * z + jax.random.normal(key, (1,))
+
+    key = jax.random.PRNGKey(0)
+    close(door.fixed_point(drift, np.zeros(1), args=(key,)), 2 * jax.random.normal(key, (1,)))
+    with pytest.raises(TypeError, match=r"args\[0\] is a random key .*jax\.random\.key_data"):
+        door.fixed_point(drift, np.zeros(1), args=(jax.random.key(0),))
+
+
 def test_answer_in_compiled_code_does_not_depend_on_the_unit():
     sizes = 10.0 ** np.arange(-18, 19, 4)[:, None]
     z = jax.jit(lambda a: door.root(lambda z, a: z**2 - a, 3 * sizes, args=(a,), batched="a"))(4 * sizes**2)

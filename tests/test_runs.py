@@ -7,6 +7,7 @@ import os
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 
@@ -83,6 +84,28 @@ def runs_a_net() -> dict:
 def test_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(ValueError, match="tasks has the name"):
         run_many(runs.square, {name: {"x": 1}})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"run": None}, "run is None; expected a function"),
+        ({"report": "yes"}, "report is 'yes'; expected a function"),
+        ({"tasks": [{"x": 1}]}, "tasks is a list; expected the arguments of each run by its name"),
+        ({"tasks": {"a": 1}}, r"tasks\['a'\] is 1; expected the arguments of the run by name"),
+        ({"folder": 3}, "path is 3; expected a name"),
+    ],
+)
+def test_what_is_no_run_or_task_is_refused_by_name(given, message):
+    with pytest.raises(TypeError, match=message):
+        run_many(**({"run": runs.square, "tasks": TASKS} | given))
+
+
+def test_arguments_that_cannot_be_kept_are_refused_before_anything_runs(tmp_path):
+    ran = []
+    with pytest.raises(TypeError, match="must be data that JSON can hold, where results are kept in a folder: .*int64"):
+        run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.int64(2)}}, folder=tmp_path)
+    assert not ran
 
 
 @pytest.mark.parametrize("jobs", [0, -1])

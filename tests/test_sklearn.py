@@ -358,6 +358,38 @@ def test_predictions_before_a_fit_are_refused(estimator, data):
         estimator.predict(data[0])
 
 
+def test_a_fit_that_fails_leaves_nothing_that_could_predict(estimator, data):
+    with pytest.raises(ValueError, match="clip must be positive"):
+        estimator.set_params(clip=-1.0).fit(*data)
+    with pytest.raises(NotFittedError):
+        estimator.predict(data[0])
+
+
+def test_a_fit_that_fails_leaves_the_last_one_as_it_was(estimator, data):
+    X, y = data
+    expected = estimator.fit(X, y).predict(X)
+    with pytest.raises(ValueError, match="clip must be positive"):
+        estimator.set_params(clip=-1.0).fit(100 * X + 5, y[::-1])
+    assert_array_equal(estimator.predict(X), expected)
+    assert estimator.n_iter_ == len(estimator.loss_curve_) == 5
+
+
+def test_a_stream_that_begins_with_an_unknown_label_can_begin_again(classifier, iris):
+    X, y = iris
+    with pytest.raises(ValueError, match="previously unseen labels"):
+        classifier.partial_fit(X, y, classes=["setosa", "versicolor"])
+    with pytest.raises(NotFittedError):
+        classifier.predict(X)
+    assert len(classifier.partial_fit(X, y, classes=np.unique(y)).classes_) == 3
+
+
+@pytest.mark.parametrize("kind", ["timedelta64[s]", "datetime64[s]"])
+def test_times_are_no_targets_without_a_unit(regressor, friedman, kind):
+    X, y = friedman
+    with pytest.raises(TypeError, match="y has dtype .*; expected numbers: divide it by a unit"):
+        regressor.fit(X, y.astype(np.int64).astype(kind))
+
+
 def test_a_warm_start_with_another_network_is_refused(estimator, data):
     estimator.set_params(warm_start=True).fit(*data).set_params(layers=(7,))
     with pytest.raises(ValueError, match="from which warm_start and partial_fit cannot go on"):

@@ -265,7 +265,7 @@ def fixed_point(
 ) -> jax.Array:
     """The solution of ``z = f(z, *args)`` with f written in JAX, differentiable in the arguments, any number of times.
 
-    Or with f in Julia code, differentiable once.
+    It is so in what f closes over, too. Or with f in Julia code, differentiable once.
 
     Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
     the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
@@ -390,16 +390,30 @@ def _solve(
         raise TypeError(f"f returned {found}; expected an array of {start.dtype}")
     if found.shape != start.shape[-1:]:
         raise ValueError(f"f returned an array of shape {found.shape}; expected {start.shape[-1:]}, the shape of one z")
-    problem = _Problem(pose, jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes), sorted(positions), chosen, on_failure)
-    z = _solution(problem, start.reshape(-1, start.shape[-1]), arrays)
+    f, held, traced = _hoist(f, one)
+    axes = (*axes, *(None for _ in held))
+    F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
+    problem = _Problem(pose, F, J, sorted(positions), chosen, on_failure, traced)
+    z = _solution(problem, start.reshape(-1, start.shape[-1]), [*arrays, *held])
     return z.reshape(start.shape)
 
 
 def _argument(name: str, value: Any) -> jax.Array:
     try:
-        return jnp.asarray(value)
+        array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number or an array of numbers") from error
+    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{name} is a random key of dtype {array.dtype}; pass its numbers, jax.random.key_data({name})")
+    return array
+
+
+def _hoist(f: Callable[..., jax.Array], one: Sequence[jax.Array]) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
+    """f with what it closes over and JAX differentiates as further arguments; these; and whether JAX traces anything of f."""
+    if not _are_traced(*jax.make_jaxpr(f)(*one).consts):
+        return f, [], False
+    converted, held = jax.closure_convert(f, *one)
+    return converted, list(held), True
 
 
 _LARGEST_CHANGE = 0.25
@@ -416,6 +430,7 @@ class _Problem:
     batched: list[int]
     solver: Solver
     on_failure: OnFailure
+    traced: bool
 
     @property
     def root(self) -> bool:
@@ -445,16 +460,17 @@ class _Problem:
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """The solutions (B, n)."""
-    if _are_traced(start, *args):
+    if problem.traced or _are_traced(start, *args):
         return _newton(problem, start, args)
+    dtypes = [start.dtype, *(array.dtype for array in args)]
     solution = problem.pose(
-        _on_arrays(problem.f),
+        _on_arrays(problem.f, dtypes),
         np.asarray(start),
         args=[np.asarray(array) for array in args],
         batched=problem.batched,
         solver=problem.solver,
         vectorized=True,
-        jac=_on_arrays(problem.jacobian),
+        jac=_on_arrays(problem.jacobian, dtypes),
         on_failure=problem.on_failure,
     )
     return jnp.where(solution.converged[:, None], solution.state, np.nan)
@@ -470,10 +486,15 @@ def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Arr
     return z, factor[:, None] * problem.direction(z, args, c)
 
 
-def _on_arrays(f: Callable[..., jax.Array]) -> Callable[..., Array]:
-    """The function of JAX as one of NumPy arrays, compiled."""
+def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Callable[..., Array]:
+    """The function of JAX as one of NumPy arrays, compiled; integers are of the dtypes that it was given."""
     compiled = jax.jit(f)
-    return lambda *arrays: np.asarray(compiled(*arrays))
+
+    def g(*arrays: Array) -> Array:
+        given = [array.astype(d, copy=False) for array, d in zip(arrays, dtypes, strict=True)]
+        return np.asarray(compiled(*given))
+
+    return g
 
 
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:

@@ -484,8 +484,8 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
-        if y.dtype.kind not in "biuf":
-            raise TypeError(f"y has dtype {y.dtype}; expected real numbers (float, integer or boolean)")
+        if y.dtype.kind in "mM":
+            raise TypeError(f"y has dtype {y.dtype}; expected numbers: divide it by a unit, y / np.timedelta64(1, 's')")
         self._target_shape = y.shape[1:]
         self._target_scaler = self._scaler_of("y", self._columns(y), weights)
 

@@ -170,6 +170,9 @@ def fit_many(
         if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
             raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
         held_out = _validation(first, chosen, *validation)
+    restore_best, warm_start = (
+        options.check_flag(name, flag) for name, flag in (("restore_best", restore_best), ("warm_start", warm_start))
+    )
     if held_out is None and (restore_best or early_stopping is not None):
         needs = "restore_best" if restore_best else "early_stopping"
         raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
@@ -194,10 +197,10 @@ def fit_many(
         check_penalty(jacobian_penalty, gradient),
         options.check_count("validation_every", validation_every),
         early_stopping,
-        options.check_flag("restore_best", restore_best),
+        restore_best,
         options.choose(Guard, guard, "guard"),
         seed,
-        options.check_flag("warm_start", warm_start),
+        warm_start,
     )
     watch = Watch(
         _callbacks(callbacks),

@@ -296,12 +296,15 @@ class _Sizes:
 
     def reference(self, size: Array, index: Array) -> Array:
         """What a step is related to, at iterates of that size of the samples ``index``."""
-        return np.maximum(np.maximum(size, self.floor), self.eps * np.fmax(self.largest[index], size) / self.tol)
+        return np.maximum(np.maximum(size, self.floor), self.rounding(size, index) / self.tol)
+
+    def rounding(self, size: Array, index: Array) -> Array:
+        """That of the largest iterate on the way."""
+        return np.asarray(self.eps * np.fmax(self.largest[index], size))
 
     def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
         """Whether steps end the iteration, see ``engines.base.Equation``."""
-        rounding = self.eps * np.fmax(self.largest[index], size)
-        rounding = (step <= rounding) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
+        rounding = (step <= self.rounding(size, index)) & ((rate > single.STILL_SHRINKS) | spent | (step == 0))
         return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
 
 
@@ -433,8 +436,14 @@ class _Root:
                 done, CONVERGED, np.where(broken, NON_FINITE, np.where(exists, MAX_ITERATIONS, SINGULAR))
             )
             moving = ~(done | broken | ~exists | spent)
-            going, step, merit = going[moving], step[moving], merit[moving]
-            going = self.search(Z, F, rows, going, step, merit, evaluations, status, limit)
+            settled = (length <= sizes.rounding(size, index))[moving]
+            searched, step, merit = going[moving], step[moving], merit[moving]
+            going = self.search(Z, F, rows, searched, step, merit, evaluations, status, limit)
+            settled &= status[searched] == SINGULAR
+            if settled.any():  # a root to rounding, from which nothing leads on
+                found = searched[settled]
+                steady = _is_steady(f, Z[found], rows[found], step[settled], F[found])
+                status[found[steady]] = CONVERGED
         return Z, status, evaluations, residual, rate
 
     def search(
