@@ -105,6 +105,19 @@ def test_nlsolve_and_picard_find_the_same_equilibria_to_1e_10(method, X):
     assert np.abs(picard - nlsolve).max() <= 1e-10
 
 
+@pytest.mark.parametrize("linear_solver", ["auto", "lu", "neumann", "anderson", "gmres"])
+def test_derivatives_of_zero_are_zero_by_every_linear_solver_of_julia(linear_solver, X):
+    net = make_net("julia")
+    adjoint = irnn.Implicit(linear_solver)
+    gradient, dX = net.vjp(X, np.zeros((len(X), 2)), adjoint=adjoint)
+    assert not gradient.any()
+    assert not dX.any()
+    assert not net.jvp(X, np.zeros_like(X), adjoint=adjoint).any()
+    V = np.zeros((len(X), 2))
+    V[3] = 1.0  # some samples have a derivative, others have none
+    np.testing.assert_allclose(net.vjp(X, V, adjoint=adjoint)[1], net.vjp(X, V)[1], rtol=1e-7, atol=1e-12)
+
+
 @pytest.mark.parametrize("linear_solver", ["auto", "lu", "neumann"])
 def test_every_linear_solver_of_julia_gives_the_gradient_of_the_reference(linear_solver, X, Y):
     ours, theirs = both()

@@ -472,3 +472,11 @@ def test_start_that_is_near_a_root_is_examined_with_care():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         np.testing.assert_allclose(root(wrong, [1 + 1e-5]).value, [1.0], rtol=1e-10)
+
+
+@pytest.mark.julia
+def test_many_unknowns_that_do_not_depend_on_an_argument_have_a_derivative_of_zero():
+    f = irnn.julia("(z, a, b) -> 2 .* z .- a .- 0.1 .* sum(z) ./ length(z) .+ 0 .* b")
+    sol = root(f, np.zeros(2500), args=(1.0, 1.0), engine="julia")
+    assert not sol.jacobian("b").any()
+    np.testing.assert_allclose(sol.jacobian("a"), 1 / 1.9)

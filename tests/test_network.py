@@ -281,6 +281,20 @@ def test_parameters_that_are_not_numbers_are_not_returned_as_a_result_silently(n
         net.predict(X)
 
 
+@pytest.mark.parametrize("activation", ["relu", "softplus", "elu", "gelu", "silu", "identity"])
+@pytest.mark.parametrize("solver", ["auto", "picard", "anderson", "newton", irnn.Picard(damping=0.5)])
+def test_size_of_the_inputs_does_not_put_the_equilibrium_in_doubt(engine, activation, solver):
+    net = irnn.Network(2, [irnn.Layer(5, activation)], outputs=1, seed=0, engine=engine)
+    X = np.array([[1.0, -0.5]]) * 10.0 ** np.array([[6], [9], [30], [100]])
+    solution = net.equilibrium(X, solver=solver, on_failure="ignore")
+    assert solution.converged.all()
+    R, u = net.recurrent_weights, X @ net.input_weights.T
+    if activation in ("relu", "identity"):  # of which the equilibrium is known
+        active = solution.state > 0 if activation == "relu" else np.ones_like(u, bool)
+        exact = [np.linalg.solve(np.eye(5) - d[:, None] * R, d * v) for d, v in zip(active, u, strict=True)]
+        np.testing.assert_allclose(solution.state / X[:, :1], exact / X[:, :1], atol=1e-7)
+
+
 @pytest.mark.parametrize("damping", [0.2, 0.4])
 def test_equilibrium_that_only_damping_reaches_is_found_and_marked_as_unstable(engine, damping):
     net, solver = make_oscillating(engine), irnn.Picard(damping=damping)

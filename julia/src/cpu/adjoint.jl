@@ -169,9 +169,13 @@ function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
     for j in c.active:-1:1
         check_interrupt()
         g, d = c.U[:, j], c.coefficients[:, j]
+        if iszero(g)  # as behind dead neurons; a Krylov space needs a direction
+            view(c.Z, :, j) .= 0
+            continue
+        end
         λ, _ = @late linsolve(
             v -> v - M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
-            atol = zero(T), rtol = p.tol / 2,
+            atol = zero(T), rtol = p.tol / 2, verbosity = 0,  # the residual is looked at and told
         )
         view(c.Z, :, j) .= d .* λ
     end

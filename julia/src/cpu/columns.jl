@@ -200,8 +200,11 @@ function affine!(c::Columns, p::FixedPoint)
     return copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
 end
 
-"Largest accepted growth of a residual; beyond it a sample counts as diverged."
+"Largest accepted residual, in units of 1 and of u; beyond it a sample counts as diverged."
 const BLOW_UP = 1.0e6
+
+# Looked at where the residual is large for a u of usual size only: that of a large u is large, too, on the way to its equilibrium.
+@noinline has_blown_up(c::Columns{T}, j::Int, residual) where {T} = residual > T(BLOW_UP) * norm(view(c.U, :, j))
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
@@ -217,7 +220,7 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
     end
     status = !isfinite(residual) ? NON_FINITE :
         residual <= p.tol * scale ? CONVERGED :
-        residual > T(BLOW_UP) * (1 + p.floor) ? DIVERGED : nothing
+        residual > T(BLOW_UP) * (1 + p.floor) && has_blown_up(c, j, residual) ? DIVERGED : nothing
     return status, iszero(scale) ? zero(T) : residual / scale
 end
 

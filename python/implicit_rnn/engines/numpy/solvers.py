@@ -194,8 +194,9 @@ class _Solve:
         return np.asarray(rows.residual <= self.equation.tol * scale)
 
     def largest(self, rows: _Rows) -> Array | float:
-        """The residual above which a row has diverged."""
-        return float(BLOW_UP * (1 + self.floor))
+        """The residual above which a row has diverged, in units of 1 and of u: that of a large u is large, too, on its way."""
+        usual = float(BLOW_UP * (1 + self.floor))
+        return np.maximum(usual, BLOW_UP * norm(rows.U)) if (rows.residual > usual).any() else usual
 
     def finish(self, rows: _Rows, status: Array, residual: Array, rate: Array) -> None:
         self.Z[rows.index] = rows.Z  # the iterate whose residual is known, and the last finite one
