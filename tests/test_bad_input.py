@@ -356,7 +356,7 @@ def test_word_in_place_of_true_or_false_is_refused(choose, word):
 
 @pytest.mark.parametrize("activation", [["tanh"], np.tanh, None])
 def test_activation_that_is_no_name_is_refused(activation):
-    with pytest.raises(ValueError, match="unknown activation .*; expected one of tanh, "):
+    with pytest.raises(ValueError, match=r"unknown activation .*; expected one of tanh, "):
         irnn.Layer(2, activation)
 
 
@@ -583,7 +583,7 @@ def test_states_may_be_lists(net, X):
 @pytest.mark.parametrize("path", [None, 3, b"net.safetensors", ["net.safetensors"]])
 def test_what_is_no_path_is_refused(net, path):
     for use in (net.save, irnn.load):
-        with pytest.raises(TypeError, match="path is .*; expected a name, as text or a pathlib.Path"):
+        with pytest.raises(TypeError, match=r"path is .*; expected a name, as text or a pathlib.Path"):
             use(path)
 
 

@@ -105,6 +105,16 @@ def test_matrices_have_the_same_indices_in_both_languages(given, rng):
     np.testing.assert_allclose(sol.value, expected, atol=1e-8)
 
 
+def test_float32_of_either_byte_order_stays_float32():
+    sol = fixed_point(np.cos, np.array([0.5], np.float32).astype(">f4"))
+    assert sol.value.dtype == np.float32
+
+
+def test_argument_that_is_not_finite_is_where_the_error_says_to_look():
+    with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*look whether args are finite"):
+        fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(np.nan,))
+
+
 def test_float32_stays_float32(given):
     sol = fixed_point(given("cosine"), np.array([0.5], np.float32), args=(0.8,))
     assert sol.value.dtype == sol.vjp([1.0])["a"].dtype == np.float32

@@ -172,3 +172,10 @@ def test_huge_weights_of_samples_weigh_as_others_do(X):
     weights = np.arange(1.0, 9.0)
     expected = net().loss_and_gradient(X, X[:, :1], sample_weights=weights)[0]
     assert net().loss_and_gradient(X, X[:, :1], sample_weights=weights * 1e307)[0] == pytest.approx(expected)
+
+
+def test_data_frames_may_have_two_columns_of_one_name():
+    pandas = pytest.importorskip("pandas")
+    X = np.random.default_rng(0).normal(size=(5, 3))
+    net = irnn.Network(3, [2], outputs=1, seed=0, engine="numpy")
+    np.testing.assert_array_equal(net.predict(pandas.DataFrame(X, columns=["a", "b", "a"])), net.predict(X))

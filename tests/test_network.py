@@ -281,6 +281,26 @@ def test_parameters_that_are_not_numbers_are_not_returned_as_a_result_silently(n
         net.predict(X)
 
 
+@pytest.mark.parametrize(("name", "value"), [("C", np.nan), ("d", np.inf)])
+def test_outputs_that_are_not_numbers_are_not_returned_silently_either(net, X, name, value):
+    net.weights[name][...] = value
+    with np.errstate(all="ignore"):
+        with pytest.raises(
+            irnn.ConvergenceError, match=r"12 of 12 samples have outputs with NaN.*net.parameters are finite"
+        ):
+            net.predict(X)
+        assert not np.isfinite(net.predict(X, on_failure="ignore")).any()
+
+
+def test_gradient_of_a_loss_that_overflows_says_where_to_look(engine, X):
+    net = make_net(engine)
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(irnn.ConvergenceError, match=r"the derivative of the loss overflows.*Y, net"),
+    ):
+        net.loss_and_gradient(X, np.full((len(X), 2), 1e300))
+
+
 @pytest.mark.parametrize("activation", ["relu", "softplus", "elu", "gelu", "silu", "identity"])
 @pytest.mark.parametrize("solver", ["auto", "picard", "anderson", "newton", irnn.Picard(damping=0.5)])
 def test_size_of_the_inputs_does_not_put_the_equilibrium_in_doubt(engine, activation, solver):

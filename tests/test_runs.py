@@ -103,7 +103,9 @@ def test_what_is_no_run_or_task_is_refused_by_name(given, message):
 
 def test_arguments_that_cannot_be_kept_are_refused_before_anything_runs(tmp_path):
     ran = []
-    with pytest.raises(TypeError, match="must be data that JSON can hold, where results are kept in a folder: .*int64"):
+    with pytest.raises(
+        TypeError, match=r"must be data that JSON can hold, where results are kept in a folder: .*int64"
+    ):
         run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.int64(2)}}, folder=tmp_path)
     assert not ran
 

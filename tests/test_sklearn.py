@@ -386,7 +386,7 @@ def test_a_stream_that_begins_with_an_unknown_label_can_begin_again(classifier, 
 @pytest.mark.parametrize("kind", ["timedelta64[s]", "datetime64[s]"])
 def test_times_are_no_targets_without_a_unit(regressor, friedman, kind):
     X, y = friedman
-    with pytest.raises(TypeError, match="y has dtype .*; expected numbers: divide it by a unit"):
+    with pytest.raises(TypeError, match=r"y has dtype .*; expected numbers: divide it by a unit"):
         regressor.fit(X, y.astype(np.int64).astype(kind))
 
 

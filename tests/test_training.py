@@ -377,3 +377,11 @@ def test_notebook_shows_a_run_as_a_table_in_which_texts_are_escaped(X, Y):
     run = dataclasses.replace(make_net("numpy").fit(X, Y, epochs=2), stopped="a < b & c")
     table = ElementTree.fromstring(run._repr_html_())
     assert [row[1].text for row in table.iter("tr")][-1] == "a < b & c"
+
+
+@pytest.mark.filterwarnings("ignore::implicit_rnn.errors.ScaleWarning")
+def test_squares_beyond_single_precision_do_not_halt_a_training_in_single_precision(engine, X):
+    net = make_net(engine, dtype="float32")
+    run = net.fit(X, np.full((len(X), 2), 1e22), optimizer=irnn.Adam(0.01), clip=1.0, epochs=3, progress=False)
+    assert run.stopped is None
+    assert np.isfinite(run.loss).all()

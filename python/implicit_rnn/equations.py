@@ -23,7 +23,7 @@ from implicit_rnn.device_arrays import DeviceArray, check_dtype, check_finite, l
 from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
-from implicit_rnn.solution import SINGULAR, UNSTABLE, Solution
+from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.validation import as_array, as_real
 
@@ -353,6 +353,8 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     remedies = ["another z0", "a larger max_iterations", "another solver"]
     if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
+    if (solution.status == NON_FINITE).any():
+        remedies.insert(0, "where NaN or infinity came up, look whether args are finite and f is at z0")
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     if (solution.status == SINGULAR).any():
@@ -434,7 +436,7 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
         there = array if array.ndim == 2 else array.reshape(1, -1)
         check_finite("z0", there)
         return cast("Array", there), array.shape
-    dtype = np.dtype(np.float32 if array.dtype == np.float32 else np.float64)
+    dtype = np.dtype(np.float32 if array.dtype.newbyteorder("=") == np.float32 else np.float64)
     start = np.ascontiguousarray(as_real("z0", array, dtype))
     start = start if start.ndim == 2 else start.reshape(1, -1)
     if not _is_finite(start):

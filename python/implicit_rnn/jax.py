@@ -408,7 +408,9 @@ def _argument(name: str, value: Any) -> jax.Array:
     return array
 
 
-def _hoist(f: Callable[..., jax.Array], one: Sequence[jax.Array]) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
+def _hoist(
+    f: Callable[..., jax.Array], one: Sequence[jax.Array]
+) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
     """f with what it closes over and JAX differentiates as further arguments; these; and whether JAX traces anything of f."""
     if not _are_traced(*jax.make_jaxpr(f)(*one).consts):
         return f, [], False

@@ -33,7 +33,14 @@ from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
-from implicit_rnn.validation import as_generator, as_real, as_samples, check_memory_of_parameters, check_samples
+from implicit_rnn.validation import (
+    all_finite,
+    as_generator,
+    as_real,
+    as_samples,
+    check_memory_of_parameters,
+    check_samples,
+)
 
 Array = np.ndarray
 
@@ -392,7 +399,12 @@ class Network:
         >>> net.predict([[0.5, -1.0], [0.2, 0.1]]).shape
         (2, 1)
         """
-        return self.read_out(self.equilibrium(X, solver=solver, z0=z0, on_failure=on_failure).state)
+        outputs = self.read_out(self.equilibrium(X, solver=solver, z0=z0, on_failure=on_failure).state)
+        if isinstance(outputs, np.ndarray) and not all_finite(outputs):
+            bad = int((~np.isfinite(outputs)).any(axis=1).sum())
+            failure = f"{bad} of {len(outputs)} samples have outputs with NaN or infinity"
+            _report(on_failure, failure, self.topology.constraint, np.array([NON_FINITE]))
+        return outputs
 
     def read_out(self, state: Array) -> Array:
         """The outputs of states.
@@ -829,6 +841,11 @@ class Network:
             )
             # Of the samples, this much is known.
             failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
+            if np.isnan(quality.adjoint_residual) and not np.isnan(quality.residual):
+                failure += (
+                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout should be "
+                    "looked at: Y, net.weights['C'] and net.weights['d']"
+                )
             _report(on_failure, failure, self.topology.constraint, np.array(failed))
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:

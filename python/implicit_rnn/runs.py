@@ -92,7 +92,9 @@ def run_many(
         if not callable(function):
             raise TypeError(f"{what} is {function!r}; expected a function")
     if not isinstance(tasks, Mapping):
-        raise TypeError(f"tasks is a {type(tasks).__name__}; expected the arguments of each run by its name, a dict of dicts")
+        raise TypeError(
+            f"tasks is a {type(tasks).__name__}; expected the arguments of each run by its name, a dict of dicts"
+        )
     for name, arguments in tasks.items():
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
             raise ValueError(f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-'")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -87,9 +88,9 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")
     version = metadata.get("format_version", "")
-    if not (version.isascii() and version.isdigit()) or int(version) > FORMAT_VERSION:
+    if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise ModelFileError(
-            f"{source} has format version {version or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
+            f"{source} has format version {version[:20] or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
             "pip install --upgrade implicit-rnn"
         )
     check_engine(engine)

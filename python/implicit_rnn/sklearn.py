@@ -92,12 +92,12 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
         """What ``_learn`` does, or nothing at all: an error leaves the estimator as it was, not with a network that is not trained."""
-        before = dict(vars(self))
+        before = dict(self.__dict__)
         try:
             return self._learn(*data, **how)
         except Exception:
-            vars(self).clear()
-            vars(self).update(before)
+            self.__dict__.clear()
+            self.__dict__.update(before)
             raise
 
     def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:

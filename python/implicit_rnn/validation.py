@@ -63,13 +63,14 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     array = as_real(name, array, dtype)
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = np.require(array, requirements=("C", "A"))
-    if not _all_finite(array):
+    if not all_finite(array):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         tell_of_nonfinite(name, len(bad), len(array), int(bad[0]))
     return array
 
 
-def _all_finite(array: np.ndarray) -> bool:
+def all_finite(array: np.ndarray) -> bool:
+    """Whether there is neither NaN nor infinity."""
     # Of few numbers the sum of squares is known sooner than whether each is finite; should that overflow, they are looked at.
     return (array.size < _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
@@ -214,11 +215,10 @@ def _from_pandas(name: str, table: Any) -> np.ndarray:
         raise ValueError(
             f"{name} has {int(np.asarray(missing).sum())} missing values; fill them, or leave their samples out"
         )
-    columns = [table[column] for column in table.columns] if hasattr(table, "columns") else [table]
-    for column in columns:
-        if str(column.dtype) == "category" or getattr(column.dtype, "kind", "?") not in _CONVERTIBLE + "O":
+    for column, dtype in table.dtypes.items() if hasattr(table, "columns") else [(table.name, table.dtype)]:
+        if str(dtype) == "category" or getattr(dtype, "kind", "?") not in _CONVERTIBLE + "O":
             raise TypeError(
-                f"{name} has a column {column.name!r} of dtype {column.dtype}; expected numbers: encode it, for example with "
+                f"{name} has a column {column!r} of dtype {dtype}; expected numbers: encode it, for example with "
                 "pandas.get_dummies"
             )
     array = np.asarray(table)

@@ -111,8 +111,8 @@ class StepTrainer:
 
 
 def _norms(P: Array) -> Array:
-    """(S,) Euclidean, infinite without a warning where they overflow."""
-    return np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P)))
+    """(S,) Euclidean, of squares in double precision; infinite without a warning where they overflow."""
+    return np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P, dtype=np.float64)))
 
 
 def _select(samples: Samples, chosen: Array | slice) -> Samples:

@@ -289,7 +289,7 @@ def _check_extent(record: Record, times: Array, lines: Array, period: float) -> 
     if lasts < PERIODS * period:
         raise ValueError(
             f"{record.name} shows {lasts:.3g} s of free swing after {times[0]:.3g} s (line {lines[0]}), "
-            f"{lasts / period:.2g} periods of {period:.3g} s; expected at least {PERIODS}: record it for longer"
+            f"{lasts / period:.3f} periods of {period:.3g} s; expected at least {PERIODS}: record it for longer"
         )
     gaps = np.diff(times)
     k = int(np.argmax(gaps))
