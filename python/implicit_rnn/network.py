@@ -843,8 +843,8 @@ class Network:
             failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
             if np.isnan(quality.adjoint_residual) and not np.isnan(quality.residual):
                 failure += (
-                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout should be "
-                    "looked at: Y, net.weights['C'] and net.weights['d']"
+                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout "
+                    "should be looked at: Y, net.weights['C'] and net.weights['d']"
                 )
             _report(on_failure, failure, self.topology.constraint, np.array(failed))
 

@@ -274,6 +274,7 @@ class _Store:
             described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise TypeError(
-                f"settings and the arguments of tasks must be data that JSON can hold, where results are kept in a folder: {error}"
+                f"settings and the arguments of tasks must be data that JSON can hold, where results are kept in a folder: "
+                f"{error}"
             ) from None
         return hashlib.sha256(described.encode()).hexdigest()

@@ -90,8 +90,8 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise ModelFileError(
-            f"{source} has format version {version[:20] or 'unknown'}; this version of implicit-rnn reads up to {FORMAT_VERSION}: "
-            "pip install --upgrade implicit-rnn"
+            f"{source} has format version {version[:20] or 'unknown'}; this version of implicit-rnn reads up to "
+            f"{FORMAT_VERSION}: pip install --upgrade implicit-rnn"
         )
     check_engine(engine)
     if device is not None:

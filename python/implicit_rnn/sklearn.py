@@ -91,7 +91,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     # --- training ----------------------------------------------------------------------------------------
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
-        """What ``_learn`` does, or nothing at all: an error leaves the estimator as it was, not with a network that is not trained."""
+        """What ``_learn`` does, or nothing at all: an error leaves no network behind that is not trained."""
         before = dict(self.__dict__)
         try:
             return self._learn(*data, **how)

@@ -608,8 +608,8 @@ def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
         if "functorch" not in str(error):
             raise
         raise RuntimeError(
-            "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a batch "
-            "with batched=, and differentiate by backward() or torch.autograd.grad"
+            "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a "
+            "batch with batched=, and differentiate by backward() or torch.autograd.grad"
         ) from error
     return found
 
