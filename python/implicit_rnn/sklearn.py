@@ -7,7 +7,8 @@ scaled, labels encoded, options are parameters. Needs ``pip install 'implicit-rn
 from __future__ import annotations
 
 from abc import ABCMeta, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -92,9 +93,14 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
         """What ``_learn`` does, or nothing at all: an error leaves no network behind that is not trained."""
+        with self._undone_if_it_fails():
+            return self._learn(*data, **how)
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
         before = dict(self.__dict__)
         try:
-            return self._learn(*data, **how)
+            yield
         except Exception:
             self.__dict__.clear()
             self.__dict__.update(before)
@@ -638,8 +644,9 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         ValueError, TypeError
             For data or parameters out of range or of the wrong kind.
         """
-        _check_partial_fit_first_call(self, classes)
-        return self._fit(X, y, sample_weight, partial=True, known=self.classes_)
+        with self._undone_if_it_fails():
+            _check_partial_fit_first_call(self, classes)
+            return self._fit(X, y, sample_weight, partial=True, known=self.classes_)
 
     def predict(self, X: ArrayLike) -> Array:
         """The most probable class (B,) of each sample; errors as in ``decision_function``.

@@ -166,7 +166,13 @@ class ImplicitRNN(nn.Module):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; the network follows the new parameter."""
+        """As of every module; the network follows the new parameter.
+
+        Parameters
+        ----------
+        name, param
+            One of the names of ``Network.weights``, and the parameter.
+        """
         super().register_parameter(name, param)
         self._own[name] = param
 

@@ -346,7 +346,7 @@ def _pairs(name: str, value: object, expected: str) -> tuple[tuple[int, int], ..
 def _listed(name: str, value: Any, expected: str) -> list[Any]:
     """The entries of a list, tuple, set or array; ``TypeError`` for anything else, text included."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "shape", (0,)) == ():
-        raise TypeError(f"{name} has {value!r}; expected {expected}")
+        raise TypeError(f"{name} is {value!r}; expected {expected}")
     return list(value)
 
 
