@@ -20,7 +20,7 @@ from implicit_rnn.engines import Of
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_on_failure, choose
-from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
 
 try:
     import jax
@@ -483,7 +483,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     the step before: towards a pole or an infinity steps do not shrink like that.
     """
     eps = float(jnp.finfo(start.dtype).eps)
-    tol = problem.solver.tol or (1e-10 if start.dtype == np.float64 else 1e-6)
+    tol = tolerance(problem.solver.tol, start.dtype)
 
     def norm(x: jax.Array) -> jax.Array:
         return jnp.linalg.norm(x, axis=1)

@@ -28,7 +28,7 @@ from implicit_rnn.engines.numpy.solvers import (
 )
 from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
-from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
+from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, tolerance
 
 Array = np.ndarray
 
@@ -59,7 +59,7 @@ class PythonEquation:
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
-        tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
+        tol = tolerance(solver.tol, equation.start.dtype)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if found := _find_single(equation, tol, solver):
                 out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found

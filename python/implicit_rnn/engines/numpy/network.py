@@ -19,7 +19,7 @@ from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import INPUT, Stage, Topology
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
-from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled
+from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled, tolerance
 
 Array = np.ndarray
 Chain = list[tuple[Array, Array, Array]]
@@ -105,8 +105,7 @@ class NumpyProgram:
         self.adjoint = problem.adjoint
         self.loss = problem.loss
         self.penalty = problem.jacobian_penalty
-        tol = problem.solver.options()["tol"]
-        self.tol = float(tol) if tol is not None else (1e-10 if self.dtype == np.float64 else 1e-6)
+        self.tol = tolerance(problem.solver.tol, dtype)
         self.bounds = [self.topology.slope_bounds(stage).astype(self.dtype) for stage in self.topology.stages]
 
     # --- protocol ----------------------------------------------------------------------------------------
@@ -485,8 +484,8 @@ class NumpyProgram:
         x, size = np.empty(b.shape, b.dtype), np.full(residual.shape, np.inf)
         series = residual.size >= _FEW_SAMPLES and n > _TINY
         if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
-            tol = adjoint.tol or (1e-10 if self.dtype == np.float64 else 1e-6)
-            x, size = _neumann_series(product, b, tol, min(adjoint.max_iterations, max(_SERIES, n)))
+            limit = min(adjoint.max_iterations, max(_SERIES, n))
+            x, size = _neumann_series(product, b, tolerance(adjoint.tol, self.dtype), limit)
         left = np.flatnonzero((size == np.inf).any(axis=0))
         identity = np.eye(n, dtype=self.dtype)
         width = max(1, _TILE_NUMBERS // (n * n * len(b)))
