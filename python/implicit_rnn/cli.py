@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +176,7 @@ def _xor(options: argparse.Namespace) -> int:
     say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
     with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
         result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
-    try:
-        files = xor.save(result, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(result.as_dict()) if options.json else xor.table(result))
-    say(f"wrote {', '.join(map(str, files))}")
+    _publish(options, result.as_dict(), xor.table(result), lambda: xor.save(result, options.out))
     return 0
 
 
@@ -191,11 +187,7 @@ def _cost(options: argparse.Namespace) -> int:
     steps = options.steps or cost.STEPS
     with progress_bar(total=len(cost.settings(steps)), unit="point") as bar:
         result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
-    try:
-        files = cost.save(result, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(result.as_dict()) if options.json else cost.table(result))
-    say(f"wrote {', '.join(map(str, files))}")
+    _publish(options, result.as_dict(), cost.table(result), lambda: cost.save(result, options.out))
     return 0
 
 
@@ -221,18 +213,12 @@ def _pendulum(options: argparse.Namespace) -> int:
         else:
             study = pendulum.run(models, range(seeds), protocol, report=lambda name, kept: _advance(bar), **work)
     if options.tune:
-        try:
-            files = [pendulum.save_tuning(tuning, options.out)]
-        finally:
-            print(json.dumps(pendulum.tuning_as_dict(tuning)) if options.json else pendulum.tuning_table(tuning))
+        data, text = pendulum.tuning_as_dict(tuning), pendulum.tuning_table(tuning)
+        _publish(options, data, text, lambda: [pendulum.save_tuning(tuning, options.out)])
     else:
-        try:
-            files = pendulum.save(study, options.out)
-        finally:
-            print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
+        _publish(options, pendulum.as_dict(study), pendulum.table(study), lambda: pendulum.save(study, options.out))
         kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
         say(f"{study.seconds:.0f} s with {options.jobs} jobs{kept}")
-    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -250,12 +236,17 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
         reader.save(options.out / pendulum.MODEL_FILE)
         say(f"wrote {options.out / pendulum.MODEL_FILE}, for --model")
     found = pendulum.estimate(reader, record)
-    try:
-        figure = pendulum.save_figure(found, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(found.as_dict()) if options.json else found)
-    say(f"wrote {figure}")
+    _publish(options, found.as_dict(), str(found), lambda: [pendulum.save_figure(found, options.out)])
     return 0
+
+
+def _publish(options: argparse.Namespace, data: dict[str, Any], text: str, save: Callable[[], list[Path]]) -> None:
+    """Save a result and print it, which is thus not lost with a full disk."""
+    try:
+        files = save()
+    finally:
+        print(json.dumps(data) if options.json else text)
+    say(f"wrote {', '.join(map(str, files))}")
 
 
 def _advance(bar: Any) -> None:

@@ -70,8 +70,7 @@ class PythonEquation:
                 out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
                 out.state[...] = _FixedPoint(self._f, tol, outcome).run(solver)[0][0]
-        for name in ("status", "iterations", "residual", "rate"):
-            getattr(out, name)[...] = getattr(outcome, name)[0]
+        outcome.write(out)
 
     def vjp(self, v: Array) -> list[Array | None]:
         rows = np.flatnonzero(v.any(axis=1))

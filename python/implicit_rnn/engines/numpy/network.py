@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -113,12 +113,8 @@ class NumpyProgram:
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         weights = self._unpack(p[None])
         found = self._forward(weights, X, None if z0 is None else z0[None], None)
-        outcome = found.outcome
         out.state[...] = found.Z[0]
-        out.status[...] = outcome.status[0]
-        out.iterations[...] = outcome.iterations[0]
-        out.residual[...] = outcome.residual[0]
-        out.rate[...] = outcome.rate[0]
+        found.outcome.write(out)
         out.bound[...] = self._certify(weights, np.abs(found.F - found.Z))[0]
 
     def read_out(self, p: Array, state: Array, out: Array) -> None:
@@ -196,7 +192,7 @@ class NumpyProgram:
         for stage, w in zip(self.topology.stages, self._unpack(p[None]), strict=True):
             if stage.recurrent:
                 S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ _transposed(w.recurrent)
-                D = self._slope(stage)(S, self._activation(stage)(S))[0]
+                D = self._elementwise(stage, "slope")(S, self._elementwise(stage, "value")(S))[0]
                 for k, d in enumerate(D):
                     J = d[:, None] * w.recurrent[0]
                     radius = np.abs(np.linalg.eigvals(J)).max() if np.isfinite(J).all() else np.nan
@@ -279,7 +275,11 @@ class NumpyProgram:
         for stage, w in zip(self.topology.stages, weights, strict=True):
             U = self._drive(w, stage, X, Z)
             equation = Equation(
-                w.recurrent, self._activation(stage), self._slope(stage), self.tol, not self.topology.constraint.unique
+                w.recurrent,
+                self._elementwise(stage, "value"),
+                self._elementwise(stage, "slope"),
+                self.tol,
+                not self.topology.constraint.unique,
             )
             chain: Chain = []
             if not stage.recurrent:
@@ -311,23 +311,15 @@ class NumpyProgram:
             U += Z[..., : stage.rows.start] @ _transposed(w.feed)
         return U
 
-    def _activation(self, stage: Stage) -> Callable[[Array], Array]:
-        pieces = self._pieces(stage)
-        if len(pieces) == 1:
-            return pieces[0][1].value
-        return lambda S: np.concatenate([f.value(S[..., rows]) for rows, f in pieces], axis=-1)
-
-    def _slope(self, stage: Stage) -> Callable[[Array, Array], Array]:
-        pieces = self._pieces(stage)
-        if len(pieces) == 1:
-            return pieces[0][1].slope
-        return lambda S, Z: np.concatenate([f.slope(S[..., rows], Z[..., rows]) for rows, f in pieces], axis=-1)
-
-    def _pieces(self, stage: Stage) -> list[tuple[slice, Any]]:
-        return [
-            (_shift(self.topology.rows[layer], stage.rows.start), ACTIVATIONS[self.topology.layers[layer].activation])
-            for layer in stage.layers
-        ]
+    def _elementwise(self, stage: Stage, name: str) -> Callable[..., Array]:
+        """The function of that name of the activations of a stage, each on the neurons of its layer."""
+        layers = self.topology.layers
+        functions = [getattr(ACTIVATIONS[layers[layer].activation], name) for layer in stage.layers]
+        if len(functions) == 1:
+            return cast("Callable[..., Array]", functions[0])
+        ranges = [_shift(self.topology.rows[layer], stage.rows.start) for layer in stage.layers]
+        pieces = list(zip(functions, ranges, strict=True))
+        return lambda *A: np.concatenate([f(*(a[..., rows] for a in A)) for f, rows in pieces], axis=-1)
 
     def _certify(self, weights: list[StageWeights], residual: Array) -> Array:
         """Certified bound on max |z - z*| per sample from |f(s) - z| (S, B, N).
@@ -438,7 +430,7 @@ class NumpyProgram:
         Of an unrolled stage, ∂L/∂R is added to g.recurrent.
         """
         z, λ = Z[..., stage.rows], dZ[..., stage.rows]
-        slope = self._slope(stage)
+        slope = self._elementwise(stage, "slope")
         if chain:
             return _unroll_back(slope, chain, w.recurrent, λ, g)
         D = slope(S[..., stage.rows], z)
@@ -458,11 +450,10 @@ class NumpyProgram:
         samples = s.shape[1]
         c = self.dtype.type(self.penalty / (samples * self.topology.neurons))
         v = _rademacher(probe, samples, stage.rows).astype(self.dtype)
-        a = self._slope(stage)(s, z) * v
+        a = self._elementwise(stage, "slope")(s, z) * v
         q = a @ w.recurrent
         g.recurrent += 2 * c * _transposed(a) @ q
-        pieces = [f.curvature(s[..., rows], z[..., rows]) for rows, f in self._pieces(stage)]
-        e = 2 * c * v * (q @ _transposed(w.recurrent)) * np.concatenate(pieces, axis=-1)
+        e = 2 * c * v * (q @ _transposed(w.recurrent)) * self._elementwise(stage, "curvature")(s, z)
         dZ[..., stage.rows] += e @ w.recurrent
         return float(c) * (q.astype(np.float64) ** 2).sum(axis=(1, 2)), e
 
@@ -511,7 +502,7 @@ class NumpyProgram:
         Z, S = found.Z, found.S
         dZ, residual = np.zeros_like(Z), np.zeros(Z.shape[:2])
         for stage, w, t, chain in zip(self.topology.stages, weights, tangents, found.chains, strict=True):
-            rows, slope = stage.rows, self._slope(stage)
+            rows, slope = stage.rows, self._elementwise(stage, "slope")
             drive = self._add_products(self._drive(t, stage, X, Z), w, stage, dX, dZ)
             if chain:
                 dZ[..., rows] = _unroll_tangent(slope, chain, w.recurrent, t.recurrent, drive)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE
+from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
@@ -50,6 +50,11 @@ class Outcome:
         ):
             flat = merged.reshape(-1)
             flat[rows] = np.maximum(flat[rows], values)
+
+    def write(self, out: Solution) -> None:
+        """Write how the samples of the one net ended to its solution."""
+        for name in ("status", "iterations", "residual", "rate"):
+            getattr(out, name)[...] = getattr(self, name)[0]
 
 
 @dataclass
