@@ -38,8 +38,7 @@ struct StateSolve{N, S}
 end
 function (s::StateSolve)(θ, samples)
     solution = equilibrium(s.net, split_arguments(s.net, θ, samples)...; solver = s.solver)
-    failed = count(!=(CONVERGED), solution.status)
-    failed == 0 || error("$failed of $samples samples did not reach an equilibrium, largest relative residual $(maximum(solution.residual))")
+    check_converged(solution.status, solution.residual)
     s.last[] = (θ, solution.state)
     return vec(solution.state), nothing
 end

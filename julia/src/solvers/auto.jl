@@ -10,13 +10,10 @@ Picard iteration first. Every $(AUTO_BLOCK) iterations, a sample whose contracti
 is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
 then Newton's method (above), and the last ones by NLsolve's trust region. A sample's course depends on that sample only.
 """
-struct Auto <: Solver
-    tol::Union{Nothing, Float64}
-    max_iterations::Int
-    function Auto(; tol = nothing, max_iterations = 1000)
-        check_options(tol, max_iterations)
-        return new(tol, max_iterations)
-    end
+@kwdef struct Auto <: Solver
+    tol::Union{Nothing, Float64} = nothing
+    max_iterations::Int = 1000
+    Auto(tol, max_iterations) = (check_options(tol, max_iterations); new(tol, max_iterations))
 end
 
 function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}

@@ -9,13 +9,10 @@ uniqueness guarantee (`Free`) the equilibrium found may be one that no iteration
 `UNSTABLE`. Where I - D R is singular, the direction is that of the Picard step; a sample whose iterations end at such a place
 is `SINGULAR`.
 """
-struct Newton <: Solver
-    tol::Union{Nothing, Float64}
-    max_iterations::Int
-    function Newton(; tol = nothing, max_iterations = 100)
-        check_options(tol, max_iterations)
-        return new(tol, max_iterations)
-    end
+@kwdef struct Newton <: Solver
+    tol::Union{Nothing, Float64} = nothing
+    max_iterations::Int = 100
+    Newton(tol, max_iterations) = (check_options(tol, max_iterations); new(tol, max_iterations))
 end
 
 "The smallest part of a Newton step that is tried on a fixed point, for which a Picard step follows."

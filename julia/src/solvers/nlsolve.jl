@@ -71,9 +71,7 @@ function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol
     p.root || assess!(s, p, tol) !== CONVERGED || return CONVERGED
     # It also counts the trials of one point while its trust region shrinks, which are not evaluated; there may be no end to them.
     iterations = 4 * (s.limit - s.evaluations) + 200
-    return erased_nlsolve(
-        solver.method, Erased(conditions!), Erased(jacobian!), Erased(both!), Float64.(s.z) ./ unit, iterations
-    )
+    return call_nlsolve(Opaque(conditions!), Opaque(jacobian!), Opaque(both!), Float64.(s.z) ./ unit, solver.method, iterations)
 end
 
 is_regular!(l::Linearization) = lu_factor!(copyto!(l.LU, l.J), l.pivots) && !is_singular(l.LU)
@@ -94,14 +92,7 @@ struct Stop <: Exception
     status::Status
 end
 
-# NLsolve is compiled once, for functions it knows nothing of.
-struct Erased
-    call::Any
-end
-(e::Erased)(out, z) = (e.call(out, z); nothing)
-(e::Erased)(out, J, z) = (e.call(out, J, z); nothing)
-
-function erased_nlsolve(method, conditions!, jacobian!, both!, start, iterations)
+function call_nlsolve(conditions!::Opaque, jacobian!::Opaque, both!::Opaque, start, method, iterations)
     try
         result = nlsolve(conditions!, jacobian!, both!, start; method, xtol = 0.0, ftol = 0.0, iterations, inplace = true)
         return all(isfinite, result.zero) ? SINGULAR : NON_FINITE
