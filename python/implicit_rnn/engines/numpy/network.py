@@ -236,7 +236,7 @@ class NumpyProgram:
             w = self._zero_weights(stage, len(P))
             for block in stage.blocks:
                 self._target(w, stage, block)[...] = block.view(P)
-            w.bias[...] = self._bias(P)[:, stage.rows]
+            w.bias[...] = self._block("b", P)[:, stage.rows]
             if stage.scales is not None:
                 w.scales[...] = stage.scales.view(P)
             stages.append(w)
@@ -260,9 +260,6 @@ class NumpyProgram:
 
     def _block(self, name: str, P: Array) -> Array:
         return self.topology.block(name).view(P)
-
-    def _bias(self, P: Array) -> Array:
-        return self._block("b", P)
 
     def _forward(
         self, weights: list[StageWeights], X: Array, z0: Array | None, unrolled: Unrolled | None
@@ -347,7 +344,7 @@ class NumpyProgram:
         found = self._forward(weights, samples.X, states, self._unrolled)
         if states is not None:
             states[...] = np.where((found.outcome.status == CONVERGED)[..., None], found.Z, 0)
-        loss, dY = self._loss(self.topology.read_out(P, found.Z), samples)
+        loss, dY = self.loss.value_and_gradient(self.topology.read_out(P, found.Z), samples.Y, samples.weights)
         G = np.zeros((len(P), self.topology.parameters), self.dtype)
         dZ = self._read_out_pullback(P, found.Z, dY, G)
         penalty, residual = self._pullback(weights, samples.X, found, dZ, G, probe=probe)
@@ -406,13 +403,10 @@ class NumpyProgram:
                 g.raw, g.scales = topology.constraint.pullback(w.raw, w.scales, bounds, w.recurrent, g.recurrent)
             for block in stage.blocks:
                 block.view(G)[...] = self._target(g, stage, block)
-            self._bias(G)[:, stage.rows] = E.sum(axis=1)
+            self._block("b", G)[:, stage.rows] = E.sum(axis=1)
             if stage.scales is not None:
                 stage.scales.view(G)[...] = g.scales
         return penalty, residual
-
-    def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
-        return self.loss.value_and_gradient(Y, samples.Y, samples.weights)
 
     def _backward_stage(
         self,
