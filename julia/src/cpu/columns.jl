@@ -181,7 +181,7 @@ solutions found by methods which may find others than those that attract are che
     S::V
     outcome::Outcome
     unique::Bool
-    latest::Bool                 # deliver f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
+    latest::Bool                 # write out f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
     factors::Union{Nothing, Factors{T}}    # take the last factorisations of Newton's method
     threads::Int                 # among which products may be shared
 end

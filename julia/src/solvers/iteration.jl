@@ -45,7 +45,7 @@ mutable struct Iteration{T}
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
     rate::Float64             # its quotient with the one before
     relative::Float64         # its quotient with what it is related to
-    judged::Float64           # ‖c‖ where the last Newton step of a root was judged
+    last_merit::Float64       # ‖c‖ at the Newton step of a root before
 end
 Iteration{T}(n::Int) where {T} =
     Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf)
@@ -63,7 +63,7 @@ end
 
 @inline function forget!(s::Iteration, p::AbstractEquation)
     s.largest = s.outset = measure(s.z, p.weights)
-    s.distance, s.rate, s.relative, s.merit, s.judged = Inf, 0.0, Inf, NaN, Inf
+    s.distance, s.rate, s.relative, s.merit, s.last_merit = Inf, 0.0, Inf, NaN, Inf
     return s
 end
 

@@ -161,8 +161,8 @@ end
 "How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."
 @inline function assess_root!(s::Iteration, l::Linearization, solvable::Bool, p::AbstractEquation, tol::Float64)
     size = measure(s.z, p.weights)
-    proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.judged
-    s.judged = s.merit
+    proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.last_merit
+    s.last_merit = s.merit
     if solvable
         near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
