@@ -99,48 +99,61 @@ end
 # Column j of Z becomes the next iterate, given F = f(Z) and the size of F - Z there; the newest difference goes to the place `newest`.
 function anderson_step!(Z, F, residual, state::AndersonState{T, S}, j::Int, newest::Int, s::Anderson, equations) where {T, S}
     m, n = s.memory, size(F, 1)
-    (; ΔR, ΔF, gram) = state
-    (; γ, b, G) = equations
-    last_r, last_F = state.r, state.F
-    differences = state.differences[j]
-    if newest > 0
-        @inbounds @simd for i in 1:n
-            ΔR[i, newest, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
-            ΔF[i, newest, j] = F[i, j] - last_F[i, j]
-        end
-        differences = residual > 2 * state.residual[j] ? 0 : min(differences + 1, m)
-    end
-    @inbounds @simd for i in 1:n
-        last_r[i, j] = F[i, j] - Z[i, j]
-        last_F[i, j] = F[i, j]
-    end
+    differences = remember!(state, Z, F, residual, j, newest)
     if differences > 0
-        for l in 1:differences              # the newest row of the Gram matrix, and the right-hand side
-            place = mod1(newest - l + 1, m)
-            inner = rhs = zero(S)
-            @inbounds @simd for i in 1:n
-                inner = muladd(S(ΔR[i, place, j]), S(ΔR[i, newest, j]), inner)
-                rhs = muladd(S(ΔR[i, place, j]), S(last_r[i, j]), rhs)
-            end
-            gram[place, newest, j] = gram[newest, place, j] = inner
-            b[l] = rhs
-        end
-        for l in 1:differences, k in 1:differences
-            G[k, l] = gram[mod1(newest - k + 1, m), mod1(newest - l + 1, m), j]
-        end
+        pose!(equations, state, j, newest, differences)
+        (; γ, b, G) = equations
         solve_regularised!(γ, G, b, differences, max(S(s.ridge), S(eps(T)))) || (differences = 0)
     end
     state.differences[j] = differences
-    state.residual[j] = residual
-    damping = T(s.damping)
+    damping, r = T(s.damping), state.r
     @inbounds @simd for i in 1:n
-        Z[i, j] = F[i, j] - (1 - damping) * last_r[i, j]
+        Z[i, j] = F[i, j] - (1 - damping) * r[i, j]
     end
+    (; ΔR, ΔF) = state
     for l in 1:differences
-        place, g = mod1(newest - l + 1, m), T(γ[l])
+        place, g = mod1(newest - l + 1, m), T(equations.γ[l])
         @inbounds @simd for i in 1:n
             Z[i, j] -= g * (ΔF[i, place, j] - (1 - damping) * ΔR[i, place, j])
         end
+    end
+    return
+end
+
+# Take the place `newest` for what has changed in column j since the last iteration; how many differences are to be used.
+function remember!(state::AndersonState, Z, F, residual, j::Int, newest::Int)
+    (; ΔR, ΔF) = state
+    differences, last_r, last_F = state.differences[j], state.r, state.F
+    if newest > 0
+        @inbounds @simd for i in axes(F, 1)
+            ΔR[i, newest, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
+            ΔF[i, newest, j] = F[i, j] - last_F[i, j]
+        end
+        differences = residual > 2 * state.residual[j] ? 0 : min(differences + 1, size(ΔR, 2))
+    end
+    @inbounds @simd for i in axes(F, 1)
+        last_r[i, j] = F[i, j] - Z[i, j]
+        last_F[i, j] = F[i, j]
+    end
+    state.residual[j] = residual
+    return differences
+end
+
+# The normal equations of column j, to whose Gram matrix the newest row is added.
+function pose!((; b, G)::NormalEquations, state::AndersonState{T, S}, j::Int, newest::Int, differences::Int) where {T, S}
+    (; ΔR, gram, r) = state
+    place(l) = mod1(newest - l + 1, size(ΔR, 2))
+    for l in 1:differences
+        k, inner, rhs = place(l), zero(S), zero(S)
+        @inbounds @simd for i in axes(r, 1)
+            inner = muladd(S(ΔR[i, k, j]), S(ΔR[i, newest, j]), inner)
+            rhs = muladd(S(ΔR[i, k, j]), S(r[i, j]), rhs)
+        end
+        gram[k, newest, j] = gram[newest, k, j] = inner
+        b[l] = rhs
+    end
+    for l in 1:differences, k in 1:differences
+        G[k, l] = gram[place(k), place(l), j]
     end
     return
 end
