@@ -321,7 +321,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         )
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     """Regression of one or many targets by the equilibrium of an implicit recurrent network.
 
@@ -471,7 +471,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         return tags
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, kw_only=True)
 class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     """Classification into two or more classes by the equilibrium of an implicit recurrent network.
 
