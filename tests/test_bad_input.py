@@ -267,13 +267,13 @@ def test_single_sample_is_accepted(engine, X):
 
 @pytest.mark.parametrize("neurons", [0, -1])
 def test_layer_without_neurons_is_refused(neurons):
-    with pytest.raises(ValueError, match=f"neurons must be at least 1, got {neurons}"):
+    with pytest.raises(ValueError, match=f"neurons must be a whole number from 1, got {neurons}"):
         irnn.Layer(neurons)
 
 
 @pytest.mark.parametrize("neurons", [True, 2.0, "2", None])
 def test_number_of_neurons_that_is_no_whole_number_is_refused(neurons):
-    with pytest.raises(TypeError, match=f"neurons must be a whole number, got {neurons!r}"):
+    with pytest.raises(TypeError, match=f"neurons must be a whole number from 1, got {neurons!r}"):
         irnn.Layer(neurons)
 
 
@@ -285,7 +285,7 @@ def test_bad_number_of_inputs_is_refused(inputs, error):
 
 @pytest.mark.parametrize("outputs", [0, -1])
 def test_net_without_outputs_is_refused(outputs):
-    with pytest.raises(ValueError, match=f"outputs must be at least 1, got {outputs}"):
+    with pytest.raises(ValueError, match=f"outputs must be a whole number from 1, got {outputs}"):
         irnn.Network(1, [2], outputs=outputs)
 
 

@@ -38,8 +38,7 @@ struct StateSolve{N, S}
 end
 function (s::StateSolve)(θ, samples)
     solution = equilibrium(s.net, split_arguments(s.net, θ, samples)...; solver = s.solver)
-    failed = count(!=(CONVERGED), solution.status)
-    failed == 0 || error("$failed of $samples samples did not reach an equilibrium, largest relative residual $(maximum(solution.residual))")
+    check_converged(solution.status, solution.residual)
     s.last[] = (θ, solution.state)
     return vec(solution.state), nothing
 end
@@ -121,35 +120,22 @@ function ChainRulesCore.rrule(c::Conditions, θ, z, byproduct, samples)
 end
 
 """
-    BlockSolver(n, blocks = nothing)
+    BlockSolver(n, blocks)
 
 Exact linear solver for an ImplicitFunction whose Jacobian is block-diagonal, one n × n block per sample: an LU factorisation of
-each. `blocks()` returns them (n × n × samples); without it, n products with the operator recover all of them at once.
+each. `blocks()` returns them (n × n × samples).
 """
 struct BlockSolver{B} <: ImplicitDifferentiation.AbstractSolver
     n::Int
     blocks::B
 end
-BlockSolver(n::Int) = BlockSolver(n, nothing)
 
 function (s::BlockSolver)(A, _, b, _)
-    rhs = reshape(b, s.n, :)
-    J = s.blocks === nothing ? probed_blocks(A, s.n, size(rhs, 2), eltype(b)) : s.blocks()
-    transposed = s.blocks !== nothing && A isa ImplicitDifferentiation.VJP
+    rhs, J = reshape(b, s.n, :), s.blocks()
     solution = similar(rhs, promote_type(eltype(J), eltype(b)))
     for j in axes(rhs, 2)
         factors = lu!(view(J, :, :, j))
-        solution[:, j] = (transposed ? factors' : factors) \ rhs[:, j]
+        solution[:, j] = (A isa ImplicitDifferentiation.VJP ? factors' : factors) \ rhs[:, j]
     end
     return vec(solution)
-end
-
-function probed_blocks(A, n, samples, ::Type{T}) where {T}
-    blocks = Array{T}(undef, n, n, samples)
-    for i in 1:n
-        probe = zeros(T, n, samples)
-        probe[i, :] .= 1
-        blocks[:, i, :] = reshape(A(vec(probe)), n, samples)
-    end
-    return blocks
 end

@@ -11,11 +11,7 @@ outputs of the others.
 """
 function predict(net::Network, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing)
     solution = equilibrium(net, p, X; solver, start)
-    failed = count(!=(CONVERGED), solution.status)
-    failed == 0 || error(
-        "$failed of $(size(X, 2)) samples did not reach an equilibrium, the largest relative residual is $(maximum(solution.residual)); " *
-            "`equilibrium` tells which, and another solver or a constraint may help"
-    )
+    check_converged(solution.status, solution.residual)
     return read_out(net, p, solution.state)
 end
 

@@ -49,6 +49,16 @@ Solution(net::Network{T}, samples::Int) where {T} = Solution(
 "Which samples reached their equilibrium."
 converged(s::Solution) = s.status .== CONVERGED
 
+"An `ErrorException` where not all samples reached their equilibrium."
+function check_converged(status, residual)
+    failed = count(!=(CONVERGED), status)
+    failed == 0 || error(
+        "$failed of $(length(status)) samples did not reach an equilibrium, the largest relative residual is $(maximum(residual)); " *
+            "`equilibrium` tells which, and another solver or a constraint may help"
+    )
+    return
+end
+
 "A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
 const WORST_ADJOINT = 1.0e-3
 

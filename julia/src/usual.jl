@@ -12,6 +12,12 @@ macro usual(x, types, call)
     return foldr((type, otherwise) -> :($x isa $(esc(type)) ? $call : $otherwise), types; init = call)
 end
 
+"A function of which nothing is known, for code that is compiled once."
+struct Opaque
+    f::Any
+end
+(g::Opaque)(x...) = g.f(x...)
+
 """
     @late call
 

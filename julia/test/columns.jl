@@ -7,7 +7,7 @@ mark(A::Array{Bool}, sample) = isodd(sample)
 mark(A::Array, sample) = sample
 column(A::Array, j) = selectdim(A, ndims(A), j)
 
-states(n, width) = (AndersonState{Float64}(n, 3, width), NewtonState{Float64}(n, width), RefinementState{Float64}(zeros(n, width)))
+states(n, width) = (AndersonState{Float64, Float64}(n, 3, width), NewtonState{Float64}(n, width), RefinementState{Float64}(zeros(n, width)))
 
 @testset "all arrays of a column move with it ($(nameof(typeof(state))), $(nameof(typeof(coefficients))))" for
     state in (nothing, states(3, 11)...), coefficients in (nothing, zeros(3, 11))

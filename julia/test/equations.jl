@@ -440,6 +440,17 @@ end
     @test fixed_point(z -> 2 .* z, [0.0]; solver).status == [ImplicitRNN.UNSTABLE]       # it rests where it starts
 end
 
+@testset "a sample whose evaluations are used up is not called singular (NLsolve)" begin
+    net = one_layer(; neurons = 8, constraint = Perron(0.95))
+    p, X = parameters(net; gain = 3.0), samples(net, 5)
+    R, weights = recurrent_weights(net, p), named_weights(net, p)
+    drive = weights["W"] * X .+ weights["b"]
+    solution = fixed_point((z, u) -> tanh.(R * z .+ u), zeros(8, 5), drive; batched = (1,), solver = NLsolver(max_iterations = 13))
+    @test count(converged(solution)) == 3
+    @test all(==(ImplicitRNN.MAX_ITERATIONS), solution.status[.!converged(solution)])
+    @test all(==(13), solution.iterations[.!converged(solution)])
+end
+
 @testset "a point of infinite slope is no root ($solver)" for solver in (Auto(max_iterations = 300), Newton(), NLsolver())
     for f in (z -> sqrt.(z) .+ 1, z -> sqrt.(z) .+ z .+ 0.1, z -> sqrt.(abs.(z)) .+ 1)
         @test !any(root(f, [0.01 1.0 100.0]; solver).status .== ImplicitRNN.CONVERGED)

@@ -6,7 +6,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,23 +60,37 @@ def _parser() -> argparse.ArgumentParser:
         help="of the lateral connections; none: no lateral connections",
     )
     xor.add_argument("--seeds", type=_positive, help="nets per entry (200 on the Julia engine, 10 on the NumPy engine)")
-    xor.add_argument(
-        "--out", type=_folder, default=Path("xor"), help="folder for xor.json and xor.png (default: %(default)s)"
-    )
-    _common(xor)
-    xor.set_defaults(run=_xor)
+    _common(xor, _xor, Path("xor"), "xor.json and xor.png")
 
     cost = commands.add_parser("cost", help="implicit gradient against BPTT: time, memory and error")
     cost.add_argument(
         "--steps", type=_positive, nargs="+", metavar="K", help="lengths of the unrolled chain (5 to 1000)"
     )
-    cost.add_argument(
-        "--out", type=_folder, default=Path("cost"), help="folder for cost.json and cost.png (default: %(default)s)"
-    )
-    _common(cost)
-    cost.set_defaults(run=_cost)
+    _common(cost, _cost, Path("cost"), "cost.json and cost.png")
 
     pendulum = commands.add_parser("pendulum", help="length and damping of a pendulum from its measured trajectory")
+    _add_pendulum_options(pendulum)
+    kept = "data, figures, the best model and what an interrupted call goes on from"
+    _common(pendulum, _pendulum, Path("pendulum"), kept)
+
+    doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--install", action="store_true", help="install Julia and its packages if they are missing")
+    doctor.add_argument(
+        "--gpu", action="store_true", help="compute on the GPU and on the CPU, compare, and print a table of times"
+    )
+    doctor.set_defaults(run=_doctor)
+
+    setup = commands.add_parser("setup", help="prepare and precompile a Julia environment, once")
+    setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
+    setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
+    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl, for networks on NVIDIA cards")
+    setup.add_argument("--remove", action="store_true", help="delete what setup made, and forget what it named")
+    setup.set_defaults(run=_setup)
+    return parser
+
+
+def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
     pendulum.add_argument(
         "--seeds", type=_positive, default=30, help="training sets and nets per model (default: %(default)s)"
     )
@@ -117,36 +131,14 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument(
         "--fps", type=float, metavar="N", help="frames per second, where the file has frame numbers or no times"
     )
-    pendulum.add_argument(
-        "--out",
-        type=_folder,
-        default=Path("pendulum"),
-        help="folder for data, figures, the best model and what an interrupted call goes on from (default: "
-        "%(default)s)",
-    )
-    _common(pendulum)
-    pendulum.set_defaults(run=_pendulum)
-
-    doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
-    doctor.add_argument("--install", action="store_true", help="install Julia and its packages if they are missing")
-    doctor.add_argument(
-        "--gpu", action="store_true", help="compute on the GPU and on the CPU, compare, and print a table of times"
-    )
-    doctor.set_defaults(run=_doctor)
-
-    setup = commands.add_parser("setup", help="prepare and precompile a Julia environment, once")
-    setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
-    setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
-    setup.add_argument("--cuda", action="store_true", help="add CUDA.jl, for networks on NVIDIA cards")
-    setup.add_argument("--remove", action="store_true", help="delete what setup made, and forget what it named")
-    setup.set_defaults(run=_setup)
-    return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], out: Path, kept: str) -> None:
+    """The options of all experiments, the folder ``out`` for what is ``kept`` among them."""
+    parser.add_argument("--out", type=_folder, default=out, help=f"folder for {kept} (default: %(default)s)")
     parser.add_argument("--engine", choices=ENGINES, help="default: IMPLICIT_RNN_ENGINE, else auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.set_defaults(run=run)
 
 
 def _positive(text: str) -> int:
@@ -176,11 +168,7 @@ def _xor(options: argparse.Namespace) -> int:
     say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
     with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
         result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
-    try:
-        files = xor.save(result, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(result.as_dict()) if options.json else xor.table(result))
-    say(f"wrote {', '.join(map(str, files))}")
+    _publish(options, result.as_dict(), xor.table(result), lambda: xor.save(result, options.out))
     return 0
 
 
@@ -191,11 +179,7 @@ def _cost(options: argparse.Namespace) -> int:
     steps = options.steps or cost.STEPS
     with progress_bar(total=len(cost.settings(steps)), unit="point") as bar:
         result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
-    try:
-        files = cost.save(result, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(result.as_dict()) if options.json else cost.table(result))
-    say(f"wrote {', '.join(map(str, files))}")
+    _publish(options, result.as_dict(), cost.table(result), lambda: cost.save(result, options.out))
     return 0
 
 
@@ -221,18 +205,12 @@ def _pendulum(options: argparse.Namespace) -> int:
         else:
             study = pendulum.run(models, range(seeds), protocol, report=lambda name, kept: _advance(bar), **work)
     if options.tune:
-        try:
-            files = [pendulum.save_tuning(tuning, options.out)]
-        finally:
-            print(json.dumps(pendulum.tuning_as_dict(tuning)) if options.json else pendulum.tuning_table(tuning))
+        data, text = pendulum.tuning_as_dict(tuning), pendulum.tuning_table(tuning)
+        _publish(options, data, text, lambda: [pendulum.save_tuning(tuning, options.out)])
     else:
-        try:
-            files = pendulum.save(study, options.out)
-        finally:
-            print(json.dumps(pendulum.as_dict(study)) if options.json else pendulum.table(study))
+        _publish(options, pendulum.as_dict(study), pendulum.table(study), lambda: pendulum.save(study, options.out))
         kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
         say(f"{study.seconds:.0f} s with {options.jobs} jobs{kept}")
-    say(f"wrote {', '.join(map(str, files))}")
     return 0
 
 
@@ -250,12 +228,17 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
         reader.save(options.out / pendulum.MODEL_FILE)
         say(f"wrote {options.out / pendulum.MODEL_FILE}, for --model")
     found = pendulum.estimate(reader, record)
-    try:
-        figure = pendulum.save_figure(found, options.out)
-    finally:  # the result is not lost with a full disk
-        print(json.dumps(found.as_dict()) if options.json else found)
-    say(f"wrote {figure}")
+    _publish(options, found.as_dict(), str(found), lambda: [pendulum.save_figure(found, options.out)])
     return 0
+
+
+def _publish(options: argparse.Namespace, data: dict[str, Any], text: str, save: Callable[[], list[Path]]) -> None:
+    """Save a result and print it, which is thus not lost with a full disk."""
+    try:
+        files = save()
+    finally:
+        print(json.dumps(data) if options.json else text)
+    say(f"wrote {', '.join(map(str, files))}")
 
 
 def _advance(bar: Any) -> None:

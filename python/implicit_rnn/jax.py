@@ -19,8 +19,8 @@ from implicit_rnn import equations
 from implicit_rnn.engines import Of
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.network import Network
-from implicit_rnn.options import OnFailure, check_on_failure, choose
-from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
+from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
 
 try:
     import jax
@@ -109,8 +109,7 @@ def function(
     """
     if not isinstance(net, Network):
         raise TypeError(f"net is {net!r}; expected a Network")
-    if of not in ("outputs", "state"):
-        raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
+    check_choice("of", of, ("outputs", "state"))
     _check_precision(net.dtype)
     check_on_failure(on_failure)
     host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
@@ -506,7 +505,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     the step before: towards a pole or an infinity steps do not shrink like that.
     """
     eps = float(jnp.finfo(start.dtype).eps)
-    tol = problem.solver.tol or (1e-10 if start.dtype == np.float64 else 1e-6)
+    tol = tolerance(problem.solver.tol, start.dtype)
 
     def norm(x: jax.Array) -> jax.Array:
         return jnp.linalg.norm(x, axis=1)

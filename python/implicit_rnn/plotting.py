@@ -162,14 +162,6 @@ def _places(net: Network) -> dict[tuple[str, int], tuple[float, float]]:
     return places
 
 
-def _style(weight: float, largest: float) -> dict[str, object]:
-    return {
-        "color": POSITIVE if weight > 0 else NEGATIVE,
-        "linewidth": 0.5 + 3 * abs(weight) / largest,
-        "alpha": 0.35 + 0.65 * abs(weight) / largest,
-    }
-
-
 def _arrow(
     ax: Axes,
     start: tuple[float, float],
@@ -179,18 +171,7 @@ def _arrow(
     labels: bool,
     bend: float,
 ) -> None:
-    ax.annotate(
-        "",
-        end,
-        start,
-        arrowprops={
-            "arrowstyle": "-|>",
-            "shrinkA": 14,
-            "shrinkB": 14,
-            "connectionstyle": f"arc3,rad={bend}",
-            **_style(weight, largest),
-        },
-    )
+    _draw(ax, start, end, bend, 14, weight, largest)
     if labels:
         a, b = np.array(start), np.array(end)
         across = np.array([(b - a)[1], -(b - a)[0]])
@@ -201,20 +182,30 @@ def _arrow(
 def _loop(ax: Axes, place: tuple[float, float], weight: float, largest: float, labels: bool) -> None:
     x, y = place
     up = 1 if y >= 0 else -1
-    ax.annotate(
-        "",
-        (x + 0.12, y + 0.1 * up),
-        (x - 0.12, y + 0.1 * up),
-        arrowprops={
-            "arrowstyle": "-|>",
-            "shrinkA": 6,
-            "shrinkB": 6,
-            "connectionstyle": f"arc3,rad={-1.9 * up}",
-            **_style(weight, largest),
-        },
-    )
+    _draw(ax, (x - 0.12, y + 0.1 * up), (x + 0.12, y + 0.1 * up), -1.9 * up, 6, weight, largest)
     if labels:
         _label(ax, x, y + 0.48 * up, weight)
+
+
+def _draw(
+    ax: Axes,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    bend: float,
+    shrink: float,
+    weight: float,
+    largest: float,
+) -> None:
+    look = {
+        "arrowstyle": "-|>",
+        "shrinkA": shrink,
+        "shrinkB": shrink,
+        "connectionstyle": f"arc3,rad={bend}",
+        "color": POSITIVE if weight > 0 else NEGATIVE,
+        "linewidth": 0.5 + 3 * abs(weight) / largest,
+        "alpha": 0.35 + 0.65 * abs(weight) / largest,
+    }
+    ax.annotate("", end, start, arrowprops=look)
 
 
 def _label(ax: Axes, x: float, y: float, weight: float) -> None:

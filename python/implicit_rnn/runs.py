@@ -118,9 +118,9 @@ def run_many(
             results[name] = result
             report(name, False)
     except _WorkerDied as error:
-        lost = [name for name in missing if name not in results and name not in failures]
+        left = [name for name in missing if name not in results and name not in failures]
         raise RunError(
-            f"a worker process died ({error}) with {len(lost)} of {len(tasks)} runs to do, among them {_some(lost)}; the "
+            f"a worker process died ({error}) with {len(left)} of {len(tasks)} runs to do, among them {_some(left)}; the "
             "usual cause is too little memory for so many workers: try fewer jobs. "
             + (f"What was done is kept in {folder}" if store else "Nothing was kept, as no folder was given")
         ) from error

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import KW_ONLY, dataclass, replace
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -18,15 +18,15 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 
 from implicit_rnn import options
 from implicit_rnn.engines import Samples
-from implicit_rnn.model.constraints import Constraint
-from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, as_weights
-from implicit_rnn.model.optimizers import LBFGS, Adam, Guard, Optimizer
+from implicit_rnn.model.constraints import ConstraintLike
+from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossLike, as_weights
+from implicit_rnn.model.optimizers import LBFGS, Adam, Guard, Optimizer, OptimizerLike
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.solvers import Adjoint, Solver, check_penalty
+from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike, check_penalty
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
-from implicit_rnn.training.schedules import Constant, Schedule
+from implicit_rnn.training.schedules import Constant, Schedule, ScheduleLike
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import EarlyStopping
 from implicit_rnn.validation import as_samples, refuse_masked_or_sparse, warn_of_scale
@@ -56,14 +56,35 @@ BATCH_SIZE = 200
 FLOATS = [np.float64, np.float32]
 
 
+@dataclass(eq=False, repr=False)
 class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
-    """What both estimators share: the checks and the scaling of data, the network and its training."""
+    """What both estimators share: parameters, the checks and the scaling of data, the network and its training."""
 
-    network_: Network
-    loss_curve_: list[float]
-    validation_loss_curve_: list[float]
-    _optimizer_state: tuple[str, Array] | None
-    """The name of the optimiser and the state in which the last training left it."""
+    layers: Sequence[int | Layer] = (32,)
+    _: KW_ONLY
+    activation: str = "tanh"
+    feedback: bool | Pairs = False
+    skips: Pairs = ()
+    input_skips: Iterable[int] = ()
+    constraint: ConstraintLike = "perron"
+    optimizer: OptimizerLike | Literal["auto"] = "auto"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    schedule: ScheduleLike = "constant"
+    epochs: int = 200
+    batch_size: int | Literal["auto"] = "auto"
+    clip: float | None = None
+    jacobian_penalty: float = 0.0
+    solver: SolverLike = "auto"
+    adjoint: AdjointLike = "implicit"
+    scale: bool = True
+    early_stopping: bool | EarlyStopping = False
+    validation_fraction: float = 0.1
+    warm_start: bool = False
+    random_state: int | np.random.RandomState | None = None
+    dtype: str = "float64"
+    engine: str | None = None
+    verbose: bool = False
 
     # --- what each knows of its targets ------------------------------------------------------------------
 
@@ -176,7 +197,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
             if kind == settings.optimizer.name and state.shape == training.trainer.state().shape:
                 training.trainer.restore(state)
         (run,) = training.run(Watch((), 1, None, bool(self.verbose), "warn"))
-        self._optimizer_state = settings.optimizer.name, training.trainer.state()
+        self._optimizer_state: tuple[str, Array] | None = settings.optimizer.name, training.trainer.state()
         return run
 
     def _take_network(self, features: int, first: bool) -> None:
@@ -195,8 +216,9 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         )
         if first:
             self.network_ = net
+            self.loss_curve_: list[float] = []
+            self.validation_loss_curve_: list[float] = []
             self._optimizer_state = None
-            self.loss_curve_, self.validation_loss_curve_ = [], []
         elif (net.topology, net.dtype) != (self.network_.topology, self.network_.dtype):
             raise ValueError(
                 f"the parameters describe {net}, but what was fitted is {self.network_}, from which warm_start and "
@@ -261,7 +283,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _draw_seed(self) -> int:
         return int(self._random.randint(np.iinfo(np.int32).max))
 
-    def _chosen_layers(self) -> list[Layer]:
+    def _chosen_layers(self) -> list[int | Layer]:
         if not isinstance(self.layers, Iterable):
             raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
         sizes = int | np.integer
@@ -315,6 +337,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         )
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     """Regression of one or many targets by the equilibrium of an implicit recurrent network.
 
@@ -382,60 +405,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     (2,)
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int | Layer] = (32,),
-        *,
-        activation: str = "tanh",
-        feedback: bool | Pairs = False,
-        skips: Pairs = (),
-        input_skips: Iterable[int] = (),
-        constraint: str | Constraint = "perron",
-        loss: str | Loss = "mse",
-        optimizer: str | Optimizer = "auto",
-        learning_rate: float | None = None,
-        weight_decay: float | None = None,
-        schedule: str | Schedule = "constant",
-        epochs: int = 200,
-        batch_size: int | str = "auto",
-        clip: float | None = None,
-        jacobian_penalty: float = 0.0,
-        solver: str | Solver = "auto",
-        adjoint: str | Adjoint = "implicit",
-        scale: bool = True,
-        early_stopping: bool | EarlyStopping = False,
-        validation_fraction: float = 0.1,
-        warm_start: bool = False,
-        random_state: int | np.random.RandomState | None = None,
-        dtype: str = "float64",
-        engine: str | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.layers = layers
-        self.activation = activation
-        self.feedback = feedback
-        self.skips = skips
-        self.input_skips = input_skips
-        self.constraint = constraint
-        self.loss = loss
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.clip = clip
-        self.jacobian_penalty = jacobian_penalty
-        self.solver = solver
-        self.adjoint = adjoint
-        self.scale = scale
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.warm_start = warm_start
-        self.random_state = random_state
-        self.dtype = dtype
-        self.engine = engine
-        self.verbose = verbose
+    loss: LossLike = "mse"
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNRegressor:
         """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.
@@ -519,6 +489,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         return tags
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     """Classification into two or more classes by the equilibrium of an implicit recurrent network.
 
@@ -547,60 +518,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     (2, 3)
     """
 
-    def __init__(
-        self,
-        layers: Sequence[int | Layer] = (32,),
-        *,
-        activation: str = "tanh",
-        feedback: bool | Pairs = False,
-        skips: Pairs = (),
-        input_skips: Iterable[int] = (),
-        constraint: str | Constraint = "perron",
-        class_weight: Mapping[Any, float] | str | None = None,
-        optimizer: str | Optimizer = "auto",
-        learning_rate: float | None = None,
-        weight_decay: float | None = None,
-        schedule: str | Schedule = "constant",
-        epochs: int = 200,
-        batch_size: int | str = "auto",
-        clip: float | None = None,
-        jacobian_penalty: float = 0.0,
-        solver: str | Solver = "auto",
-        adjoint: str | Adjoint = "implicit",
-        scale: bool = True,
-        early_stopping: bool | EarlyStopping = False,
-        validation_fraction: float = 0.1,
-        warm_start: bool = False,
-        random_state: int | np.random.RandomState | None = None,
-        dtype: str = "float64",
-        engine: str | None = None,
-        verbose: bool = False,
-    ) -> None:
-        self.layers = layers
-        self.activation = activation
-        self.feedback = feedback
-        self.skips = skips
-        self.input_skips = input_skips
-        self.constraint = constraint
-        self.class_weight = class_weight
-        self.optimizer = optimizer
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.schedule = schedule
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.clip = clip
-        self.jacobian_penalty = jacobian_penalty
-        self.solver = solver
-        self.adjoint = adjoint
-        self.scale = scale
-        self.early_stopping = early_stopping
-        self.validation_fraction = validation_fraction
-        self.warm_start = warm_start
-        self.random_state = random_state
-        self.dtype = dtype
-        self.engine = engine
-        self.verbose = verbose
+    class_weight: Mapping[Any, float] | str | None = None
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNClassifier:
         """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.

@@ -6,7 +6,17 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Literal
 
-from implicit_rnn.options import Option, check_choice, check_count, check_number, check_positive, choose
+import numpy as np
+
+from implicit_rnn.options import (
+    Option,
+    check_choice,
+    check_count,
+    check_not_negative,
+    check_number,
+    check_positive,
+    choose,
+)
 
 # --- solvers -------------------------------------------------------------------------------------------------
 
@@ -29,6 +39,9 @@ class Solver(Option):
     @abstractmethod
     def max_iterations(self) -> int:
         """The largest number of evaluations."""
+
+    def __post_init__(self) -> None:
+        _check_limits(self.tol, self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -59,9 +72,6 @@ class Auto(Solver):
 
     tol: float | None = None
     max_iterations: int = 1000
-
-    def __post_init__(self) -> None:
-        _check_solver(self.tol, self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -96,8 +106,8 @@ class Picard(Solver):
     max_iterations: int = 1000
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_damping(self.damping)
-        _check_solver(self.tol, self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -136,13 +146,11 @@ class Anderson(Solver):
     max_iterations: int = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if check_count("memory", self.memory) > 10:
             raise ValueError(f"memory must lie between 1 and 10, got {self.memory}")
         _check_damping(self.damping)
-        check_number("ridge", self.ridge)
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge must not be negative, got {self.ridge}")
-        _check_solver(self.tol, self.max_iterations)
+        check_not_negative("ridge", self.ridge)
 
 
 @dataclass(frozen=True)
@@ -175,9 +183,6 @@ class Newton(Solver):
     tol: float | None = None
     max_iterations: int = 100
 
-    def __post_init__(self) -> None:
-        _check_solver(self.tol, self.max_iterations)
-
 
 @dataclass(frozen=True)
 class Chord(Solver):
@@ -206,9 +211,6 @@ class Chord(Solver):
 
     tol: float | None = None
     max_iterations: int = 200
-
-    def __post_init__(self) -> None:
-        _check_solver(self.tol, self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -243,8 +245,8 @@ class NLsolve(Solver):
     max_iterations: int = 200
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("method", self.method, ("trust_region", "newton", "anderson"))
-        _check_solver(self.tol, self.max_iterations)
 
 
 def _check_damping(damping: float) -> None:
@@ -253,10 +255,15 @@ def _check_damping(damping: float) -> None:
         raise ValueError(f"damping must lie in (0, 1], got {damping}")
 
 
-def _check_solver(tol: float | None, max_iterations: int) -> None:
+def _check_limits(tol: float | None, max_iterations: int) -> None:
     if tol is not None:
         check_positive("tol", tol)
     check_count("max_iterations", max_iterations)
+
+
+def tolerance(tol: float | None, dtype: np.dtype) -> float:
+    """The tolerance in force in that precision, where None stands for the default."""
+    return float(tol) if tol is not None else (1e-10 if dtype == np.float64 else 1e-6)
 
 
 SolverLike = Solver | Literal["auto", "picard", "anderson", "newton", "chord", "nlsolve"]
@@ -333,7 +340,7 @@ class Implicit(Adjoint):
 
     def __post_init__(self) -> None:
         check_choice("linear_solver", self.linear_solver, ("auto", "lu", "neumann", "anderson", "gmres"))
-        _check_solver(self.tol, self.max_iterations)
+        _check_limits(self.tol, self.max_iterations)
 
 
 @dataclass(frozen=True)
@@ -403,9 +410,7 @@ def at_equilibrium(adjoint: AdjointLike) -> Adjoint:
 
 def check_penalty(weight: float, adjoint: Adjoint) -> float:
     """The weight of the Jacobian penalty, checked."""
-    check_number("jacobian_penalty", weight)
-    if not weight >= 0:
-        raise ValueError(f"jacobian_penalty must not be negative, got {weight}")
+    check_not_negative("jacobian_penalty", weight)
     if weight > 0 and not adjoint.needs_equilibrium:
         raise ValueError(f"jacobian_penalty is taken at an equilibrium, which adjoint={adjoint.name}() does not have")
     return float(weight)

@@ -17,7 +17,7 @@ from implicit_rnn.engines import Of
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
-from implicit_rnn.options import OnFailure, check_on_failure, choose
+from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium
 
 try:
@@ -81,8 +81,7 @@ class ImplicitRNN(nn.Module):
         super().__init__()
         if not isinstance(net, Network):
             raise TypeError(f"net is {net!r}; expected a Network")
-        if of not in ("outputs", "state"):
-            raise ValueError(f"of is {of!r}; expected 'outputs' or 'state'")
+        check_choice("of", of, ("outputs", "state"))
         self.net = net
         self.of = of
         check_on_failure(on_failure)

@@ -75,7 +75,7 @@ R for Rᵀ: `z′ = D (g + R z′)`, where g is that of what drives the stage an
     floor::T
     Z::V
     outcome::Outcome
-    latest::Bool                 # deliver D (g + M e) of the last e
+    latest::Bool                 # write out D (g + M e) of the last e
     threads::Int                 # among which products may be shared
     tangent::Bool = false
 end

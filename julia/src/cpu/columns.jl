@@ -181,7 +181,7 @@ solutions found by methods which may find others than those that attract are che
     S::V
     outcome::Outcome
     unique::Bool
-    latest::Bool                 # deliver f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
+    latest::Bool                 # write out f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
     factors::Union{Nothing, Factors{T}}    # take the last factorisations of Newton's method
     threads::Int                 # among which products may be shared
 end
@@ -266,23 +266,18 @@ The arrays of columns or of a solver's state whose last axis counts the columns.
 @inline per_column(s::S) where {S <: SolverState} = ntuple(i -> getfield(s, i), Val(fieldcount(S)))
 
 "Column k takes the place of column j."
-function move_column!(c::Columns, j::Int, k::Int)
-    map(A -> move_entries!(A, j, k), per_column(c))
-    move_column!(c.state, j, k)
-    return
-end
-move_column!(::Nothing, j::Int, k::Int) = nothing
-move_column!(s::SolverState, j::Int, k::Int) = (map(A -> move_entries!(A, j, k), per_column(s)); nothing)
+move_column!(c::Columns, j::Int, k::Int) = each_array(A -> move_entries!(A, j, k), c)
 
 "The columns j and k change places."
-function swap_columns!(c::Columns, j::Int, k::Int)
-    j == k && return
-    map(A -> swap_entries!(A, j, k), per_column(c))
-    swap_columns!(c.state, j, k)
+swap_columns!(c::Columns, j::Int, k::Int) = j == k || each_array(A -> swap_entries!(A, j, k), c)
+
+@inline function each_array(change!::F, c::Columns) where {F}
+    map(change!, per_column(c))
+    each_array(change!, c.state)
     return
 end
-swap_columns!(::Nothing, j::Int, k::Int) = nothing
-swap_columns!(s::SolverState, j::Int, k::Int) = (map(A -> swap_entries!(A, j, k), per_column(s)); nothing)
+each_array(change!, ::Nothing) = nothing
+each_array(change!::F, s::SolverState) where {F} = (map(change!, per_column(s)); nothing)
 
 @inline entries_per_column(A::Array) = prod(Base.front(size(A)))
 

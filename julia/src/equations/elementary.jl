@@ -125,8 +125,8 @@ end
 @inline function Base.log1p(x::Vec)
     u = 1.0 + x
     k, f = log_parts(u)
-    lost = ifelse(x < 1.0, x - (u - 1.0), 1.0 - (u - x))
-    y = log_of(k, f, lost / u)
+    rounding = ifelse(x < 1.0, x - (u - 1.0), 1.0 - (u - x))
+    y = log_of(k, f, rounding / u)
     return replaced_lanes(log1p, ifelse(abs(x) < 0x1p-54, x, y), !((u > 0.0) & (x < 0x1p1000)), x)
 end
 @inline Base.log2(x::Vec) = each_lane(log2, x)

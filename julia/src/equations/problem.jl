@@ -65,14 +65,6 @@ per_sample(x::AbstractMatrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) :
 @inline at(x::PerSample{-1}, j) = view(x.array, ntuple(_ -> :, Val(ndims(x.array) - 1))..., j)
 
 """
-    AbstractEquation{T}
-
-What solvers see of an equation: whether it is a `root`, the number `n` of unknowns, their `weights`, and the methods of
-function_derivatives.jl and pullback.jl.
-"""
-abstract type AbstractEquation{T} end
-
-"""
     Equation{T, K}(problem)
 
 An [`EquationProblem`](@ref) with its types known, for loops over many samples. `f`, `args` and K, the length of a
@@ -104,7 +96,7 @@ struct ErasedEquation{T} <: AbstractEquation{T}
     n::Int
     weights::Vector{Float64}
 end
-erased(p::ErasedEquation) = p
+erased(p::AbstractEquation) = p
 erased(p::Equation{T}) where {T} = ErasedEquation{T}(p, p.root, p.n, p.weights)
 
 "From this many samples on, loops over them are compiled for the function."

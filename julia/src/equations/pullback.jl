@@ -54,12 +54,6 @@ conditions_along(p::ErasedEquation{T}, z, sample::Int, d) where {T} = conditions
 end
 argument_jacobian!(B, p::ErasedEquation, z, sample::Int, index::Val) = (argument_jacobian!(B, p.equation, z, sample, index); nothing)
 
-"A function of which nothing is known, for loops that are compiled once."
-struct Opaque
-    f::Any
-end
-(g::Opaque)(x) = g.f(x)
-
 # gradient += λᵀ ∂g/∂x from `offset` on
 @inline add_pullback!(gradient, offset::Int, g::G, x::Union{Number, Short}, λ) where {G} = add_forward!(gradient, offset, g, x, λ)
 add_pullback!(gradient, offset::Int, g, x::AbstractArray, λ) = add_pullback!(gradient, offset, Opaque(g), x, λ)

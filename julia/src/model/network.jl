@@ -95,59 +95,65 @@ function Network{T}(
         throw(ArgumentError("the constraint Monotone needs activations whose slope is never negative, unlike gelu and silu"))
     ends = cumsum(layer.neurons for layer in layers)
     rows = [(stop - layer.neurons + 1):stop for (stop, layer) in zip(ends, layers)]
-
     pairs_back = feedback_pairs(feedback, length(layers))
+    connections = connect(inputs, layers, rows, pairs_back, skips, input_skips)
+    bias = sum(c -> length(c.rows) * length(c.cols), connections)
+    offset = bias + last(ends)
+    stages = Stage[]
+    for members in strong_components(pairs_back, length(layers))
+        push!(stages, Stage(members, layers, rows, connections, constraint, offset))
+        offset += length(last(stages).scales)
+    end
+    readout, count = read_neurons(outputs, last(rows))
+    return Network{T}(
+        inputs, layers, constraint, stages, readout, count, bias, offset, offset + count * (length(readout) + 1)
+    )
+end
+
+# All blocks of weights that exist, in their order in the parameter vector.
+function connect(inputs, layers, rows, pairs_back, skips, input_skips)
     offset = 0
     connections = Connection[]
-    connect!(to, from, cols) = begin
+    add!(to, from, cols) = begin
         push!(connections, Connection(to, from, rows[to], cols, offset))
         offset += length(rows[to]) * length(cols)
     end
     for to in sort!(unique!([1; collect(Int, input_skips)]))
         checkindex(Bool, eachindex(layers), to) || throw(ArgumentError("no layer $to for an input skip"))
-        connect!(to, 0, 1:inputs)
+        add!(to, 0, 1:inputs)
     end
     for to in eachindex(layers), from in eachindex(layers)
         exists = from == to ? layers[to].lateral :
             from > to ? (from => to) in pairs_back :
             from == to - 1 || (from => to) in skips
-        exists && connect!(to, from, rows[from])
+        exists && add!(to, from, rows[from])
     end
+    return connections
+end
 
-    bias = offset
-    offset += last(ends)
-    stages = Stage[]
-    for members in strong_components(pairs_back, length(layers))
-        recurrent = length(members) > 1 || layers[first(members)].lateral
-        span = first(rows[first(members)]):last(rows[last(members)])
-        scales = recurrent && has_scales(constraint) ? ((offset + 1):(offset + length(span))) : 1:0
-        offset += length(scales)
-        incoming = filter(c -> c.to in members, connections)
-        slopes = reduce(vcat, fill(slope_bound(layers[l].activation), layers[l].neurons) for l in members)
-        push!(
-            stages, Stage(
-                span, recurrent, any(c -> c.from == 0, incoming),
-                stage_activation(layers[members]), slopes, incoming, scales,
-            )
-        )
-    end
-
-    weights_out = offset
-    if outputs isa Integer
-        outputs > 0 || throw(ArgumentError("a readout needs at least one output, got $outputs"))
-        readout = collect(last(rows))
-        offset += outputs * length(readout) + outputs
-        count = Int(outputs)
-    else
-        readout = collect(Int, outputs)
-        isempty(readout) && throw(ArgumentError("the list of output neurons is empty"))
-        all(in(1:last(ends)), readout) ||
-            throw(ArgumentError("output neurons $readout are not all among the $(last(ends)) neurons"))
-        count = 0
-    end
-    return Network{T}(
-        inputs, layers, constraint, stages, readout, count, bias, weights_out, offset
+# The stage of the layers `members`, whose scales, if it has any, lie behind `offset` in the parameter vector.
+function Stage(members, layers, rows, connections, constraint, offset::Int)
+    recurrent = length(members) > 1 || layers[first(members)].lateral
+    span = first(rows[first(members)]):last(rows[last(members)])
+    scales = recurrent && has_scales(constraint) ? ((offset + 1):(offset + length(span))) : 1:0
+    incoming = filter(c -> c.to in members, connections)
+    slopes = reduce(vcat, fill(slope_bound(layers[l].activation), layers[l].neurons) for l in members)
+    return Stage(
+        span, recurrent, any(c -> c.from == 0, incoming), stage_activation(layers[members]), slopes, incoming, scales
     )
+end
+
+# The neurons that the output reads, and the number of linear outputs, 0 where it is these neurons themselves.
+function read_neurons(outputs::Integer, last_layer)
+    outputs > 0 || throw(ArgumentError("a readout needs at least one output, got $outputs"))
+    return collect(last_layer), Int(outputs)
+end
+function read_neurons(outputs, last_layer)
+    readout = collect(Int, outputs)
+    isempty(readout) && throw(ArgumentError("the list of output neurons is empty"))
+    all(in(1:last(last_layer)), readout) ||
+        throw(ArgumentError("output neurons $readout are not all among the $(last(last_layer)) neurons"))
+    return readout, 0
 end
 
 function feedback_pairs(feedback, layers)

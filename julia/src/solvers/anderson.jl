@@ -26,36 +26,38 @@ end
 const MAX_MEMORY = 10
 
 """
-    AndersonState{T}(n, memory, width)
+    AndersonState{T, S}(n, memory, width)
 
 The history of each sample: the last `memory` differences of the residuals r = f(z) - z and of F = f(z), in a ring, with the Gram
-matrix of the former; how many of them are in use; and r, F and ‖r‖ of the last iteration.
+matrix of the former; how many of them are in use; and r, F and ‖r‖ of the last iteration. Inner products are numbers of type S.
 """
-struct AndersonState{T} <: SolverState
+struct AndersonState{T, S} <: SolverState
     ΔR::Array{T, 3}
     ΔF::Array{T, 3}
-    gram::Array{T, 3}
+    gram::Array{S, 3}
     differences::Vector{Int}
     r::Matrix{T}
     F::Matrix{T}
-    residual::Vector{T}
+    residual::Vector{S}
 end
-AndersonState{T}(n::Int, memory::Int, width::Int) where {T} = AndersonState{T}(
-    zeros(T, n, memory, width), zeros(T, n, memory, width), zeros(T, memory, memory, width), zeros(Int, width),
-    zeros(T, n, width), zeros(T, n, width), zeros(T, width),
+AndersonState{T, S}(n::Int, memory::Int, width::Int) where {T, S} = AndersonState{T, S}(
+    zeros(T, n, memory, width), zeros(T, n, memory, width), zeros(S, memory, memory, width), zeros(Int, width),
+    zeros(T, n, width), zeros(T, n, width), fill(S(Inf), width),
 )
 
 "The system of the normal equations of one sample, solved in place."
-struct NormalEquations{T}
-    γ::Vector{T}
-    b::Vector{T}
-    G::Matrix{T}
+struct NormalEquations{S}
+    γ::Vector{S}
+    b::Vector{S}
+    G::Matrix{S}
 end
-NormalEquations{T}(memory::Int) where {T} = NormalEquations{T}(zeros(T, memory), zeros(T, memory), zeros(T, memory, memory))
+NormalEquations{S}(memory::Int) where {S} = NormalEquations{S}(zeros(S, memory), zeros(S, memory), zeros(S, memory, memory))
+
+# --- columns ----------------------------------------------------------------------------------------------------
 
 function iterate!(s::Anderson, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
     n, width = size(c.Z)
-    state = buffer!(() -> AndersonState{T}(n, s.memory, width), c, AndersonState{T}, h -> size(h.ΔR, 2) == s.memory)
+    state = buffer!(() -> AndersonState{T, T}(n, s.memory, width), c, AndersonState{T, T}, h -> size(h.ΔR, 2) == s.memory)
     fill!(view(state.differences, 1:c.active), 0)
     fill!(view(state.residual, 1:c.active), T(Inf))
     c.state = state
@@ -71,57 +73,87 @@ function accelerate!(s::Anderson, state::AndersonState{T}, c::Columns{T}, p::Fix
         evaluate_all!(c, p; check = true) && return true
         newest = k == 1 ? 0 : mod1(newest + 1, s.memory)
         for j in 1:c.active
-            anderson_step!(c, state, j, newest, s, equations)
+            anderson_step!(c.Z, c.F, c.residual[j], state, j, newest, s, equations)
         end
     end
     return false
 end
 
-function anderson_step!(c::Columns{T}, state::AndersonState{T}, j::Int, newest::Int, s::Anderson, equations) where {T}
-    m, n = s.memory, size(c.F, 1)
-    (; ΔR, ΔF, gram) = state
-    (; γ, b, G) = equations
-    last_r, last_F = state.r, state.F
-    Z, F = c.Z, c.F
-    differences = state.differences[j]
-    if newest > 0
-        @inbounds @simd for i in 1:n
-            ΔR[i, newest, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
-            ΔF[i, newest, j] = F[i, j] - last_F[i, j]
-        end
-        differences = c.residual[j] > 2 * state.residual[j] ? 0 : min(differences + 1, m)
+# --- one sample -------------------------------------------------------------------------------------------------
+
+# The products in double precision: an equation may have any unit.
+function iterate!(solver::Anderson, s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
+    state, equations = AndersonState{T, Float64}(p.n, solver.memory, 1), NormalEquations{Float64}(solver.memory)
+    newest = 0
+    while evaluate!(s, p)
+        status = assess!(s, p, tol)
+        status === nothing || return finish!(s, status, p, true)
+        newest = isinf(state.residual[1]) ? 0 : mod1(newest + 1, solver.memory)
+        anderson_step!(s.z, s.value, s.merit, state, 1, newest, solver, equations)
     end
-    @inbounds @simd for i in 1:n
-        last_r[i, j] = F[i, j] - Z[i, j]
-        last_F[i, j] = F[i, j]
-    end
+    return MAX_ITERATIONS
+end
+
+# --- a step -----------------------------------------------------------------------------------------------------
+
+# Column j of Z becomes the next iterate, given F = f(Z) and the size of F - Z there; the newest difference goes to the place `newest`.
+function anderson_step!(Z, F, residual, state::AndersonState{T, S}, j::Int, newest::Int, s::Anderson, equations) where {T, S}
+    m, n = s.memory, size(F, 1)
+    differences = remember!(state, Z, F, residual, j, newest)
     if differences > 0
-        for l in 1:differences              # the newest row of the Gram matrix, and the right-hand side
-            place = mod1(newest - l + 1, m)
-            inner = rhs = zero(T)
-            @inbounds @simd for i in 1:n
-                inner = muladd(ΔR[i, place, j], ΔR[i, newest, j], inner)
-                rhs = muladd(ΔR[i, place, j], last_r[i, j], rhs)
-            end
-            gram[place, newest, j] = gram[newest, place, j] = inner
-            b[l] = rhs
-        end
-        for l in 1:differences, k in 1:differences
-            G[k, l] = gram[mod1(newest - k + 1, m), mod1(newest - l + 1, m), j]
-        end
-        solve_regularised!(γ, G, b, differences, max(T(s.ridge), eps(T))) || (differences = 0)
+        pose!(equations, state, j, newest, differences)
+        (; γ, b, G) = equations
+        solve_regularised!(γ, G, b, differences, max(S(s.ridge), S(eps(T)))) || (differences = 0)
     end
     state.differences[j] = differences
-    state.residual[j] = c.residual[j]
-    damping = T(s.damping)
+    damping, r = T(s.damping), state.r
     @inbounds @simd for i in 1:n
-        Z[i, j] = F[i, j] - (1 - damping) * last_r[i, j]
+        Z[i, j] = F[i, j] - (1 - damping) * r[i, j]
     end
+    (; ΔR, ΔF) = state
     for l in 1:differences
-        place, g = mod1(newest - l + 1, m), γ[l]
+        place, g = mod1(newest - l + 1, m), T(equations.γ[l])
         @inbounds @simd for i in 1:n
             Z[i, j] -= g * (ΔF[i, place, j] - (1 - damping) * ΔR[i, place, j])
         end
+    end
+    return
+end
+
+# Take the place `newest` for what has changed in column j since the last iteration; how many differences are to be used.
+function remember!(state::AndersonState, Z, F, residual, j::Int, newest::Int)
+    (; ΔR, ΔF) = state
+    differences, last_r, last_F = state.differences[j], state.r, state.F
+    if newest > 0
+        @inbounds @simd for i in axes(F, 1)
+            ΔR[i, newest, j] = (F[i, j] - Z[i, j]) - last_r[i, j]
+            ΔF[i, newest, j] = F[i, j] - last_F[i, j]
+        end
+        differences = residual > 2 * state.residual[j] ? 0 : min(differences + 1, size(ΔR, 2))
+    end
+    @inbounds @simd for i in axes(F, 1)
+        last_r[i, j] = F[i, j] - Z[i, j]
+        last_F[i, j] = F[i, j]
+    end
+    state.residual[j] = residual
+    return differences
+end
+
+# The normal equations of column j, to whose Gram matrix the newest row is added.
+function pose!((; b, G)::NormalEquations, state::AndersonState{T, S}, j::Int, newest::Int, differences::Int) where {T, S}
+    (; ΔR, gram, r) = state
+    place(l) = mod1(newest - l + 1, size(ΔR, 2))
+    for l in 1:differences
+        k, inner, rhs = place(l), zero(S), zero(S)
+        @inbounds @simd for i in axes(r, 1)
+            inner = muladd(S(ΔR[i, k, j]), S(ΔR[i, newest, j]), inner)
+            rhs = muladd(S(ΔR[i, k, j]), S(r[i, j]), rhs)
+        end
+        gram[k, newest, j] = gram[newest, k, j] = inner
+        b[l] = rhs
+    end
+    for l in 1:differences, k in 1:differences
+        G[k, l] = gram[place(k), place(l), j]
     end
     return
 end

@@ -10,13 +10,10 @@ Picard iteration first. Every $(AUTO_BLOCK) iterations, a sample whose contracti
 is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
 then Newton's method (above), and the last ones by NLsolve's trust region. A sample's course depends on that sample only.
 """
-struct Auto <: Solver
-    tol::Union{Nothing, Float64}
-    max_iterations::Int
-    function Auto(; tol = nothing, max_iterations = 1000)
-        check_options(tol, max_iterations)
-        return new(tol, max_iterations)
-    end
+@kwdef struct Auto <: Solver
+    tol::Union{Nothing, Float64} = nothing
+    max_iterations::Int = 1000
+    Auto(tol, max_iterations) = (check_options(tol, max_iterations); new(tol, max_iterations))
 end
 
 function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
@@ -69,3 +66,118 @@ predicted_iterations(c::Columns, p, j) =
 
 "Iterations until a residual that shrinks at the present rate is as small as the goal."
 predicted_iterations(goal::T, residual::T, rate::T) where {T <: AbstractFloat} = log(goal / residual) / log(min(rate, T(0.9999)))
+
+# --- one sample of an equation: what is cheap first, then what is robust ----------------------------------------
+
+"""
+Ways of the trust region for what Newton's method with a line search leaves, each from the start. On the systems of Moré, Garbow
+and Hillstrom (1981), from their starts and from 10 and 100 times as far, each solves some that the others do not.
+"""
+const TRUST_REGIONS = (
+    TrustRegion(true, 0.1, 1.0), TrustRegion(false, 0.0, 1.0), TrustRegion(true, 1.0, 100.0), TrustRegion(false, 0.0, 0.1),
+)
+
+"The part of the evaluations that each of them may use, and Newton's method before; the last gets what is left."
+const ATTEMPT_SHARES = (0.1, 0.2, 0.3, 0.2, 1.0)
+
+"The part of the evaluations that Newton's method may use on a fixed point."
+const FIXED_POINT_SHARE = 0.05
+
+"Evaluations that each gets in any case, if there are so many."
+const LEAST_ATTEMPT = 60
+
+iterate!(::Auto, s::Iteration, p::AbstractEquation, tol) = p.root ? find_root!(s, p, tol) : find_fixed_point!(s, p, tol)
+
+# `attempt` with a share of all evaluations, as far as they are left.
+with_share!(attempt, s::Iteration, share) = with_limit!(attempt, s, s.evaluations + max(ceil(Int, share * s.limit), LEAST_ATTEMPT))
+function with_limit!(attempt, s::Iteration, below)
+    limit = s.limit
+    s.limit = min(limit, below)
+    status = attempt()
+    s.limit = limit
+    return status
+end
+
+function find_root!(s::Iteration, p::AbstractEquation, tol)
+    l = linearization!(s)
+    status = with_share!(() -> newton!(s, l, p, tol), s, ATTEMPT_SHARES[1])
+    status in (CONVERGED, NON_FINITE) && return status
+    return (@late trust_regions!(s, l, erased(p), tol))::Status
+end
+
+# Each way of the trust region from the start; what is left in the end belongs to one that was not finished.
+function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+    w = Dogleg(p.n)
+    unfinished = nothing
+    for (way, share) in zip(TRUST_REGIONS, Base.tail(ATTEMPT_SHARES))
+        s.evaluations < s.limit || return MAX_ITERATIONS
+        restart!(s, p)
+        status = with_share!(() -> trust_region!(s, l, w, p, tol, way), s, share)
+        status === CONVERGED && return attracts(status, s, p)
+        status === MAX_ITERATIONS && (unfinished = way)
+    end
+    unfinished === nothing && return SINGULAR
+    s.evaluations < s.limit || return MAX_ITERATIONS
+    restart!(s, p)
+    return attracts(trust_region!(s, l, w, p, tol, unfinished), s, p)
+end
+
+"Up to this many unknowns fixed points are found by methods with a matrix."
+const DENSE = 2000
+
+# Picard iteration while it is fast, else Newton's method, whose result counts if it attracts; else more of Picard iteration, and
+# trust regions in the end.
+function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
+    status = picard_while_fast!(s, p, tol)
+    status === nothing || return status
+    if p.n <= DENSE
+        copyto!(s.start, s.z)
+        forget!(s, p)
+        status = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
+        status === CONVERGED && return CONVERGED
+    end
+    return (@late slow_fixed_point!(s, erased(p), tol))::Status
+end
+
+"Picard iterations between two trials of Newton's method."
+const STRETCHES = (32, 128, 512)
+
+function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol)
+    p.n <= DENSE || return iterate!(Anderson(), s, p, tol)
+    status = MAX_ITERATIONS
+    for stretch in STRETCHES
+        restart!(s, p)
+        status = with_limit!(() -> iterate!(Picard(), s, p, tol), s, s.evaluations + stretch)
+        status === CONVERGED && return CONVERGED
+        status === MAX_ITERATIONS || break
+        copyto!(s.start, s.z)
+        with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE) === CONVERGED && return CONVERGED
+    end
+    found = trust_regions!(s, linearization!(s), p, tol)
+    return status === DIVERGED && found !== CONVERGED ? DIVERGED : found
+end
+
+"Picard iterations that a start of Newton's method is worth."
+picard_patience(n::Int) = 4 * (n + 2)
+
+# Until the iteration ends, or is so slow that Newton's method is cheaper (`nothing`); what runs away begins anew.
+function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
+    patience = picard_patience(p.n)
+    while evaluate!(s, p)
+        status = assess!(s, p, tol)
+        if status === CONVERGED
+            # What iteration leads to attracts, but not what it starts at.
+            return finish!(s, CONVERGED, p, s.evaluations == 1)
+        elseif status !== nothing
+            s.evaluations == 1 && return status
+            restart!(s, p)
+            return nothing
+        end
+        advance!(s, one(T))
+        s.evaluations % AUTO_BLOCK == 0 && predicted_iterations(s, p, tol) > patience && return nothing
+    end
+    return MAX_ITERATIONS
+end
+
+predicted_iterations(s::Iteration{T}, p::AbstractEquation, tol) where {T} =
+    predicted_iterations(max(tol * measure(s.z, p.weights), eps(T) * s.largest), s.distance, s.rate)

@@ -10,13 +10,10 @@ the equation itself, and what that does not confirm goes on by Picard iteration.
 batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and what does not converge is
 `SINGULAR`. Three evaluations of a few samples, from which D̄ is taken, are not counted.
 """
-struct Chord <: Solver
-    tol::Union{Nothing, Float64}
-    max_iterations::Int
-    function Chord(; tol = nothing, max_iterations = 200)
-        check_options(tol, max_iterations)
-        return new(tol, max_iterations)
-    end
+@kwdef struct Chord <: Solver
+    tol::Union{Nothing, Float64} = nothing
+    max_iterations::Int = 200
+    Chord(tol, max_iterations) = (check_options(tol, max_iterations); new(tol, max_iterations))
 end
 
 """

@@ -1,4 +1,5 @@
-# NLsolve.jl, sample by sample, with the exact Jacobian.
+# NLsolve.jl, sample by sample, with the exact Jacobian. It is given unknowns and residuals of the size 1, since its first trust region
+# and some of its thresholds are absolute, and is stopped from within as soon as our own criterion holds or no evaluation is left.
 
 """
     NLsolver(; method = :trust_region, tol = nothing, max_iterations = 200)
@@ -21,50 +22,69 @@ struct NLsolver <: Solver
     end
 end
 
-function iterate!(s::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
-    c.cold = false
-    root = RootProblem(Matrix{Float64}(p.recurrence.R), p.f)
-    tol, floor = Float64(p.tol), Float64(p.floor)
-    for j in c.active:-1:1
-        evaluations = min(iterations, c.limit - c.iterations[j]) - 1
-        evaluations > 0 || continue
-        c.iterations[j] += (@late attempts!(root, s, view(c.U, :, j), view(c.Z, :, j), tol, floor, evaluations))::Int
-        c.residual[j] = T(Inf)
-    end
-    # What has converged is found by the same evaluation as for every other solver.
-    evaluate_all!(c, p; check = true) && return true
-    (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(size(c.F, 1)), c, FactorBuffers{T})
-    foreach(j -> factorize!(A, pivots, slopes, c, p, j), 1:c.active)
-    return false
+# --- one sample -------------------------------------------------------------------------------------------------
+
+function iterate!(solver::NLsolver, s::Iteration, p::AbstractEquation, tol)
+    equation = erased(p)
+    status = (@late nlsolve!(s, equation, solver, tol))::Status
+    status === CONVERGED && !p.root && finish!(s, status)
+    return attracts(status, s, equation)
 end
 
-# Improve z for the drive u; returns the evaluations used.
-function attempts!(root, s::NLsolver, u, z, tol, floor, evaluations)
-    begin_sample!(root, u, evaluations)
-    start = Vector{Float64}(z)
-    r = similar(start)
-    # NLsolve stops on an absolute maximum norm; ours is relative, so ask again where that was too loose.
-    target = tol * max(norm(root(r, start)), floor) / (2 * sqrt(length(start)))
-    for _ in 1:3
-        found = attempt(s, root, start, target)
-        found === nothing && break
-        copyto!(start, found)
-        root.left > 0 || break
-        norm(root(r, start)) <= tol * max(norm(root.z), floor) && break
-        target /= 100
+# How the iteration ended; s.z is the solution, or how far it got.
+function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol) where {T}
+    l = linearization!(s)
+    evaluate!(s, l, p) || return MAX_ITERATIONS
+    isfinite(s.merit) || return NON_FINITE
+    unit, unit_of_c = nlsolve_units(s, l, p, solver)
+    known = true                # c at the iterate
+    function moved!(x)
+        all(isfinite, x) || throw(Stop(NON_FINITE))
+        known && all(i -> s.z[i] == T(x[i] * unit), eachindex(x)) && return
+        known = false
+        copyto!(s.base, s.z)
+        for i in eachindex(x)
+            s.z[i] = T(x[i] * unit)
+        end
+        evaluate!(s, l, p) || (copyto!(s.z, s.base); throw(Stop(MAX_ITERATIONS)))
+        known = true
+        p.root || assessed(assess!(s, p, tol))
+        return
     end
-    copyto!(z, start)
-    return evaluations - root.left
+    assessed(status) = status === CONVERGED && throw(Stop(CONVERGED))
+    function conditions!(c, x)
+        moved!(x)
+        c .= s.c ./ unit_of_c
+        return
+    end
+    function jacobian!(J, x)
+        moved!(x)
+        p.root && assessed(assess_root!(s, l, newton_step!(s, l, p), p, tol))
+        p.root || ImplicitRNN.jacobian!(s, l, p)
+        all(isfinite, l.J) && isfinite(s.merit) || throw(Stop(NON_FINITE))
+        # NLsolve's own Newton method would take the step of a matrix that is singular to rounding.
+        solver.method === :newton && !p.root && !is_regular!(l) && throw(Stop(SINGULAR))
+        J .= l.J .* (unit / unit_of_c)
+        return
+    end
+    both!(c, J, x) = (conditions!(c, x); jacobian!(J, x))
+    p.root || assess!(s, p, tol) !== CONVERGED || return CONVERGED
+    # It also counts the trials of one point while its trust region shrinks, which are not evaluated; there may be no end to them.
+    iterations = 4 * (s.limit - s.evaluations) + 200
+    return call_nlsolve(Opaque(conditions!), Opaque(jacobian!), Opaque(both!), Float64.(s.z) ./ unit, solver.method, iterations)
 end
 
-# The solution found, or as far as the evaluations lead; nothing where the method breaks down.
-function attempt(s::NLsolver, root, start, target)
-    result = call_nlsolve(
-        root, (J, z) -> (jacobian!(J, root, z); s.method === :newton && check_regular(J)), start;
-        method = s.method, ftol = target, iterations = root.left,
-    )
-    result isa Stop && return root.best
-    return result !== nothing && all(isfinite, result.zero) ? result.zero : nothing
+is_regular!(l::Linearization) = lu_factor!(copyto!(l.LU, l.J), l.pivots) && !is_singular(l.LU)
+
+# The size of an unknown, and of a condition: for NLsolve's Anderson acceleration, which adds them, one and the same.
+function nlsolve_units(s::Iteration, l::Linearization, p::AbstractEquation, solver::NLsolver)
+    roughly = sqrt(p.n)
+    of_c = max(s.merit, 0.0) / roughly
+    unit = measure(s.z) / roughly
+    unit > 0 || (unit = newton_step!(s, l, p) ? measure(l.step) / roughly : of_c / measure(vec(l.J)))
+    unit > 0 && isfinite(unit) || (unit = 1.0)
+    solver.method === :anderson && return unit, unit
+    return unit, of_c > 0 ? of_c : 1.0
 end
 
 "Thrown out of NLsolve.jl, which cannot be told to stop: `status` says why."
@@ -72,74 +92,65 @@ struct Stop <: Exception
     status::Status
 end
 
-"    call_nlsolve(arguments...; options...)\n\nThe result of NLsolve.jl; the [`Stop`](@ref) thrown out of it; `nothing` where its method breaks down."
-function call_nlsolve(arguments...; options...)
+function call_nlsolve(conditions!::Opaque, jacobian!::Opaque, both!::Opaque, start, method, iterations)
     try
-        return @late nlsolve(arguments...; xtol = 0.0, options...)
+        result = nlsolve(conditions!, jacobian!, both!, start; method, xtol = 0.0, ftol = 0.0, iterations, inplace = true)
+        return all(isfinite, result.zero) ? SINGULAR : NON_FINITE
     catch error
-        error isa Stop && return error
+        error isa Stop && return error.status
         error isa Union{LinearAlgebra.SingularException, LinearAlgebra.LAPACKException, NLsolve.IsFiniteException} || rethrow()
-        return nothing
+        return SINGULAR
     end
 end
 
-# NLsolve's own Newton method would take the step of a matrix that is singular to rounding.
-function check_regular(J)
-    A, pivots = -J, zeros(Int, size(J, 1))
-    lu_factor!(A, pivots) && !is_singular(A) || throw(LinearAlgebra.SingularException(0))
-    return
+# --- columns ----------------------------------------------------------------------------------------------------
+
+"""
+    StageEquation(p)
+
+The equilibrium of a stage for one sample, driven by `u`, in double precision and for whatever activation, so that all of this is
+compiled once. By its weights the smallest size that residuals are related to is the floor of the [`Stationary`](@ref) equation.
+"""
+struct StageEquation <: AbstractEquation{Float64}
+    root::Bool
+    n::Int
+    weights::Vector{Float64}
+    R::Matrix{Float64}
+    f::Activation
+    u::Vector{Float64}
+    s::Vector{Float64}
+    slopes::Vector{Float64}
+end
+function StageEquation(p::Stationary)
+    n = size(p.recurrence.R, 1)
+    return StageEquation(false, n, fill(sqrt(n) / p.floor, n), Matrix{Float64}(p.recurrence.R), p.f, (zeros(n) for _ in 1:3)...)
 end
 
-# r(z) = f(u + R z) - z, with the buffers of its evaluation: in double precision and for whatever activation, so that NLsolve
-# is compiled once.
-mutable struct RootProblem
-    const R::Matrix{Float64}
-    const f::Activation
-    const u::Matrix{Float64}
-    const input::Matrix{Float64}
-    const s::Matrix{Float64}
-    const z::Matrix{Float64}
-    const d::Matrix{Float64}
-    const best::Vector{Float64}    # where the residual was smallest
-    best_residual::Float64
-    evaluated::Bool                # at `input`
-    left::Int                      # evaluations of f
-end
-RootProblem(R, f) = RootProblem(R, f, (zeros(size(R, 1), 1) for _ in 1:5)..., zeros(size(R, 1)), Inf, false, 0)
-
-function begin_sample!(p::RootProblem, u, evaluations)
-    copyto!(p.u, u)
-    p.best_residual, p.evaluated, p.left = Inf, false, evaluations
-    return p
-end
-
-function (p::RootProblem)(r, z)
-    evaluate!(p, z)
-    r .= vec(p.z) .- z
-    return r
-end
-# NLsolve asks for the residual and the Jacobian at the same z one after the other.
-function evaluate!(p::RootProblem, z)
+# All that NLsolve.jl asks for: the value, and the Jacobian for little more.
+function call!(y::Vector{Float64}, J::Matrix{Float64}, p::StageEquation, z, ::Int)
     check_interrupt()
-    p.evaluated && vec(p.input) == z && return
-    p.left > 0 || throw(Stop(MAX_ITERATIONS))
-    p.left -= 1
-    p.evaluated = true
-    copyto!(p.input, z)
-    gemm!('N', 'N', true, p.R, p.input, true, copyto!(p.s, p.u))
-    change2, _ = activate!(p.z, p.f, p.s, p.input, 1)
-    if p.best_residual == Inf || change2 < p.best_residual
-        p.best_residual = change2
-        copyto!(p.best, z)
-    end
-    return
+    gemv!('N', true, p.R, z, true, copyto!(p.s, p.u))
+    activate!(y, p.f, p.s, z, 1)
+    rmul!(residual_jacobian!(J, slopes!(p.slopes, p.f, p.s, y), p.R), -1)
+    return true
 end
-function jacobian!(J, p::RootProblem, z)
-    evaluate!(p, z)
-    slopes!(p.d, p.f, p.s, p.z)
-    J .= p.d .* p.R
-    for i in axes(J, 1)
-        J[i, i] -= 1
+
+function iterate!(solver::NLsolver, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
+    c.cold = false
+    equation, s = StageEquation(p), Iteration{Float64}(size(c.F, 1))
+    for j in c.active:-1:1
+        evaluations = min(iterations, c.limit - c.iterations[j]) - 1
+        evaluations > 0 || continue
+        copyto!(equation.u, view(c.U, :, j))
+        begin!(s, equation, c.Z, j, evaluations)
+        @late nlsolve!(s, equation, solver, Float64(p.tol) / 2)         # the rest is for the rounding of z
+        copy_column!(c.Z, j, s.z, 1)
+        c.iterations[j] += s.evaluations
+        c.residual[j] = T(Inf)
     end
-    return J
+    # What has converged is found by the same evaluation as for every other solver.
+    evaluate_all!(c, p; check = true) && return true
+    (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(size(c.F, 1)), c, FactorBuffers{T})
+    foreach(j -> factorize!(A, pivots, slopes, c, p, j), 1:c.active)
+    return false
 end

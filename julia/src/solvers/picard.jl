@@ -17,6 +17,8 @@ struct Picard <: Solver
     end
 end
 
+# --- columns ----------------------------------------------------------------------------------------------------
+
 function iterate!(s::Picard, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
     for k in 1:iterations
         # Undamped iteration ends at what attracts it, unless it starts there.
@@ -35,6 +37,25 @@ function advance!(c::Columns{T}, damping::T) where {T}
         @inbounds @simd for k in 1:(n * c.active)
             c.Z[k] = muladd(damping, c.F[k] - c.Z[k], c.Z[k])
         end
+    end
+    return
+end
+
+# --- one sample -------------------------------------------------------------------------------------------------
+
+function iterate!(solver::Picard, s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
+    while evaluate!(s, p)
+        status = assess!(s, p, tol)
+        # Undamped iteration ends at what attracts it, unless it starts there.
+        status === nothing || return finish!(s, status, p, solver.damping < 1 || s.evaluations == 1)
+        advance!(s, T(solver.damping))
+    end
+    return MAX_ITERATIONS
+end
+
+@inline function advance!(s::Iteration{T}, damping::T) where {T}
+    @inbounds for i in eachindex(s.z)
+        s.z[i] = damping == 1 ? s.value[i] : muladd(damping, s.value[i] - s.z[i], s.z[i])
     end
     return
 end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
-from implicit_rnn.options import check_flag, did_you_mean, from_description
+from implicit_rnn.options import check_count, check_flag, did_you_mean, from_description
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -49,7 +49,7 @@ class Layer:
     lateral: bool = True
 
     def __post_init__(self) -> None:
-        _check_count("neurons", self.neurons)
+        check_count("neurons", self.neurons)
         check_flag("lateral", self.lateral)
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ValueError(
@@ -123,7 +123,7 @@ class Topology:
         constraint: Constraint,
     ) -> Topology:
         """A checked topology; layers count from 0."""
-        _check_count("inputs", inputs)
+        check_count("inputs", inputs)
         stack = tuple(_as_layer(layer) for layer in _listed("layers", layers, "a list of Layer"))
         if not stack:
             raise ValueError("layers is empty; a network needs at least one Layer")
@@ -283,10 +283,7 @@ class Topology:
         """The topology as plain data, from which ``from_description`` makes an equal one."""
         return {
             "inputs": self.inputs,
-            "layers": [
-                {"neurons": layer.neurons, "activation": layer.activation, "lateral": layer.lateral}
-                for layer in self.layers
-            ],
+            "layers": [asdict(layer) for layer in self.layers],
             "feedback": [list(pair) for pair in self.feedback],
             "skips": [list(pair) for pair in self.skips],
             "input_skips": list(self.input_skips),
@@ -307,13 +304,6 @@ class Topology:
             data["outputs"],
             constraint,
         )
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _as_layer(layer: Layer | int) -> Layer:
@@ -358,8 +348,7 @@ def _whole(name: str, value: object, expected: str) -> int:
 
 def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, ...]:
     if isinstance(outputs, int | np.integer):
-        _check_count("outputs", outputs)
-        return int(outputs)
+        return check_count("outputs", outputs)
     expected = "a number of outputs or a list of neurons (whole numbers)"
     chosen = tuple(_whole("outputs", neuron, expected) for neuron in _listed("outputs", outputs, expected))
     if not chosen or any(not 0 <= neuron < neurons for neuron in chosen):

@@ -178,8 +178,8 @@ def _evaluate(code: str) -> str:
     value = evaluate(f'try; "+" * ({code}); catch error; "-" * sprint(showerror, error); end'.encode())
     if not value:
         raise EngineError(f"Julia cannot read {code!r}")
-    verdict, answer = text(value)[:1], text(value)[1:].decode()
-    if verdict == b"-":
+    sign, answer = text(value)[:1], text(value)[1:].decode()
+    if sign == b"-":
         raise EngineError(answer)
     return answer
 

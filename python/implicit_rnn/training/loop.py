@@ -245,15 +245,15 @@ class Training:
     def _progress(self, k: int) -> Progress:
         state, last = self.state, self.state.epoch - 1
         return Progress(
-            self.nets[k],
-            k,
-            state.epoch,
-            self.settings.epochs,
-            float(state.losses[k, last]),
-            int(state.unconverged[k, last]),
-            float(state.validation_losses[-1][k]) if state.validation_losses else None,
-            int(state.best_epoch[k]) or None,
-            float(self.settings.rates(np.array([last * self.settings.steps_per_epoch]))[0]),
+            net=self.nets[k],
+            index=k,
+            epoch=state.epoch,
+            epochs=self.settings.epochs,
+            loss=float(state.losses[k, last]),
+            unconverged=int(state.unconverged[k, last]),
+            validation_loss=float(state.validation_losses[-1][k]) if state.validation_losses else None,
+            best_epoch=int(state.best_epoch[k]) or None,
+            learning_rate=float(self.settings.rates(np.array([last * self.settings.steps_per_epoch]))[0]),
         )
 
     def _show(self, bar: tqdm[Any], count: int) -> None:
@@ -271,17 +271,17 @@ class Training:
         epochs = int(state.ended[k]) or state.epoch
         taken = [n for n, counts in enumerate(state.validation_unconverged) if counts[k] >= 0]
         return Run(
-            state.losses[k, :epochs].copy(),
-            state.unconverged[k, :epochs].copy(),
-            settings.rates(np.arange(epochs) * settings.steps_per_epoch),
-            np.array([state.validation_epochs[n] for n in taken], np.int64),
-            np.array([state.validation_losses[n][k] for n in taken]),
-            np.array([state.validation_unconverged[n][k] for n in taken], np.int64),
-            int(state.best_epoch[k]) or None,
-            self.why_halted(k),
-            state.seconds,
-            self.nets[0].engine.name,
-            end,
+            loss=state.losses[k, :epochs].copy(),
+            unconverged=state.unconverged[k, :epochs].copy(),
+            learning_rate=settings.rates(np.arange(epochs) * settings.steps_per_epoch),
+            validation_epochs=np.array([state.validation_epochs[n] for n in taken], np.int64),
+            validation_loss=np.array([state.validation_losses[n][k] for n in taken]),
+            validation_unconverged=np.array([state.validation_unconverged[n][k] for n in taken], np.int64),
+            best_epoch=int(state.best_epoch[k]) or None,
+            stopped=self.why_halted(k),
+            seconds=state.seconds,
+            engine=self.nets[0].engine.name,
+            snapshot=end,
         )
 
     def why_halted(self, k: int) -> str | None:

@@ -63,10 +63,7 @@ class Constant(Schedule):
     [1. 1. 1.]
     """
 
-    @property
-    def needs_end(self) -> bool:
-        """No."""
-        return False
+    needs_end = False
 
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
         """1."""
@@ -136,14 +133,11 @@ class Step(Schedule):
     every: int = 30
     factor: float = 0.1
 
+    needs_end = False
+
     def __post_init__(self) -> None:
         check_count("every", self.every)
         check_fraction("factor", self.factor)
-
-    @property
-    def needs_end(self) -> bool:
-        """No."""
-        return False
 
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
         """The formula above."""

@@ -110,8 +110,8 @@ class JuliaProgram:
         start = found.state if self._problem.adjoint.needs_equilibrium else None
         penalty, _ = self._vjp(p, X, start, V, "outputs", g, np.empty_like(X), back, probe)
         # A sample that has not converged goes on in the second solve, while the loss is that of the first.
-        lost = found.status != CONVERGED
-        back.status[lost], back.residual[lost] = found.status[lost], found.residual[lost]
+        unsolved = found.status != CONVERGED
+        back.status[unsolved], back.residual[unsolved] = found.status[unsolved], found.residual[unsolved]
         failed = (back.status != CONVERGED) | ~(back.adjoint_residual < WORST_ADJOINT)
         unconverged = int(failed.sum()) if self._problem.adjoint.needs_equilibrium else 0
         return float(loss) + penalty, Quality(

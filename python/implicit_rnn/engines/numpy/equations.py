@@ -20,15 +20,15 @@ from implicit_rnn.engines.numpy.solvers import (
     PATIENCE,
     Equation,
     Outcome,
-    _Rows,
-    _Solve,
+    Rows,
+    Solve,
     decreases,
     norm,
     solve_each,
 )
 from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, Solution
-from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
+from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, tolerance
 
 Array = np.ndarray
 
@@ -59,7 +59,7 @@ class PythonEquation:
             raise EngineError(
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
-        tol = solver.tol or (1e-6 if equation.start.dtype == np.float32 else 1e-10)
+        tol = tolerance(solver.tol, equation.start.dtype)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             if found := _find_single(equation, tol, solver):
                 out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found
@@ -70,8 +70,7 @@ class PythonEquation:
                 out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
                 out.state[...] = _FixedPoint(self._f, tol, outcome).run(solver)[0][0]
-        for name in ("status", "iterations", "residual", "rate"):
-            getattr(out, name)[...] = getattr(outcome, name)[0]
+        outcome.write(out)
 
     def vjp(self, v: Array) -> list[Array | None]:
         rows = np.flatnonzero(v.any(axis=1))
@@ -311,7 +310,7 @@ class _Sizes:
 # --- fixed points --------------------------------------------------------------------------------------------
 
 
-class _FixedPoint(_Solve):
+class _FixedPoint(Solve):
     """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
 
     def __init__(self, f: Function, tol: float, outcome: Outcome) -> None:
@@ -321,42 +320,42 @@ class _FixedPoint(_Solve):
         self.f, self.sizes = f, _Sizes(f.equation, tol)
         self.outset = np.full(f.equation.samples, np.nan)
 
-    def product(self, rows: _Rows, V: Array) -> Array:
+    def product(self, rows: Rows, V: Array) -> Array:
         return self.f.real(V, rows.index)
 
     def size(self, V: Array) -> Array:
         return self.sizes(V)
 
-    def scale(self, rows: _Rows) -> Array:
+    def scale(self, rows: Rows) -> Array:
         return self.sizes.reference(self.sizes(rows.F), rows.index)
 
-    def accept(self, rows: _Rows) -> None:
+    def accept(self, rows: Rows) -> None:
         self.sizes.pass_by(self.sizes(rows.F), rows.index)
 
-    def restart(self, rows: _Rows) -> Array:
+    def restart(self, rows: Rows) -> Array:
         start = self.f.equation.start[rows.index]
         self.sizes.begin(start, rows.index)
         return start
 
-    def is_near(self, rows: _Rows, scale: Array, spent: Array) -> Array:
+    def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
         return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
 
-    def jacobian(self, rows: _Rows) -> Array:
+    def jacobian(self, rows: Rows) -> Array:
         return self.f.jacobian(rows.Z, rows.index)
 
-    def newton_direction(self, rows: _Rows) -> Array:
+    def newton_direction(self, rows: Rows) -> Array:
         r = rows.F - rows.Z
         step = _newton_steps(self.f, rows.Z, rows.index, r)
         exists = np.isfinite(step).all(axis=1)
         self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)
 
-    def repels(self, rows: _Rows) -> Array:
+    def repels(self, rows: Rows) -> Array:
         if not self.f.is_large():
             return super().repels(rows)
         return np.array([self.f.operator(z, int(k)).repels() for z, k in zip(rows.Z, rows.index, strict=True)], bool)
 
-    def largest(self, rows: _Rows) -> Array:
+    def largest(self, rows: Rows) -> Array:
         # By the sizes at the start: z may have any unit.
         new = np.isnan(self.outset[rows.index])
         fresh = rows.index[new]
@@ -403,7 +402,7 @@ class _Root:
         f, sizes, count = self.f, self.sizes, len(rows)
         Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
-        last, judged = np.full(count, np.inf), np.full(count, np.inf)
+        last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
         F = np.full_like(Z, np.nan)
         sizes.begin(f.equation.start[rows], rows)
         going = np.flatnonzero(evaluations < limit)
@@ -422,8 +421,8 @@ class _Root:
             quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
             spent = evaluations[going] >= limit
             done = sizes.near(length, size, index, quotient, spent)
-            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * judged[going])
-            judged[going] = merit
+            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * last_merit[going])
+            last_merit[going] = merit
             doubtful = done & exists & ~proven & (merit > 0)
             if doubtful.any():
                 done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])

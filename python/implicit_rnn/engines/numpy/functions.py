@@ -372,7 +372,7 @@ class Function:
         x, per_row = self._variable(Z, rows, variable)
         entries = x.shape[1:] if per_row else x.shape
         outputs = np.arange(self.equation.n)
-        lost = np.zeros(len(rows), bool)
+        bad = np.zeros(len(rows), bool)
         direction = np.zeros(entries, x.dtype)
         for k in range(direction.size):
             direction.reshape(-1)[k] = 1
@@ -385,14 +385,14 @@ class Function:
                 D[chosen], doubt = self._difference(Z[chosen], rows[chosen], variable, direction)
                 if certain:
                     D[chosen[doubt == np.inf]] = np.nan
-                    lost[chosen[doubt == np.inf]] = True
+                    bad[chosen[doubt == np.inf]] = True
             direction.reshape(-1)[k] = 0
             yield np.full_like(outputs, k), outputs, D
-        if lost.any():
+        if bad.any():
             name = "z" if variable == STATE else self.equation.names[variable]
             warn(
-                f"f has no trustworthy derivative with respect to {name} at the solution of {lost.sum()} samples (first sample "
-                f"{rows[np.flatnonzero(lost)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
+                f"f has no trustworthy derivative with respect to {name} at the solution of {bad.sum()} samples (first sample "
+                f"{rows[np.flatnonzero(bad)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
                 "these derivatives are NaN",
                 DerivativeWarning,
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import INPUT, Stage, Topology
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
-from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled
+from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled, tolerance
 
 Array = np.ndarray
 Chain = list[tuple[Array, Array, Array]]
@@ -105,8 +105,7 @@ class NumpyProgram:
         self.adjoint = problem.adjoint
         self.loss = problem.loss
         self.penalty = problem.jacobian_penalty
-        tol = problem.solver.options()["tol"]
-        self.tol = float(tol) if tol is not None else (1e-10 if self.dtype == np.float64 else 1e-6)
+        self.tol = tolerance(problem.solver.tol, dtype)
         self.bounds = [self.topology.slope_bounds(stage).astype(self.dtype) for stage in self.topology.stages]
 
     # --- protocol ----------------------------------------------------------------------------------------
@@ -114,12 +113,8 @@ class NumpyProgram:
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         weights = self._unpack(p[None])
         found = self._forward(weights, X, None if z0 is None else z0[None], None)
-        outcome = found.outcome
         out.state[...] = found.Z[0]
-        out.status[...] = outcome.status[0]
-        out.iterations[...] = outcome.iterations[0]
-        out.residual[...] = outcome.residual[0]
-        out.rate[...] = outcome.rate[0]
+        found.outcome.write(out)
         out.bound[...] = self._certify(weights, np.abs(found.F - found.Z))[0]
 
     def read_out(self, p: Array, state: Array, out: Array) -> None:
@@ -197,7 +192,7 @@ class NumpyProgram:
         for stage, w in zip(self.topology.stages, self._unpack(p[None]), strict=True):
             if stage.recurrent:
                 S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ _transposed(w.recurrent)
-                D = self._slope(stage)(S, self._activation(stage)(S))[0]
+                D = self._elementwise(stage, "slope")(S, self._elementwise(stage, "value")(S))[0]
                 for k, d in enumerate(D):
                     J = d[:, None] * w.recurrent[0]
                     radius = np.abs(np.linalg.eigvals(J)).max() if np.isfinite(J).all() else np.nan
@@ -241,7 +236,7 @@ class NumpyProgram:
             w = self._zero_weights(stage, len(P))
             for block in stage.blocks:
                 self._target(w, stage, block)[...] = block.view(P)
-            w.bias[...] = self._bias(P)[:, stage.rows]
+            w.bias[...] = self._block("b", P)[:, stage.rows]
             if stage.scales is not None:
                 w.scales[...] = stage.scales.view(P)
             stages.append(w)
@@ -266,9 +261,6 @@ class NumpyProgram:
     def _block(self, name: str, P: Array) -> Array:
         return self.topology.block(name).view(P)
 
-    def _bias(self, P: Array) -> Array:
-        return self._block("b", P)
-
     def _forward(
         self, weights: list[StageWeights], X: Array, z0: Array | None, unrolled: Unrolled | None
     ) -> Equilibria:
@@ -280,7 +272,11 @@ class NumpyProgram:
         for stage, w in zip(self.topology.stages, weights, strict=True):
             U = self._drive(w, stage, X, Z)
             equation = Equation(
-                w.recurrent, self._activation(stage), self._slope(stage), self.tol, not self.topology.constraint.unique
+                w.recurrent,
+                self._elementwise(stage, "value"),
+                self._elementwise(stage, "slope"),
+                self.tol,
+                not self.topology.constraint.unique,
             )
             chain: Chain = []
             if not stage.recurrent:
@@ -312,23 +308,15 @@ class NumpyProgram:
             U += Z[..., : stage.rows.start] @ _transposed(w.feed)
         return U
 
-    def _activation(self, stage: Stage) -> Callable[[Array], Array]:
-        pieces = self._pieces(stage)
-        if len(pieces) == 1:
-            return pieces[0][1].value
-        return lambda S: np.concatenate([f.value(S[..., rows]) for rows, f in pieces], axis=-1)
-
-    def _slope(self, stage: Stage) -> Callable[[Array, Array], Array]:
-        pieces = self._pieces(stage)
-        if len(pieces) == 1:
-            return pieces[0][1].slope
-        return lambda S, Z: np.concatenate([f.slope(S[..., rows], Z[..., rows]) for rows, f in pieces], axis=-1)
-
-    def _pieces(self, stage: Stage) -> list[tuple[slice, Any]]:
-        return [
-            (_shift(self.topology.rows[layer], stage.rows.start), ACTIVATIONS[self.topology.layers[layer].activation])
-            for layer in stage.layers
-        ]
+    def _elementwise(self, stage: Stage, name: str) -> Callable[..., Array]:
+        """The function of that name of the activations of a stage, each on the neurons of its layer."""
+        layers = self.topology.layers
+        functions = [getattr(ACTIVATIONS[layers[layer].activation], name) for layer in stage.layers]
+        if len(functions) == 1:
+            return cast("Callable[..., Array]", functions[0])
+        ranges = [_shift(self.topology.rows[layer], stage.rows.start) for layer in stage.layers]
+        pieces = list(zip(functions, ranges, strict=True))
+        return lambda *A: np.concatenate([f(*(a[..., rows] for a in A)) for f, rows in pieces], axis=-1)
 
     def _certify(self, weights: list[StageWeights], residual: Array) -> Array:
         """Certified bound on max |z - z*| per sample from |f(s) - z| (S, B, N).
@@ -356,7 +344,7 @@ class NumpyProgram:
         found = self._forward(weights, samples.X, states, self._unrolled)
         if states is not None:
             states[...] = np.where((found.outcome.status == CONVERGED)[..., None], found.Z, 0)
-        loss, dY = self._loss(self.topology.read_out(P, found.Z), samples)
+        loss, dY = self.loss.value_and_gradient(self.topology.read_out(P, found.Z), samples.Y, samples.weights)
         G = np.zeros((len(P), self.topology.parameters), self.dtype)
         dZ = self._read_out_pullback(P, found.Z, dY, G)
         penalty, residual = self._pullback(weights, samples.X, found, dZ, G, probe=probe)
@@ -415,13 +403,10 @@ class NumpyProgram:
                 g.raw, g.scales = topology.constraint.pullback(w.raw, w.scales, bounds, w.recurrent, g.recurrent)
             for block in stage.blocks:
                 block.view(G)[...] = self._target(g, stage, block)
-            self._bias(G)[:, stage.rows] = E.sum(axis=1)
+            self._block("b", G)[:, stage.rows] = E.sum(axis=1)
             if stage.scales is not None:
                 stage.scales.view(G)[...] = g.scales
         return penalty, residual
-
-    def _loss(self, Y: Array, samples: Samples) -> tuple[Array, Array]:
-        return self.loss.value_and_gradient(Y, samples.Y, samples.weights)
 
     def _backward_stage(
         self,
@@ -439,7 +424,7 @@ class NumpyProgram:
         Of an unrolled stage, ∂L/∂R is added to g.recurrent.
         """
         z, λ = Z[..., stage.rows], dZ[..., stage.rows]
-        slope = self._slope(stage)
+        slope = self._elementwise(stage, "slope")
         if chain:
             return _unroll_back(slope, chain, w.recurrent, λ, g)
         D = slope(S[..., stage.rows], z)
@@ -459,11 +444,10 @@ class NumpyProgram:
         samples = s.shape[1]
         c = self.dtype.type(self.penalty / (samples * self.topology.neurons))
         v = _rademacher(probe, samples, stage.rows).astype(self.dtype)
-        a = self._slope(stage)(s, z) * v
+        a = self._elementwise(stage, "slope")(s, z) * v
         q = a @ w.recurrent
         g.recurrent += 2 * c * _transposed(a) @ q
-        pieces = [f.curvature(s[..., rows], z[..., rows]) for rows, f in self._pieces(stage)]
-        e = 2 * c * v * (q @ _transposed(w.recurrent)) * np.concatenate(pieces, axis=-1)
+        e = 2 * c * v * (q @ _transposed(w.recurrent)) * self._elementwise(stage, "curvature")(s, z)
         dZ[..., stage.rows] += e @ w.recurrent
         return float(c) * (q.astype(np.float64) ** 2).sum(axis=(1, 2)), e
 
@@ -485,8 +469,8 @@ class NumpyProgram:
         x, size = np.empty(b.shape, b.dtype), np.full(residual.shape, np.inf)
         series = residual.size >= _FEW_SAMPLES and n > _TINY
         if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
-            tol = adjoint.tol or (1e-10 if self.dtype == np.float64 else 1e-6)
-            x, size = _neumann_series(product, b, tol, min(adjoint.max_iterations, max(_SERIES, n)))
+            limit = min(adjoint.max_iterations, max(_SERIES, n))
+            x, size = _neumann_series(product, b, tolerance(adjoint.tol, self.dtype), limit)
         left = np.flatnonzero((size == np.inf).any(axis=0))
         identity = np.eye(n, dtype=self.dtype)
         width = max(1, _TILE_NUMBERS // (n * n * len(b)))
@@ -512,7 +496,7 @@ class NumpyProgram:
         Z, S = found.Z, found.S
         dZ, residual = np.zeros_like(Z), np.zeros(Z.shape[:2])
         for stage, w, t, chain in zip(self.topology.stages, weights, tangents, found.chains, strict=True):
-            rows, slope = stage.rows, self._slope(stage)
+            rows, slope = stage.rows, self._elementwise(stage, "slope")
             drive = self._add_products(self._drive(t, stage, X, Z), w, stage, dX, dZ)
             if chain:
                 dZ[..., rows] = _unroll_tangent(slope, chain, w.recurrent, t.recurrent, drive)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE
+from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
 Array = np.ndarray
@@ -51,6 +51,11 @@ class Outcome:
             flat = merged.reshape(-1)
             flat[rows] = np.maximum(flat[rows], values)
 
+    def write(self, out: Solution) -> None:
+        """Write how the samples of the one net ended to its solution."""
+        for name in ("status", "iterations", "residual", "rate"):
+            getattr(out, name)[...] = getattr(self, name)[0]
+
 
 @dataclass
 class Equation:
@@ -66,7 +71,7 @@ class Equation:
 
 
 @dataclass
-class _Rows:
+class Rows:
     """The samples still at work, one row each, at the flat index ``index`` of (S, B); R per row if there are many nets."""
 
     U: Array
@@ -78,12 +83,12 @@ class _Rows:
     iterations: Array
     R: Array | None = field(default=None)
 
-    def take(self, mask: Array) -> _Rows:
+    def take(self, mask: Array) -> Rows:
         """The rows of a boolean mask."""
         kept = np.flatnonzero(mask)
         if len(kept) == len(mask):
             return self
-        return _Rows(
+        return Rows(
             self.U.take(kept, 0),
             self.Z.take(kept, 0),
             self.index.take(kept),
@@ -100,7 +105,7 @@ def solve(solver: Solver, equation: Equation, U: Array, Z0: Array, outcome: Outc
 
     Merges into ``outcome``. f is evaluated at most ``solver.max_iterations`` times for each sample.
     """
-    return _Solve(equation, U, Z0, outcome).run(solver)
+    return Solve(equation, U, Z0, outcome).run(solver)
 
 
 def is_supported(solver: Solver) -> bool:
@@ -108,7 +113,9 @@ def is_supported(solver: Solver) -> bool:
     return type(solver) in _METHODS
 
 
-class _Solve:
+class Solve:
+    """One solve of an equation: the rows still at work, and where those that are done are written."""
+
     def __init__(self, equation: Equation, U: Array, Z0: Array, outcome: Outcome) -> None:
         self.equation = equation
         self.outcome = outcome
@@ -119,7 +126,7 @@ class _Solve:
         self.S, self.F = np.empty_like(self.Z), np.empty_like(self.Z)
         rows = nets * samples
         z = Z0.reshape(rows, n).copy()
-        self.rows = _Rows(U.reshape(rows, n), z, np.arange(rows), z, z, np.full(rows, np.inf), np.zeros(rows, np.int32))
+        self.rows = Rows(U.reshape(rows, n), z, np.arange(rows), z, z, np.full(rows, np.inf), np.zeros(rows, np.int32))
         self.rate = np.zeros(rows)
         self.limit = np.zeros(rows, np.int32)
         self.singular = np.zeros(rows, bool)
@@ -134,13 +141,13 @@ class _Solve:
 
     # --- one evaluation ----------------------------------------------------------------------------------
 
-    def product(self, rows: _Rows, V: Array) -> Array:
+    def product(self, rows: Rows, V: Array) -> Array:
         """R v for each row."""
         if rows.R is None:
             return V @ self.equation.R[0].T
         return np.matmul(rows.R, V[..., None])[..., 0]
 
-    def scale(self, rows: _Rows) -> Array:
+    def scale(self, rows: Rows) -> Array:
         return np.maximum(norm(rows.F), self.floor)
 
     def evaluate(self, *extra: Array, steps: int = 1) -> tuple[Array, ...]:
@@ -178,10 +185,10 @@ class _Solve:
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
 
-    def accept(self, rows: _Rows) -> None:
+    def accept(self, rows: Rows) -> None:
         """Take note of the iterates of ``rows``, from which a method goes on; trial steps that it takes back are none."""
 
-    def restart(self, rows: _Rows) -> Array:
+    def restart(self, rows: Rows) -> Array:
         """Where rows that blew up begin again."""
         return np.zeros_like(rows.Z)
 
@@ -189,16 +196,16 @@ class _Solve:
         """Of vectors, one a row."""
         return norm(V)
 
-    def is_near(self, rows: _Rows, scale: Array, spent: Array) -> Array:
+    def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
         """Whether rows whose residual is known have converged; ``spent`` are those without another evaluation."""
         return np.asarray(rows.residual <= self.equation.tol * scale)
 
-    def largest(self, rows: _Rows) -> Array | float:
+    def largest(self, rows: Rows) -> Array | float:
         """The residual above which a row has diverged, in units of 1 and of u: that of a large u is large, too, on its way."""
         usual = float(BLOW_UP * (1 + self.floor))
         return np.maximum(usual, BLOW_UP * norm(rows.U)) if (rows.residual > usual).any() else usual
 
-    def finish(self, rows: _Rows, status: Array, residual: Array, rate: Array) -> None:
+    def finish(self, rows: Rows, status: Array, residual: Array, rate: Array) -> None:
         self.Z[rows.index] = rows.Z  # the iterate whose residual is known, and the last finite one
         self.S[rows.index] = rows.S
         self.F[rows.index] = rows.F
@@ -213,7 +220,7 @@ class _Solve:
     """Whether the method at work may find equilibria that do not attract."""
     trial: Array | None = None
     """Which rows are at a trial step, of which a shorter one is taken where it leads too far; None for methods without."""
-    rescued: list[_Rows] | None = None
+    rescued: list[Rows] | None = None
     """Rows that blew up, to start again from zero by another method; None ends them."""
 
     def picard(self, limit: int, damping: float = 1.0) -> None:
@@ -236,7 +243,7 @@ class _Solve:
             self.accept(self.rows)
             self.advance(self.rows, self.rows.F, damping)
 
-    def advance(self, rows: _Rows, F: Array, damping: float) -> None:
+    def advance(self, rows: Rows, F: Array, damping: float) -> None:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
 
     def anderson(self, solver: Anderson, limit: int) -> None:
@@ -300,7 +307,7 @@ class _Solve:
             t[exhausted] = 0
             rows.residual = at_base
 
-    def newton_direction(self, rows: _Rows) -> Array:
+    def newton_direction(self, rows: Rows) -> Array:
         """(I - D R)⁻¹ (F - Z); the Picard step F - Z where the matrix is singular to rounding, which ``singular`` notes."""
         r = rows.F - rows.Z
         A = np.eye(r.shape[1], dtype=r.dtype) - self.jacobian(rows)
@@ -312,12 +319,12 @@ class _Solve:
         step[singular] = r[singular]
         return step
 
-    def jacobian(self, rows: _Rows) -> Array:
+    def jacobian(self, rows: Rows) -> Array:
         """D R for each row (rows, n, n)."""
         R = self.equation.R[:1] if rows.R is None else rows.R
         return np.asarray(self.equation.slope(rows.S, rows.F)[..., None] * R)
 
-    def repels(self, rows: _Rows) -> Array:
+    def repels(self, rows: Rows) -> Array:
         """Whether the spectral radius of the Jacobian is 1 or more; a norm below 1 spares the eigenvalues."""
         J = self.jacobian(rows)
         repels = np.abs(J).sum(axis=1).max(axis=-1, initial=0) >= 1
@@ -329,7 +336,7 @@ class _Solve:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
         n = self.shape[-1]
         patience = PATIENCE // (1 if self.equation.check_stability else 8)
-        slow: list[_Rows] = []
+        slow: list[Rows] = []
         self.rescued = slow
         left = solver.max_iterations
         while len(self.rows.index):
@@ -356,8 +363,8 @@ class _Solve:
         self.newton()
 
 
-_METHODS: dict[type[Solver], Callable[[_Solve, Any], None]] = {
-    Auto: _Solve.auto,
+_METHODS: dict[type[Solver], Callable[[Solve, Any], None]] = {
+    Auto: Solve.auto,
     Picard: lambda solve, solver: solve.picard(solver.max_iterations, solver.damping),
     Anderson: lambda solve, solver: solve.anderson(solver, solver.max_iterations),
     Newton: lambda solve, solver: solve.newton(),
@@ -365,12 +372,12 @@ _METHODS: dict[type[Solver], Callable[[_Solve, Any], None]] = {
 """How each solver of this engine works; its subclasses are not known to it."""
 
 
-def _join(parts: list[_Rows]) -> _Rows:
+def _join(parts: list[Rows]) -> Rows:
     def joined(name: str) -> Array:
         return np.concatenate([getattr(part, name) for part in parts])
 
-    return _Rows(
-        *(joined(f.name) for f in fields(_Rows) if f.name != "R"),  # type: ignore[misc]
+    return Rows(
+        *(joined(f.name) for f in fields(Rows) if f.name != "R"),  # type: ignore[misc]
         R=None if parts[0].R is None else joined("R"),
     )
 

@@ -9,7 +9,7 @@ the answer. The errors of both are those that the residual of this record implie
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +127,8 @@ class Estimate:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON; length and damping are the refined ones."""
-        numbers = (
-            "release",
-            "release_time",
-            "end_time",
-            "zero",
-            "periods",
-            "residual",
-            "noise",
-            "unit",
-            "understood",
-            "remarks",
-        )
-        return (
-            asdict(self.refined) | {"network": asdict(self.network)} | {name: getattr(self, name) for name in numbers}
-        )
+        others = [f.name for f in fields(self) if f.repr and f.name not in ("network", "refined")]
+        return asdict(self.refined) | {"network": asdict(self.network)} | {name: getattr(self, name) for name in others}
 
 
 def estimate(reader: Reader, record: Record | str | Path) -> Estimate:

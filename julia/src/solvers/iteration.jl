@@ -1,4 +1,16 @@
-# What the solvers share: the state of one sample at work, how f is evaluated and counted, and when it has converged.
+# One sample of an equation at work: its state, how f is evaluated and counted, and when it has converged. What is done for the stages
+# of a network in columns, many samples at a time, is in cpu/columns.jl.
+
+"""
+    AbstractEquation{T}
+
+What solvers see of an equation of one sample, z = f(z), or f(z) = 0 for a `root`. A subtype has the fields `root`; `n`, the number of
+unknowns; and `weights`, by which entries are multiplied where sizes are taken, none where all count alike; and the methods
+
+- [`call!`](@ref)`(y, p, z, sample)`, and `call!(y, J, p, z, sample)` where the Jacobian comes with the value;
+- [`conditions_jacobian!`](@ref)`(J, p, z, sample)`.
+"""
+abstract type AbstractEquation{T} end
 
 "∂c/∂z of one sample, its LU factorisation, and the Newton step."
 struct Linearization{T}
@@ -33,7 +45,7 @@ mutable struct Iteration{T}
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
     rate::Float64             # its quotient with the one before
     relative::Float64         # its quotient with what it is related to
-    judged::Float64           # ‖c‖ where the last Newton step of a root was judged
+    last_merit::Float64       # ‖c‖ at the Newton step of a root before
 end
 Iteration{T}(n::Int) where {T} =
     Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf)
@@ -51,7 +63,7 @@ end
 
 @inline function forget!(s::Iteration, p::AbstractEquation)
     s.largest = s.outset = measure(s.z, p.weights)
-    s.distance, s.rate, s.relative, s.merit, s.judged = Inf, 0.0, Inf, NaN, Inf
+    s.distance, s.rate, s.relative, s.merit, s.last_merit = Inf, 0.0, Inf, NaN, Inf
     return s
 end
 
@@ -166,4 +178,16 @@ const DIVERGENCE = 1.0e6
     s.evaluations == 1 && (s.outset = max(s.outset, size))
     near!(s, p, tol, s.merit, size) && return CONVERGED
     return s.merit > DIVERGENCE * s.outset ? DIVERGED : nothing
+end
+
+"Of a fixed point f(z), which is the better, is the solution, unless it is not finite."
+@inline function finish!(s::Iteration, status::Status)
+    status === NON_FINITE || copyto!(s.z, s.value)
+    return status
+end
+
+"The same of a fixed point that, where it is `doubtful`, may be one that repels: that is looked at where a matrix is affordable."
+function finish!(s::Iteration, status::Status, p::AbstractEquation, doubtful::Bool)
+    finish!(s, status)
+    return doubtful && p.n <= DENSE ? attracts(status, s, p) : status
 end
