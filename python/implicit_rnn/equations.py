@@ -11,7 +11,6 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from types import FunctionType
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation,
 from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
-from implicit_rnn.validation import as_array, as_real
+from implicit_rnn.validation import all_finite, as_array, as_real
 
 __all__ = ["ImplicitSolution", "JuliaFunction", "fixed_point", "julia", "root"]
 
@@ -439,7 +438,7 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
     dtype = np.dtype(np.float32 if array.dtype.newbyteorder("=") == np.float32 else np.float64)
     start = np.ascontiguousarray(as_real("z0", array, dtype))
     start = start if start.ndim == 2 else start.reshape(1, -1)
-    if not _is_finite(start):
+    if not all_finite(start):
         bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
         raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
     return start, array.shape
@@ -447,12 +446,6 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
 
 _KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
 """What becomes of arguments that are no floats, by their kind."""
-
-
-def _is_finite(array: Array) -> bool:
-    if array.size == 1:
-        return isfinite(array.item())
-    return bool(np.isfinite(array).all())
 
 
 def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Array:
@@ -656,7 +649,7 @@ class ImplicitSolution(Solution):
             check_finite("v", there)
             return cast("Array", there)
         rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
-        if not np.isfinite(rows).all():
+        if not all_finite(rows):
             raise ValueError("v has NaN or infinity")
         return rows
 

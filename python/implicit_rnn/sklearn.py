@@ -564,7 +564,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         """
         with self._undone_if_it_fails():
             _check_partial_fit_first_call(self, classes)
-            return self._fit(X, y, sample_weight, partial=True, known=self.classes_)
+            return self._learn(X, y, sample_weight, partial=True, known=self.classes_)
 
     def predict(self, X: ArrayLike) -> Array:
         """The most probable class (B,) of each sample; errors as in ``decision_function``.

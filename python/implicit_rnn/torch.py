@@ -142,9 +142,8 @@ class ImplicitRNN(nn.Module):
         net, own = self.net, self._has(tensors)
         if not own or net.dtype.name != dtype:
             net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
-        values = {
-            name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()
-        }  # of each other's memory
+        # Copied first, as they may be of each other's memory.
+        values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
         for name, view in net.weights.items():
             view[...] = values[name]
         if own:

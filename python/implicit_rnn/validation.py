@@ -117,22 +117,23 @@ def check_samples(name: str, array: np.ndarray, samples: int) -> None:
 
 def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None:
     """``MemoryError`` if ``samples`` rows of ``numbers`` numbers cannot fit in the machine's memory."""
-    needed = samples * numbers * dtype.itemsize
-    available = _memory()
-    if needed > available:
-        raise MemoryError(
-            f"{name} has {samples} samples, for which {needed / 2**30:.3g} GiB are needed and {available / 2**30:.3g} GiB "
-            f"are there; pass it in parts"
-        )
+    if (needed := samples * numbers * dtype.itemsize) > _memory():
+        raise _too_large(f"{name} has {samples} samples", needed, "pass it in parts")
 
 
 def check_memory_of_parameters(parameters: int, dtype: np.dtype) -> None:
     """``MemoryError`` if that many cannot fit in the machine's memory."""
-    if (needed := parameters * dtype.itemsize) > (available := _memory()):
-        raise MemoryError(
-            f"the network has {parameters} parameters, for which {needed / 2**30:.3g} GiB are needed and "
-            f"{available / 2**30:.3g} GiB are there; expected fewer inputs, neurons or outputs"
+    if (needed := parameters * dtype.itemsize) > _memory():
+        raise _too_large(
+            f"the network has {parameters} parameters", needed, "expected fewer inputs, neurons or outputs"
         )
+
+
+def _too_large(what: str, needed: int, remedy: str) -> MemoryError:
+    available = _memory()
+    return MemoryError(
+        f"{what}, for which {needed / 2**30:.3g} GiB are needed and {available / 2**30:.3g} GiB are there; {remedy}"
+    )
 
 
 @functools.cache
