@@ -508,6 +508,15 @@ def test_option_that_is_not_positive_is_refused(solver, name, value):
         solver(**{name: value})
 
 
+@pytest.mark.parametrize(
+    "option", [irnn.Auto, irnn.Anderson, irnn.Chord, irnn.Newton, irnn.NLsolve, irnn.Picard, irnn.Implicit]
+)
+@pytest.mark.parametrize("tol", [1, 2.5, np.inf])
+def test_tolerance_that_anything_would_meet_is_refused(option, tol):
+    with pytest.raises(ValueError, match="tol must lie strictly between 0 and 1"):
+        option(tol=tol)
+
+
 @pytest.mark.parametrize("solver", [irnn.Picard, irnn.NLsolve, irnn.Implicit])
 @pytest.mark.parametrize(("name", "value"), [("tol", "small"), ("max_iterations", 2.5), ("max_iterations", "many")])
 def test_option_of_another_type_is_refused_by_name(solver, name, value):

@@ -85,6 +85,50 @@ def test_entries_of_very_different_sizes_are_found_each_with_its_scale(kind):
     np.testing.assert_allclose(sol.value, [1e-12, 1e6], rtol=1e-8)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("far", [1e7, 1e20, 1e300])
+@pytest.mark.parametrize("shape", [(1,), (3,), (40, 1)])
+def test_a_far_start_does_not_coarsen_a_fixed_point(kind, far, shape):
+    f = either(kind, lambda z: np.cos(z), "z -> cos.(z)")
+    for solver in [Auto(), Picard(), Anderson(), Newton()]:
+        sol = fixed_point(f, np.full(shape, far), solver=solver, on_failure="ignore")
+        found = np.broadcast_to(np.atleast_1d(sol.status == Status.CONVERGED), shape[0])
+        np.testing.assert_allclose(sol.value[found], 0.7390851332151607, rtol=1e-8)
+        assert found.all() or not isinstance(solver, Auto | Picard)
+
+
+# --- samples that are not separate ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("solve", [fixed_point, root])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * z.mean(axis=0),
+        lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * z[::-1],
+        lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * a.max(),
+    ],
+)
+def test_a_vectorized_function_that_mixes_samples_is_told(solve, f):
+    a = np.linspace(0.2, 1, 5)[:, None]
+    with pytest.raises(ValueError, match=r"f mixes samples.*vectorized=True"):
+        solve(f, np.zeros((5, 1)), args=(a,), batched="a", vectorized=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("unit", [1e-20, 1.0, 1e20])
+def test_rounding_that_depends_on_the_number_of_samples_is_no_mixing(dtype, unit):
+    rng = np.random.default_rng(0)
+    R = 0.1 * rng.normal(size=(50, 50)).astype(dtype)
+    u = rng.normal(size=(9, 50)).astype(dtype)
+
+    def f(z, u):
+        return dtype(unit) * np.tanh(z / dtype(unit) @ R + u)
+
+    sol = fixed_point(f, np.zeros((9, 50), dtype), args=(u,), batched="u", vectorized=True)
+    assert (sol.status == Status.CONVERGED).all()
+
+
 # --- memory that f reuses ------------------------------------------------------------------------------------
 
 

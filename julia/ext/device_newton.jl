@@ -26,7 +26,7 @@ struct Course
     relative::Float64
     evaluations::Int32
 end
-@inline begin_course(z, r::SampleRule, evaluations) = (size = measure(z, r.weights); Course(size, size, Inf, 0.0, Inf, evaluations))
+@inline begin_course(z, r::SampleRule, evaluations) = Course(0.0, measure(z, r.weights), Inf, 0.0, Inf, evaluations)
 @inline once_more(c::Course) = Course(c.largest, c.outset, c.distance, c.rate, c.relative, c.evaluations + one(Int32))
 
 "The course after a step of this length from an iterate of this size, and whether that ends it; see `near!`."

@@ -169,7 +169,7 @@ def fixed_point(
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
-        ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖z‖₂ seen on the way, so that the answer does not depend
+        ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖f(z)‖₂ seen on the way, so that the answer does not depend
         on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. A fixed point is reported as UNSTABLE if Picard
         iteration would move away from it; ``root`` finds solutions of f(z) - z = 0 of any kind.
     vectorized

@@ -12,9 +12,9 @@ from implicit_rnn.options import (
     Option,
     check_choice,
     check_count,
+    check_fraction,
     check_not_negative,
     check_number,
-    check_positive,
     choose,
 )
 
@@ -257,7 +257,7 @@ def _check_damping(damping: float) -> None:
 
 def _check_limits(tol: float | None, max_iterations: int) -> None:
     if tol is not None:
-        check_positive("tol", tol)
+        check_fraction("tol", tol)
     check_count("max_iterations", max_iterations)
 
 

@@ -21,7 +21,7 @@ default_tolerance(::Type{T}) where {T} = T === Float32 ? 1.0e-6 : 1.0e-10
 tolerance(s, ::Type{T}) where {T} = T(something(s.tol, default_tolerance(T)))
 
 function check_options(tol, max_iterations)
-    tol === nothing || tol > 0 || throw(ArgumentError("tol must be positive, got $tol"))
+    tol === nothing || 0 < tol < 1 || throw(ArgumentError("tol must lie strictly between 0 and 1, got $tol"))
     max_iterations > 0 || throw(ArgumentError("max_iterations must be positive, got $max_iterations"))
     return
 end

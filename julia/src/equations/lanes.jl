@@ -181,7 +181,7 @@ end
     active = ALL
     found = NONE
     size, infinite = measure(z, p.weights), Vec(Inf)
-    kept = map(in_registers, (z, z, z, size, size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
+    kept = map(in_registers, (z, z, z, zero(Vec), size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
     for k in 1:min(limit, SIDED_EVALUATIONS)
         z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before = map(out_of_registers, kept)
         value = evaluate!(w.J, p, z, args, root)

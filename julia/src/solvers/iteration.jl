@@ -40,7 +40,7 @@ mutable struct Iteration{T}
     evaluations::Int
     limit::Int                # of evaluations
     merit::Float64            # ‖c‖, which steps are to reduce
-    largest::Float64          # size of z seen on the way
+    largest::Float64          # size on the way, that of f(z) for a fixed point: a far start leaves no trace
     outset::Float64           # size of z and f(z) at the start
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
     rate::Float64             # its quotient with the one before
@@ -62,7 +62,7 @@ end
 @inline restart!(s::Iteration, p::AbstractEquation) = (copyto!(s.z, s.start); forget!(s, p))
 
 @inline function forget!(s::Iteration, p::AbstractEquation)
-    s.largest = s.outset = measure(s.z, p.weights)
+    s.largest, s.outset = 0.0, measure(s.z, p.weights)
     s.distance, s.rate, s.relative, s.merit, s.last_merit = Inf, 0.0, Inf, NaN, Inf
     return s
 end
@@ -150,8 +150,8 @@ const STALLED = 0.4
     near!(s, p, tol, distance, size)
 
 Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, in which entries
-count as no smaller than their scale if they have one; or, since a solution may be zero, one below the rounding of the largest iterate on the way, unless the steps shrink so fast that a solution
-which is merely small will be found.
+count as no smaller than their scale if they have one; or, since a solution may be zero, one below the rounding of the largest
+iterate on the way, unless the steps shrink so fast that a solution which is merely small will be found.
 """
 @inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
     isempty(p.weights) || (size = max(size, sqrt(p.n)))

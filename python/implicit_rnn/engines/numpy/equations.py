@@ -70,6 +70,7 @@ class PythonEquation:
                 out.state[...] = _Root(self._f, tol, solver).run(outcome)
             else:
                 out.state[...] = _FixedPoint(self._f, tol, outcome).run(solver)[0][0]
+            self._f.check_separate(out.state)
         outcome.write(out)
 
     def vjp(self, v: Array) -> list[Array | None]:
@@ -280,14 +281,14 @@ class _Sizes:
         self.weights = 1.0 if equation.scale is None else 1 / equation.scale.astype(np.float64)
         self.floor = 0.0 if equation.scale is None else float(np.sqrt(equation.n))
         self.tol, self.eps = tol, float(np.finfo(equation.start.dtype).eps)
-        self.largest = self(equation.start)
+        self.largest = np.zeros(equation.samples)
 
     def __call__(self, V: Array) -> Array:
         return _length(V.astype(np.float64) * self.weights)
 
-    def begin(self, Z: Array, index: Array) -> None:
-        """The samples ``index`` begin at Z, whatever was seen on the way before."""
-        self.largest[index] = self(Z)
+    def begin(self, index: Array) -> None:
+        """The samples ``index`` begin, whatever was seen on the way before."""
+        self.largest[index] = 0
 
     def pass_by(self, size: Array, index: Array) -> None:
         """Iterates of that size are on the way of the samples ``index``; trial steps that are taken back are not."""
@@ -334,7 +335,7 @@ class _FixedPoint(Solve):
 
     def restart(self, rows: Rows) -> Array:
         start = self.f.equation.start[rows.index]
-        self.sizes.begin(start, rows.index)
+        self.sizes.begin(rows.index)
         return start
 
     def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
@@ -404,7 +405,7 @@ class _Root:
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
         last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
         F = np.full_like(Z, np.nan)
-        sizes.begin(f.equation.start[rows], rows)
+        sizes.begin(rows)
         going = np.flatnonzero(evaluations < limit)
         if len(going):
             F[going] = f.real(Z[going], rows[going])

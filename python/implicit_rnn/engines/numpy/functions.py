@@ -74,6 +74,29 @@ class Function:
             raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
         return F
 
+    def check_separate(self, Z: Array) -> None:
+        """``ValueError`` where f gives a sample another value beside others than alone; Z (B, n) are all samples.
+
+        Such samples are one equation, whose Jacobian is not that of each.
+        """
+        if not self._takes_all:
+            return
+        finite = np.flatnonzero(np.isfinite(Z).all(axis=1))
+        if len(finite) < 2:
+            return
+        farthest = int(np.abs(Z[finite] - Z[finite[0]]).max(axis=1).argmax())
+        rows = finite[[0, farthest or -1]]
+        one, z = rows[:1], Z[rows[:1]]
+        beside, alone = self(Z[rows], rows)[0], self(z, one)
+        error = np.abs(beside - alone[0])
+        if error.any() and error.max() > _tolerance(Z.dtype) * self._terms(z, one, alone)[0]:
+            i = int(error.argmax())
+            raise ValueError(
+                f"f mixes samples, or is another at each call: entry {i} of sample {rows[0]} is {beside[i]:.9g} beside sample "
+                f"{rows[1]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same row of z and of "
+                "batched arguments only. Solve what is coupled as one sample, z0 (n,)"
+            )
+
     def conditions(self, F: Array, Z: Array) -> Array:
         """c = f(z) - z, or c = f(z) of a root."""
         return F if self.equation.root else F - Z

@@ -76,7 +76,7 @@ def _try(method: Callable[..., Found | None], equation: Equation, *options: floa
 def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
     size, floor = _size(equation)
     z = equation.start[0].tolist()
-    largest, before, evaluations, in_block = size(z), inf, 0, 0
+    largest, before, evaluations, in_block = 0.0, inf, 0, 0
     while True:
         steps = min(4, block - in_block) if evaluations else 1
         evaluations, in_block = evaluations + steps, in_block + steps
@@ -88,7 +88,7 @@ def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: in
         residual, here = size([*map(sub, F, z)]), size(F)
         largest = max(largest, here)
         if evaluations == 1:
-            outset = largest
+            outset = max(size(z), here)
         if not residual <= BLOW_UP * outset:
             return None
         rate = (residual / before) ** (1 / steps) if before < inf else 0.0
