@@ -151,6 +151,22 @@ end
 
 # --- the kernel ---------------------------------------------------------------------------------------------------------
 
+"The statements that lay out the memory of a workgroup, for iterates `Z` of a `tiling`."
+const GROUP_MEMORY = quote
+    t = @index(Local, Linear)
+    group = @index(Group, Linear)
+    @uniform n = size(Z, 1)
+    @uniform samples = size(Z, 2)
+    matrix = @localmem eltype(Z) (Q, Q)
+    z = @localmem eltype(Z) (P + 1, C)                   # of one row more, so that the columns begin in different banks
+    sums = @localmem eltype(Z) (3, P ÷ BLOCK, C)
+    decisions = @localmem Int32 (C,)
+    going = @localmem Int32 (1,)
+    first = @localmem Int (1,)                           # the sample before the group's: in registers, addresses would be kept of it
+    u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
+    f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
+end
+
 """
 Picard iteration of a group of columns, z = g(u + M z), until the last of them has ended: the text of a loop, since the barriers of a
 kernel have to stand in its own body.
@@ -176,19 +192,7 @@ end
 # Picard iteration of z = g(U + M z) for all columns that are `running`, from the iterates in `Z`: what `step!` does for one iteration, by
 # the same rule.
 @eval @kernel function picard!(Z, progress, record, @Const(U), @Const(M), g, D, rule, tiling::Tiling{P, C, Q}) where {P, C, Q}
-    t = @index(Local, Linear)
-    group = @index(Group, Linear)
-    @uniform n = size(Z, 1)
-    @uniform samples = size(Z, 2)
-    matrix = @localmem eltype(Z) (Q, Q)
-    z = @localmem eltype(Z) (P + 1, C)                   # of one row more, so that the columns begin in different banks
-    sums = @localmem eltype(Z) (3, P ÷ BLOCK, C)
-    decisions = @localmem Int32 (C,)
-    going = @localmem Int32 (1,)
-    first = @localmem Int (1,)                           # the sample before the group's: in registers, addresses would be kept of it
-    u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
-    f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
-
+    $(GROUP_MEMORY.args...)
     load_matrix!(matrix, M, t, n, tiling)
     if t == 1
         @inbounds going[1], first[1] = 1, (group - 1) * C

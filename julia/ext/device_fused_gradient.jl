@@ -148,18 +148,7 @@ end
         A, B, D, solves, outputs, @Const(Z), @Const(U), @Const(R), @Const(transposed), @Const(readout), @Const(offset), g, rule, adjoint_rule,
         tiling::Tiling{P, C, Q}
     ) where {P, C, Q}
-    t = @index(Local, Linear)
-    group = @index(Group, Linear)
-    @uniform n = size(Z, 1)
-    @uniform samples = size(Z, 2)
-    matrix = @localmem eltype(Z) (Q, Q)
-    z = @localmem eltype(Z) (P + 1, C)
-    sums = @localmem eltype(Z) (3, P ÷ BLOCK, C)
-    decisions = @localmem Int32 (C,)
-    going = @localmem Int32 (1,)
-    first = @localmem Int (1,)                           # the sample before the group's: in registers, addresses would be kept of it
-    u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
-    f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
+    $(GROUP_MEMORY.args...)
 
     # To the equilibrium.
     load_matrix!(matrix, R, t, n, tiling)
