@@ -12,7 +12,7 @@ from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
 from implicit_rnn.engines import Samples, TrainerOptions
-from implicit_rnn.engines.julia.network import call
+from implicit_rnn.engines.julia.calls import call
 from implicit_rnn.runtime import environments, start
 
 pytestmark = pytest.mark.julia

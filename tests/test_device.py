@@ -9,7 +9,7 @@ import pytest
 from conftest import DEVICES, RunPython, check_device, has_julia_package
 
 import implicit_rnn as irnn
-from implicit_rnn.engines.julia.network import call
+from implicit_rnn.engines.julia.calls import call
 from implicit_rnn.runtime import doctor, gpu, install, start
 from implicit_rnn.runtime.environments import Environment
 

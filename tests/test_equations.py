@@ -145,7 +145,7 @@ def test_vectorized_functions_see_many_samples_at_once(rng):
 
 
 def test_python_functions_need_no_julia(monkeypatch):
-    monkeypatch.setattr("implicit_rnn.engines.julia.network.call", None)
+    monkeypatch.setattr("implicit_rnn.engines.julia.calls.call", None)
     for engine in ("numpy", "julia", "auto"):
         assert fixed_point(np.cos, [0.5], engine=engine).converged.all()
 

@@ -57,7 +57,7 @@ class DeviceArray:
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: np.dtype, device: str) -> DeviceArray:
         """Memory of the engine's, to be filled in."""
-        from implicit_rnn.engines.julia.network import Handle, call
+        from implicit_rnn.engines.julia.calls import Handle, call
 
         number, address = call("device_memory", device, dtype.name, math.prod(shape))
         return cls(device, int(address), shape, dtype, NOTHING, Handle(number))
@@ -65,7 +65,7 @@ class DeviceArray:
     @classmethod
     def copy_of(cls, array: Array | DeviceArray, device: str) -> DeviceArray:
         """Memory of the engine's with the numbers of an array, which may be in the machine's memory."""
-        from implicit_rnn.engines.julia.network import call
+        from implicit_rnn.engines.julia.calls import call
 
         copy = cls.empty(array.shape, array.dtype, device)
         call("copy_memory", device, array.reshape(-1), copy.reshape(-1))
@@ -95,7 +95,7 @@ class DeviceArray:
 
     def numpy(self) -> Array:
         """A copy in the machine's memory."""
-        from implicit_rnn.engines.julia.network import call
+        from implicit_rnn.engines.julia.calls import call
 
         copy = np.empty(self.shape, self.dtype)
         call("copy_memory", self.device, self.reshape(-1), copy.reshape(-1))
@@ -197,7 +197,7 @@ def check_dtype(name: str, array: DeviceArray, dtype: np.dtype, whose: str) -> N
 
 def check_finite(name: str, array: DeviceArray) -> None:
     """``ValueError`` for NaN and infinity in an array (samples, columns)."""
-    from implicit_rnn.engines.julia.network import call
+    from implicit_rnn.engines.julia.calls import call
 
     bad, first = call("find_nonfinite", array.device, array.reshape(-1), array.shape[1])
     tell_of_nonfinite(name, int(bad), len(array), int(first))

@@ -33,7 +33,7 @@ def add_cuda(environment: Environment) -> None:
 
 def describe(device: str = "cuda") -> str:
     """The device in words: name, memory, driver; or why there is none that works."""
-    from implicit_rnn.engines.julia.network import call
+    from implicit_rnn.engines.julia.calls import call
 
     try:
         return str(call("describe_device", device))

@@ -9,7 +9,7 @@ import numpy as np
 
 from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolution
-from implicit_rnn.engines.julia.network import Handle, call
+from implicit_rnn.engines.julia.calls import Handle, call
 from implicit_rnn.solution import Solution
 from implicit_rnn.solvers import Solver
 
