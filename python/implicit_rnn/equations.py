@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -21,7 +20,7 @@ from implicit_rnn import options
 from implicit_rnn.device_arrays import DeviceArray, check_dtype, check_finite, lent
 from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, EngineError
+from implicit_rnn.errors import ConvergenceError, EngineError, report_failure
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 from implicit_rnn.validation import all_finite, as_array, as_real
@@ -363,11 +362,7 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     equation = solution.equation
     if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
         remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")
-    message = f"{failure}. Remedies: {', '.join(remedies)}"
-    if on_failure == "raise":
-        raise ConvergenceError(message, solution)
-    if on_failure == "warn":
-        warnings.warn(message, ConvergenceWarning, stacklevel=4)
+    report_failure(f"{failure}. Remedies: {', '.join(remedies)}", on_failure, solution)
 
 
 # --- what was posed ------------------------------------------------------------------------------------------

@@ -183,3 +183,11 @@ def warn(message: str, category: type[Warning]) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "implicit_rnn":
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
+
+
+def report_failure(message: str, on_failure: str, solution: Solution | None = None) -> None:
+    """Tell of samples that did not converge, as ``on_failure`` says: "raise", "warn" or "ignore"."""
+    if on_failure == "raise":
+        raise ConvergenceError(message, solution)
+    if on_failure == "warn":
+        warn(message, ConvergenceWarning)

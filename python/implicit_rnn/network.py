@@ -26,7 +26,7 @@ from implicit_rnn.engines import (
     check_engine,
     get_engine,
 )
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
+from implicit_rnn.errors import report_failure
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
@@ -366,7 +366,7 @@ class Network:
             solution = replace(solution, state=self._empty(x, self.topology.neurons))
         self.program(solver).solve(self._parameters, x, start, solution)
         if failure := solution.failure():
-            _report(on_failure, failure, self.topology.constraint, solution.status, solution)
+            self._report(on_failure, failure, solution.status, solution)
         return solution
 
     def predict(
@@ -403,7 +403,7 @@ class Network:
         if isinstance(outputs, np.ndarray) and not all_finite(outputs):
             bad = int((~np.isfinite(outputs)).any(axis=1).sum())
             failure = f"{bad} of {len(outputs)} samples have outputs with NaN or infinity"
-            _report(on_failure, failure, self.topology.constraint, np.array([NON_FINITE]))
+            self._report(on_failure, failure, np.array([NON_FINITE]))
         return outputs
 
     def read_out(self, state: Array) -> Array:
@@ -846,7 +846,11 @@ class Network:
                     ": either the system is singular, or the derivative of the loss overflows, where targets and readout "
                     "should be looked at: Y, net.weights['C'] and net.weights['d']"
                 )
-            _report(on_failure, failure, self.topology.constraint, np.array(failed))
+            self._report(on_failure, failure, np.array(failed))
+
+    def _report(self, on_failure: str, failure: str, status: Array, solution: Solution | None = None) -> None:
+        ways = remedy(self.topology.constraint.unique, status)
+        report_failure(f"{failure}. Remedies: {ways}", on_failure, solution)
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
         """What a loss is taken on, checked and converted, in the memory of the machine or of the network's device.
@@ -998,13 +1002,3 @@ def _check_report(report: GradientReport | None, samples: int) -> None:
         raise ValueError(
             f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
         )
-
-
-def _report(
-    on_failure: str, failure: str, constraint: Constraint, status: Array, solution: Solution | None = None
-) -> None:
-    message = f"{failure}. Remedies: {remedy(constraint.unique, status)}"
-    if on_failure == "raise":
-        raise ConvergenceError(message, solution)
-    if on_failure == "warn":
-        warn(message, ConvergenceWarning)

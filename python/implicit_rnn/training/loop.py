@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.console import progress_bar
 from implicit_rnn.engines import Halt, Replicas, Samples, Trainer, TrainerOptions
-from implicit_rnn.errors import ConvergenceError, ConvergenceWarning, warn
+from implicit_rnn.errors import report_failure
 from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import Solution, remedy
@@ -327,9 +327,7 @@ class _Report:
 
     def _tell(self, what: str, message: str) -> None:
         self.warned.add(what)
-        if self.on_failure == "raise":
-            raise ConvergenceError(message)
-        warn(message, ConvergenceWarning)
+        report_failure(message, self.on_failure)
 
 
 class _Writer:
