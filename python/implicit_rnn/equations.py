@@ -16,8 +16,8 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from implicit_rnn import options
-from implicit_rnn.device_arrays import DeviceArray, check_dtype, check_finite, lent
+from implicit_rnn import device_arrays, options, validation
+from implicit_rnn.device_arrays import DeviceArray, check_dtype, lent
 from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.errors import ConvergenceError, EngineError, report_failure
@@ -428,14 +428,12 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
         if array.dtype not in (np.float32, np.float64):
             raise TypeError(f"z0 has dtype {array.dtype}; expected float32 or float64")
         there = array if array.ndim == 2 else array.reshape(1, -1)
-        check_finite("z0", there)
+        device_arrays.check_finite("z0", there)
         return cast("Array", there), array.shape
     dtype = np.dtype(np.float32 if array.dtype.newbyteorder("=") == np.float32 else np.float64)
     start = np.ascontiguousarray(as_real("z0", array, dtype))
     start = start if start.ndim == 2 else start.reshape(1, -1)
-    if not all_finite(start):
-        bad = np.flatnonzero(~np.isfinite(start).all(axis=1))
-        raise ValueError(f"z0 has NaN or infinity in {len(bad)} of {len(start)} samples, first in sample {bad[0]}")
+    validation.check_finite("z0", start)
     return start, array.shape
 
 
@@ -641,7 +639,7 @@ class ImplicitSolution(Solution):
         if isinstance(array, DeviceArray):
             check_dtype("v", array, self.state.dtype, "the solution")
             there = array.reshape(self.state.shape)
-            check_finite("v", there)
+            device_arrays.check_finite("v", there)
             return cast("Array", there)
         rows = np.ascontiguousarray(as_real("v", array, self.state.dtype)).reshape(self.state.shape)
         if not all_finite(rows):

@@ -11,12 +11,13 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.engines import Of
+from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
@@ -109,7 +110,7 @@ def function(
     """
     if not isinstance(net, Network):
         raise TypeError(f"net is {net!r}; expected a Network")
-    check_choice("of", of, ("outputs", "state"))
+    check_choice("of", of, get_args(Of))
     _check_precision(net.dtype)
     check_on_failure(on_failure)
     host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
@@ -417,10 +418,6 @@ def _hoist(
     return converted, list(held), True
 
 
-_LARGEST_CHANGE = 0.25
-"""Of ∂c/∂z within the error of a solution, relative; at a double root it changes by a half."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Problem:
     """An equation of a batch of samples: what is posed, f and its Jacobian ∂f/∂z of all samples, and how it is solved."""
@@ -451,7 +448,7 @@ class _Problem:
         A = self.derivatives(z, args)
         near = self.derivatives(z + self.direction(z, args, self.conditions(z, args)), args)
         change = jnp.linalg.solve(A, near - A)
-        return jnp.abs(change).sum(1).max(1) <= _LARGEST_CHANGE
+        return jnp.abs(change).sum(1).max(1) <= LARGEST_CHANGE
 
     def direction(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
         """-(∂c/∂z)⁻¹ c (B, n), the step of Newton's method."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -822,7 +822,7 @@ class Network:
         return x, self._start(z0, len(x)), through
 
     def _width(self, of: str) -> int:
-        options.check_choice("of", of, ("outputs", "state"))
+        options.check_choice("of", of, get_args(Of))
         return self.topology.output_size if of == "outputs" else self.topology.neurons
 
     def _direction(self, name: str, value: ArrayLike) -> Array:

@@ -261,8 +261,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _check_parameters(self) -> None:
         """Check those that nothing else checks, or only under another name."""
         for name in ("scale", "warm_start"):
-            if not isinstance(value := getattr(self, name), bool | np.bool_):
-                raise TypeError(f"{name} must be True or False, got {value!r}")
+            options.check_flag(name, getattr(self, name))
         options.check_fraction("validation_fraction", self.validation_fraction)
 
     def _scaler_of(self, name: str, array: Array, weights: Array | None) -> StandardScaler:

@@ -7,13 +7,14 @@ equations in Julia code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
+from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
@@ -81,7 +82,7 @@ class ImplicitRNN(nn.Module):
         super().__init__()
         if not isinstance(net, Network):
             raise TypeError(f"net is {net!r}; expected a Network")
-        check_choice("of", of, ("outputs", "state"))
+        check_choice("of", of, get_args(Of))
         self.net = net
         self.of = of
         check_on_failure(on_failure)
@@ -420,10 +421,6 @@ def root(
     return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure, device)
 
 
-_LARGEST_CHANGE = 0.25
-"""Of ∂c/∂z within the error of a solution, relative; at a double root it changes by a half."""
-
-
 class _Conditions:
     """The conditions c(z, args) = 0 of a batch: f(z) - z, or f(z) for a root, and their Jacobians."""
 
@@ -457,7 +454,7 @@ class _Conditions:
         A = self.derivatives(z, *args)
         error, info = torch.linalg.solve_ex(A, self.values(z, *args))
         change = torch.linalg.solve_ex(A, self.derivatives(z - error, *args) - A)[0]
-        return (info == 0) & (change.abs().sum(1).amax(1) <= _LARGEST_CHANGE)
+        return (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
 
 
 class _Solution(torch.autograd.Function):

@@ -63,10 +63,15 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     array = as_real(name, array, dtype)
     if not (array.flags.c_contiguous and array.flags.aligned):
         array = np.require(array, requirements=("C", "A"))
+    check_finite(name, array)
+    return array
+
+
+def check_finite(name: str, array: np.ndarray) -> None:
+    """``ValueError`` for NaN and infinity in an array (samples, columns)."""
     if not all_finite(array):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
         tell_of_nonfinite(name, len(bad), len(array), int(bad[0]))
-    return array
 
 
 def all_finite(array: np.ndarray) -> bool:

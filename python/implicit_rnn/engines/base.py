@@ -224,6 +224,9 @@ class JuliaFunction:
 LARGE = 2048
 """Unknowns beyond which no dense Jacobian is made of a Python function."""
 
+LARGEST_CHANGE = 0.25
+"""Of ∂c/∂z within the error of a solution, relative; from there on it need not be isolated: at a double root it is a half."""
+
 
 @dataclass(frozen=True)
 class Equation:

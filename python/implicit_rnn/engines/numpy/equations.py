@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from implicit_rnn.engines import base
-from implicit_rnn.engines.base import SingularSolution
+from implicit_rnn.engines.base import LARGEST_CHANGE, SingularSolution
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.functions import Function
 from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
@@ -36,8 +36,6 @@ _FORWARD = 64
 """Numbers among the arguments for each of which a system may be solved where the transposed one cannot be."""
 _PART = 2**24
 """Numbers that derivatives may take at a time."""
-
-_LARGEST_CHANGE = 0.25
 _LEFT_OF_CONDITIONS = 0.5
 """What is left of ‖c‖ behind a step to a root, at most."""
 
@@ -197,7 +195,7 @@ class PythonEquation:
             if not singular.any():
                 δ = np.einsum("bij,bj->bi", inverse, f.conditions(f.real(Z, new), Z))
                 corrected = f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new)
-                singular = finite & ~(_column_sums(inverse @ corrected - identity) <= _LARGEST_CHANGE)
+                singular = finite & ~(_column_sums(inverse @ corrected - identity) <= LARGEST_CHANGE)
             if singular.any():
                 raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
             self._inverses[new], self._known[new] = inverse, True

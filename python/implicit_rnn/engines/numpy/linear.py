@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.engines.base import LARGEST_CHANGE
+
 Array = np.ndarray
 
 _KRYLOV, _CYCLES = 50, 4
 """Vectors that GMRES keeps, and how often it begins anew."""
 _RESTARTS, _POWERS = 10, 100
 """Restarts of Arnoldi's method, and powers of J, after which the spectral radius is taken as it is."""
-_SMALLEST_GAIN = 1 / 4
-"""The change of A within the error of a solution, relative to A, from which the solution need not be isolated."""
 
 
 class UnsolvedError(ArithmeticError):
@@ -163,4 +163,4 @@ def is_isolated(here: Operator, nearby: Operator, error: Array) -> bool:
         return True
     d = error / size
     change = here.solve(nearby.product(d) - here.product(d))
-    return bool(np.linalg.norm(change) <= _SMALLEST_GAIN)
+    return bool(np.linalg.norm(change) <= LARGEST_CHANGE)
