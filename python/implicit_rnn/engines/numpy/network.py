@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 
-from implicit_rnn.engines import base
-from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples, TrainerOptions
+from implicit_rnn.engines.base import WORST_ADJOINT, Equation, Of, Problem, Quality, Samples, TrainerOptions
 from implicit_rnn.engines.numpy import solvers
 from implicit_rnn.engines.numpy.equations import PythonEquation
-from implicit_rnn.engines.numpy.solvers import Equation, Outcome, norm
+from implicit_rnn.engines.numpy.solvers import Outcome, StageEquation, norm
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
@@ -45,7 +44,7 @@ class NumpyEngine:
             raise EngineError(f"the NumPy engine computes on the CPU only; device={device!r} needs the Julia engine")
         return NumpyNetwork(topology, dtype)
 
-    def compile_equation(self, equation: base.Equation) -> PythonEquation:
+    def compile_equation(self, equation: Equation) -> PythonEquation:
         return PythonEquation(equation)
 
 
@@ -271,7 +270,7 @@ class NumpyProgram:
         chains: list[Chain] = []
         for stage, w in zip(self.topology.stages, weights, strict=True):
             U = self._drive(w, stage, X, Z)
-            equation = Equation(
+            equation = StageEquation(
                 w.recurrent,
                 self._elementwise(stage, "value"),
                 self._elementwise(stage, "slope"),
@@ -544,7 +543,7 @@ def _neumann_series(product: Callable[[Array], Array], b: Array, tol: float, lim
             before = size
 
 
-def _unroll(equation: Equation, U: Array, z: Array, steps: int) -> Chain:
+def _unroll(equation: StageEquation, U: Array, z: Array, steps: int) -> Chain:
     chain = []
     for _ in range(steps):
         s = z @ _transposed(equation.R) + U

@@ -58,7 +58,7 @@ class Outcome:
 
 
 @dataclass
-class Equation:
+class StageEquation:
     """z = f(u + R z) for one stage of n neurons; it is evaluated at most ``max_iterations`` times for each sample."""
 
     R: Array
@@ -100,7 +100,7 @@ class Rows:
         )
 
 
-def solve(solver: Solver, equation: Equation, U: Array, Z0: Array, outcome: Outcome) -> tuple[Array, Array, Array]:
+def solve(solver: Solver, equation: StageEquation, U: Array, Z0: Array, outcome: Outcome) -> tuple[Array, Array, Array]:
     """The equilibria Z, their arguments S = u + R Z and f(S), all (S, B, n), for the drive U (S, B, n), from Z0.
 
     Merges into ``outcome``. f is evaluated at most ``solver.max_iterations`` times for each sample.
@@ -116,7 +116,7 @@ def is_supported(solver: Solver) -> bool:
 class Solve:
     """One solve of an equation: the rows still at work, and where those that are done are written."""
 
-    def __init__(self, equation: Equation, U: Array, Z0: Array, outcome: Outcome) -> None:
+    def __init__(self, equation: StageEquation, U: Array, Z0: Array, outcome: Outcome) -> None:
         self.equation = equation
         self.outcome = outcome
         nets, samples, n = U.shape

@@ -1,0 +1,229 @@
+"""Derivatives of a Python function from its values: by the complex step, or by difference quotients.
+
+None is believed without a look at the values: the complex step is compared with a difference quotient along one direction,
+and difference quotients with those of another step.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from implicit_rnn.engines.numpy.sparsity import Group, find_groups
+from implicit_rnn.engines.numpy.values import STATE, Values, tolerance
+from implicit_rnn.errors import DerivativeWarning, warn
+
+Array = np.ndarray
+Block = tuple[Array, Array, Array]
+"""Entries of a variable, the outputs that depend on them, and the derivatives (m, len(outputs)) of the second by the first."""
+
+FEW = 128
+"""Entries of a variable up to which each is moved for itself."""
+_FLAT_FACTOR = 1e4
+"""The step, in units of the best one for a function of scale 1, at which an f that does not change is believed to be flat."""
+
+
+class Differences:
+    """The derivatives of a function with respect to z or an argument, at iterates Z (m, n) of the samples ``rows`` (m,)."""
+
+    def __init__(self, f: Values) -> None:
+        self._f = f
+        self._analytic: dict[int, Array] = {}
+        self._groups: dict[int, list[Group] | None] = {}
+
+    def derivatives(self, Z: Array, rows: Array, variable: int, certain: bool = False) -> Iterable[Block]:
+        """∂f/∂x for all entries x of a variable as one sample sees it.
+
+        By the complex step for rows on which it agrees with a difference quotient, else by difference quotients, of which
+        those of one step and of half of it have to agree. If it is to be ``certain``, each row is examined at this Z, and
+        rows without a trustworthy derivative are NaN and warned of; otherwise what was found at the first Z counts, and
+        their best quotient serves. Entries that share no output are moved together.
+        """
+        if not len(rows):
+            return []
+        analytic = self.is_analytic(Z, rows, variable, certain)
+        grouped = self.grouped(Z, rows, variable, certain) if analytic.all() else None
+        return self._one_by_one(Z, rows, variable, certain, analytic) if grouped is None else grouped
+
+    def is_analytic(self, Z: Array, rows: Array, variable: int, certain: bool) -> Array:
+        """Whether the complex step serves for these rows, at this Z if that is to be ``certain``, else at the first."""
+        known = self._analytic.get(variable)
+        if certain or known is None:
+            known = np.zeros(self._f.equation.samples, bool) if known is None else known
+            known[rows] = self.directional(Z, rows, variable, self.direction(Z, rows, variable))[1]
+            self._analytic[variable] = known
+        return known[rows]
+
+    def directional(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array, Array]:
+        """The derivative (m, n) along a direction, whether it is a complex step, which agrees with a difference quotient as it
+        does not where f drops Im x, and the doubt (m,) that is left, infinite where quotients disagree."""
+        D, doubt = self._difference(Z, rows, variable, direction)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = self.complex_step(Z, rows, variable, direction)
+        except Exception:
+            return D, np.zeros(len(rows), bool), doubt
+        tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
+        error = np.abs(found - D).max(axis=1)
+        analytic = np.isfinite(doubt) & (error <= np.maximum(tolerance * np.abs(D).max(axis=1), doubt))
+        return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
+
+    def direction(self, Z: Array, rows: Array, variable: int) -> Array:
+        """A direction in which each entry of a variable moves in proportion to its size, more or less, up to 1."""
+        x, per_row = self._f.variable(Z, rows, variable)
+        weights = np.random.default_rng(0).uniform(0.5, 1, self._f.entry_shape(variable))
+        size = np.abs(x).max(axis=0) if per_row else np.abs(x)
+        largest = size.max(initial=0) or 1
+        return np.asarray(weights * np.where(size > 0, size, largest) / largest).astype(x.dtype)
+
+    def complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+        """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f.
+
+        In double precision for float32, too, which has no room for a step that is small beside variables of every size.
+        """
+        h = 1e-200
+        step = direction.astype(np.complex128) * (1j * h)
+        return (self._shifted(Z, rows, variable, step).imag / h).astype(Z.dtype)
+
+    def quotient(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+        return self._difference(Z, rows, variable, direction)[0]
+
+    def grouped(self, Z: Array, rows: Array, variable: int, certain: bool) -> list[Block] | None:
+        """The derivatives with respect to many entries by complex steps of groups of them, if there are few groups."""
+        entries = self._f.entry_shape(variable)
+        if math.prod(entries) <= FEW:
+            return None
+        for again in (False, True):
+            new = again or variable not in self._groups
+            if new:
+                self._groups[variable] = self._find_groups(Z, rows, variable)
+            groups = self._groups[variable]
+            if groups is None:
+                return None
+            blocks = []
+            for group in groups:
+                direction = np.zeros(entries, Z.dtype)
+                direction.reshape(-1)[group.inputs] = 1
+                D = self.complex_step(Z, rows, variable, direction)[:, group.outputs]
+                blocks.append((group.inputs, group.outputs, D))
+            if not (new or certain) or self._is_complete(blocks, Z, rows, variable):
+                return blocks
+        self._groups[variable] = None
+        return None
+
+    def _one_by_one(self, Z: Array, rows: Array, variable: int, certain: bool, analytic: Array) -> Iterator[Block]:
+        outputs = np.arange(self._f.equation.n)
+        bad = np.zeros(len(rows), bool)
+        direction = np.zeros(self._f.entry_shape(variable), Z.dtype)
+        for k in range(direction.size):
+            direction.reshape(-1)[k] = 1
+            D = np.empty((len(rows), self._f.equation.n), Z.dtype)
+            if analytic.any():
+                chosen = np.flatnonzero(analytic)
+                D[chosen] = self.complex_step(Z[chosen], rows[chosen], variable, direction)
+            if not analytic.all():
+                chosen = np.flatnonzero(~analytic)
+                D[chosen], doubt = self._difference(Z[chosen], rows[chosen], variable, direction)
+                if certain:
+                    D[chosen[doubt == np.inf]] = np.nan
+                    bad[chosen[doubt == np.inf]] = True
+            direction.reshape(-1)[k] = 0
+            yield np.full_like(outputs, k), outputs, D
+        if bad.any():
+            name = "z" if variable == STATE else self._f.equation.names[variable]
+            warn(
+                f"f has no trustworthy derivative with respect to {name} at the solution of {bad.sum()} samples (first sample "
+                f"{rows[np.flatnonzero(bad)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
+                "these derivatives are NaN",
+                DerivativeWarning,
+            )
+
+    def _find_groups(self, Z: Array, rows: Array, variable: int) -> list[Group] | None:
+        Z, rows = Z[:4], rows[:4]
+        x, per_row = self._f.variable(Z, rows, variable)
+        entries = math.prod(self._f.entry_shape(variable))
+
+        def probe(mask: Array) -> Array:
+            y = x.copy()
+            y.reshape(len(y) if per_row else 1, -1)[:, mask] = np.nan
+            return np.isnan(self._f(y, rows) if variable == STATE else self._f(Z, rows, variable, y)).any(axis=0)
+
+        try:
+            with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+                warnings.simplefilter("ignore")
+                return find_groups(probe, entries, self._f.equation.n, max(FEW, entries // 8))
+        except Exception:  # f may not take NaN
+            return None
+
+    def _is_complete(self, blocks: list[Block], Z: Array, rows: Array, variable: int) -> bool:
+        """Whether the derivatives along a random direction are the sums of those by entries."""
+        direction = self.direction(Z, rows, variable)
+        total, size = np.zeros(Z.shape), np.zeros(Z.shape)
+        for inputs, outputs, D in blocks:
+            terms = D * direction.reshape(-1)[inputs]
+            total[:, outputs] += terms
+            size[:, outputs] += np.abs(terms)
+        error = np.abs(total - self.complex_step(Z, rows, variable, direction))
+        return bool((error <= 1e-2 * tolerance(Z.dtype) * (size + 1e-8 * size.max(axis=1, keepdims=True))).all())
+
+    def _difference(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array]:
+        """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
+
+        It is infinite unless the two differ, and the second differences shrink, as those of a smooth function do, and rounding
+        counts for little; several steps are tried, in units of the variable. That f does not change at all is believed of a
+        step of some per cent, since a small one may be lost in rounding.
+        """
+        x, per_row = self._f.variable(Z, rows, variable)
+        m, eps = len(rows), float(np.finfo(Z.dtype).eps)
+        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
+        moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
+        others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
+        # Smaller numbers are zero, or on their way to it, and no step is a part of them.
+        nothing = float(np.finfo(Z.dtype).tiny)
+        size = np.where(moved > nothing, moved, np.where(others > nothing, others, 1.0))
+        factors = [1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6] + (
+            [] if (moved > nothing).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
+        )
+        best, doubt = np.full((m, self._f.equation.n), np.nan), np.full(m, np.inf)
+        always_flat = np.full(m, True)
+        center = self._f(Z, rows).astype(np.float64)
+        terms = self._f.terms(Z, rows, center)
+        for factor in factors:
+            left = np.flatnonzero(doubt == np.inf)
+            if not len(left):
+                break
+            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size * factor))
+            h = step[left] if per_row else np.broadcast_to(step, len(left))
+            values = []
+            for part in (1.0, -1.0, 0.5, -0.5):
+                scaled = part * (step[left].reshape(-1, *[1] * (x.ndim - 1)) if per_row else step.reshape([1] * x.ndim))
+                values.append(self._shifted(Z[left], rows[left], variable, (direction * scaled).astype(x.dtype)))
+            plus, minus, plus2, minus2 = (v.astype(np.float64) for v in values)
+            coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
+            bend = np.abs(plus - 2 * center[left] + minus) / h[:, None]
+            bend2 = np.abs(plus2 - 2 * center[left] + minus2) / (h[:, None] / 2)
+            noise = eps * np.fmax(np.abs(plus).max(axis=1), terms[left]) / (h / 2)
+            large = np.abs(fine).max(axis=1)
+            unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
+            flat = (large == 0) & (np.abs(coarse).max(axis=1) == 0) & (bend.max(axis=1) == 0)
+            always_flat[left] &= flat
+            good = np.where(
+                flat,
+                always_flat[left] & (factor == _FLAT_FACTOR),
+                (unequal <= 100 * tol * np.maximum(large, bend.max(axis=1)))
+                & (noise <= 100 * tol * np.maximum(large, bend.max(axis=1)))
+                & (kinked <= tol * large + 4 * noise),
+            )
+            value = np.where(good[:, None], fine + (fine - coarse) / 3, fine)
+            first = np.isnan(best[left]).all(axis=1)
+            best[left[good | first]] = value[good | first]
+            doubt[left[good]] = (unequal + noise)[good]
+        return best.astype(Z.dtype), doubt
+
+    def _shifted(self, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
+        x = self._f.variable(Z, rows, variable)[0]
+        return self._f(x + shift, rows) if variable == STATE else self._f(Z, rows, variable, x + shift)

@@ -1,0 +1,64 @@
+"""Fixed points of a Python function, many samples at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from implicit_rnn.engines.numpy.functions import PythonFunction
+from implicit_rnn.engines.numpy.sizes import Sizes
+from implicit_rnn.engines.numpy.solvers import BLOW_UP, Outcome, Rows, Solve, StageEquation
+
+Array = np.ndarray
+
+
+class FixedPoint(Solve):
+    """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
+
+    def __init__(self, f: PythonFunction, tol: float, outcome: Outcome) -> None:
+        identity = StageEquation(np.empty((1, 0, 0)), lambda S: S, lambda S, F: S, tol, check_stability=True)
+        start = f.equation.start
+        super().__init__(identity, np.zeros_like(start)[None], start[None], outcome)
+        self.f, self.sizes = f, Sizes(f.equation, tol)
+        self.outset = np.full(f.equation.samples, np.nan)
+
+    def product(self, rows: Rows, V: Array) -> Array:
+        return self.f.values.real(V, rows.index)
+
+    def size(self, V: Array) -> Array:
+        return self.sizes(V)
+
+    def scale(self, rows: Rows) -> Array:
+        return self.sizes.reference(self.sizes(rows.F), rows.index)
+
+    def accept(self, rows: Rows) -> None:
+        self.sizes.pass_by(self.sizes(rows.F), rows.index)
+
+    def restart(self, rows: Rows) -> Array:
+        start = self.f.equation.start[rows.index]
+        self.sizes.begin(rows.index)
+        return start
+
+    def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
+        return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
+
+    def jacobian(self, rows: Rows) -> Array:
+        return self.f.jacobian(rows.Z, rows.index)
+
+    def newton_direction(self, rows: Rows) -> Array:
+        r = rows.F - rows.Z
+        step = self.f.newton_steps(rows.Z, rows.index, r)
+        exists = np.isfinite(step).all(axis=1)
+        self.singular[rows.index] = ~exists
+        return np.where(exists[:, None], step, r)
+
+    def repels(self, rows: Rows) -> Array:
+        if not self.f.is_large:
+            return super().repels(rows)
+        return np.array([self.f.operator(z, int(k)).repels() for z, k in zip(rows.Z, rows.index, strict=True)], bool)
+
+    def largest(self, rows: Rows) -> Array:
+        # By the sizes at the start: z may have any unit.
+        new = np.isnan(self.outset[rows.index])
+        fresh = rows.index[new]
+        self.outset[fresh] = np.maximum(self.sizes(rows.Z[new]), self.sizes(rows.F[new]))
+        return np.asarray(BLOW_UP * self.outset[rows.index])

@@ -1,0 +1,200 @@
+"""Roots of a Python function: Newton's method on many samples at once, and Powell's hybrid method for what it leaves."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from implicit_rnn.engines.numpy.functions import PythonFunction
+from implicit_rnn.engines.numpy.single import SMALLEST_STEP
+from implicit_rnn.engines.numpy.sizes import Sizes, euclidean
+from implicit_rnn.engines.numpy.solvers import Outcome, decreases
+from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR
+from implicit_rnn.solvers import Auto, Solver
+
+Array = np.ndarray
+
+_LEFT_OF_CONDITIONS = 0.5
+"""What is left of ‖c‖ behind a step to a root, at most."""
+
+
+def newton_limit(solver: Solver) -> int:
+    """Evaluations of the first attempt at a root, which leaves some for the next."""
+    limit = int(solver.max_iterations)
+    return max(limit // 5, min(limit, 60)) if isinstance(solver, Auto) else limit
+
+
+class Root:
+    """Newton's method with a line search on ‖f‖ until the step is small, and Powell's hybrid method for what it leaves."""
+
+    def __init__(self, f: PythonFunction, tol: float, solver: Solver) -> None:
+        self.f, self.solver, self.limit = f, solver, int(solver.max_iterations)
+        self.hybrid = isinstance(solver, Auto) and not f.is_large
+        self.sizes = Sizes(f.equation, tol)
+
+    def run(self, outcome: Outcome) -> Array:
+        """The roots (B, n)."""
+        start = self.f.equation.start
+        samples = np.arange(len(start))
+        first = newton_limit(self.solver) if self.hybrid else self.limit
+        Z, status, evaluations, residual, rate = self.newton(start, samples, np.zeros(len(start), np.int32), first)
+        for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
+            for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
+                if evaluations[k] >= self.limit:
+                    break
+                z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
+                evaluations[k] += used
+                one = slice(k, k + 1)
+                found = self.newton(z[None], samples[one], evaluations[one], self.limit)
+                if found[1][0] == CONVERGED or factor == 0.1:
+                    Z[one], status[one], evaluations[one], residual[one], rate[one] = found
+                    if status[k] == CONVERGED:
+                        break
+                else:
+                    evaluations[one] = found[2]
+        outcome.merge(samples, status, evaluations, residual, rate)
+        return Z
+
+    def newton(self, start: Array, rows: Array, used: Array, limit: int) -> tuple[Array, ...]:
+        """Roots, statuses, evaluations (``used`` before), relative steps and rates of the samples ``rows``."""
+        f, sizes, count = self.f, self.sizes, len(rows)
+        Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
+        evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
+        last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
+        F = np.full_like(Z, np.nan)
+        sizes.begin(rows)
+        going = np.flatnonzero(evaluations < limit)
+        if len(going):
+            F[going] = f.conditions(Z[going], rows[going])
+            evaluations[going] += 1
+        while len(going):
+            index, z, c = rows[going], Z[going], F[going]
+            merit = euclidean(c)
+            step = f.newton_steps(z, index, c)
+            exists = np.isfinite(step).all(axis=1)
+            length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
+            size = sizes(z)
+            sizes.pass_by(size, index)
+            reference = sizes.reference(size, index)
+            quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
+            spent = evaluations[going] >= limit
+            done = sizes.near(length, size, index, quotient, spent)
+            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * last_merit[going])
+            last_merit[going] = merit
+            doubtful = done & exists & ~proven & (merit > 0)
+            if doubtful.any():
+                done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
+            broken = ~np.isfinite(merit)
+            residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
+            rate[going], last[going] = quotient, np.where(doubtful & ~done, np.inf, length)
+            # The last step is there, and as good as another iteration.
+            Z[going] = np.where((done & exists)[:, None], z + step, z)
+            status[going] = np.where(
+                done, CONVERGED, np.where(broken, NON_FINITE, np.where(exists, MAX_ITERATIONS, SINGULAR))
+            )
+            moving = ~(done | broken | ~exists | spent)
+            settled = (length <= sizes.rounding(size, index))[moving]
+            searched, step, merit = going[moving], step[moving], merit[moving]
+            going = self.search(Z, F, rows, searched, step, merit, evaluations, status, limit)
+            settled &= status[searched] == SINGULAR
+            if settled.any():  # a root to rounding, from which nothing leads on
+                found = searched[settled]
+                steady = _is_steady(f, Z[found], rows[found], step[settled], F[found])
+                status[found[steady]] = CONVERGED
+        return Z, status, evaluations, residual, rate
+
+    def search(
+        self,
+        Z: Array,
+        F: Array,
+        rows: Array,
+        going: Array,
+        step: Array,
+        merit: Array,
+        evaluations: Array,
+        status: Array,
+        limit: int,
+    ) -> Array:
+        """z + t step with t halved until ‖f‖ decreases; returns those of ``going`` where it did."""
+        base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
+        while t >= SMALLEST_STEP:
+            trying = np.flatnonzero(~better & (evaluations[going] < limit))
+            if not len(trying):
+                break
+            z = base[trying] + base.dtype.type(t) * step[trying]
+            c = self.f.conditions(z, rows[going[trying]])
+            evaluations[going[trying]] += 1
+            good = decreases(euclidean(c), merit[trying], t)
+            Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
+            better[trying[good]] = True
+            t /= 2
+        status[going[~better & (evaluations[going] < limit)]] = SINGULAR
+        return going[better]
+
+    def powell(self, start: Array, sample: int, budget: int, factor: float, scaled: bool) -> tuple[Array, int]:
+        """MINPACK's hybrid method by SciPy, on unknowns and conditions of the size 1; the best iterate, and evaluations."""
+        from scipy import optimize
+
+        f, row = self.f, np.array([sample])
+        dtype, used = start.dtype, 0
+        best, best_merit = start.copy(), np.inf
+        c0 = f.conditions(start[None], row)
+        used += 1
+        unit_of_c = float(euclidean(c0)[0])
+        unit = float(self.sizes(start[None])[0]) if isinstance(self.sizes.weights, float) else 1.0
+        units = np.full(len(start), unit) if isinstance(self.sizes.weights, float) else 1 / self.sizes.weights
+        units = np.where(units > 0, units, 1.0)
+        if not (np.isfinite(unit_of_c) and unit_of_c > 0):
+            return best, used
+
+        def conditions(x: Array) -> Array:
+            nonlocal used, best, best_merit
+            if used >= budget:
+                raise _SpentError
+            used += 1
+            z = (x * units).astype(dtype)
+            c = f.conditions(z[None], row)[0].astype(np.float64) / unit_of_c
+            if not np.isfinite(c).all():
+                return np.full(len(x), 1e30)
+            if (merit := float(np.linalg.norm(c))) < best_merit:
+                best, best_merit = z, merit
+            return c
+
+        def jacobian(x: Array) -> Array:
+            z = (x * units).astype(dtype)
+            J = f.conditions_jacobian(z[None], row)[0].astype(np.float64) * units / unit_of_c
+            return np.where(np.isfinite(J), J, 0)
+
+        options = {"factor": factor, "xtol": 1e-13, "maxfev": budget} | (
+            {} if scaled else {"diag": np.ones(len(start))}
+        )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimize.root(
+                    conditions, start.astype(np.float64) / units, jac=jacobian, method="hybr", options=options
+                )
+        except _SpentError:
+            pass
+        return best, used
+
+
+class _SpentError(Exception):
+    pass
+
+
+def _is_steady(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
+    """Whether A is about the same two steps further, along the step.
+
+    A short step to a root makes the conditions much smaller than they were, unless one starts there. Newton's steps are as
+    short at a pole, from which they lead away, and where f has an infinite slope, as √z + 1 at zero.
+    """
+    further = Z + 2 * steps + 8 * np.finfo(Z.dtype).eps * Z
+    if f.is_large:
+        products = np.stack(
+            [f.operator(z, int(row)).product(d) for z, row, d in zip(further, rows, steps, strict=True)]
+        )
+    else:
+        products = (f.conditions_jacobian(further, rows) @ steps[..., None])[..., 0]
+    return np.asarray(euclidean(products + C) <= 0.5 * euclidean(C))

@@ -1,0 +1,53 @@
+"""Sizes of iterates and steps of equations, whatever their unit."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from implicit_rnn.engines.base import Equation
+from implicit_rnn.engines.numpy.single import STILL_SHRINKS
+from implicit_rnn.engines.numpy.solvers import norm
+
+Array = np.ndarray
+
+
+def euclidean(V: Array) -> Array:
+    """Euclidean norms, one a row, in double precision and without overflow or underflow on the way."""
+    W = np.abs(V.astype(np.float64))
+    unit = W.max(axis=-1, initial=0)
+    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
+    return np.asarray(unit * norm(W / unit[:, None]))
+
+
+class Sizes:
+    """Sizes of z without a unit: in that of ``scale`` where there is one, in double precision."""
+
+    def __init__(self, equation: Equation, tol: float) -> None:
+        self.weights = 1.0 if equation.scale is None else 1 / equation.scale.astype(np.float64)
+        self.floor = 0.0 if equation.scale is None else float(np.sqrt(equation.n))
+        self.tol, self.eps = tol, float(np.finfo(equation.start.dtype).eps)
+        self.largest = np.zeros(equation.samples)
+
+    def __call__(self, V: Array) -> Array:
+        return euclidean(V.astype(np.float64) * self.weights)
+
+    def begin(self, index: Array) -> None:
+        """The samples ``index`` begin, whatever was seen on the way before."""
+        self.largest[index] = 0
+
+    def pass_by(self, size: Array, index: Array) -> None:
+        """Iterates of that size are on the way of the samples ``index``; trial steps that are taken back are not."""
+        self.largest[index] = np.fmax(self.largest[index], size)
+
+    def reference(self, size: Array, index: Array) -> Array:
+        """What a step is related to, at iterates of that size of the samples ``index``."""
+        return np.maximum(np.maximum(size, self.floor), self.rounding(size, index) / self.tol)
+
+    def rounding(self, size: Array, index: Array) -> Array:
+        """That of the largest iterate on the way."""
+        return np.asarray(self.eps * np.fmax(self.largest[index], size))
+
+    def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
+        """Whether steps end the iteration, see ``engines.base.Equation``."""
+        rounding = (step <= self.rounding(size, index)) & ((rate > STILL_SHRINKS) | spent | (step == 0))
+        return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)

@@ -1,0 +1,121 @@
+"""The values of a Python function, sample by sample or all at once, as the equation was posed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from implicit_rnn.engines.base import Equation
+
+Array = np.ndarray
+
+STATE = -1
+"""The variable z among the arguments 0, 1, …"""
+
+
+class Values:
+    """The function of an equation: it is given copies and what it returns is copied, so that it may reuse its memory.
+
+    Z (m, n) are iterates of the samples ``rows`` (m,).
+    """
+
+    def __init__(self, equation: Equation) -> None:
+        self.equation = equation
+
+    def __call__(self, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None) -> Array:
+        """f (m, n); the argument ``variable`` may have another ``value``."""
+        equation = self.equation
+        assert callable(equation.f)
+        if not len(Z):
+            return Z.copy()
+        args = self.arguments(rows, variable, value)
+        if self.takes_all:
+            return self._checked(equation.f(Z.copy(), *args), Z.shape)
+        return np.stack([self._checked(equation.f(self.as_posed(z), *own), z.shape) for z, own in self.each(Z, args)])
+
+    def real(self, Z: Array, rows: Array) -> Array:
+        """f for real z, of which it has to be real."""
+        F = self(Z, rows)
+        if F.dtype.kind == "c":
+            raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
+        return F
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether f is given many samples at once."""
+        return self.equation.vectorized and not self.equation.single
+
+    def arguments(self, rows: Array, variable: int = STATE, value: Array | None = None) -> list[Array]:
+        """The arguments of the samples, batched ones row by row."""
+        equation = self.equation
+        args = [a[rows] if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
+        if value is not None:
+            args[variable] = value
+        return args
+
+    def each(self, Z: Array, args: list[Array]) -> Iterator[tuple[Array, list[Array]]]:
+        """Each sample with its arguments."""
+        for k, z in enumerate(Z):
+            yield z, [a[k] if batched else a for a, batched in zip(args, self.equation.batched, strict=True)]
+
+    def as_posed(self, z: Array) -> Any:
+        """A copy of z (n,) in the form in which it was posed."""
+        return z.copy() if self.equation.shape else z[0]
+
+    def variable(self, Z: Array, rows: Array, variable: int) -> tuple[Array, bool]:
+        """Its values, and whether each row has its own."""
+        if variable == STATE:
+            return Z, True
+        argument = self.equation.args[variable]
+        return (argument[rows], True) if self.equation.batched[variable] else (argument, False)
+
+    def entry_shape(self, variable: int) -> tuple[int, ...]:
+        """The shape of a variable as one sample sees it."""
+        return (self.equation.n,) if variable == STATE else self.equation.entry_shape(variable)
+
+    def terms(self, Z: Array, rows: Array, F: Array) -> Array:
+        """The size (m,) of the terms of f, whose rounding it has, though it may be small as the difference of large ones."""
+        stretch = Z.dtype.type(2.0**-10)
+        return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1))
+
+    def check_separate(self, Z: Array) -> None:
+        """``ValueError`` where f gives a sample another value beside others than alone; Z (B, n) are all samples.
+
+        Such samples are one equation, whose Jacobian is not that of each.
+        """
+        if not self.takes_all:
+            return
+        finite = np.flatnonzero(np.isfinite(Z).all(axis=1))
+        if len(finite) < 2:
+            return
+        farthest = int(np.abs(Z[finite] - Z[finite[0]]).max(axis=1).argmax())
+        rows = finite[[0, farthest or -1]]
+        one, z = rows[:1], Z[rows[:1]]
+        beside, alone = self(Z[rows], rows)[0], self(z, one)
+        error = np.abs(beside - alone[0])
+        if error.any() and error.max() > tolerance(Z.dtype) * self.terms(z, one, alone)[0]:
+            i = int(error.argmax())
+            raise ValueError(
+                f"f mixes samples, or is another at each call: entry {i} of sample {rows[0]} is {beside[i]:.9g} beside sample "
+                f"{rows[1]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same row of z and of "
+                "batched arguments only. Solve what is coupled as one sample, z0 (n,)"
+            )
+
+    def _checked(self, y: object, shape: tuple[int, ...]) -> Array:
+        if isinstance(y, tuple):
+            raise TypeError(f"f returned a tuple of {len(y)}; expected one array of shape {shape}, like z")
+        array = np.asarray(y)
+        if array.shape == () and shape == (1,):
+            array = array.reshape(1)  # one unknown may be answered by a number
+        if array.shape != shape:
+            raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
+        if array.dtype.kind not in "biufc":
+            raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
+        return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
+
+
+def tolerance(dtype: np.dtype) -> float:
+    """Of a derivative, or another value, against the values of f, relative to the sum of the sizes of the terms."""
+    return 1e-3 if dtype == np.float32 else 1e-6
