@@ -31,7 +31,7 @@ from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
-from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, remedy
+from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, check_report, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
 from implicit_rnn.validation import (
     all_finite,
@@ -187,10 +187,7 @@ class Network:
 
     @parameters.setter
     def parameters(self, values: ArrayLike) -> None:
-        array = as_real("parameters", values, self.dtype)
-        if array.shape != self._parameters.shape:
-            raise ValueError(f"parameters has shape {array.shape}; expected {self._parameters.shape}")
-        self._parameters[...] = array
+        self._parameters[...] = self._vector("parameters", values)
 
     @property
     def weights(self) -> Mapping[str, Array]:
@@ -358,7 +355,7 @@ class Network:
         >>> solution.state.shape, solution.converged
         ((2, 8), array([ True,  True]))
         """
-        x = self._samples("X", X)
+        x = self._inputs(X)
         start = self._start(z0, len(x))
         options.check_on_failure(on_failure)
         solution = Solution.empty(len(x), self.topology.neurons, self.dtype)
@@ -504,7 +501,7 @@ class Network:
         gradient = np.empty_like(self._parameters)
         if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
             raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
-        _check_report(report, len(x))
+        check_report(report, len(x))
         program = self.program(solver, adjoint, loss, jacobian_penalty)
         value, quality = program.gradient(self._parameters, samples, gradient, int(probe), report)
         self._tell(quality, len(x), on_failure, "the gradient is not that of the loss")
@@ -562,12 +559,12 @@ class Network:
         >>> gradient.shape, dX.shape
         ((105,), (2, 2))
         """
-        x, start, through = self._at(X, z0, adjoint)
+        x, start, adjoint = self._at(X, z0, adjoint)
         v = self._rows("V", V, len(x), self._width(of), of if of == "outputs" else "neurons")
         options.check_on_failure(on_failure)
-        _check_report(report, len(x))
+        check_report(report, len(x))
         gradient, dX = np.empty_like(self._parameters), self._empty(x, self.topology.inputs)
-        program = self.program(solver, through)
+        program = self.program(solver, adjoint)
         quality = program.vjp(self._parameters, x, start, v, of, gradient, dX, report)
         self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
         return gradient, dX
@@ -619,17 +616,17 @@ class Network:
         >>> np.allclose(net.jvp(X, dX), slope, atol=1e-6)
         True
         """
-        x, start, through = self._at(X, z0, adjoint)
+        x, start, adjoint = self._at(X, z0, adjoint)
         if dX is None and dparameters is None:
             raise TypeError("jvp needs a direction: dX (B, inputs), dparameters (P,) or both")
         width = self._width(of)
         inputs = self.topology.inputs
         dx = np.zeros((len(x), inputs), self.dtype) if dX is None else self._rows("dX", dX, len(x), inputs, "features")
-        dp = np.zeros_like(self._parameters) if dparameters is None else self._direction("dparameters", dparameters)
+        dp = np.zeros_like(self._parameters) if dparameters is None else self._vector("dparameters", dparameters)
         options.check_on_failure(on_failure)
-        _check_report(report, len(x))
+        check_report(report, len(x))
         tangent = self._empty(x, width)
-        program = self.program(solver, through)
+        program = self.program(solver, adjoint)
         quality = program.jvp(self._parameters, x, start, dp, dx, of, tangent, report)
         self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
         return tangent
@@ -675,7 +672,7 @@ class Network:
         True
         """
         samples = self.samples(X, Y, loss, sample_weights)
-        direction = self._direction("v", v)
+        direction = self._vector("v", v)
         product = np.empty_like(self._parameters)
         self.program(solver, loss=loss).hessian_vector_product(self._parameters, samples, direction, product)
         return product
@@ -707,7 +704,7 @@ class Network:
         >>> bool(net.spectral_radius([[0.5, -1.0], [0.2, 0.1]]).max() < 0.95)
         True
         """
-        x = self._samples("X", X)
+        x = self._inputs(X)
         state = self.equilibrium(x, solver=solver, z0=z0, on_failure=on_failure).state
         radius = np.empty(len(x))
         self.program(solver).spectral_radius(self._parameters, x, state, radius)
@@ -766,91 +763,17 @@ class Network:
         except TypeError:  # not hashable, so nothing that could be an option, as is said below
             program = None
         if program is None:
-            through = options.choose(Adjoint, adjoint, "adjoint")
+            adjoint = options.choose(Adjoint, adjoint, "adjoint")
             problem = Problem(
                 options.choose(Solver, solver, "solver"),
-                through,
+                adjoint,
                 options.choose(Loss, loss, "loss"),
-                check_penalty(jacobian_penalty, through),
+                check_penalty(jacobian_penalty, adjoint),
             )
             program = self._programs[choice] = self._compile().program(problem)
             while len(self._programs) > _PROGRAMS:
                 self._programs.pop(next(iter(self._programs)))
         return program
-
-    def _compile(self) -> CompiledNetwork:
-        if self._compiled is None:
-            self._compiled = self.engine.compile(self.topology, self.dtype.name, self._device)
-        return self._compiled
-
-    def _samples(self, name: str, X: ArrayLike) -> Array:
-        if (there := device_arrays.lent(name, X, self._device)) is not None:
-            return self._lent(name, there, self.topology.inputs, "features")
-        return as_samples(name, X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
-
-    def _rows(self, name: str, value: ArrayLike, samples: int, columns: int, what: str) -> Array:
-        if (there := device_arrays.lent(name, value, self._device)) is not None:
-            rows = self._lent(name, there, columns, what)
-        else:
-            rows = as_samples(name, value, columns, self.dtype, what)
-        check_samples(name, rows, samples)
-        return rows
-
-    def _lent(self, name: str, array: DeviceArray, columns: int, what: str) -> Array:
-        """An array on the network's device, checked."""
-        self._compile()  # where the device cannot be had, that is what is to be said
-        return device_arrays.as_samples(name, array, columns, self.dtype, what)
-
-    def _empty(self, like: Array, columns: int) -> Array:
-        """(samples, columns) for results, where the samples are."""
-        shape = (len(like), columns)
-        if isinstance(like, DeviceArray):
-            return cast("Array", DeviceArray.empty(shape, self.dtype, self._device))
-        return np.empty(shape, self.dtype)
-
-    def _start(self, z0: ArrayLike | None, samples: int) -> Array | None:
-        return None if z0 is None else self._rows("z0", z0, samples, self.topology.neurons, "neurons")
-
-    def _at(self, X: ArrayLike, z0: ArrayLike | None, adjoint: AdjointLike) -> tuple[Array, Array | None, Adjoint]:
-        """Where a derivative is taken, and through what: the samples, the start and the adjoint, checked."""
-        x = self._samples("X", X)
-        through = options.choose(Adjoint, adjoint, "adjoint")
-        if z0 is not None and not through.needs_equilibrium:
-            raise ValueError(
-                f"z0 is the start of a solver, which adjoint={through} does not use: its steps begin at zero"
-            )
-        return x, self._start(z0, len(x)), through
-
-    def _width(self, of: str) -> int:
-        options.check_choice("of", of, get_args(Of))
-        return self.topology.output_size if of == "outputs" else self.topology.neurons
-
-    def _direction(self, name: str, value: ArrayLike) -> Array:
-        direction = np.ascontiguousarray(as_real(name, value, self.dtype))
-        if direction.shape != self._parameters.shape:
-            raise ValueError(f"{name} has shape {direction.shape}; expected {self._parameters.shape}")
-        return direction
-
-    def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
-        """Tell of samples without equilibrium or adjoint, as ``on_failure`` says."""
-        if quality.unconverged:
-            failure = (
-                f"{quality.unconverged} of {samples} samples did not reach an equilibrium with a solvable adjoint system "
-                f"(largest relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so "
-                f"{consequence}"
-            )
-            # Of the samples, this much is known.
-            failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
-            if np.isnan(quality.adjoint_residual) and not np.isnan(quality.residual):
-                failure += (
-                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout "
-                    "should be looked at: Y, net.weights['C'] and net.weights['d']"
-                )
-            self._report(on_failure, failure, np.array(failed))
-
-    def _report(self, on_failure: str, failure: str, status: Array, solution: Solution | None = None) -> None:
-        ways = remedy(self.topology.constraint.unique, status)
-        report_failure(f"{failure}. Remedies: {ways}", on_failure, solution)
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
         """What a loss is taken on, checked and converted, in the memory of the machine or of the network's device.
@@ -871,7 +794,7 @@ class Network:
         >>> len(net.samples([[0.5, -1.0], [0.2, 0.1]], [[0.3], [0.0]], "mse", None))
         2
         """
-        x = self._samples("X", X)
+        x = self._inputs(X)
         chosen, outputs = options.choose(Loss, loss, "loss"), self.topology.output_size
         if isinstance(chosen, CustomLoss):  # a function of NumPy arrays
             x = x.numpy() if isinstance(x, DeviceArray) else x
@@ -886,7 +809,7 @@ class Network:
         weights = device_arrays.in_machine("sample_weights", sample_weights, self.dtype, self._device)
         return Samples(x, targets, as_weights("sample_weights", weights, len(x), self.dtype))
 
-    # --- the rest ----------------------------------------------------------------------------------------
+    # --- files and words ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the network to a safetensors file; the file appears whole or not at all.
@@ -934,43 +857,16 @@ class Network:
         return "\n".join([repr(self), *lines])
 
     def __repr__(self) -> str:
-        facts = self._facts()
-        counts = [f"{facts.pop(name)} {name}" for name in ("inputs", "parameters")]
-        named = [f"{name} {facts.pop(name)}" for name in ("feedback", "skips", "input skips") if name in facts]
-        parts = [
-            counts[0],
-            f"[{facts['layers']}]",
-            *named,
-            facts["outputs"],
-            facts["constraint"],
-            counts[1],
-            facts["dtype"],
-        ]
-        return f"Network({', '.join(parts)})"
+        forms = {"inputs": "{} inputs", "layers": "[{}]", "parameters": "{} parameters"}
+        forms |= {name: f"{name} {{}}" for name in ("feedback", "skips", "input skips")}
+        return f"Network({', '.join(forms.get(name, '{}').format(fact) for name, fact in self._facts().items())})"
 
     def _repr_html_(self) -> str:
         return html_table("Network", self._facts())
 
     def _facts(self) -> dict[str, str]:
-        """What a person wants to know of it, in a few words each."""
-        topology = self.topology
-        connections = {
-            "feedback": [f"{later}->{earlier}" for later, earlier in topology.feedback],
-            "skips": [f"{earlier}->{later}" for earlier, later in topology.skips],
-            "input skips": [f"->{layer}" for layer in topology.input_skips],
-        }
-        outputs = f"{topology.output_size} outputs"
-        return {
-            "inputs": str(topology.inputs),
-            "layers": _some(
-                f"{layer.neurons} {layer.activation}{' lateral' * layer.lateral}" for layer in topology.layers
-            ),
-            **{name: _some(arrows) for name, arrows in connections.items() if arrows},
-            "outputs": outputs if topology.linear_readout else f"{outputs} (neurons {_some(topology.read_neurons)})",
-            "constraint": str(topology.constraint),
-            "parameters": str(topology.parameters),
-            "dtype": self.dtype.name if self._device == "cpu" else f"{self.dtype.name} on {self._device}",
-        }
+        dtype = self.dtype.name if self._device == "cpu" else f"{self.dtype.name} on {self._device}"
+        return self.topology.facts() | {"dtype": dtype}
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -985,20 +881,79 @@ class Network:
         self._set_up(state["topology"], state["dtype"], state["engine"], state["device"])
         self._parameters[...] = state["parameters"]
 
+    # --- checks and conversions --------------------------------------------------------------------------
 
-def _some(entries: Iterable[object], most: int = 8) -> str:
-    """The entries, or the first of many and the number of the rest."""
-    texts = [str(entry) for entry in entries]
-    rest = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return ", ".join([*texts[:most], *rest])
+    def _compile(self) -> CompiledNetwork:
+        if self._compiled is None:
+            self._compiled = self.engine.compile(self.topology, self.dtype.name, self._device)
+        return self._compiled
 
+    def _inputs(self, X: ArrayLike) -> Array:
+        if (there := device_arrays.lent("X", X, self._device)) is not None:
+            return self._lent("X", there, self.topology.inputs, "features")
+        return as_samples("X", X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
 
-def _check_report(report: GradientReport | None, samples: int) -> None:
-    if report is None:
-        return
-    if not isinstance(report, GradientReport):
-        raise TypeError(f"report is {report!r}; expected GradientReport.empty({samples})")
-    if len(report.status) != samples:
-        raise ValueError(
-            f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
-        )
+    def _rows(self, name: str, value: ArrayLike, samples: int, columns: int, what: str) -> Array:
+        if (there := device_arrays.lent(name, value, self._device)) is not None:
+            rows = self._lent(name, there, columns, what)
+        else:
+            rows = as_samples(name, value, columns, self.dtype, what)
+        check_samples(name, rows, samples)
+        return rows
+
+    def _lent(self, name: str, array: DeviceArray, columns: int, what: str) -> Array:
+        """An array on the network's device, checked."""
+        self._compile()  # where the device cannot be had, that is what is to be said
+        return device_arrays.as_samples(name, array, columns, self.dtype, what)
+
+    def _empty(self, like: Array, columns: int) -> Array:
+        """(samples, columns) for results, where the samples are."""
+        shape = (len(like), columns)
+        if isinstance(like, DeviceArray):
+            return cast("Array", DeviceArray.empty(shape, self.dtype, self._device))
+        return np.empty(shape, self.dtype)
+
+    def _start(self, z0: ArrayLike | None, samples: int) -> Array | None:
+        return None if z0 is None else self._rows("z0", z0, samples, self.topology.neurons, "neurons")
+
+    def _at(self, X: ArrayLike, z0: ArrayLike | None, adjoint: AdjointLike) -> tuple[Array, Array | None, Adjoint]:
+        """Where a derivative is taken, and through what: the samples, the start and the adjoint, checked."""
+        x = self._inputs(X)
+        adjoint = options.choose(Adjoint, adjoint, "adjoint")
+        if z0 is not None and not adjoint.needs_equilibrium:
+            raise ValueError(
+                f"z0 is the start of a solver, which adjoint={adjoint} does not use: its steps begin at zero"
+            )
+        return x, self._start(z0, len(x)), adjoint
+
+    def _width(self, of: str) -> int:
+        options.check_choice("of", of, get_args(Of))
+        return self.topology.output_size if of == "outputs" else self.topology.neurons
+
+    def _vector(self, name: str, value: ArrayLike) -> Array:
+        """A vector (P,) of a number for each parameter, checked."""
+        vector = np.ascontiguousarray(as_real(name, value, self.dtype))
+        if vector.shape != self._parameters.shape:
+            raise ValueError(f"{name} has shape {vector.shape}; expected {self._parameters.shape}")
+        return vector
+
+    def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
+        """Tell of samples without equilibrium or adjoint, as ``on_failure`` says."""
+        if quality.unconverged:
+            failure = (
+                f"{quality.unconverged} of {samples} samples did not reach an equilibrium with a solvable adjoint system "
+                f"(largest relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so "
+                f"{consequence}"
+            )
+            # Of the samples, this much is known.
+            failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
+            if np.isnan(quality.adjoint_residual) and not np.isnan(quality.residual):
+                failure += (
+                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout "
+                    "should be looked at: Y, net.weights['C'] and net.weights['d']"
+                )
+            self._report(on_failure, failure, np.array(failed))
+
+    def _report(self, on_failure: str, failure: str, status: Array, solution: Solution | None = None) -> None:
+        ways = remedy(self.topology.constraint.unique, status)
+        report_failure(f"{failure}. Remedies: {ways}", on_failure, solution)

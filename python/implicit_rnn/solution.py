@@ -172,3 +172,15 @@ class GradientReport:
             B, the number of samples of the gradient.
         """
         return cls(np.empty(samples, np.int8), np.empty(samples), np.empty(samples))
+
+
+def check_report(report: GradientReport | None, samples: int) -> None:
+    """``TypeError`` or ``ValueError`` unless the report is None, or one of so many samples."""
+    if report is None:
+        return
+    if not isinstance(report, GradientReport):
+        raise TypeError(f"report is {report!r}; expected GradientReport.empty({samples})")
+    if len(report.status) != samples:
+        raise ValueError(
+            f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
+        )

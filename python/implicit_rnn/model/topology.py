@@ -279,6 +279,24 @@ class Topology:
 
     # --- description -------------------------------------------------------------------------------------
 
+    def facts(self) -> dict[str, str]:
+        """What a person wants to know of it, in a few words each."""
+        connections = {
+            "feedback": [f"{later}->{earlier}" for later, earlier in self.feedback],
+            "skips": [f"{earlier}->{later}" for earlier, later in self.skips],
+            "input skips": [f"->{layer}" for layer in self.input_skips],
+        }
+        layers = [f"{layer.neurons} {layer.activation}{' lateral' * layer.lateral}" for layer in self.layers]
+        outputs = f"{self.output_size} outputs"
+        return {
+            "inputs": str(self.inputs),
+            "layers": _some(layers),
+            **{name: _some(arrows) for name, arrows in connections.items() if arrows},
+            "outputs": outputs if self.linear_readout else f"{outputs} (neurons {_some(self.read_neurons)})",
+            "constraint": str(self.constraint),
+            "parameters": str(self.parameters),
+        }
+
     def description(self) -> dict[str, Any]:
         """The topology as plain data, from which ``from_description`` makes an equal one."""
         return {
@@ -354,3 +372,10 @@ def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, 
     if not chosen or any(not 0 <= neuron < neurons for neuron in chosen):
         raise ValueError(f"outputs is {list(chosen)}; expected neurons from 0 to {neurons - 1}, at least one")
     return chosen
+
+
+def _some(entries: Iterable[object], most: int = 8) -> str:
+    """The entries, or the first of many and the number of the rest."""
+    texts = [str(entry) for entry in entries]
+    rest = [f"and {len(texts) - most} more"] if len(texts) > most else []
+    return ", ".join([*texts[:most], *rest])

@@ -58,8 +58,11 @@ class Differences:
         return known[rows]
 
     def directional(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array, Array]:
-        """The derivative (m, n) along a direction, whether it is a complex step, which agrees with a difference quotient as it
-        does not where f drops Im x, and the doubt (m,) that is left, infinite where quotients disagree."""
+        """The derivative (m, n) along a direction, whether it is by the complex step (m,), and the doubt left (m,).
+
+        The complex step is believed where it agrees with a difference quotient, as it does not where f drops Im x. The doubt is
+        infinite where quotients disagree.
+        """
         D, doubt = self._difference(Z, rows, variable, direction)
         try:
             with warnings.catch_warnings():
@@ -67,9 +70,9 @@ class Differences:
                 found = self.complex_step(Z, rows, variable, direction)
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
-        tolerance = 1e-1 if Z.dtype == np.float32 else 1e-3
+        share = 1e-1 if Z.dtype == np.float32 else 1e-3
         error = np.abs(found - D).max(axis=1)
-        analytic = np.isfinite(doubt) & (error <= np.maximum(tolerance * np.abs(D).max(axis=1), doubt))
+        analytic = np.isfinite(doubt) & (error <= np.maximum(share * np.abs(D).max(axis=1), doubt))
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
@@ -90,6 +93,7 @@ class Differences:
         return (self._shifted(Z, rows, variable, step).imag / h).astype(Z.dtype)
 
     def quotient(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
+        """The difference quotient (m, n), extrapolated."""
         return self._difference(Z, rows, variable, direction)[0]
 
     def grouped(self, Z: Array, rows: Array, variable: int, certain: bool) -> list[Block] | None:
