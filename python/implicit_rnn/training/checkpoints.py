@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.numpy import save
 
 from implicit_rnn.errors import CheckpointError, warn
-from implicit_rnn.files import read_tensors, write_atomically
+from implicit_rnn.files import read_tensors, remove_leftovers, write_atomically
 from implicit_rnn.options import Option, check_count, check_positive
 from implicit_rnn.training.snapshot import Snapshot
+
+if TYPE_CHECKING:
+    from implicit_rnn.training.loop import Training
 
 Array = np.ndarray
 
@@ -118,6 +123,35 @@ def read(path: Path) -> Snapshot:
         warn(f"{path} {remark}; such a net has no equilibrium", UserWarning)
     run, random = json.loads(texts["run"]), json.loads(texts["random"])
     return Snapshot(run, int(texts["epoch"]), float(texts["seconds"]), random, arrays)
+
+
+class Writer:
+    """Writes checkpoints when they are due, the first at once."""
+
+    def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
+        self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
+        remove_leftovers(self.path)
+        self.latest = Snapshot.of(training)
+        self._write()
+
+    def __call__(self) -> None:
+        """Take a snapshot at the end of an epoch, and write it if it is time for it."""
+        state, checkpoint = self.training.state, self.checkpoint
+        self.latest = Snapshot.of(self.training)
+        minutes = (time.perf_counter() - self.when) / 60
+        ended = state.epoch >= self.training.settings.epochs or not state.running.any()
+        by_epoch = checkpoint.every_epochs is not None and state.epoch % checkpoint.every_epochs == 0
+        if ended or by_epoch or (checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes):
+            self._write()
+
+    def save(self) -> None:
+        """Write the latest snapshot, whatever the training has come to since, unless the file has it."""
+        if self.latest is not self.written:
+            self._write()
+
+    def _write(self) -> None:
+        write(self.path, self.latest)
+        self.written, self.when = self.latest, time.perf_counter()
 
 
 def _checksum(arrays: Mapping[str, Array], texts: Mapping[str, str]) -> str:

@@ -150,29 +150,16 @@ def fit_many(
     >>> [bool(run.loss[-1] < run.loss[0]) for run in runs]
     [True, True, True]
     """
-    from implicit_rnn.network import Network
-
-    if not isinstance(nets, Sequence) or not all(isinstance(net, Network) for net in nets):
-        raise TypeError(f"nets must be a list of Network, got {nets!r}; one net is trained by net.fit(X, Y)")
-    if not nets:
-        raise ValueError("nets is empty")
+    _check_nets(nets)
     first = nets[0]
-    kind = (first.topology, first.dtype, first.engine, first.device)
-    if any((net.topology, net.dtype, net.engine, net.device) != kind for net in nets):
-        raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
     chosen = options.choose(Loss, loss, "loss")
     samples = first.samples(X, Y, chosen, sample_weights)
     warn_of_scale("X", samples.X)
     if not (chosen.bounded or isinstance(chosen, CustomLoss)):
         warn_of_scale("Y", samples.Y)
-    held_out = None
-    if validation is not None:
-        if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
-            raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
-        held_out = _validation(first, chosen, *validation)
-    restore_best, warm_start = (
-        options.check_flag(name, flag) for name, flag in (("restore_best", restore_best), ("warm_start", warm_start))
-    )
+    held_out = None if validation is None else _held_out(first, chosen, validation)
+    restore_best = options.check_flag("restore_best", restore_best)
+    warm_start = options.check_flag("warm_start", warm_start)
     if held_out is None and (restore_best or early_stopping is not None):
         needs = "restore_best" if restore_best else "early_stopping"
         raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
@@ -183,7 +170,7 @@ def fit_many(
         if not clip > 0:
             raise ValueError(f"clip must be positive, got {clip}")
     size = len(samples) if batch_size is None else options.check_count("batch_size", batch_size)
-    gradient = options.choose(Adjoint, adjoint, "adjoint")
+    adjoint = options.choose(Adjoint, adjoint, "adjoint")
     settings = Settings(
         optimizer=options.choose(Optimizer, optimizer, "optimizer"),
         schedule=options.choose(Schedule, schedule, "schedule"),
@@ -192,9 +179,9 @@ def fit_many(
         samples=len(samples),
         loss=chosen,
         solver=options.choose(Solver, solver, "solver"),
-        adjoint=gradient,
+        adjoint=adjoint,
         clip=None if clip is None else float(clip),
-        jacobian_penalty=check_penalty(jacobian_penalty, gradient),
+        jacobian_penalty=check_penalty(jacobian_penalty, adjoint),
         validation_every=options.check_count("validation_every", validation_every),
         early_stopping=early_stopping,
         restore_best=restore_best,
@@ -213,6 +200,29 @@ def fit_many(
     if resume is not None:
         _resume(training, resume)
     return training.run(watch)
+
+
+def _check_nets(nets: Sequence[Network]) -> None:
+    from implicit_rnn.network import Network
+
+    if not isinstance(nets, Sequence) or not all(isinstance(net, Network) for net in nets):
+        raise TypeError(f"nets must be a list of Network, got {nets!r}; one net is trained by net.fit(X, Y)")
+    if not nets:
+        raise ValueError("nets is empty")
+    kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
+
+
+def _held_out(net: Network, loss: Loss, validation: tuple[ArrayLike, ...]) -> Samples:
+    """The samples of ``validation``, in the machine's memory, where their loss is taken."""
+    if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
+        raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
+    arrays = [in_machine(f"validation[{k}]", array, net.dtype, net.device) for k, array in enumerate(validation)]
+    X, Y, weights = (*arrays, None)[:3]
+    x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
+    y = loss.targets("validation[1]", Y, len(x), net.topology.output_size, net.dtype)
+    return Samples(x, y, as_weights("validation[2]", weights, len(x), net.dtype))
 
 
 def _callbacks(callbacks: Sequence[Callback] | Callback) -> tuple[Callback, ...]:
@@ -245,15 +255,6 @@ def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> Non
     whole = Snapshot.join(parts)
     # A script that is run again may find its checkpoint finished; who goes on from a Run means to train.
     whole.restore(training, "resume", epochs - 1 if whole.goes_on else epochs)
-
-
-def _validation(net: Network, loss: Loss, X: ArrayLike, Y: ArrayLike, weights: ArrayLike | None = None) -> Samples:
-    """In the machine's memory, where their loss is taken."""
-    data = enumerate((X, Y, weights))
-    X, Y, weights = (in_machine(f"validation[{k}]", array, net.dtype, net.device) for k, array in data)
-    x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
-    y = loss.targets("validation[1]", Y, len(x), net.topology.output_size, net.dtype)
-    return Samples(x, y, as_weights("validation[2]", weights, len(x), net.dtype))
 
 
 P = ParamSpec("P")

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +13,9 @@ import numpy as np
 from implicit_rnn.console import progress_bar
 from implicit_rnn.engines import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import report_failure
-from implicit_rnn.files import remove_leftovers
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import Solution, remedy
-from implicit_rnn.training import checkpoints
-from implicit_rnn.training.checkpoints import Checkpoint
+from implicit_rnn.training.checkpoints import Checkpoint, Writer
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
@@ -81,16 +78,16 @@ class State:
         """The state of nets with these parameters (S, parameters) before the first epoch."""
         S = len(parameters)
         return cls(
-            Replicas.start(parameters),
-            as_generator(seed),
-            np.empty((S, epochs)),
-            np.empty((S, epochs), np.int64),
-            np.zeros(S, np.int64),
-            parameters.copy(),
-            np.full(S, np.inf),
-            np.zeros(S, np.int64),
-            np.full(S, np.inf),
-            np.zeros(S, np.int64),
+            nets=Replicas.start(parameters),
+            rng=as_generator(seed),
+            losses=np.empty((S, epochs)),
+            unconverged=np.empty((S, epochs), np.int64),
+            ended=np.zeros(S, np.int64),
+            best=parameters.copy(),
+            best_loss=np.full(S, np.inf),
+            best_epoch=np.zeros(S, np.int64),
+            improved_loss=np.full(S, np.inf),
+            improved_epoch=np.zeros(S, np.int64),
         )
 
     @property
@@ -126,7 +123,7 @@ class Training:
 
     def run(self, watch: Watch) -> list[Run]:
         """Train to the end; the nets have their parameters then."""
-        writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
+        writer = None if watch.checkpoint is None else Writer(self, watch.checkpoint)
         try:
             self._train_to_the_end(watch, writer)
         except OSError:
@@ -143,7 +140,7 @@ class Training:
                     net.parameters = best
         return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]
 
-    def _train_to_the_end(self, watch: Watch, writer: _Writer | None) -> None:
+    def _train_to_the_end(self, watch: Watch, writer: Writer | None) -> None:
         state, settings = self.state, self.settings
         report = _Report(self, watch.on_failure)
         chunk = 1
@@ -328,35 +325,6 @@ class _Report:
     def _tell(self, what: str, message: str) -> None:
         self.warned.add(what)
         report_failure(message, self.on_failure)
-
-
-class _Writer:
-    """Writes checkpoints when they are due, the first at once."""
-
-    def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
-        self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
-        remove_leftovers(self.path)
-        self.latest = Snapshot.of(training)
-        self._write()
-
-    def __call__(self) -> None:
-        """Take a snapshot at the end of an epoch, and write it if it is time for it."""
-        state, checkpoint = self.training.state, self.checkpoint
-        self.latest = Snapshot.of(self.training)
-        minutes = (time.perf_counter() - self.when) / 60
-        ended = state.epoch >= self.training.settings.epochs or not state.running.any()
-        by_epoch = checkpoint.every_epochs is not None and state.epoch % checkpoint.every_epochs == 0
-        if ended or by_epoch or (checkpoint.every_minutes is not None and minutes >= checkpoint.every_minutes):
-            self._write()
-
-    def save(self) -> None:
-        """Write the latest snapshot, whatever the training has come to since, unless the file has it."""
-        if self.latest is not self.written:
-            self._write()
-
-    def _write(self) -> None:
-        checkpoints.write(self.path, self.latest)
-        self.written, self.when = self.latest, time.perf_counter()
 
 
 def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
+PER_NET = ("ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch")
+"""The arrays that are taken from the state of a run as they are."""
 COMMON = "validation_epochs"
 """The one array that has no leading axis of nets."""
 
@@ -47,15 +49,10 @@ class Snapshot:
             "parameters": state.nets.parameters,
             "good": state.nets.good,
             "halted": state.nets.halted,
-            "ended": state.ended,
             "optimizer": training.trainer.state(),
             "losses": state.losses[:, : state.epoch],
             "unconverged": state.unconverged[:, : state.epoch],
-            "best": state.best,
-            "best_loss": state.best_loss,
-            "best_epoch": state.best_epoch,
-            "improved_loss": state.improved_loss,
-            "improved_epoch": state.improved_epoch,
+            **{name: getattr(state, name) for name in PER_NET},
             COMMON: np.array(state.validation_epochs, np.int64),
             "validation_losses": np.array(state.validation_losses, np.float64).reshape(table).T,
             "validation_unconverged": np.array(state.validation_unconverged, np.int64).reshape(table).T,
@@ -106,7 +103,7 @@ class Snapshot:
         state.nets.parameters[...] = arrays["parameters"]
         state.nets.good[...] = arrays["good"]
         state.nets.halted[...] = arrays["halted"]
-        for name in ("ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch"):
+        for name in PER_NET:
             getattr(state, name)[...] = arrays[name]
         state.validation_epochs = arrays[COMMON].tolist()
         state.validation_losses = list(arrays["validation_losses"].T)
