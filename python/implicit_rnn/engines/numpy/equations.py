@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import inf
 from typing import Any
 
@@ -31,10 +32,13 @@ class PythonEquation:
 
     def __init__(self, equation: Equation) -> None:
         self._equation = equation
-        self._f = PythonFunction(equation)
         self._state = equation.start
         self._inverses: Array | None = None
         self._operators: dict[int, Operator] = {}
+
+    @cached_property
+    def _f(self) -> PythonFunction:  # of which one problem of few unknowns needs nothing until it is differentiated
+        return PythonFunction(self._equation)
 
     def solve(self, solver: Solver, out: Solution) -> None:
         equation, self._state, self._inverses = self._equation, out.state, None
