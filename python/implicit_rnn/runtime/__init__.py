@@ -6,5 +6,7 @@
 - ``threads``: how many, and whose signals are whose
 - ``interrupt``: Ctrl-C
 - ``install``: what juliapkg does, in a process of its own, with its progress
+- ``package_server``: whether packages can be had
+- ``gpu``: CUDA.jl for an environment, and the self-test of a card
 - ``setup``, ``doctor``: `implicit-rnn setup` and `implicit-rnn doctor`
 """

@@ -72,3 +72,6 @@ MODELS = {
     "bptt": Model("lateral + feedback, 8 steps (BPTT)", RECURRENT, feedback=True, adjoint=Unrolled(8)),
 }
 """The models by the names that the command and the files use. The last layer is linear and is the output."""
+
+SHIPPED = "lateral-monotone"
+"""The model that is trained to read a pendulum of one's own."""

@@ -176,11 +176,7 @@ def _time_column(table: Table, headings: Sequence[Heading], fps: float | None, s
         raise ValueError(
             f"{table.file} has no column that is a time by its name, and not exactly one that increases; say which by "
             f"--columns TIME,ANGLE (among {_listed(table)}), or give --fps N if its rows are frames"
-            + (
-                "; if the commas are decimal commas, export it with semicolons or tabs"
-                if table.perhaps_decimal_commas
-                else ""
-            )
+            f"{table.comma_hint}"
         )
     return chosen
 
@@ -222,11 +218,7 @@ def _swing_columns(table: Table, headings: Sequence[Heading], time: int | None) 
         raise ValueError(
             f"{table.file} has {len(unknown)} columns that could be the angle: "
             f"{', '.join(table.title(k) for k in unknown)}; choose by --columns TIME,ANGLE, by name or by number"
-            + (
-                "; if the commas are decimal commas, export it with semicolons or tabs"
-                if table.perhaps_decimal_commas
-                else ""
-            )
+            f"{table.comma_hint}"
         )
     raise ValueError(
         f"{table.file} has no column of angles, only {_listed(table)}; expected one named angle or theta, or with the "

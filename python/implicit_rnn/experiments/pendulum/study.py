@@ -172,7 +172,7 @@ def run(
     folder: str | Path | None = None,
     report: Callable[[str, bool], None] = lambda name, kept: None,
 ) -> Study:
-    """Train and judge all models on all seeds; ``jobs``, ``folder`` and ``report`` as in ``parallel.run_many``.
+    """Train and judge all models on all seeds; ``jobs``, ``folder`` and ``report`` as in ``runs.run_many``.
 
     Raises ``ValueError`` for unknown names and too few seeds, ``RunError`` if runs fail.
     """

@@ -71,9 +71,11 @@ class Table:
     """The columns that hold numbers."""
 
     @property
-    def perhaps_decimal_commas(self) -> bool:
-        """Whether the commas between whole numbers could be decimal signs as well."""
-        return self.separator == "," and _whole(self.cells)
+    def comma_hint(self) -> str:
+        """The end of a message where the commas between whole numbers could be decimal signs as well; else nothing."""
+        if self.separator != "," or not _whole(self.cells):
+            return ""
+        return "; if the commas are decimal commas, export it with semicolons or tabs"
 
     def title(self, column: int) -> str:
         """How messages name a column."""
