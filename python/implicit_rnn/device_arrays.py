@@ -6,7 +6,6 @@ What is read is what has ``__dlpack__`` (the Python array API standard) or ``__c
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from implicit_rnn import dlpack
 from implicit_rnn.validation import check_shape_of_samples, tell_of_nonfinite
 
 Array = np.ndarray
@@ -137,7 +137,8 @@ class DeviceArray:
         """A capsule as of DLPack before 1.0, which those after it take. No ``stream`` has to wait for the engine."""
         if dl_device not in (None, self.__dlpack_device__()) or copy:
             raise BufferError("an array of the engine is given out where it is, without a copy")
-        return _capsule_of(self)
+        bits = 8 * self.dtype.itemsize
+        return dlpack.capsule_of(self.address, self.shape, bits, self.__dlpack_device__(), self.owner)
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape {self.shape}, {self.dtype} on {self.device})"
@@ -306,47 +307,7 @@ def _stream(what: str, given: Mapping[str, Any], version: int) -> int:
 # --- DLPack --------------------------------------------------------------------------------------------------
 
 
-class _Device(ctypes.Structure):
-    _fields_ = (("kind", ctypes.c_int32), ("number", ctypes.c_int32))
-
-
-class _Type(ctypes.Structure):
-    _fields_ = (("code", ctypes.c_uint8), ("bits", ctypes.c_uint8), ("lanes", ctypes.c_uint16))
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device", _Device),
-        ("ndim", ctypes.c_int32),
-        ("dtype", _Type),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-
-
-class _Managed(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-
-_CODES = {0: "int", 1: "uint", 2: "float", 4: "bfloat", 5: "complex", 6: "bool"}
-_FLOAT = 2
-_NAME = b"dltensor"
-
-_api = ctypes.pythonapi
-_get_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
-_is_valid = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_IsValid", _api))
-_pointer_of_dying = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p)(("PyCapsule_GetPointer", _api))
-_Destructor = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-_new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _Destructor)(("PyCapsule_New", _api))
-
-
 def _of_dlpack(name: str, value: Any, device: str) -> DeviceArray:
-    """The capsule is kept, and never marked as used: with it the producer gets its memory back."""
     _, number = value.__dlpack_device__()
     if number != 0:
         raise ValueError(
@@ -355,48 +316,9 @@ def _of_dlpack(name: str, value: Any, device: str) -> DeviceArray:
     # The producer makes the legacy stream wait for its own, and the engine waits for that.
     on_card = device == "cuda"
     capsule = value.__dlpack__(stream=_LEGACY_STREAM) if on_card else value.__dlpack__()
-    tensor = _Managed.from_address(_get_pointer(capsule, _NAME)).tensor
-    kind, bits = _CODES.get(tensor.dtype.code, f"of code {tensor.dtype.code}"), tensor.dtype.bits
-    if tensor.dtype.code != _FLOAT or tensor.dtype.lanes != 1 or bits not in (16, 32, 64):
-        raise TypeError(f"{name} has dtype {kind}{bits}; expected float32 or float64")
-    shape = tuple(tensor.shape[k] for k in range(tensor.ndim))
-    strides = tuple(tensor.strides[k] for k in range(tensor.ndim)) if tensor.strides else None
-    address = (tensor.data or 0) + tensor.byte_offset
+    memory = dlpack.memory_of(capsule)
+    if memory.dtype not in ("float16", "float32", "float64"):
+        raise TypeError(f"{name} has dtype {memory.dtype}; expected float32 or float64")
     stream = _LEGACY_STREAM if on_card else NOTHING
-    return _checked(name, device, address, shape, strides, np.dtype(f"float{bits}"), stream, (capsule, value))
-
-
-_given_out: dict[int, tuple[object, ...]] = {}
-"""What the capsules given out need, by the address of their tensors, until they are done with."""
-
-
-def _forget(address: int) -> None:
-    _given_out.pop(address, None)
-
-
-def _forget_unused(capsule: int) -> None:
-    """What a capsule held that nobody has used, whose name is still the first."""
-    if _is_valid(capsule, _NAME):
-        _forget(_pointer_of_dying(capsule, _NAME))
-
-
-_take_back, _discard = _Deleter(_forget), _Destructor(_forget_unused)
-
-
-def _capsule_of(array: DeviceArray) -> object:
-    sizes = ctypes.c_int64 * array.ndim
-    shape = sizes(*array.shape)
-    strides = sizes(*(math.prod(array.shape[k + 1 :]) for k in range(array.ndim)))
-    tensor = _Tensor(
-        array.address,
-        _Device(*array.__dlpack_device__()),
-        array.ndim,
-        _Type(_FLOAT, 8 * array.dtype.itemsize, 1),
-        ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
-        ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)),
-        0,
-    )
-    managed = _Managed(tensor, None, _take_back)
-    address = ctypes.addressof(managed)
-    _given_out[address] = (managed, shape, strides, array.owner)
-    return _new(address, _NAME, _discard)
+    dtype = np.dtype(memory.dtype)
+    return _checked(name, device, memory.address, memory.shape, memory.strides, dtype, stream, (capsule, value))
