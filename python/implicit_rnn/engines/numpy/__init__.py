@@ -2,8 +2,35 @@
 
 Arrays have a leading axis of nets, so that many small nets are trained in one go: parameters P (S, P), states (S, B, N).
 A single net is S = 1. The formulas are those of the Julia engine.
+
+- ``network``: the passes of a network; ``weights`` unpacks its parameters, ``solvers`` finds equilibria, ``systems`` solves
+  those of adjoints and tangents, ``unrolled`` has steps in the place of an equilibrium
+- ``equations``: those of Python functions; ``single`` solves one problem of few unknowns, ``fixed_points`` and ``roots``
+  many, all with respect to ``sizes``
+- ``functions``: derivatives of a Python function, by hooks or by ``differences`` of its ``values``; ``sparsity`` says which
+  unknowns are coupled, ``operators`` stand for Jacobians that are too large
 """
 
-from implicit_rnn.engines.numpy.network import NumpyEngine
+from __future__ import annotations
+
+from implicit_rnn.engines.base import Equation
+from implicit_rnn.engines.numpy.equations import PythonEquation
+from implicit_rnn.engines.numpy.network import NumpyNetwork
+from implicit_rnn.errors import EngineError
+from implicit_rnn.model.topology import Topology
 
 __all__ = ["NumpyEngine"]
+
+
+class NumpyEngine:
+    """See ``engines.base.Engine``."""
+
+    name = "numpy"
+
+    def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> NumpyNetwork:
+        if device != "cpu":
+            raise EngineError(f"the NumPy engine computes on the CPU only; device={device!r} needs the Julia engine")
+        return NumpyNetwork(topology, dtype)
+
+    def compile_equation(self, equation: Equation) -> PythonEquation:
+        return PythonEquation(equation)

@@ -12,7 +12,7 @@ from implicit_rnn.engines.base import LARGEST_CHANGE, Equation, SingularSolution
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.fixed_points import FixedPoint
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError, is_isolated
+from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError, is_isolated
 from implicit_rnn.engines.numpy.roots import Root, newton_limit
 from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Outcome, solve_each
 from implicit_rnn.errors import ConvergenceError, EngineError

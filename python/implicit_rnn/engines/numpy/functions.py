@@ -14,7 +14,7 @@ import numpy as np
 
 from implicit_rnn.engines.base import LARGE, Equation
 from implicit_rnn.engines.numpy.differences import FEW, Differences
-from implicit_rnn.engines.numpy.linear import Operator, UnsolvedError
+from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError
 from implicit_rnn.engines.numpy.solvers import solve_each
 from implicit_rnn.engines.numpy.values import STATE, Values, tolerance
 from implicit_rnn.errors import DerivativeWarning, warn

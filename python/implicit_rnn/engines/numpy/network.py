@@ -1,4 +1,4 @@
-"""The NumPy engine: problems and their passes: forward to the equilibrium, adjoint back, and tangents forward."""
+"""Networks on the NumPy engine: their passes forward to the equilibrium, adjoint back, and tangents forward."""
 
 from __future__ import annotations
 
@@ -8,44 +8,22 @@ from typing import Any, cast
 
 import numpy as np
 
-from implicit_rnn.engines.base import WORST_ADJOINT, Equation, Of, Problem, Quality, Samples, TrainerOptions
-from implicit_rnn.engines.numpy import solvers
-from implicit_rnn.engines.numpy.equations import PythonEquation
-from implicit_rnn.engines.numpy.solvers import Outcome, StageEquation, norm
+from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples, TrainerOptions
+from implicit_rnn.engines.numpy import solvers, unrolled
+from implicit_rnn.engines.numpy.solvers import Outcome, StageEquation, transposed
+from implicit_rnn.engines.numpy.systems import solve_systems
+from implicit_rnn.engines.numpy.weights import StageWeights, Weights, shift
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
-from implicit_rnn.model.topology import INPUT, Stage, Topology
+from implicit_rnn.model.topology import Stage, Topology
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled, tolerance
 
 Array = np.ndarray
-Chain = list[tuple[Array, Array, Array]]
-"""The steps of an unrolled stage: z before, s, z after."""
-
 ADJOINTS: tuple[type[Adjoint], ...] = (Implicit, JacobianFree, Unrolled)
 """Those of this engine; it knows nothing of their subclasses."""
-_FEW_SAMPLES, _TINY = 32, 8
-"""Samples and neurons up to which LU is faster than the Neumann series."""
-_SERIES, _STEPS = 60, 4
-"""Terms of the series that cost no more than LU, at least, and terms between two looks at the residual."""
-_TILE_NUMBERS = 1 << 22
-"""Numbers in the largest temporary array of the adjoint."""
-
-
-class NumpyEngine:
-    """See ``engines.base.Engine``."""
-
-    name = "numpy"
-
-    def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> NumpyNetwork:
-        if device != "cpu":
-            raise EngineError(f"the NumPy engine computes on the CPU only; device={device!r} needs the Julia engine")
-        return NumpyNetwork(topology, dtype)
-
-    def compile_equation(self, equation: Equation) -> PythonEquation:
-        return PythonEquation(equation)
 
 
 @dataclass(frozen=True)
@@ -70,18 +48,6 @@ def _unsupported(what: str) -> EngineError:
 
 
 @dataclass
-class StageWeights:
-    """What drives one stage of n neurons, each with a leading axis of nets; also holds gradients."""
-
-    input: Array  # (S, n, d), or (S, n, 0)
-    feed: Array  # (S, n, neurons of the stages before)
-    raw: Array  # (S, n, n), or (S, 0, 0)
-    recurrent: Array
-    bias: Array  # (S, n)
-    scales: Array  # (S, n), or (S, 0)
-
-
-@dataclass
 class Equilibria:
     """The result of the forward pass."""
 
@@ -90,7 +56,7 @@ class Equilibria:
     S: Array
     F: Array
     outcome: Outcome
-    chains: list[Chain]
+    chains: list[unrolled.Chain]
     """the unrolled steps of each stage"""
 
 
@@ -105,13 +71,13 @@ class NumpyProgram:
         self.loss = problem.loss
         self.penalty = problem.jacobian_penalty
         self.tol = tolerance(problem.solver.tol, dtype)
-        self.bounds = [self.topology.slope_bounds(stage).astype(self.dtype) for stage in self.topology.stages]
+        self.weights = Weights(topology, dtype)
 
     # --- protocol ----------------------------------------------------------------------------------------
 
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
-        weights = self._unpack(p[None])
-        found = self._forward(weights, X, None if z0 is None else z0[None], None)
+        weights = self.weights.unpack(p[None])
+        found = self._forward(weights, X, None if z0 is None else z0[None])
         out.state[...] = found.Z[0]
         found.outcome.write(out)
         out.bound[...] = self._certify(weights, np.abs(found.F - found.Z))[0]
@@ -138,8 +104,8 @@ class NumpyProgram:
         report: GradientReport | None = None,
     ) -> Quality:
         P, G = p[None], g[None]
-        weights = self._unpack(P)
-        found = self._forward(weights, X, None if z0 is None else z0[None], self._unrolled)
+        weights = self.weights.unpack(P)
+        found = self._forward(weights, X, None if z0 is None else z0[None], self._steps)
         G[...], dX[...] = 0, 0
         dZ = V[None].copy() if of == "state" else self._read_out_pullback(P, found.Z, V[None], G)
         _, residual = self._pullback(weights, X, found, dZ, G, dX=dX)
@@ -157,15 +123,16 @@ class NumpyProgram:
         report: GradientReport | None = None,
     ) -> Quality:
         P, dP = p[None], dp[None]
-        weights = self._unpack(P)
-        found = self._forward(weights, X, None if z0 is None else z0[None], self._unrolled)
-        dZ, residual = self._pushforward(weights, X, found, self._unpack_tangent(weights, dP), dX)
+        weights = self.weights.unpack(P)
+        found = self._forward(weights, X, None if z0 is None else z0[None], self._steps)
+        dZ, residual = self._pushforward(weights, X, found, self.weights.tangents(weights, dP), dX)
         out[...] = (dZ if of == "state" else self._read_out_tangent(P, found.Z, dP, dZ))[0]
         return self._quality(found.outcome, residual, report)
 
     @property
-    def _unrolled(self) -> Unrolled | None:
-        return self.adjoint if isinstance(self.adjoint, Unrolled) else None
+    def _steps(self) -> int:
+        """Of an unrolled chain in the place of a solver; 0 for adjoints at an equilibrium."""
+        return self.adjoint.steps if isinstance(self.adjoint, Unrolled) else 0
 
     def _quality(self, outcome: Outcome, residual: Array, report: GradientReport | None) -> Quality:
         """How the solves of the one net went, with the residuals (1, B) of the linear systems; fills the report."""
@@ -188,9 +155,9 @@ class NumpyProgram:
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         Z = state[None]
         out[...] = 0
-        for stage, w in zip(self.topology.stages, self._unpack(p[None]), strict=True):
+        for stage, w in zip(self.topology.stages, self.weights.unpack(p[None]), strict=True):
             if stage.recurrent:
-                S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ _transposed(w.recurrent)
+                S = self._drive(w, stage, X, Z) + Z[..., stage.rows] @ transposed(w.recurrent)
                 D = self._elementwise(stage, "slope")(S, self._elementwise(stage, "value")(S))[0]
                 for k, d in enumerate(D):
                     J = d[:, None] * w.recurrent[0]
@@ -210,64 +177,15 @@ class NumpyProgram:
 
     # --- forward -----------------------------------------------------------------------------------------
 
-    def _unpack(self, P: Array) -> list[StageWeights]:
-        """The weights in force."""
-        weights = self._fill(P)
-        for stage, w, bounds in zip(self.topology.stages, weights, self.bounds, strict=True):
-            if stage.recurrent:
-                w.recurrent = self.topology.constraint.apply(w.raw, w.scales, bounds)
-        return weights
-
-    def _unpack_tangent(self, weights: list[StageWeights], dP: Array) -> list[StageWeights]:
-        """The derivative of the weights in force along dP."""
-        tangents = self._fill(dP)
-        for stage, w, t, bounds in zip(self.topology.stages, weights, tangents, self.bounds, strict=True):
-            if stage.recurrent:
-                t.recurrent = self.topology.constraint.pushforward(
-                    w.raw, w.scales, bounds, w.recurrent, t.raw, t.scales
-                )
-        return tangents
-
-    def _fill(self, P: Array) -> list[StageWeights]:
-        """The parameters as weights, before any constraint."""
-        stages = []
-        for stage in self.topology.stages:
-            w = self._zero_weights(stage, len(P))
-            for block in stage.blocks:
-                self._target(w, stage, block)[...] = block.view(P)
-            w.bias[...] = self._block("b", P)[:, stage.rows]
-            if stage.scales is not None:
-                w.scales[...] = stage.scales.view(P)
-            stages.append(w)
-        return stages
-
-    def _zero_weights(self, stage: Stage, nets: int) -> StageWeights:
-        n = stage.neurons
-        d = self.topology.inputs if any(block.source == INPUT for block in stage.blocks) else 0
-        m = n if stage.recurrent else 0
-        shapes = ((n, d), (n, stage.rows.start), (m, m), (m, m), (n,), (m if stage.scales is not None else 0,))
-        return StageWeights(*(np.zeros((nets, *shape), self.dtype) for shape in shapes))
-
-    def _target(self, w: StageWeights, stage: Stage, block: Any) -> Array:
-        rows = _shift(self.topology.rows[block.to], stage.rows.start)
-        if block.source == INPUT:
-            return w.input[:, rows]
-        columns = self.topology.rows[block.source]
-        if columns.stop <= stage.rows.start:
-            return w.feed[:, rows, columns]
-        return w.raw[:, rows, _shift(columns, stage.rows.start)]
-
     def _block(self, name: str, P: Array) -> Array:
         return self.topology.block(name).view(P)
 
-    def _forward(
-        self, weights: list[StageWeights], X: Array, z0: Array | None, unrolled: Unrolled | None
-    ) -> Equilibria:
+    def _forward(self, weights: list[StageWeights], X: Array, z0: Array | None, steps: int = 0) -> Equilibria:
         nets, samples = len(weights[0].bias), len(X)
         Z = np.zeros((nets, samples, self.topology.neurons), self.dtype)
         S, F = np.zeros_like(Z), np.zeros_like(Z)
         outcome = Outcome.converged(nets, samples)
-        chains: list[Chain] = []
+        chains: list[unrolled.Chain] = []
         for stage, w in zip(self.topology.stages, weights, strict=True):
             U = self._drive(w, stage, X, Z)
             equation = StageEquation(
@@ -277,7 +195,7 @@ class NumpyProgram:
                 self.tol,
                 not self.topology.constraint.unique,
             )
-            chain: Chain = []
+            chain: unrolled.Chain = []
             if not stage.recurrent:
                 z, s = equation.f(U), U
                 f = z
@@ -285,8 +203,8 @@ class NumpyProgram:
                 outcome.status[~np.isfinite(z).all(axis=-1)] = NON_FINITE
             else:
                 start = np.zeros_like(U) if z0 is None else z0[..., stage.rows]
-                if unrolled:
-                    chain = _unroll(equation, U, start, unrolled.steps)
+                if steps:
+                    chain = unrolled.unroll(equation, U, start, steps)
                     _, s, z = chain[-1]
                     f = z
                 else:
@@ -302,9 +220,9 @@ class NumpyProgram:
 
     def _add_products(self, U: Array, w: StageWeights, stage: Stage, X: Array, Z: Array) -> Array:
         if w.input.shape[-1]:
-            U += X @ _transposed(w.input)
+            U += X @ transposed(w.input)
         if w.feed.shape[-1]:
-            U += Z[..., : stage.rows.start] @ _transposed(w.feed)
+            U += Z[..., : stage.rows.start] @ transposed(w.feed)
         return U
 
     def _elementwise(self, stage: Stage, name: str) -> Callable[..., Array]:
@@ -313,7 +231,7 @@ class NumpyProgram:
         functions = [getattr(ACTIVATIONS[layers[layer].activation], name) for layer in stage.layers]
         if len(functions) == 1:
             return cast("Callable[..., Array]", functions[0])
-        ranges = [_shift(self.topology.rows[layer], stage.rows.start) for layer in stage.layers]
+        ranges = [shift(self.topology.rows[layer], stage.rows.start) for layer in stage.layers]
         pieces = list(zip(functions, ranges, strict=True))
         return lambda *A: np.concatenate([f(*(a[..., rows] for a in A)) for f, rows in pieces], axis=-1)
 
@@ -323,8 +241,8 @@ class NumpyProgram:
         It is A ‖r + L |feed| e‖ stage by stage, e the error before.
         """
         error = np.zeros(residual.shape)
-        for stage, w, bounds in zip(self.topology.stages, weights, self.bounds, strict=True):
-            e = residual[..., stage.rows] + bounds * (error[..., : stage.rows.start] @ _transposed(np.abs(w.feed)))
+        for stage, w, bounds in zip(self.topology.stages, weights, self.weights.bounds, strict=True):
+            e = residual[..., stage.rows] + bounds * (error[..., : stage.rows.start] @ transposed(np.abs(w.feed)))
             if stage.recurrent:
                 e = self.topology.constraint.certify(w.recurrent, w.scales, bounds, e)
             error[..., stage.rows] = e
@@ -339,8 +257,8 @@ class NumpyProgram:
 
         ``states`` (S, B, N) are first iterates and become the equilibria, see ``engines.steps``.
         """
-        weights = self._unpack(P)
-        found = self._forward(weights, samples.X, states, self._unrolled)
+        weights = self.weights.unpack(P)
+        found = self._forward(weights, samples.X, states, self._steps)
         if states is not None:
             states[...] = np.where((found.outcome.status == CONVERGED)[..., None], found.Z, 0)
         loss, dY = self.loss.value_and_gradient(self.topology.read_out(P, found.Z), samples.Y, samples.weights)
@@ -355,7 +273,7 @@ class NumpyProgram:
         if self.topology.linear_readout:
             last = self.topology.rows[-1]
             dZ[..., last] = dY @ self._block("C", P)
-            self._block("C", G)[...] = _transposed(dY) @ Z[..., last]
+            self._block("C", G)[...] = transposed(dY) @ Z[..., last]
             self._block("d", G)[...] = dY.sum(axis=1)
         else:
             for output, neuron in enumerate(self.topology.read_neurons):
@@ -380,17 +298,17 @@ class NumpyProgram:
         topology, Z, S = self.topology, found.Z, found.S
         nets = len(Z)
         penalty, residual = np.zeros(nets), np.zeros(Z.shape[:2])
-        stages = list(zip(topology.stages, weights, self.bounds, found.chains, strict=True))
+        stages = list(zip(topology.stages, weights, self.weights.bounds, found.chains, strict=True))
         for stage, w, bounds, chain in reversed(stages):
-            g = self._zero_weights(stage, nets)
+            g = self.weights.zeros(stage, nets)
             direct: Array | float = 0.0
             if stage.recurrent and self.penalty > 0:
                 amount, direct = self._add_penalty(stage, w, S, Z, dZ, g, probe)
                 penalty += amount
             E = self._backward_stage(stage, w, S, Z, dZ, chain, g, residual) + direct
             if stage.recurrent and not chain:
-                g.recurrent += _transposed(E) @ Z[..., stage.rows]
-            Et = _transposed(E)
+                g.recurrent += transposed(E) @ Z[..., stage.rows]
+            Et = transposed(E)
             if w.input.shape[-1]:
                 g.input = Et @ X
                 if dX is not None:
@@ -398,13 +316,8 @@ class NumpyProgram:
             if w.feed.shape[-1]:
                 g.feed = Et @ Z[..., : stage.rows.start]
                 dZ[..., : stage.rows.start] += E @ w.feed
-            if stage.recurrent:
-                g.raw, g.scales = topology.constraint.pullback(w.raw, w.scales, bounds, w.recurrent, g.recurrent)
-            for block in stage.blocks:
-                block.view(G)[...] = self._target(g, stage, block)
-            self._block("b", G)[:, stage.rows] = E.sum(axis=1)
-            if stage.scales is not None:
-                stage.scales.view(G)[...] = g.scales
+            g.bias = E.sum(axis=1)
+            self.weights.pullback(stage, bounds, w, g, G)
         return penalty, residual
 
     def _backward_stage(
@@ -414,7 +327,7 @@ class NumpyProgram:
         S: Array,
         Z: Array,
         dZ: Array,
-        chain: Chain,
+        chain: unrolled.Chain,
         g: StageWeights,
         residual: Array,
     ) -> Array:
@@ -425,7 +338,7 @@ class NumpyProgram:
         z, λ = Z[..., stage.rows], dZ[..., stage.rows]
         slope = self._elementwise(stage, "slope")
         if chain:
-            return _unroll_back(slope, chain, w.recurrent, λ, g)
+            return unrolled.pull_back(slope, chain, w.recurrent, λ, g)
         D = slope(S[..., stage.rows], z)
         if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
             λ = self._solve_adjoint(w.recurrent, D, λ, residual)
@@ -445,43 +358,20 @@ class NumpyProgram:
         v = _rademacher(probe, samples, stage.rows).astype(self.dtype)
         a = self._elementwise(stage, "slope")(s, z) * v
         q = a @ w.recurrent
-        g.recurrent += 2 * c * _transposed(a) @ q
-        e = 2 * c * v * (q @ _transposed(w.recurrent)) * self._elementwise(stage, "curvature")(s, z)
+        g.recurrent += 2 * c * transposed(a) @ q
+        e = 2 * c * v * (q @ transposed(w.recurrent)) * self._elementwise(stage, "curvature")(s, z)
         dZ[..., stage.rows] += e @ w.recurrent
         return float(c) * (q.astype(np.float64) ** 2).sum(axis=(1, 2)), e
 
     def _solve_adjoint(self, R: Array, D: Array, g: Array, residual: Array) -> Array:
         """λ with (I - RᵀD) λ = g."""
-        return self._solve_linear(
-            lambda λ: np.matmul(D * λ, R), lambda some: _transposed(R)[:, None] * D[:, some, None, :], g, residual
+        return solve_systems(
+            lambda λ: np.matmul(D * λ, R),
+            lambda some: transposed(R)[:, None] * D[:, some, None, :],
+            g,
+            residual,
+            self.adjoint,
         )
-
-    def _solve_linear(
-        self, product: Callable[[Array], Array], matrix: Callable[[Array], Array], b: Array, residual: Array
-    ) -> Array:
-        """x with (I - M) x = b: by the Neumann series where it converges fast, else by one LU factorisation per sample.
-
-        ``product`` multiplies by M, ``matrix`` gives the M (S, m, n, n) of some samples (m,). The relative residuals are merged
-        into ``residual`` (S, B).
-        """
-        n, adjoint = b.shape[-1], self.adjoint
-        x, size = np.empty(b.shape, b.dtype), np.full(residual.shape, np.inf)
-        series = residual.size >= _FEW_SAMPLES and n > _TINY
-        if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
-            limit = min(adjoint.max_iterations, max(_SERIES, n))
-            x, size = _neumann_series(product, b, tolerance(adjoint.tol, self.dtype), limit)
-        left = np.flatnonzero((size == np.inf).any(axis=0))
-        identity = np.eye(n, dtype=self.dtype)
-        width = max(1, _TILE_NUMBERS // (n * n * len(b)))
-        for first in range(0, len(left), width):
-            some = left[first : first + width]
-            A = identity - matrix(some)
-            solution = solvers.solve_each(A, b[:, some, :, None])
-            x[:, some] = solution[..., 0]
-            length = np.maximum(norm(x[:, some]), np.finfo(self.dtype).tiny)
-            size[:, some] = norm((A @ solution)[..., 0] - b[:, some]) / length
-        np.maximum(residual, size, out=residual)
-        return x
 
     # --- tangents ----------------------------------------------------------------------------------------
 
@@ -498,11 +388,11 @@ class NumpyProgram:
             rows, slope = stage.rows, self._elementwise(stage, "slope")
             drive = self._add_products(self._drive(t, stage, X, Z), w, stage, dX, dZ)
             if chain:
-                dZ[..., rows] = _unroll_tangent(slope, chain, w.recurrent, t.recurrent, drive)
+                dZ[..., rows] = unrolled.push_forward(slope, chain, w.recurrent, t.recurrent, drive)
                 continue
             D = slope(S[..., rows], Z[..., rows])
             if stage.recurrent:
-                drive += Z[..., rows] @ _transposed(t.recurrent)
+                drive += Z[..., rows] @ transposed(t.recurrent)
             dZ[..., rows] = D * drive
             if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
                 dZ[..., rows] = self._solve_tangent(w.recurrent, D, dZ[..., rows], residual)
@@ -510,8 +400,12 @@ class NumpyProgram:
 
     def _solve_tangent(self, R: Array, D: Array, b: Array, residual: Array) -> Array:
         """z′ with (I - D R) z′ = b."""
-        return self._solve_linear(
-            lambda v: D * np.matmul(v, _transposed(R)), lambda some: D[:, some, :, None] * R[:, None], b, residual
+        return solve_systems(
+            lambda v: D * np.matmul(v, transposed(R)),
+            lambda some: D[:, some, :, None] * R[:, None],
+            b,
+            residual,
+            self.adjoint,
         )
 
     def _read_out_tangent(self, P: Array, Z: Array, dP: Array, dZ: Array) -> Array:
@@ -519,59 +413,7 @@ class NumpyProgram:
         if not self.topology.linear_readout:
             return dZ[..., self.topology.read_neurons]
         last = self.topology.rows[-1]
-        return dZ[..., last] @ _transposed(self._block("C", P)) + self.topology.read_out(dP, Z)
-
-
-def _neumann_series(product: Callable[[Array], Array], b: Array, tol: float, limit: int) -> tuple[Array, Array]:
-    """x = b + M x by iteration, and its relative residuals (S, B), infinite where more than ``limit`` terms would be needed."""
-    tiny = np.finfo(b.dtype).tiny
-    x, taken, before = b, 0, np.full(b.shape[:-1], np.inf)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        while True:
-            for _ in range(_STEPS):
-                x, last = product(x), x
-                x += b
-            taken += _STEPS
-            size = norm(x - last) / np.maximum(norm(last), tiny)
-            done = size <= tol
-            hopeless = np.zeros_like(done)
-            if taken > _STEPS:
-                predicted = taken + _STEPS * np.log(tol / size) / np.log(size / before)
-                hopeless = ~done & ~(predicted <= limit)
-            if taken >= limit or (done | hopeless).all() or hopeless.mean() > 0.5:
-                return last, np.where(done, size, np.inf)  # the iterate whose residual is known
-            before = size
-
-
-def _unroll(equation: StageEquation, U: Array, z: Array, steps: int) -> Chain:
-    chain = []
-    for _ in range(steps):
-        s = z @ _transposed(equation.R) + U
-        after = equation.f(s)
-        chain.append((z, s, after))
-        z = after
-    return chain
-
-
-def _unroll_back(slope: Callable[[Array, Array], Array], chain: Chain, R: Array, λ: Array, g: StageWeights) -> Array:
-    E = np.zeros_like(λ)
-    for before, s, after in reversed(chain):
-        e = slope(s, after) * λ
-        E += e
-        g.recurrent += _transposed(e) @ before
-        λ = e @ R
-    return E
-
-
-def _unroll_tangent(slope: Callable[[Array, Array], Array], chain: Chain, R: Array, dR: Array, drive: Array) -> Array:
-    dz = np.zeros_like(drive)
-    for before, s, after in chain:
-        dz = slope(s, after) * (drive + before @ _transposed(dR) + dz @ _transposed(R))
-    return dz
-
-
-def _transposed(A: Array) -> Array:
-    return np.swapaxes(A, -1, -2)
+        return dZ[..., last] @ transposed(self._block("C", P)) + self.topology.read_out(dP, Z)
 
 
 def _rademacher(probe: int, samples: int, rows: slice) -> Array:
@@ -585,7 +427,3 @@ def _rademacher(probe: int, samples: int, rows: slice) -> Array:
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = x ^ (x >> np.uint64(31))
     return np.where(x < np.uint64(1 << 63), 1, -1)
-
-
-def _shift(rows: slice, start: int) -> slice:
-    return slice(rows.start - start, rows.stop - start)

@@ -402,3 +402,8 @@ def solve_each(A: Array, b: Array) -> Array:
 def norm(A: Array) -> Array:
     """Euclidean norm over the last axis."""
     return np.asarray(np.sqrt(np.einsum("...i,...i->...", A, A)))
+
+
+def transposed(A: Array) -> Array:
+    """Each matrix of a stack, transposed."""
+    return np.swapaxes(A, -1, -2)
