@@ -362,6 +362,31 @@ def _solve(
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
     equations.check_device(f, device)
+    start = _start(z0)
+    batch = start.reshape(-1, start.shape[-1])
+    check_on_failure(on_failure)
+    chosen = equations.choose_solver(solver, pose is equations.root)
+    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
+    arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
+    positions = equations.positions(f, len(arrays), batched)
+    for k in positions:
+        if not arrays[k].ndim or len(arrays[k]) != len(batch):
+            raise ValueError(
+                f"args[{k}] has shape {arrays[k].shape}; expected ({len(batch)}, ...), as z0 has {len(batch)} samples"
+            )
+    if isinstance(f, JuliaFunction):
+        in_julia = _JuliaProblem(pose, f, sorted(positions), chosen, on_failure, device)
+        return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
+    sample = [batch[0], *(array[0] if k in positions else array for k, array in enumerate(arrays))]
+    _check_value(f, sample)
+    f, held, traced = _hoist(f, sample)
+    axes = (0, *(0 if k in positions else None for k in range(len(arrays))), *(None for _ in held))
+    F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
+    problem = _Problem(pose, F, J, sorted(positions), chosen, on_failure, traced)
+    return _solution(problem, batch, [*arrays, *held]).reshape(start.shape)
+
+
+def _start(z0: Any) -> jax.Array:
     start = jnp.asarray(z0)
     if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
         raise TypeError(
@@ -369,33 +394,7 @@ def _solve(
         )
     if not start.size:
         raise ValueError(f"z0 has shape {start.shape}; expected (n,) or (B, n), none of them 0")
-    check_on_failure(on_failure)
-    chosen = equations.choose_solver(solver, pose is equations.root)
-    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
-    arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
-    positions = equations.positions(f, len(arrays), batched)
-    axes = (0, *(0 if k in positions else None for k in range(len(arrays))))
-    whole = [start.reshape(-1, start.shape[-1]), *arrays]
-    for k in positions:
-        if not arrays[k].ndim or len(arrays[k]) != len(whole[0]):
-            raise ValueError(
-                f"args[{k}] has shape {arrays[k].shape}; expected ({len(whole[0])}, ...), as z0 has {len(whole[0])} samples"
-            )
-    if isinstance(f, JuliaFunction):
-        in_julia = _JuliaProblem(pose, f, sorted(positions), chosen, on_failure, device)
-        return _julia_solution(in_julia, whole[0], arrays).reshape(start.shape)
-    one = [array if axis is None else array[0] for array, axis in zip(whole, axes, strict=True)]
-    found = jax.eval_shape(f, *one)
-    if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
-        raise TypeError(f"f returned {found}; expected an array of {start.dtype}")
-    if found.shape != start.shape[-1:]:
-        raise ValueError(f"f returned an array of shape {found.shape}; expected {start.shape[-1:]}, the shape of one z")
-    f, held, traced = _hoist(f, one)
-    axes = (*axes, *(None for _ in held))
-    F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
-    problem = _Problem(pose, F, J, sorted(positions), chosen, on_failure, traced)
-    z = _solution(problem, start.reshape(-1, start.shape[-1]), [*arrays, *held])
-    return z.reshape(start.shape)
+    return start
 
 
 def _argument(name: str, value: Any) -> jax.Array:
@@ -408,13 +407,22 @@ def _argument(name: str, value: Any) -> jax.Array:
     return array
 
 
+def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> None:
+    """Errors unless f of z and the arguments of one sample is like z."""
+    z, found = sample[0], jax.eval_shape(f, *sample)
+    if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
+        raise TypeError(f"f returned {found}; expected an array of {z.dtype}")
+    if found.shape != z.shape:
+        raise ValueError(f"f returned an array of shape {found.shape}; expected {z.shape}, the shape of one z")
+
+
 def _hoist(
-    f: Callable[..., jax.Array], one: Sequence[jax.Array]
+    f: Callable[..., jax.Array], sample: Sequence[jax.Array]
 ) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
     """f with what it closes over and JAX differentiates as further arguments; these; and whether JAX traces anything of f."""
-    if not _are_traced(*jax.make_jaxpr(f)(*one).consts):
+    if not _are_traced(*jax.make_jaxpr(f)(*sample).consts):
         return f, [], False
-    converted, held = jax.closure_convert(f, *one)
+    converted, held = jax.closure_convert(f, *sample)
     return converted, list(held), True
 
 

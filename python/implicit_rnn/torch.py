@@ -550,22 +550,11 @@ def _solve(
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
     equations.check_device(f, device)
-    if not isinstance(z0, Tensor) or z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
-        what = (
-            f"has shape {tuple(z0.shape)} and dtype {z0.dtype}"
-            if isinstance(z0, Tensor)
-            else f"is a {type(z0).__name__}"
-        )
-        raise TypeError(f"z0 {what}; expected a tensor (n,) or (B, n) of float32 or float64")
-    if not z0.numel():
-        raise ValueError(f"z0 has shape {tuple(z0.shape)}; expected (n,) or (B, n), none of them 0")
+    _check_start(z0)
     tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
-    for name, tensor in (("z0", z0), *((f"args[{k}]", tensor) for k, tensor in enumerate(tensors))):
-        if tensor.device.type != "cpu" and not is_lent(tensor, device):
-            raise TypeError(
-                f"{name} is on {tensor.device}, and the equation is solved on {device!r}: pass {name}.cpu(); or, on an "
-                "NVIDIA card, Julia code for f with device='cuda'"
-            )
+    _check_place("z0", z0, device)
+    for k, tensor in enumerate(tensors):
+        _check_place(f"args[{k}]", tensor, device)
     floats = [tensor.to(z0.dtype) if tensor.is_floating_point() else tensor for tensor in tensors]
     settings: dict[str, Any] = {
         "solver": solver,
@@ -599,6 +588,26 @@ def _solve(
     start = z0.reshape(-1, z0.shape[-1])
     _warn_of_lost_gradients(conditions, start, floats)
     return _applied(_Solution, solve, conditions, start, *floats).reshape(z0.shape)
+
+
+def _check_start(z0: Tensor) -> None:
+    if not isinstance(z0, Tensor):
+        raise TypeError(f"z0 is a {type(z0).__name__}; expected a tensor (n,) or (B, n) of float32 or float64")
+    shape = tuple(z0.shape)
+    if z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
+        raise TypeError(
+            f"z0 has shape {shape} and dtype {z0.dtype}; expected a tensor (n,) or (B, n) of float32 or float64"
+        )
+    if not z0.numel():
+        raise ValueError(f"z0 has shape {shape}; expected (n,) or (B, n), none of them 0")
+
+
+def _check_place(name: str, tensor: Tensor, device: str) -> None:
+    if tensor.device.type != "cpu" and not is_lent(tensor, device):
+        raise TypeError(
+            f"{name} is on {tensor.device}, and the equation is solved on {device!r}: pass {name}.cpu(); or, on an "
+            "NVIDIA card, Julia code for f with device='cuda'"
+        )
 
 
 def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
