@@ -394,9 +394,20 @@ def _pose(
             raise ValueError(
                 f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
             )
-    flags = tuple([index in per_sample for index in range(len(arrays))])
-    sizes = _sizes(scale, start)
-    return Equation(f, root, start, arrays, flags, names, shape, sizes, vectorized, jac, vjp, device)
+    return Equation(
+        f=f,
+        root=root,
+        start=start,
+        args=arrays,
+        batched=tuple([index in per_sample for index in range(len(arrays))]),
+        names=names,
+        shape=shape,
+        scale=_sizes(scale, start),
+        vectorized=vectorized,
+        jac=jac,
+        vjp=vjp,
+        device=device,
+    )
 
 
 def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
