@@ -19,6 +19,8 @@ from implicit_rnn import equations
 from implicit_rnn.engines import Of
 from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
+from implicit_rnn.equations.posing import check_arguments, positions
+from implicit_rnn.equations.solving import check_device, choose_solver
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
@@ -361,28 +363,28 @@ def _solve(
 ) -> jax.Array:
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
-    equations.check_device(f, device)
+    check_device(f, device)
     start = _start(z0)
     batch = start.reshape(-1, start.shape[-1])
     check_on_failure(on_failure)
-    chosen = equations.choose_solver(solver, pose is equations.root)
-    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
+    chosen = choose_solver(solver, pose is equations.root)
+    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(check_arguments(args))]
     arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
-    positions = equations.positions(f, len(arrays), batched)
-    for k in positions:
+    per_sample = positions(f, len(arrays), batched)
+    for k in per_sample:
         if not arrays[k].ndim or len(arrays[k]) != len(batch):
             raise ValueError(
                 f"args[{k}] has shape {arrays[k].shape}; expected ({len(batch)}, ...), as z0 has {len(batch)} samples"
             )
     if isinstance(f, JuliaFunction):
-        in_julia = _JuliaProblem(pose, f, sorted(positions), chosen, on_failure, device)
+        in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
-    sample = [batch[0], *(array[0] if k in positions else array for k, array in enumerate(arrays))]
+    sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
     _check_value(f, sample)
     f, held, traced = _hoist(f, sample)
-    axes = (0, *(0 if k in positions else None for k in range(len(arrays))), *(None for _ in held))
+    axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
     F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
-    problem = _Problem(pose, F, J, sorted(positions), chosen, on_failure, traced)
+    problem = _Problem(pose, F, J, sorted(per_sample), chosen, on_failure, traced)
     return _solution(problem, batch, [*arrays, *held]).reshape(start.shape)
 
 

@@ -16,6 +16,8 @@ from implicit_rnn.device_arrays import DeviceArray, is_lent
 from implicit_rnn.engines import Of
 from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
+from implicit_rnn.equations.posing import check_arguments, positions
+from implicit_rnn.equations.solving import check_device
 from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
@@ -549,9 +551,9 @@ def _solve(
 ) -> Tensor:
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
-    equations.check_device(f, device)
+    check_device(f, device)
     _check_start(z0)
-    tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(equations.check_arguments(args))]
+    tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(check_arguments(args))]
     _check_place("z0", z0, device)
     for k, tensor in enumerate(tensors):
         _check_place(f"args[{k}]", tensor, device)
@@ -571,15 +573,15 @@ def _solve(
 
         return _applied(_JuliaSolution, solve_julia, device, z0, *floats)
 
-    positions = equations.positions(f, len(tensors), batched)
-    conditions = _Conditions(f, [k in positions for k in range(len(tensors))], vectorized, pose is equations.root)
+    per_sample = positions(f, len(tensors), batched)
+    conditions = _Conditions(f, [k in per_sample for k in range(len(tensors))], vectorized, pose is equations.root)
 
     def solve(start: np.ndarray, *arrays: np.ndarray) -> equations.ImplicitSolution:
         return pose(
             _on_arrays(conditions.f),
             start,
             args=arrays,
-            batched=sorted(positions),
+            batched=sorted(per_sample),
             vectorized=True,
             jac=_on_arrays(conditions.jacobians),
             **settings,

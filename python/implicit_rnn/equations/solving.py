@@ -1,137 +1,26 @@
-"""Fixed points and roots of any function, with derivatives by the implicit function theorem.
-
-The function is Julia code given as text, which is compiled and runs at full speed for millions of samples, or a Python
-function on NumPy arrays, which needs no Julia.
-"""
+"""``fixed_point`` and ``root``, and their solutions."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from implicit_rnn import device_arrays, options, validation
-from implicit_rnn.device_arrays import DeviceArray, check_dtype, lent
+from implicit_rnn import device_arrays, options
+from implicit_rnn.device_arrays import DeviceArray, check_dtype
 from implicit_rnn.engines import DEVICES, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
+from implicit_rnn.equations.functions import Function
+from implicit_rnn.equations.posing import lent_or_array, pose, position_of
 from implicit_rnn.errors import ConvergenceError, EngineError, report_failure
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
-from implicit_rnn.validation import all_finite, as_array, as_real
-
-__all__ = ["ImplicitSolution", "JuliaFunction", "fixed_point", "julia", "root"]
+from implicit_rnn.validation import all_finite, as_real
 
 Array = np.ndarray
-Function = JuliaFunction | Callable[..., Any]
-
-
-# --- functions -----------------------------------------------------------------------------------------------
-
-_HEADS = (re.compile(r"\s*\((?P<names>[^()]*)\)\s*->"), re.compile(r"\s*(?P<names>\w+)\s*->"))
-_LONG_HEAD = re.compile(r"\s*function\s*\((?P<names>[^()]*)\)")
-_PARAMETER = re.compile(r"(?P<name>[^\W\d]\w*!?)\s*(::[^=,]+)?")
-
-
-def julia(text: str) -> JuliaFunction:
-    """A function given as Julia code, for ``fixed_point`` and ``root``.
-
-    The code sees each sample as a vector z, arguments as numbers and arrays indexed as in NumPy but from 1, and it may use
-    Julia's LinearAlgebra. It is compiled at its first use, once per text. It must be differentiable by ForwardDiff.jl, so
-    parameters should not be declared Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
-    vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in double
-    precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) is run
-    for one sample at a time.
-
-    Parameters
-    ----------
-    text
-        One anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; the names of its parameters behind
-        the first name the arguments.
-
-    Raises
-    ------
-    TypeError
-        For anything but a string.
-    ValueError
-        For text of another form.
-
-    Examples
-    --------
-    >>> kepler = irnn.julia("(E, M, e) -> M .+ e .* sin.(E)")
-    >>> kepler.arguments
-    ('M', 'e')
-    >>> solution = irnn.fixed_point(kepler, [1.0], args=(1.0, 0.3), engine="julia")
-    >>> print(solution.value.round(6))
-    [1.288091]
-    """
-    if not isinstance(text, str):
-        raise TypeError(f"text is {text!r}; expected Julia code as a string, such as '(z, a) -> cos.(a .* z)'")
-    for head in (*_HEADS, _LONG_HEAD):
-        if match := head.match(text):
-            return JuliaFunction(text, _parameters(match["names"], text)[1:])
-    raise ValueError(
-        f"the Julia code {text!r} is not of the form '(z, a) -> expression' or 'function (z, a) … end', the code of one "
-        "function of z and its arguments"
-    )
-
-
-def _parameters(names: str, text: str) -> tuple[str, ...]:
-    found = []
-    for part in names.split(",") if names.strip() else []:
-        match = _PARAMETER.fullmatch(part.strip())
-        if match is None:
-            raise ValueError(
-                f"the Julia code {text!r} has the parameter {part.strip()!r}; expected plain names, without defaults, keywords "
-                "or splats"
-            )
-        found.append(match["name"])
-    if not found:
-        raise ValueError(f"the Julia code {text!r} has no parameters; expected z and then the arguments")
-    if len(set(found)) < len(found):
-        raise ValueError(f"the Julia code {text!r} names a parameter twice")
-    return tuple(found)
-
-
-def _argument_names(f: Function, count: int) -> tuple[str, ...]:
-    """The names of the arguments behind z; ``ValueError`` if f does not take ``count`` of them."""
-    names, least, most = _julia_parameters(f) if isinstance(f, JuliaFunction) else _python_parameters(f)
-    if not least <= count <= most:
-        listed = f" ({', '.join(names)})" if names else ""
-        number = least if count < least else most
-        raise ValueError(f"f takes z and {number} argument{'s'[: number != 1]}{listed}; args has {count}")
-    if len(names) == count:
-        return names
-    return (*names[:count], *(f"args[{index}]" for index in range(len(names), count)))
-
-
-def _julia_parameters(f: JuliaFunction) -> tuple[tuple[str, ...], int, float]:
-    return f.arguments, len(f.arguments), len(f.arguments)
-
-
-def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:
-    """Names behind the first, and how few and how many arguments may follow it."""
-    if type(f) is FunctionType and not f.__dict__:  # as its signature would say, in no time
-        code = f.__code__
-        names = code.co_varnames[1 : code.co_argcount]
-        most = np.inf if code.co_flags & inspect.CO_VARARGS else len(names)
-        return names, max(code.co_argcount - len(f.__defaults__ or ()) - 1, 0), most
-    try:
-        parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # some builtins do not tell
-        return (), 0, np.inf
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    least = sum(p.default is p.empty for p in positional) - 1
-    splat = any(p.kind == p.VAR_POSITIONAL for p in parameters)
-    return tuple(p.name for p in positional[1:]), max(least, 0), np.inf if splat else len(positional) - 1
-
-
-# --- solving -------------------------------------------------------------------------------------------------
 
 
 def fixed_point(
@@ -291,7 +180,7 @@ def _solve(
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
     check_device(f, device, engine)
-    equation = _pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
+    equation = pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
@@ -363,144 +252,6 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
         remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")
     report_failure(f"{failure}. Remedies: {', '.join(remedies)}", on_failure, solution)
-
-
-# --- what was posed ------------------------------------------------------------------------------------------
-
-
-def _pose(
-    f: Function,
-    z0: ArrayLike,
-    args: Sequence[ArrayLike],
-    batched: Any,
-    vectorized: bool,
-    jac: Callable[..., Any] | None,
-    vjp: Callable[..., Any] | None,
-    scale: ArrayLike | None,
-    root: bool,
-    device: str,
-) -> Equation:
-    start, shape = _start(z0, device)
-    names = _argument_names(f, len(check_arguments(args)))
-    per_sample = _positions(batched, names)
-    arrays = tuple([_argument(name, value, start.dtype, device) for name, value in zip(names, args, strict=True)])
-    for index in sorted(per_sample):
-        own = arrays[index].shape
-        if len(shape) < 2:
-            raise ValueError(
-                f"batched has {names[index]!r}, but z0 of shape {start[0].shape} is one problem; a batch is (B, n)"
-            )
-        if not own or own[0] != len(start):
-            raise ValueError(
-                f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"
-            )
-    return Equation(
-        f=f,
-        root=root,
-        start=start,
-        args=arrays,
-        batched=tuple([index in per_sample for index in range(len(arrays))]),
-        names=names,
-        shape=shape,
-        scale=_sizes(scale, start),
-        vectorized=vectorized,
-        jac=jac,
-        vjp=vjp,
-        device=device,
-    )
-
-
-def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
-    """``args``; ``TypeError`` unless it is a tuple or list."""
-    if type(args) is not tuple and (isinstance(args, (str, bytes)) or not isinstance(args, Sequence)):
-        raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
-    return args
-
-
-def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
-    if scale is None:
-        return None
-    sizes = as_real("scale", _as_array("scale", scale), start.dtype)
-    n = start.shape[1]
-    if sizes.shape not in ((), (n,)):
-        raise ValueError(f"scale has shape {sizes.shape}; expected a number or ({n},), a size for each entry of z")
-    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-        raise ValueError(f"scale must be positive and finite, got {scale!r}")
-    return np.array(np.broadcast_to(sizes, n))
-
-
-def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
-    array = _lent_or_array("z0", z0, device)
-    if array.ndim > 2 or array.size == 0:
-        raise ValueError(
-            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
-        )
-    if isinstance(array, DeviceArray):
-        if array.dtype not in (np.float32, np.float64):
-            raise TypeError(f"z0 has dtype {array.dtype}; expected float32 or float64")
-        there = array if array.ndim == 2 else array.reshape(1, -1)
-        device_arrays.check_finite("z0", there)
-        return cast("Array", there), array.shape
-    dtype = np.dtype(np.float32 if array.dtype.newbyteorder("=") == np.float32 else np.float64)
-    start = np.ascontiguousarray(as_real("z0", array, dtype))
-    start = start if start.ndim == 2 else start.reshape(1, -1)
-    validation.check_finite("z0", start)
-    return start, array.shape
-
-
-_KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
-"""What becomes of arguments that are no floats, by their kind."""
-
-
-def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Array:
-    array = _lent_or_array(name, value, device)
-    if array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape} and no entries")
-    if isinstance(array, DeviceArray):
-        check_dtype(name, array, dtype, "z0")
-        return cast("Array", array)
-    if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)))
-    array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
-    return array
-
-
-def _lent_or_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
-    there = lent(name, value, device)
-    return _as_array(name, value) if there is None else there
-
-
-def _as_array(name: str, value: ArrayLike) -> Array:
-    try:
-        return as_array(name, value)
-    except ValueError as error:
-        raise TypeError(f"{name} cannot be read as an array: {error}") from None
-
-
-def positions(f: Function, count: int, batched: str | int | Iterable[str | int]) -> set[int]:
-    """The positions of the arguments named in ``batched``, of ``count`` arguments of f; ``ValueError`` for others."""
-    return _positions(batched, _argument_names(f, count))
-
-
-def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
-    listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched
-    if not isinstance(listed, Iterable) or getattr(listed, "shape", (0,)) == ():
-        raise TypeError(f"batched is {batched!r}; expected names or positions of arguments, such as 'a' or (0,)")
-    return {_position(key, names, "batched has") for key in listed}
-
-
-def _position(key: object, names: tuple[str, ...], subject: str) -> int:
-    known = f"the arguments are {', '.join(map(repr, names))}" if names else "f has no arguments besides z"
-    if isinstance(key, str):
-        if key in names:
-            return names.index(key)
-        raise ValueError(f"{subject} {key!r}, which is not an argument of f; {known}")
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
-        if 0 <= key < len(names):
-            return int(key)
-        raise ValueError(f"{subject} {key}, which is not the position of an argument (they count from 0); {known}")
-    raise TypeError(f"{subject} {key!r}; expected the name or the position of an argument; {known}")
 
 
 # --- solutions -----------------------------------------------------------------------------------------------
@@ -625,7 +376,7 @@ class ImplicitSolution(Solution):
         [[0.5  0.  ]
          [0.   0.25]]
         """
-        index = _position(argument, self.equation.names, "the Jacobian was asked for")
+        index = position_of(argument, self.equation.names, "the Jacobian was asked for")
         if not self.equation.is_differentiable(index):
             dtype = self.equation.args[index].dtype
             raise TypeError(
@@ -644,7 +395,7 @@ class ImplicitSolution(Solution):
 
     def _rows(self, v: ArrayLike) -> Array:
         """The vectors to multiply with, (B, n), where they are."""
-        array = _lent_or_array("v", v, self.equation.device)
+        array = lent_or_array("v", v, self.equation.device)
         if array.shape != self.value.shape:
             raise ValueError(f"v has shape {array.shape}; expected {self.value.shape}, the shape of the value")
         if isinstance(array, DeviceArray):
