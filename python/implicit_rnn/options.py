@@ -161,6 +161,7 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_decay(name: str, value: float) -> None:
+    """``ValueError`` unless it lies from 0 to below 1."""
     check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
