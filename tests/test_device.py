@@ -73,8 +73,7 @@ def test_without_cuda_the_error_says_what_to_do(data):
 @pytest.fixture(params=DEVICES)
 def device_name(request, monkeypatch) -> str:
     check_device(request.param)
-    for module in ("network", "equations"):
-        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", request.param))
+    monkeypatch.setattr("implicit_rnn.engines.DEVICES", ("cpu", request.param))
     return request.param
 
 

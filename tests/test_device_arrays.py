@@ -171,8 +171,7 @@ def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
 def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference device arrays are a device, "jl", which reads and writes the memory that it is lent."""
     check_device("jl")
-    for module in ("network", "equations"):
-        monkeypatch.setattr(f"implicit_rnn.{module}.DEVICES", ("cpu", "jl"))
+    monkeypatch.setattr("implicit_rnn.engines.DEVICES", ("cpu", "jl"))
     start.evaluate(
         f'isdefined(Main, :AWAITED) || include(raw"{CHECKOUT / "julia" / "test" / "lent_memory.jl"}"); empty!(AWAITED)'
     )

@@ -20,7 +20,7 @@ from implicit_rnn.engines import Of
 from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
-from implicit_rnn.equations.solving import check_device, choose_solver
+from implicit_rnn.equations.solving import check_device_for, choose_solver
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
@@ -363,7 +363,7 @@ def _solve(
 ) -> jax.Array:
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
-    check_device(f, device)
+    check_device_for(f, device)
     start = _start(z0)
     batch = start.reshape(-1, start.shape[-1])
     check_on_failure(on_failure)

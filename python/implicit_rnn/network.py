@@ -15,7 +15,6 @@ from implicit_rnn import device_arrays, options, serialization, training
 from implicit_rnn.console import html_table
 from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines import (
-    DEVICES,
     CompiledNetwork,
     Engine,
     Of,
@@ -23,6 +22,7 @@ from implicit_rnn.engines import (
     Program,
     Quality,
     Samples,
+    check_device,
     check_engine,
     get_engine,
 )
@@ -127,7 +127,7 @@ class Network:
         if name not in ("float64", "float32"):
             raise ValueError(f"dtype is {dtype!r}; expected 'float64' or 'float32'")
         check_engine(engine)
-        options.check_choice("device", device, DEVICES)
+        check_device(device)
         self.topology = topology
         self.dtype = np.dtype(dtype)
         self._engine_name = engine
@@ -307,7 +307,7 @@ class Network:
         >>> net.to("cpu").predict([[0.5, -1.0]]).shape
         (1, 1)
         """
-        options.check_choice("device", device, DEVICES)
+        check_device(device)
         if device != self._device:
             self._device, self._compiled = device, None
             self._programs.clear()

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save as serialize
 
-from implicit_rnn.engines import DEVICES, check_engine
+from implicit_rnn.engines import check_device, check_engine
 from implicit_rnn.errors import ModelFileError, warn
 from implicit_rnn.files import as_path, read_tensors, write_atomically
 from implicit_rnn.model.topology import Topology
-from implicit_rnn.options import check_choice
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network
@@ -95,7 +94,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
         )
     check_engine(engine)
     if device is not None:
-        check_choice("device", device, DEVICES)
+        check_device(device)
     try:
         topology = Topology.from_description(json.loads(metadata["topology"]))
         net = Network.from_topology(topology, metadata["dtype"], engine, device or metadata.get("device", "cpu"))

@@ -17,7 +17,7 @@ from implicit_rnn.engines import Of
 from implicit_rnn.engines.base import LARGEST_CHANGE
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
-from implicit_rnn.equations.solving import check_device
+from implicit_rnn.equations.solving import check_device_for
 from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
@@ -551,7 +551,7 @@ def _solve(
 ) -> Tensor:
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
-    check_device(f, device)
+    check_device_for(f, device)
     _check_start(z0)
     tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(check_arguments(args))]
     _check_place("z0", z0, device)

@@ -24,7 +24,6 @@ from implicit_rnn.errors import EngineError, EngineWarning, warn
 from implicit_rnn.options import check_choice
 
 __all__ = [
-    "DEVICES",
     "ENGINES",
     "CompiledNetwork",
     "Engine",
@@ -83,6 +82,11 @@ def check_engine(name: str | None) -> str:
         origin = "IMPLICIT_RNN_ENGINE" if name is None else "engine"
         check_choice(origin, chosen, ENGINES)
     return chosen
+
+
+def check_device(name: str) -> None:
+    """``ValueError`` unless it is the name of a device."""
+    check_choice("device", name, DEVICES)
 
 
 def _make(name: str) -> Engine:

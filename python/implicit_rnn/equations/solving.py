@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import device_arrays, options
 from implicit_rnn.device_arrays import DeviceArray, check_dtype
-from implicit_rnn.engines import DEVICES, check_engine, get_engine
+from implicit_rnn.engines import check_device, check_engine, get_engine
 from implicit_rnn.engines.base import LARGE, CompiledEquation, Engine, Equation, JuliaFunction, SingularSolution
 from implicit_rnn.equations.functions import Function
 from implicit_rnn.equations.posing import lent_or_array, pose, position_of
@@ -179,7 +179,7 @@ def _solve(
     chosen = choose_solver(solver, root)
     _check_function(f, vectorized, jac, vjp)
     engine = check_engine(engine)
-    check_device(f, device, engine)
+    check_device_for(f, device, engine)
     equation = pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
@@ -203,9 +203,9 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
             raise TypeError(f"{name} is a {type(hook).__name__}; expected a function, see help(irnn.fixed_point)")
 
 
-def check_device(f: Function, device: str, engine: str | None = None) -> None:
+def check_device_for(f: Function, device: str, engine: str | None = None) -> None:
     """Errors for a device that there is not, or that is not for f."""
-    options.check_choice("device", device, DEVICES)
+    check_device(device)
     if device == "cpu":
         return
     if not isinstance(f, JuliaFunction):

@@ -164,7 +164,7 @@ def run(
     used = get_engine(engine).name
     count = DEFAULT_SEEDS[used] if seeds is None else seeds
     cells: list[Cell] = []
-    shown: tuple[Network, Run] | None = None
+    examples: dict[str, tuple[Network, Run]] = {}
     for n in neurons:
         for recurrence in recurrences:
             begin = time.perf_counter()
@@ -174,9 +174,9 @@ def run(
             interval = wilson_interval(len(solved), count)
             cells.append(Cell(recurrence, n, count, len(solved), interval, multistable, time.perf_counter() - begin))
             report(cells[-1])
-            if solved and (shown is None or recurrence == "perron" != shown[0].topology.constraint.name.lower()):
-                shown = nets[solved[0]], runs[solved[0]]
-    net, history = shown or (None, None)
+            if solved:
+                examples.setdefault(recurrence, (nets[solved[0]], runs[solved[0]]))
+    net, history = examples.get("perron") or next(iter(examples.values()), (None, None))
     return Result(cells, net, history, used, count)
 
 
