@@ -160,6 +160,10 @@ def fit_many(
     kind = (first.topology, first.dtype, first.engine, first.device)
     if any((net.topology, net.dtype, net.engine, net.device) != kind for net in nets):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
+    if not all(net.parameters.flags.writeable for net in nets):
+        raise ValueError(
+            "the parameters of a net cannot be written to; set net.parameters.flags.writeable = True to train it"
+        )
     chosen = options.choose(Loss, loss, "loss")
     samples = first.samples(X, Y, chosen, sample_weights)
     warn_of_scale("X", samples.X)

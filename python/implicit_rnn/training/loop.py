@@ -129,10 +129,8 @@ class Training:
         writer = None if watch.checkpoint is None else _Writer(self, watch.checkpoint)
         try:
             self._train_to_the_end(watch, writer)
-        except OSError:
-            raise
         except BaseException:  # Ctrl-C, a callback's error, a signal's handler that exits
-            if writer is not None:
+            if writer is not None and not writer.failed:
                 writer.save()
             raise
         state, settings = self.state, self.settings
@@ -337,6 +335,7 @@ class _Writer:
 
     def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
         self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
+        self.failed = False
         remove_leftovers(self.path)
         self.latest = Snapshot.of(training)
         self._write()
@@ -357,7 +356,11 @@ class _Writer:
             self._write()
 
     def _write(self) -> None:
-        checkpoints.write(self.path, self.latest)
+        try:
+            checkpoints.write(self.path, self.latest)
+        except OSError:
+            self.failed = True  # which is to be told, and not that a second attempt failed too
+            raise
         self.written, self.when = self.latest, time.perf_counter()
 
 
