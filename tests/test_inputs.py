@@ -71,6 +71,9 @@ def test_columns_far_from_unit_scale_are_warned_of_once_by_name(X, change, messa
 
 
 def test_targets_far_from_unit_scale_are_warned_of(X):
+    with pytest.warns(ScaleWarning, match="column 0 of X has mean .* and standard deviation inf") as caught:
+        fit(1e300 * X, Y)
+    assert len(caught) == 1
     with pytest.warns(ScaleWarning, match="column 0 of Y has mean 1e\\+03"):
         net().fit(X, X[:, :1] + 1e3, epochs=1)
 

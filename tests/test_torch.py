@@ -139,6 +139,7 @@ def test_parameters_may_be_parametrised(layer, x):
     layer(x).sum().backward()
     expected, _ = halved.vjp(x.numpy(), np.ones((12, 2)))
     np.testing.assert_allclose(layer.parametrizations.R.original.grad, halved.named(expected)["R"] / 2, atol=1e-9)
+    np.testing.assert_array_equal(layer.net.weights["R"], layer.R.detach())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])

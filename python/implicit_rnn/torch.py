@@ -94,9 +94,8 @@ class ImplicitRNN(nn.Module):
 
     @property
     def net(self) -> Network:
-        """The network, with the parameters that the layer has by now."""
-        _share_memory(self)
-        return self._net
+        """The network, with the parameters that the layer has by now; a copy where these are parametrised."""
+        return self.network(getattr(self, name) for name in self._net.weights)
 
     @net.setter
     def net(self, _: object) -> None:
