@@ -21,6 +21,19 @@ def count_and_square(x: float, log: str) -> dict[str, float]:
     return {"y": x * x}
 
 
+def count_and_cube(x: float, log: str) -> dict[str, float]:
+    return {"y": x * count_and_square(x, log)["y"]}
+
+
+def count_only(x: float, log: str) -> None:
+    count_and_square(x, log)
+
+
+def append_to(layers: list[int]) -> dict[str, list[int]]:
+    layers.append(1)
+    return {"y": layers}
+
+
 def fail_for_3(x: float) -> dict[str, float]:
     if x == 3:
         raise ValueError("3 is no number to be squared")

@@ -317,7 +317,7 @@ def test_ctrl_c_in_a_callback_writes_the_last_epoch_before_it_raises(engine, pat
     np.testing.assert_array_equal(resumed.parameters, whole.parameters)
 
 
-@pytest.mark.parametrize("error", [Killed, SystemExit, MemoryError])
+@pytest.mark.parametrize("error", [Killed, SystemExit, MemoryError, ConnectionError])
 def test_error_in_a_callback_writes_the_last_epoch_before_it_is_raised(error, path, X, Y):
     def fail(progress: irnn.Progress) -> None:
         if progress.epoch == 5:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import joblib
 import numpy as np
 import pytest
 
@@ -24,11 +27,16 @@ from implicit_rnn import (
     root,
 )
 
+
+def _power(z: Any, a: Any, k: Any) -> Any:  # one that can be pickled
+    return z**k - a
+
+
 # Every problem once as Julia code and once as a Python function.
 FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "cosine": ("(z, a) -> cos.(a .* z)", lambda z, a: np.cos(a * z)),
     "net": ("(z, R, x) -> tanh.(R * z .+ x)", lambda z, R, x: np.tanh(R @ z + x)),
-    "power": ("(z, a, k) -> z .^ k .- a", lambda z, a, k: z**k - a),
+    "power": ("(z, a, k) -> z .^ k .- a", _power),
     "linear": ("(z, a, b) -> a .* z .+ b", lambda z, a, b: a * z + b),
     "poised": ("z -> tanh.(1.5 .* z .+ 0.05)", lambda z: np.tanh(1.5 * z + 0.05)),
     "poised root": ("z -> tanh.(1.5 .* z .+ 0.05) .- z", lambda z: np.tanh(1.5 * z + 0.05) - z),
@@ -345,6 +353,27 @@ def test_the_arguments_of_a_solution_are_its_own(given):
     before = sol.vjp([1.0])["a"]
     a[0] = 0.1
     np.testing.assert_array_equal(sol.vjp([1.0])["a"], before)
+
+
+@pytest.mark.parametrize("again", [lambda s: s, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_a_solution_cannot_be_written_to_as_its_derivatives_are_taken_at_it(given, again):
+    solution = again(irnn.root(given("power"), [[1.0], [2.0]], args=(2.0, 2)))
+    expected = solution.vjp([[1.0], [1.0]])["a"]
+    for array in (solution.value, solution.state):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 5.0
+    copied = solution.value.copy()
+    copied *= 2
+    np.testing.assert_array_equal(solution.vjp([[1.0], [1.0]])["a"], expected)
+
+
+def test_a_solution_that_joblib_has_left_in_a_file_is_differentiated_as_before(given, tmp_path):
+    solution = irnn.root(given("power"), np.ones((20, 1)), args=(np.linspace(1, 2, 20)[:, None], 2), batched="a")
+    joblib.dump(solution, tmp_path / "solution")
+    again = joblib.load(tmp_path / "solution", mmap_mode="r")
+    v = np.ones((20, 1))
+    np.testing.assert_array_equal(again.vjp(v)["a"], solution.vjp(v)["a"])
+    np.testing.assert_array_equal(again.jacobian("a"), solution.jacobian("a"))
 
 
 @pytest.mark.julia

@@ -186,6 +186,12 @@ def test_report_of_another_size_is_refused(engine, X, Y):
         make_net(engine).loss_and_gradient(X, Y, report=irnn.GradientReport.empty(len(X) + 1))
 
 
+def test_report_whose_arrays_are_of_different_sizes_is_refused(engine, X, Y):
+    report = irnn.GradientReport(np.empty(12, np.int8), np.empty(12), np.empty(1))
+    with pytest.raises(ValueError, match=r"report.adjoint_residual is for 1 samples, X has 12"):
+        make_net(engine).loss_and_gradient(X, Y, report=report)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("kappa", [0.3, 0.95, 0.9999])
 def test_adjoint_that_is_chosen_for_speed_is_that_of_lu(engine, dtype, kappa, rng):

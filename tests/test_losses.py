@@ -299,6 +299,18 @@ def test_function_may_not_change_the_outputs_it_is_given(net, X, Y):
     np.testing.assert_allclose(net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(careless))[1], expected, atol=1e-11)
 
 
+def test_function_may_not_change_the_targets_it_is_given(engine, X, Y):
+    def careless(y, t):
+        t -= y
+        return (t**2).mean(axis=1), -2 * t / t.shape[1]
+
+    nets, targets = (make_net(engine), make_net(engine)), Y.copy()
+    nets[0].fit(X, targets, epochs=3, loss=irnn.CustomLoss(careless), validation=(X, targets))
+    nets[1].fit(X, Y, epochs=3)
+    np.testing.assert_array_equal(targets, Y)
+    np.testing.assert_allclose(nets[0].parameters, nets[1].parameters, atol=1e-11)
+
+
 def test_targets_that_are_none_are_refused_for_a_loss_of_ones_own(net, X, Y):
     with pytest.raises(ValueError, match="Y has 11 samples, X has 12"):
         net.fit(X, Y[:11], loss=irnn.CustomLoss(squared))

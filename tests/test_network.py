@@ -349,6 +349,38 @@ def test_copy_predicts_the_same_and_is_independent(net, X, duplicate):
     assert all(np.shares_memory(weight, twin.parameters) for weight in twin.weights.values())
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copy_has_what_its_owner_has_put_there(duplicate):
+    net = make_net("numpy")
+    net.mean_of_the_data = 3.0
+    assert duplicate(net).mean_of_the_data == 3.0
+
+
+def test_topology_and_dtype_of_a_network_cannot_be_replaced(net, X):
+    expected = net.predict(X)
+    for name, value in (("topology", make_net("numpy", neurons=6).topology), ("dtype", np.dtype("float32"))):
+        with pytest.raises(AttributeError, match=name):
+            setattr(net, name, value)
+    np.testing.assert_array_equal(net.predict(X), expected)
+
+
+def test_network_keeps_its_engine_whatever_the_environment_says_later(X, Y, monkeypatch):
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "numpy")
+    net = make_net(None)
+    net.predict(X)
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "julia")
+    assert net.fit(X, Y, epochs=1).engine == net.engine.name == "numpy"
+
+
+def test_parameters_that_cannot_be_written_to_are_not_trained(net, X, Y):
+    net.parameters.flags.writeable = False
+    expected = net.parameters.copy()
+    with pytest.raises(ValueError, match=r"cannot be written to; set net.parameters.flags.writeable = True"):
+        net.fit(X, Y, epochs=1)
+    np.testing.assert_array_equal(net.parameters, expected)
+    net.predict(X)  # which only reads them
+
+
 def test_repr_tells_the_structure():
     text = "Network(3 inputs, [5 tanh lateral], 2 outputs, Perron(kappa=0.95), 62 parameters, float64)"
     assert repr(make_net("numpy")) == text

@@ -160,6 +160,28 @@ def test_changed_arguments_are_not_mixed_with_kept_results(tmp_path, log, logged
     assert values(run_many(runs.count_and_square, changed, folder=tmp_path / "kept")) == {"x0": 49}
 
 
+def test_another_function_is_not_mixed_with_kept_results(tmp_path, log, logged):
+    run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
+    assert values(run_many(runs.count_and_cube, logged, folder=tmp_path / "kept")) == {"x0": 0, "x1": 1, "x2": 8}
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_what_a_run_does_to_its_arguments_is_nobody_elses(jobs, tmp_path):
+    shared = [8]
+    tasks = {name: {"layers": shared} for name in ("one", "two")}
+    expected = {name: {"y": [8, 1]} for name in tasks}
+    assert run_many(runs.append_to, tasks, jobs=jobs, folder=tmp_path) == expected
+    assert shared == [8]
+    again = {"one": {"layers": [8, 1]}}  # what the first run had made of its arguments
+    assert run_many(runs.append_to, again, jobs=jobs, folder=tmp_path) == {"one": {"y": [8, 1, 1]}}
+
+
+def test_a_result_of_none_is_kept_like_any_other(tmp_path, log):
+    for _ in range(2):
+        assert run_many(runs.count_only, {"x1": {"x": 1, "log": str(log)}}, folder=tmp_path / "kept") == {"x1": None}
+    assert log.read_text() == "1\n"
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"fingerprint": "other", "result": {"y": 5}}', '{"result": {"y": 5}}']
 )

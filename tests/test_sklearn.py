@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.estimator_checks import check_estimator
 
 from implicit_rnn.sklearn import ImplicitRNNClassifier, ImplicitRNNRegressor
+from implicit_rnn.training.loop import Training
 
 BOTH = pytest.mark.parametrize("kind", [ImplicitRNNRegressor, ImplicitRNNClassifier])
 
@@ -372,6 +375,44 @@ def test_a_fit_that_fails_leaves_the_last_one_as_it_was(estimator, data):
         estimator.set_params(clip=-1.0).fit(100 * X + 5, y[::-1])
     assert_array_equal(estimator.predict(X), expected)
     assert estimator.n_iter_ == len(estimator.loss_curve_) == 5
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, irnn.ConvergenceWarning])
+def test_a_fit_that_is_broken_off_leaves_nothing_that_could_predict(estimator, data, broken_off, error):
+    with broken_off(error), pytest.raises(error):
+        estimator.fit(*data)
+    with pytest.raises(NotFittedError):
+        estimator.predict(data[0])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, irnn.ConvergenceWarning])
+def test_a_warm_start_that_is_broken_off_is_as_if_it_had_not_been(estimator, data, broken_off, error):
+    estimator.set_params(warm_start=True, batch_size=7).fit(*data)
+    other = copy.deepcopy(estimator)
+    with broken_off(error), pytest.raises(error):
+        estimator.fit(*data)
+    assert_array_equal(estimator.predict(data[0]), other.predict(data[0]))
+    assert_array_equal(estimator.fit(*data).predict(data[0]), other.fit(*data).predict(data[0]))
+    assert estimator.loss_curve_ == other.loss_curve_
+
+
+@pytest.fixture
+def broken_off(monkeypatch):
+    """Trainings end with an error after their first epochs."""
+
+    @contextmanager
+    def breaking_off(error):
+        train = Training._train
+
+        def fail(self, count):
+            train(self, count)
+            raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Training, "_train", fail)
+            yield
+
+    return breaking_off
 
 
 def test_a_stream_that_begins_with_an_unknown_label_can_begin_again(classifier, iris):

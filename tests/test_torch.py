@@ -139,6 +139,7 @@ def test_parameters_may_be_parametrised(layer, x):
     layer(x).sum().backward()
     expected, _ = halved.vjp(x.numpy(), np.ones((12, 2)))
     np.testing.assert_allclose(layer.parametrizations.R.original.grad, halved.named(expected)["R"] / 2, atol=1e-9)
+    np.testing.assert_array_equal(layer.net.weights["R"], layer.R.detach())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam"])
@@ -204,6 +205,21 @@ def test_network_follows_the_parameters_whatever_torch_does_to_them(engine, way,
     with torch.no_grad():
         other.W += 1
     np.testing.assert_array_equal(flat(other), other.net.parameters)
+
+
+def test_network_has_the_data_that_parameters_were_given_before_the_layer_is_called(layer, x):
+    for weight in layer.parameters():
+        weight.data = weight.data * 0.5
+    np.testing.assert_array_equal(flat(layer), layer.net.parameters)
+    np.testing.assert_array_equal(layer.net.predict(x.numpy()), layer(x).detach())
+
+
+def test_network_of_a_layer_is_not_replaced_by_one_whose_parameters_would_be_lost(layer, engine):
+    other = make_net(engine, seed=99)
+    expected = other.parameters.copy()
+    with pytest.raises(AttributeError, match=r"make another layer, ImplicitRNN\(net\)"):
+        layer.net = other
+    np.testing.assert_array_equal(other.parameters, expected)
 
 
 def test_parameters_that_read_the_memory_of_each_other_are_copied_before_they_are_written(layer, x):
@@ -518,6 +534,17 @@ def test_julia_code_has_the_solution_and_the_derivatives_of_the_same_function_in
         results.append([z.detach(), *(leaf.grad for leaf in leaves)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "f", [pytest.param(irnn.julia("(z, a) -> z .^ 2 .- a"), marks=pytest.mark.julia), lambda z, a: z**2 - a]
+)
+def test_a_solution_that_was_changed_in_place_is_not_silently_differentiated_where_it_is_not_one(f):
+    a = torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    z = root(f, torch.ones(1).double(), args=(a,))
+    z += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
 
 
 @pytest.mark.julia

@@ -136,6 +136,7 @@ def function(
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
     def apply(parameters: Parameters, X: Any) -> jax.Array:
+        _check_precision(net.dtype)  # once more, as it can be switched off
         if not isinstance(parameters, dict):
             raise TypeError(
                 f"the parameters are a {type(parameters).__name__}; expected a dictionary as of parameters(net)"

@@ -128,15 +128,20 @@ class Network:
             raise ValueError(f"dtype is {dtype!r}; expected 'float64' or 'float32'")
         check_engine(engine)
         check_device(device)
-        self.topology = topology
-        self.dtype = np.dtype(dtype)
+        self._topology = topology
+        self._dtype = np.dtype(dtype)
         self._engine_name = engine
         self._device = device
+        check_memory_of_parameters(topology.parameters, self.dtype)
+        self._take(np.zeros(topology.parameters, self.dtype))
+
+    def _take(self, parameters: Array) -> None:
+        """Have these parameters, and nothing compiled yet."""
+        self._parameters = parameters
+        self._weights = MappingProxyType(self.topology.views(parameters))
+        self._engine: Engine | None = None
         self._compiled: CompiledNetwork | None = None
         self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
-        check_memory_of_parameters(topology.parameters, self.dtype)
-        self._parameters = np.zeros(topology.parameters, self.dtype)
-        self._weights = MappingProxyType(topology.views(self._parameters))
 
     @classmethod
     def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None, device: str = "cpu") -> Network:
@@ -166,6 +171,28 @@ class Network:
                 recurrent = block.source != INPUT and block.source >= block.to
                 gain = 0.3 if recurrent else 1.0
                 self._weights[block.name][...] = rng.standard_normal(block.shape) * (gain / np.sqrt(block.shape[1]))
+
+    @property
+    def topology(self) -> Topology:
+        """Layers and connections, as they were given.
+
+        Examples
+        --------
+        >>> irnn.Network(2, [irnn.Layer(8), irnn.Layer(4)], outputs=1).topology.neurons
+        12
+        """
+        return self._topology
+
+    @property
+    def dtype(self) -> np.dtype:
+        """That of the parameters and of all that is computed, float64 or float32.
+
+        Examples
+        --------
+        >>> irnn.Network(2, [irnn.Layer(8)], outputs=1, dtype="float32").dtype
+        dtype('float32')
+        """
+        return self._dtype
 
     # --- parameters --------------------------------------------------------------------------------------
 
@@ -262,7 +289,7 @@ class Network:
 
     @property
     def engine(self) -> Engine:
-        """The engine, started if it was not.
+        """The engine, started if it was not; the network keeps it, whatever becomes of IMPLICIT_RNN_ENGINE.
 
         Raises ``EngineError`` as ``get_engine``.
 
@@ -271,7 +298,9 @@ class Network:
         >>> irnn.Network(2, [irnn.Layer(8)], outputs=1, engine="numpy").engine.name
         'numpy'
         """
-        return get_engine(self._engine_name)
+        if self._engine is None:
+            self._engine = get_engine(self._engine_name)
+        return self._engine
 
     @property
     def device(self) -> str:
@@ -869,17 +898,12 @@ class Network:
         return self.topology.facts() | {"dtype": dtype}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "topology": self.topology,
-            "dtype": self.dtype.name,
-            "engine": self._engine_name,
-            "device": self._device,
-            "parameters": self._parameters,
-        }
+        made_again = ("_weights", "_engine", "_compiled", "_programs")
+        return {name: value for name, value in self.__dict__.items() if name not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._set_up(state["topology"], state["dtype"], state["engine"], state["device"])
-        self._parameters[...] = state["parameters"]
+        self.__dict__.update(state)
+        self._take(np.array(self._parameters))  # and no memmap of joblib's
 
     # --- checks and conversions --------------------------------------------------------------------------
 

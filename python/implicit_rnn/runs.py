@@ -7,6 +7,7 @@ main thread of their worker, Julia has to be started beforehand: ``client.run(im
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -58,9 +59,9 @@ def run_many(
     folder
         Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
         returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments and ``settings`` are the same; others are computed again and replaced.
+        it whose arguments, ``settings`` and function, by its name, are the same; others are computed again and replaced.
     settings
-        All that a result depends on besides its arguments, such as the version of the code.
+        All else that a result depends on, such as the version of the code.
     report
         Called here with the name of each task that is done, and whether its result had been kept.
 
@@ -100,11 +101,11 @@ def run_many(
             raise ValueError(f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-'")
         if not isinstance(arguments, Mapping):
             raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
-    store = None if folder is None else _Store(as_path(folder), settings or {})
+    store = None if folder is None else _Store(as_path(folder), _name(run), settings or {})
     results: dict[str, Any] = {}
     for name, arguments in tasks.items():
         if store and (kept := store.find(name, arguments)) is not None:
-            results[name] = kept
+            results[name] = kept["result"]
             report(name, True)
     missing = {name: arguments for name, arguments in tasks.items() if name not in results}
     failures: dict[str, str] = {}
@@ -224,7 +225,8 @@ def _attempt(
     run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Result | None, str | None]:
     try:
-        return name, json.loads(json.dumps(run(**arguments))), None  # the same whether kept or not
+        own = copy.deepcopy(arguments)  # as in a process of its own: what the run does to them is nobody else's
+        return name, json.loads(json.dumps(run(**own))), None  # the same whether kept or not
     except Exception:
         return name, None, traceback.format_exc()
 
@@ -234,6 +236,10 @@ def _attempt_in_worker(
 ) -> tuple[str, Result | None, str | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
     return _attempt(run, name, arguments)
+
+
+def _name(run: Callable[..., Result]) -> str:
+    return f"{run.__module__}.{getattr(run, '__qualname__', type(run).__qualname__)}"
 
 
 def _some(names: list[str]) -> str:
@@ -251,17 +257,17 @@ class _Store:
     named after their runs, and written by this process, so that workers of a cluster need not share its disk.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+        self.folder, self.run, self.settings = folder, run, settings
         folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, name: str, arguments: Mapping[str, Any]) -> Any | None:
-        """The result kept under that name if it is whole and of the same arguments and settings."""
+    def find(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What is kept under that name, with its ``result``, if it is whole and of the same arguments and settings."""
         fingerprint = self._fingerprint(arguments)
         with suppress(OSError, ValueError, KeyError, TypeError):
-            kept = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-            if kept["fingerprint"] == fingerprint:
-                return kept["result"]
+            kept: dict[str, Any] = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+            if kept["fingerprint"] == fingerprint and "result" in kept:
+                return kept
         return None
 
     def keep(self, name: str, arguments: Mapping[str, Any], result: Result) -> None:
@@ -271,7 +277,8 @@ class _Store:
 
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
         try:
-            described = json.dumps({"settings": self.settings, "arguments": arguments}, sort_keys=True)
+            all_of_it = {"run": self.run, "settings": self.settings, "arguments": arguments}
+            described = json.dumps(all_of_it, sort_keys=True)
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"settings and the arguments of tasks must be data that JSON can hold, where results are kept in a folder: "

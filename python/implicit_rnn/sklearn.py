@@ -113,18 +113,23 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     # --- training ----------------------------------------------------------------------------------------
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
-        """What ``_learn`` does, or nothing at all: an error leaves no network behind that is not trained."""
+        """What ``_learn`` does, or nothing at all: an error or Ctrl-C leaves no network behind that is not trained."""
         with self._undone_if_it_fails():
             return self._learn(*data, **how)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        before = dict(self.__dict__)
+        before, fitted = dict(self.__dict__), hasattr(self, "network_")
+        if fitted:  # which training changes in place
+            parameters, random = self.network_.parameters.copy(), self._random.get_state()
         try:
             yield
-        except Exception:
+        except BaseException:  # Ctrl-C, too
             self.__dict__.clear()
             self.__dict__.update(before)
+            if fitted:
+                self.network_.parameters = parameters
+                self._random.set_state(random)
             raise
 
     def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
@@ -159,9 +164,9 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         warn_of_scale("X", samples.X)
         validation = None if held_out is None else self._samples(*held_out)
         run = self._train(samples, validation, 1 if partial else self.epochs, stopping)
-        self.loss_curve_ += run.loss.tolist()
+        self.loss_curve_: list[float] = [*self.loss_curve_, *run.loss.tolist()]
         if stopping is not None:
-            self.validation_loss_curve_ += run.validation_loss.tolist()
+            self.validation_loss_curve_: list[float] = [*self.validation_loss_curve_, *run.validation_loss.tolist()]
         self.n_iter_ = len(self.loss_curve_)
         return self
 
@@ -216,8 +221,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         )
         if first:
             self.network_ = net
-            self.loss_curve_: list[float] = []
-            self.validation_loss_curve_: list[float] = []
+            self.loss_curve_, self.validation_loss_curve_ = [], []
             self._optimizer_state = None
         elif (net.topology, net.dtype) != (self.network_.topology, self.network_.dtype):
             raise ValueError(

@@ -180,7 +180,8 @@ def check_report(report: GradientReport | None, samples: int) -> None:
         return
     if not isinstance(report, GradientReport):
         raise TypeError(f"report is {report!r}; expected GradientReport.empty({samples})")
-    if len(report.status) != samples:
-        raise ValueError(
-            f"report is for {len(report.status)} samples, X has {samples}; use GradientReport.empty({samples})"
-        )
+    for name, array in vars(report).items():
+        if len(array) != samples:
+            raise ValueError(
+                f"report.{name} is for {len(array)} samples, X has {samples}; use GradientReport.empty({samples})"
+            )

@@ -85,7 +85,7 @@ class ImplicitRNN(nn.Module):
         if not isinstance(net, Network):
             raise TypeError(f"net is {net!r}; expected a Network")
         check_choice("of", of, get_args(Of))
-        self.net = net
+        self._net = net
         self.of = of
         check_on_failure(on_failure)
         self.solver = choose(Solver, solver, "solver")
@@ -94,6 +94,18 @@ class ImplicitRNN(nn.Module):
         for name, weights in net.weights.items():
             self.register_parameter(name, nn.Parameter(torch.from_numpy(weights)))
         self.register_load_state_dict_post_hook(_share_memory)
+
+    @property
+    def net(self) -> Network:
+        """The network, with the parameters that the layer has by now; a copy where these are parametrised."""
+        return self.network(getattr(self, name) for name in self._net.weights)
+
+    @net.setter
+    def net(self, _: object) -> None:
+        raise AttributeError(
+            "the network of a layer cannot be replaced: make another layer, ImplicitRNN(net), or copy the parameters of a net of "
+            "this kind, layer.net.parameters = net.parameters"
+        )
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -105,12 +117,12 @@ class ImplicitRNN(nn.Module):
             The inputs (..., inputs), of the dtype of the parameters.
         """
         if not isinstance(x, Tensor):
-            raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self.net.topology.inputs})")
-        weights = tuple(getattr(self, name) for name in self.net.weights)  # which may be parametrised
+            raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self._net.topology.inputs})")
+        weights = tuple(getattr(self, name) for name in self._net.weights)  # which may be parametrised
         tensor = weights[0]
-        if x.device != tensor.device or (x.device.type != "cpu" and not is_lent(x, self.net.device)):
+        if x.device != tensor.device or (x.device.type != "cpu" and not is_lent(x, self._net.device)):
             raise TypeError(
-                f"x is on {x.device} and the parameters are on {tensor.device}, but the network computes on {self.net.device}: "
+                f"x is on {x.device} and the parameters are on {tensor.device}, but the network computes on {self._net.device}: "
                 "keep this layer on the CPU, layer.cpu(), and call layer(x.cpu()).to(x.device); or, on an NVIDIA card, "
                 "layer.net.to('cuda') and layer.to(x.device)"
             )
@@ -122,8 +134,8 @@ class ImplicitRNN(nn.Module):
             raise TypeError(
                 f"x has dtype {x.dtype}, but the parameters have {tensor.dtype}; convert x, or the layer by .float() or .double()"
             )
-        if x.ndim == 0 or x.shape[-1] != self.net.topology.inputs:
-            raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {self.net.topology.inputs})")
+        if x.ndim == 0 or x.shape[-1] != self._net.topology.inputs:
+            raise ValueError(f"x has shape {tuple(x.shape)}; expected (..., {self._net.topology.inputs})")
         y, _ = _Equilibrium.apply(self, x.reshape(-1, x.shape[-1]), *weights)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -135,22 +147,22 @@ class ImplicitRNN(nn.Module):
         weights
             Tensors in the order and of the shapes of ``parameters()``.
         """
-        tensors = dict(zip(self.net.weights, weights, strict=True))
-        if all(_same_memory(tensors[name], view) for name, view in self.net.weights.items()):
-            return self.net
+        tensors = dict(zip(self._net.weights, weights, strict=True))
+        if all(_same_memory(tensors[name], view) for name, view in self._net.weights.items()):
+            return self._net
         dtype = _common_dtype(tensors)
-        for name, view in self.net.weights.items():
+        for name, view in self._net.weights.items():
             if tensors[name].shape != view.shape:
                 raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}; expected {view.shape}")
-        net, own = self.net, self._has(tensors)
+        net, own = self._net, self._has(tensors)
         if not own or net.dtype.name != dtype:
-            net = Network.from_topology(self.net.topology, dtype, self.net.engine.name, self.net.device)
+            net = Network.from_topology(self._net.topology, dtype, self._net.engine.name, self._net.device)
         # Copied first, as they may be of each other's memory.
         values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
         for name, view in net.weights.items():
             view[...] = values[name]
         if own:
-            self.net = net
+            self._net = net
             for name, view in net.weights.items():
                 parameter = self._own[name]
                 if parameter is not None and parameter.device.type == "cpu":
@@ -195,12 +207,12 @@ class ImplicitRNN(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``repr`` says of the layer."""
-        return f"{self.net!r}, of={self.of!r}"
+        return f"{self._net!r}, of={self.of!r}"
 
 
 def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
     """Let the network follow the parameters where these have got memory of their own."""
-    own = [layer._parameters.get(name) for name in layer.net.weights]  # None where it is parametrised
+    own = [layer._parameters.get(name) for name in layer._net.weights]  # None where it is parametrised
     if all(weights is not None and weights.device.type == "cpu" for weights in own):
         layer.network(own)
 
@@ -236,7 +248,7 @@ def _lent(tensor: Tensor, device: str) -> Any:
     return whole if is_lent(whole, device) else whole.numpy()
 
 
-def _tensor(array: np.ndarray) -> Tensor:
+def _tensor(array: np.ndarray | DeviceArray) -> Tensor:
     return torch.from_dlpack(array) if isinstance(array, DeviceArray) else torch.from_numpy(array)
 
 
@@ -465,7 +477,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Callable[..., Any], conditions: _Conditions, start: Tensor, *args: Tensor) -> Tensor:
         solution = solve(*map(_numpy, (start, *args)))
-        z = torch.from_numpy(solution.state)
+        z = torch.tensor(solution.state)
         ctx.conditions, ctx.solution = conditions, solution
         ctx.save_for_backward(z, *args)
         return z
@@ -509,12 +521,15 @@ class _JuliaSolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Callable[..., Any], device: str, start: Tensor, *args: Tensor) -> Tensor:
         ctx.solution, ctx.device = solve(start, *args), device
-        ctx.save_for_backward(*args)
-        return _tensor(ctx.solution.value)
+        value = ctx.solution.value
+        z = _tensor(value) if isinstance(value, DeviceArray) else torch.tensor(value)
+        ctx.save_for_backward(z, *args)
+        return z
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, None, *_JuliaPullback.apply(ctx.solution, ctx.device, v, *ctx.saved_tensors)
+        _, *args = ctx.saved_tensors  # the first says whether the solution is what it was
+        return None, None, None, *_JuliaPullback.apply(ctx.solution, ctx.device, v, *args)
 
 
 class _JuliaPullback(torch.autograd.Function):

@@ -155,9 +155,10 @@ def warn_of_scale(name: str, array: np.ndarray) -> None:
     if len(array) < 2 or not isinstance(array, np.ndarray):  # those on a device stay there
         return
     columns = array.astype(np.float64)
-    mean, spread = columns.mean(axis=0), columns.std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is far
+        mean, spread = columns.mean(axis=0), columns.std(axis=0)
     varied = spread > 1e-12 * np.maximum(np.abs(mean), 1e-300)
-    far = np.flatnonzero((np.abs(mean) > LARGEST_SCALE) | (spread > LARGEST_SCALE))
+    far = np.flatnonzero(~((np.abs(mean) <= LARGEST_SCALE) & (spread <= LARGEST_SCALE)))
     if len(far):
         k = int(far[0])
         what = f"column {k} of {name} has mean {mean[k]:.3g} and standard deviation {spread[k]:.3g}"

@@ -184,6 +184,7 @@ def _solve(
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
+    solution.lock()
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution, chosen)
     return solution
@@ -299,6 +300,15 @@ class ImplicitSolution(Solution):
         state = cast("Array", DeviceArray.copy_of(start, equation.device)) if equation.lent else start.copy()
         return cls(state, *arrays, equation=equation, compiled=compiled)
 
+    def lock(self) -> None:
+        """Let nobody write to the state, at which derivatives are taken; an array on a device cannot be locked."""
+        if isinstance(self.state, np.ndarray):
+            self.state.flags.writeable = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # the arrays of a pickle or deep copy can be written to
+        self.__dict__.update(state)
+        self.lock()
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the arguments."""
@@ -306,7 +316,10 @@ class ImplicitSolution(Solution):
 
     @property
     def value(self) -> Array:
-        """The solution, of the shape of z0; of unconverged samples the last finite iterate."""
+        """The solution, of the shape of z0; of unconverged samples the last finite iterate.
+
+        Derivatives are taken at it, so it cannot be written to; ``value.copy()`` can.
+        """
         return self.state.reshape(self.equation.shape)
 
     def vjp(self, v: ArrayLike) -> dict[str, Array]:

@@ -268,7 +268,8 @@ class CustomLoss(Loss):
         ``(outputs, targets) -> (values, derivatives)``: it takes the outputs y (B, outputs) in float64 and the targets
         t, an array of B numbers or rows as it was given, and returns the values ℓ (B,), one per sample, and the
         derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with batches of any size and must treat samples alike. Both are
-        NumPy arrays wherever the network computes: data on a card are copied to the machine's memory once.
+        copies, which it may write to, NumPy arrays wherever the network computes: data on a card are copied to the machine's
+        memory once.
 
     Raises
     ------
@@ -320,7 +321,7 @@ class CustomLoss(Loss):
         return values[:, None], derivatives
 
     def _call(self, Y: Array, T: Array) -> tuple[Array, Array]:
-        result = self.function(Y.copy(), T)
+        result = self.function(Y.copy(), T.copy())
         if not isinstance(result, tuple | list) or len(result) != 2:
             raise TypeError(f"{self} returned {type(result).__name__}; expected (values, derivatives)")
         arrays = []

@@ -130,6 +130,7 @@ class Writer:
 
     def __init__(self, training: Training, checkpoint: Checkpoint) -> None:
         self.training, self.checkpoint, self.path = training, checkpoint, Path(checkpoint.path)
+        self.failed = False
         remove_leftovers(self.path)
         self.latest = Snapshot.of(training)
         self._write()
@@ -150,7 +151,11 @@ class Writer:
             self._write()
 
     def _write(self) -> None:
-        write(self.path, self.latest)
+        try:
+            write(self.path, self.latest)
+        except OSError:
+            self.failed = True  # which is to be told, and not that a second attempt failed too
+            raise
         self.written, self.when = self.latest, time.perf_counter()
 
 

@@ -212,6 +212,10 @@ def _check_nets(nets: Sequence[Network]) -> None:
     kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
+    if not all(net.parameters.flags.writeable for net in nets):
+        raise ValueError(
+            "the parameters of a net cannot be written to; set net.parameters.flags.writeable = True to train it"
+        )
 
 
 def _held_out(net: Network, loss: Loss, validation: tuple[ArrayLike, ...]) -> Samples:

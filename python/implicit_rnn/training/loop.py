@@ -126,10 +126,8 @@ class Training:
         writer = None if watch.checkpoint is None else Writer(self, watch.checkpoint)
         try:
             self._train_to_the_end(watch, writer)
-        except OSError:
-            raise
         except BaseException:  # Ctrl-C, a callback's error, a signal's handler that exits
-            if writer is not None:
+            if writer is not None and not writer.failed:
                 writer.save()
             raise
         state, settings = self.state, self.settings

@@ -66,7 +66,8 @@ class JuliaEquation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._equation = state["equation"]
-        self._args, self._state = _lent(self._equation), state["state"]
+        # joblib gives them as memmaps, which the bridge does not know.
+        self._args, self._state = tuple(map(np.asarray, _lent(self._equation))), np.asarray(state["state"])
         self._form = _form_of(self._equation)
         self._handle = Handle(_ask("equation_at", self._form.number, self._state.reshape(-1), self._args))
 
