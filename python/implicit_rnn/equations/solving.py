@@ -184,7 +184,7 @@ def _solve(
     compiled = _engine(f, engine).compile_equation(equation)
     solution = ImplicitSolution.starting(equation, compiled)
     compiled.solve(chosen, solution)
-    solution.lock()
+    solution._lock()
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution, chosen)
     return solution
@@ -300,14 +300,14 @@ class ImplicitSolution(Solution):
         state = cast("Array", DeviceArray.copy_of(start, equation.device)) if equation.lent else start.copy()
         return cls(state, *arrays, equation=equation, compiled=compiled)
 
-    def lock(self) -> None:
+    def _lock(self) -> None:
         """Let nobody write to the state, at which derivatives are taken; an array on a device cannot be locked."""
         if isinstance(self.state, np.ndarray):
             self.state.flags.writeable = False
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # the arrays of a pickle or deep copy can be written to
         self.__dict__.update(state)
-        self.lock()
+        self._lock()
 
     @property
     def names(self) -> tuple[str, ...]:
