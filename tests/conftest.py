@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -26,6 +27,10 @@ from implicit_rnn.runtime.environments import Environment
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMPLICIT_RNN_ENGINE"}
 NOWHERE = "http://127.0.0.1:9"
 CHECKOUT = Path(__file__).parent.parent
+
+# What a shell starts in the background ignores Ctrl-C, which some tests send to themselves and to processes of theirs.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # --- Julia or no Julia ---------------------------------------------------------------------------------------

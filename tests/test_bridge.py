@@ -320,6 +320,21 @@ def test_julia_error_arrives_as_engine_error_with_its_first_line_and_the_traceba
     assert "Stacktrace" in caught.value.julia_traceback
 
 
+def test_handle_is_read_while_python_is_locked(run_python: RunPython):
+    """An error of Python's that is raised without the lock, here that the number is too large, ends the process."""
+    code = """
+        import numpy as np, implicit_rnn as irnn
+        from implicit_rnn.engines.julia.network import call
+        for name, arguments in ("state", ()), ("restore", (np.zeros(1),)):
+            try:
+                call(name, 2**70, *arguments)
+            except irnn.EngineError as error:
+                print(name, "cannot convert" in str(error))
+    """
+    done = run_python(code)
+    assert done.stdout == "state True\nrestore True\n", str(done)
+
+
 def test_bridge_goes_on_working_after_an_error(net, X):
     expected = net.predict(X)
     with pytest.raises(irnn.EngineError):

@@ -384,7 +384,8 @@ state(handle::Py) = Py(optimizer_state(lookup(handle)::Trainer)).to_numpy()
 
 "`restore(handle, numbers)`: the inverse of `state`."
 function restore(handle::Py, numbers::Py)
-    borrow(v -> restore_optimizer_state!(lookup(handle)::Trainer, v), NumPy{Float64}(numbers))
+    t = lookup(handle)::Trainer          # with the GIL, which `borrow` releases
+    borrow(v -> restore_optimizer_state!(t, v), NumPy{Float64}(numbers))
     return nothing
 end
 
