@@ -324,7 +324,7 @@ def test_handle_is_read_while_python_is_locked(run_python: RunPython):
     """An error of Python's that is raised without the lock, here that the number is too large, ends the process."""
     code = """
         import numpy as np, implicit_rnn as irnn
-        from implicit_rnn.engines.julia.network import call
+        from implicit_rnn.engines.julia.calls import call
         for name, arguments in ("state", ()), ("restore", (np.zeros(1),)):
             try:
                 call(name, 2**70, *arguments)
