@@ -176,8 +176,7 @@ def test_memory_grows_by_less_than_20_megabytes_in_10000_calls(call, run_python:
 
 def alive() -> int:
     gc.collect()
-    call("alive")  # releases what was collected
-    return int(call("alive"))
+    return int(call("alive"))  # which releases what was collected
 
 
 def test_handles_are_released_with_their_networks(X, Y):

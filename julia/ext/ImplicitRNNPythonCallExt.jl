@@ -11,8 +11,8 @@ using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc
 # --- entry points -----------------------------------------------------------------------------------------------
 
 """
-What a call is given lies in this list of Python's, which it replaces each time. What PythonCall does to convert the arguments of a
-function takes a second to compile, and a microsecond in each call.
+What a call is given lies in this list of Python's, which it replaces each time, and behind it the handles that are to be released.
+What PythonCall does to convert the arguments of a function takes a second to compile, and a microsecond in each call.
 """
 const ARGUMENTS = PythonCall.pynew()
 
@@ -22,14 +22,17 @@ struct EntryPoint{N}
 end
 EntryPoint(f) = EntryPoint{findfirst(n -> hasmethod(f, NTuple{n, Py}), 0:5) - 1}(f)
 
-(e::EntryPoint{N})() where {N} = e.f(ntuple(i -> ARGUMENTS[i - 1], Val(N))...)
+function (e::EntryPoint{N})() where {N}
+    foreach(i -> release(ARGUMENTS[i]), N:(length(ARGUMENTS) - 1))
+    return e.f(ntuple(i -> ARGUMENTS[i - 1], Val(N))...)
+end
 in_python(e::EntryPoint, name::String) = pyfunc(e; name)
 
 """
     hand_over()
 
 Give Python the whole of what it calls: a dictionary of functions, and the list that their arguments are put in. Handles are
-integers; `release` frees one.
+integers.
 """
 function hand_over()
     HEAD[] = pyconvert(Int, pybuiltins.object.__basicsize__)
@@ -393,7 +396,7 @@ include("equations_bridge.jl")
 
 const ENTRY_POINTS = (
     compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
-    release, alive, describe_device, device_memory, find_nonfinite, copy_memory, interrupt_address, EQUATION_ENTRY_POINTS...,
+    alive, describe_device, device_memory, find_nonfinite, copy_memory, interrupt_address, EQUATION_ENTRY_POINTS...,
 )
 
 # --- compiled ahead -------------------------------------------------------------------------------------------

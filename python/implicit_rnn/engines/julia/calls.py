@@ -10,15 +10,15 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import start
 
 _released: deque[int] = deque()
-"""Handles of collected objects: garbage is collected on any thread, so they are released at the next call."""
+"""Handles of collected objects: garbage is collected on any thread, so they go with the arguments of the next call."""
 
 
 def call(name: str, *arguments: Any) -> Any:
     """Call an entry point of the Julia side; errors arrive as EngineError or MemoryError, Ctrl-C as KeyboardInterrupt at once."""
     points = start.entry_points()
     with start.LOCK:
-        while _released:
-            points["release"](_released.popleft())
+        if _released:
+            arguments += tuple([_released.popleft() for _ in range(len(_released))])
         try:
             return start.interruptible(points[name], arguments)
         except Exception as error:
