@@ -115,6 +115,14 @@ def test_a_vectorized_function_that_mixes_samples_is_told(solve, f):
         solve(f, np.zeros((5, 1)), args=(a,), batched="a", vectorized=True)
 
 
+def test_a_vectorized_function_that_keeps_what_belongs_to_samples_to_itself_is_told():
+    a = np.linspace(1, 2, 5)[:, None]
+    with pytest.raises(
+        ValueError, match=r"f fails for \d of the 5 samples: (.|\n)*goes into args and is named in batched"
+    ):
+        root(lambda z: z**2 - a, np.ones((5, 1)), vectorized=True)
+
+
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 @pytest.mark.parametrize("unit", [1e-20, 1.0, 1e20])
 def test_rounding_that_depends_on_the_number_of_samples_is_no_mixing(dtype, unit):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ class Values:
             return Z.copy()
         args = self.arguments(rows, variable, value)
         if self.takes_all:
-            return self._checked(equation.f(Z.copy(), *args), Z.shape)
+            return self._of_many(equation.f, Z, args)
         return np.stack([self._checked(equation.f(self.as_posed(z), *own), z.shape) for z, own in self.each(Z, args)])
 
     def real(self, Z: Array, rows: Array) -> Array:
@@ -102,6 +102,18 @@ class Values:
                 f"{rows[1]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same row of z and of "
                 "batched arguments only. Solve what is coupled as one sample, z0 (n,)"
             )
+
+    def _of_many(self, f: Callable[..., Any], Z: Array, args: list[Array]) -> Array:
+        samples = self.equation.samples
+        try:
+            return self._checked(f(Z.copy(), *args), Z.shape)
+        except ValueError as error:
+            if len(Z) == samples:
+                raise
+            raise ValueError(
+                f"f fails for {len(Z)} of the {samples} samples: {error}. With vectorized=True it is given any number of them: "
+                "what belongs to each goes into args and is named in batched"
+            ) from error
 
     def _checked(self, y: object, shape: tuple[int, ...]) -> Array:
         if isinstance(y, tuple):
