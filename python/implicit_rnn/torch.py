@@ -249,7 +249,10 @@ def _lent(tensor: Tensor, device: str) -> Any:
 
 
 def _tensor(array: np.ndarray | DeviceArray) -> Tensor:
-    return torch.from_dlpack(array) if isinstance(array, DeviceArray) else torch.from_numpy(array)
+    """A tensor on the memory of the array, or on a copy where that cannot be written to."""
+    if isinstance(array, DeviceArray):
+        return torch.from_dlpack(array)
+    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
 
 
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
@@ -477,7 +480,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Callable[..., Any], conditions: _Conditions, start: Tensor, *args: Tensor) -> Tensor:
         solution = solve(*map(_numpy, (start, *args)))
-        z = torch.tensor(solution.state)
+        z = _tensor(solution.state)
         ctx.conditions, ctx.solution = conditions, solution
         ctx.save_for_backward(z, *args)
         return z
@@ -521,8 +524,7 @@ class _JuliaSolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: Callable[..., Any], device: str, start: Tensor, *args: Tensor) -> Tensor:
         ctx.solution, ctx.device = solve(start, *args), device
-        value = ctx.solution.value
-        z = _tensor(value) if isinstance(value, DeviceArray) else torch.tensor(value)
+        z = _tensor(ctx.solution.value)
         ctx.save_for_backward(z, *args)
         return z
 
@@ -662,11 +664,11 @@ def _argument(name: str, value: Any) -> Tensor:
 
 
 def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """The function of tensors as one of arrays, which share their memory."""
+    """The function of tensors as one of arrays, see ``_tensor``."""
 
     @torch.no_grad()
     def g(*arrays: np.ndarray) -> np.ndarray:
-        value = f(*(torch.from_numpy(array) if array.flags.writeable else torch.tensor(array) for array in arrays))
+        value = f(*map(_tensor, arrays))
         if not isinstance(value, Tensor):
             raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
         return value.resolve_neg().numpy()

@@ -34,9 +34,8 @@ class FixedPoint(Solve):
         self.sizes.pass_by(self.sizes(rows.F), rows.index)
 
     def restart(self, rows: Rows) -> Array:
-        start = self.f.equation.start[rows.index]
         self.sizes.begin(rows.index)
-        return start
+        return self.f.equation.start[rows.index]
 
     def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
         return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
