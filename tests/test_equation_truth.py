@@ -106,6 +106,8 @@ def test_a_far_start_does_not_coarsen_a_fixed_point(kind, far, shape):
     [
         lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * z.mean(axis=0),
         lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * z[::-1],
+        lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * np.cumsum(z, axis=0),
+        lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * z / np.linalg.norm(z + 1),
         lambda z, a: np.cos(a * z) / 2 - z / 4 + 0.1 * a.max(),
     ],
 )

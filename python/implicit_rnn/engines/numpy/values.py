@@ -92,16 +92,18 @@ class Values:
             return
         farthest = int(np.abs(Z[finite] - Z[finite[0]]).max(axis=1).argmax())
         rows = finite[[0, farthest or -1]]
-        one, z = rows[:1], Z[rows[:1]]
-        beside, alone = self(Z[rows], rows)[0], self(z, one)
-        error = np.abs(beside - alone[0])
-        if error.any() and error.max() > tolerance(Z.dtype) * self.terms(z, one, alone)[0]:
-            i = int(error.argmax())
-            raise ValueError(
-                f"f mixes samples, or is another at each call: entry {i} of sample {rows[0]} is {beside[i]:.9g} beside sample "
-                f"{rows[1]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same row of z and of "
-                "batched arguments only. Solve what is coupled as one sample, z0 (n,)"
-            )
+        beside = self(Z[rows], rows)
+        for k, other in ((0, 1), (1, 0)):
+            one, z = rows[[k]], Z[rows[[k]]]
+            alone = self(z, one)
+            error = np.abs(beside[k] - alone[0])
+            if error.any() and error.max() > tolerance(Z.dtype) * self.terms(z, one, alone)[0]:
+                i = int(error.argmax())
+                raise ValueError(
+                    f"f mixes samples, or is another at each call: entry {i} of sample {rows[k]} is {beside[k, i]:.9g} beside "
+                    f"sample {rows[other]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same "
+                    "row of z and of batched arguments only. Solve what is coupled as one sample, z0 (n,)"
+                )
 
     def _of_many(self, f: Callable[..., Any], Z: Array, args: list[Array]) -> Array:
         samples = self.equation.samples
