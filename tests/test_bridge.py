@@ -11,7 +11,7 @@ import pytest
 from conftest import RunPython, make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import Samples, TrainerOptions
+from implicit_rnn.engines.base import Samples, TrainerOptions
 from implicit_rnn.engines.julia.calls import call
 from implicit_rnn.runtime import environments, start
 

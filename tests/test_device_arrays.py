@@ -17,7 +17,7 @@ from conftest import CHECKOUT, check_device
 
 import implicit_rnn as irnn
 from implicit_rnn import device_arrays, dlpack
-from implicit_rnn.device_arrays import EVERYTHING, NOTHING, DeviceArray, lent
+from implicit_rnn.device_arrays import EVERYTHING, NOTHING, DeviceArray, as_device_array
 from implicit_rnn.runtime import start
 
 STREAM = 7
@@ -62,15 +62,15 @@ class ByDLPack:
 def test_an_array_is_read_where_it_lies():
     array = np.arange(12.0).reshape(4, 3)
     for producer in (OnCard(array), OnCard(array, strides=array.strides), OnCard(array, shape=[4, 3]), ByDLPack(array)):
-        found = lent("X", producer, "jl")
+        found = as_device_array("X", producer, "jl")
         assert (found.address, found.shape, found.dtype) == (array.ctypes.data, (4, 3), np.dtype("float64"))
         assert (len(found), found.ndim, found.size, found.reshape(-1).shape) == (4, 2, 12, (12,))
 
 
 def test_strides_count_where_there_is_more_than_one_entry():
     column = np.arange(12.0).reshape(4, 3)[:, :1].copy()
-    assert lent("X", OnCard(column, strides=(8, 1000)), "jl").shape == (4, 1)
-    assert lent("X", ByDLPack(np.zeros((1, 3))[:, ::1]), "jl").shape == (1, 3)
+    assert as_device_array("X", OnCard(column, strides=(8, 1000)), "jl").shape == (4, 1)
+    assert as_device_array("X", ByDLPack(np.zeros((1, 3))[:, ::1]), "jl").shape == (1, 3)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_strides_count_where_there_is_more_than_one_entry():
     ],
 )
 def test_the_stream_of_the_producer_is_known(said, stream):
-    assert lent("X", OnCard(np.zeros((4, 3)), **said), "jl").stream == stream
+    assert as_device_array("X", OnCard(np.zeros((4, 3)), **said), "jl").stream == stream
 
 
 @pytest.mark.parametrize(
@@ -108,27 +108,27 @@ def test_the_stream_of_the_producer_is_known(said, stream):
 )
 def test_what_contradicts_itself_is_refused_by_name(said, error, message):
     with pytest.raises(error, match=message):
-        lent("X", OnCard(np.zeros((4, 3)), **said), "jl")
+        as_device_array("X", OnCard(np.zeros((4, 3)), **said), "jl")
 
 
 def test_what_dlpack_cannot_say_is_refused_by_name():
     with pytest.raises(ValueError, match=r"strides \(1, 4\) in entries"):
-        lent("X", ByDLPack(np.zeros((3, 4)).T), "jl")
+        as_device_array("X", ByDLPack(np.zeros((3, 4)).T), "jl")
     with pytest.raises(TypeError, match="X has dtype int64; expected float32 or float64"):
-        lent("X", ByDLPack(np.zeros((3, 4), np.int64)), "jl")
+        as_device_array("X", ByDLPack(np.zeros((3, 4), np.int64)), "jl")
     with pytest.raises(ValueError, match=r"X is on card 1.*CUDA_VISIBLE_DEVICES"):
-        lent("X", ByDLPack(np.zeros((3, 4)), (2, 1)), "cuda")
+        as_device_array("X", ByDLPack(np.zeros((3, 4)), (2, 1)), "cuda")
 
 
 def test_what_is_somewhere_else_is_not_read():
     array = np.zeros((4, 3))
-    assert lent("X", array, "jl") is None
-    assert lent("X", array.tolist(), "jl") is None
-    assert lent("X", OnCard(array), "cpu") is None
-    assert lent("X", ByDLPack(array), "cuda") is None  # it is in the machine's memory
-    assert lent("X", ByDLPack(array, (2, 0)), "jl") is None
+    assert as_device_array("X", array, "jl") is None
+    assert as_device_array("X", array.tolist(), "jl") is None
+    assert as_device_array("X", OnCard(array), "cpu") is None
+    assert as_device_array("X", ByDLPack(array), "cuda") is None  # it is in host memory
+    assert as_device_array("X", ByDLPack(array, (2, 0)), "jl") is None
     for producer in (array, OnCard(array), ByDLPack(array)):
-        assert device_arrays.is_lent(producer, "jl") == (lent("X", producer, "jl") is not None)
+        assert device_arrays.is_on_device(producer, "jl") == (as_device_array("X", producer, "jl") is not None)
 
 
 # --- what is given out -----------------------------------------------------------------------------------------

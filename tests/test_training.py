@@ -11,7 +11,7 @@ import pytest
 from conftest import ENVIRONMENT, make_net, make_oscillating
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import TrainerOptions
+from implicit_rnn.engines.base import TrainerOptions
 from implicit_rnn.training import loop
 
 # --- the record ----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_net
 
 import implicit_rnn as irnn
-from implicit_rnn.engines import Replicas, Samples, TrainerOptions
+from implicit_rnn.engines.base import Replicas, Samples, TrainerOptions
 
 STILL = irnn.SGD(1e-300)
 """An optimiser that leaves the parameters as they are."""

@@ -18,8 +18,9 @@ from implicit_rnn.errors import (
     ModelFileError,
 )
 from implicit_rnn.model.constraints import Free, InfNorm, Monotone, Perron, Spectral
+from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import MAE, MSE, BinaryCrossEntropy, CrossEntropy, CustomLoss, Huber
-from implicit_rnn.model.optimizers import LBFGS, SGD, Adam, AdamW, Guard, Momentum, Nesterov, RMSProp
+from implicit_rnn.model.optimizers import LBFGS, SGD, Adam, AdamW, Momentum, Nesterov, RMSProp
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
 from implicit_rnn.serialization import load

@@ -20,7 +20,7 @@ Array = np.ndarray
 
 KINDS = {"cpu": (), "cuda": (2, 13), "jl": (1,)}
 """DLPack's kinds of memory that the arrays of each device are in, but for those of the machine, which are NumPy's. The reference
-device arrays, which are for tests, are in the machine's memory."""
+device arrays, which are for tests, are in host memory."""
 
 NOTHING, EVERYTHING = -1, 0
 """For a stream: there is nothing to wait for; the whole device is to be waited for."""
@@ -64,7 +64,7 @@ class DeviceArray:
 
     @classmethod
     def copy_of(cls, array: Array | DeviceArray, device: str) -> DeviceArray:
-        """Memory of the engine's with the numbers of an array, which may be in the machine's memory."""
+        """Memory of the engine's with the numbers of an array, which may be in host memory."""
         from implicit_rnn.engines.julia.calls import call
 
         copy = cls.empty(array.shape, array.dtype, device)
@@ -94,7 +94,7 @@ class DeviceArray:
         return DeviceArray(self.device, self.address, whole, self.dtype, self.stream, self.owner)
 
     def numpy(self) -> Array:
-        """A copy in the machine's memory."""
+        """A copy in host memory."""
         from implicit_rnn.engines.julia.calls import call
 
         copy = np.empty(self.shape, self.dtype)
@@ -103,11 +103,11 @@ class DeviceArray:
 
     def __reduce_ex__(self, _: object) -> NoReturn:
         raise TypeError(
-            "an array in the memory of a device cannot be pickled; its method numpy() copies it to the machine's"
+            "an array in the memory of a device cannot be pickled; its method numpy() copies it to host memory"
         )
 
     def __array__(self, *_: object, **__: object) -> Array:
-        raise TypeError("this array is in the memory of a device; its method numpy() copies it to the machine's")
+        raise TypeError("this array is in the memory of a device; its method numpy() copies it to host memory")
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class DeviceArray:
 # --- arrays of other libraries -------------------------------------------------------------------------------
 
 
-def lent(name: str, value: object, device: str) -> DeviceArray | None:
+def as_device_array(name: str, value: object, device: str) -> DeviceArray | None:
     """An array of another library as it lies on the device; None for what is not there.
 
     Raises ``TypeError`` and ``ValueError`` for an array that is there but cannot be read without a copy, or contradicts itself.
@@ -156,8 +156,8 @@ def lent(name: str, value: object, device: str) -> DeviceArray | None:
     return None if read is None else read(name, value, device)
 
 
-def is_lent(value: object, device: str) -> bool:
-    """Whether ``lent`` would take it."""
+def is_on_device(value: object, device: str) -> bool:
+    """Whether ``as_device_array`` would take it."""
     return _reader(value, device) is not None
 
 
@@ -204,9 +204,9 @@ def check_finite(name: str, array: DeviceArray) -> None:
     tell_of_nonfinite(name, int(bad), len(array), int(first))
 
 
-def in_machine(name: str, value: object, dtype: np.dtype, device: str) -> Any:
-    """The value, of which an array on the device, not converted, is copied to the machine's memory."""
-    there = lent(name, value, device)
+def to_host(name: str, value: object, dtype: np.dtype, device: str) -> Any:
+    """The value, of which an array on the device, not converted, is copied to host memory."""
+    there = as_device_array(name, value, device)
     if there is None:
         return value
     check_dtype(name, there, dtype, "the network")

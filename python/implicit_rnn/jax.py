@@ -1,6 +1,6 @@
 """Networks as functions of JAX, and fixed points and roots of functions written in JAX, with exact gradients.
 
-The engines are called by way of the machine's memory; from compiled code by ``jax.pure_callback``, which calls networks and
+The engines are called by way of host memory; from compiled code by ``jax.pure_callback``, which calls networks and
 equations in Julia code.
 """
 
@@ -16,8 +16,7 @@ from typing import Any, get_args
 import numpy as np
 
 from implicit_rnn import equations
-from implicit_rnn.engines import Of
-from implicit_rnn.engines.base import LARGEST_CHANGE
+from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for, choose_solver
@@ -292,7 +291,7 @@ def fixed_point(
     batched, solver, on_failure
         As in ``implicit_rnn.fixed_point``.
     device
-        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays come by way of the machine's memory,
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays come by way of host memory,
         wherever JAX has them.
 
     Returns

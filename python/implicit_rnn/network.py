@@ -14,18 +14,8 @@ from numpy.typing import ArrayLike, DTypeLike
 from implicit_rnn import device_arrays, options, serialization, training
 from implicit_rnn.console import html_table
 from implicit_rnn.device_arrays import DeviceArray
-from implicit_rnn.engines import (
-    CompiledNetwork,
-    Engine,
-    Of,
-    Problem,
-    Program,
-    Quality,
-    Samples,
-    check_device,
-    check_engine,
-    get_engine,
-)
+from implicit_rnn.engines import check_device, check_engine, get_engine
+from implicit_rnn.engines.base import CompiledNetwork, Engine, Of, Problem, Program, Quality, Samples
 from implicit_rnn.errors import report_failure
 from implicit_rnn.model.constraints import Constraint, ConstraintLike, Perron
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
@@ -314,7 +304,7 @@ class Network:
         return self._device
 
     def to(self, device: str) -> Network:
-        """Compute on another device from the next call on. The parameters stay NumPy arrays in the machine's memory.
+        """Compute on another device from the next call on. The parameters stay NumPy arrays in host memory.
 
         Parameters
         ----------
@@ -456,12 +446,12 @@ class Network:
         >>> bool((net.read_out(net.equilibrium(X).state) == net.predict(X)).all())
         True
         """
-        if (there := device_arrays.lent("state", state, self._device)) is None:
+        if (there := device_arrays.as_device_array("state", state, self._device)) is None:
             z, neurons = as_real("state", state, self.dtype), self.topology.neurons
             if z.ndim != 2 or z.shape[1] != neurons:
                 raise ValueError(f"state has shape {z.shape}; expected (samples, {neurons} neurons)")
             return self.topology.read_out(self._parameters, z)
-        z = self._lent("state", there, self.topology.neurons, "neurons")
+        z = self._device_rows("state", there, self.topology.neurons, "neurons")
         outputs = self._empty(z, self.topology.output_size)
         self.program().read_out(self._parameters, z, outputs)
         return outputs
@@ -805,7 +795,7 @@ class Network:
         return program
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
-        """What a loss is taken on, checked and converted, in the memory of the machine or of the network's device.
+        """What a loss is taken on, checked and converted, in host memory or that of the network's device.
 
         Parameters
         ----------
@@ -827,15 +817,15 @@ class Network:
         chosen, outputs = options.choose(Loss, loss, "loss"), self.topology.output_size
         if isinstance(chosen, CustomLoss):  # a function of NumPy arrays
             x = x.numpy() if isinstance(x, DeviceArray) else x
-            Y = device_arrays.in_machine("Y", Y, self.dtype, self._device)
-        there = device_arrays.lent("Y", Y, self._device)
+            Y = device_arrays.to_host("Y", Y, self.dtype, self._device)
+        there = device_arrays.as_device_array("Y", Y, self._device)
         if there is None:
             targets = chosen.targets("Y", Y, len(x), outputs, self.dtype)
         else:
             targets = self._rows("Y", there, len(x), outputs, "outputs")
             if chosen.bounded:
                 chosen.targets("Y", there.numpy(), len(x), outputs, self.dtype)
-        weights = device_arrays.in_machine("sample_weights", sample_weights, self.dtype, self._device)
+        weights = device_arrays.to_host("sample_weights", sample_weights, self.dtype, self._device)
         return Samples(x, targets, as_weights("sample_weights", weights, len(x), self.dtype))
 
     # --- files and words ---------------------------------------------------------------------------------
@@ -913,19 +903,19 @@ class Network:
         return self._compiled
 
     def _inputs(self, X: ArrayLike) -> Array:
-        if (there := device_arrays.lent("X", X, self._device)) is not None:
-            return self._lent("X", there, self.topology.inputs, "features")
+        if (there := device_arrays.as_device_array("X", X, self._device)) is not None:
+            return self._device_rows("X", there, self.topology.inputs, "features")
         return as_samples("X", X, self.topology.inputs, self.dtype, "features", self.topology.neurons)
 
     def _rows(self, name: str, value: ArrayLike, samples: int, columns: int, what: str) -> Array:
-        if (there := device_arrays.lent(name, value, self._device)) is not None:
-            rows = self._lent(name, there, columns, what)
+        if (there := device_arrays.as_device_array(name, value, self._device)) is not None:
+            rows = self._device_rows(name, there, columns, what)
         else:
             rows = as_samples(name, value, columns, self.dtype, what)
         check_samples(name, rows, samples)
         return rows
 
-    def _lent(self, name: str, array: DeviceArray, columns: int, what: str) -> Array:
+    def _device_rows(self, name: str, array: DeviceArray, columns: int, what: str) -> Array:
         """An array on the network's device, checked."""
         self._compile()  # where the device cannot be had, that is what is to be said
         return device_arrays.as_samples(name, array, columns, self.dtype, what)

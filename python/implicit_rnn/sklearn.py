@@ -17,13 +17,13 @@ from numpy.typing import ArrayLike
 from scipy.special import expit, log_expit, log_softmax, softmax
 
 from implicit_rnn import options
-from implicit_rnn.engines import Samples
+from implicit_rnn.engines.base import Samples
 from implicit_rnn.model.constraints import ConstraintLike
 from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossLike, as_weights
-from implicit_rnn.model.optimizers import LBFGS, Adam, Guard, Optimizer, OptimizerLike
+from implicit_rnn.model.optimizers import LBFGS, Adam, Optimizer, OptimizerLike
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
-from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike, check_penalty
+from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
 from implicit_rnn.training.schedules import Constant, Schedule, ScheduleLike
@@ -175,26 +175,19 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     ) -> Run:
         """Train the network, with the state in which the optimiser was left where it is of the same kind."""
         largest = len(samples) if self._minimises_all_at_once() else min(BATCH_SIZE, len(samples))
-        size = largest if self.batch_size == "auto" else options.check_count("batch_size", self.batch_size)
-        adjoint = options.choose(Adjoint, self.adjoint, "adjoint")
-        if self.clip is not None:
-            options.check_positive("clip", self.clip)
-        settings = Settings(
+        settings = Settings.checked(
+            len(samples),
+            self._chosen_loss,
             optimizer=self._chosen_optimizer(),
-            schedule=options.choose(Schedule, self.schedule, "schedule"),
-            epochs=options.check_count("epochs", epochs),
-            batch_size=min(size, len(samples)),
-            samples=len(samples),
-            loss=self._chosen_loss,
-            solver=options.choose(Solver, self.solver, "solver"),
-            adjoint=adjoint,
+            schedule=self.schedule,
+            epochs=epochs,
+            batch_size=largest if self.batch_size == "auto" else self.batch_size,
+            solver=self.solver,
+            adjoint=self.adjoint,
             clip=self.clip,
-            jacobian_penalty=check_penalty(self.jacobian_penalty, adjoint),
-            validation_every=1,
-            early_stopping=early_stopping,
-            restore_best=False,
-            guard=Guard(),
+            jacobian_penalty=self.jacobian_penalty,
             seed=self._draw_seed(),
+            early_stopping=early_stopping,
         )
         training = Training([self.network_], samples, validation, settings)
         if self._optimizer_state is not None:

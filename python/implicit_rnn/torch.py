@@ -12,9 +12,8 @@ from typing import Any, get_args
 import numpy as np
 
 from implicit_rnn import equations
-from implicit_rnn.device_arrays import DeviceArray, is_lent
-from implicit_rnn.engines import Of
-from implicit_rnn.engines.base import LARGEST_CHANGE
+from implicit_rnn.device_arrays import DeviceArray, is_on_device
+from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for
@@ -120,7 +119,7 @@ class ImplicitRNN(nn.Module):
             raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self._net.topology.inputs})")
         weights = tuple(getattr(self, name) for name in self._net.weights)  # which may be parametrised
         tensor = weights[0]
-        if x.device != tensor.device or (x.device.type != "cpu" and not is_lent(x, self._net.device)):
+        if x.device != tensor.device or (x.device.type != "cpu" and not is_on_device(x, self._net.device)):
             raise TypeError(
                 f"x is on {x.device} and the parameters are on {tensor.device}, but the network computes on {self._net.device}: "
                 "keep this layer on the CPU, layer.cpu(), and call layer(x.cpu()).to(x.device); or, on an NVIDIA card, "
@@ -242,10 +241,10 @@ def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.detach().resolve_neg().contiguous().numpy()
 
 
-def _lent(tensor: Tensor, device: str) -> Any:
+def _to_engine(tensor: Tensor, device: str) -> Any:
     """What is taken for a tensor, without a copy: an array, or the tensor itself if it is on the device."""
     whole = tensor.detach().resolve_neg().contiguous()
-    return whole if is_lent(whole, device) else whole.numpy()
+    return whole if is_on_device(whole, device) else whole.numpy()
 
 
 def _tensor(array: np.ndarray | DeviceArray) -> Tensor:
@@ -276,7 +275,7 @@ class _Equilibrium(torch.autograd.Function):
         if not len(x):
             sizes = net.topology.neurons if layer.of == "state" else net.topology.output_size, net.topology.neurons
             return x.new_empty(0, sizes[0]), x.new_empty(0, sizes[1])
-        state = net.equilibrium(_lent(x, net.device), solver=layer.solver, on_failure=layer.on_failure).state
+        state = net.equilibrium(_to_engine(x, net.device), solver=layer.solver, on_failure=layer.on_failure).state
         z = _tensor(state)
         return z.clone() if layer.of == "state" else _tensor(net.read_out(state)), z
 
@@ -312,12 +311,12 @@ class _Pullback(torch.autograd.Function):
             return torch.zeros_like(x), *map(torch.zeros_like, weights)
         net = layer.network(weights)
         gradient, dx = net.vjp(
-            _lent(x, net.device),
-            _lent(v, net.device),
+            _to_engine(x, net.device),
+            _to_engine(v, net.device),
             of=layer.of,
             solver=layer.solver,
             adjoint=layer.adjoint,
-            z0=_lent(state, net.device),
+            z0=_to_engine(state, net.device),
             on_failure=layer.on_failure,
         )
         parts = [torch.from_numpy(part).to(x.device) for part in net.named(gradient).values()]
@@ -541,7 +540,7 @@ class _JuliaPullback(torch.autograd.Function):
     def forward(
         ctx: Any, solution: equations.ImplicitSolution, device: str, v: Tensor, *args: Tensor
     ) -> tuple[Tensor | None, ...]:
-        products = solution.vjp(_lent(v, device))
+        products = solution.vjp(_to_engine(v, device))
         found = zip(map(products.get, solution.names), args, strict=True)
         return tuple(None if product is None else _tensor(product).to(arg.device) for product, arg in found)
 
@@ -583,9 +582,15 @@ def _solve(
     if isinstance(f, JuliaFunction):
 
         def solve_julia(start: Tensor, *args: Tensor) -> equations.ImplicitSolution:
-            given = [_lent(arg, device) if arg.is_floating_point() else _numpy(arg.cpu()) for arg in args]
+            given = [_to_engine(arg, device) if arg.is_floating_point() else _numpy(arg.cpu()) for arg in args]
             return pose(
-                f, _lent(start, device), args=given, batched=batched, vectorized=vectorized, device=device, **settings
+                f,
+                _to_engine(start, device),
+                args=given,
+                batched=batched,
+                vectorized=vectorized,
+                device=device,
+                **settings,
             )
 
         return _applied(_JuliaSolution, solve_julia, device, z0, *floats)
@@ -622,7 +627,7 @@ def _check_start(z0: Tensor) -> None:
 
 
 def _check_place(name: str, tensor: Tensor, device: str) -> None:
-    if tensor.device.type != "cpu" and not is_lent(tensor, device):
+    if tensor.device.type != "cpu" and not is_on_device(tensor, device):
         raise TypeError(
             f"{name} is on {tensor.device}, and the equation is solved on {device!r}: pass {name}.cpu(); or, on an "
             "NVIDIA card, Julia code for f with device='cuda'"

@@ -5,39 +5,10 @@ from __future__ import annotations
 import os
 import threading
 
-from implicit_rnn.engines.base import (
-    DEVICES,
-    CompiledNetwork,
-    Engine,
-    Halt,
-    Of,
-    Problem,
-    Program,
-    Quality,
-    Replicas,
-    Samples,
-    Trainer,
-    TrainerOptions,
-)
+from implicit_rnn.engines.base import DEVICES, Engine
 from implicit_rnn.engines.numpy import NumpyEngine
 from implicit_rnn.errors import EngineError, EngineWarning, warn
 from implicit_rnn.options import check_choice
-
-__all__ = [
-    "ENGINES",
-    "CompiledNetwork",
-    "Engine",
-    "Halt",
-    "Of",
-    "Problem",
-    "Program",
-    "Quality",
-    "Replicas",
-    "Samples",
-    "Trainer",
-    "TrainerOptions",
-    "get_engine",
-]
 
 ENGINES = ("auto", "julia", "numpy")
 

@@ -15,8 +15,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from implicit_rnn.device_arrays import DeviceArray
+from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import Loss
-from implicit_rnn.model.optimizers import Guard, Optimizer
+from implicit_rnn.model.optimizers import Optimizer
 from implicit_rnn.model.topology import Topology
 from implicit_rnn.solution import GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Solver
@@ -270,7 +271,7 @@ class Equation:
     """where Julia code runs, one of ``DEVICES``"""
 
     @property
-    def lent(self) -> bool:
+    def on_device(self) -> bool:
         """Whether the start or an argument is on the device, as all results are then."""
         return self.device != "cpu" and any(isinstance(array, DeviceArray) for array in (self.start, *self.args))
 

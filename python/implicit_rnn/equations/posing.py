@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn import device_arrays
-from implicit_rnn.device_arrays import DeviceArray, check_dtype, lent
+from implicit_rnn.device_arrays import DeviceArray, as_device_array, check_dtype
 from implicit_rnn.engines.base import Equation
 from implicit_rnn.equations.functions import Function, argument_names
 from implicit_rnn.validation import as_array, as_real, check_finite
@@ -89,9 +89,9 @@ def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
     raise TypeError(f"{subject} {key!r}; expected the name or the position of an argument; {known}")
 
 
-def lent_or_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
+def device_or_host_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
     """An array on the device as it lies there, any other value as a NumPy array."""
-    there = lent(name, value, device)
+    there = as_device_array(name, value, device)
     return _as_array(name, value) if there is None else there
 
 
@@ -108,7 +108,7 @@ def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
 
 
 def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
-    array = lent_or_array("z0", z0, device)
+    array = device_or_host_array("z0", z0, device)
     if array.ndim > 2 or array.size == 0:
         raise ValueError(
             f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
@@ -127,7 +127,7 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
 
 
 def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Array:
-    array = lent_or_array(name, value, device)
+    array = device_or_host_array(name, value, device)
     if array.size == 0:
         raise ValueError(f"{name} has shape {array.shape} and no entries")
     if isinstance(array, DeviceArray):

@@ -268,7 +268,7 @@ class CustomLoss(Loss):
         ``(outputs, targets) -> (values, derivatives)``: it takes the outputs y (B, outputs) in float64 and the targets
         t, an array of B numbers or rows as it was given, and returns the values ℓ (B,), one per sample, and the
         derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with batches of any size and must treat samples alike. Both are
-        copies, which it may write to, NumPy arrays wherever the network computes: data on a card are copied to the machine's
+        copies, which it may write to, NumPy arrays wherever the network computes: data on a card are copied to host
         memory once.
 
     Raises

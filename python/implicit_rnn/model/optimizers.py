@@ -1,4 +1,4 @@
-"""The optimisers with their formulas, those of Optimisers.jl, and the guard that halts a training.
+"""The optimisers with their formulas, those of Optimisers.jl.
 
 Arrays have a leading axis of S nets: parameters p and gradients g (S, P).
 """
@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from implicit_rnn.options import Option, check_count, check_decay, check_not_negative, check_positive, check_share
+from implicit_rnn.options import Option, check_count, check_decay, check_not_negative, check_positive
 
 Array = np.ndarray
 
@@ -445,44 +445,3 @@ class LBFGS(Optimizer):
 
 OptimizerLike = Optimizer | Literal["sgd", "momentum", "nesterov", "adam", "adamw", "rmsprop", "lbfgs"]
 """An optimiser, or the name of one with its default options."""
-
-
-# --- the guard -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Guard(Option):
-    """When the training of a net is halted, besides a loss or gradient that is not finite.
-
-    A net that is halted has the parameters from which its last good epoch began: one with finite losses and no more
-    unconverged samples than allowed.
-
-    Parameters
-    ----------
-    unconverged
-        Largest share of an epoch's samples that may miss their equilibrium, from 0 to 1, which lets all pass.
-    parameter_norm
-        Largest Euclidean norm of the parameters after an epoch; None for any.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
-    Examples
-    --------
-    >>> X = np.linspace(-1, 1, 20)[:, None]
-    >>> net = irnn.Network(1, [irnn.Layer(4)], outputs=1, seed=0)
-    >>> guard = irnn.Guard(parameter_norm=100)
-    >>> run = net.fit(X, X**2, optimizer=irnn.SGD(1e4), epochs=9, guard=guard, on_failure="ignore", progress=False)
-    >>> print(run.stopped[:73])
-    training halted: the norm of the parameters exceeds 100 after epoch 1; th
-    """
-
-    unconverged: float = 1.0
-    parameter_norm: float | None = 1e6
-
-    def __post_init__(self) -> None:
-        check_share("unconverged", self.unconverged)
-        if self.parameter_norm is not None:
-            check_positive("parameter_norm", self.parameter_norm)

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 from numpy.typing import ArrayLike
 
 from implicit_rnn import options
-from implicit_rnn.device_arrays import in_machine
-from implicit_rnn.engines import Samples
+from implicit_rnn.device_arrays import to_host
+from implicit_rnn.engines.base import Samples
 from implicit_rnn.errors import CheckpointError
+from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
-from implicit_rnn.model.optimizers import Adam, Guard, Optimizer, OptimizerLike
+from implicit_rnn.model.optimizers import Adam, OptimizerLike
 from implicit_rnn.options import OnFailure
-from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
+from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike
 from implicit_rnn.training.checkpoints import Checkpoint, read
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.loop import Training, Watch
-from implicit_rnn.training.schedules import Schedule, ScheduleLike
+from implicit_rnn.training.schedules import ScheduleLike
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.snapshot import Snapshot
 from implicit_rnn.training.stopping import Callback, EarlyStopping
@@ -158,37 +159,27 @@ def fit_many(
     if not (chosen.bounded or isinstance(chosen, CustomLoss)):
         warn_of_scale("Y", samples.Y)
     held_out = None if validation is None else _held_out(first, chosen, validation)
-    restore_best = options.check_flag("restore_best", restore_best)
-    warm_start = options.check_flag("warm_start", warm_start)
-    if held_out is None and (restore_best or early_stopping is not None):
-        needs = "restore_best" if restore_best else "early_stopping"
-        raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
-    if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
-        raise TypeError(f"early_stopping must be an EarlyStopping(patience=...), got {early_stopping!r}")
-    if clip is not None:
-        options.check_number("clip", clip)
-        if not clip > 0:
-            raise ValueError(f"clip must be positive, got {clip}")
-    size = len(samples) if batch_size is None else options.check_count("batch_size", batch_size)
-    adjoint = options.choose(Adjoint, adjoint, "adjoint")
-    settings = Settings(
-        optimizer=options.choose(Optimizer, optimizer, "optimizer"),
-        schedule=options.choose(Schedule, schedule, "schedule"),
-        epochs=options.check_count("epochs", epochs),
-        batch_size=min(size, len(samples)),
-        samples=len(samples),
-        loss=chosen,
-        solver=options.choose(Solver, solver, "solver"),
+    settings = Settings.checked(
+        len(samples),
+        chosen,
+        optimizer=optimizer,
+        schedule=schedule,
+        epochs=epochs,
+        batch_size=len(samples) if batch_size is None else batch_size,
+        solver=solver,
         adjoint=adjoint,
-        clip=None if clip is None else float(clip),
-        jacobian_penalty=check_penalty(jacobian_penalty, adjoint),
-        validation_every=options.check_count("validation_every", validation_every),
+        clip=clip,
+        jacobian_penalty=jacobian_penalty,
+        seed=seed,
+        validation_every=validation_every,
         early_stopping=early_stopping,
         restore_best=restore_best,
-        guard=options.choose(Guard, guard, "guard"),
-        seed=seed,
+        guard=guard,
         warm_start=warm_start,
     )
+    if held_out is None and (settings.restore_best or settings.early_stopping is not None):
+        needs = "restore_best" if settings.restore_best else "early_stopping"
+        raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
     watch = Watch(
         callbacks=_callbacks(callbacks),
         callback_every=options.check_count("callback_every", callback_every),
@@ -219,10 +210,10 @@ def _check_nets(nets: Sequence[Network]) -> None:
 
 
 def _held_out(net: Network, loss: Loss, validation: tuple[ArrayLike, ...]) -> Samples:
-    """The samples of ``validation``, in the machine's memory, where their loss is taken."""
+    """The samples of ``validation``, in host memory, where their loss is taken."""
     if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
         raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
-    arrays = [in_machine(f"validation[{k}]", array, net.dtype, net.device) for k, array in enumerate(validation)]
+    arrays = [to_host(f"validation[{k}]", array, net.dtype, net.device) for k, array in enumerate(validation)]
     X, Y, weights = (*arrays, None)[:3]
     x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
     y = loss.targets("validation[1]", Y, len(x), net.topology.output_size, net.dtype)

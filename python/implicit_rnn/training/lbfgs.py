@@ -6,8 +6,9 @@ import warnings
 
 import numpy as np
 
-from implicit_rnn.engines import Halt, Program, Replicas, Samples
-from implicit_rnn.model.optimizers import LBFGS, Guard
+from implicit_rnn.engines.base import Halt, Program, Replicas, Samples
+from implicit_rnn.model.guard import Guard
+from implicit_rnn.model.optimizers import LBFGS
 
 Array = np.ndarray
 

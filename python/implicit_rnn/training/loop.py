@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_rnn.console import progress_bar
-from implicit_rnn.engines import Halt, Replicas, Samples, Trainer, TrainerOptions
+from implicit_rnn.engines.base import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import report_failure
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import Solution, remedy

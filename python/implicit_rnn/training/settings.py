@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from implicit_rnn import options
+from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import Loss
-from implicit_rnn.model.optimizers import LBFGS, GradientDescent, Guard, Optimizer
-from implicit_rnn.solvers import Adjoint, Solver
-from implicit_rnn.training.schedules import Constant, Schedule
+from implicit_rnn.model.optimizers import LBFGS, GradientDescent, Optimizer, OptimizerLike
+from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike, check_penalty
+from implicit_rnn.training.schedules import Constant, Schedule, ScheduleLike
 from implicit_rnn.training.stopping import EarlyStopping
 
 Array = np.ndarray
@@ -35,6 +37,54 @@ class Settings:
     guard: Guard
     seed: int
     warm_start: bool = False
+
+    @classmethod
+    def checked(
+        cls,
+        samples: int,
+        loss: Loss,
+        *,
+        optimizer: OptimizerLike,
+        schedule: ScheduleLike,
+        epochs: int,
+        batch_size: int,
+        solver: SolverLike,
+        adjoint: AdjointLike,
+        clip: float | None,
+        jacobian_penalty: float,
+        seed: int,
+        validation_every: int = 1,
+        early_stopping: EarlyStopping | None = None,
+        restore_best: bool = False,
+        guard: Guard = Guard(),
+        warm_start: bool = False,
+    ) -> Settings:
+        """The settings that a user has chosen for so many samples; ``ValueError`` and ``TypeError`` as in ``fit_many``."""
+        if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
+            raise TypeError(f"early_stopping must be an EarlyStopping(patience=...), got {early_stopping!r}")
+        if clip is not None:
+            options.check_number("clip", clip)
+            if not clip > 0:
+                raise ValueError(f"clip must be positive, got {clip}")
+        chosen_adjoint = options.choose(Adjoint, adjoint, "adjoint")
+        return cls(
+            optimizer=options.choose(Optimizer, optimizer, "optimizer"),
+            schedule=options.choose(Schedule, schedule, "schedule"),
+            epochs=options.check_count("epochs", epochs),
+            batch_size=min(options.check_count("batch_size", batch_size), samples),
+            samples=samples,
+            loss=loss,
+            solver=options.choose(Solver, solver, "solver"),
+            adjoint=chosen_adjoint,
+            clip=None if clip is None else float(clip),
+            jacobian_penalty=check_penalty(jacobian_penalty, chosen_adjoint),
+            validation_every=options.check_count("validation_every", validation_every),
+            early_stopping=early_stopping,
+            restore_best=options.check_flag("restore_best", restore_best),
+            guard=options.choose(Guard, guard, "guard"),
+            seed=seed,
+            warm_start=options.check_flag("warm_start", warm_start),
+        )
 
     def __post_init__(self) -> None:
         if self.warm_start and not self.adjoint.needs_equilibrium:

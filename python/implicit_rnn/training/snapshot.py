@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from implicit_rnn.device_arrays import DeviceArray
-from implicit_rnn.engines import Halt, Samples
+from implicit_rnn.engines.base import Halt, Samples
 from implicit_rnn.errors import CheckpointError
 from implicit_rnn.options import Option
 

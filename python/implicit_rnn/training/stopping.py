@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from implicit_rnn.engines import Halt
+from implicit_rnn.engines.base import Halt
 from implicit_rnn.options import Option, check_count, check_flag, check_not_negative
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ class JuliaEquation:
     def __init__(self, equation: Equation) -> None:
         assert isinstance(equation.f, JuliaFunction)
         self._equation = equation
-        self._args = _lent(equation)  # Julia works on their memory, and on that of the state
+        self._args = _to_julia(equation)  # Julia works on their memory, and on that of the state
         self._form = _form_of(equation)
 
     def solve(self, solver: Solver, out: Solution) -> None:
@@ -50,7 +50,7 @@ class JuliaEquation:
     def jacobian(self, index: int, wanted: Array) -> Array:
         equation = self._equation
         shape = equation.entry_shape(index)
-        if equation.lent:
+        if equation.on_device:
             there = DeviceArray.empty(
                 (equation.samples, equation.n, equation.entries(index)), self._state.dtype, equation.device
             )
@@ -67,7 +67,7 @@ class JuliaEquation:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._equation = state["equation"]
         # joblib gives them as memmaps, which the bridge does not know.
-        self._args, self._state = tuple(map(np.asarray, _lent(self._equation))), np.asarray(state["state"])
+        self._args, self._state = tuple(map(np.asarray, _to_julia(self._equation))), np.asarray(state["state"])
         self._form = _form_of(self._equation)
         self._handle = Handle(_ask("equation_at", self._form.number, self._state.reshape(-1), self._args))
 
@@ -132,7 +132,7 @@ def _solver(solver: Solver) -> Handle:
     return Handle(_ask("equation_solver", solver.name, solver.options()))
 
 
-def _lent(equation: Equation) -> tuple[Array, ...]:
+def _to_julia(equation: Equation) -> tuple[Array, ...]:
     """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
     return tuple([_flat(array, batched) for array, batched in zip(equation.args, equation.batched, strict=True)])
 
@@ -145,13 +145,13 @@ def _flat(array: Array, batched: bool) -> Array:
 
 def _like(array: Array, equation: Equation) -> Array:
     """An array to be filled in, where the results of the equation are."""
-    if equation.lent:
+    if equation.on_device:
         return cast("Array", DeviceArray.empty(array.shape, array.dtype, equation.device))
     return np.empty_like(array)
 
 
 def _from_julia(flat: Array, shape: tuple[int, ...], batched: bool) -> Array:
-    """The inverse of ``_lent`` for one argument."""
+    """The inverse of ``_to_julia`` for one argument."""
     if isinstance(flat, DeviceArray):
         return cast("Array", flat.reshape(shape))
     axes = _reversal(len(shape), batched)
