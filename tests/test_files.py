@@ -54,6 +54,7 @@ def test_loaded_net_is_the_saved_one_bit_by_bit(engine, path, dtype, settings, X
     np.testing.assert_array_equal(loaded.predict(X), net.predict(X))
 
 
+@pytest.mark.filterwarnings("ignore:.* has weights that are not finite")
 @pytest.mark.parametrize("value", [np.nan, np.inf, -0.0, 5e-324])
 def test_unusual_numbers_come_back_bit_by_bit(path, value):
     net = make_net("numpy")

@@ -287,7 +287,7 @@ def test_bad_equations_are_refused_by_name():
         with pytest.raises(ValueError, match=r"z0 has shape \(0, 2\)"):
             wrap(lambda: door.root(lambda z: z, np.ones((0, 2))))()
     with pytest.raises(TypeError, match=r"args\[0\] is a str; expected a number or an array"):
-        door.root(lambda z, a: z, np.ones(2), args=("a",))
+        door.root(lambda z, a: z, np.ones(2), args=("text",))
     with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):
         door.root(lambda z, a: z, np.ones(2), args=2.0)
     with pytest.raises(TypeError, match="f is 3; expected a function"):

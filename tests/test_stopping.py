@@ -9,6 +9,7 @@ import pytest
 from conftest import make_net, make_oscillating
 
 import implicit_rnn as irnn
+from implicit_rnn.errors import ScaleWarning
 
 
 @pytest.fixture
@@ -227,7 +228,8 @@ def test_guard_raises_if_asked_to(net, X, Y):
 
 
 def test_guarded_lbfgs_halts_too(net, X, Y):
-    run = net.fit(X, 1e3 * Y, optimizer="lbfgs", guard=irnn.Guard(parameter_norm=20), on_failure="ignore")
+    with pytest.warns(ScaleWarning):
+        run = net.fit(X, 1e3 * Y, optimizer="lbfgs", guard=irnn.Guard(parameter_norm=20), on_failure="ignore")
     assert "norm of the parameters" in run.stopped
     assert np.linalg.norm(net.parameters) <= 20
 

@@ -12,6 +12,7 @@ from conftest import ENVIRONMENT, make_net, make_oscillating
 
 import implicit_rnn as irnn
 from implicit_rnn.engines.base import TrainerOptions
+from implicit_rnn.errors import ScaleWarning
 from implicit_rnn.training import loop
 
 # --- the record ----------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ def test_run_that_failed_keeps_its_parameters_whatever_the_chunks(engine):
 
     def trained(epochs: int) -> tuple[np.ndarray, np.ndarray]:
         net = irnn.Network(1, [irnn.Layer(1, "identity", lateral=False)], outputs=[0], seed=0, engine=engine)
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), pytest.warns(ScaleWarning):
             run = net.fit(X, Y, epochs=epochs, batch_size=1, on_failure="ignore")
         return net.parameters, run.loss
 
