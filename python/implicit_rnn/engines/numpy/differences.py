@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,21 @@ FEW = 128
 """Entries of a variable up to which each is moved for itself."""
 _FLAT_FACTOR = 1e4
 """The step, in units of the best one for a function of scale 1, at which an f that does not change is believed to be flat."""
+
+
+class _Quotients(NamedTuple):
+    """Difference quotients by one step and by half of it, for m samples."""
+
+    fine: Array
+    """(m, n) by half of it"""
+    extrapolated: Array
+    """(m, n)"""
+    doubt: Array
+    """(m,) how far the two differ, or may by rounding"""
+    flat: Array
+    """(m,) whether f has not changed at all"""
+    good: Array
+    """(m,) whether the two agree, second differences shrink, as of a smooth function they do, and rounding counts for little"""
 
 
 class Differences:
@@ -177,21 +193,12 @@ class Differences:
     def _difference(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array]:
         """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
 
-        It is infinite unless the two differ, and the second differences shrink, as those of a smooth function do, and rounding
-        counts for little; several steps are tried, in units of the variable. That f does not change at all is believed of a
-        step of some per cent, since a small one may be lost in rounding.
+        The doubt is infinite where they are not good. Several steps are tried, in units of the variable. That f does not change
+        at all is believed of a step of some per cent, since a small one may be lost in rounding.
         """
-        x, per_row = self._f.variable(Z, rows, variable)
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
-        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
-        moved = np.abs(x * direction).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        others = np.abs(x).reshape(m if per_row else 1, -1).max(axis=1).astype(np.float64)
-        # Smaller numbers are zero, or on their way to it, and no step is a part of them.
-        nothing = float(np.finfo(Z.dtype).tiny)
-        size = np.where(moved > nothing, moved, np.where(others > nothing, others, 1.0))
-        factors = [1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6] + (
-            [] if (moved > nothing).all() else [1e-9, 1e-12, 1e-15, 1e-18, 1e12]
-        )
+        size, vanishes = self._sizes(Z, rows, variable, direction)
+        factors = (1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
         best, doubt = np.full((m, self._f.equation.n), np.nan), np.full(m, np.inf)
         always_flat = np.full(m, True)
         center = self._f(Z, rows).astype(np.float64)
@@ -200,33 +207,52 @@ class Differences:
             left = np.flatnonzero(doubt == np.inf)
             if not len(left):
                 break
-            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size * factor))
-            h = step[left] if per_row else np.broadcast_to(step, len(left))
-            values = []
-            for part in (1.0, -1.0, 0.5, -0.5):
-                scaled = part * (step[left].reshape(-1, *[1] * (x.ndim - 1)) if per_row else step.reshape([1] * x.ndim))
-                values.append(self._shifted(Z[left], rows[left], variable, (direction * scaled).astype(x.dtype)))
-            plus, minus, plus2, minus2 = (v.astype(np.float64) for v in values)
-            coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
-            bend = np.abs(plus - 2 * center[left] + minus) / h[:, None]
-            bend2 = np.abs(plus2 - 2 * center[left] + minus2) / (h[:, None] / 2)
-            noise = eps * np.fmax(np.abs(plus).max(axis=1), terms[left]) / (h / 2)
-            large = np.abs(fine).max(axis=1)
-            unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
-            flat = (large == 0) & (np.abs(coarse).max(axis=1) == 0) & (bend.max(axis=1) == 0)
-            always_flat[left] &= flat
-            good = np.where(
-                flat,
-                always_flat[left] & (factor == _FLAT_FACTOR),
-                (unequal <= 100 * tol * np.maximum(large, bend.max(axis=1)))
-                & (noise <= 100 * tol * np.maximum(large, bend.max(axis=1)))
-                & (kinked <= tol * large + 4 * noise),
-            )
-            value = np.where(good[:, None], fine + (fine - coarse) / 3, fine)
+            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size[left] * factor))
+            found = self._quotients(Z[left], rows[left], variable, direction, step, center[left], terms[left])
+            always_flat[left] &= found.flat
+            good = np.where(found.flat, always_flat[left] & (factor == _FLAT_FACTOR), found.good)
+            value = np.where(good[:, None], found.extrapolated, found.fine)
             first = np.isnan(best[left]).all(axis=1)
             best[left[good | first]] = value[good | first]
-            doubt[left[good]] = (unequal + noise)[good]
+            doubt[left[good]] = found.doubt[good]
         return best.astype(Z.dtype), doubt
+
+    def _sizes(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, bool]:
+        """The size (m,) of what moves along a direction, or of the variable or 1 where that is zero, and whether any is."""
+        x, per_row = self._f.variable(Z, rows, variable)
+        as_rows = (len(rows) if per_row else 1, -1)
+        moved, whole = (np.abs(v).reshape(as_rows).max(axis=1).astype(np.float64) for v in (x * direction, x))
+        # Smaller numbers are zero, or on their way to it, and no step is a part of them.
+        nothing = float(np.finfo(Z.dtype).tiny)
+        size = np.where(moved > nothing, moved, np.where(whole > nothing, whole, 1.0))
+        return np.broadcast_to(size, len(rows)), not (moved > nothing).all()
+
+    def _quotients(
+        self, Z: Array, rows: Array, variable: int, direction: Array, h: Array, center: Array, terms: Array
+    ) -> _Quotients:
+        """With steps h (m,), from the values (m, n) at Z and the size (m,) of the terms they are sums of."""
+        x, per_row = self._f.variable(Z, rows, variable)
+        step = h.reshape(-1, *[1] * (x.ndim - 1)) if per_row else h[0]
+
+        def values(part: float) -> Array:
+            return self._shifted(Z, rows, variable, (direction * (part * step)).astype(x.dtype)).astype(np.float64)
+
+        plus, minus, plus2, minus2 = map(values, (1.0, -1.0, 0.5, -0.5))
+        coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
+        bend = np.abs(plus - 2 * center + minus) / h[:, None]
+        bend2 = np.abs(plus2 - 2 * center + minus2) / (h[:, None] / 2)
+        noise = float(np.finfo(Z.dtype).eps) * np.fmax(np.abs(plus).max(axis=1), terms) / (h / 2)
+        large, most_bent = np.abs(fine).max(axis=1), bend.max(axis=1)
+        unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
+        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
+        near = 100 * tol * np.maximum(large, most_bent)
+        return _Quotients(
+            fine=fine,
+            extrapolated=fine + (fine - coarse) / 3,
+            doubt=unequal + noise,
+            flat=(large == 0) & (np.abs(coarse).max(axis=1) == 0) & (most_bent == 0),
+            good=(unequal <= near) & (noise <= near) & (kinked <= tol * large + 4 * noise),
+        )
 
     def _shifted(self, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
         x = self._f.variable(Z, rows, variable)[0]
