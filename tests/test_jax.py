@@ -238,6 +238,38 @@ def test_what_an_equation_closes_over_counts_as_an_argument():
             close([transform(jax.jit(closure))(each) for each in a], expected, rtol=1e-8)
 
 
+def test_solution_is_a_good_start_in_compiled_code():
+    solve = jax.jit(lambda z, a: door.fixed_point(lambda z, a: jnp.cos(a * z), z, args=(a,), batched="a"))
+    a = np.linspace(0.1, 1.2, 5)[:, None]
+    z = solve(np.full((5, 1), 0.5), a)
+    for nearby in (0, 1e-16, 1e-12, 1e-10, 1e-8):
+        close(solve(z * (1 + nearby), a), z, rtol=1e-9)
+    close(jax.lax.fori_loop(0, 9, lambda _, z: solve(z, a), np.full((5, 1), 0.5)), z)
+
+
+def test_arguments_may_be_pytrees():
+    def f(z, p, x):
+        return jnp.tanh(p["W"] @ z + p["b"][0] * p["b"][1] + x[0])
+
+    p, x = {"W": COUPLING, "b": [np.arange(3.0), 0.5]}, (DRIVE,)
+
+    def by_tree(p, x):
+        return door.fixed_point(f, np.zeros((2, 3)), args=(p, x), batched="x")
+
+    def by_arrays(p, x):
+        args = (p["W"], p["b"][0] * p["b"][1] + x[0])
+        return door.fixed_point(tanh, np.zeros((2, 3)), args=args, batched="x")
+
+    for wrap in (lambda g: g, jax.jit):
+        close(wrap(by_tree)(p, x), by_arrays(p, x))
+        found, expected = (jax.jacrev(wrap(g), (0, 1))(p, x) for g in (by_tree, by_arrays))
+        jax.tree.map(lambda a, b: close(a, b, rtol=1e-8), found, expected)
+    with pytest.raises(ValueError, match=r"args\[0\]\['W'\] has shape \(3, 3\); expected \(2, \.\.\.\)"):
+        door.fixed_point(f, np.zeros((2, 3)), args=(p, x), batched=["p", "x"])
+    with pytest.raises(TypeError, match=r"args\[0\]\['W'\] is a str; expected a number or an array"):
+        door.fixed_point(f, np.zeros((2, 3)), args=({"W": "a"}, x))
+
+
 def test_random_numbers_of_a_key_may_drive_an_equation():
     def drift(z, key):
         return 0.5 * z + jax.random.normal(key, (1,))
@@ -254,7 +286,9 @@ def test_answer_in_compiled_code_does_not_depend_on_the_unit():
     close(z / sizes, np.full_like(sizes, 2.0), rtol=1e-9)
 
 
-@pytest.mark.parametrize(("f", "start"), [(lambda z: z**2 + 1, 1.0), (lambda z: 1 / (z - 1), 1 + 1e-13)])
+@pytest.mark.parametrize(
+    ("f", "start"), [(lambda z: z**2 + 1, 1.0), (lambda z: 1 / (z - 1), 1 + 1e-13), (lambda z: jnp.sqrt(z) + 1, 1e-12)]
+)
 def test_equation_without_a_root_is_nan_in_compiled_code_and_an_error_outside(f, start):
     assert np.isnan(jax.jit(lambda z0: door.root(f, z0))(np.array([start]))).all()
     with pytest.raises(irnn.ConvergenceError):
@@ -294,6 +328,8 @@ def test_bad_equations_are_refused_by_name():
         door.root(3, np.zeros(2))
     with pytest.raises(TypeError, match="z0 has shape"):
         door.root(lambda z: z, np.zeros(2, int))
+    with pytest.raises(TypeError, match=r"z0 is a dict; expected one array, \(n,\) or \(B, n\)"):
+        door.root(lambda z: z, {"x": np.zeros(2)})
     with pytest.raises(ValueError, match="f takes z and 1 argument"):
         door.root(lambda z, a: z - a, np.zeros(2))
 

@@ -17,6 +17,8 @@ import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
+from implicit_rnn.engines.numpy.single import SMALLEST_STEP
+from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for, choose_solver
@@ -287,8 +289,10 @@ def fixed_point(
     z0
         The start: (n,), or (B, n) for a batch, float32 or float64.
     args
-        The further arguments of f: arrays and numbers.
-    batched, solver, on_failure
+        The further arguments of f: arrays, numbers, and pytrees of them; of Julia code arrays and numbers.
+    batched
+        As in ``implicit_rnn.fixed_point``; of a pytree each leaf has an axis of samples.
+    solver, on_failure
         As in ``implicit_rnn.fixed_point``.
     device
         Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays come by way of host memory,
@@ -368,18 +372,24 @@ def _solve(
     batch = start.reshape(-1, start.shape[-1])
     check_on_failure(on_failure)
     chosen = choose_solver(solver, pose is equations.root)
-    arrays = [_argument(f"args[{k}]", arg) for k, arg in enumerate(check_arguments(args))]
+    given = tuple(check_arguments(args))
+    whole = isinstance(f, JuliaFunction)
+    paths, tree = jax.tree_util.tree_flatten_with_path(given, lambda part: whole and part is not given)
+    names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
+    arrays = [_argument(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
     arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
-    per_sample = positions(f, len(arrays), batched)
+    own = positions(f, len(given), batched)
+    per_sample = {k for k, (path, _) in enumerate(paths) if path[0].idx in own}
     for k in per_sample:
         if not arrays[k].ndim or len(arrays[k]) != len(batch):
             raise ValueError(
-                f"args[{k}] has shape {arrays[k].shape}; expected ({len(batch)}, ...), as z0 has {len(batch)} samples"
+                f"{names[k]} has shape {arrays[k].shape}; expected ({len(batch)}, ...), as z0 has {len(batch)} samples"
             )
     if isinstance(f, JuliaFunction):
         in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
+    f = _of_leaves(f, tree)
     _check_value(f, sample)
     f, held, traced = _hoist(f, sample)
     axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
@@ -389,7 +399,10 @@ def _solve(
 
 
 def _start(z0: Any) -> jax.Array:
-    start = jnp.asarray(z0)
+    try:
+        start = jnp.asarray(z0)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"z0 is a {type(z0).__name__}; expected one array, (n,) or (B, n)") from error
     if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
         raise TypeError(
             f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64"
@@ -407,6 +420,11 @@ def _argument(name: str, value: Any) -> jax.Array:
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} is a random key of dtype {array.dtype}; pass its numbers, jax.random.key_data({name})")
     return array
+
+
+def _of_leaves(f: Callable[..., jax.Array], tree: Any) -> Callable[..., jax.Array]:
+    """f of z and the leaves of its arguments."""
+    return lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves))
 
 
 def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> None:
@@ -506,10 +524,11 @@ def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Calla
 
 
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
-    """Newton's method with steps that are halved as long as ‖c‖ does not shrink; NaN for samples that do not converge.
+    """Newton's method with steps that are halved until ‖c‖ shrinks; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and at most a quarter of
-    the step before: towards a pole or an infinity steps do not shrink like that.
+    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and it is at a root, not
+    at a pole, an infinity or an infinite slope: the step has shrunk to a quarter and ‖c‖ to half of what they were, or ∂c/∂z is
+    about the same two steps further, as where the start is a root to rounding.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = tolerance(problem.solver.tol, start.dtype)
@@ -520,26 +539,38 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def direct(z: jax.Array, c: jax.Array) -> jax.Array:
         return jnp.where((norm(c) == 0)[:, None], 0, problem.direction(z, args, c))
 
+    def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
+        further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
+        return norm(jnp.einsum("bij,bj->bi", further, step) + c) <= norm(c) / 2
+
+    def is_done(z: jax.Array, c: jax.Array, step: jax.Array, sure: jax.Array, largest: jax.Array) -> jax.Array:
+        small = norm(step) <= jnp.maximum(tol * norm(z), eps * largest)
+        doubtful = small & ~sure & (norm(c) > 0)
+        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(small), z, c, step)
+        return small & (~doubtful | steady)
+
     def advance(state: Any) -> Any:
-        z, c, step, length, share, largest, done, count = state
+        z, c, step, share, largest, done, count = state
         trial = z + share[:, None] * step
         c_trial = problem.conditions(trial, args)
-        better = (norm(c_trial) <= norm(c)) & jnp.isfinite(norm(trial)) & ~done
-        z, c = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
-        step = jnp.where(better[:, None], direct(z, c), step)
+        better = decreases(norm(c_trial), norm(c), share) & jnp.isfinite(norm(trial)) & ~done
+        z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
+        step_new = jnp.where(better[:, None], direct(z, c_new), step)
         largest = jnp.maximum(largest, norm(z))
-        small = jnp.maximum(tol * norm(z), eps * largest)
-        shrinks = (norm(step) <= length / 4) | (norm(c) == 0)
-        done = done | (better & shrinks & (norm(step) <= small))
-        length = jnp.where(better, norm(step), length)
-        share = jnp.where(better, jnp.minimum(2 * share, 1), share / 2)
-        return z, c, step, length, share, largest, done, count + 1
+        sure = (norm(step_new) <= norm(step) / 4) & (norm(c_new) <= norm(c) / 2)
+        done = done | (better & is_done(z, c_new, step_new, sure, largest))
+        return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
+
+    def goes_on(state: Any) -> jax.Array:
+        *_, share, _, done, count = state
+        return (count < problem.solver.max_iterations) & jnp.any(~done & (share >= SMALLEST_STEP))
 
     c = problem.conditions(start, args)
-    step = direct(start, c)
-    first = (start, c, step, norm(step), jnp.ones_like(norm(c)), norm(start), norm(c) == 0, 1)
-    limit = problem.solver.max_iterations
-    z, c, step, *_, done, _ = jax.lax.while_loop(lambda s: (s[-1] < limit) & ~jnp.all(s[-2]), advance, first)
+    step, largest = direct(start, c), norm(start)
+    done = is_done(start, c, step, jnp.zeros_like(largest, bool), largest)
+    z, c, step, *_, done, _ = jax.lax.while_loop(
+        goes_on, advance, (start, c, step, jnp.ones_like(largest), largest, done, 1)
+    )
     return jnp.where(done[:, None], z + jnp.where(done[:, None], step, 0), np.nan)
 
 
