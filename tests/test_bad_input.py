@@ -9,6 +9,7 @@ import pytest
 from conftest import make_net
 
 import implicit_rnn as irnn
+from implicit_rnn import plotting
 
 CALLS = {
     "equilibrium": lambda net, X: net.equilibrium(X),
@@ -670,3 +671,8 @@ def test_recurrent_weights_that_are_not_finite_end_as_non_finite_and_are_named(e
         with pytest.raises(irnn.ConvergenceError, match=r"nan forward.*look whether net.parameters are finite"):
             net.jvp(X, X)
         assert np.isnan(net.spectral_radius(X, on_failure="ignore")).all()
+
+
+def test_plane_is_not_drawn_of_a_net_without_two_inputs(net, X):
+    with pytest.raises(ValueError, match="net has 3 inputs; expected 2"):
+        plotting.decision_surface(net, None, X, np.zeros(12))

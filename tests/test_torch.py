@@ -453,6 +453,19 @@ def test_unconverged_samples_raise_and_have_no_derivative():
         z.sum().backward()
 
 
+def test_equations_are_solved_in_full_precision_under_autocast():
+    A, b = torch.tensor([[0.3, -0.7], [0.2, 0.4]]), torch.tensor([0.1, 0.2], requires_grad=True)
+
+    def solve():
+        z = fixed_point(lambda z, A, b: torch.tanh(A @ z) + b, torch.zeros(2), args=(A, b))
+        return z, torch.autograd.grad(z.sum(), b)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = solve()
+    for each, expected in zip(found, solve(), strict=True):
+        assert torch.equal(each, expected)
+
+
 def test_a_singular_solution_has_no_derivative_and_does_not_spoil_that_of_others():
     a = torch.tensor([[4.0], [0.0]], dtype=torch.float64, requires_grad=True)
     z = root(lambda z, a: z**2 - a, torch.ones(2, 1, dtype=torch.float64), args=(a,), batched="a")

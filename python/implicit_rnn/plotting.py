@@ -31,6 +31,11 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     reach, points
         The plane is [-reach, reach]², in so many points each way.
 
+    Raises
+    ------
+    ValueError
+        For a net of another number of inputs.
+
     Examples
     --------
     >>> from matplotlib import pyplot
@@ -39,6 +44,8 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     >>> X, Y = np.array([[-1.0, 1.0], [1.0, 1.0]]), np.array([1.0, -1.0])
     >>> plotting.decision_surface(net, pyplot.figure().gca(), X, Y, points=11)
     """
+    if net.topology.inputs != 2:
+        raise ValueError(f"net has {net.topology.inputs} inputs; expected 2, which span the plane that is drawn")
     grid = np.linspace(-reach, reach, points)
     plane = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     surface = net.predict(plane, on_failure="ignore")[:, 0].reshape(points, points)
@@ -53,7 +60,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     )
     ax.contour(grid, grid, surface, levels=[0], colors="black", linewidths=1, linestyles="--")
     for sign, marker, label in ((1, "o", "target +"), (-1, "s", "target −")):
-        points_x, points_y = X[np.sign(np.ravel(Y)) == sign].T
+        points_x, points_y = np.asarray(X)[np.sign(np.ravel(Y)) == sign].T
         ax.scatter(
             points_x,
             points_y,

@@ -7,6 +7,7 @@ equations in Julia code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -366,7 +367,7 @@ def fixed_point(
         ``torch.func.vmap``; with ``vectorized`` it takes any number of samples at once, z (m, n) and batched arguments (m, ...).
         Or Julia code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64.
+        The start: (n,), or (B, n) for a batch, float32 or float64; f is evaluated in this precision, under ``autocast``, too.
     args
         The further arguments of f: tensors and numbers.
     batched, solver, vectorized, scale, on_failure
@@ -437,6 +438,10 @@ def root(
     return _solve(equations.root, f, z0, args, batched, solver, vectorized, scale, on_failure, device)
 
 
+_IN_FULL = partial(torch.autocast, "cpu", enabled=False)
+"""The precision of the start, in which alone an equation can be solved to its tolerance."""
+
+
 class _Conditions:
     """The conditions c(z, args) = 0 of a batch: f(z) - z, or f(z) for a root, and their Jacobians."""
 
@@ -500,7 +505,7 @@ class _Solution(torch.autograd.Function):
         if not wanted:  # but the start, on which a solution does not depend
             return None, None, None, *(None for _ in args)
         rows = torch.from_numpy(ctx.solution.converged if again else has_cotangent)
-        with torch.enable_grad():
+        with torch.enable_grad(), _IN_FULL():
             leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
             given = [arg[rows] if each else arg for arg, each in zip(leaves, ctx.conditions.batched, strict=True)]
             z = z.detach()[rows]
@@ -672,6 +677,7 @@ def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
     """The function of tensors as one of arrays, see ``_tensor``."""
 
     @torch.no_grad()
+    @_IN_FULL()
     def g(*arrays: np.ndarray) -> np.ndarray:
         value = f(*map(_tensor, arrays))
         if not isinstance(value, Tensor):

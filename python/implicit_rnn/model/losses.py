@@ -363,7 +363,7 @@ class CustomLoss(Loss):
         if array.dtype.kind not in "biu":
             array = as_real(name, array, np.dtype(np.float64))
             if not np.isfinite(array).all():
-                raise ValueError(f"{name} has NaN or infinity")
+                raise ValueError(f"{name} has NaN or infinity; let further columns say what is missing")
         return np.ascontiguousarray(array)
 
 
