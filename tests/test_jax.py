@@ -295,6 +295,20 @@ def test_equation_without_a_root_is_nan_in_compiled_code_and_an_error_outside(f,
         door.root(f, np.array([start]))
 
 
+def test_root_from_a_far_start_is_as_exact_as_from_a_near_one_in_compiled_code():
+    start = np.array([[1e-12], [1.0], [1e8], [1e15]])
+    close(jax.jit(lambda z: door.root(lambda z: z**2 - 2, z))(start), np.full((4, 1), np.sqrt(2)), rtol=1e-10)
+
+
+def test_infinity_where_f_vanishes_is_no_root_in_compiled_code():
+    start = np.array(
+        [[1.0], [0.1]], np.float32
+    )  # in which Newton's steps come to where exp(-z²) is too small for a number
+    z = jax.jit(lambda z: door.root(lambda z: z * jnp.exp(-(z**2)), z))(start)
+    assert np.isnan(z[0, 0])
+    assert z[1, 0] == 0
+
+
 def test_derivatives_are_nan_where_the_jacobian_is_singular():
     def z(a):
         return door.root(lambda z, a: z**2 - a, jnp.ones(1), args=(a,))[0]

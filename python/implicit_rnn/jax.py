@@ -17,7 +17,7 @@ import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
-from implicit_rnn.engines.numpy.single import SMALLEST_STEP
+from implicit_rnn.engines.numpy.single import STILL_SHRINKS
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
@@ -526,9 +526,10 @@ def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Calla
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """Newton's method with steps that are halved until ‖c‖ shrinks; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``max(tol ‖z‖, eps L)``, L the largest ‖z‖ so far, and it is at a root, not
-    at a pole, an infinity or an infinite slope: the step has shrunk to a quarter and ‖c‖ to half of what they were, or ∂c/∂z is
-    about the same two steps further, as where the start is a root to rounding.
+    A sample has converged when its step is at most ``tol ‖z‖``, or at most ``eps L`` and no longer becoming smaller, L the
+    largest ‖z‖ so far. It has to be at a root, not at a pole, an infinity or an infinite slope: steps become smaller and ‖c‖ has
+    halved, or ∂c/∂z is about the same two steps further, as where the start is a root to rounding. Where c is zero and ∂c/∂z
+    singular, as it is where all that f has is too small for the numbers there are, the way there must have ended in small steps.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = tolerance(problem.solver.tol, start.dtype)
@@ -536,42 +537,43 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def norm(x: jax.Array) -> jax.Array:
         return jnp.linalg.norm(x, axis=1)
 
-    def direct(z: jax.Array, c: jax.Array) -> jax.Array:
-        return jnp.where((norm(c) == 0)[:, None], 0, problem.direction(z, args, c))
-
     def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
         return norm(jnp.einsum("bij,bj->bi", further, step) + c) <= norm(c) / 2
 
-    def is_done(z: jax.Array, c: jax.Array, step: jax.Array, sure: jax.Array, largest: jax.Array) -> jax.Array:
-        small = norm(step) <= jnp.maximum(tol * norm(z), eps * largest)
-        doubtful = small & ~sure & (norm(c) > 0)
-        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(small), z, c, step)
-        return small & (~doubtful | steady)
+    def is_done(z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array) -> jax.Array:
+        """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
+        length, merit = norm(step), norm(c)
+        near = (length <= tol * norm(z)) | ((length <= eps * largest) & (length > STILL_SHRINKS * last))
+        doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
+        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(near), z, c, step)
+        return (near & (~doubtful | steady)) | ((merit == 0) & (last <= eps * largest))
+
+    def moves(z: jax.Array, step: jax.Array, share: jax.Array) -> jax.Array:
+        return share * norm(step) > eps * norm(z)
 
     def advance(state: Any) -> Any:
         z, c, step, share, largest, done, count = state
         trial = z + share[:, None] * step
         c_trial = problem.conditions(trial, args)
-        better = decreases(norm(c_trial), norm(c), share) & jnp.isfinite(norm(trial)) & ~done
+        good = decreases(norm(c_trial), norm(c), share) & jnp.isfinite(norm(trial))
+        better = good & moves(z, step, share) & ~done
         z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
-        step_new = jnp.where(better[:, None], direct(z, c_new), step)
+        step_new = jnp.where(better[:, None], problem.direction(z, args, c_new), step)
         largest = jnp.maximum(largest, norm(z))
-        sure = (norm(step_new) <= norm(step) / 4) & (norm(c_new) <= norm(c) / 2)
-        done = done | (better & is_done(z, c_new, step_new, sure, largest))
+        done = done | (better & is_done(z, c_new, step_new, norm(step), norm(c), largest))
         return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
 
     def goes_on(state: Any) -> jax.Array:
-        *_, share, _, done, count = state
-        return (count < problem.solver.max_iterations) & jnp.any(~done & (share >= SMALLEST_STEP))
+        z, _, step, share, _, done, count = state
+        return (count < problem.solver.max_iterations) & jnp.any(moves(z, step, share) & ~done)
 
     c = problem.conditions(start, args)
-    step, largest = direct(start, c), norm(start)
-    done = is_done(start, c, step, jnp.zeros_like(largest, bool), largest)
-    z, c, step, *_, done, _ = jax.lax.while_loop(
-        goes_on, advance, (start, c, step, jnp.ones_like(largest), largest, done, 1)
-    )
-    return jnp.where(done[:, None], z + jnp.where(done[:, None], step, 0), np.nan)
+    step, largest = problem.direction(start, args, c), norm(start)
+    done = is_done(start, c, step, 0, 0, largest)
+    first = (start, c, step, jnp.ones_like(largest), largest, done, 1)
+    z, _, step, _, _, done, _ = jax.lax.while_loop(goes_on, advance, first)
+    return jnp.where(done[:, None], z + jnp.where(jnp.isfinite(step), step, 0), np.nan)
 
 
 # --- equations in Julia code -----------------------------------------------------------------------------------
