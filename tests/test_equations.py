@@ -492,6 +492,19 @@ def test_a_wrong_shape_from_python_is_refused(value):
         fixed_point(lambda z: np.array(value), [0.5])
 
 
+def test_a_function_without_a_return_is_told_so():
+    for z0 in ([0.5, 0.5], [0.5], 0.5):
+        with pytest.raises(TypeError, match="f returned None; expected one array of shape"):
+            fixed_point(lambda z: None, z0)
+
+
+def test_unknowns_that_are_a_matrix_are_told_from_a_batch():
+    with pytest.raises(
+        ValueError, match=r"each row of z0 \(2, 2\) is one sample; pass unknowns of two axes as z0\.ravel"
+    ):
+        root(lambda Z: Z @ Z - 4 * np.eye(2), np.eye(2))
+
+
 def test_a_wrong_shape_from_a_vectorized_function_is_refused():
     with pytest.raises(ValueError, match=r"f returned an array of shape \(3,\); expected \(3, 1\)"):
         fixed_point(lambda z: z[:, 0], np.ones((3, 1)), vectorized=True)

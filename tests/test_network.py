@@ -121,6 +121,13 @@ def test_recurrent_weights_of_a_free_net_are_the_raw_ones():
     np.testing.assert_array_equal(net.recurrent_weights, net.weights["R"])
 
 
+def test_matrices_in_force_cannot_be_written_to():
+    net = make_net("numpy")
+    for matrix in (net.recurrent_weights, net.input_weights):
+        with pytest.raises(ValueError, match="read-only"):
+            matrix[0, 0] = 1
+
+
 def test_recurrent_weights_under_perron_are_the_scaled_and_stretched_ones():
     net = make_net("numpy", constraint=irnn.Perron(0.5))
     net.weights["R"][0] *= 100

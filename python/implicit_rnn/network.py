@@ -251,17 +251,23 @@ class Network:
     def recurrent_weights(self) -> Array:
         """(N, N) the matrix R in force, with the constraint applied: lateral blocks on the diagonal.
 
+        It is made of ``weights`` at each call, and cannot be written to.
+
         Examples
         --------
         >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
         >>> bool(np.abs(np.linalg.eigvals(net.recurrent_weights)).max() < 0.95)
         True
         """
-        return self.topology.recurrent_weights(self._parameters)
+        R = self.topology.recurrent_weights(self._parameters)
+        R.flags.writeable = False
+        return R
 
     @property
     def input_weights(self) -> Array:
         """(N, inputs) the matrix W; zero where no connection exists.
+
+        It is made of ``weights`` at each call, and cannot be written to.
 
         Examples
         --------
@@ -273,6 +279,7 @@ class Network:
         for block in self.topology.blocks:
             if block.name.startswith("W"):
                 W[self.topology.rows[block.to]] = self._weights[block.name]
+        W.flags.writeable = False
         return W
 
     # --- solving -----------------------------------------------------------------------------------------

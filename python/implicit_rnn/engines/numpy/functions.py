@@ -57,8 +57,10 @@ class PythonFunction:
         if not len(rows):
             return np.empty((0, n, n), Z.dtype)
         if equation.jac is not None or equation.vjp is not None:
-            matrices = self._given(Z, rows) if equation.jac is not None else self._rows_of_products(Z, rows)
-            J = np.stack([m.toarray() if _is_sparse(m) else m for m in matrices]).astype(Z.dtype)
+            J = self._given(Z, rows) if equation.jac is not None else self._rows_of_products(Z, rows)
+            if isinstance(J, list):
+                J = np.stack([m.toarray() if _is_sparse(m) else m for m in J])
+            J = J.astype(Z.dtype)
             direction = self.differences.direction(Z, rows, STATE)
             self._check_jacobian(J @ direction, np.abs(J) @ np.abs(direction), direction, Z, rows, certain)
             return J
@@ -122,7 +124,7 @@ class PythonFunction:
         return sparse.csc_matrix((values, (outputs, inputs)), (self.equation.n, self.equation.n))
 
     def _given(self, Z: Array, rows: Array) -> Any:
-        """What ``jac`` gives for each sample, (n, n) each."""
+        """What ``jac`` gives for each sample, (n, n) each: an array, or a list of arrays and sparse matrices."""
         n, jac = self.equation.n, self.equation.jac
         assert jac is not None
         args = self.values.arguments(rows)

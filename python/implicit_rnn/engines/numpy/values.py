@@ -118,13 +118,20 @@ class Values:
             ) from error
 
     def _checked(self, y: object, shape: tuple[int, ...]) -> Array:
-        if isinstance(y, tuple):
-            raise TypeError(f"f returned a tuple of {len(y)}; expected one array of shape {shape}, like z")
+        if y is None or isinstance(y, tuple):
+            came = "None" if y is None else f"a tuple of {len(y)}"
+            raise TypeError(f"f returned {came}; expected one array of shape {shape}, like z")
         array = np.asarray(y)
         if array.shape == () and shape == (1,):
             array = array.reshape(1)  # one unknown may be answered by a number
         if array.shape != shape:
-            raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z")
+            whole = array.shape == self.equation.shape  # unknowns that are a matrix
+            hint = (
+                f": each row of z0 {array.shape} is one sample; pass unknowns of two axes as z0.ravel()"
+                if whole
+                else ""
+            )
+            raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z{hint}")
         if array.dtype.kind not in "biufc":
             raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
         return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
