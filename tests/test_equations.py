@@ -492,6 +492,19 @@ def test_a_wrong_shape_from_python_is_refused(value):
         fixed_point(lambda z: np.array(value), [0.5])
 
 
+@pytest.mark.parametrize("solver", ["auto", "picard", "anderson", "newton"])
+def test_a_function_is_given_the_precision_of_the_start(solver):
+    given = set()
+
+    def f(z, a):
+        given.add(z.dtype.name)
+        return np.tanh(a * z + np.float32(0.1))
+
+    solution = fixed_point(f, np.zeros((5, 3), np.float32), args=(0.9,), vectorized=True, solver=solver)
+    assert given <= {"float32", "complex128"}  # the second for derivatives
+    assert solution.value.dtype == np.float32
+
+
 def test_a_function_without_a_return_is_told_so():
     for z0 in ([0.5, 0.5], [0.5], 0.5):
         with pytest.raises(TypeError, match="f returned None; expected one array of shape"):

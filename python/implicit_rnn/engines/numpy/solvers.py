@@ -271,7 +271,7 @@ class Solve:
             last_r, last_F, last_residual = r, rows.F, rows.residual
             G = dR @ np.swapaxes(dR, 1, 2)
             trace = np.trace(G, axis1=1, axis2=2)[:, None, None]
-            G = G + (ridge * trace + np.where(trace > 0, 0, 1)) * np.eye(m, dtype=dtype)
+            G = G + (ridge * trace + ~(trace > 0)) * np.eye(m, dtype=dtype)
             # Empty places have zero rows; a unit diagonal gives them zero weight.
             empty = np.diagonal(G, axis1=1, axis2=2) <= ridge * trace[:, :, 0] * (1 + 1e-3)
             G[:, range(m), range(m)] += empty * trace[:, :, 0]
