@@ -473,10 +473,20 @@ class _Problem:
 
     def are_regular(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         """(B,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
-        A = self.derivatives(z, args)
-        near = self.derivatives(z + self.direction(z, args, self.conditions(z, args)), args)
+        A, c = self.derivatives(z, args), self.conditions(z, args)
+        doubt = jnp.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
+        near = self.derivatives(z + self.direction(z, args, c + jnp.copysign(doubt, c)), args)
         change = jnp.linalg.solve(A, near - A)
         return jnp.abs(change).sum(1).max(1) <= LARGEST_CHANGE
+
+    def terms_of_arguments(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
+        """The largest (B, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
+        stretch, terms = 2.0**-10, jnp.zeros_like(c)
+        for k, x in enumerate(args):
+            if jnp.issubdtype(x.dtype, np.floating):
+                moved = jnp.abs(self.conditions(z, [*args[:k], x + stretch * x, *args[k + 1 :]]) - c) / stretch
+                terms = jnp.fmax(terms, jnp.where(jnp.isfinite(moved), moved, 0))
+        return terms
 
     def direction(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
         """-(∂c/∂z)⁻¹ c (B, n), the step of Newton's method."""

@@ -469,11 +469,21 @@ class _Conditions:
         jacobians = self.jacobians(z, *args)
         return jacobians if self.root else jacobians - torch.eye(z.shape[1], dtype=z.dtype)
 
+    def terms_of_arguments(self, z: Tensor, args: Sequence[Tensor], c: Tensor) -> Tensor:
+        """The largest (m, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
+        stretch, terms = 2.0**-10, torch.zeros_like(c)
+        for k, x in enumerate(args):
+            if x.is_floating_point():
+                moved = (self.values(z, *args[:k], x + stretch * x, *args[k + 1 :]) - c).abs() / stretch
+                terms = torch.fmax(terms, torch.where(moved.isfinite(), moved, 0))
+        return terms
+
     @torch.no_grad()
     def are_regular(self, z: Tensor, *args: Tensor) -> Tensor:
         """(m,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
-        A = self.derivatives(z, *args)
-        error, info = torch.linalg.solve_ex(A, self.values(z, *args))
+        A, c = self.derivatives(z, *args), self.values(z, *args)
+        doubt = torch.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
+        error, info = torch.linalg.solve_ex(A, c + torch.copysign(doubt, c))
         change = torch.linalg.solve_ex(A, self.derivatives(z - error, *args) - A)[0]
         return (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
 

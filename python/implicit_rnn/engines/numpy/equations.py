@@ -143,7 +143,7 @@ class PythonEquation:
         if row not in self._operators:
             f, z, own = self._f, self._state[row], np.array([row])
             operator = f.operator(z, row, certain=True)
-            δ = self._solved(operator, f.conditions(z[None], own)[0], row)
+            δ = self._solved(operator, f.conditions_in_doubt(z[None], own)[0], row)
             nearby = f.operator((z - δ).astype(z.dtype), row)
             try:
                 if not is_isolated(operator, nearby, δ):
@@ -167,8 +167,9 @@ class PythonEquation:
     def _inverse(self, rows: Array) -> Array:
         """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
 
-        ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution that
-        none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (Newton and Kantorovich).
+        ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution, c no
+        better than the rounding of the arguments, that none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double
+        root is 1/2 (Newton and Kantorovich).
         """
         n = self._equation.n
         if self._inverses is None:
@@ -183,7 +184,7 @@ class PythonEquation:
             inverse = solve_each(np.where(finite[:, None, None], A, np.nan), np.broadcast_to(identity, A.shape))
             singular = finite & ~(size * _column_sums(inverse) * np.finfo(A.dtype).eps * n < 1)
             if not singular.any():
-                δ = np.einsum("bij,bj->bi", inverse, f.conditions(Z, new))
+                δ = np.einsum("bij,bj->bi", inverse, f.conditions_in_doubt(Z, new))
                 corrected = f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new)
                 singular = finite & ~(_column_sums(inverse @ corrected - identity) <= LARGEST_CHANGE)
             if singular.any():

@@ -44,6 +44,13 @@ class PythonFunction:
         F = self.values.real(Z, rows)
         return F if self.equation.root else F - Z
 
+    def conditions_in_doubt(self, Z: Array, rows: Array) -> Array:
+        """c, off zero by at least what the rounding of the arguments may have made of it."""
+        F = self.values.real(Z, rows)
+        C = F if self.equation.root else F - Z
+        doubt = np.finfo(Z.dtype).eps * self.values.terms_of_arguments(Z, rows, F)
+        return C + np.copysign(doubt, C).astype(Z.dtype)
+
     # --- the Jacobian with respect to z ----------------------------------------------------------------------
 
     def conditions_jacobian(self, Z: Array, rows: Array, certain: bool = False) -> Array:

@@ -80,6 +80,16 @@ class Values:
         stretch = Z.dtype.type(2.0**-10)
         return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1))
 
+    def terms_of_arguments(self, Z: Array, rows: Array, F: Array) -> Array:
+        """The largest (m, n) of the terms of f that arguments of floats make, each for itself."""
+        stretch, terms = Z.dtype.type(2.0**-10), np.zeros_like(F)
+        for index in range(len(self.equation.args)):
+            if self.equation.is_differentiable(index):
+                x = self.variable(Z, rows, index)[0]
+                moved = np.abs(self(Z, rows, index, x + stretch * x) - F) / stretch
+                terms = np.fmax(terms, np.where(np.isfinite(moved), moved, 0))
+        return terms
+
     def check_separate(self, Z: Array) -> None:
         """``ValueError`` where f gives a sample another value beside others than alone; Z (B, n) are all samples.
 
