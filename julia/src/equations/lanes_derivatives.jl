@@ -54,7 +54,7 @@ end
 
 @noinline function prove_regular!(w::SidedBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
     regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0
-    c = ntuple(i -> value_of(y[i]) - (R ? zero(Vec) : z[i]), Val(K))
+    c = ntuple(i -> in_doubt(value_of(y[i]) - (R ? zero(Vec) : z[i]), Float64(eps(T)) * largest_term(y[i], args, Val(K))), Val(K))
     corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
     evaluate!(w.J, p, corrected, args, root)
     regular &= deviation(w.B, w.J, Val(K)) <= 0.25
@@ -63,6 +63,16 @@ end
     end
     return regular
 end
+
+# As `terms_of_arguments!`, by the derivatives that are there.
+@inline largest_term(y, ::Tuple{}, ::Val) = zero(Vec)
+@inline largest_term(y, args::Tuple, ::Val{O}) where {O} =
+    max(term(y, args[1], O), largest_term(y, Base.tail(args), Val(O + variables(args[1]))))
+@inline term(y, x::Union{AbstractFloat, Vec}, o::Int) = abs(partial_of(y, o + 1) * x)
+@inline term(y, x::Short{M, <:Union{AbstractFloat, Vec}}, o::Int) where {M} = reduce(max, ntuple(i -> abs(partial_of(y, o + i) * x[i]), Val(M)))
+@inline term(y, x, o::Int) = zero(Vec)
+
+@inline in_doubt(c::Vec, doubt::Vec) = c + ifelse(c < 0.0, -doubt, doubt)
 
 # One unknown needs no loops.
 @inline column_sum(A::Matrix{Vec}, ::Val{1}) = abs(@inbounds A[1])

@@ -31,6 +31,37 @@ end
 @inline replaced(args::Tuple, x, ::Val{1}) = (x, Base.tail(args)...)
 @inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(Base.tail(args), x, Val(I - 1))...)
 
+"""
+    terms_of_arguments!(terms, equation, y, z, sample)
+
+The largest of the terms of y = f(z, ...) that arguments of floating-point numbers make, each for itself; y has their rounding.
+"""
+@inline function terms_of_arguments!(terms::Vector{T}, p::Equation{T}, y, z, sample::Int) where {T}
+    fill!(terms, zero(T))
+    args = arguments(p, sample)
+    stretch_arguments!(terms, p, y, z, args, Val(length(args)))
+    return
+end
+terms_of_arguments!(terms, p::ErasedEquation, y, z, sample::Int) = (terms_of_arguments!(terms, p.equation, y, z, sample); nothing)
+
+# Of the arguments 1:I.
+@inline stretch_arguments!(terms, p::Equation, y, z, args, ::Val{0}) = nothing
+@inline function stretch_arguments!(terms, p::Equation{T}, y, z, args, ::Val{I}) where {T, I}
+    if eltype(args[I]) <: AbstractFloat
+        stretch = T(2)^-10
+        try
+            moved = checked(p.f(as_point(p, z), replaced(args, args[I] .* (1 + stretch), Val(I))...), p.n)
+            for i in eachindex(terms)
+                term = abs(moved[i] - y[i]) / stretch
+                isfinite(term) && (terms[i] = max(terms[i], term))
+            end
+        catch error
+            outside_domain(error)
+        end
+    end
+    return stretch_arguments!(terms, p, y, z, args, Val(I - 1))
+end
+
 "λᵀ ∂c/∂z"
 function conditions_pullback(p::Equation{T}, z, sample::Int, λ) where {T}
     args = arguments(p, sample)

@@ -53,8 +53,8 @@ end
     inverse!(inverses, w, p, sample)
 
 A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
-within the error δ = A⁻¹c of the solution that no solution need exist or be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a
-double root is 1/2 (the test of Newton and Kantorovich).
+within the error δ = A⁻¹c of the solution, c no better than the rounding of the arguments, that no solution need exist or be isolated:
+‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (the test of Newton and Kantorovich).
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     kept = !isempty(inverses.known)
@@ -82,9 +82,11 @@ end
     end
     size_of_A * largest_column_sum(inverse) * eps(T) * n < 1 || throw(SingularSolution(sample))
     call!(w.r, p, z, sample)
+    terms_of_arguments!(w.z, p, w.r, z, sample)
     @inbounds for i in 1:n
-        w.z[i] = z[i]
         p.root || (w.r[i] -= z[i])
+        w.r[i] += copysign(eps(T) * w.z[i], w.r[i])
+        w.z[i] = z[i]
     end
     for k in 1:n, i in 1:n
         @inbounds w.z[i] -= inverse[i, k] * w.r[k]
