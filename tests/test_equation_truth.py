@@ -517,3 +517,29 @@ def test_start_at_or_near_the_root_converges_at_once(kind):
     sol = root(f, start, args=(2.0,))
     np.testing.assert_allclose(sol.value, 1, rtol=1e-15)
     assert (sol.iterations <= 2).all()
+
+
+FOLDS = {
+    "parabola": (lambda z, a: z**2 - 2 * z + a, "(z, a) -> z .^ 2 .- 2 .* z .+ a", -1),
+    "sine": (lambda z, a: np.sin(z) - a, "(z, a) -> sin.(z) .- a", -1),
+    "exponential": (lambda z, a: np.exp(z) - z - a, "(z, a) -> exp.(z) .- z .- a", 1),
+}
+"""Functions with a double root at a = 1 in the sum of terms that are not small, and on which side of it there are roots."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fold", FOLDS)
+@pytest.mark.parametrize("samples", [1, 5000])
+def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
+    f, code, side = FOLDS[fold]
+    start = np.linspace(0.3, 2.5, samples)[:, None]
+
+    def solve(distance):
+        a = np.full((samples, 1), 1.0 + side * distance)
+        many = {"vectorized": True} if kind == "python" else {}
+        return root(either(kind, f, code), start, args=(a,), batched="a", on_failure="ignore", **many)
+
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
+        solve(0).jacobian("a")
+    slope = 2**-0.5 if fold != "parabola" else 0.5
+    np.testing.assert_allclose(np.abs(solve(1e-8).jacobian("a")), slope * 1e4, rtol=1e-3)

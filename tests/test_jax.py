@@ -315,6 +315,9 @@ def test_derivatives_are_nan_where_the_jacobian_is_singular():
 
     assert np.isnan(jax.grad(z)(0.0))
     assert np.isnan(jax.jacfwd(z)(0.0))
+    at_a_fold = jax.grad(lambda a: door.root(lambda z, a: jnp.sin(z) - a, jnp.ones(1), args=(a,))[0])
+    assert np.isnan(at_a_fold(1.0))  # the start is near it
+    assert at_a_fold(1 - 1e-8) == pytest.approx(1 / np.sqrt(2e-8), rel=1e-3)
     assert jax.grad(z)(4.0) == pytest.approx(0.25)
 
 

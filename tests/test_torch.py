@@ -453,6 +453,14 @@ def test_unconverged_samples_raise_and_have_no_derivative():
         z.sum().backward()
 
 
+def test_rounding_does_not_give_a_double_root_a_derivative():
+    a = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+    start = torch.tensor([[0.3], [1.2], [2.5]], dtype=torch.float64)
+    z = root(lambda z, a: torch.sin(z) - a, start, args=(a,), batched="a")
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
+        z.sum().backward()
+
+
 def test_equations_are_solved_in_full_precision_under_autocast():
     A, b = torch.tensor([[0.3, -0.7], [0.2, 0.4]]), torch.tensor([0.1, 0.2], requires_grad=True)
 
