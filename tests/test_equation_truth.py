@@ -530,6 +530,7 @@ FOLDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("fold", FOLDS)
 @pytest.mark.parametrize("samples", [1, 5000])
+@pytest.mark.filterwarnings("ignore:f has no trustworthy derivative:implicit_rnn.errors.DerivativeWarning")
 def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
     f, code, side = FOLDS[fold]
     start = np.linspace(0.3, 2.5, samples)[:, None]

@@ -266,8 +266,8 @@ def test_arguments_may_be_pytrees():
         jax.tree.map(lambda a, b: close(a, b, rtol=1e-8), found, expected)
     with pytest.raises(ValueError, match=r"args\[0\]\['W'\] has shape \(3, 3\); expected \(2, \.\.\.\)"):
         door.fixed_point(f, np.zeros((2, 3)), args=(p, x), batched=["p", "x"])
-    with pytest.raises(TypeError, match=r"args\[0\]\['W'\] is a str; expected a number or an array"):
-        door.fixed_point(f, np.zeros((2, 3)), args=({"W": "a"}, x))
+    with pytest.raises(TypeError, match=r"args\[0\]\['W'\] is a set; expected a number or an array"):
+        door.fixed_point(f, np.zeros((2, 3)), args=({"W": {1.0}}, x))
 
 
 def test_random_numbers_of_a_key_may_drive_an_equation():

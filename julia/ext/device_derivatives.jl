@@ -12,11 +12,26 @@ solution that no solution need be there; see `invert!`.
     size_of_A = column_sum(A, t, 0, Val(K))
     divide!(A, t, Val(K), K)
     size_of_A * column_sum(A, t, K, Val(K)) * eps(T) * K < 1 || return false
-    c = R ? value : minus(value, z)
+    c = in_doubt(R ? value : minus(value, z), largest_terms(f, value, z, args, Val(length(args))))
     corrected = Short(unroll(i -> z[i] - reduce(+, unroll(k -> @inbounds(A[t, i, K + k]) * c[k], Val(K))), Val(K)))
     evaluate!(A, t, 0, f, corrected, args, root)
     return deviation(A, t, Val(K)) <= T(0.25)
 end
+
+"As `ImplicitRNN.terms_of_arguments!`, of the arguments 1:I."
+@inline largest_terms(f::F, value::Short{K, T}, z, args, ::Val{0}) where {F, K, T} = Short(unroll(_ -> zero(T), Val(K)))
+@inline function largest_terms(f::F, value::Short{K, T}, z, args, ::Val{I}) where {F, K, T, I}
+    others = largest_terms(f, value, z, args, Val(I - 1))
+    stretch = T(0x1p-10)
+    moved = evaluate(f, z, unroll(i -> i == I ? stretched(args[i], 1 + stretch) : args[i], Val(length(args))))
+    return Short(unroll(i -> largest_term(others[i], abs(moved[i] - value[i]) / stretch), Val(K)))
+end
+@inline stretched(x::AbstractFloat, factor) = x * factor
+@inline stretched(x::Short{M, <:AbstractFloat}, factor) where {M} = Short(unroll(i -> x[i] * factor, Val(M)))
+@inline stretched(x, factor) = x
+@inline largest_term(a, b) = isfinite(b) ? max(a, b) : a
+
+@inline in_doubt(c::Short{K, T}, terms::Short{K, T}) where {K, T} = Short(unroll(i -> c[i] + copysign(eps(T) * terms[i], c[i]), Val(K)))
 
 "The largest column sum of A⁻¹A - I, for A in the first columns and A⁻¹ in the last; infinite where it is not finite."
 @inline function deviation(A, t, ::Val{K}) where {K}

@@ -75,6 +75,8 @@ end
         @test_throws SingularSolution(2) vjp(there, JLArray([1.0 1.0 1.0 0.0]))
         @test_throws "1 samples did not converge and have no derivative" vjp(there, JLArray(ones(1, 4)))
         @test Array(only(vjp(there, [1.0 0.0 1.0 0.0]))) ≈ [1 / 2, 0, 1 / (2sqrt(2)), 0]
+        _, there = on_both(root, (z, a) -> sin.(z) .- a, ones(1, 3), [0.5, 1.0, 0.2]; batched = (1,))    # to rounding a double root
+        @test_throws SingularSolution(2) vjp(there, JLArray(ones(1, 3)))
         here, there = on_both(fixed_point, (z, a) -> a .* cos.(z), fill(0.5, 1, 40), collect(range(0.2, 3, 40)); batched = (1,), solver = Newton())
         @test there.status == here.status
         @test 0 < count(==(UNSTABLE), there.status) < 40
