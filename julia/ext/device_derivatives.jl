@@ -50,11 +50,6 @@ end
     return largest
 end
 
-"Entries by which to differentiate."
-variables(::AbstractFloat) = 1
-variables(::Short{N, <:AbstractFloat}) where {N} = N
-variables(x) = 0
-
 "`use(e, y, w)` for each entry e of argument I, of which y has the derivatives as number w of its dual numbers."
 @inline each_derivative(use::U, f::F, z, args, index::Val{I}) where {U, F, I} = each_derivative(use, f, z, args, index, args[I])
 @inline each_derivative(use::U, f::F, z, args, index, x::AbstractFloat) where {U, F} = some_derivatives(use, f, z, args, index, 1, Val(1), 1)

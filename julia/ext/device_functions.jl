@@ -70,7 +70,6 @@ end
 
 @inline plus(a::Short{K}, b::Short{K}, t) where {K} = Short(unroll(i -> muladd(t, b[i], a[i]), Val(K)))
 @inline minus(a::Short{K}, b::Short{K}) where {K} = Short(unroll(i -> a[i] - b[i], Val(K)))
-@inline all_finite(x::Short) = reduce(&, map(isfinite, x.entries))
 
 "The Euclidean norm of x, each entry times its weight, without overflow and underflow on the way."
 @inline function measure(x::Short{K}, weights::Short{K, Float64}) where {K}

@@ -181,12 +181,6 @@ end
     end
 end
 
-"F = f(S) - d̄ S"
-@kernel function deviate!(F, @Const(S), f, @Const(slope))
-    i, j = @index(Global, NTuple)
-    @inbounds F[i, j] = row_value(Deviating(f), slope, i, j, S[i, j])
-end
-
 "D = f′(S) for Z = f(S)"
 @kernel function slopes_at!(D, @Const(S), @Const(Z), f)
     i, j = @index(Global, NTuple)

@@ -180,7 +180,7 @@ amplification_of(c, ws, k) = amplification(c, nothing, nothing)
 amplification_of(c::Monotone, ws, k) = amplification(c, (; recurrent = on_host(ws.stages[k].recurrent)), ws.net.stages[k].slopes)
 
 function ImplicitRNN.read_out!(outputs, ws::DeviceWorkspace, p, Z)
-    check_size("the states", Z, neurons(ws.net), size(outputs, 2))
+    check_size("states", Z, neurons(ws.net), size(outputs, 2))
     unpack!(ws, p)
     ws.net.outputs > 0 ? (outputs .= ws.offset) : fill!(outputs, 0)
     for (stage, w) in zip(ws.net.stages, ws.stages)

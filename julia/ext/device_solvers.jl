@@ -199,47 +199,17 @@ end
     end
 end
 
-# The normal equations of column j for its `count` newest differences, by Cholesky; false where it breaks down.
+# The normal equations of column j for its `count` newest differences; false where they cannot be solved.
 @inline function solve_history!(h, j, count, newest, ridge, m)
     place(l) = mod1(newest - l + 1, m)
-    G, γ = h.G, h.γ
-    @inbounds begin
-        trace = zero(ridge)
-        for l in 1:count
-            trace += h.gram[place(l), place(l), j]
+    G, γ = view(h.G, :, :, j), view(h.γ, :, j)
+    for l in 1:count
+        for k in 1:count
+            @inbounds G[k, l] = h.gram[place(k), place(l), j]
         end
-        (trace > 0 && isfinite(trace)) || return false
-        for c in 1:count
-            pivot = h.gram[place(c), place(c), j] + ridge * trace
-            for l in 1:(c - 1)
-                pivot -= G[c, l, j]^2
-            end
-            pivot > 0 || return false
-            G[c, c, j] = sqrt(pivot)
-            for r in (c + 1):count
-                g = h.gram[place(r), place(c), j]
-                for l in 1:(c - 1)
-                    g -= G[r, l, j] * G[c, l, j]
-                end
-                G[r, c, j] = g / G[c, c, j]
-            end
-        end
-        for r in 1:count
-            x = h.b[place(r), j]
-            for l in 1:(r - 1)
-                x -= G[r, l, j] * γ[l, j]
-            end
-            γ[r, j] = x / G[r, r, j]
-        end
-        for r in count:-1:1
-            x = γ[r, j]
-            for l in (r + 1):count
-                x -= G[l, r, j] * γ[l, j]
-            end
-            γ[r, j] = x / G[r, r, j]
-        end
+        @inbounds γ[l] = h.b[place(l), j]
     end
-    return true
+    return @inline solve_regularised!(γ, G, γ, Int(count), ridge)
 end
 
 # --- Newton's method ----------------------------------------------------------------------------------------------------
@@ -310,8 +280,7 @@ end
         end
     end
 end
-@inline fails(line, change, j) =
-    @inbounds line.step[j] > 0 && !(change[j] < (1 - oftype(change[j], 1.0e-4) * line.step[j]) * line.residual[j])
+@inline fails(line, change, j) = @inbounds line.step[j] > 0 && !decreases(change[j], line.residual[j], line.step[j])
 
 # --- the chord method ---------------------------------------------------------------------------------------------------
 

@@ -50,10 +50,6 @@ end
 
 # --- the places in the parameter vector ---------------------------------------------------------------------------------
 
-"Parameters as a matrix, in their place in the vector."
-part(p, offset, rows, columns) = reshape(view(p, (offset + 1):(offset + rows * columns)), rows, columns)
-part(p, c::Connection) = part(p, c.offset, length(c.rows), length(c.cols))
-
 "Where the block of a connection lies: in which of a stage's matrices (`raw` or another that stands for it)."
 function block_of(net, stage::Stage, input, feeds, raw, c::Connection)
     rows = c.rows .- (first(stage.rows) - 1)
@@ -70,7 +66,7 @@ readout_columns(net, stage::Stage) = net.readout .- (first(stage.rows) - 1)
 function unpack_stages!(stages, offset, net::Network, p, constraint = net.constraint)
     for (stage, w) in zip(net.stages, stages)
         for c in stage.connections
-            block_of(net, stage, w.input, w.feeds, w.raw, c) .= part(p, c)
+            block_of(net, stage, w.input, w.feeds, w.raw, c) .= connection_weights(p, c)
         end
         w.bias .= view(p, net.bias .+ stage.rows)
         isempty(stage.scales) || (w.stretch .= exp.(view(p, stage.scales)))
@@ -79,9 +75,9 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
             permutedims!(w.transposed, w.recurrent, (2, 1))
         end
         net.outputs == 0 || isempty(w.readout) ||
-            (view(w.readout, :, readout_columns(net, stage)) .= part(p, net.weights_out, net.outputs, length(net.readout)))
+            (view(w.readout, :, readout_columns(net, stage)) .= readout_weights(net, p))
     end
-    net.outputs == 0 || (offset .= view(p, net.weights_out + net.outputs * length(net.readout) .+ (1:net.outputs)))
+    net.outputs == 0 || (offset .= readout_bias(net, p))
     return
 end
 
@@ -129,7 +125,7 @@ function pack_stage!(g, ws, k, input, feeds, recurrent, bias)
         scales === nothing || (view(g, stage.scales) .= scales)
     end
     for c in stage.connections
-        part(g, c) .= block_of(net, stage, input, feeds, raw, c)
+        connection_weights(g, c) .= block_of(net, stage, input, feeds, raw, c)
     end
     view(g, net.bias .+ stage.rows) .= vec(bias)
     return
@@ -137,7 +133,7 @@ end
 
 "Pack the gradient of the linear outputs: `weights` for all neurons of stage k, of which some are read."
 function pack_readout!(g, net, k, weights, offset)
-    part(g, net.weights_out, net.outputs, length(net.readout)) .= weights[:, readout_columns(net, net.stages[k])]
-    view(g, net.weights_out + net.outputs * length(net.readout) .+ (1:net.outputs)) .= vec(offset)
+    readout_weights(net, g) .= weights[:, readout_columns(net, net.stages[k])]
+    readout_bias(net, g) .= vec(offset)
     return
 end

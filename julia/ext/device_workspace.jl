@@ -70,8 +70,7 @@ put_block!(A::AbstractArray, rows, columns, B) = (view(A, rows, columns) .= on_h
 
 "Put the parameters into force."
 function ImplicitRNN.unpack!(ws::DeviceWorkspace, p)
-    length(p) == length(ws.net) ||
-        throw(DimensionMismatch("the network has $(length(ws.net)) parameters, the vector $(length(p))"))
+    check_length(ws.net, p)
     copyto!(ws.parameters, p)
     ws.on_host = false
     unpack_stages!(ws.stages, ws.offset, ws.net, ws.parameters)

@@ -24,10 +24,9 @@ The outputs (outputs × samples) of the states `Z` (neurons × samples).
 """
 function read_out(net::Network{T}, p::AbstractVector, Z::AbstractMatrix) where {T}
     check_length(net, p)
-    check_size("the states", Z, neurons(net), size(Z, 2))
+    check_size("states", Z, neurons(net), size(Z, 2))
     net.outputs > 0 || return Z[net.readout, :]
-    C = matrix_in(p, net.weights_out, net.outputs, length(net.readout))
-    return C * view(Z, net.readout, :) .+ view(p, (length(net) - net.outputs + 1):length(net))
+    return readout_weights(net, p) * view(Z, net.readout, :) .+ readout_bias(net, p)
 end
 
 """
@@ -60,10 +59,7 @@ function fit!(
     ) where {T}
     samples = size(X, 2)
     check_length(net, p)
-    check_features(net, X)
-    check_size("the targets", Y, output_size(net), samples)
-    weights === nothing || length(weights) == samples ||
-        throw(DimensionMismatch("there are $(length(weights)) weights for $samples samples"))
+    check_supervised(net, X, Y, weights)
     samples > 0 || throw(ArgumentError("there are no samples to train on"))
     epochs > 0 || throw(ArgumentError("epochs must be positive, got $epochs"))
     1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))

@@ -34,7 +34,7 @@ function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p,
         loss_gradient!(tile.GY, problem.loss, tile.Y, targets, mean...)
         add_tangents!(second, tile, problem, tangent, x, targets, mean)
     end
-    return pack_second!(h, net, ws.weights, tangent, tile.gradient, second, p, v)
+    return pack_second!(h, net, ws.weights, tangent, tile.gradient, second)
 end
 
 # The gradient goes to ws.gradient, its derivative along the tangent to `second`.
@@ -112,8 +112,7 @@ function read_out_tangents!(second, ws::Tile{T}, problem, tangent, Z, dZ, target
 end
 
 # Through the constraint: the derivative of its pullback, evaluated in dual numbers.
-function pack_second!(h, net::Network{T}, w, tangent, G, second, p, v) where {T}
-    pack_gradient!(h, net, second, w)
+function pack_second!(h, net::Network{T}, w, tangent, G, second) where {T}
     for (stage, ws, ts, gs, hs) in zip(net.stages, w.stages, tangent.stages, G.stages, second.stages)
         stage.recurrent || continue
         dual = constrain!(dual_stage(stage, net, ws, ts), net.constraint, stage.slopes)
@@ -122,11 +121,6 @@ function pack_second!(h, net::Network{T}, w, tangent, G, second, p, v) where {T}
         constrain_pullback!(gradient, net.constraint, dual, stage.slopes)
         hs.raw .= only.(partials.(gradient.raw))
         hs.scales .= only.(partials.(gradient.scales))
-        for c in stage.connections
-            matrix, rows, cols = target(hs, stage, c)
-            matrix === hs.raw && (h[(c.offset + 1):(c.offset + length(rows) * length(cols))] = vec(matrix[rows, cols]))
-        end
-        h[stage.scales] = hs.scales
     end
-    return h
+    return pack!(h, net, second)
 end

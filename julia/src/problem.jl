@@ -233,8 +233,7 @@ function check_pushforward(net, tangent, X, dp, dX, of, start)
     check_features(net, X)
     check_size("tangents", tangent, rows_of(net, of), size(X, 2))
     check_size("directions", dX, net.inputs, size(X, 2))
-    length(dp) == length(net) ||
-        throw(DimensionMismatch("the network has $(length(net)) parameters, the direction $(length(dp))"))
+    check_length(net, dp, "direction")
     return check_start(net, X, start)
 end
 

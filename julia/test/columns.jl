@@ -92,7 +92,7 @@ function tangent_system(n, m)
     return c, typeof(p)(; fields...), E -> D .* (U .+ p.recurrence.R * E)
 end
 
-fixed_points() = filter(P -> nameof(P) != :Pointwise, subtypes(ImplicitRNN.FixedPoint))
+fixed_points() = subtypes(ImplicitRNN.FixedPoint)
 const FIXED_POINTS = Dict(ImplicitRNN.Stationary => [stationary], ImplicitRNN.AdjointSystem => [adjoint_system, tangent_system])
 
 @testset "Picard and Anderson solve every fixed point ($system, $(nameof(typeof(solver))))" for P in fixed_points(),

@@ -119,7 +119,7 @@ end
     p, X, Y = parameters(net), samples(net, 10), targets(net, 10)
     @test_throws "the network has $(length(net)) parameters, the vector 2" fit!(p[1:2], net, X, Y)
     @test_throws "the network takes 3 features, the samples have 2" fit!(p, net, X[1:2, :], Y)
-    @test_throws "the targets are (1, 10)" fit!(p, net, X, Y[1:1, :])
+    @test_throws "targets are (1, 10)" fit!(p, net, X, Y[1:1, :])
     @test_throws "there are 9 weights for 10 samples" fit!(p, net, X, Y; weights = ones(9))
     @test_throws "batch_size must be from 1 to the 10 samples, got 11" fit!(p, net, X, Y; batch_size = 11)
     @test_throws "epochs must be positive" fit!(p, net, X, Y; epochs = 0)

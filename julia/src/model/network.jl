@@ -80,8 +80,8 @@ Base.length(net::Network) = net.parameters
 Base.eltype(::Network{T}) where {T} = T
 output_size(net::Network) = net.outputs > 0 ? net.outputs : length(net.readout)
 
-check_length(net::Network, p) = length(p) == length(net) ||
-    throw(DimensionMismatch("the network has $(length(net)) parameters, the vector $(length(p))"))
+check_length(net::Network, p, what = "vector") = length(p) == length(net) ||
+    throw(DimensionMismatch("the network has $(length(net)) parameters, the $what $(length(p))"))
 
 Network(args...; kwargs...) = Network{Float64}(args...; kwargs...)
 

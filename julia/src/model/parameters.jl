@@ -13,9 +13,9 @@ function initial_parameters(rng::AbstractRNG, net::Network{T}) where {T}
     p = zeros(T, length(net))
     draw!(block, gain) = copyto!(block, T.(gain / sqrt(size(block, 2)) .* randn(rng, size(block))))
     for c in sort!(connections(net); by = c -> c.offset)
-        draw!(matrix_in(p, c.offset, length(c.rows), length(c.cols)), c.from >= c.to ? 0.3 : 1.0)
+        draw!(connection_weights(p, c), c.from >= c.to ? 0.3 : 1.0)
     end
-    net.outputs > 0 && draw!(matrix_in(p, net.weights_out, net.outputs, length(net.readout)), 1.0)
+    net.outputs > 0 && draw!(readout_weights(net, p), 1.0)
     return p
 end
 
@@ -36,15 +36,14 @@ function named_weights(net::Network{T}, p::AbstractVector{T}) where {T}
     name(letter, indices...) = length(net.layers) == 1 ? letter : "$letter[$(join(indices, ','))]"
     for c in connections(net)
         key = c.from == 0 ? name("W", c.to) : name("R", c.to, c.from)
-        weights[key] = matrix_in(p, c.offset, length(c.rows), length(c.cols))
+        weights[key] = connection_weights(p, c)
     end
     weights["b"] = view(p, net.bias .+ (1:neurons(net)))
     for stage in net.stages
         isempty(stage.scales) || (weights[name("a", layers_of(stage)...)] = view(p, stage.scales))
     end
     if net.outputs > 0
-        weights["C"] = matrix_in(p, net.weights_out, net.outputs, length(net.readout))
-        weights["d"] = view(p, (length(net) - net.outputs + 1):length(net))
+        weights["C"], weights["d"] = readout_weights(net, p), readout_bias(net, p)
     end
     return weights
 end
@@ -68,4 +67,9 @@ end
 
 connections(net::Network) = reduce(vcat, (stage.connections for stage in net.stages))
 layers_of(stage::Stage) = sort!(unique!([c.to for c in stage.connections]))
+
+# Views of parameters, or of a gradient with respect to them, on any device.
+connection_weights(p, c::Connection) = matrix_in(p, c.offset, length(c.rows), length(c.cols))
+readout_weights(net::Network, p) = matrix_in(p, net.weights_out, net.outputs, length(net.readout))
+readout_bias(net::Network, p) = view(p, (length(net) - net.outputs + 1):length(net))
 matrix_in(p, offset, rows, columns) = reshape(view(p, offset .+ (1:(rows * columns))), rows, columns)

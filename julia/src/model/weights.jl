@@ -93,6 +93,13 @@ The flat gradient `g` from the gradients `G` with respect to the weights in forc
 function pack_gradient!(g::AbstractVector, net::Network, G::Weights, w::Weights)
     for (stage, Gs, ws) in zip(net.stages, G.stages, w.stages)
         stage.recurrent && constrain_pullback!(Gs, net.constraint, ws, stage.slopes)
+    end
+    return pack!(g, net, G)
+end
+
+"The inverse of [`unpack!`](@ref): `g` from `G`, with its raw recurrent weights and scales."
+function pack!(g::AbstractVector, net::Network, G::Weights)
+    for (stage, Gs) in zip(net.stages, G.stages)
         for c in stage.connections
             matrix, rows, cols = target(Gs, stage, c)
             offset = c.offset

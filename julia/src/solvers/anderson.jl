@@ -158,7 +158,7 @@ function pose!((; b, G)::NormalEquations, state::AndersonState{T, S}, j::Int, ne
     return
 end
 
-# (G + ridge ⋅ tr(G) I) γ = b for the leading k × k part, by Cholesky; false where it breaks down.
+# (G + ridge ⋅ tr(G) I) γ = b for the leading k × k part, by Cholesky; false where it breaks down. γ may be b.
 function solve_regularised!(γ, G, b, k::Int, ridge)
     T = eltype(G)
     trace = zero(T)
