@@ -235,7 +235,7 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     given_start = pyis(start, pybuiltins.None) ? () : (NumPy{T}(start),)
     Lender(s.workspace)(NumPy{T}(p), NumPy{T}(X), results..., given_start...) do p, X, state, status, iterations, residual, rate, bound, start...
         N = neurons(net)
-        solution = Solution(columns(state, N), reinterpret_status(status), iterations, residual, rate, bound)
+        solution = Solution(columns(state, N), Outcome(reinterpret_status(status), iterations, residual, rate), bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), map(z -> columns(z, N), start)...)
     end
     pydel!(outs)          # a tuple keeps its arrays alive
@@ -266,7 +266,8 @@ function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
     loss, quality = Lender(s.workspace)(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
         loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), probe, given(weights), report_of(report...),
+            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net));
+            probe, weights = given(weights), report = report_of(report...),
         )
     end
     pydel!(arrays)

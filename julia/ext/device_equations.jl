@@ -105,7 +105,7 @@ end
 function solve_left!(Z, outcome, problem, solver, left)
     z, found = on_host(Z[:, left]), Outcome(length(left))
     solve!(z, found, part_of(problem, left), solver)
-    foreach(name -> getfield(outcome, name)[left] = getfield(found, name), fieldnames(Outcome))
+    copy_outcome!(outcome, left, found)
     Z[:, left] = copyto!(similar(Z, size(z)), z)
     return
 end

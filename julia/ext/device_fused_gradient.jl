@@ -17,7 +17,7 @@ is_iterated(::Adjoint) = false
 is_iterated(s::Implicit) = s.linear_solver in (:auto, :neumann)
 
 "The gradient of the columns that are solved is added to `total`; returns their [`Summary`](@ref ImplicitRNN.Summary), and the others."
-function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, start, seed::LossSeed, report, states, columns) where {T}
+function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, seed::LossSeed, columns; start, report, states) where {T}
     samples, w, stage, a = length(columns), only(ws.stages), only(ws.net.stages), only(arrays!(ws, length(columns)))
     here(array) = array === nothing ? nothing : on_device(ws, columns_of(array, columns))
     x, targets, z = here(X), here(seed.targets), here(start)
@@ -44,9 +44,9 @@ function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, start, seed
     tally = on_host(solves.tally)
     solved, left = findall(==(1), view(tally, SOLVED, :)), findall(!=(1), view(tally, SOLVED, :))
     found, residual = (; status = fill(CONVERGED, length(solved)), residual = tally[RESIDUAL, solved]), tally[ADJOINT_RESIDUAL, solved]
-    report === nothing || report!(report, columns[solved], found, residual)
+    report!(report, columns[solved], found, residual)
     states === nothing || put_block!(states, stage.rows, columns[solved], B[1:n, solved])
-    return Summary(sum(view(tally, LOSS, :)), quality_of(found, residual, problem.adjoint)), columns[left]
+    return Summary(sum(view(tally, LOSS, :)), Quality(found, residual, problem.adjoint)), columns[left]
 end
 
 "The gradient of the parameters from [∂L/∂s; ∂L/∂y] [z; x; 1]ᵀ."

@@ -1,12 +1,12 @@
 # The way back on the device: gradients of a loss or of products, and products with tangents.
 
 function ImplicitRNN.loss_and_gradient!(
-        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
+        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
     check_start(problem.net, X, states)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    return pull_back!(g, nothing, ws, problem, p, X, states, seed, probe, report, states)
+    return pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states)
 end
 
 function ImplicitRNN.vjp!(
@@ -14,7 +14,7 @@ function ImplicitRNN.vjp!(
     )
     check_pullback(problem.net, dX, X, V, of, start)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    return pull_back!(g, dX, ws, problem, p, X, start, seed, probe, report)
+    return pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report)
 end
 
 function ImplicitRNN.jvp!(
@@ -37,14 +37,11 @@ function ImplicitRNN.jvp!(
         else
             put_block!(tangent, axes(tangent, 1), columns, read_out_tangent(ws, direction, length(columns)))
         end
-        report === nothing || report!(report, columns, found, residual)
-        quality = merge(quality, quality_of(found, residual, problem.adjoint))
+        report!(report, columns, found, residual)
+        quality = merge(quality, Quality(found, residual, problem.adjoint))
     end
     return quality
 end
-
-report!(report, columns, found, residual) =
-    foreach((to, from) -> copyto!(view(to, columns), from), report, (found.status, found.residual, residual))
 
 "The derivative of the weights in force along a direction of the parameters; the constraints are differentiated on the host."
 function tangent_weights(ws::DeviceWorkspace{T}, dp) where {T}
@@ -104,7 +101,9 @@ ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X
     refused("Hessian-vector products")
 
 # The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
-function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, seed, probe, report, states = nothing)
+function pull_back!(
+        g, ws::DeviceWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
+    )
     check_options(problem)
     unpack!(ws, p)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, size(X, 2))
@@ -112,18 +111,18 @@ function pull_back!(g, dX, ws::DeviceWorkspace, problem::Problem, p, X, start, s
     for columns in pieces(ws, problem, axes(X, 2))
         left = columns
         if is_fused(ws, problem, seed, length(columns))
-            found, left = pull_back_fused!(total, ws, problem, X, start, seed, report, states, columns)
+            found, left = pull_back_fused!(total, ws, problem, X, seed, columns; start, report, states)
             summary = merge(summary, found)
         end
         isempty(left) && continue
-        summary = merge(summary, pull_back_columns!(total, dX, ws, problem, X, start, seed, penalty, report, states, left))
+        summary = merge(summary, pull_back_columns!(total, ws, problem, X, seed, penalty, left; dX, start, report, states))
     end
     copyto!(g, total)
     return summary.loss, summary.quality
 end
 
 # For some of the columns, in as many launches as it takes; their gradient is added to `total`.
-function pull_back_columns!(total, dX, ws::DeviceWorkspace, problem, X, start, seed, penalty, report, states, columns)
+function pull_back_columns!(total, ws::DeviceWorkspace, problem, X, seed, penalty, columns; dX = nothing, start, report, states)
     x = on_device(ws, columns_of(X, columns))
     found = settle!(ws, problem, x, columns_of(start, columns))
     states === nothing || keep_states!(states, ws, found, columns)
@@ -134,8 +133,8 @@ function pull_back_columns!(total, dX, ws::DeviceWorkspace, problem, X, start, s
     end
     total .+= ws.gradient
     dX === nothing || put_block!(dX, axes(dX, 1), columns, dx)
-    report === nothing || report!(report, columns, found, residual)
-    return Summary(loss, quality_of(found, residual, problem.adjoint))
+    report!(report, columns, found, residual)
+    return Summary(loss, Quality(found, residual, problem.adjoint))
 end
 
 "Bring the samples to their equilibrium with the parameters in force, with the slopes there."
@@ -152,7 +151,7 @@ end
 "The last evaluation, which gives the slopes. The states become its values where these are nearer."
 function last_evaluation!(ws::DeviceWorkspace, k, X, status)
     a, stage = ws.arrays[k], ws.net.stages[k]
-    latest = delivers_latest(ws) || !stage.recurrent
+    latest = evaluation_contracts(ws.net.constraint) || !stage.recurrent
     slopes!(ws.backend)(a.D, a.Z, evaluate!(ws, k, X), stage.activation, status, latest; ndrange = size(a.Z))
     return
 end
@@ -296,10 +295,7 @@ end
 
 "The [`Rule`](@ref) by which adjoint systems are iterated."
 adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true) where {T} =
-    Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, delivers_latest(ws))
-
-"Whether the value of the last evaluation is nearer to the solution: where the equation contracts, as monotone ones need not."
-delivers_latest(ws::DeviceWorkspace) = !(ws.net.constraint isa Monotone)
+    Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, evaluation_contracts(ws.net.constraint))
 
 "Solve the systems of some columns by LU; returns their residuals, NaN for a singular system."
 function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rule)
@@ -314,9 +310,4 @@ function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rul
     progress, record = progress_of(ws, size(q.Z, 2)), record_of(ws, size(q.Z, 2))
     step!(ws, q, progress, record, rule)
     return ifelse.(on_host(singular)[left], NaN, Float64.(on_host(record.residual)[left]))
-end
-
-function quality_of(found, adjoint_residual, adjoint)
-    failed = !needs_equilibrium(adjoint) ? 0 : count(j -> found.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT), eachindex(adjoint_residual))
-    return Quality(failed, reduce(worse, found.residual; init = 0.0), reduce(worse, adjoint_residual; init = 0.0))
 end

@@ -55,7 +55,7 @@ struct Rule{T}
     settled::Bool
     checked::Bool
     rescue::Bool
-    latest::Bool                 # deliver the value of the last evaluation
+    latest::Bool                 # take the value of the last evaluation for the solution
 end
 
 "What becomes of a column: it rests, takes the next iterate, or ends, as one that the host has to solve or not."

@@ -8,9 +8,9 @@ function forward!(ws::DeviceWorkspace, problem::Problem, X, start)
     for k in eachindex(ws.stages)
         forward_stage!(ws, problem, k, X, start, abandoned, record)
     end
-    solution = solution_of(ws, record)
-    any(abandoned) && hand_over!(solution, ws, problem, X, start, findall(on_host(abandoned)))
-    return solution
+    outcome = outcome_of(record)
+    any(abandoned) && hand_over!(outcome, ws, problem, X, start, findall(on_host(abandoned)))
+    return outcome
 end
 
 function forward_stage!(ws::DeviceWorkspace, problem, k, X, start, abandoned, record)
@@ -108,25 +108,17 @@ function evaluate!(ws::DeviceWorkspace, k, X)
     return a.S
 end
 
-# A solution without states, which stay on the device.
-function solution_of(ws::DeviceWorkspace{T}, record) where {T}
-    bound = fill(NaN, length(record.status))
-    return Solution(
-        zeros(T, 0, 0), on_host(record.status), on_host(record.iterations), Float64.(on_host(record.residual)),
-        Float64.(on_host(record.rate)), bound
-    )
-end
+outcome_of((; status, iterations, residual, rate)) =
+    Outcome(on_host(status), on_host(iterations), Float64.(on_host(residual)), Float64.(on_host(rate)))
 
 "Let the CPU solve the samples that are `left`, from where the device began."
-function hand_over!(solution, ws::DeviceWorkspace, problem, X, start, left)
+function hand_over!(outcome, ws::DeviceWorkspace, problem, X, start, left)
     net, cpu = problem.net, host!(ws)
     columns(A) = on_host(A[:, left])
     part = equilibrium!(
         Solution(net, length(left)), cpu, problem, on_host(ws.parameters), columns(X), start === nothing ? nothing : columns(start)
     )
-    for name in (:status, :iterations, :residual, :rate, :bound)
-        getfield(solution, name)[left] .= getfield(part, name)
-    end
+    copy_outcome!(outcome, left, part.outcome)
     for (stage, a) in zip(net.stages, ws.arrays)
         a.Z[:, left] = on_device(ws, part.state[stage.rows, :])
     end
@@ -142,9 +134,7 @@ function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, probl
     for columns in pieces(ws, problem, 1:B)
         x, z = on_device(ws, columns_of(X, columns)), columns_of(start, columns)
         found = forward!(ws, problem, x, z === nothing ? nothing : on_device(ws, z))
-        for name in (:status, :iterations, :residual, :rate)
-            copyto!(view(getfield(solution, name), columns), getfield(found, name))
-        end
+        copy_outcome!(solution.outcome, columns, found)
         foreach((stage, a) -> put_block!(solution.state, stage.rows, columns, a.Z), net.stages, ws.arrays)
         certify!(view(solution.bound, columns), ws, x)
     end

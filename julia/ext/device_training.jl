@@ -17,22 +17,6 @@ function ImplicitRNN.train!(
     return losses
 end
 
-function ImplicitRNN.batch_gradient!(
-        b::DeviceBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
-    )
-    (; X, Y, weights) = batches
-    is_whole(batches) &&
-        return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights, nothing, equilibria)
-    selected = batch(batches, epoch, step)
-    states = equilibria === nothing ? nothing : equilibria[:, selected]
-    loss, quality = loss_and_gradient!(
-        b.gradient, b.workspace, problem, p, X[:, selected], Y[:, selected], probe,
-        weights === nothing ? nothing : weights[selected], nothing, states
-    )
-    states === nothing || (equilibria[:, selected] = states)
-    return loss, quality
-end
-
 ImplicitRNN.flatten!(numbers, x::AbstractGPUArray) = append!(numbers, on_host(x))
 function ImplicitRNN.refill(x::AbstractGPUArray, numbers, position)
     copyto!(x, convert(Array{eltype(x)}, numbers[position[] .+ (1:length(x))]))

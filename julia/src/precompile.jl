@@ -15,7 +15,7 @@
         # Free networks neither repel nor need the last resorts here.
         p, X, Y = map(k -> T(0.2 * sin(k^2)), 1:length(net)), ones(T, 2, samples), zeros(T, 1, samples)
         equilibrium!(Solution(net, samples), Workspace(net), problem, p, X, nothing)
-        loss_and_gradient!(zeros(T, length(net)), Workspace(net), problem, p, X, Y, 0, nothing, nothing)
+        loss_and_gradient!(zeros(T, length(net)), Workspace(net), problem, p, X, Y; probe = 0, weights = nothing, report = nothing)
         for start in (products ? (nothing, zeros(T, neurons, samples)) : ())
             vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
             jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)

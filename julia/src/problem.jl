@@ -24,6 +24,14 @@ end
 
 # --- how it went ----------------------------------------------------------------------------------------------
 
+"What was found for the samples of a problem; the fields of its `outcome` are had from it as well."
+abstract type AbstractSolution end
+Base.getproperty(s::AbstractSolution, name::Symbol) =
+    name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
+
+"Which samples reached their solution."
+converged(s::AbstractSolution) = s.status .== CONVERGED
+
 """
     Solution
 
@@ -31,23 +39,15 @@ The equilibria of a batch: `state` (neurons × samples) and, per sample, `status
 `residual`, the contraction `rate` observed and `bound`, a certified bound on max |z - z*| (NaN where the
 constraint gives none).
 """
-struct Solution{T, A <: AbstractMatrix{T}}
+struct Solution{T, A <: AbstractMatrix{T}} <: AbstractSolution
     state::A
-    status::Vector{Status}
-    iterations::Vector{Int32}
-    residual::Vector{Float64}
-    rate::Vector{Float64}
+    outcome::Outcome
     bound::Vector{Float64}
 end
 
 "A solution for so many samples, to be filled in."
-Solution(net::Network{T}, samples::Int) where {T} = Solution(
-    Matrix{T}(undef, neurons(net), samples), Vector{Status}(undef, samples), Vector{Int32}(undef, samples),
-    (Vector{Float64}(undef, samples) for _ in 1:3)...
-)
-
-"Which samples reached their equilibrium."
-converged(s::Solution) = s.status .== CONVERGED
+Solution(net::Network{T}, samples::Int) where {T} =
+    Solution(Matrix{T}(undef, neurons(net), samples), Outcome(samples), Vector{Float64}(undef, samples))
 
 "An `ErrorException` where not all samples reached their equilibrium."
 function check_converged(status, residual)
@@ -72,6 +72,25 @@ struct Quality
     adjoint_residual::Float64
 end
 Quality() = Quality(0, 0.0, 0.0)
+
+
+"The quality of the solves of the first samples, given their outcome and the residuals of their adjoint systems."
+function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = length(adjoint_residual))
+    unconverged, forward, backward = 0, 0.0, 0.0
+    for j in 1:samples
+        unconverged += needs_equilibrium(adjoint) && (outcome.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT))
+        forward, backward = worse(outcome.residual[j], forward), worse(adjoint_residual[j], backward)
+    end
+    return Quality(unconverged, forward, backward)
+end
+
+"Fill in what a caller wants to know of the samples with these numbers, the first ones of `outcome` and `adjoint_residual`."
+report!(::Nothing, samples, outcome, adjoint_residual) = nothing
+function report!(report, samples, outcome, adjoint_residual)
+    put!(to, from) = copyto!(view(to, samples), view(from, eachindex(samples)))
+    foreach(put!, report, (outcome.status, outcome.residual, adjoint_residual))
+    return
+end
 
 Base.merge(a::Quality, b::Quality) = Quality(
     a.unconverged + b.unconverged, worse(a.residual, b.residual), worse(a.adjoint_residual, b.adjoint_residual)
@@ -98,7 +117,7 @@ Where and how batches of a network are computed: all buffers of its passes, on s
 call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, and the methods
 
 - [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
-- [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing)`
+- [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y; probe, weights, report, states)`
 - [`vjp!`](@ref)`(g, dX, ws, problem, p, X, V; of, start, probe, report)`
 - [`jvp!`](@ref)`(tangent, ws, problem, p, X, dp, dX; of, start, report)`
 - [`allocate`](@ref)`(ws, dimensions...)`
@@ -117,7 +136,7 @@ samples) or zero.
 function equilibrium! end
 
 """
-    loss_and_gradient!(g, ws, problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing)
+    loss_and_gradient!(g, ws, problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing)
 
 The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
 in per sample. Where `states` (neurons × samples) are given, they are the first iterates, and become the equilibria found; zero for a
@@ -177,9 +196,8 @@ gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) wh
 random vectors `probe` numbers.
 """
 function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
-    problem = Problem(net; options...)
     g = zeros(T, length(net))
-    value, _ = loss_and_gradient!(g, Workspace(net), problem, p, X, Y, probe, weights)
+    value, _ = loss_and_gradient!(g, Workspace(net), Problem(net; options...), p, X, Y; probe, weights)
     return value, g
 end
 

@@ -236,21 +236,12 @@ function batch_gradient!(
         b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
     )
     (; X, Y, weights) = batches
-    is_whole(batches) &&
-        return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y, probe, weights, nothing, equilibria)
+    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y; probe, weights, states = equilibria)
     selected = batch(batches, epoch, step)
-    m = length(selected)
-    copy_columns!(b.batch_X, 1:m, X, selected)
-    copy_columns!(b.batch_Y, 1:m, Y, selected)
-    weights === nothing || copyto!(view(b.batch_weights, 1:m), view(weights, selected))
-    equilibria === nothing || copy_columns!(b.batch_states, 1:m, equilibria, selected)
-    loss, quality = loss_and_gradient!(
-        b.gradient, b.workspace, problem, p, view(b.batch_X, :, 1:m), view(b.batch_Y, :, 1:m), probe,
-        weights === nothing ? nothing : view(b.batch_weights, 1:m), nothing,
-        equilibria === nothing ? nothing : view(b.batch_states, :, 1:m)
-    )
-    equilibria === nothing || copy_columns!(equilibria, selected, b.batch_states, 1:m)
-    return loss, quality
+    x, y, states = gather!(b.batch_X, X, selected), gather!(b.batch_Y, Y, selected), gather!(b.batch_states, equilibria, selected)
+    result = loss_and_gradient!(b.gradient, b.workspace, problem, p, x, y; probe, weights = gather!(b.batch_weights, weights, selected), states)
+    states === nothing || copy_columns!(equilibria, selected, states, axes(states, 2))
+    return result
 end
 
 "    descend!(rule, state, p, g)\n\nA step of a rule of Optimisers.jl for the gradient `g`; returns its state."
@@ -291,8 +282,16 @@ function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S,
     return m, v, powers .* (β1, β2)
 end
 
+"The `selected` samples of an array, in the `buffer`."
+gather!(buffer, ::Nothing, selected) = nothing
+gather!(buffer, x::AbstractVector, selected) = (y = view(buffer, eachindex(selected)); y .= view(x, selected); y)
+function gather!(buffer, A::AbstractMatrix, selected)
+    copy_columns!(buffer, eachindex(selected), A, selected)
+    return view(buffer, :, eachindex(selected))
+end
+
 "Columns `here` of `from` become the columns `there` of `to`."
-copy_columns!(to::AbstractMatrix, there, from::AbstractMatrix, here) = copyto!(view(to, :, there), view(from, :, here))
+copy_columns!(to::AbstractMatrix, there, from::AbstractMatrix, here) = view(to, :, there) .= view(from, :, here)
 function copy_columns!(to::Matrix, there, from::StridedMatrix, here)
     checkbounds(to, :, there)
     checkbounds(from, :, here)

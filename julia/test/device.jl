@@ -17,7 +17,7 @@ else
 
     function gradient(ws, p, X, Y; weights = nothing, options...)
         g = zero(p)
-        loss, quality = ImplicitRNN.loss_and_gradient!(g, ws, Problem(ws.net; options...), p, X, Y, 0, weights)
+        loss, quality = ImplicitRNN.loss_and_gradient!(g, ws, Problem(ws.net; options...), p, X, Y; weights)
         return (; loss, g, quality)
     end
 
@@ -156,7 +156,7 @@ else
         p, X, Y = parameters(net; gain = 0.6), samples(net, 60), targets(net, 60)
         reports = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
             report = (Vector{Status}(undef, 60), zeros(60), zeros(60))
-            ImplicitRNN.loss_and_gradient!(zero(p), ws, Problem(net), p, X, Y, 0, nothing, report)
+            ImplicitRNN.loss_and_gradient!(zero(p), ws, Problem(net), p, X, Y; report)
             report
         end
         @test (reports[1][1] .== CONVERGED) == (reports[2][1] .== CONVERGED)
@@ -174,8 +174,7 @@ else
         ImplicitRNN.loss_and_gradient!(g, ImplicitRNN.Workspace(net, JLArray), Problem(net), JLArray(p), JLArray(X), JLArray(Y))
         @test Array(g) == gradient(device, p, X, Y).g
         state = JLArray(zero(z))
-        columns = (Vector{Status}(undef, 20), zeros(Int32, 20), zeros(20), zeros(20), zeros(20))
-        ImplicitRNN.equilibrium!(Solution(state, columns...), device, Problem(net), JLArray(p), JLArray(X), JLArray(z))
+        ImplicitRNN.equilibrium!(Solution(state, ImplicitRNN.Outcome(20), zeros(20)), device, Problem(net), JLArray(p), JLArray(X), JLArray(z))
         @test Array(state) ≈ z rtol = 1.0e-9
     end
 
@@ -203,7 +202,7 @@ else
         p, X, problem = [1.0, -3.0, 0.0], [5.0 0.5 6.0], Problem(net; solver = Picard())        # z = tanh(x - 3 z)
         here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
             states = zeros(1, 3)
-            ImplicitRNN.loss_and_gradient!(zero(p), workspace, problem, p, X, zero(X), 0, nothing, nothing, states)
+            ImplicitRNN.loss_and_gradient!(zero(p), workspace, problem, p, X, zero(X); states)
             states
         end
         @test here[2] == there[2] == 0 < there[1]
@@ -246,7 +245,7 @@ else
             g, h, dX, tangent = zero(p), zero(p), zero(X), zeros(2, 50)
             report = (Vector{Status}(undef, 50), zeros(50), zeros(50))
             problem = Problem(net; jacobian_penalty = 0.3)
-            loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y, 3, rand(Xoshiro(5), 50), report)
+            loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y; probe = 3, weights = rand(Xoshiro(5), 50), report)
             ImplicitRNN.vjp!(h, dX, ws, problem, p, X, V)
             ImplicitRNN.jvp!(tangent, ws, problem, p, X, p, X)
             [loss; g; h; vec(dX); vec(tangent); report[2]; report[3]]
@@ -325,7 +324,7 @@ else
             p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
             results = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
                 g = zero(p)
-                loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, Problem(net; jacobian_penalty = 0.5), p, X, Y, 3)
+                loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, Problem(net; jacobian_penalty = 0.5), p, X, Y; probe = 3)
                 loss, g
             end
             @test results[2][1] ≈ results[1][1] rtol = 1.0e-9
@@ -335,7 +334,7 @@ else
 
     @testset "states and outputs stay on the device: $(size(p))" for (net, p) in ((net, parameters(net)) for net in (layered(), one_layer(; T = Float32)))
         X, ws = samples(net, 20), on_device(net)
-        solution = Solution(JLArray(zeros(eltype(net), neurons(net), 20)), (getfield(Solution(net, 20), k) for k in 2:6)...)
+        solution = Solution(JLArray(zeros(eltype(net), neurons(net), 20)), ImplicitRNN.Outcome(20), zeros(20))
         ImplicitRNN.equilibrium!(solution, ws, Problem(net), p, JLArray(X))
         outputs = ImplicitRNN.read_out!(JLArray(zeros(eltype(net), 2, 20)), ws, p, solution.state)
         @test relative_error(Array(outputs), predict(net, p, X)) < agreement(eltype(net))
@@ -369,12 +368,12 @@ else
         unpack!(ws, p)
         reports = Tuple((fill(ImplicitRNN.SINGULAR, 60), fill(NaN, 60), fill(NaN, 60)) for _ in 1:2)
         states = Tuple(zeros(T, neurons(net), 60) for _ in 1:2)
-        found, left = E.pull_back_fused!(total, ws, problem, X, nothing, seed, reports[1], states[1], 1:60)
+        found, left = E.pull_back_fused!(total, ws, problem, X, seed, 1:60; start = nothing, report = reports[1], states = states[1])
         solved = setdiff(1:60, left)
         @test free ? 7 in left && 1 < length(left) < 60 : isempty(left)
         @test all(isnan, reports[1][2][left]) && iszero(states[1][:, left])
         penalty = ImplicitRNN.JacobianPenalty(0.0, UInt64(0), 60)
-        summary = E.pull_back_columns!(expected, nothing, ws, problem, X, nothing, seed, penalty, reports[2], states[2], solved)
+        summary = E.pull_back_columns!(expected, ws, problem, X, seed, penalty, solved; start = nothing, report = reports[2], states = states[2])
         @test found.loss ≈ summary.loss rtol = agreement(T)
         @test relative_error(Array(total), Array(expected)) < agreement(T)
         @test found.quality.unconverged == summary.quality.unconverged == 0
@@ -384,7 +383,7 @@ else
         @test states[1][:, solved] ≈ states[2][:, solved] rtol = agreement(T)
         free && continue                                              # what converges at once may repel, and is left
         again = JLArray(zero(p))
-        E.pull_back_fused!(again, ws, problem, X, states[1], seed, nothing, nothing, 1:60)
+        E.pull_back_fused!(again, ws, problem, X, seed, 1:60; start = states[1], report = nothing, states = nothing)
         @test relative_error(Array(again), Array(total)) < 10 * agreement(T)
     end
 

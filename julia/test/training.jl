@@ -55,7 +55,7 @@ end
         X, Y = samples(net, samples_count), targets(net, samples_count)
         ws, g = ImplicitRNN.Workspace(net), zeros(length(net))
         states = warm ? zeros(4, samples_count) : nothing
-        step() = (ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y, 0, nothing, nothing, states); nothing)
+        step() = (ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y; states); nothing)
         step()
         return @allocated step()
     end
@@ -121,7 +121,7 @@ end
     net = one_layer()
     p, X, Y, rule = parameters(net), samples(net, 4), targets(net, 4), ImplicitRNN.Optimisers.Adam()
     @test_throws "Unrolled does not use" Trainer(Problem(net; adjoint = Unrolled(3)), rule; warm_start = true)
-    step!(states) = ImplicitRNN.loss_and_gradient!(zero(p), ImplicitRNN.Workspace(net), Problem(net), p, X, Y, 0, nothing, nothing, states)
+    step!(states) = ImplicitRNN.loss_and_gradient!(zero(p), ImplicitRNN.Workspace(net), Problem(net), p, X, Y; states)
     @test_throws "states are (5, 3)" step!(zeros(5, 3))
 end
 

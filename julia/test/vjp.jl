@@ -156,11 +156,11 @@ Base.similar(b::Broadcast.Broadcasted{Broadcast.ArrayStyle{Remote}}, ::Type{T}) 
 
 ImplicitRNN.allocate(::Elsewhere{T}, dimensions::Int...) where {T} = Remote(zeros(T, dimensions))
 function ImplicitRNN.loss_and_gradient!(
-        g::Remote, ws::Elsewhere, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
+        g::Remote, ws::Elsewhere, problem::Problem, p, X, Y; weights = nothing, states = nothing, options...
     )
     push!(ws.calls, :loss_and_gradient!)
     found = states === nothing ? nothing : collect(states)
-    result = ImplicitRNN.loss_and_gradient!(g.values, ws.inner, problem, collect(p), collect(X), collect(Y), probe, weights, report, found)
+    result = ImplicitRNN.loss_and_gradient!(g.values, ws.inner, problem, collect(p), collect(X), collect(Y); weights, states = found, options...)
     states === nothing || copyto!(states, found)
     return result
 end

@@ -54,6 +54,14 @@ function reset!(o::Outcome)
     return o
 end
 
+"Take over the outcome of the first samples of `from` for those with these numbers."
+function copy_outcome!(to::Outcome, samples, from::Outcome)
+    for name in fieldnames(Outcome)
+        copyto!(view(getfield(to, name), samples), view(getfield(from, name), eachindex(samples)))
+    end
+    return to
+end
+
 worse(a, b) = ifelse((a > b) | isnan(a), a, b)
 
 function record!(o::Outcome, sample::Int, status::Status, iterations, residual, rate)

@@ -268,12 +268,9 @@ function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p,
     in_parallel(length(tiles), length(buffers)) do thread, k
         samples, tile = tiles[k], buffers[thread]
         tile.latest = tile.factorised = false
-        m = length(samples)
-        forward!(tile, problem, view(X, :, samples), start === nothing ? nothing : view(start, :, samples))
-        copyto!(view(solution.state, :, samples), view(tile.Z, :, 1:m))
-        for (name, values) in ((:status, solution.status), (:iterations, solution.iterations), (:residual, solution.residual), (:rate, solution.rate))
-            copyto!(view(values, samples), view(getfield(tile.outcome, name), 1:m))
-        end
+        forward!(tile, problem, view(X, :, samples), columns_of(start, samples))
+        copyto!(view(solution.state, :, samples), view(tile.Z, :, 1:length(samples)))
+        copy_outcome!(solution.outcome, samples, tile.outcome)
         certify!(view(solution.bound, samples), tile, net, view(X, :, samples), amplifications)
     end
     return solution

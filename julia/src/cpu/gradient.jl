@@ -1,13 +1,13 @@
 # The gradient of a batch, of its loss or of a product with any cotangent: the sum over tiles, shared among threads.
 
 function loss_and_gradient!(
-        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y, probe = 0, weights = nothing, report = nothing, states = nothing
+        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
     check_start(problem.net, X, states)
     unpack!(ws, p)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    summary = pull_back!(g, nothing, ws, problem, X, states, seed, probe, report, states)
+    summary = pull_back!(g, ws, problem, X, seed; start = states, probe, report, states)
     return summary.loss, summary.quality
 end
 
@@ -17,7 +17,7 @@ function vjp!(
     check_pullback(problem.net, dX, X, V, of, start)
     unpack!(ws, p)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    summary = pull_back!(g, dX, ws, problem, X, start, seed, probe, report)
+    summary = pull_back!(g, ws, problem, X, seed; dX, start, probe, report)
     return summary.loss, summary.quality
 end
 
@@ -72,7 +72,9 @@ end
 
 # The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing; the weights are in
 # force.
-function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, probe, report, states = nothing)
+function pull_back!(
+        g, ws::CPUWorkspace, problem::Problem, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
+    )
     net, B = problem.net, size(X, 2)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
@@ -88,10 +90,8 @@ function pull_back!(g, dX, ws::CPUWorkspace, problem::Problem, X, start, seed, p
     in_parallel(shares, length(buffers)) do thread, share
         tile = buffers[thread]
         tile.gradient = clear!(ws.gradients[share])
-        ws.summaries[share] = sum_tiles!(
-            tile, problem, X, start, seed, dX, report, states, penalty, width,
-            ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
-        )
+        numbers = ((share - 1) * tiles ÷ shares + 1):(share * tiles ÷ shares)
+        ws.summaries[share] = sum_tiles!(tile, problem, X, seed, penalty, width, numbers; dX, start, report, states)
     end
     for share in 2:shares
         add!(ws.gradients[1], ws.gradients[share], threads)
@@ -104,35 +104,27 @@ end
 shares_of(net::Network{T}) where {T} = clamp(SHARES_LIMIT ÷ (sizeof(T) * length(net)), first(SHARES), last(SHARES))
 
 # The loss and the quality of some tiles; their gradient is added to `tile.gradient`.
-function sum_tiles!(tile::Tile, problem::Problem, X, start, seed, dX, report, states, penalty, width::Int, numbers)
+function sum_tiles!(tile::Tile, problem::Problem, X, seed, penalty, width::Int, numbers; dX, start, report, states)
     net = problem.net
     summary = Summary()
     keep_factors!(tile, problem)
-    # An evaluation brings it nearer where the equation contracts, as monotone ones need not.
-    tile.latest = !(net.constraint isa Monotone)
+    tile.latest = evaluation_contracts(net.constraint)
     for k in numbers
         samples = piece(k, width, size(X, 2))
         x = view(X, :, samples)
         forward!(tile, problem, x, columns_of(start, samples))
         loss = begin_back!(tile, seed, net, samples)
         loss += backward!(tile, problem, x, penalty, first(samples), columns_of(dX, samples))
-        report === nothing || report!(report, tile, samples)
+        report!(report, samples, tile.outcome, tile.adjoint_outcome.residual)
         states === nothing || keep_states!(columns_of(states, samples), tile)
-        summary = merge(summary, Summary(loss, Quality(tile, problem.adjoint, length(samples))))
+        quality = Quality(tile.outcome, tile.adjoint_outcome.residual, problem.adjoint, length(samples))
+        summary = merge(summary, Summary(loss, quality))
     end
     return summary
 end
 
 columns_of(::Nothing, samples) = nothing
 columns_of(A::AbstractMatrix, samples) = view(A, :, samples)
-
-function report!((status, residual, adjoint_residual), tile::Tile, samples)
-    m = length(samples)
-    copyto!(view(status, samples), view(tile.outcome.status, 1:m))
-    copyto!(view(residual, samples), view(tile.outcome.residual, 1:m))
-    copyto!(view(adjoint_residual, samples), view(tile.adjoint_outcome.residual, 1:m))
-    return
-end
 
 "The states found become `states` (neurons × samples), zero where there is no equilibrium: a solver starts anew from there."
 function keep_states!(states, tile::Tile)

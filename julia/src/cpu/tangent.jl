@@ -15,13 +15,13 @@ function jvp!(
     qualities = Vector{Quality}(undef, length(tiles))
     in_parallel(length(tiles), length(buffers)) do thread, k
         samples, tile = tiles[k], buffers[thread]
-        tile.factorised, tile.latest = false, !(net.constraint isa Monotone)
+        tile.factorised, tile.latest = false, evaluation_contracts(net.constraint)
         x = view(X, :, samples)
         forward!(tile, problem, x, columns_of(start, samples))
         push_forward!(tile, problem, direction, x, view(dX, :, samples))
         read_out_tangent!(view(tangent, :, samples), tile, net, direction, of)
-        report === nothing || report!(report, tile, samples)
-        qualities[k] = Quality(tile, problem.adjoint, length(samples))
+        report!(report, samples, tile.outcome, tile.adjoint_outcome.residual)
+        qualities[k] = Quality(tile.outcome, tile.adjoint_outcome.residual, problem.adjoint, length(samples))
     end
     return reduce(merge, qualities)
 end

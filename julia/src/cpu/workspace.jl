@@ -43,20 +43,6 @@ function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where
     )
 end
 
-# --- how it went ----------------------------------------------------------------------------------------------
-
-function Quality(tile::Tile, adjoint::Adjoint, samples::Int)
-    forward, backward = tile.outcome, tile.adjoint_outcome
-    unconverged, residual, adjoint_residual = 0, 0.0, 0.0
-    for j in 1:samples
-        unconverged += needs_equilibrium(adjoint) &&
-            (forward.status[j] != CONVERGED || !(backward.residual[j] < WORST_ADJOINT))
-        residual = worse(forward.residual[j], residual)
-        adjoint_residual = worse(backward.residual[j], adjoint_residual)
-    end
-    return Quality(unconverged, residual, adjoint_residual)
-end
-
 # --- all buffers ----------------------------------------------------------------------------------------------
 
 """

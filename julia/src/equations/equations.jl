@@ -22,15 +22,12 @@ include("text.jl")
 What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (shaped like the start), and per sample `status`, `iterations`
 (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it.
 """
-struct ImplicitSolution{T, A <: AbstractArray{T}, I}
+struct ImplicitSolution{T, A <: AbstractArray{T}, I} <: AbstractSolution
     problem::EquationProblem{T}
     value::A
     outcome::Outcome
     inverses::I
 end
-Base.getproperty(s::ImplicitSolution, name::Symbol) =
-    name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
-converged(s::ImplicitSolution) = s.status .== CONVERGED
 
 """
     fixed_point(f, z0, args...; solver = Auto(), batched = (), scale = nothing)

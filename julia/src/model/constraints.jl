@@ -71,6 +71,10 @@ const CONSTRAINTS = (; Free, Perron, InfNorm, Spectral, Monotone)
 guarantees_uniqueness(::Constraint) = true
 guarantees_uniqueness(::Free) = false
 
+"Whether an evaluation of the equation comes nearer to the equilibrium: it contracts, as one that is monotone need not."
+evaluation_contracts(::Constraint) = true
+evaluation_contracts(::Monotone) = false
+
 "Learnt scales per neuron of a recurrent stage: `a` of Perron; none for the others."
 has_scales(::Constraint) = false
 has_scales(::Perron) = true
