@@ -28,7 +28,7 @@ def net() -> irnn.Network:
 ADDRESS = """
     let e = Base.get_extension(ImplicitRNN, :ImplicitRNNPythonCallExt)
         pyfunc = e.pyfunc
-        x -> pyfunc(y -> e.borrow(v -> (v .*= 2; UInt(pointer(v))), e.NumPy{Float64}(y)))(x)
+        x -> pyfunc(y -> e.borrow(v -> (v .*= 2; UInt(pointer(v))), nothing, e.NumPy{Float64}(y)))(x)
     end
 """
 

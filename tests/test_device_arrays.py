@@ -173,7 +173,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> None:
     check_device("jl")
     monkeypatch.setattr("implicit_rnn.engines.DEVICES", ("cpu", "jl"))
     start.evaluate(
-        f'isdefined(Main, :AWAITED) || include(raw"{CHECKOUT / "julia" / "test" / "lent_memory.jl"}"); empty!(AWAITED)'
+        f'isdefined(Main, :AWAITED) || include(raw"{CHECKOUT / "julia" / "test" / "device_memory.jl"}"); empty!(AWAITED)'
     )
 
 

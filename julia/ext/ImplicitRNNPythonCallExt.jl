@@ -3,7 +3,7 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, equilibrium!, hessian_vector_product!,
+using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, backend_of, equilibrium!, hessian_vector_product!,
     interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
     pylist, pybuiltins
@@ -71,18 +71,19 @@ alive() = length(HANDLES)
 struct NumPy{T}
     array::Py
 end
+vectors(::Type{T}, arrays::Py, ::Val{N}) where {T, N} = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(N))
 
 # The small objects of a call pile up for long before Julia's collector thinks them worth its while.
 const CALLS = Ref(0)
 const COLLECT_EVERY = 1000
 
 """
-    borrow(f, arrays::NumPy...)
+    borrow(f, backend, arrays::NumPy...)
 
-Call `f` with plain vectors on the memory of the arrays, with the GIL released. The vectors are valid within `f` only.
-References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
+Call `f` with vectors on the memory of the arrays, with the GIL released: plain ones, or those of the device of a `backend` where the
+arrays are there. The vectors are valid within `f` only. References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
 """
-function borrow(f::F, arrays::Vararg{NumPy, N}) where {F, N}
+function borrow(f::F, ::Nothing, arrays::Vararg{NumPy, N}) where {F, N}
     (CALLS[] += 1) % COLLECT_EVERY == 0 && GC.gc(false)
     try
         return GC.@preserve arrays begin
@@ -130,7 +131,7 @@ end
 columns(x::Vector, rows::Int) = unsafe_wrap(Array, pointer(x), (rows, length(x) ÷ rows))
 columns(x::AbstractVector, rows::Int) = reshape(x, rows, :)
 
-include("lent_memory.jl")
+include("device_memory.jl")
 
 # --- problems -------------------------------------------------------------------------------------------------
 
@@ -140,11 +141,15 @@ struct Session{T, W <: AbstractWorkspace{T}}
     workspace::W
 end
 
+const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
+
 # Entry by entry, as the conversions of containers take as long to compile.
 integers(x::Py) = Int[pyconvert(Int, n) for n in x]
 numbers(x::Py) = Float64[pyconvert(Float64, n) for n in x]
 pairs_of(x::Py) = Pair{Int, Int}[pyconvert(Int, p[0]) => pyconvert(Int, p[1]) for p in x]
 options(x::Py) = Dict{Symbol, Any}(pyconvert(Symbol, name) => plain(x[name]) for name in x)
+make(kinds::NamedTuple, d::Py) = named(kinds, d["name"])(; options(d["options"])...)
+named(kinds::NamedTuple, name::Py) = getproperty(kinds, Symbol(pyconvert(String, name)))
 
 "An option: nothing, a truth value, a number or a word."
 function plain(x::Py)
@@ -160,18 +165,17 @@ end
 `program` takes the handle.
 """
 function compile(d::Py)
-    T = pyconvert(String, d["dtype"]) == "float32" ? Float32 : Float64
+    T = pyconvert(String, d["dtype"]) == "float32" ? Float32 : Float64          # two types, for which all below is compiled
     layers = [
         Layer(pyconvert(Int, l["neurons"]), pyconvert(String, l["activation"]); lateral = pyconvert(Bool, l["lateral"]))
             for l in d["layers"]
     ]
-    constraint = getproperty(ImplicitRNN.CONSTRAINTS, Symbol(pyconvert(String, d["constraint"]["name"])))
     net = Network{T}(
         pyconvert(Int, d["inputs"]), layers;
         feedback = pairs_of(d["feedback"]), skips = pairs_of(d["skips"]),
         input_skips = integers(d["input_skips"]),
         outputs = pyisinstance(d["outputs"], pybuiltins.int) ? pyconvert(Int, d["outputs"]) : integers(d["outputs"]),
-        constraint = constraint(numbers(d["constraint"]["values"])...),
+        constraint = named(ImplicitRNN.CONSTRAINTS, d["constraint"]["name"])(numbers(d["constraint"]["values"])...),
     )
     return keep(workspace_on(net, pyconvert(String, d["device"]))), length(net)
 end
@@ -217,10 +221,8 @@ end
 "`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."
 program(handle::Py, d::Py) = program(lookup(handle)::AbstractWorkspace, d)
 function program(workspace::AbstractWorkspace, d::Py)
-    solver = getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, d["solver"]["name"])))(; options(d["solver"]["options"])...)
-    adjoint = getproperty(ImplicitRNN.ADJOINTS, Symbol(pyconvert(String, d["adjoint"]["name"])))(; options(d["adjoint"]["options"])...)
-    loss = getproperty(ImplicitRNN.LOSSES, Symbol(pyconvert(String, d["loss"]["name"])))(options(d["loss"]["options"]))
-    jacobian_penalty = pyconvert(Float64, d["jacobian_penalty"])
+    solver, adjoint = make(ImplicitRNN.SOLVERS, d["solver"]), make(ImplicitRNN.ADJOINTS, d["adjoint"])
+    loss, jacobian_penalty = make(ImplicitRNN.LOSSES, d["loss"]), pyconvert(Float64, d["jacobian_penalty"])
     return keep(Session(Problem(workspace.net; solver, adjoint, loss, jacobian_penalty), workspace))
 end
 
@@ -233,7 +235,7 @@ function solve(s::Session{T}, p::Py, X::Py, start::Py, outs::Py) where {T}
     net = s.problem.net
     results = NumPy{T}(outs[0]), NumPy{Int8}(outs[1]), NumPy{Int32}(outs[2]), ntuple(k -> NumPy{Float64}(outs[k + 2]), Val(3))...
     given_start = pyis(start, pybuiltins.None) ? () : (NumPy{T}(start),)
-    Lender(s.workspace)(NumPy{T}(p), NumPy{T}(X), results..., given_start...) do p, X, state, status, iterations, residual, rate, bound, start...
+    borrow(backend_of(s.workspace), NumPy{T}(p), NumPy{T}(X), results..., given_start...) do p, X, state, status, iterations, residual, rate, bound, start...
         N = neurons(net)
         solution = Solution(columns(state, N), Outcome(reinterpret_status(status), iterations, residual, rate), bound)
         equilibrium!(solution, s.workspace, s.problem, p, columns(X, net.inputs), map(z -> columns(z, N), start)...)
@@ -246,7 +248,7 @@ end
 read_out(handle::Py, arrays::Py) = read_out(lookup(handle)::Session, arrays)
 function read_out(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))...) do p, state, out
+    borrow(backend_of(s.workspace), vectors(T, arrays, Val(3))...) do p, state, out
         ImplicitRNN.read_out!(columns(out, output_size(net)), s.workspace, p, columns(state, neurons(net)))
     end
     pydel!(arrays)
@@ -263,12 +265,10 @@ filled in per sample.
 gradient(handle::Py, arrays::Py, probe::Py) = gradient(lookup(handle)::Session, arrays, pyconvert(Int, probe))
 function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
     net = s.problem.net
-    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(5))
-    loss, quality = Lender(s.workspace)(lent..., per_sample(arrays, 5)...) do p, X, Y, weights, g, report...
-        loss_and_gradient!(
-            g, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net));
-            probe, weights = given(weights), report = report_of(report...),
-        )
+    loss, quality = borrow(backend_of(s.workspace), vectors(T, arrays, Val(5))..., per_sample(arrays, 5)...) do p, X, Y, weights, g, rest...
+        x, y, report = columns(X, net.inputs), columns(Y, output_size(net)), report_of(rest...)
+        step!(weights) = loss_and_gradient!(g, s.workspace, s.problem, p, x, y; probe, weights, report)
+        isempty(weights) ? step!(nothing) : step!(weights)         # of known types
     end
     pydel!(arrays)
     return loss, quality.unconverged, quality.residual, quality.adjoint_residual
@@ -291,8 +291,7 @@ vjp(handle::Py, arrays::Py, of_state::Py, probe::Py) =
     vjp(lookup(handle)::Session, arrays, pyconvert(Bool, of_state), pyconvert(Int, probe))
 function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
-    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
-    penalty, quality = Lender(s.workspace)(lent..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
+    penalty, quality = borrow(backend_of(s.workspace), vectors(T, arrays, Val(6))..., per_sample(arrays, 6)...) do p, X, start, V, g, dX, report...
         vjp!(
             g, columns(dX, net.inputs), s.workspace, s.problem, p, columns(X, net.inputs), columns(V, rows_of(net, of)); of,
             start = given(start, neurons(net)), probe, report = report_of(report...),
@@ -306,8 +305,7 @@ end
 jvp(handle::Py, arrays::Py, of_state::Py) = jvp(lookup(handle)::Session, arrays, pyconvert(Bool, of_state))
 function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
     net, of = s.problem.net, of_state ? :state : :outputs
-    lent = ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))
-    quality = Lender(s.workspace)(lent..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
+    quality = borrow(backend_of(s.workspace), vectors(T, arrays, Val(6))..., per_sample(arrays, 6)...) do p, X, start, dp, dX, tangent, report...
         jvp!(
             columns(tangent, rows_of(net, of)), s.workspace, s.problem, p, columns(X, net.inputs), dp, columns(dX, net.inputs); of,
             start = given(start, neurons(net)), report = report_of(report...),
@@ -321,7 +319,7 @@ end
 hessian_vector_product(handle::Py, arrays::Py) = hessian_vector_product(lookup(handle)::Session, arrays)
 function hessian_vector_product(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(6))...) do p, X, Y, weights, v, h
+    borrow(backend_of(s.workspace), vectors(T, arrays, Val(6))...) do p, X, Y, weights, v, h
         hessian_vector_product!(
             h, s.workspace, s.problem, p, columns(X, net.inputs), columns(Y, output_size(net)), v, given(weights)
         )
@@ -334,7 +332,7 @@ end
 spectral_radius(handle::Py, arrays::Py) = spectral_radius(lookup(handle)::Session, arrays)
 function spectral_radius(s::Session{T}, arrays::Py) where {T}
     net = s.problem.net
-    Lender(s.workspace)(ntuple(k -> NumPy{T}(arrays[k - 1]), Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
+    borrow(backend_of(s.workspace), vectors(T, arrays, Val(3))..., NumPy{Float64}(arrays[3])) do p, X, state, out
         x, z = on_host(columns(X, net.inputs)), on_host(columns(state, neurons(net)))      # where eigenvalues are found
         copyto!(out, ImplicitRNN.spectral_radius(net, p, x, z))
     end
@@ -347,7 +345,7 @@ end
 "`trainer(handle, description) -> handle`: it trains in the workspace of the program."
 function trainer(handle::Py, d::Py)
     s = lookup(handle)::Session
-    rule = getproperty(ImplicitRNN.OPTIMIZERS, Symbol(pyconvert(String, d["name"])))(options(d["options"]))
+    rule = named(ImplicitRNN.OPTIMIZERS, d["name"])(options(d["options"]))
     guard = Guard(pyconvert(Float64, d["unconverged"]), pyconvert(Float64, d["parameter_norm"]))
     return keep(
         Trainer(
@@ -369,8 +367,8 @@ function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
         NumPy{T}, NumPy{T}, NumPy{Int8}, NumPy{T}, NumPy{T}, NumPy{T}, NumPy{Int64}, NumPy{Float64}, NumPy{Float64},
         NumPy{Int64},
     )
-    lent = map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(10)))
-    Lender(first(t.buffers).workspace)(lent...) do P, good, halted, X, Y, weights, order, rates, losses, unconverged
+    vectors = map((type, k) -> type(arrays[k]), types, ntuple(k -> k - 1, Val(10)))
+    borrow(backend_of(first(t.buffers).workspace), vectors...) do P, good, halted, X, Y, weights, order, rates, losses, unconverged
         nets = Replicas(columns(P, length(net)), columns(good, length(net)), halted)
         samples = length(X) ÷ net.inputs
         epochs = length(losses) ÷ length(halted)
@@ -389,7 +387,7 @@ state(handle::Py) = Py(optimizer_state(lookup(handle)::Trainer)).to_numpy()
 "`restore(handle, numbers)`: the inverse of `state`."
 function restore(handle::Py, numbers::Py)
     t = lookup(handle)::Trainer          # with the GIL, which `borrow` releases
-    borrow(v -> restore_optimizer_state!(t, v), NumPy{Float64}(numbers))
+    borrow(v -> restore_optimizer_state!(t, v), nothing, NumPy{Float64}(numbers))
     return nothing
 end
 

@@ -54,7 +54,7 @@ function check_arguments(problem::EquationProblem)
     return
 end
 
-# As far as that can be told without the device: what f gives for dual numbers has to need no memory.
+# As far as that can be known without the device: what f gives for dual numbers has to need no memory.
 function check_function(problem::EquationProblem{T}, args, ::Val{K}) where {T, K}
     z = seeded(Short(unroll(_ -> zero(T), Val(K))), 1, Val(width_of(K)))
     one = part_of(problem, 1:1)
@@ -110,7 +110,7 @@ function solve_left!(Z, outcome, problem, solver, left)
     return
 end
 
-"`launch(range, group)` for all columns of Z. What the function cannot do on the device is told."
+"`launch(range, group)` for all columns of Z. What the function cannot do on the device is refused."
 function each_sample(launch, Z)
     check_interrupt()
     group = group_of(size(Z, 1))

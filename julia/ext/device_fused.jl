@@ -89,7 +89,7 @@ end
 @inline load_rows(M, rows, k) = four(r -> @inbounds(M[rows[r], k]))
 @inline load_columns(z, k, t, ::Val{P}) where {P} = four(c -> @inbounds(z[k, column_of(t, c, P)]))
 
-@inline function respond_block(g, D, s, t, first, n, samples, ::Tiling{P}) where {P}
+@inline function value_block(g, D, s, t, first, n, samples, ::Tiling{P}) where {P}
     return block() do r, c
         i, j = row_of(t, r, P), first + column_of(t, c, P)
         i <= n && j <= samples ? row_value(g, D, i, j, s[(c - 1) * BLOCK + r]) : zero(s[1])
@@ -174,7 +174,7 @@ kernel have to stand in its own body.
 picard_loop(progress, record, M, g, D, rule) = quote
     while @inbounds(going[1]) > 0
         s = affine_block(@inbounds(u[1]), matrix, $M, z, t, n, tiling)
-        @inbounds f[1] = respond_block($g, $D, s, t, first[1], n, samples, tiling)
+        @inbounds f[1] = value_block($g, $D, s, t, first[1], n, samples, tiling)
         sum_columns!(sums, $g, $D, s, @inbounds(f[1]), z, t, n, tiling)
         @synchronize
         if t <= C

@@ -1,7 +1,7 @@
 # The gradient of a small net in one launch, but for its products: a workgroup takes its samples to the equilibrium, and through the
 # loss and the adjoint system. Samples that it does not solve are left to the passes of many launches.
 
-"What is told of a sample: whether it is solved, its residual, that of its adjoint system, and its loss."
+"What the host reads of a sample: whether it is solved, its residual, that of its adjoint system, and its loss."
 const SOLVED, RESIDUAL, ADJOINT_RESIDUAL, LOSS = 1:4
 
 """
@@ -30,7 +30,7 @@ function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, seed::LossS
     solves = (;
         progress = room(initial_progress(T)), record = room(initial_record(T)),
         adjoint_progress = room(initial_progress(T)), adjoint_record = room(initial_record(T)),
-        tally = KernelAbstractions.allocate(ws.backend, Float64, 4, samples),
+        results = KernelAbstractions.allocate(ws.backend, Float64, 4, samples),
     )
     outputs = (; Y = similar(targets), targets, weights = here(seed.weights), seed.loss, seed.scale)
     differentiate!(ws.backend, work_items(tiling))(
@@ -41,12 +41,12 @@ function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, seed::LossS
     pack_products!(ws, A * B', n, inputs)
     total .+= ws.gradient
 
-    tally = on_host(solves.tally)
-    solved, left = findall(==(1), view(tally, SOLVED, :)), findall(!=(1), view(tally, SOLVED, :))
-    found, residual = (; status = fill(CONVERGED, length(solved)), residual = tally[RESIDUAL, solved]), tally[ADJOINT_RESIDUAL, solved]
+    results = on_host(solves.results)
+    solved, left = findall(==(1), view(results, SOLVED, :)), findall(!=(1), view(results, SOLVED, :))
+    found, residual = (; status = fill(CONVERGED, length(solved)), residual = results[RESIDUAL, solved]), results[ADJOINT_RESIDUAL, solved]
     report!(report, columns[solved], found, residual)
     states === nothing || put_block!(states, stage.rows, columns[solved], B[1:n, solved])
-    return Summary(sum(view(tally, LOSS, :)), Quality(found, residual, problem.adjoint)), columns[left]
+    return Summary(sum(view(results, LOSS, :)), Quality(found, residual, problem.adjoint)), columns[left]
 end
 
 "The gradient of the parameters from [∂L/∂s; ∂L/∂y] [z; x; 1]ᵀ."
@@ -99,17 +99,17 @@ end
 end
 
 # The loss of sample j and its derivative, as on the CPU; none where it is not at its equilibrium.
-@inline function begin_back!(tally, A, B, (; Y, targets, weights, loss, scale), solved, j, n)
-    solved || return leave_out!(tally, A, B, j)
+@inline function begin_back!(results, A, B, (; Y, targets, weights, loss, scale), solved, j, n)
+    solved || return leave_out!(results, A, B, j)
     own(array, rows) = @inbounds view(array, rows, j:j)
     outputs, w = axes(Y, 1), weights === nothing ? scale : scale * @inbounds(weights[j])
     value = @inline ImplicitRNN.loss_gradient!(own(A, n .+ outputs), loss, own(Y, outputs), own(targets, outputs), nothing, w)
-    @inbounds tally[LOSS, j] = value
+    @inbounds results[LOSS, j] = value
     return
 end
 # Neither has it a part in the products, where even zero times a state would be NaN if that is not finite.
-@inline function leave_out!(tally, A, B, j)
-    @inbounds tally[LOSS, j] = 0
+@inline function leave_out!(results, A, B, j)
+    @inbounds results[LOSS, j] = 0
     clear!(A, j)
     clear!(B, j)
     return
@@ -121,12 +121,12 @@ end
     return
 end
 
-# What is told of sample j, which is left out where its adjoint system is not solved.
-@inline function conclude_sample!((; tally, record, adjoint_progress, adjoint_record), A, B, j)
+# What the host reads of sample j, which is left out where its adjoint system is not solved.
+@inline function conclude_sample!((; results, record, adjoint_progress, adjoint_record), A, B, j)
     solved = @inbounds(adjoint_progress.started[j]) && is_solved(adjoint_progress, adjoint_record, j)
-    @inbounds tally[SOLVED, j] = solved
-    @inbounds tally[RESIDUAL, j], tally[ADJOINT_RESIDUAL, j] = record.residual[j], adjoint_record.residual[j]
-    solved || leave_out!(tally, A, B, j)
+    @inbounds results[SOLVED, j] = solved
+    @inbounds results[RESIDUAL, j], results[ADJOINT_RESIDUAL, j] = record.residual[j], adjoint_record.residual[j]
+    solved || leave_out!(results, A, B, j)
     return
 end
 
@@ -178,7 +178,7 @@ end
     if t <= C && first[1] + t <= samples
         solved = is_solved(solves.progress, solves.record, first[1] + t)
         start_column!(solves.adjoint_progress, solves.adjoint_record, first[1] + t, solved)
-        begin_back!(solves.tally, A, B, outputs, solved, first[1] + t, n)
+        begin_back!(solves.results, A, B, outputs, solved, first[1] + t, n)
     end
     @synchronize
 

@@ -278,7 +278,7 @@ function solve_linear!(merged, ws::DeviceWorkspace, ::JacobianFree, k; tangent =
 end
 function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = false)
     a, w, samples = ws.arrays[k], ws.stages[k], size(ws.arrays[k].Z, 2)
-    q = Equation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
+    q = BatchEquation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
     record = record_of(ws, samples)
     left = collect(1:samples)
     fill!(a.E, 0)
@@ -295,10 +295,10 @@ end
 
 "The [`Rule`](@ref) by which adjoint systems are iterated."
 adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true) where {T} =
-    Rule{T}(tolerance(s, T), floatmin(T), one(T), limit, Inf, true, true, rescue, evaluation_contracts(ws.net.constraint))
+    Rule{T}(; tol = tolerance(s, T), floor = floatmin(T), limit, rescue, latest = evaluation_contracts(ws.net.constraint))
 
 "Solve the systems of some columns by LU; returns their residuals, NaN for a singular system."
-function eliminate_columns!(ws::DeviceWorkspace, q::Equation, left, tangent, rule)
+function eliminate_columns!(ws::DeviceWorkspace, q::BatchEquation, left, tangent, rule)
     singular = fill!(similar(q.Z, Bool, size(q.Z, 2)), false)
     # (I - Rᵀ D) λ = G with E = D λ, or (I - D R) E = D G
     if tangent

@@ -46,16 +46,16 @@ When the iteration of a column ends. `settled` says that what Picard iteration c
 converges to a huge size is left to the host, and, unless all solutions are `checked` afterwards, one that converges at once or by
 damped steps; as are columns that blow up (where `rescue`), and, with a finite `patience`, those that need more iterations than that.
 """
-struct Rule{T}
+@kwdef struct Rule{T}
     tol::T
     floor::T
-    damping::T
+    damping::T = 1
     limit::Int32
-    patience::T
-    settled::Bool
-    checked::Bool
-    rescue::Bool
-    latest::Bool                 # take the value of the last evaluation for the solution
+    patience::T = Inf
+    settled::Bool = true
+    checked::Bool = true
+    rescue::Bool = false
+    latest::Bool = false         # take the value of the last evaluation for the solution
 end
 
 "What becomes of a column: it rests, takes the next iterate, or ends, as one that the host has to solve or not."
@@ -79,7 +79,7 @@ end
     return (slow ? ABANDON : ADVANCE), MAX_ITERATIONS, residual
 end
 
-# Let column j have its decision, and write down what becomes of it; tells whether its iterate is to be changed.
+# Let column j have its decision, and write down what becomes of it; returns how its iterate is to be changed.
 @inline function conclude!(progress, record, j, rule, change, size, largest)
     @inbounds begin
         before, count = progress.change[j], progress.count[j] + one(Int32)

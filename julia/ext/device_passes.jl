@@ -22,7 +22,7 @@ function forward_stage!(ws::DeviceWorkspace, problem, k, X, start, abandoned, re
         return
     end
     start === nothing ? fill!(a.Z, 0) : (a.Z .= view(start, stage.rows, :))
-    q = Equation(a.Z, a.S, a.U, w.recurrent, Activated(stage.activation), nothing)
+    q = BatchEquation(a.Z, a.S, a.U, w.recurrent, Activated(stage.activation), nothing)
     problem.adjoint isa Unrolled && return unroll!(ws, k, q, problem.adjoint.steps, record)
     progress = progress_of(ws, size(X, 2))
     progress.running .= progress.started .= .!abandoned
@@ -34,10 +34,10 @@ function forward_stage!(ws::DeviceWorkspace, problem, k, X, start, abandoned, re
 end
 
 "The [`Rule`](@ref) by which a solver iterates stage k."
-rule_of(ws::DeviceWorkspace{T}, k, solver) where {T} = Rule{T}(
-    tolerance(solver, T), scale_floor(T, length(ws.net.stages[k].rows)), solver isa Picard ? solver.damping : 1, iterations(solver),
-    solver isa Auto ? PATIENCE : Inf, is_settled(ws, k), !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint),
-    solver isa Auto, false,
+rule_of(ws::DeviceWorkspace{T}, k, solver) where {T} = Rule{T}(;
+    tol = tolerance(solver, T), floor = scale_floor(T, length(ws.net.stages[k].rows)), limit = iterations(solver),
+    damping = solver isa Picard ? solver.damping : 1, patience = solver isa Auto ? PATIENCE : Inf, rescue = solver isa Auto,
+    settled = is_settled(ws, k), checked = !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint),
 )
 
 iterations(s) = min(s.max_iterations, typemax(Int32))
@@ -51,7 +51,7 @@ function is_settled(ws::DeviceWorkspace, k)
 end
 
 "Mark the solutions that repel, which methods other than Picard's may find; their eigenvalues are computed on the host."
-function mark_unstable!(ws::DeviceWorkspace, k, q::Equation, progress, record)
+function mark_unstable!(ws::DeviceWorkspace, k, q::BatchEquation, progress, record)
     D = similar(q.Z)
     slopes_at!(ws.backend)(D, affine!(q), q.Z, q.g.f; ndrange = size(D))
     solved = progress.started .& .!progress.abandoned .& (record.status .== CONVERGED)
@@ -67,7 +67,7 @@ function mark_unstable!(ws::DeviceWorkspace, k, q::Equation, progress, record)
 end
 
 "Picard steps whose states are all kept: Z₀, S₁, Z₁, S₂, Z₂, …"
-function unroll!(ws::DeviceWorkspace{T}, k, q::Equation, steps, record) where {T}
+function unroll!(ws::DeviceWorkspace{T}, k, q::BatchEquation, steps, record) where {T}
     chain, samples = ws.chains[k], size(q.Z, 2)
     all(A -> size(A, 2) == samples, chain) || empty!(chain)
     while length(chain) < 2steps + 1
@@ -84,7 +84,7 @@ function unroll!(ws::DeviceWorkspace{T}, k, q::Equation, steps, record) where {T
     end
     # How the last step went.
     copyto!(q.Z, chain[2steps - 1])
-    step!(ws, q, progress, record, Rule{T}(tolerance(Picard(), T), scale_floor(T, size(q.Z, 1)), 1, 1, Inf, true, true, false, false))
+    step!(ws, q, progress, record, Rule{T}(; tol = tolerance(Picard(), T), floor = scale_floor(T, size(q.Z, 1)), limit = 1))
     record.iterations .= max.(record.iterations, Int32(steps))
     copyto!(q.Z, chain[2steps + 1])
     return

@@ -7,7 +7,7 @@ const PATIENCE = 300
 const LOOK = 4
 
 "The equation z = g(U + M z): iterates, room for the arguments, drives, matrix, right-hand side and its coefficients."
-struct Equation{A, M, G, D}
+struct BatchEquation{A, M, G, D}
     Z::A
     S::A
     U::A
@@ -17,10 +17,10 @@ struct Equation{A, M, G, D}
 end
 
 "S = U + M Z"
-affine!(q::Equation) = mul!(copyto!(q.S, q.U), q.M, q.Z, true, true)
+affine!(q::BatchEquation) = mul!(copyto!(q.S, q.U), q.M, q.Z, true, true)
 
 "One evaluation for all columns that are running, see [`step!`](@ref)."
-function step!(ws::DeviceWorkspace, q::Equation, progress, record, rule, F = nothing)
+function step!(ws::DeviceWorkspace, q::BatchEquation, progress, record, rule, F = nothing)
     affine!(q)
     range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
     step!(ws.backend, (LANES, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
@@ -32,12 +32,12 @@ end
 
 Let the columns that are running come to their end, in `record`, or to be left to the host, `progress.abandoned`.
 """
-function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+function iterate!(::Union{Auto, Picard}, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     approach!(ws, q, progress, rule)
     return iterate_plainly!(ws, q, progress, record, rule)
 end
 
-function iterate_plainly!(ws::DeviceWorkspace, q::Equation, progress, record, rule)
+function iterate_plainly!(ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     n, samples = size(q.Z)
     if n <= FUSED_NEURONS
         tiling = Tiling(n, eltype(q.Z))
@@ -62,33 +62,33 @@ precision where double is asked for, and with coarse products where single is, i
 library. Columns that converge so go on in the precision asked for from where they are, the others from where they began: what is
 decided of them, and how exactly they are solved, remains the same.
 """
-function approach!(ws::DeviceWorkspace, q::Equation, progress, rule)
+function approach!(ws::DeviceWorkspace, q::BatchEquation, progress, rule)
     n, samples = size(q.Z)
     n^2 * samples >= ws.coarse_first && approach_coarsely!(ws, q, progress, rule)
     return
 end
 
-function approach_coarsely!(ws::DeviceWorkspace{Float64}, q::Equation, progress, rule)
+function approach_coarsely!(ws::DeviceWorkspace{Float64}, q::BatchEquation, progress, rule)
     Z = Float32.(q.Z)
-    single = Equation(Z, similar(Z), Float32.(q.U), Float32.(q.M), q.g, q.D === nothing ? nothing : Float32.(q.D))
+    single = BatchEquation(Z, similar(Z), Float32.(q.U), Float32.(q.M), q.g, q.D === nothing ? nothing : Float32.(q.D))
     return approach_by!(single, tolerance(Picard(), Float32), ws, q, progress, rule)
 end
 
-function approach_coarsely!(ws::DeviceWorkspace{Float32}, q::Equation, progress, rule)
+function approach_coarsely!(ws::DeviceWorkspace{Float32}, q::BatchEquation, progress, rule)
     size(q.Z, 1) > FUSED_NEURONS && with_coarse_products(ws.backend) do
-        approach_by!(Equation(copy(q.Z), q.S, q.U, q.M, q.g, q.D), 4 * COARSE_ROUNDING, ws, q, progress, rule)
+        approach_by!(BatchEquation(copy(q.Z), q.S, q.U, q.M, q.g, q.D), 4 * COARSE_ROUNDING, ws, q, progress, rule)
     end
     return
 end
 
 # By the iterates of `coarse`, the equation in lower precision, to the tolerance `tol`.
-function approach_by!(coarse::Equation, tol, ws::DeviceWorkspace, q::Equation, progress, rule)
+function approach_by!(coarse::BatchEquation, tol, ws::DeviceWorkspace, q::BatchEquation, progress, rule)
     T, samples = eltype(coarse.Z), size(q.Z, 2)
     course, record = progress_of(ws, samples, T), record_of(ws, samples, T)
     course.running .= progress.running
-    rough = Rule{T}(
-        tol, max(rule.floor, floatmin(T)), rule.damping, min(rule.limit, PATIENCE), rule.patience, true, true, false, rule.damping == 1
-    )
+    (; damping, patience) = rule
+    floor, limit = max(rule.floor, floatmin(T)), min(rule.limit, PATIENCE)
+    rough = Rule{T}(; tol, floor, damping, limit, patience, latest = damping == 1)
     iterate_plainly!(ws, coarse, course, record, rough)
     # One that converges at once may repel, which is not to be covered up.
     near = progress.running .& .!course.abandoned .& (record.status .== CONVERGED) .& (1 .< course.count .< rule.limit)
@@ -120,7 +120,7 @@ function history_of(Z::AbstractMatrix{T}, memory::Int) where {T}
     )
 end
 
-function iterate!(s::Anderson, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+function iterate!(s::Anderson, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     history, F, newest = history_of(q.Z, s.memory), similar(q.Z), 0
     range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
     for k in 1:rule.limit
@@ -223,7 +223,7 @@ function line_search_of(Z::AbstractMatrix{T}) where {T}
     )
 end
 
-function iterate!(::Newton, ws::DeviceWorkspace, q::Equation, progress, record, rule)
+function iterate!(::Newton, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     line, F, D = line_search_of(q.Z), similar(q.Z), similar(q.Z)
     n, samples = size(q.Z)
     range = (LANES, cld(samples, GROUP) * GROUP)
@@ -291,18 +291,18 @@ Let the columns come to their equilibrium in the linearised equation: with t = f
 
 which is a fixed point in t. What it finds is taken up by Picard iteration, for a few steps; the host solves what is left.
 """
-function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::Equation, progress, record, rule) where {T}
+function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, record, rule) where {T}
     slope = mean_slopes(ws, q)
     Q = chord_matrix(ws, q, slope)
     if Q !== nothing
         samples = size(q.Z, 2)
         value(S) = (F = similar(S); activate!(ws.backend)(F, S, q.g.f; ndrange = size(F)); F)
         F = value(affine!(q))
-        linear = Equation(F .- slope .* q.S, similar(F), q.U .+ Q * (slope .* q.U), Q, Deviating(q.g.f), slope)
+        linear = BatchEquation(F .- slope .* q.S, similar(F), q.U .+ Q * (slope .* q.U), Q, Deviating(q.g.f), slope)
         found, on = record_of(ws, samples), progress_of(ws, samples)
         on.running .= progress.running
         limit = min(rule.limit, Int32(LINEARIZED_PATIENCE))
-        iterate!(Picard(), ws, linear, on, found, Rule{T}(rule.tol, rule.floor, 1, limit, Inf, true, true, false, false))
+        iterate!(Picard(), ws, linear, on, found, Rule{T}(; rule.tol, rule.floor, limit))
         solution = value(affine!(linear))
         # A solution that is far away may be another than the one that attracts.
         distance(A) = sqrt.(sum(abs2, A .- q.Z; dims = 1))
@@ -319,7 +319,7 @@ function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::Equation, progress, recor
 end
 
 "The mean slopes of a few samples that are spread over the batch, after a few Picard iterations."
-function mean_slopes(ws::DeviceWorkspace, q::Equation)
+function mean_slopes(ws::DeviceWorkspace, q::BatchEquation)
     samples = size(q.Z, 2)
     pilots = 1:cld(samples, PILOTS):samples
     z, u = q.Z[:, pilots], q.U[:, pilots]
@@ -333,7 +333,7 @@ function mean_slopes(ws::DeviceWorkspace, q::Equation)
 end
 
 "Q on the device; nothing where I - R D̄ is singular."
-function chord_matrix(ws::DeviceWorkspace, q::Equation, slope)
+function chord_matrix(ws::DeviceWorkspace, q::BatchEquation, slope)
     R, d = on_host(q.M), on_host(slope)
     A = lu!(I - R .* d'; check = false)
     issuccess(A) && !is_singular(A.factors) || return nothing

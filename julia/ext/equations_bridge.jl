@@ -18,13 +18,9 @@ end
 EquationSession(problem::EquationProblem{T}, Z::AbstractMatrix{T}, given::AbstractMatrix{T}) where {T} =
     EquationSession{T, typeof(Z), typeof(given)}(problem, Z, given, nothing)
 
-Lender(s::EquationSession) = Lender(ImplicitRNN.backend_of(s.Z))
-
 inverses!(s::EquationSession) = s.inverses === nothing ? (s.inverses = inverses_at(s.problem, s.Z)) : s.inverses
 
-const DTYPES = (; float64 = Float64, float32 = Float32, int64 = Int64, bool = Bool)
-
-dtype(d::Py) = getproperty(DTYPES, Symbol(pyconvert(String, d["dtype"])))
+dtype(d::Py) = named(DTYPES, d["dtype"])
 shape(d::Py) = (integers(d["shape"])...,)
 
 fault(::Exception) = nothing
@@ -71,7 +67,7 @@ function form_of(d::Py)
 end
 
 "`equation_solver(name, options) -> handle`."
-equation_solver(name::Py, d::Py) = keep(getproperty(ImplicitRNN.SOLVERS, Symbol(pyconvert(String, name)))(; options(d)...))
+equation_solver(name::Py, d::Py) = keep(named(ImplicitRNN.SOLVERS, name)(; options(d)...))
 
 "`equation_at(form, Z, args) -> handle`: of the equation with the solution Z."
 function equation_at(form::Py, Z::Py, args::Py)
@@ -125,11 +121,11 @@ function equation_solve(form::Py, Z::Py, args::Py, solver::Py, outs::Py)
     return answer(() -> (solve_session!(s, lookup(solver)::Solver, arrays); keep(s)))
 end
 solve_session!(s::EquationSession, method::Solver, arrays) =
-    borrow(arrays...) do status, iterations, residual, rate
+    borrow(nothing, arrays...) do status, iterations, residual, rate
     regular = solve!(s.Z, Outcome(reinterpret_status(status), iterations, residual, rate), s.problem, method)
     s.inverses = inverses_at(s.problem, s.Z, regular)
     s.Z === s.given || copyto!(s.given, s.Z)
-    ImplicitRNN.finish_work(ImplicitRNN.backend_of(s.Z))
+    ImplicitRNN.finish_work(backend_of(s.Z))
     nothing
 end
 
@@ -142,7 +138,7 @@ function equation_vjp(handle::Py, v::Py, gradients::Py)
 end
 function borrow_for_vjp(s::EquationSession{T}, v::Py, gradients::Py) where {T}
     arrays = [NumPy{eltype(x)}(gradients[k - 1]) for (k, x) in enumerate(s.problem.args)]
-    return Lender(s)(NumPy{T}(v), arrays...) do v, gradients...
+    return borrow(backend_of(s.Z), NumPy{T}(v), arrays...) do v, gradients...
         shaped = [reshape(g, size(x)) for (g, x) in zip(gradients, s.problem.args)]
         vjp!(shaped, s.problem, inverses!(s), reshape(v, size(s.Z)))
         nothing
@@ -158,7 +154,7 @@ function equation_jacobian(handle::Py, index::Py, wanted::Py, J::Py)
     return answer(() -> borrow_for_jacobian(s, k, wanted, J))
 end
 function borrow_for_jacobian(s::EquationSession{T}, k::Int, wanted::Py, J::Py) where {T}
-    return Lender(s)(NumPy{Bool}(wanted), NumPy{T}(J)) do wanted, J
+    return borrow(backend_of(s.Z), NumPy{Bool}(wanted), NumPy{T}(J)) do wanted, J
         put_jacobian!(J, s, k, wanted)
         nothing
     end

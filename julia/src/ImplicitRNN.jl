@@ -29,12 +29,16 @@ export Trainer, Replicas, Guard, train!
 export initial_parameters, named_weights, recurrent_weights, predict, read_out, fit!
 export vjp, jvp, fixed_point, root
 
-include("usual.jl")
+include("dispatch.jl")
 include("interrupt.jl")
+
+# What the CPU computes with.
 include("cpu/threads.jl")
 include("cpu/registers.jl")
 include("cpu/elementwise.jl")
 include("cpu/gemm.jl")
+
+# What a network is.
 include("model/activations.jl")
 include("model/constraints.jl")
 include("model/network.jl")
@@ -43,6 +47,9 @@ include("model/weights.jl")
 include("model/parameters.jl")
 include("model/pullback.jl")
 include("model/tangent.jl")
+
+# How an equilibrium is found: the stages of a network in columns, any equation one sample at a time.
+include("solvers/solver.jl")
 include("cpu/lu.jl")
 include("cpu/recurrence.jl")
 include("cpu/columns.jl")
@@ -55,16 +62,21 @@ include("solvers/trust_region.jl")
 include("solvers/chord.jl")
 include("solvers/nlsolve.jl")
 include("solvers/auto.jl")
-include("cpu/adjoint.jl")
-include("cpu/lanes.jl")
+include("solvers/adjoints.jl")
+
+# What is asked, and the workspaces that answer: that of the CPU here, that of devices in ext/.
 include("model/losses.jl")
 include("problem.jl")
 include("devices.jl")
+include("cpu/adjoint.jl")
+include("cpu/lanes.jl")
 include("cpu/workspace.jl")
 include("cpu/equilibrium.jl")
 include("model/regularization.jl")
 include("cpu/gradient.jl")
 include("cpu/tangent.jl")
+
+# What is made of them.
 include("hessian.jl")
 include("differentiate.jl")
 include("training.jl")

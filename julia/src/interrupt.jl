@@ -10,7 +10,7 @@ const INTERRUPT = Flag(0)
 "The address of the 32-bit integer in [`INTERRUPT`](@ref)."
 interrupt_address() = UInt(pointer_from_objref(INTERRUPT))
 
-"Thrown out of a computation that was told to stop by [`INTERRUPT`](@ref)."
+"Thrown out of a computation that is stopped by [`INTERRUPT`](@ref)."
 struct Interrupted <: Exception end
 Base.showerror(io::IO, ::Interrupted) = print(io, "the computation was interrupted")
 

@@ -207,7 +207,7 @@ end
 # ‖x‖ of few numbers from their squares, unless these overflow or vanish, against which `norm` takes care at several times the cost.
 euclidean_norm(x::AbstractVector) = norm(x)
 function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
-    length(x) < 32 || return norm(x)        # by BLAS
+    length(x) < SMALL_NORM || return norm(x)
     squares = foldl((sum, entry) -> muladd(entry, entry, sum), x; init = zero(T))
     return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : norm(x)
 end
@@ -239,7 +239,8 @@ function batch_gradient!(
     is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y; probe, weights, states = equilibria)
     selected = batch(batches, epoch, step)
     x, y, states = gather!(b.batch_X, X, selected), gather!(b.batch_Y, Y, selected), gather!(b.batch_states, equilibria, selected)
-    result = loss_and_gradient!(b.gradient, b.workspace, problem, p, x, y; probe, weights = gather!(b.batch_weights, weights, selected), states)
+    w = gather!(b.batch_weights, weights, selected)
+    result = loss_and_gradient!(b.gradient, b.workspace, problem, p, x, y; probe, weights = w, states)
     states === nothing || copy_columns!(equilibria, selected, states, axes(states, 2))
     return result
 end

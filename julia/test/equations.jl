@@ -318,7 +318,7 @@ const DENSE_LAYERS = (
 )
 
 @testset "large arguments are differentiated in reverse mode" begin
-    for (T, n) in ((Float64, 12), (Float64, 40), (Float32, 40)), f in DENSE_LAYERS
+    for (T, n, layers) in ((Float64, 12, DENSE_LAYERS), (Float64, 40, DENSE_LAYERS), (Float32, 40, DENSE_LAYERS[1:1])), f in layers
         W, x, v = T.(0.5 .* randn(Xoshiro(1), n, n) ./ sqrt(n)), randn(Xoshiro(2), T, n), randn(Xoshiro(3), T, n)
         solution = fixed_point(f, zeros(T, n), W, x; solver = Newton(tol = 4eps(T)))
         z = solution.value

@@ -49,7 +49,7 @@ end
 function gradient_kernel(E, ::Type{T}, n, activation, loss, weights, progress, record) where {T}
     M, V, tiling = PTX.Global{T, 2}, PTX.Global{T, 1}, E.Tiling(n, T)
     of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
-    solves = of((; progress, record, adjoint_progress = progress, adjoint_record = record, tally = PTX.Global{Float64, 2}))
+    solves = of((; progress, record, adjoint_progress = progress, adjoint_record = record, results = PTX.Global{Float64, 2}))
     outputs = of((; Y = M, targets = M, weights, loss, scale = T))
     types = (M, M, M, solves, outputs, M, M, M, M, M, V, E.Activated{activation}, E.Rule{T}, E.Rule{T}, typeof(tiling))
     return E.gpu_differentiate!, (E.work_items(tiling),), types
@@ -58,8 +58,7 @@ end
 "Functions of equations by their unknowns; each sample has a number `a` and as many numbers `b` as it has unknowns."
 const FUNCTIONS = (
     1 => (z, a, b) -> z .- a .* exp.(.-z) .- b,
-    2 => (z, a, b) -> [a * z[1] - z[2]^2 - b[1], exp(-z[1]) * z[2] - b[2]],
-    5 => (z, a, b) -> a .* z .+ z .* z .- b,
+    5 => (z, a, b) -> [a * z[1] - z[2]^2 - b[1], exp(-z[1]) * z[2] - b[2], z[3] - a * z[4], z[4] * z[5] - b[4], z[1] - z[5]],
     8 => (z, a, b) -> a .* z .+ z .* z .- b,
 )
 

@@ -3,21 +3,16 @@ const LOSS_EXAMPLES = (MSE(), MAE(), Huber(0.7), CrossEntropy(), BinaryCrossEntr
 "Targets that the loss takes; those of MAE are away from its kink."
 function targets_of(loss, net, p, X)
     Y = targets(net, size(X, 2))
-    loss isa MAE && return Y .+ 0.2 .* sign.(Y .- outputs(net, p, X))
+    loss isa MAE && return Y .+ 0.2 .* sign.(Y .- predict(net, p, X))
     loss isa BinaryCrossEntropy && return float.(Y .> 0)
     loss isa CrossEntropy && return exp.(Y) ./ sum(exp.(Y); dims = 1)
     return Y
 end
 
-function outputs(net, p, X)
-    w = unpack!(Weights(net), net, p)
-    return w.C * equilibrium(net, p, X).state[net.readout, :] .+ w.d
-end
-
 @testset "the value of $(nameof(typeof(loss))) is that of its formula" for loss in LOSS_EXAMPLES
     net = one_layer()
     p, X, w = parameters(net), samples(net, 7), rand(Xoshiro(5), 7)
-    T, y = targets_of(loss, net, p, X), outputs(net, p, X)
+    T, y = targets_of(loss, net, p, X), predict(net, p, X)
     d, σ = abs.(y .- T), 1 ./ (1 .+ exp.(-y))
     terms = Dict(
         MSE => d .^ 2, MAE => d, Huber => ifelse.(d .<= 0.7, d .^ 2 ./ 2, 0.7 .* (d .- 0.35)),

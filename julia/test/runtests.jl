@@ -5,9 +5,10 @@ using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, sl
 
 include("fixtures.jl")
 
+# The device last: where so much has been compiled, an exception takes long to be thrown.
 const FILES = [
     "quality", "gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training",
-    "side_by_side", "fit", "device", "equations", "lanes",
+    "side_by_side", "fit", "equations", "lanes", "device",
 ]
 
 @testset "ImplicitRNN" begin

@@ -2,12 +2,7 @@
 
 const EXACT = Picard(tol = 1.0e-14, max_iterations = 100_000)
 
-outputs_of(net, p, X) = predicted(net, p, equilibrium(net, p, X; solver = EXACT).state)
-function predicted(net, p, Z)
-    net.outputs == 0 && return Z[net.readout, :]
-    w = unpack!(Weights(net), net, p)
-    return w.C * Z[net.readout, :] .+ w.d
-end
+outputs_of(net, p, X) = predict(net, p, X; solver = EXACT)
 
 seeded(net, count, of = :outputs; seed = 9) =
     eltype(net).(randn(Xoshiro(seed), of === :outputs ? ImplicitRNN.output_size(net) : neurons(net), count))

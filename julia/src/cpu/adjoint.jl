@@ -2,66 +2,6 @@
 # follows (Almeida 1987, Pineda 1987): e = ∂L/∂s = D λ. It is itself a fixed point, e = D (∂L/∂z* + Rᵀe).
 
 """
-    Adjoint
-
-How the gradient passes through an equilibrium: [`Implicit`](@ref), [`JacobianFree`](@ref) or [`Unrolled`](@ref).
-"""
-abstract type Adjoint end
-
-"""
-    Implicit(; linear_solver = :auto, tol = nothing, max_iterations = 200)
-
-The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a residual of D λ of `tol` relative to ‖D λ‖.
-
-- `:lu`: one LU factorisation of `I - D R` per sample; exact. After [`Newton`](@ref), the last factorisation of the forward
-  pass, refined.
-- `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
-- `:anderson`: the same with [`Anderson`](@ref) acceleration.
-- `:gmres`: GMRES of KrylovKit.jl, sample by sample.
-- `:auto`: the linear part that is common to the batch first, as in [`Chord`](@ref), where the batch is large enough for that to
-  pay. Else `:lu` up to $(SMALL_LU) neurons a stage, above it `:neumann` as long as that is fast, then `:anderson`.
-
-Samples which an iterative method leaves unsolved are solved by LU.
-"""
-struct Implicit <: Adjoint
-    linear_solver::Symbol
-    tol::Union{Nothing, Float64}
-    max_iterations::Int
-    function Implicit(; linear_solver = :auto, tol = nothing, max_iterations = 200)
-        linear_solver = Symbol(linear_solver)
-        linear_solver in (:auto, :lu, :neumann, :anderson, :gmres) || throw(
-            ArgumentError("unknown linear solver :$linear_solver; choose auto, lu, neumann, anderson or gmres")
-        )
-        check_options(tol, max_iterations)
-        return new(linear_solver, tol, max_iterations)
-    end
-end
-
-"""
-    JacobianFree()
-
-λ = ∂L/∂z*, the inverse of I - RᵀD replaced by the identity (Fung et al., AAAI 2022): cheap, and not the gradient.
-"""
-struct JacobianFree <: Adjoint end
-
-"""
-    Unrolled(steps)
-
-Backpropagation through `steps` Picard iterations from zero (BPTT). It is the exact gradient of that many steps, whether
-or not they reach an equilibrium; the forward solver is not used, and memory grows with the steps.
-"""
-struct Unrolled <: Adjoint
-    steps::Int
-    function Unrolled(steps)
-        steps > 0 || throw(ArgumentError("steps must be positive, got $steps"))
-        return new(steps)
-    end
-end
-Unrolled(; steps = 8) = Unrolled(steps)
-
-const ADJOINTS = (; Implicit, JacobianFree, Unrolled)
-
-"""
     AdjointSystem{T}
 
 `e = D (g + Rᵀe)` for each sample, a linear [`FixedPoint`](@ref) in e = D λ: the drive is g = ∂L/∂z*, S is λ, and the slopes D
@@ -175,7 +115,7 @@ function gmres_each!(c::Columns{T}, p::AdjointSystem{T}, iterations) where {T}
         end
         λ, _ = @late linsolve(
             v -> v - M * (d .* v), g, g; ishermitian = false, krylovdim = min(n, 50), maxiter = cld(iterations, 50),
-            atol = zero(T), rtol = p.tol / 2, verbosity = 0,  # the residual is looked at and told
+            atol = zero(T), rtol = p.tol / 2, verbosity = 0,  # the residual is recorded below
         )
         view(c.Z, :, j) .= d .* λ
     end

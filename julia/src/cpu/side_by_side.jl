@@ -335,14 +335,13 @@ is_elementwise(
 ) = true
 is_elementwise(chain::Optimisers.OptimiserChain) = all(is_elementwise, chain.opts)
 
-# Lanes without a net compute as well. A sample takes all nets of a group together about 10 times as long as one net alone, which
-# a step costs as much as 9 samples besides: of times of 2 to 12 neurons and 4 to 32 samples.
+# Lanes without a net compute as well.
 function goes_side_by_side(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
     problem, samples, count = trainer.problem, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
     first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} && !trainer.warm_start &&
         is_tiny(problem, samples) && is_elementwise(trainer.rule) || return false
     threads = Threads.nthreads()
-    return cld(cld(count, NETS), threads) * 10 * samples < cld(count, threads) * (samples + 9)
+    return cld(cld(count, NETS), threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
 end
 
 function train_side_by_side!(trainer::Trainer{T}, nets::Replicas, batches::Batches, losses, unconverged) where {T}

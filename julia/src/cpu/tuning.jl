@@ -72,3 +72,25 @@ const SHARES = 4:16
 
 "Memory in bytes from which on there are fewer shares."
 const SHARES_LIMIT = 2^26
+
+# --- nets side by side --------------------------------------------------------------------------------------------
+
+"""
+A sample takes all nets of a group together about so many times as long as one net alone, which a step costs as much as so many samples
+besides: of times of 2 to 12 neurons and 4 to 32 samples.
+"""
+const GROUP_SAMPLE, STEP_OVERHEAD = 10, 9
+
+"The norm of fewer numbers is the root of the sum of squares; that of more is by BLAS."
+const SMALL_NORM = 32
+
+# --- equations ----------------------------------------------------------------------------------------------------
+
+"From this many samples on, loops over them are compiled for the function."
+const MANY = 4096
+
+"Samples that a thread takes at a time."
+const PIECE = 4096
+
+"From this many entries of an argument on, derivatives are found in reverse mode."
+const REVERSE_FROM = 128

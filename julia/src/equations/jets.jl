@@ -5,25 +5,17 @@
 
 A number with its first derivatives by N independent variables, for samples side by side.
 """
-struct Jet{N} <: Real
+struct Jet{N} <: Sided
     value::Vec
     partials::NTuple{N, Vec}
 end
 
-"What is evaluated side by side."
-const Sided = Union{Vec, Jet}
-
 @inline Jet{N}(x::Union{Vec, Plain}) where {N} = Jet{N}(Vec(x), ntuple(_ -> zero(Vec), Val(N)))
 @inline Jet{N}(x::Jet{N}) where {N} = x
 Base.promote_rule(::Type{Jet{N}}, ::Type{Vec}) where {N} = Jet{N}
-Base.promote_rule(::Type{Jet{N}}, ::Type{T}) where {N, T <: Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}} = Jet{N}
-Base.float(x::Jet) = x
-Base.float(::Type{J}) where {J <: Jet} = J
 for f in (:zero, :one, :eps, :floatmin, :floatmax, :typemin, :typemax)
     @eval @inline Base.$f(::Type{Jet{N}}) where {N} = Jet{N}($f(Vec))
 end
-@inline Base.zero(::J) where {J <: Jet} = zero(J)
-@inline Base.one(::J) where {J <: Jet} = one(J)
 
 "Variable number k of N."
 @inline variable(x::Vec, k::Int, ::Val{N}) where {N} = Jet{N}(x, ntuple(i -> Vec(i == k), Val(N)))
@@ -42,7 +34,6 @@ end
     return chain(a, b, y, d, -y * d)
 end
 @inline Base.:-(x::Jet{N}) where {N} = Jet{N}(-x.value, map(-, x.partials))
-@inline Base.:+(x::Jet) = x
 
 # Constants have no derivatives to compute with.
 const Constant = Union{Vec, Plain}
@@ -91,11 +82,8 @@ for (f, by_a, by_b) in (
 end
 @inline Base.:^(x::Jet, n::Integer) = n == 0 ? one(x) : chain(x, x.value^n, n * x.value^(n - 1))
 @inline Base.:^(x::Jet, c::AbstractFloat) = (y = x.value^c; with_partials(y, map(p -> (c * x.value^(c - 1)) * p, x.partials)))
-@inline Base.literal_pow(::typeof(^), x::Jet, ::Val{0}) = one(x)
-@inline Base.literal_pow(::typeof(^), x::Jet, ::Val{1}) = x
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{2}) = abs2(x)
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{3}) = (y = x.value * x.value; chain(x, y * x.value, 3 * y))
-@inline Base.literal_pow(::typeof(^), x::Jet, ::Val{-1}) = inv(x)
 @inline Base.literal_pow(::typeof(^), x::Sided, ::Val{n}) where {n} = x^n
 
 # Julia's own for any numbers branches.
@@ -113,10 +101,6 @@ end
     J(ifelse(m, a.value, b.value), map((p, q) -> ifelse(m, p, q), a.partials, b.partials))
 @inline Base.ifelse(m::Mask, a::Jet, b::Constant) = ifelse(m, promote(a, b)...)
 @inline Base.ifelse(m::Mask, a::Constant, b::Jet) = ifelse(m, promote(a, b)...)
-@inline Base.max(a::J, b::J) where {J <: Jet} = ifelse((a > b) | isnan(a), a, b)
-@inline Base.min(a::J, b::J) where {J <: Jet} = ifelse((a < b) | isnan(a), a, b)
-@inline Base.clamp(x::Jet, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
-@inline Base.flipsign(x::J, y::J) where {J <: Jet} = ifelse(signbit(y), -x, x)
 @inline Base.copysign(x::J, y::J) where {J <: Jet} = ifelse(xor(signbit(x), signbit(y)), -x, x)
 
 # The short vector `[a, b]` of them needs no memory.

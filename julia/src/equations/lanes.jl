@@ -4,9 +4,6 @@
 "Evaluations of f before a sample is solved by itself."
 const SIDED_EVALUATIONS = 30
 
-"Samples that a thread takes at a time."
-const PIECE = 4096
-
 "Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
 struct SidedBuffers
     J::Matrix{Vec}
@@ -195,13 +192,13 @@ end
         size = measure(R ? z : value, p.weights)
         isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
         now = R ? measure(new_step, p.weights) : merit
-        judged = moved & all_finite(new_step) & isfinite(size)
-        largest = ifelse(judged, max(largest, size), largest)
-        last_distance, distance = ifelse(judged, distance, last_distance), ifelse(judged, now, distance)
+        valid = moved & all_finite(new_step) & isfinite(size)
+        largest = ifelse(valid, max(largest, size), largest)
+        last_distance, distance = ifelse(valid, distance, last_distance), ifelse(valid, now, distance)
         rounding = Float64(eps(T)) * largest
-        related = ifelse(judged, max(size, rounding / tol), related)
+        related = ifelse(valid, max(size, rounding / tol), related)
         stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
-        near = judged & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
+        near = valid & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
         if R
             doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
             if any(doubtful)
@@ -212,12 +209,12 @@ end
             z = choose(near, plus(z, new_step), z)
         else
             k == 1 && (outset = max(outset, size))
-            judged &= near | (merit <= DIVERGENCE * outset)
+            valid &= near | (merit <= DIVERGENCE * outset)
             z = choose(near, value, z)
         end
         found |= near
         evaluations = ifelse(near, Vec(k), evaluations)
-        active &= !near & (judged | !moved)
+        active &= !near & (valid | !moved)
 
         # Where they go: a whole step on, or half of the last one.
         base, step = choose(moved, z, base), choose(moved, new_step, step)
@@ -262,7 +259,7 @@ may_be_sided(::Auto, p::AbstractEquation) = p.root
 @inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
     newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
-"Those of the fixed points found that attract, as far as the norm of ∂f/∂z tells."
+"Those of the fixed points found that attract, as far as the norm of ∂f/∂z proves."
 @inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
 @inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K}
     any(ended.converged) || return ended
@@ -290,7 +287,7 @@ end
         if lane(converged, l)
             ntuple(i -> (@inbounds Z[i, j] = lane(ended.z[i], l); nothing), Val(K))
             regular[j] = lane(ended.regular, l)
-            put!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
+            set_outcome!(outcome, j, CONVERGED, unsafe_trunc(Int, lane(ended.evaluations, l)), lane(ended.residual, l), lane(ended.rate, l))
         else
             @late solve_sample!(s, Z, outcome, p, solver, tol, j)
         end
@@ -310,7 +307,7 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equatio
     return
 end
 
-# Where f fails, that will be told when it is the turn of the sample for which it does.
+# What f throws is thrown when it is the turn of the sample for which it does.
 function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, range, root)
     at = Ref(first(range))          # the block at work
     while at[] <= last(range)

@@ -44,7 +44,8 @@ end
 
 is_differentiable(x::AbstractArray) = eltype(x) <: AbstractFloat
 
-"What `f` is given as an argument: `Shared` by all samples, or `PerSample`, where K tells a number (0), the length of a [`Short`](@ref) vector, or another array (-1)."
+"What `f` is given as an argument: `Shared` by all samples, or `PerSample`, where K is 0 for a number, the length of a [`Short`](@ref) vector,
+or -1 for another array."
 struct Shared{X}
     value::X
 end
@@ -98,9 +99,6 @@ struct ErasedEquation{T} <: AbstractEquation{T}
 end
 erased(p::AbstractEquation) = p
 erased(p::Equation{T}) where {T} = ErasedEquation{T}(p, p.root, p.n, p.weights)
-
-"From this many samples on, loops over them are compiled for the function."
-const MANY = 4096
 
 "The equation as is best for the number of samples."
 suited(problem::EquationProblem) = problem.samples < MANY ? erased(Equation(problem)) : Equation(problem)

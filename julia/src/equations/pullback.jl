@@ -1,9 +1,6 @@
 # Products of a vector with derivatives of the user's function, and its derivatives with respect to arguments, in the mode that is
 # cheaper: forward for an argument of a few entries, reverse for one of many.
 
-"From this many entries on, reverse mode."
-const REVERSE_FROM = 128
-
 """
     add_pullbacks!(gradients, equation, z, sample, λ)
 

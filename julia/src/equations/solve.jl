@@ -34,11 +34,11 @@ function solve_sample!(s::Iteration{T}, Z::Matrix{T}, outcome::Outcome, p::Abstr
     begin!(s, p, Z, sample, solver.max_iterations)
     status = iterate!(solver, s, p, tol)
     copy_column!(Z, sample, s.z, 1)
-    put!(outcome, sample, status, s.evaluations, s.relative, s.rate)
+    set_outcome!(outcome, sample, status, s.evaluations, s.relative, s.rate)
     return
 end
 
-@inline function put!(o::Outcome, sample::Int, status::Status, evaluations::Int, residual::Float64, rate::Float64)
+@inline function set_outcome!(o::Outcome, sample::Int, status::Status, evaluations::Int, residual::Float64, rate::Float64)
     @inbounds o.status[sample], o.iterations[sample], o.residual[sample], o.rate[sample] = status, evaluations % Int32, residual, rate
     return
 end

@@ -3,7 +3,10 @@
 "Samples side by side, one in each lane of the widest vector registers."
 const LANES = 16
 
-@eval primitive type Vec <: Real $(64LANES) end
+"What is evaluated for samples side by side: numbers ([`Vec`](@ref)), and those with derivatives ([`Jet`](@ref))."
+abstract type Sided <: Real end
+
+@eval primitive type Vec <: Sided $(64LANES) end
 """
     Vec
 
@@ -63,15 +66,15 @@ end
 
 @inline Vec(x::Plain) = Vec(Float64(x))
 @inline Vec(x::Vec) = x
-Base.promote_rule(::Type{Vec}, ::Type{T}) where {T <: Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}} = Vec
-Base.float(x::Vec) = x
-Base.float(::Type{Vec}) = Vec
+Base.promote_rule(::Type{S}, ::Type{<:Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}}) where {S <: Sided} = S
+Base.float(x::Sided) = x
+Base.float(::Type{S}) where {S <: Sided} = S
 Base.broadcastable(m::Mask) = Ref(m)
 for f in (:zero, :one, :eps, :floatmin, :floatmax, :typemin, :typemax)
     @eval @inline Base.$f(::Type{Vec}) = Vec($f(Float64))
 end
-@inline Base.zero(::Vec) = zero(Vec)
-@inline Base.one(::Vec) = one(Vec)
+@inline Base.zero(::S) where {S <: Sided} = zero(S)
+@inline Base.one(::S) where {S <: Sided} = one(S)
 Base.show(io::IO, x::Vec) = print(io, "Vec(", join((lane(x, l) for l in 1:LANES), ", "), ")")
 
 # --- masks -----------------------------------------------------------------------------------------------------
@@ -114,7 +117,7 @@ for (f, op) in ((:+, "add"), (:-, "sub"), (:&, "and"), (:xor, "xor"), (:<<, "shl
     @eval @inline Base.$f(a::Integers, b::Int64) = $f(a, Integers(b))
 end
 @eval @inline Base.:-(x::Vec) = Base.llvmcall($(instruction("%r = fneg <$LANES x double> %a", Vec, Vec => "a")), Vec, Tuple{Vec}, x)
-@inline Base.:+(x::Vec) = x
+@inline Base.:+(x::Sided) = x
 @inline Base.inv(x::Vec) = 1.0 / x
 @inline Base.abs2(x::Vec) = x * x
 
@@ -131,12 +134,12 @@ for (f, name, count) in (
     }"""
     @eval @inline Base.$f($((:($v::Vec) for v in given)...)) = Base.llvmcall(($entry, "entry"), Vec, $(Expr(:curly, :Tuple, fill(:Vec, count)...)), $(given...))
 end
-@inline Base.flipsign(x::Vec, y::Vec) = ifelse(signbit(y), -x, x)
+@inline Base.flipsign(x::S, y::S) where {S <: Sided} = ifelse(signbit(y), -x, x)
 @inline Base.sign(x::Vec) = ifelse(x > 0.0, 1.0, ifelse(x < 0.0, -1.0, x))
 # NaN stays NaN.
-@inline Base.max(a::Vec, b::Vec) = ifelse((a > b) | isnan(a), a, b)
-@inline Base.min(a::Vec, b::Vec) = ifelse((a < b) | isnan(a), a, b)
-@inline Base.clamp(x::Vec, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
+@inline Base.max(a::S, b::S) where {S <: Sided} = ifelse((a > b) | isnan(a), a, b)
+@inline Base.min(a::S, b::S) where {S <: Sided} = ifelse((a < b) | isnan(a), a, b)
+@inline Base.clamp(x::Sided, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
 
 @eval @inline Base.reinterpret(::Type{Integers}, x::Vec) = Base.llvmcall($("ret i$(64LANES) %0"), Integers, Tuple{Vec}, x)
 @eval @inline Base.reinterpret(::Type{Vec}, x::Integers) = Base.llvmcall($("ret i$(64LANES) %0"), Vec, Tuple{Integers}, x)

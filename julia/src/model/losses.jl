@@ -20,11 +20,12 @@ struct MAE <: ElementwiseLoss end
 "`d²/2` for `d = |y - t| ≤ delta`, `delta (d - delta/2)` beyond (Huber 1964)."
 struct Huber <: ElementwiseLoss
     delta::Float64
-    function Huber(delta = 1.0)
+    function Huber(delta)
         0 < delta < Inf || throw(ArgumentError("delta must be positive and finite, got $delta"))
         return new(delta)
     end
 end
+Huber(; delta = 1.0) = Huber(delta)
 
 "`-t log σ(y) - (1 - t) log(1 - σ(y))`, of logits y and probabilities t, as `max(y, 0) - t y + log(1 + exp(-|y|))`."
 struct BinaryCrossEntropy <: ElementwiseLoss end
@@ -32,11 +33,7 @@ struct BinaryCrossEntropy <: ElementwiseLoss end
 "`-Σᵢ tᵢ log pᵢ` with `p = softmax(y)`, of logits y and probabilities t, by `log pᵢ = yᵢ - max(y) - log Σₖ exp(yₖ - max(y))`."
 struct CrossEntropy <: Loss end
 
-"The losses Python names, made from a dictionary of their options."
-const LOSSES = (;
-    MSE = o -> MSE(), MAE = o -> MAE(), Huber = o -> Huber(o[:delta]),
-    CrossEntropy = o -> CrossEntropy(), BinaryCrossEntropy = o -> BinaryCrossEntropy(),
-)
+const LOSSES = (; MSE, MAE, Huber, CrossEntropy, BinaryCrossEntropy)
 
 """
     loss_gradient!(G, loss, Y, T, weights, scale)

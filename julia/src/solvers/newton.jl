@@ -115,7 +115,7 @@ end
 
 lu_solve_finite!(x, A, pivots) = all(isfinite, lu_solve!(x, A, pivots))
 
-# A = I - D R for column j, factorised; false where A is singular to rounding, of which `c.singular` is told.
+# A = I - D R for column j, factorised; false, and noted in `c.singular`, where A is singular to rounding.
 function factorize!(A::StridedMatrix{T}, pivots, slopes, c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     residual_jacobian!(A, view(slopes, :, 1), p.recurrence.R)
@@ -138,7 +138,7 @@ attracts(status::Status, s::Iteration, p::AbstractEquation) = status === CONVERG
 """
     newton!(s, l, p, tol)
 
-`z ← z + t δ` with the Newton step δ, which is halved until ‖c‖ decreases. A fixed point is judged by ‖f(z) - z‖; a root, whose
+`z ← z + t δ` with the Newton step δ, which is halved until ‖c‖ decreases. A fixed point has converged by ‖f(z) - z‖; a root, whose
 f may have any unit, by ‖δ‖, which estimates the error of z.
 """
 function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)

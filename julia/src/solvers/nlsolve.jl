@@ -87,7 +87,7 @@ function nlsolve_units(s::Iteration, l::Linearization, p::AbstractEquation, solv
     return unit, of_c > 0 ? of_c : 1.0
 end
 
-"Thrown out of NLsolve.jl, which cannot be told to stop: `status` says why."
+"Thrown out of NLsolve.jl, which offers no other way to stop it: `status` says why."
 struct Stop <: Exception
     status::Status
 end

@@ -1,4 +1,4 @@
-# Memory of the reference device arrays is that of the machine, which stands for a card's in the tests of what is lent.
+# Memory of the reference device arrays is that of the machine, which stands for a card's in tests.
 
 using ImplicitRNN: ImplicitRNN
 using JLArrays: JLArrays

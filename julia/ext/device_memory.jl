@@ -1,4 +1,4 @@
-# Memory of a device: arrays that other libraries lend, and those that results are written to. Python has them as `DeviceArray`.
+# Memory of a device: arrays of other libraries, and those that results are written to. Python has them as `DeviceArray`.
 
 "A vector of a device, of which Python knows where it lies; of element type T."
 struct OnDevice{T}
@@ -10,18 +10,10 @@ OnDevice(x::NumPy{T}) where {T} = OnDevice{T}(
     pyconvert(UInt, x.array.address), pyconvert(Int, x.array.size), pyconvert(Int, x.array.stream)
 )
 
-"Python's arrays as vectors, see `borrow`; those of a device where there is a `backend`."
-struct Lender{B}
-    backend::B
-end
-Lender(ws::AbstractWorkspace) = Lender(ImplicitRNN.backend_of(ws))
-
-(::Lender{Nothing})(f::F, arrays::Vararg{NumPy, N}) where {F, N} = borrow(f, arrays...)
-(l::Lender)(f, arrays::NumPy...) = any(is_on_device, arrays) ? lend(f, l.backend, arrays) : borrow(f, arrays...)
-
 is_on_device(x::NumPy) = pyhasattr(x.array, "address")
 
-function lend(f, backend, arrays)
+function borrow(f, backend, arrays::NumPy...)
+    any(is_on_device, arrays) || return borrow(f, nothing, arrays...)
     try
         return GC.@preserve arrays begin
             views = map(x -> is_on_device(x) ? OnDevice(x) : memory_of(x), arrays)
@@ -52,8 +44,7 @@ give_up(m::Memory) = ImplicitRNN.await_stream(m.backend, 0)
 
 "`device_memory(device, dtype, n) -> (handle, address)`."
 function device_memory(device::Py, dtype::Py, n::Py)
-    T = pyconvert(String, dtype) == "float32" ? Float32 : Float64
-    count = pyconvert(Int, n)
+    T, count = named(DTYPES, dtype), pyconvert(Int, n)
     return on_backend(pyconvert(String, device)) do backend
         ImplicitRNN.check_device(backend)
         vector = ImplicitRNN.device_vector(backend, T, count)
@@ -64,9 +55,8 @@ end
 "`copy_memory(device, from, to)`, of which one at least is on the device."
 function copy_memory(device::Py, from::Py, to::Py)
     return on_backend(pyconvert(String, device)) do backend
-        with_type(from) do T
-            Lender(backend)((to, from) -> (copyto!(to, from); nothing), NumPy{T}(to), NumPy{T}(from))
-        end
+        T = dtype_of(from)
+        borrow((to, from) -> (copyto!(to, from); nothing), backend, NumPy{T}(to), NumPy{T}(from))
     end
 end
 
@@ -74,10 +64,8 @@ end
 function find_nonfinite(device::Py, array::Py, rows::Py)
     n = pyconvert(Int, rows)
     return on_backend(pyconvert(String, device)) do backend
-        with_type(array) do T
-            Lender(backend)(x -> ImplicitRNN.find_nonfinite(columns(x, n)) .- (0, 1), NumPy{T}(array))
-        end
+        borrow(x -> ImplicitRNN.find_nonfinite(columns(x, n)) .- (0, 1), backend, NumPy{dtype_of(array)}(array))
     end
 end
 
-with_type(f, array::Py) = pyconvert(String, array.dtype.name) == "float32" ? f(Float32) : f(Float64)
+dtype_of(array::Py) = named(DTYPES, array.dtype.name)
