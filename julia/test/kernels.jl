@@ -88,8 +88,14 @@ function check_resources(name, T, ptx, items, card)
     return
 end
 
+# Single precision takes no more registers, but has another layout of workgroups.
+const IN_SINGLE_PRECISION = (
+    :stage, :fused_16, :fused_64, :fused_128, :gradient_16, :gradient_64, :gradient_128, :fused_adjoint, :anderson, :elimination,
+    :equation_newton_8, :equation_auto_8, :equation_vjp_8, :equation_jacobian_8,
+)
+
 @testset "the kernels assemble without spills: $T" for T in (Float32, Float64)
-    for (name, (f, launch, types)) in pairs(kernels_of(T))
+    for (name, (f, launch, types)) in pairs(T == Float32 ? kernels_of(T)[IN_SINGLE_PRECISION] : kernels_of(T))
         ptx = PTX.assembly(f, launch, types, v"8.0")
         @test occursin("st.global", ptx)    # rather than a trap, of what does not compile
         foreach(card -> check_resources(name, T, ptx, prod(launch isa Tuple ? launch : 256), card), (v"8.0", v"9.0"))

@@ -5,10 +5,9 @@ using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, sl
 
 include("fixtures.jl")
 
-# The device last: where so much has been compiled, an exception takes long to be thrown.
 const FILES = [
     "quality", "gemm", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses", "differentiate", "training",
-    "side_by_side", "fit", "equations", "lanes", "device",
+    "side_by_side", "fit", "device", "equations", "lanes",
 ]
 
 @testset "ImplicitRNN" begin
