@@ -30,7 +30,7 @@ function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p,
         forward!(tile, problem, x)
         check_converged(view(tile.outcome.status, eachindex(samples)), view(tile.outcome.residual, eachindex(samples)))
         read_out!(tile, net, length(samples))
-        mean = weights_of(weights, samples), T(1 / B)
+        mean = columns_of(weights, samples), T(1 / B)
         loss_gradient!(tile.GY, problem.loss, tile.Y, targets, mean...)
         add_tangents!(second, tile, problem, tangent, x, targets, mean)
     end

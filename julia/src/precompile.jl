@@ -5,7 +5,10 @@
     adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
     limits = options(; tol = nothing, max_iterations = 1000)
     # With the keywords of the bridge, each set of which is a method of its own.
-    function exercise(::Type{T}, neurons, activation, @nospecialize(constraint), @nospecialize(solver); samples = 3, damping = (;), products = false, nets = 1) where {T}
+    function exercise(
+            ::Type{T}, neurons, activation, @nospecialize(constraint), @nospecialize(solver);
+            samples = 3, damping = (;), products = false, nets = 1
+        ) where {T}
         net = Network{T}(
             2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
             input_skips = Int[], outputs = 1, constraint = constraint(0.9),
@@ -20,16 +23,15 @@
             vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
             jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)
         end
-        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2, warm_start = false)
         order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
-        train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, 2, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
-        for size in (products ? (2, samples) : ())
-            trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets = 1, batch_size = 2, warm_start = true)
-            train!(trainer, Replicas(reshape(p, :, 1)), X, Y, order, size, rates, zeros(1, 1), zeros(Int, 1, 1); weights = nothing)
+        function train(nets, size, warm_start)
+            trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start)
+            train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, size, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
         end
-        nets > 1 || return
-        trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start = false)
-        train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, 2, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
+        train(1, 2, false)
+        products && foreach(size -> train(1, size, true), (2, samples))
+        nets > 1 && train(nets, 2, false)
+        return
     end
     @compile_workload begin
         for T in (Float64, Float32)

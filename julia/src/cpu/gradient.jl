@@ -40,7 +40,7 @@ end
 function begin_back!(tile::Tile, seed::LossSeed, net, samples)
     m = length(samples)
     read_out!(tile, net, m)
-    loss, targets, weights = seed.loss, view(seed.targets, :, samples), weights_of(seed.weights, samples)
+    loss, targets, weights = seed.loss, view(seed.targets, :, samples), columns_of(seed.weights, samples)
     total = @usual loss Union{MSE, CrossEntropy} loss_gradient!(tile.GY, loss, tile.Y, targets, weights, seed.scale)
     read_out_adjoint!(tile, net, m)
     return total::Float64
@@ -123,7 +123,9 @@ function sum_tiles!(tile::Tile, problem::Problem, X, seed, penalty, width::Int, 
     return summary
 end
 
+"The columns of an array, or the entries of a vector, for these samples; nothing of nothing."
 columns_of(::Nothing, samples) = nothing
+columns_of(x::AbstractVector, samples) = view(x, samples)
 columns_of(A::AbstractMatrix, samples) = view(A, :, samples)
 
 "The states found become `states` (neurons × samples), zero where there is no equilibrium: a solver starts anew from there."

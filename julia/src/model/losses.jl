@@ -94,8 +94,6 @@ end
 
 weight_of(::Nothing, j) = true
 weight_of(weights::AbstractVector, j) = weights[j]
-weights_of(::Nothing, samples) = nothing
-weights_of(weights::AbstractVector, samples) = view(weights, samples)
 
 value(::MSE, y, t) = (y - t)^2
 slope(::MSE, y, t) = 2 * (y - t)
