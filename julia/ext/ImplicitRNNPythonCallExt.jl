@@ -81,7 +81,8 @@ const COLLECT_EVERY = 1000
     borrow(f, backend, arrays::NumPy...)
 
 Call `f` with vectors on the memory of the arrays, with the GIL released: plain ones, or those of the device of a `backend` where the
-arrays are there. The vectors are valid within `f` only. References are dropped at once, since Julia's garbage collector does not see how much memory they keep alive.
+arrays are there. The vectors are valid within `f` only. References are dropped at once, since Julia's garbage collector does not
+see how much memory they keep alive.
 """
 function borrow(f::F, ::Nothing, arrays::Vararg{NumPy, N}) where {F, N}
     (CALLS[] += 1) % COLLECT_EVERY == 0 && GC.gc(false)

@@ -73,7 +73,6 @@ struct Quality
 end
 Quality() = Quality(0, 0.0, 0.0)
 
-
 "The quality of the solves of the first samples, given their outcome and the residuals of their adjoint systems."
 function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = length(adjoint_residual))
     unconverged, forward, backward = 0, 0.0, 0.0
