@@ -104,6 +104,19 @@ def test_certified_bound_holds_through_the_stages(engine, constraint, data):
     assert (np.abs(loose.state - exact).max(axis=1) <= loose.bound + 1e-12).all()
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_weights_far_within_their_bound_are_differentiated_as_they_are(engine, dtype):
+    X, Y = np.ones((1, 2)), np.full((1, 1), 1e3)
+    results = []
+    for constraint in (irnn.Monotone(0.1), irnn.Free()):
+        net = irnn.Network(2, [irnn.Layer(4)], outputs=1, constraint=constraint, seed=0, dtype=dtype, engine=engine)
+        net.weights["R"][...] = np.kron(np.eye(2), [[0, 0.5], [-0.5, 0]])  # the size that Monotone bounds is zero
+        tangent = net.jvp(X, dparameters=np.full(net.parameters.shape, 100))
+        results.append(np.append(net.loss_and_gradient(X, Y)[1], tangent))
+    np.testing.assert_allclose(*results, rtol=1e-8 if dtype == "float64" else 1e-4)
+
+
 def test_monotone_is_refused_where_slopes_are_negative():
     with pytest.raises(ValueError, match="slope is never negative"):
         irnn.Network(2, [irnn.Layer(3, "gelu")], outputs=1, constraint=irnn.Monotone())

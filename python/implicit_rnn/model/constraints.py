@@ -338,20 +338,23 @@ class WholeMatrix(Constraint):
         """∂L/∂K = c (dR - [c < 1] ⟨dR, K⟩ / size ∂size/∂K)."""
         size, derivative = self._size(K, bounds)
         factor = np.minimum(1, self.limit / size)
-        inner = (dR * K).sum(axis=(-2, -1), keepdims=True) / size
-        return factor * (dR - np.where(factor < 1, inner, 0) * derivative), scales
+        return factor * (dR - _relative(dR * K, size, factor) * derivative), scales
 
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
         """c (dK - [c < 1] ⟨∂size/∂K, dK⟩ / size K)."""
         size, derivative = self._size(K, bounds)
         factor = np.minimum(1, self.limit / size)
-        growth = (derivative * dK).sum(axis=(-2, -1), keepdims=True) / size
-        return factor * (dK - np.where(factor < 1, growth, 0) * K)
+        return factor * (dK - _relative(derivative * dK, size, factor) * K)
 
     def _size(self, K: Array, bounds: Array) -> tuple[Array, Array]:
         """The size (S, 1, 1), at least tiny, and its derivative with respect to K (S, n, n)."""
         size, u, v = self.size(bounds[:, None] * K)
         return np.maximum(size, np.finfo(K.dtype).tiny)[:, None, None], (bounds * u)[:, :, None] * v[:, None, :]
+
+
+def _relative(terms: Array, size: Array, factor: Array) -> Array:
+    """Σ terms / size (S, 1, 1) where the factor is below 1, elsewhere zero, for the size may be tiny there."""
+    return np.where(factor < 1, terms.sum(axis=(-2, -1), keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
 @dataclass(frozen=True)
