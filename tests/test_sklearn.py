@@ -477,6 +477,7 @@ def test_partial_fit_refuses_what_it_cannot_do(iris, parameters, message):
         ({"batch_size": "all"}, TypeError, "batch_size must be a whole number"),
         ({"epochs": 0}, ValueError, "epochs must be a whole number from 1"),
         ({"clip": -1.0}, ValueError, "clip must be positive"),
+        ({"clip": np.inf}, ValueError, "clip must be positive and finite"),
         ({"dtype": "int"}, ValueError, "expected 'float64' or 'float32'"),
         ({"engine": "fortran"}, ValueError, "engine"),
     ],

@@ -260,6 +260,8 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         for name in ("scale", "warm_start"):
             options.check_flag(name, getattr(self, name))
         options.check_fraction("validation_fraction", self.validation_fraction)
+        if self.clip is not None:
+            options.check_positive("clip", self.clip)
 
     def _scaler_of(self, name: str, array: Array, weights: Array | None) -> StandardScaler:
         """The scaler that has learnt mean and spread of the columns of an array."""
