@@ -270,14 +270,12 @@ class InfNorm(Constraint):
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
         """∂L/∂K_ij = c_i (dR_ij - [c_i < 1] sign(K_ij) Σ_k dR_ik K_ik / Σ_k |K_ik|)."""
         factors, total = _row_factors(self.kappa, K, bounds)
-        inner = np.where(factors < 1, (dR * K).sum(axis=-1, keepdims=True) / np.where(total > 0, total, 1), 0)
-        return factors * (dR - np.sign(K) * inner), scales
+        return factors * (dR - np.sign(K) * _relative(dR * K, total, factors, -1)), scales
 
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
         """c_i (dK_ij - [c_i < 1] K_ij Σ_k sign(K_ik) dK_ik / Σ_k |K_ik|)."""
         factors, total = _row_factors(self.kappa, K, bounds)
-        growth = (np.sign(K) * dK).sum(axis=-1, keepdims=True)
-        return factors * (dK - np.where(factors < 1, growth / np.where(total > 0, total, 1), 0) * K)
+        return factors * (dK - _relative(np.sign(K) * dK, total, factors, -1) * K)
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖ <= 1/(1 - κ), D = f′, in the maximum norm."""
@@ -289,6 +287,11 @@ def _row_factors(kappa: float, K: Array, bounds: Array) -> tuple[Array, Array]:
     with np.errstate(divide="ignore"):
         factors = np.minimum(1, (kappa / bounds)[:, None].astype(K.dtype) / total)
     return factors, total
+
+
+def _relative(terms: Array, size: Array, factor: Array, axis: int | tuple[int, int]) -> Array:
+    """Σ terms / size where the factor is below 1, elsewhere zero, for the size may be tiny or zero there."""
+    return np.where(factor < 1, terms.sum(axis=axis, keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
 def _stretch(scales: Array) -> Array:
@@ -338,23 +341,18 @@ class WholeMatrix(Constraint):
         """∂L/∂K = c (dR - [c < 1] ⟨dR, K⟩ / size ∂size/∂K)."""
         size, derivative = self._size(K, bounds)
         factor = np.minimum(1, self.limit / size)
-        return factor * (dR - _relative(dR * K, size, factor) * derivative), scales
+        return factor * (dR - _relative(dR * K, size, factor, (-2, -1)) * derivative), scales
 
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
         """c (dK - [c < 1] ⟨∂size/∂K, dK⟩ / size K)."""
         size, derivative = self._size(K, bounds)
         factor = np.minimum(1, self.limit / size)
-        return factor * (dK - _relative(derivative * dK, size, factor) * K)
+        return factor * (dK - _relative(derivative * dK, size, factor, (-2, -1)) * K)
 
     def _size(self, K: Array, bounds: Array) -> tuple[Array, Array]:
         """The size (S, 1, 1), at least tiny, and its derivative with respect to K (S, n, n)."""
         size, u, v = self.size(bounds[:, None] * K)
         return np.maximum(size, np.finfo(K.dtype).tiny)[:, None, None], (bounds * u)[:, :, None] * v[:, None, :]
-
-
-def _relative(terms: Array, size: Array, factor: Array) -> Array:
-    """Σ terms / size (S, 1, 1) where the factor is below 1, elsewhere zero, for the size may be tiny there."""
-    return np.where(factor < 1, terms.sum(axis=(-2, -1), keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
 @dataclass(frozen=True)

@@ -41,15 +41,17 @@ class PythonFunction:
 
     def conditions(self, Z: Array, rows: Array) -> Array:
         """c = f(z) - z, or c = f(z) of a root, (m, n)."""
-        F = self.values.real(Z, rows)
-        return F if self.equation.root else F - Z
+        return self._conditions_of(self.values.real(Z, rows), Z)
 
     def conditions_in_doubt(self, Z: Array, rows: Array) -> Array:
         """c, off zero by at least what the rounding of the arguments may have made of it."""
         F = self.values.real(Z, rows)
-        C = F if self.equation.root else F - Z
+        C = self._conditions_of(F, Z)
         doubt = np.finfo(Z.dtype).eps * self.values.terms_of_arguments(Z, rows, F)
         return C + np.copysign(doubt, C).astype(Z.dtype)
+
+    def _conditions_of(self, F: Array, Z: Array) -> Array:
+        return F if self.equation.root else F - Z
 
     # --- the Jacobian with respect to z ----------------------------------------------------------------------
 
