@@ -19,6 +19,8 @@ Array = np.ndarray
 _KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
 """What becomes of arguments that are no floats, by their kind."""
 
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+
 
 def pose(
     f: Function,
@@ -119,7 +121,7 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
         there = array if array.ndim == 2 else array.reshape(1, -1)
         device_arrays.check_finite("z0", there)
         return cast("Array", there), array.shape
-    dtype = np.dtype(np.float32 if array.dtype.newbyteorder("=") == np.float32 else np.float64)
+    dtype = _SINGLE if array.dtype.kind == "f" and array.dtype.itemsize == 4 else _DOUBLE
     start = np.ascontiguousarray(as_real("z0", array, dtype))
     start = start if start.ndim == 2 else start.reshape(1, -1)
     check_finite("z0", start)
@@ -148,6 +150,8 @@ def _as_array(name: str, value: ArrayLike) -> Array:
 
 
 def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+    if type(batched) is tuple and not batched:
+        return set()
     listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched
     if not isinstance(listed, Iterable) or getattr(listed, "shape", (0,)) == ():
         raise TypeError(f"batched is {batched!r}; expected names or positions of arguments, such as 'a' or (0,)")
