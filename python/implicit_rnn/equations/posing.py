@@ -150,7 +150,7 @@ def _as_array(name: str, value: ArrayLike) -> Array:
 
 
 def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
-    if type(batched) is tuple and not batched:
+    if type(batched) is tuple and not batched:  # the usual case of one problem, without the checks of any iterable
         return set()
     listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched
     if not isinstance(listed, Iterable) or getattr(listed, "shape", (0,)) == ():
