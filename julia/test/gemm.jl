@@ -1,87 +1,106 @@
 # Products of matrices, and work shared among threads.
 
-using ImplicitRNN: add!, add_outer!, COLUMNS_AT_ONCE, factor, in_parallel, @late, multiply!, multiply_each!, multiply_add!, Panels, register_lanes, store!, store_transposed!
+using ImplicitRNN: add!, in_parallel, @late, multiply_each!
 
-# A few rows, half a register of them, one, and what does not fill the last.
-rows_to_try(T) = (1, 2, register_lanes(T) ÷ 2 - 1, register_lanes(T) ÷ 2, register_lanes(T) - 1, register_lanes(T), 33, 40, 63, 300)
-columns_to_try = (0, 1, 3, COLUMNS_AT_ONCE, COLUMNS_AT_ONCE + 1, 3 * COLUMNS_AT_ONCE - 1)
-
-# What lies around the matrices in memory must stay as it is.
-function within(A::Matrix{T}) where {T}
-    surroundings = fill(T(7), size(A) .+ (3, 2))
-    inner = view(surroundings, 2:(size(A, 1) + 1), 2:(size(A, 2) + 1))
-    inner .= A
-    return inner, () -> count(==(T(7)), surroundings) >= length(surroundings) - length(A)
+"The products as they are on a processor with registers of another size."
+module OtherRegisters
+    using Base.Cartesian: @nexprs
+    using ImplicitRNN: BLOCK, copy_column!, in_parallel, LANE_NEURONS, piece, SMALL
+    using ImplicitRNN, LinearAlgebra
+    using LinearAlgebra: BlasFloat
+    const BYTES = ImplicitRNN.REGISTER == 64 ? 32 : 64
+    of_other_size(code) = occursin("const REGISTER =", string(code)) ? :(const REGISTER = BYTES) : code
+    include(of_other_size, joinpath(pkgdir(ImplicitRNN), "src", "cpu", "registers.jl"))
+    include(joinpath(pkgdir(ImplicitRNN), "src", "cpu", "gemm.jl"))
 end
 
-@testset "products are those of the definition, whatever the shape ($T, $n x $k)" for T in (Float32, Float64), n in rows_to_try(T),
-        k in (0, 1, 5, 40)
+@testset "registers of $(Products.REGISTER) bytes" for Products in (ImplicitRNN, OtherRegisters)
 
-    rng = Xoshiro(1)
-    A, B = randn(rng, T, n, k), randn(rng, T, k, 30)
-    for m in columns_to_try
-        U, u = randn(rng, T, n, 30), randn(rng, T, n)
-        product = A * B[:, 1:m]
-        close(a, b) = isapprox(a, b; rtol = 20 * eps(T), atol = 20 * eps(T))
-        for (given, expected) in ((U, U[:, 1:m] .+ product), (u, u .+ product))
-            S, untouched = within(zeros(T, n, 30))
-            multiply!(S, given, A, B, m)
-            @test close(S[:, 1:m], expected)
-            @test untouched() && iszero(S[:, (m + 1):30])
+    (; add_outer!, COLUMNS_AT_ONCE, factor, multiply!, multiply_add!, Panels, register_lanes, store!, store_transposed!) = Products
+
+    # A few rows, half a register of them, one, and what does not fill the last.
+    rows_to_try(T) =
+        filter(>(0), (1, 2, 3, register_lanes(T) ÷ 2 - 1, register_lanes(T) ÷ 2, register_lanes(T) - 1, register_lanes(T), 33, 40, 63, 300))
+    columns_to_try = (0, 1, 3, COLUMNS_AT_ONCE, COLUMNS_AT_ONCE + 1, 3 * COLUMNS_AT_ONCE - 1)
+
+    # What lies around the matrices in memory must stay as it is.
+    function within(A::Matrix{T}) where {T}
+        surroundings = fill(T(7), size(A) .+ (3, 2))
+        inner = view(surroundings, 2:(size(A, 1) + 1), 2:(size(A, 2) + 1))
+        inner .= A
+        return inner, () -> count(==(T(7)), surroundings) >= length(surroundings) - length(A)
+    end
+
+    @testset "products are those of the definition, whatever the shape ($T, $n x $k)" for T in (Float32, Float64), n in rows_to_try(T),
+            k in (0, 1, 5, 16, 40)
+
+        rng = Xoshiro(1)
+        A, B = randn(rng, T, n, k), randn(rng, T, k, 30)
+        for m in columns_to_try
+            U, u = randn(rng, T, n, 30), randn(rng, T, n)
+            product = A * B[:, 1:m]
+            close(a, b) = isapprox(a, b; rtol = 20 * eps(T), atol = 20 * eps(T))
+            for (given, expected) in ((U, U[:, 1:m] .+ product), (u, u .+ product))
+                S, untouched = within(zeros(T, n, 30))
+                multiply!(S, given, A, B, m)
+                @test close(S[:, 1:m], expected)
+                @test untouched() && iszero(S[:, (m + 1):30])
+            end
+            S, untouched = within(U)
+            multiply_add!(S, A, view(B, :, 1:m), m)
+            @test close(S, hcat(U[:, 1:m] .+ product, U[:, (m + 1):30])) && untouched()
         end
-        S, untouched = within(U)
-        multiply_add!(S, A, view(B, :, 1:m), m)
-        @test close(S, hcat(U[:, 1:m] .+ product, U[:, (m + 1):30])) && untouched()
     end
-end
 
-@testset "outer products likewise ($T, $n x $k)" for T in (Float32, Float64), n in rows_to_try(T), k in (1, 9, 64)
-    rng = Xoshiro(2)
-    for m in columns_to_try
-        A, B, G0 = randn(rng, T, n, 30), randn(rng, T, k, 30), randn(rng, T, n, k)
-        G, untouched = within(G0)
-        add_outer!(G, A, B, m)
-        @test isapprox(G, G0 .+ A[:, 1:m] * B[:, 1:m]'; rtol = 20 * eps(T), atol = 20 * eps(T)) && untouched()
+    @testset "outer products likewise ($T, $n x $k)" for T in (Float32, Float64), n in rows_to_try(T), k in (1, 9, 64)
+        rng = Xoshiro(2)
+        for m in columns_to_try
+            A, B, G0 = randn(rng, T, n, 30), randn(rng, T, k, 30), randn(rng, T, n, k)
+            G, untouched = within(G0)
+            add_outer!(G, A, B, m)
+            @test isapprox(G, G0 .+ A[:, 1:m] * B[:, 1:m]'; rtol = 20 * eps(T), atol = 20 * eps(T)) && untouched()
+        end
     end
-end
 
-@testset "a column's bits do not depend on the others, nor on threads ($T, $n rows)" for T in (Float32, Float64), n in (3, 33, 300)
-    rng = Xoshiro(3)
-    A, B, U = randn(rng, T, n, 50), randn(rng, T, 50, 20), randn(rng, T, n, 20)
-    together = multiply!(zeros(T, n, 20), U, A, B, 20)
-    @test all(j -> multiply!(zeros(T, n, 1), U[:, [j]], A, B[:, [j]], 1) == together[:, [j]], 1:20)
-    @test multiply!(zeros(T, n, 20), U, A, B, 20, 2) == together
-end
-
-@testset "panels multiply like the matrix they hold ($T, $n x $n, $threads threads)" for T in (Float32, Float64),
-        n in (25, 33, 40, 300), threads in (1, 2)
-
-    rng = Xoshiro(4)
-    A, B, U = randn(rng, T, n, n), randn(rng, T, n, 30), randn(rng, T, n, 30)
-    P = factor(T, n)
-    @test P isa Panels
-    for (fill_panels!, matrix) in ((store!, A), (store_transposed!, collect(transpose(A))))
-        fill_panels!(P, A, threads)
-        @test multiply!(zero(U), U, P, B, 30, threads) == multiply!(zero(U), U, matrix, B, 30, threads)
+    @testset "a column's bits do not depend on the others, nor on threads ($T, $n rows)" for T in (Float32, Float64), n in (1, 2, 3, 7, 33, 300)
+        rng = Xoshiro(3)
+        A, B, U = randn(rng, T, n, 50), randn(rng, T, 50, 20), randn(rng, T, n, 20)
+        together = multiply!(zeros(T, n, 20), U, A, B, 20)
+        @test all(j -> multiply!(zeros(T, n, 1), U[:, [j]], A, B[:, [j]], 1) == together[:, [j]], 1:20)
+        @test multiply!(zeros(T, n, 20), U, A, B, 20, 2) == together
     end
-end
 
-@testset "matrices too small for a product are refused before any is read" begin
-    S, A, B = zeros(40, 4), zeros(40, 6), zeros(6, 4)
-    P = factor(Float64, 40)
-    for (product!, arguments) in (
-            (multiply!, (S, S, A, B, 5)), (multiply!, (S, S, A, zeros(5, 4), 4)), (multiply!, (S, zeros(39), A, B, 4)),
-            (multiply!, (S, S, P, zeros(39, 4), 4)), (add_outer!, (zeros(40, 7), A, zeros(6, 6), 6)), (add_outer!, (zeros(40, 6), A, B, 5)),
-        )
-        @test_throws DimensionMismatch product!(arguments...)
+    @testset "panels multiply like the matrix they hold ($T, $n x $n, $threads threads)" for T in (Float32, Float64),
+            n in (25, 33, 40, 300), threads in (1, 2)
+
+        rng = Xoshiro(4)
+        A, B, U = randn(rng, T, n, n), randn(rng, T, n, 30), randn(rng, T, n, 30)
+        P = factor(T, n)
+        @test P isa Panels
+        for (fill_panels!, matrix) in ((store!, A), (store_transposed!, collect(transpose(A))))
+            fill_panels!(P, A, threads)
+            @test multiply!(zero(U), U, P, B, 30, threads) == multiply!(zero(U), U, matrix, B, 30, threads)
+        end
     end
-end
 
-@testset "other numbers" begin
-    A, B, U = big.(randn(33, 33)), big.(randn(33, 4)), big.(randn(33, 4))
-    @test multiply!(zero(U), U, A, B, 4) ≈ U + A * B
-    @test add_outer!(zero(A), U, B, 4) ≈ U * B'
-    @test multiply!(zeros(33, 4), zeros(33), Float64.(A), Float32.(B), 4) ≈ A * Float32.(B)
+    @testset "matrices too small for a product are refused before any is read" begin
+        S, A, B = zeros(40, 4), zeros(40, 6), zeros(6, 4)
+        P = factor(Float64, 40)
+        for (product!, arguments) in (
+                (multiply!, (S, S, A, B, 5)), (multiply!, (S, S, A, zeros(5, 4), 4)), (multiply!, (S, zeros(39), A, B, 4)),
+                (multiply!, (S, S, P, zeros(39, 4), 4)), (add_outer!, (zeros(40, 7), A, zeros(6, 6), 6)), (add_outer!, (zeros(40, 6), A, B, 5)),
+            )
+            @test_throws DimensionMismatch product!(arguments...)
+        end
+    end
+
+    @testset "other numbers" begin
+        A, B, U = big.(randn(33, 33)), big.(randn(33, 4)), big.(randn(33, 4))
+        @test multiply!(zero(U), U, A, B, 4) ≈ U + A * B
+        @test add_outer!(zero(A), U, B, 4) ≈ U * B'
+        @test multiply!(zeros(33, 4), zeros(33), Float64.(A), Float32.(B), 4) ≈ A * Float32.(B)
+    end
+
 end
 
 @testset "sharing work" begin

@@ -1,8 +1,8 @@
 # Measures again what julia/src/cpu/tuning.jl has as numbers.
 
 using ImplicitRNN, LinearAlgebra, Random
-using ImplicitRNN: Problem, SMALL, SMALL_LU, WORTH_A_THREAD, Workspace, eliminate!, lapack_factor!, linearization_work,
-    linearize!, loss_and_gradient!, multiply_add!, multiply_add_loops!, unpack!, work_per_sample
+using ImplicitRNN: Problem, SMALL_LU, WORTH_A_THREAD, Workspace, eliminate!, lapack_factor!, linearization_work,
+    linearize!, loss_and_gradient!, multiply_add!, unpack!, work_per_sample
 
 "Nanoseconds of a call of `f` after `prepare`, the least of several."
 function nanoseconds(f, prepare = () -> nothing; seconds = 0.1)
@@ -26,15 +26,6 @@ end
 
 "The coefficients of the columns of `A` that fit the `times` best, relative to each."
 fit(A, times) = (A ./ times) \ ones(length(times))
-
-function loops_or_blas()
-    sizes, m = 2:2:24, 64
-    times = map(sizes) do n
-        A, B, S = randn(n, n), randn(n, m), zeros(n, m)
-        return nanoseconds(() -> multiply_add_loops!(S, A, B, m)), nanoseconds(() -> BLAS.gemm!('N', 'N', 1.0, A, B, 1.0, S))
-    end
-    return crossover(sizes, first.(times), last.(times))
-end
 
 function own_or_lapack()
     sizes = 8:4:48
@@ -83,7 +74,6 @@ function tune()
     a, b = rounded.(sample_times())
     c, d, e = rounded.(linearization_times())
     return [
-        ("SMALL", "$SMALL", "$(loops_or_blas())"),
         ("SMALL_LU", "$SMALL_LU", "$(own_or_lapack())"),
         ("work_per_sample(N)", "N²/9 + 35 N", "$a N² + $b N"),
         ("linearization_work(n)", "1.5e6 + 2200 n² + 1.4 n³", "$c + $d n² + $e n³"),

@@ -1,6 +1,6 @@
 # Products of matrices in the shapes there are here: the weights of a stage with the columns of a tile, and outer products of two
-# tiles. Each entry is summed up in one order, that of the columns of the left factor, whatever the size of the product and the
-# number of threads.
+# tiles. The bits of a column of `multiply!` are the same whatever the other columns and the number of threads; up to SMALL, sums are
+# taken term by term, as by nets side by side.
 
 const Dense{T} = StridedMatrix{T}
 
@@ -13,24 +13,21 @@ multiply_add!(S, A, B, m::Int, threads::Int = 1) = multiply!(S, S, A, B, m, thre
 `S[:, 1:m] = U[:, 1:m] + A B[1:k, 1:m]` for A with k columns. A vector U is the same for all columns; U may be S.
 """
 function multiply!(S, U, A, B, m::Int, threads::Int = 1)
-    n, k = size(A)
+    k = size(A, 2)
     k == 0 && U === S && return S
-    if in_registers(S, U, A) && B isa Dense{eltype(S)}
+    if in_registers(S, U, A, B)
         GC.@preserve B multiply_in_registers!(S, U, A, Operand(B), size(B), k, m, threads)
     else
         U === S || foreach(j -> copy_column!(S, j, U, U isa AbstractVector ? 1 : j), 1:m)
-        k == 0 || n <= SMALL && k <= SMALL ? multiply_add_loops!(S, A, B, m) :
-            gemm!('N', 'N', true, A, view(B, 1:k, 1:m), true, view(S, :, 1:m))
+        k == 0 || gemm!('N', 'N', true, A, view(B, 1:k, 1:m), true, view(S, :, 1:m))
     end
     return S
 end
 
 "    add_outer!(G, A, B, m, threads = 1)\n\n`G += A[:, 1:m] B[:, 1:m]ᵀ`"
 function add_outer!(G, A, B, m::Int, threads::Int = 1)
-    if in_registers(G, G, A) && B isa Dense{eltype(G)}
+    if in_registers(G, G, A, B) && (size(G, 1) >= fewest_rows(eltype(G)) || size(G, 2) <= SMALL)
         GC.@preserve B multiply_in_registers!(G, G, A, transposed(B), reverse(size(B)), m, size(G, 2), threads)
-    elseif size(G, 1) <= SMALL && size(G, 2) <= SMALL
-        multiply_add_loops!(G, view(A, :, 1:m), transpose(B), size(G, 2))
     else
         gemm!('N', 'T', true, view(A, :, 1:m), view(B, :, 1:m), true, G)
     end
@@ -39,11 +36,16 @@ end
 
 "    transposed_multiply!(S, A, B, m)\n\n`S[:, 1:m] = Aᵀ B[:, 1:m]`"
 function transposed_multiply!(S, A, B, m::Int)
-    if size(A, 1) <= SMALL && size(A, 2) <= SMALL
-        fill!(view(S, :, 1:m), 0)
-        return multiply_add_loops!(S, transpose(A), B, m)
+    k, n = size(A)
+    k <= SMALL && n <= SMALL || return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
+    @inbounds for j in 1:m, i in 1:n
+        total = zero(eltype(S))
+        for l in 1:k
+            total = muladd(A[l, i], B[l, j], total)
+        end
+        S[i, j] = total
     end
-    return gemm!('T', 'N', true, A, view(B, :, 1:m), false, view(S, :, 1:m))
+    return S
 end
 
 """
@@ -87,28 +89,6 @@ end
 in_blocks(work::F, n::Int, threads::Int, width::Int = BLOCK) where {F} =
     in_parallel((_, k) -> work(piece(k, width, n)), cld(n, width), threads)
 
-# --- a few rows ---------------------------------------------------------------------------------------------------
-
-# S[:, 1:m] += A B[:, 1:m]. Sums of two rows and four columns at a time stay in registers; where there are not as many, the last of
-# them is computed several times.
-@inline function multiply_add_loops!(S, A, B, m::Int)
-    n = size(A, 1)
-    @inbounds for j in 1:4:m, i in 1:2:n
-        i2, j2, j3, j4 = min(i + 1, n), min(j + 1, m), min(j + 2, m), min(j + 3, m)
-        s11, s12, s13, s14 = S[i, j], S[i, j2], S[i, j3], S[i, j4]
-        s21, s22, s23, s24 = S[i2, j], S[i2, j2], S[i2, j3], S[i2, j4]
-        for l in axes(A, 2)
-            a1, a2 = A[i, l], A[i2, l]
-            b1, b2, b3, b4 = B[l, j], B[l, j2], B[l, j3], B[l, j4]
-            s11, s12, s13, s14 = muladd(a1, b1, s11), muladd(a1, b2, s12), muladd(a1, b3, s13), muladd(a1, b4, s14)
-            s21, s22, s23, s24 = muladd(a2, b1, s21), muladd(a2, b2, s22), muladd(a2, b3, s23), muladd(a2, b4, s24)
-        end
-        S[i, j], S[i, j2], S[i, j3], S[i, j4] = s11, s12, s13, s14
-        S[i2, j], S[i2, j2], S[i2, j3], S[i2, j4] = s21, s22, s23, s24
-    end
-    return S
-end
-
 # --- in registers -------------------------------------------------------------------------------------------------
 
 # A block of S, the rows of one or two registers by some columns, stays in registers through all of its sum. BLAS libraries do the same,
@@ -117,12 +97,12 @@ end
 "Columns of a block at most: of two registers each, they leave some for the factors."
 const COLUMNS_AT_ONCE = REGISTER == 64 ? 8 : 6
 
-"Rows from which on products are computed in registers: half of one."
-fewest_rows(::Type{T}) where {T} = register_lanes(T) ÷ 2
+in_registers(S, U, A, B) = false
+in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A::Dense{T}, B::Dense{T}) where {T <: Hardware} =
+    stride(S, 1) == stride(U, 1) == stride(A, 1) == 1
 
-in_registers(S, U, A) = false
-in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A::Dense{T}) where {T <: Hardware} =
-    size(A, 1) >= fewest_rows(T) && stride(S, 1) == stride(U, 1) == stride(A, 1) == 1
+"From so many rows on, half a register, whole registers of rows are computed; of fewer, the first lanes of one."
+fewest_rows(::Type{T}) where {T} = register_lanes(T) ÷ 2
 
 "A matrix in memory: entry (i, j), counted from 0, is `i * down + j * across` numbers after the first."
 struct Operand{T}
@@ -145,8 +125,12 @@ function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, size_of_B, k::
         s, u = Operand(S), Operand(U)
         if n >= lanes
             multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T)))
-        else
+        elseif n >= fewest_rows(T)
             multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T) ÷ 2))
+        elseif n == stride(A, 2) == B.down == 1 && k > SMALL
+            multiply_row!(s, u, Operand(A), B, k, m, Val(COLUMNS_AT_ONCE), Val(register_lanes(T)))
+        else
+            multiply_rows!(s, u, A, B, n, k, m, 1, nothing, Val(1), FirstLanes{register_lanes(T) ÷ 2}(n))
         end
     end
     return S
@@ -185,24 +169,22 @@ end
 # The rows of pair number `pair` of registers, of which there are R. The last register of S ends with it, even if it has to begin
 # within the one before, of which it keeps what it has of it.
 function multiply_rows!(
-        S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, copy, ::Val{R}, ::Val{L}
+        S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, copy, ::Val{R}, lanes::WhichLanes{L}
     ) where {R, L}
     register(r) = (2 * (pair - 1) + r - 1) * L
-    rows = ntuple(r -> min(register(r), n - L), Val(R))
+    rows = ntuple(r -> min(register(r), max(n - L, 0)), Val(R))
     kept = map(bits_up_to, ntuple(register, Val(R)) .- rows)
-    a, places = rows_of_factor(A, pair, rows, k, copy, Val(L))
+    a, places = rows_of_factor(A, pair, rows, k, copy, lanes)
     for j in 0:COLUMNS_AT_ONCE:(m - 1)
         s, u, b = columns_from(S, j), columns_from(U, j), columns_from(B, j)
         if m - j > COLUMNS_AT_ONCE ÷ 2
-            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE), Val(L))
+            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE), lanes)
         else
-            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE ÷ 2), Val(L))
+            multiply_block!(s, u, a, b, k, rows, places, kept, m - j, Val(COLUMNS_AT_ONCE ÷ 2), lanes)
         end
     end
     return
 end
-
-bits_up_to(n::Int) = (1 << n) - 1
 
 "Bytes from one column to the next from which on rows that are used again and again are copied together first."
 const FAR_APART = 4096
@@ -229,24 +211,51 @@ set in `kept`.
 """
 @generated function multiply_block!(
         S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, rows::NTuple{R, Int}, places::NTuple{R, Int},
-        kept::NTuple{R, Int}, count::Int, ::Val{C}, ::Val{L},
+        kept::NTuple{R, Int}, count::Int, ::Val{C}, lanes::WhichLanes{L},
     ) where {T, R, C, L}
-    V = LaneVector{L, T}
     return quote
         $(Expr(:meta, :noinline))
         @nexprs $C c -> j_c = min(c, count) - 1
         @nexprs $C c -> b_c = address(B, 0, j_c)
-        @nexprs $C c -> @nexprs $R r -> s_c_r = unsafe_load(Ptr{$V}(address(U, rows[r], j_c)))
+        @nexprs $C c -> @nexprs $R r -> s_c_r = load_lanes(address(U, rows[r], j_c), lanes)
         for l in 0:(k - 1)
-            @nexprs $R r -> a_r = unsafe_load(Ptr{$V}(address(A, places[r], l)))
+            @nexprs $R r -> a_r = load_lanes(address(A, places[r], l), lanes)
             @nexprs $C c -> begin
                 b = same_in_all(unsafe_load(b_c + sizeof(T) * l * B.down), Val($L))
                 @nexprs $R r -> s_c_r = muladd_lanes(a_r, b, s_c_r)
             end
         end
         @nexprs $C c -> @nexprs $R r -> begin
-            to = Ptr{$V}(address(S, rows[r], j_c))
-            unsafe_store!(to, kept[r] == 0 ? s_c_r : select_lanes(kept[r], unsafe_load(to), s_c_r))
+            to = address(S, rows[r], j_c)
+            store_lanes!(to, kept[r] == 0 ? s_c_r : select_lanes(kept[r], load_lanes(to, lanes), s_c_r), lanes)
+        end
+        return
+    end
+end
+
+"""
+    multiply_row!(S, U, A, B, k, m, columns, lanes)
+
+`S = U + A B` for one row, whose k terms lie side by side in registers; so do those of each column of B.
+"""
+@generated function multiply_row!(
+        S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, m::Int, ::Val{C}, lanes::Val{L},
+    ) where {T, C, L}
+    return quote
+        rest = FirstLanes{$L}(k % $L)
+        last = k - rest.n
+        for j in 0:($C):(m - 1)
+            @nexprs $C c -> j_c = min(j + c, m) - 1
+            @nexprs $C c -> b_c = address(B, 0, j_c)
+            @nexprs $C c -> u_c = unsafe_load(address(U, 0, j_c))
+            @nexprs $C c -> s_c = same_in_all(zero(T), lanes)
+            for l in 0:($L):(last - 1)
+                a = load_lanes(address(A, 0, l), lanes)
+                @nexprs $C c -> s_c = muladd_lanes(a, load_lanes(b_c + sizeof(T) * l, lanes), s_c)
+            end
+            a = load_lanes(address(A, 0, last), rest)
+            @nexprs $C c -> s_c = muladd_lanes(a, load_lanes(b_c + sizeof(T) * last, rest), s_c)
+            @nexprs $C c -> unsafe_store!(address(S, 0, j_c), u_c + sum_lanes(s_c))
         end
         return
     end

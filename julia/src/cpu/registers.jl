@@ -13,7 +13,14 @@ const REGISTER = let CPU = Base.BinaryPlatforms.CPUID
 end
 register_lanes(::Type{T}) where {T} = REGISTER ÷ sizeof(T)
 
-for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (4, 8, 16)
+"The first n of L lanes: of a vector of fewer numbers, of which no others may be read or written."
+struct FirstLanes{L}
+    n::Int
+end
+const WhichLanes{L} = Union{Val{L}, FirstLanes{L}}
+bits_up_to(n::Int) = (1 << n) - 1
+
+for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (2, 4, 8, 16)
     V, vector = LaneVector{L, T}, "<$L x $type>"
     @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
     keep = """
@@ -23,6 +30,38 @@ for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), 
     ret $vector %r"""
     # `a` in the lanes whose bits are set, `b` in the others.
     @eval @inline select_lanes(bits::Int64, a::$V, b::$V) = Base.llvmcall($keep, $V, Tuple{$V, $V, Int64}, a, b, bits)
+
+    # The first lanes of a vector in memory, the others 0, and back again.
+    pointer_type, mangled = VERSION < v"1.12-" ? ("$vector*", "p0v$L$name") : ("ptr", "p0")
+    place_and_mask = """
+    %place = inttoptr i64 %0 to $pointer_type
+    %first = trunc i64 %1 to i$L
+    %mask = bitcast i$L %first to <$L x i1>"""
+    load = """
+    declare $vector @llvm.masked.load.v$L$name.$mangled($pointer_type, i32, <$L x i1>, $vector)
+    define $vector @load(i64 %0, i64 %1) alwaysinline {
+    $place_and_mask
+    %r = call $vector @llvm.masked.load.v$L$name.$mangled($pointer_type %place, i32 $(sizeof(T)), <$L x i1> %mask, $vector zeroinitializer)
+    ret $vector %r
+    }"""
+    store = """
+    declare void @llvm.masked.store.v$L$name.$mangled($vector, $pointer_type, i32, <$L x i1>)
+    define void @store(i64 %0, i64 %1, $vector %2) alwaysinline {
+    $place_and_mask
+    call void @llvm.masked.store.v$L$name.$mangled($vector %2, $pointer_type %place, i32 $(sizeof(T)), <$L x i1> %mask)
+    ret void
+    }"""
+    @eval @inline load_lanes(p::Ptr{$T}, lanes::FirstLanes{$L}) =
+        Base.llvmcall(($load, "load"), $V, Tuple{Int64, Int64}, Int64(p), bits_up_to(lanes.n))
+    @eval @inline store_lanes!(p::Ptr{$T}, v::$V, lanes::FirstLanes{$L}) =
+        Base.llvmcall(($store, "store"), Cvoid, Tuple{Int64, Int64, $V}, Int64(p), bits_up_to(lanes.n), v)
 end
+@inline load_lanes(p::Ptr{T}, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(p))
+@inline store_lanes!(p::Ptr{T}, v::LaneVector{L, T}, ::Val{L}) where {T, L} = unsafe_store!(Ptr{LaneVector{L, T}}(p), v)
 
 @inline same_in_all(x, ::Val{L}) where {L} = ntuple(_ -> VecElement(x), Val(L))
+
+# One half of the lanes is added to the other until there is one.
+@inline sum_lanes(v::LaneVector{1}) = v[1].value
+@inline sum_lanes(v::LaneVector{L}) where {L} =
+    sum_lanes(ntuple(i -> VecElement(v[i].value + v[i + L ÷ 2].value), Val(L ÷ 2)))

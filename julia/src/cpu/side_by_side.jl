@@ -79,7 +79,7 @@ end
 """
     is_tiny(problem, samples)
 
-Whether nets can be trained side by side in batches of so many samples: one recurrent stage whose products are plain loops, a method
+Whether nets can be trained side by side in batches of so many samples: one recurrent stage whose products are summed term by term, a method
 that the lanes have, and no more tiles than there are shares of the sum over the batch.
 """
 function is_tiny(problem::Problem, samples::Int)

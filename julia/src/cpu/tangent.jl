@@ -72,8 +72,8 @@ function unroll_tangent!(E, c::Columns, chain, steps, f, R, dR, G)
     for k in 1:steps
         check_interrupt()
         copyto!(E, G)
-        gemm!('N', 'N', true, dR, view(chain[2k - 1], :, 1:m), true, E)
-        gemm!('N', 'N', true, R, dZ, true, E)
+        multiply_add!(E, dR, chain[2k - 1], m)
+        multiply_add!(E, R, dZ, m)
         slopes!(D, f, view(chain[2k], :, 1:m), view(chain[2k + 1], :, 1:m))
         multiply_each!(dZ, D, E)
     end

@@ -4,7 +4,7 @@
 
 # --- products ---------------------------------------------------------------------------------------------------
 
-"Matrices of up to so many rows and columns are multiplied by plain loops: a BLAS call would cost more than the work (`tune`)."
+"Products with matrices of up to so many rows and columns are summed term by term, and not by BLAS, which has an order of its own."
 const SMALL = 12
 
 "Where threads share a product, large matrices are divided into blocks of so many rows or columns."
