@@ -536,7 +536,7 @@ def test_an_equation_of_torch_takes_integers_numbers_and_one_problem_to_the_devi
 
 @pytest.mark.julia
 def test_an_equation_of_jax_is_solved_on_the_device_by_way_of_the_machine(reference, orbits):
-    jax = pytest.importorskip("jax")
+    jax = pytest.importorskip("jax", minversion="0.8")  # enable_x64
     from implicit_rnn.jax import root
 
     M, e = orbits

@@ -468,7 +468,8 @@ def test_solution_that_has_shrunk_to_nearly_nothing_has_its_derivative():
 def test_derivative_in_float32_does_not_depend_on_the_unit(exponent):
     unit = np.float32(10.0**exponent)
     sol = fixed_point(lambda z, a: unit * np.cos(a * z / unit), np.array([[1], [3]], np.float32) * unit, args=(0.8,))
-    np.testing.assert_allclose(sol.jacobian("a") / unit, -0.324205, rtol=1e-5)
+    # Before NumPy 2, all of f is in float32.
+    np.testing.assert_allclose(sol.jacobian("a") / unit, -0.324205, rtol=1e-4)
 
 
 # --- steps that are short without a root ---------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import importlib
 import sys
 
 import numpy as np
@@ -19,11 +20,16 @@ from jax.test_util import check_grads  # noqa: E402
 
 import implicit_rnn.jax as door  # noqa: E402
 
+try:
+    from jax import enable_x64
+except ImportError:  # before JAX 0.8
+    from jax.experimental import enable_x64
+
 
 @pytest.fixture(autouse=True)
 def double():
     """64-bit numbers."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 
@@ -153,7 +159,7 @@ def test_bad_input_is_refused_by_name(X):
     with pytest.raises(ValueError, match="on_failure is 'stop'"):
         door.function(net, on_failure="stop")
     f, p = door.function(net), door.parameters(net)
-    with jax.enable_x64(False):
+    with enable_x64(False):
         for call in (lambda: door.parameters(net), lambda: f(p, X), lambda: jax.jit(f)(p, X)):
             with pytest.raises(TypeError, match="jax_enable_x64"):
                 call()
@@ -396,3 +402,11 @@ def test_examples_of_the_docstrings_give_what_they_say():
     finished = doctest.testmod(sys.modules["implicit_rnn.jax"], extraglobs={"irnn": irnn})
     assert finished.attempted > 5
     assert not finished.failed
+
+
+def test_jax_that_is_too_old_is_refused_with_its_version(monkeypatch):
+    monkeypatch.delitem(sys.modules, "implicit_rnn.jax")
+    monkeypatch.setattr(jax, "__version_info__", (0, 4, 34))
+    monkeypatch.setattr(jax, "__version__", "0.4.34")
+    with pytest.raises(ImportError, match=r"needs JAX 0.4.35 or newer, and this is 0.4.34: pip install -U jax"):
+        importlib.import_module("implicit_rnn.jax")

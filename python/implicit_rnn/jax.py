@@ -31,6 +31,8 @@ try:
     import jax.numpy as jnp
 except ImportError as error:
     raise ImportError(f"implicit_rnn.jax needs JAX ({error}): pip install 'implicit-rnn[jax]'") from error
+if jax.__version_info__ < (0, 4, 35):  # whose callbacks do not map
+    raise ImportError(f"implicit_rnn.jax needs JAX 0.4.35 or newer, and this is {jax.__version__}: pip install -U jax")
 
 __all__ = ["fixed_point", "function", "parameters", "root"]
 
