@@ -46,7 +46,10 @@ end
     two = [Layer(2, :sigmoid), Layer(3, :softplus; lateral = false)]
     @test same_bits(both_ways(Network(3, two; feedback = true, outputs = 2))...)
     @test same_bits(both_ways(Network(3, two; feedback = true, outputs = [1, 5], input_skips = [2]))...)
-    @test same_bits(both_ways(Network(2, [Layer(12, :relu)]; outputs = 1); samples = 300, batch_size = 300, epochs = 3)...)
+    for (inputs, n, outputs) in ((1, 1, 1), (12, 1, 1), (1, 12, 1), (2, 8, 2), (2, 3, 12)), T in (Float32, Float64)
+        net = Network{T}(inputs, [Layer(n, :relu)]; outputs)
+        @test same_bits(both_ways(net; samples = 300, batch_size = 300, epochs = 3)...)
+    end
 end
 
 @testset "side by side: nets that need the general solver" begin

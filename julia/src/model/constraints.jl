@@ -134,15 +134,11 @@ function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
     T = eltype(raw)
     inner = fill!(g.row_sum, 0)                      # Σ_j ∂L/∂R_ij R_ij = c_i Σ_j H_ij K_ij
     scaled = c isa Perron
-    scaled && fill!(g.scales, 0)
     for j in axes(raw, 2)
-        column = zero(T)
         @inbounds @simd for i in axes(raw, 1)
-            flow = g.recurrent[i, j] * recurrent[i, j]
-            inner[i] += flow
-            column += flow
+            inner[i] += g.recurrent[i, j] * recurrent[i, j]
         end
-        scaled && @inbounds(g.scales[j] += column)
+        scaled && @inbounds(g.scales[j] = column_of_products(g.recurrent, recurrent, j))
     end
     if scaled
         @inbounds @simd for i in eachindex(inner)
@@ -159,6 +155,21 @@ function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
         end
     end
     return g
+end
+
+# Σᵢ A_ij B_ij; of a few in their order, as nets side by side sum them.
+function column_of_products(A::Matrix{T}, B::Matrix{T}, j::Int) where {T}
+    total = zero(T)
+    if size(A, 1) <= SMALL
+        @inbounds for i in axes(A, 1)
+            total += A[i, j] * B[i, j]
+        end
+    else
+        @inbounds @simd for i in axes(A, 1)
+            total += A[i, j] * B[i, j]
+        end
+    end
+    return total
 end
 
 # The whole matrix: R = c K with c = min(1, limit / size(K)), where the size is a singular value or an eigenvalue.
