@@ -167,7 +167,7 @@ function multiply_pairs!(S, U, A, B, n, k, m, registers::Int, threads::Int, copi
 end
 
 # The rows of pair number `pair` of registers, of which there are R. The last register of S ends with it, even if it has to begin
-# within the one before, of which it keeps what it has of it.
+# within the one before, whose rows it leaves alone: another thread may be at them.
 function multiply_rows!(
         S::Operand, U::Operand, A, B::Operand, n::Int, k::Int, m::Int, pair::Int, copy, ::Val{R}, lanes::WhichLanes{L}
     ) where {R, L}
@@ -206,8 +206,8 @@ end
     multiply_block!(S, U, A, B, k, rows, places, kept, count, columns, lanes)
 
 `S = U + A B` for the registers of S that begin at `rows` and for its first columns; where there are fewer than `columns`, the last
-is computed again and again. The registers of A begin at `places`; the sum is over k columns of A. S keeps the lanes whose bits are
-set in `kept`.
+is computed again and again. The registers of A begin at `places`; the sum is over k columns of A. The lanes whose bits are set in
+`kept` are not written.
 """
 @generated function multiply_block!(
         S::Operand{T}, U::Operand{T}, A::Operand{T}, B::Operand{T}, k::Int, rows::NTuple{R, Int}, places::NTuple{R, Int},
@@ -227,7 +227,7 @@ set in `kept`.
         end
         @nexprs $C c -> @nexprs $R r -> begin
             to = address(S, rows[r], j_c)
-            store_lanes!(to, kept[r] == 0 ? s_c_r : select_lanes(kept[r], load_lanes(to, lanes), s_c_r), lanes)
+            kept[r] == 0 ? store_lanes!(to, s_c_r, lanes) : store_lanes!(to, s_c_r, ~kept[r])
         end
         return
     end

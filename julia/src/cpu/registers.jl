@@ -23,20 +23,12 @@ bits_up_to(n::Int) = (1 << n) - 1
 for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (2, 4, 8, 16)
     V, vector = LaneVector{L, T}, "<$L x $type>"
     @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
-    keep = """
-    %first = trunc i64 %2 to i$L
-    %mask = bitcast i$L %first to <$L x i1>
-    %r = select <$L x i1> %mask, $vector %0, $vector %1
-    ret $vector %r"""
-    # `a` in the lanes whose bits are set, `b` in the others.
-    @eval @inline select_lanes(bits::Int64, a::$V, b::$V) = Base.llvmcall($keep, $V, Tuple{$V, $V, Int64}, a, b, bits)
-
-    # The first lanes of a vector in memory, the others 0, and back again.
+    # The lanes of a vector in memory whose bits are set, the others 0, and back again, without a look at the others.
     pointer_type, mangled = VERSION < v"1.12-" ? ("$vector*", "p0v$L$name") : ("ptr", "p0")
     place_and_mask = """
     %place = inttoptr i64 %0 to $pointer_type
-    %first = trunc i64 %1 to i$L
-    %mask = bitcast i$L %first to <$L x i1>"""
+    %bits = trunc i64 %1 to i$L
+    %mask = bitcast i$L %bits to <$L x i1>"""
     load = """
     declare $vector @llvm.masked.load.v$L$name.$mangled($pointer_type, i32, <$L x i1>, $vector)
     define $vector @load(i64 %0, i64 %1) alwaysinline {
@@ -51,11 +43,13 @@ for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), 
     call void @llvm.masked.store.v$L$name.$mangled($vector %2, $pointer_type %place, i32 $(sizeof(T)), <$L x i1> %mask)
     ret void
     }"""
-    @eval @inline load_lanes(p::Ptr{$T}, lanes::FirstLanes{$L}) =
-        Base.llvmcall(($load, "load"), $V, Tuple{Int64, Int64}, Int64(p), bits_up_to(lanes.n))
-    @eval @inline store_lanes!(p::Ptr{$T}, v::$V, lanes::FirstLanes{$L}) =
-        Base.llvmcall(($store, "store"), Cvoid, Tuple{Int64, Int64, $V}, Int64(p), bits_up_to(lanes.n), v)
+    @eval @inline load_lanes(p::Ptr{$T}, bits::Int64, ::Val{$L}) =
+        Base.llvmcall(($load, "load"), $V, Tuple{Int64, Int64}, Int64(p), bits)
+    @eval @inline store_lanes!(p::Ptr{$T}, v::$V, bits::Int64) =
+        Base.llvmcall(($store, "store"), Cvoid, Tuple{Int64, Int64, $V}, Int64(p), bits, v)
 end
+@inline load_lanes(p::Ptr, lanes::FirstLanes{L}) where {L} = load_lanes(p, bits_up_to(lanes.n), Val(L))
+@inline store_lanes!(p::Ptr, v, lanes::FirstLanes) = store_lanes!(p, v, bits_up_to(lanes.n))
 @inline load_lanes(p::Ptr{T}, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(p))
 @inline store_lanes!(p::Ptr{T}, v::LaneVector{L, T}, ::Val{L}) where {T, L} = unsafe_store!(Ptr{LaneVector{L, T}}(p), v)
 
