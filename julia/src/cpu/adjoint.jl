@@ -79,10 +79,8 @@ function solve_adjoint!(
         if n <= LANE_NEURONS
             solve_adjoint_lanes!(lanes_of(c), c, p) && return E
         elseif r.linearized
-            evaluate_all!(c, p) && return E
-            iterate_linearized!(c, p, LINEARIZED_PATIENCE) && return E
-            advance!(c, one(T))
-            iterate!(Picard(), c, p, AUTO_BLOCK) && return E
+            evaluate_all!(c, p) || iterate_linearized!(c, p, LINEARIZED_PATIENCE) ||
+                (advance!(c, one(T)); iterate!(Picard(), c, p, AUTO_BLOCK))
         end
         method = n <= SMALL_LU ? :lu : :switching
     end
@@ -95,9 +93,13 @@ function solve_adjoint!(
     elseif method === :gmres
         gmres_each!(c, p, s.max_iterations)
     end
+    reclaim!(c)
     factorize_each!(c, p)
     return E
 end
+
+# What blows up, as Neumann's series where the spectral radius of D R is above 1, is left to the factorisation.
+rescues(::AdjointSystem) = true
 
 "Neumann iterations before Anderson acceleration takes over."
 const NEUMANN_PATIENCE = 30
@@ -157,7 +159,7 @@ function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where 
         evaluate_all!(c, p) && break
     end
     c.state = nothing
-    return c.active == 0
+    return c.active == 0 && isempty(c.deferred)
 end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}

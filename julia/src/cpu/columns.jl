@@ -234,13 +234,13 @@ end
 end
 
 """
-    evaluate_all!(c, p; check = false, rescue = false)
+    evaluate_all!(c, p; check = false, rescue = rescues(p))
 
 Evaluate every active column and take out those that are done or have no evaluation left; true when none remains. Methods that
 may find solutions which do not attract ask for a `check`: such a column is `UNSTABLE`. With `rescue`, columns that blow up are
 set aside, to start again from zero by another method.
 """
-function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = false)
+function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = rescues(p))
     check_interrupt()
     stop_exhausted!(c, p)
     affine!(c, p)
@@ -264,6 +264,8 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = fa
     end
     return c.active == 0
 end
+
+rescues(::ColumnEquation) = false
 
 "Take column j out of the active ones, unfinished."
 function defer!(c::Columns, j::Int)
