@@ -7,11 +7,12 @@ const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:DeviceBuffers{T}}
 function ImplicitRNN.train!(
         trainer::DeviceTrainer, nets::Replicas{<:Array}, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing
     )
+    whole = is_whole(checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged))
     ws = first(trainer.buffers).workspace
     there = Replicas(on_device(ws, nets.parameters), on_device(ws, nets.good), nets.halted)
     places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), order)
     x, y, w = on_device(ws, X), on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights)
-    train!(trainer, there, x, y, places, batch_size, rates, losses, unconverged; weights = w)
+    train!(trainer, there, Batches(x, y, w, places, batch_size, rates, whole), losses, unconverged)
     copyto!(nets.parameters, there.parameters)
     copyto!(nets.good, there.good)
     return losses

@@ -6,7 +6,7 @@
 
 A function `(p, X) -> Z`: the equilibria (neurons × samples) of `net` with parameters `p` for the samples `X`
 (features × samples). It can be differentiated in both arguments by ForwardDiff.jl, by Zygote.jl and by any AD
-system that understands ChainRules; no solver step is differentiated. Throws an `ErrorException` if a sample
+system that understands ChainRules, once; no solver step is differentiated. Throws an `ErrorException` if a sample
 does not converge, since the implicit function theorem holds at an equilibrium only.
 """
 struct Equilibrium{N <: Network, S <: Solver}
@@ -17,6 +17,7 @@ Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
 
 function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
     (; net, solver) = equilibrium
+    foreach(refuse_second_derivatives, (eltype(p), eltype(X)))
     # One per call, as its linear solver works at the solution that this call finds.
     implicit = ignore_derivatives() do
         solve = StateSolve(net, solver, Ref{Any}(nothing))
@@ -25,6 +26,10 @@ function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
     z, _ = implicit(vcat(p, vec(X)), size(X, 2))
     return reshape(z, neurons(net), size(X, 2))
 end
+
+refuse_second_derivatives(::Type) = nothing
+refuse_second_derivatives(::Type{<:Dual{<:Any, <:Dual}}) =
+    throw(ArgumentError("an Equilibrium has first derivatives; for second ones there is hessian_vector_product"))
 
 # θ = (p, vec(X)), the one argument ImplicitFunction differentiates.
 split_arguments(net, θ, samples) =

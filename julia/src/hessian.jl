@@ -18,6 +18,7 @@ end
 
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     net, B = problem.net, size(X, 2)
+    check_supervised(net, X, Y, weights)
     check_length(net, v)
     unpack!(ws, p)
     tile = first(buffers!(ws, B, 1, 1))

@@ -23,10 +23,10 @@
             vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
             jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)
         end
-        order, rates = collect(reshape(1:samples, :, 1)), fill(0.01, samples)
+        order = collect(reshape(1:samples, :, 1))
         function train(nets, size, warm_start)
             trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start)
-            train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, size, rates, zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
+            train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, size, fill(0.01, cld(samples, size)), zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
         end
         train(1, 2, false)
         products && foreach(size -> train(1, size, true), (2, samples))

@@ -108,11 +108,26 @@ struct Batches{A, B, W, O <: AbstractMatrix{Int}, R}
     order::O
     size::Int
     rates::R
+    whole::Bool           # each step takes all samples, each once
 end
+Batches(X, Y, weights, order, batch_size::Int, rates) =
+    Batches(X, Y, weights, order, batch_size, rates, batch_size >= size(order, 1) && takes_each_once(order, size(X, 2)))
+
+function takes_each_once(order, samples::Int)
+    size(order, 1) == samples || return false
+    last_epoch = zeros(Int, samples)
+    for epoch in axes(order, 2), i in axes(order, 1)
+        sample = order[i, epoch]
+        1 <= sample <= samples && last_epoch[sample] != epoch || return false
+        last_epoch[sample] = epoch
+    end
+    return true
+end
+
 samples_of(b::Batches) = size(b.order, 1)
 epochs_of(b::Batches) = size(b.order, 2)
 steps_of(b::Batches) = cld(samples_of(b), b.size)
-is_whole(b::Batches) = b.size >= samples_of(b)
+is_whole(b::Batches) = b.whole
 rate_of(b::Batches, epoch, step) = b.rates[(epoch - 1) * steps_of(b) + step]
 
 "The samples of a step; those of the whole, in their own order."
@@ -132,12 +147,34 @@ and no more unconverged samples than allowed. The losses of an epoch with one th
 NaN. The nets are shared among threads, and tiny ones trained side by side in vector registers; neither changes a bit.
 """
 function train!(trainer::Trainer, nets::Replicas, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing)
-    batches = Batches(X, Y, weights, order, batch_size, rates)
-    trainer.warm_start && make_equilibria!(trainer, size(X, 2))
+    batches = checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged)
+    return train!(trainer, nets, batches, losses, unconverged)
+end
+
+function train!(trainer::Trainer, nets::Replicas, batches::Batches, losses, unconverged)
+    trainer.warm_start && make_equilibria!(trainer, size(batches.X, 2))
     goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
         train_each!(trainer, nets, batches, losses, unconverged)
-    trainer.steps += length(rates)
+    trainer.steps += length(batches.rates)
     return losses
+end
+
+function checked_batches(trainer::Trainer, nets::Replicas, X, Y, weights, order, batch_size::Int, rates, losses, unconverged)
+    check_supervised(trainer.problem.net, X, Y, weights)
+    batch_size >= 1 || throw(ArgumentError("batch_size is $batch_size; expected 1 or more"))
+    samples, count, epochs = size(X, 2), size(nets.parameters, 2), size(order, 2)
+    all(in(1:samples), order) || throw(ArgumentError("order has numbers from $(minimum(order)) to $(maximum(order)) for $samples samples"))
+    b = Batches(X, Y, weights, order, batch_size, rates)
+    is_whole(b) || min(batch_size, samples_of(b)) <= trainer.batch_size ||
+        throw(ArgumentError("batches of $(min(batch_size, samples_of(b))) samples need a Trainer of that batch_size; it has $(trainer.batch_size)"))
+    count <= length(trainer.states) ||
+        throw(DimensionMismatch("there are $count nets for a trainer of $(length(trainer.states))"))
+    length(rates) == steps_of(b) * epochs ||
+        throw(DimensionMismatch("there are $(length(rates)) rates for $epochs epochs of $(steps_of(b)) steps"))
+    for (name, A) in (("losses", losses), ("unconverged", unconverged))
+        size(A) == (epochs, count) || throw(DimensionMismatch("$name are $(size(A)), but $epochs epochs of $count nets were expected"))
+    end
+    return b
 end
 
 # Zero, until a sample is visited; those of other samples are of no use.

@@ -28,3 +28,9 @@ end
     net = one_layer()
     @test_throws "did not reach an equilibrium" Equilibrium(net; solver = Picard(max_iterations = 1))(parameters(net), samples(net, 2))
 end
+
+@testset "second derivatives through an Equilibrium are refused" begin
+    net = Network(2, [Layer(3)]; outputs = 1)
+    X, p = randn(2, 4), 0.3 .* randn(length(net))
+    @test_throws "hessian_vector_product" ForwardDiff.hessian(q -> sum(abs2, Equilibrium(net)(q, X)), p)
+end

@@ -176,3 +176,38 @@ end
     @test nets.parameters[:, 2] != P[:, 2]
     @test all(isnan, losses[:, 1]) && all(isfinite, losses[:, 2])
 end
+
+@testset "samples that are taken twice, or not at all" begin
+    net = Network(2, [Layer(3)]; outputs = 1)
+    rng = Xoshiro(8)
+    p, X, Y = initial_parameters(rng, net), randn(rng, 2, 30), randn(rng, 1, 30)
+    loss(order; nets = 1, batch_size = 30) = begin
+        trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(0.1); nets, batch_size)
+        losses = zeros(1, nets)
+        train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, reshape(order, :, 1), 30, [0.1], losses, zeros(Int, 1, nets))
+        return losses
+    end
+    for order in ([3, 1, 2], rand(rng, 1:30, 30), collect(30:-1:1))
+        expected, _ = loss_and_gradient(net, p, X[:, order], Y[:, order])
+        @test all(≈(expected), loss(order)) && all(≈(expected), loss(order; nets = 20))
+    end
+    @test_throws "order has numbers from 1 to 31 for 30 samples" loss([1, 31])
+    @test_throws "need a Trainer of that batch_size" loss([1, 2]; batch_size = 0)
+end
+
+@testset "what does not fit is refused before any of it is read" begin
+    net = Network(2, [Layer(3)]; outputs = 1)
+    rng = Xoshiro(9)
+    p, X, Y = initial_parameters(rng, net), randn(rng, 2, 6), randn(rng, 1, 6)
+    train(X, Y; order = reshape(1:6, :, 1), rates = [0.1], losses = zeros(1, 1), nets = 1, weights = nothing) =
+        train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Adam()), Replicas(repeat(p, 1, nets)), X, Y, order, 6, rates, losses, zeros(Int, 1, 1); weights)
+    @test_throws DimensionMismatch train(randn(3, 6), Y)
+    @test_throws DimensionMismatch train(X, randn(2, 6))
+    @test_throws DimensionMismatch train(X, Y[:, 1:3])
+    @test_throws DimensionMismatch train(X, Y; weights = ones(5))
+    @test_throws DimensionMismatch train(X, Y; rates = [0.1, 0.1])
+    @test_throws DimensionMismatch train(X, Y; losses = zeros(2, 1))
+    @test_throws DimensionMismatch train(X, Y; nets = 2)
+    @test_throws DimensionMismatch hessian_vector_product(net, p, X, randn(5, 7), p)
+    @test_throws DimensionMismatch ImplicitRNN.loss_and_gradient!(zeros(2), ImplicitRNN.Workspace(net), Problem(net), p, X, Y)
+end

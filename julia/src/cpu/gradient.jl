@@ -4,6 +4,7 @@ function loss_and_gradient!(
         g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
+    check_length(problem.net, g, "gradient")
     check_start(problem.net, X, states)
     unpack!(ws, p)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
@@ -15,6 +16,7 @@ function vjp!(
         g, dX, ws::CPUWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
     )
     check_pullback(problem.net, dX, X, V, of, start)
+    check_length(problem.net, g, "gradient")
     unpack!(ws, p)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     summary = pull_back!(g, ws, problem, X, seed; dX, start, probe, report)

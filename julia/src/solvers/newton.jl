@@ -219,7 +219,7 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
             copyto!(s.z, s.base)
             return MAX_ITERATIONS
         end
-        decreases(s.merit, before, t) && return nothing
+        decreases(s.merit, before, t) && all(isfinite, s.z) && return nothing
         t /= 2
     end
     if p.root
