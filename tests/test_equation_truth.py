@@ -545,3 +545,68 @@ def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
         solve(0).jacobian("a")
     slope = 2**-0.5 if fold != "parabola" else 0.5
     np.testing.assert_allclose(np.abs(solve(1e-8).jacobian("a")), slope * 1e4, rtol=1e-3)
+
+
+# --- memory, sizes and ends -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "arrange",
+    [np.ascontiguousarray, np.asfortranarray, lambda A: np.repeat(A, 2, axis=1)[:, ::2], lambda A: A.T.copy().T],
+)
+def test_gradient_does_not_depend_on_the_order_of_an_argument_in_memory(kind, arrange):
+    A = np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    f = either(kind, lambda z, A: z - A @ np.array([1.0, 2.0]), "(z, A) -> z .- A * [1.0, 2.0]")
+    gradient = root(f, np.zeros(3), args=(arrange(A),)).vjp([1.0, 0.0, 0.0])["A"]
+    np.testing.assert_allclose(gradient, [[1, 2], [0, 0], [0, 0]])
+
+
+def test_gradient_of_a_batched_argument_does_not_depend_on_its_order_in_memory():
+    A = np.asfortranarray(np.arange(1.0, 13).reshape(2, 3, 2))
+    solution = root(lambda z, A: z - A.sum(axis=1), np.zeros((2, 3)), args=(A,), batched="A")
+    expected = np.zeros((2, 3, 2))
+    expected[1, 2] = 1
+    np.testing.assert_allclose(solution.vjp([[0.0, 0, 0], [0, 0, 1]])["A"], expected)
+
+
+def test_complex_step_that_is_wrong_for_one_small_condition_is_not_believed():
+    def f(z, a):
+        return np.array([1e5 * (z[0] - a[0]), abs(z[1]) * z[1] + z[1] - a[1]])
+
+    np.testing.assert_allclose(root(f, [1.0, 1.0], args=([1.0, 6.0],)).jacobian("a"), np.diag([1, 0.2]), rtol=1e-6)
+
+
+def test_complex_step_that_is_wrong_for_one_small_argument_is_not_believed():
+    solution = root(lambda z, a: np.array([z[0] - a[0] - abs(a[1]) * a[1]]), [1.0], args=([1e4, 1.0],))
+    np.testing.assert_allclose(solution.vjp([1.0])["a"], [1, 2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize(
+    ("f", "start"),
+    [
+        (lambda z: np.exp(-z), 80.0),  # vanishes, with all its derivatives
+        (lambda z: 1 / np.log(z + 2) - 1e-9, 1.0),  # beyond the largest number
+        (lambda z: np.sqrt(z) + 1, 1.0),  # an infinite slope at zero
+        (lambda z: z**0.25 + 1, 1.0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_no_root_is_found_where_there_is_none(f, start, dtype):
+    solution = root(f, dtype(start), on_failure="ignore")
+    assert not solution.converged.any()
+    assert np.isfinite(solution.value)
+
+
+def test_masked_value_of_f_is_none():
+    assert root(lambda z: np.ma.log(z), [-1.0], on_failure="ignore").status == Status.NON_FINITE
+    assert root(lambda z: np.ma.log(z) - 1, [2.0]).value == pytest.approx(np.e)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_f_that_returns_no_numbers_is_refused_by_name(n):
+    with pytest.raises(TypeError, match="f returned an array of dtype bool; expected real numbers"):
+        root(lambda z: z > 0, np.ones(n))
+    with pytest.raises(TypeError, match="f returned what cannot be read as an array"):
+        root(lambda z: [z[0], [1, 2]], np.ones(n))

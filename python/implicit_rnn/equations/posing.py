@@ -137,7 +137,7 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Arra
         return cast("Array", array)
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
-    array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)))
+    array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)), order="C")
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
 

@@ -21,6 +21,8 @@ Array = np.ndarray
 Block = tuple[Array, Array, Array]
 """Entries of a variable, the outputs that depend on them, and the derivatives (m, len(outputs)) of the second by the first."""
 
+_ALIKE = 1e3
+"""Entries of a variable are moved together where their sizes differ by less than this factor."""
 FEW = 128
 """Entries of a variable up to which each is moved for itself."""
 _FLAT_FACTOR = 1e4
@@ -69,7 +71,8 @@ class Differences:
         known = self._analytic.get(variable)
         if certain or known is None:
             known = np.zeros(self._f.equation.samples, bool) if known is None else known
-            known[rows] = self.directional(Z, rows, variable, self.direction(Z, rows, variable))[1]
+            directions = self._directions_by_size(Z, rows, variable)
+            known[rows] = np.all([self.directional(Z, rows, variable, d)[1] for d in directions], axis=0)
             self._analytic[variable] = known
         return known[rows]
 
@@ -87,17 +90,29 @@ class Differences:
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
         share = 1e-1 if Z.dtype == np.float32 else 1e-3
-        error = np.abs(found - D).max(axis=1)
-        analytic = np.isfinite(doubt) & (error <= np.maximum(share * np.abs(D).max(axis=1), doubt))
+        agree = (np.abs(found - D) <= np.maximum(share * np.abs(D), doubt[:, None])).all(axis=1)
+        analytic = np.isfinite(doubt) & agree
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
         """A direction in which each entry of a variable moves in proportion to its size, more or less, up to 1."""
+        size = self._entry_sizes(Z, rows, variable)
+        weights = np.random.default_rng(0).uniform(0.5, 1, size.shape)
+        return np.asarray(weights * size / size.max(initial=0)).astype(Z.dtype)
+
+    def _directions_by_size(self, Z: Array, rows: Array, variable: int) -> Iterator[Array]:
+        """Directions of which each moves the entries of about one size, such that none is lost beside those of others."""
+        direction, size = self.direction(Z, rows, variable), self._entry_sizes(Z, rows, variable)
+        while (size > 0).any():
+            alike = size > size.max() / _ALIKE
+            yield np.where(alike, direction / direction[alike].max(), 0).astype(Z.dtype)
+            size = np.where(alike, 0, size)
+
+    def _entry_sizes(self, Z: Array, rows: Array, variable: int) -> Array:
+        """The largest size of each entry in any sample, that of the largest where it is zero."""
         x, per_row = self._f.variable(Z, rows, variable)
-        weights = np.random.default_rng(0).uniform(0.5, 1, self._f.entry_shape(variable))
         size = np.abs(x).max(axis=0) if per_row else np.abs(x)
-        largest = size.max(initial=0) or 1
-        return np.asarray(weights * np.where(size > 0, size, largest) / largest).astype(x.dtype)
+        return np.asarray(np.where(size > 0, size, size.max(initial=0) or 1))
 
     def complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
         """Squire and Trapp, SIAM Review 40, 1998: exact to rounding for analytic f.

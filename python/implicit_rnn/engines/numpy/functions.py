@@ -111,7 +111,10 @@ class PythonFunction:
     def newton_steps(self, Z: Array, rows: Array, C: Array) -> Array:
         """-A⁻¹c (m, n), not finite where A has no inverse."""
         if not self.is_large:
-            return solve_each(self.conditions_jacobian(Z, rows), -C[..., None])[..., 0]
+            J = self.conditions_jacobian(Z, rows)
+            return solve_each(np.where(np.isfinite(J).all(axis=(1, 2), keepdims=True), J, np.nan), -C[..., None])[
+                ..., 0
+            ]
         steps = np.full_like(Z, np.nan)
         for k, row in enumerate(rows):
             with contextlib.suppress(UnsolvedError):

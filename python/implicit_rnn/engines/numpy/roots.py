@@ -79,13 +79,16 @@ class Root:
             reference = sizes.reference(size, index)
             quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
             spent = evaluations[going] >= limit
-            done = sizes.near(length, size, index, quotient, spent)
+            broken = ~(np.isfinite(merit) & np.isfinite(size))
+            done = sizes.near(length, size, index, quotient, spent) & ~broken
+            if (ended := ~exists & done & (evaluations[going] > 1)).any() and not f.is_large:
+                # An f that has faded away, as exp(-z) does, is zero with all its derivatives.
+                done[ended] = f.conditions_jacobian(z[ended], index[ended]).any(axis=(1, 2))
             proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * last_merit[going])
             last_merit[going] = merit
             doubtful = done & exists & ~proven & (merit > 0)
             if doubtful.any():
                 done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
-            broken = ~np.isfinite(merit)
             residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
             rate[going], last[going] = quotient, np.where(doubtful & ~done, np.inf, length)
             # The last step is there, and as good as another iteration.
@@ -125,7 +128,7 @@ class Root:
             z = base[trying] + base.dtype.type(t) * step[trying]
             c = self.f.conditions(z, rows[going[trying]])
             evaluations[going[trying]] += 1
-            good = decreases(euclidean(c), merit[trying], t)
+            good = decreases(euclidean(c), merit[trying], t) & np.isfinite(z).all(axis=1)
             Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2
@@ -155,7 +158,7 @@ class Root:
             used += 1
             z = (x * units).astype(dtype)
             c = f.conditions(z[None], row)[0].astype(np.float64) / unit_of_c
-            if not np.isfinite(c).all():
+            if not (np.isfinite(z).all() and np.isfinite(c).all()):
                 return np.full(len(x), 1e30)
             if (merit := float(np.linalg.norm(c))) < best_merit:
                 best, best_merit = z, merit

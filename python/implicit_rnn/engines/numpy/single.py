@@ -114,7 +114,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
     while True:
         step = calls.newton_step(z, c)
         here, length = size(z), size(step)
-        if not isfinite(merit + length):
+        if not isfinite(merit + length + here):
             return None
         if here > largest:
             largest = here
@@ -219,8 +219,11 @@ class _Calls:
         """f, which has to be real."""
         y = self.f(self.posed(np.array(z)), *self.args)
         if type(y) is not np.ndarray:
-            y = np.asarray(None if isinstance(y, tuple) else y)
-        if y.dtype.kind not in "fiub" or not self._fits(y):
+            try:
+                y = np.asarray(None if isinstance(y, (tuple, np.ma.MaskedArray)) else y)
+            except ValueError:
+                raise _UncertainError from None
+        if y.dtype.kind not in "fiu" or not self._fits(y):
             raise _UncertainError
         return [float(y.item())] if self.n == 1 else y.reshape(-1).tolist()
 

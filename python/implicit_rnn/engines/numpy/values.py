@@ -131,7 +131,12 @@ class Values:
         if y is None or isinstance(y, tuple):
             came = "None" if y is None else f"a tuple of {len(y)}"
             raise TypeError(f"f returned {came}; expected one array of shape {shape}, like z")
-        array = np.asarray(y)
+        if isinstance(y, np.ma.MaskedArray):
+            y = np.ma.filled(y * 1.0, np.nan)  # f has no value there
+        try:
+            array = np.asarray(y)
+        except ValueError as error:
+            raise TypeError(f"f returned what cannot be read as an array: {error}") from None
         if array.shape == () and shape == (1,):
             array = array.reshape(1)  # one unknown may be answered by a number
         if array.shape != shape:
@@ -142,7 +147,7 @@ class Values:
                 else ""
             )
             raise ValueError(f"f returned an array of shape {array.shape}; expected {shape}, the shape of z{hint}")
-        if array.dtype.kind not in "biufc":
+        if array.dtype.kind not in "iufc":
             raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
         return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
 
