@@ -410,3 +410,12 @@ def test_jax_that_is_too_old_is_refused_with_its_version(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.4.34")
     with pytest.raises(ImportError, match=r"needs JAX 0.4.35 or newer, and this is 0.4.34: pip install -U jax"):
         importlib.import_module("implicit_rnn.jax")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "unit"), [("float32", 1e-23), ("float32", 1e25), ("float64", 1e-170), ("float64", 1e160)]
+)
+def test_squares_of_conditions_may_vanish_or_overflow_in_compiled_code(dtype, unit):
+    start, a = jnp.ones(1, dtype), jnp.asarray(2, dtype)
+    z = jax.jit(lambda a: door.root(lambda z, a: unit * (z**2 - a), start, args=(a,)))(a)
+    np.testing.assert_allclose(z, np.sqrt(2), rtol=1e-6 if dtype == "float32" else 1e-12)

@@ -590,3 +590,13 @@ def test_examples_of_the_docstrings_give_what_they_say():
     finished = doctest.testmod(sys.modules["implicit_rnn.torch"], extraglobs={"irnn": irnn})
     assert finished.attempted > 5
     assert not finished.failed
+
+
+def test_derivatives_of_an_equation_of_every_order():
+    a = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    derivative = root(lambda z, a: z**2 - a, torch.ones(1, dtype=torch.float64), args=(a,)).sum()
+    factor = 1.0
+    for order in range(1, 7):
+        (derivative,) = torch.autograd.grad(derivative, a, create_graph=True)
+        factor *= 1.5 - order
+        assert float(derivative.detach()) == pytest.approx(factor * 2 ** (0.5 - order), rel=1e-9)

@@ -547,7 +547,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     tol = tolerance(problem.solver.tol, start.dtype)
 
     def norm(x: jax.Array) -> jax.Array:
-        return jnp.linalg.norm(x, axis=1)
+        unit = jnp.abs(x).max(axis=1, keepdims=True)  # squares overflow, and vanish
+        unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+        return unit[:, 0] * jnp.linalg.norm(x / unit, axis=1)
 
     def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)

@@ -460,10 +460,6 @@ class _Conditions:
         units = torch.eye(z.shape[1], dtype=z.dtype)
         return torch.func.vmap(lambda unit: pull(unit.expand_as(values))[0], out_dims=1)(units)
 
-    def newton(self, z: Tensor, *args: Tensor) -> Tensor:
-        """A step of Newton's method: z itself at a solution, where each step brings one to the next derivatives in args."""
-        return z - torch.linalg.solve(self.derivatives(z, *args), self.values(z, *args))
-
     def derivatives(self, z: Tensor, *args: Tensor) -> Tensor:
         """∂c/∂z (m, n, n)."""
         jacobians = self.jacobians(z, *args)
@@ -510,25 +506,29 @@ class _Solution(torch.autograd.Function):
                 "derivative; leave them out of what is differentiated",
                 ctx.solution,
             )
-        again = torch.is_grad_enabled()  # and with respect to v too
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
         if not wanted:  # but the start, on which a solution does not depend
             return None, None, None, *(None for _ in args)
-        rows = torch.from_numpy(ctx.solution.converged if again else has_cotangent)
-        with torch.enable_grad(), _IN_FULL():
-            leaves = args if again else [arg.detach().requires_grad_(k in wanted) for k, arg in enumerate(args)]
-            given = [arg[rows] if each else arg for arg, each in zip(leaves, ctx.conditions.batched, strict=True)]
-            z = z.detach()[rows]
-            if (bad := ~ctx.conditions.are_regular(z, *given)).any():
+        # Differentiated again, by the saved z and by v, which may then be of use where it is zero.
+        rows = torch.from_numpy(ctx.solution.converged if torch.is_grad_enabled() else has_cotangent)
+        z = z[rows]
+
+        def given(*changed: Tensor) -> list[Tensor]:
+            full = dict(enumerate(args)) | dict(zip(wanted, changed, strict=False))
+            return [full[k][rows] if each else full[k] for k, each in enumerate(ctx.conditions.batched)]
+
+        with _IN_FULL():
+            if (bad := ~ctx.conditions.are_regular(z, *given())).any():
                 raise ConvergenceError(
                     f"the Jacobian of the equation is singular at the solution of sample {int(rows.nonzero()[bad][0])}, or so "
                     "nearly that its error decides: there the solution has no derivative",
                     ctx.solution,
                 )
-            for _ in range(1 + again):
-                z = ctx.conditions.newton(z, *given)
-        gradients = torch.autograd.grad(z, [leaves[k] for k in wanted], v[rows], create_graph=again, allow_unused=True)
-        found = dict(zip(wanted, gradients, strict=True))
+            λ = torch.linalg.solve(ctx.conditions.derivatives(z, *given()).mT, v[rows])
+            _, pull = torch.func.vjp(
+                lambda *changed: ctx.conditions.values(z, *given(*changed)), *(args[k] for k in wanted)
+            )
+            found = dict(zip(wanted, pull(-λ), strict=True))
         return None, None, None, *(found.get(k) for k in range(len(args)))
 
 
