@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -384,6 +385,47 @@ def test_resuming_with_other_settings_is_refused_and_says_which(checkpoint, chan
     with pytest.raises(Failure, match=message):
         net.fit(X, Y, **settings)
     np.testing.assert_array_equal(net.parameters, before)
+
+
+class Quantile:
+    def __init__(self, q):
+        self.q = q
+
+    def __call__(self, Y, T):
+        return quantile(Y, T, self.q)
+
+
+def quantile(Y, T, q):
+    d = T - Y
+    return np.maximum(q * d, (q - 1) * d).sum(axis=1), np.where(d > 0, -q, 1 - q)
+
+
+def closure(q):
+    return lambda Y, T: quantile(Y, T, q)
+
+
+@pytest.mark.parametrize("make", [lambda q: partial(quantile, q=q), Quantile, closure])
+def test_loss_of_ones_own_is_known_again_by_its_name_and_what_it_holds(make, path, X, Y):
+    def train(q, epochs, resume=None):
+        net = make_net("numpy")
+        loss = irnn.CustomLoss(make(q))
+        return net.fit(X, Y, loss=loss, epochs=epochs, checkpoint=path, resume=resume, progress=False)
+
+    train(0.9, 2)
+    assert len(train(np.float64(0.9), 4, path).loss) == 4
+    with pytest.raises(Failure, match=r"loss\.function.* is .*0\.9.* there and .*0\.1.* here"):
+        train(0.1, 6, path)
+
+
+def test_numbers_of_numpy_are_as_good_as_those_of_python(path, X, Y):
+    net = irnn.Network(
+        X.shape[1], [irnn.Layer(np.int64(3), lateral=np.bool_(True))], outputs=Y.shape[1], seed=0, engine="numpy"
+    )
+    adam = irnn.Adam(np.float32(0.125))
+    net.fit(X, Y, optimizer=adam, seed=np.int64(1), epochs=2, checkpoint=path, progress=False)
+    run = net.fit(X, Y, optimizer=irnn.Adam(0.125), seed=1, epochs=3, resume=path, progress=False)
+    assert len(run.loss) == 3
+    net.save(path.with_suffix(".safetensors"))
 
 
 def test_resuming_with_other_data_is_refused(checkpoint, X, Y):

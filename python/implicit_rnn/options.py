@@ -17,6 +17,11 @@ Value = float | int | str | None
 Kind = TypeVar("Kind", bound="Option")
 
 
+def as_python(value: Any) -> Any:
+    """A scalar of NumPy as a number of Python, which JSON knows and which is equal to one given as such."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 class _OptionType(ABCMeta):
     """Refuses misspelt options with a list of the valid ones."""
 
@@ -26,7 +31,7 @@ class _OptionType(ABCMeta):
 
         def __call__(cls, *values: Any, **options: Any) -> Any:
             check_names(cls.__name__, "option", options, [option.name for option in fields(cls)])
-            return super().__call__(*values, **options)
+            return super().__call__(*map(as_python, values), **{name: as_python(v) for name, v in options.items()})
 
         @property
         def __signature__(cls) -> inspect.Signature:

@@ -49,8 +49,8 @@ class Layer:
     lateral: bool = True
 
     def __post_init__(self) -> None:
-        check_count("neurons", self.neurons)
-        check_flag("lateral", self.lateral)
+        object.__setattr__(self, "neurons", check_count("neurons", self.neurons))
+        object.__setattr__(self, "lateral", check_flag("lateral", self.lateral))
         if not isinstance(self.activation, str) or self.activation not in ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}"

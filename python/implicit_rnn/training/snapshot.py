@@ -7,6 +7,7 @@ import json
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines.base import Halt, Samples
 from implicit_rnn.errors import CheckpointError
-from implicit_rnn.options import Option
+from implicit_rnn.options import Option, as_python
 
 if TYPE_CHECKING:
     from implicit_rnn.training.loop import Training
@@ -158,9 +159,26 @@ def describe(training: Training) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Option):
         return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if callable(value) and hasattr(value, "__qualname__"):  # whose repr has its address
-        return f"{value.__module__}.{value.__qualname__}"
+    if callable(value):
+        return _plain_function(value)
+    value = as_python(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+
+
+def _plain_function(f: Any) -> Any:
+    """The name of a function, whose repr has its address, and the numbers and words that it holds."""
+    if isinstance(f, partial):
+        held = [f.func, *f.args, *(part for item in sorted(f.keywords.items()) for part in item)]
+        return {"name": "functools.partial", "holds": [_plain(part) for part in held]}
+    kind = f if hasattr(f, "__qualname__") else type(f)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind is f:
+        cells = (cell.cell_contents for cell in getattr(f, "__closure__", None) or ())
+        held = [*(getattr(f, "__defaults__", None) or ()), *cells]
+    else:
+        held = [part for item in sorted(getattr(f, "__dict__", {}).items()) for part in item]
+    holds = [part for part in map(as_python, held) if isinstance(part, bool | int | float | str)]
+    return {"name": name, "holds": holds} if holds else name
 
 
 def _fingerprints(samples: Samples | None, names: Sequence[str]) -> dict[str, Any]:

@@ -139,6 +139,10 @@ def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: 
         )
     slower = "a smaller learning_rate, clip, weight_decay, or scaled inputs and targets"
     if halt == Halt.TOO_LARGE:
+        if settings.guard.parameter_norm is None:
+            return (
+                f"training halted: the parameters are no longer finite after epoch {epoch}; {kept}. Remedies: {slower}"
+            )
         return (
             f"training halted: the norm of the parameters exceeds {settings.guard.parameter_norm} after epoch {epoch}; {kept}. "
             f"Remedies: {slower}; guard=Guard(parameter_norm=None) allows any"
