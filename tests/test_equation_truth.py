@@ -610,3 +610,18 @@ def test_f_that_returns_no_numbers_is_refused_by_name(n):
         root(lambda z: z > 0, np.ones(n))
     with pytest.raises(TypeError, match="f returned what cannot be read as an array"):
         root(lambda z: [z[0], [1, 2]], np.ones(n))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_root_that_is_zero_to_rounding_has_its_derivative(kind):
+    exponential = either(kind, lambda z, a: np.exp(z) - a, "(z, a) -> exp.(z) .- a")
+    np.testing.assert_allclose(root(exponential, [1.0], args=(1.0,)).jacobian("a"), [[1]], rtol=1e-12)
+    power = either(kind, lambda z, a: (1 + z) ** 10 - a, "(z, a) -> (1 .+ z) .^ 10 .- a")
+    np.testing.assert_allclose(root(power, [1.0], args=(1.0,)).jacobian("a"), [[0.1]], rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("a", [1e-12, 1e-14, 1e-20])
+def test_argument_that_is_small_beside_the_terms_has_its_derivative(kind, a):
+    f = either(kind, lambda z, a: z - np.exp(a), "(z, a) -> z .- exp.(a)")
+    np.testing.assert_allclose(root(f, [1.0], args=(a,)).jacobian("a"), [[1]], rtol=1e-9)

@@ -90,8 +90,17 @@ class Differences:
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
         share = 1e-1 if Z.dtype == np.float32 else 1e-3
-        agree = (np.abs(found - D) <= np.maximum(share * np.abs(D), doubt[:, None])).all(axis=1)
-        analytic = np.isfinite(doubt) & agree
+
+        def agree(D: Array, doubt: Array, found: Array) -> Array:
+            near = np.abs(found - D) <= np.maximum(share * np.abs(D), doubt[:, None])
+            return np.asarray(np.isfinite(doubt) & near.all(axis=1))
+
+        analytic = agree(D, doubt, found)
+        lost = np.flatnonzero(~analytic & np.isfinite(found).all(axis=1) & found.any(axis=1))
+        if len(lost):  # what is zero to rounding moves by too little to tell
+            of_lost = Z[lost], rows[lost], variable, direction
+            again = self._difference(*of_lost, self._distances(Z[lost], rows[lost], found[lost]))
+            analytic[lost] = agree(*again, found[lost])
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
@@ -205,14 +214,23 @@ class Differences:
         error = np.abs(total - self.complex_step(Z, rows, variable, direction))
         return bool((error <= 1e-2 * tolerance(Z.dtype) * (size + 1e-8 * size.max(axis=1, keepdims=True))).all())
 
-    def _difference(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array]:
+    def _distances(self, Z: Array, rows: Array, slopes: Array) -> Array:
+        """The distances (m,) over which f changes by its terms if the slopes (m, n) are right."""
+        F = self._f(Z, rows)
+        terms = np.fmax(self._f.terms(Z, rows, F), self._f.terms_of_arguments(Z, rows, F).max(axis=1))
+        return np.asarray(terms / np.abs(slopes).max(axis=1).astype(np.float64))
+
+    def _difference(
+        self, Z: Array, rows: Array, variable: int, direction: Array, size: Array | None = None
+    ) -> tuple[Array, Array]:
         """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
 
-        The doubt is infinite where they are not good. Several steps are tried, in units of the variable. That f does not change
-        at all is believed of a step of some per cent, since a small one may be lost in rounding.
+        The doubt is infinite where they are not good. Several steps are tried, in units of ``size`` (m,) or of the variable. That
+        f does not change at all is believed of a step of some per cent, since a small one may be lost in rounding.
         """
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
-        size, vanishes = self._sizes(Z, rows, variable, direction)
+        own, vanishes = self._sizes(Z, rows, variable, direction)
+        size = own if size is None else np.where(np.isfinite(size) & (size > own), size, own)
         factors = (1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
         best, doubt = np.full((m, self._f.equation.n), np.nan), np.full(m, np.inf)
         always_flat = np.full(m, True)
