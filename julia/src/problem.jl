@@ -73,6 +73,15 @@ struct Quality
 end
 Quality() = Quality(0, 0.0, 0.0)
 
+function check_converged(quality::Quality, samples::Int)
+    (; unconverged, residual, adjoint_residual) = quality
+    unconverged == 0 || error(
+        "$unconverged of $samples samples did not reach an equilibrium, or the derivative there was not found; the largest relative " *
+            "residuals are $residual and $adjoint_residual; `equilibrium` tells which, and another solver or a constraint may help"
+    )
+    return
+end
+
 "The quality of the solves of the first samples, given their outcome and the residuals of their adjoint systems."
 function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = length(adjoint_residual))
     unconverged, forward, backward = 0, 0.0, 0.0
@@ -192,11 +201,12 @@ end
 
 The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
 gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
-random vectors `probe` numbers.
+random vectors `probe` numbers. Throws an `ErrorException` if a sample does not converge, unless the adjoint is `Unrolled`.
 """
 function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
     g = zeros(T, length(net))
-    value, _ = loss_and_gradient!(g, Workspace(net), Problem(net; options...), p, X, Y; probe, weights)
+    value, quality = loss_and_gradient!(g, Workspace(net), Problem(net; options...), p, X, Y; probe, weights)
+    check_converged(quality, size(X, 2))
     return value, g
 end
 
@@ -204,22 +214,24 @@ end
     vjp(net, p, X, V; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
 
 The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to the samples `X` (features × samples), see
-[`vjp!`](@ref): those of any loss L for V = ∂L/∂outputs (outputs × samples).
+[`vjp!`](@ref): those of any loss L for V = ∂L/∂outputs (outputs × samples). Throws as [`loss_and_gradient`](@ref) does.
 """
 function vjp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, V::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
     g, dX = zeros(T, length(net)), zeros(T, size(X))
-    vjp!(g, dX, Workspace(net), Problem(net; options...), p, X, V; of, start)
+    _, quality = vjp!(g, dX, Workspace(net), Problem(net; options...), p, X, V; of, start)
+    check_converged(quality, size(X, 2))
     return g, dX
 end
 
 """
     jvp(net, p, X, dp, dX; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
 
-The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref).
+The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref). Throws as
+[`loss_and_gradient`](@ref) does.
 """
 function jvp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, dp::AbstractVector, dX::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
     tangent = zeros(T, rows_of(net, of), size(X, 2))
-    jvp!(tangent, Workspace(net), Problem(net; options...), p, X, dp, dX; of, start)
+    check_converged(jvp!(tangent, Workspace(net), Problem(net; options...), p, X, dp, dX; of, start), size(X, 2))
     return tangent
 end
 

@@ -22,9 +22,9 @@ Nets of one topology that are trained side by side: column s of `parameters` hol
 those from which its last good epoch began, and `halted[s]` is a [`Halt`](@ref) as a number; a net with another than
 `RUNNING` takes no part in the training.
 """
-struct Replicas{A <: AbstractMatrix}
+struct Replicas{A <: AbstractMatrix, B <: AbstractMatrix}
     parameters::A
-    good::A
+    good::B
     halted::Vector{Int8}
 end
 Replicas(P::AbstractMatrix) = Replicas(P, copy(P), fill(Int8(RUNNING), size(P, 2)))
@@ -285,7 +285,7 @@ end
 "    descend!(rule, state, p, g)\n\nA step of a rule of Optimisers.jl for the gradient `g`; returns its state."
 function descend!(rule::Optimisers.AbstractRule, state, p, g)
     state, change = Optimisers.apply!(rule, state, p, g)
-    p .-= change
+    change === nothing || (p .-= change)          # rules may wait for further gradients
     return state
 end
 

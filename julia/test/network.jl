@@ -35,3 +35,26 @@ end
     @test_throws DimensionMismatch equilibrium(one_layer(), zeros(3), zeros(3, 2))
     @test_throws "takes 3 features" equilibrium(one_layer(), zeros(length(one_layer())), zeros(2, 2))
 end
+
+@testset "no samples have no states, outputs or loss" begin
+    net = Network(2, [Layer(3)]; outputs = 1)
+    p, X, Y = initial_parameters(Xoshiro(1), net), zeros(2, 0), zeros(1, 0)
+    @test size(equilibrium(net, p, X).state) == (3, 0)
+    @test size(predict(net, p, X)) == (1, 0)
+    @test iszero(vjp(net, p, X, Y)[1])
+    @test size(jvp(net, p, X, p, X)) == (1, 0)
+    loss, gradient = loss_and_gradient(net, p, X, Y)
+    @test iszero(loss) && iszero(gradient)
+end
+
+@testset "a sample without an equilibrium is never passed over" begin
+    net = Network(2, [Layer(3)]; outputs = 1, constraint = Free())
+    p, X = 40 .* initial_parameters(Xoshiro(1), net), randn(Xoshiro(2), 2, 5)
+    options = (; solver = Picard(; max_iterations = 1))
+    @test_throws "did not reach an equilibrium" predict(net, p, X; options...)
+    @test_throws "did not reach an equilibrium" loss_and_gradient(net, p, X, ones(1, 5); options...)
+    @test_throws "did not reach an equilibrium" vjp(net, p, X, ones(1, 5); options...)
+    @test_throws "did not reach an equilibrium" jvp(net, p, X, p, X; options...)
+    @test_throws DimensionMismatch equilibrium(net, p, X; start = zeros(3, 4))
+    @test_throws ArgumentError Network{Float16}(2, [Layer(3)]; outputs = 1)
+end

@@ -257,6 +257,7 @@ products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))
 function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start = nothing)
     net, B = problem.net, size(X, 2)
     check_features(net, X)
+    check_start(net, X, start)
     unpack!(ws, p)
     problem.solver isa Chord && linearize!(ws, problem, X)
     amplifications = Float64[

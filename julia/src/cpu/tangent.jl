@@ -23,7 +23,7 @@ function jvp!(
         report!(report, samples, tile.outcome, tile.adjoint_outcome.residual)
         qualities[k] = Quality(tile.outcome, tile.adjoint_outcome.residual, problem.adjoint, length(samples))
     end
-    return reduce(merge, qualities)
+    return reduce(merge, qualities; init = Quality())
 end
 
 """

@@ -46,7 +46,7 @@ function tile_width(net::Network{T}, samples::Int) where {T}
     widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
     narrowest = clamp(2^11 ÷ N, 32, 128)
     tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
-    return min(samples, cld(cld(samples, tiles), 4) * 4)
+    return clamp(cld(cld(samples, max(tiles, 1)), 4) * 4, 1, max(samples, 1))
 end
 
 "Nanoseconds of work below which a second thread is not worth calling."

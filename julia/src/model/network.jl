@@ -89,6 +89,7 @@ function Network{T}(
         inputs::Integer, layers::AbstractVector{Layer}; feedback = false, skips = [], input_skips = [],
         outputs, constraint::Constraint = Perron(),
     ) where {T}
+    T <: Hardware || throw(ArgumentError("a network computes in Float32 or Float64, not in $T"))
     inputs > 0 || throw(ArgumentError("a network needs at least one input, got $inputs"))
     isempty(layers) && throw(ArgumentError("a network needs at least one layer"))
     constraint isa Monotone && !all(layer -> is_monotone(layer.activation), layers) &&
