@@ -462,6 +462,15 @@ def test_resuming_other_numbers_of_nets_is_refused(checkpoint, X, Y):
         irnn.fit_many([make_net("numpy") for _ in range(2)], X, Y, **settings)
 
 
+def test_resuming_one_run_as_two_is_refused(X, Y):
+    nets = [make_net("numpy"), make_net("numpy")]
+    runs = irnn.fit_many(nets, X, Y, epochs=2, progress=False)
+    with pytest.raises(Failure, match="resume has the same Run twice"):
+        irnn.fit_many(nets, X, Y, epochs=4, resume=[runs[0], runs[0]], progress=False)
+    assert runs[0] != runs[1]
+    assert len({*runs}) == 2
+
+
 @pytest.mark.julia
 def test_resuming_on_another_engine_is_refused(checkpoint, X, Y):
     settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}

@@ -244,6 +244,8 @@ def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> Non
     runs = [resume] if isinstance(resume, Run) else resume
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):
         raise TypeError(f"resume must be the path of a checkpoint, a Run, or the Runs of several nets, got {resume!r}")
+    if len(set(map(id, runs))) < len(runs):
+        raise CheckpointError("resume has the same Run twice; expected the list that one call of fit_many returned")
     parts = [run.snapshot for run in runs if run.snapshot is not None]
     if len(parts) < len(runs):
         raise CheckpointError("resume has no state to go on from; expected a Run that fit has returned")
