@@ -127,13 +127,20 @@ function multiply_in_registers!(S::Dense{T}, U, A, B::Operand{T}, size_of_B, k::
             multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T)))
         elseif n >= fewest_rows(T)
             multiply_pairs!(s, u, A, B, n, k, m, threads, Val(register_lanes(T) ÷ 2))
-        elseif n == stride(A, 2) == B.down == 1 < B.across && k > SMALL         # not an outer product
-            multiply_row!(s, u, Operand(A), B, k, m, Val(COLUMNS_AT_ONCE), Val(register_lanes(T)))
-        else
-            multiply_rows!(s, u, A, B, n, k, m, 1, nothing, Val(1), FirstLanes{register_lanes(T) ÷ 2}(n))
+        elseif A isa Dense                                      # as panels have a register of rows
+            multiply_few_rows!(s, u, A, B, n, k, m)
         end
     end
     return S
+end
+
+function multiply_few_rows!(S::Operand{T}, U, A, B, n::Int, k::Int, m::Int) where {T}
+    if n == stride(A, 2) == B.down == 1 < B.across && k > SMALL         # and not an outer product
+        multiply_row!(S, U, Operand(A), B, k, m, Val(COLUMNS_AT_ONCE), Val(register_lanes(T)))
+    else
+        multiply_rows!(S, U, A, B, n, k, m, 1, nothing, Val(1), FirstLanes{register_lanes(T) ÷ 2}(n))
+    end
+    return
 end
 
 # What is in registers has been read without a look at the bounds.
