@@ -235,11 +235,11 @@ def test_runs_in_workers_have_the_same_results(small):
     parallel = study.run(("ff2", "feedback"), range(3), SMALL, engine="numpy", jobs=2)
     for name in parallel.outcomes:
         for a, b in zip(parallel.outcomes[name], small.outcomes[name], strict=True):
-            # BLAS has one thread there, and with more of them may sum otherwise.
-            assert (a.nrmse, a.parameters) == (pytest.approx(b.nrmse, rel=1e-9), pytest.approx(b.parameters, rel=1e-9))
-            assert a.curve == pytest.approx(b.curve, rel=1e-9)
-            same = {"seconds": 0, "nrmse": (), "parameters": (), "curve": ()}
-            assert replace(a, **same) == replace(b, **same)
+            if np.__version__ < "2":  # whose BLAS sums otherwise with one thread, as there, than with more
+                for name in ("nrmse", "parameters", "curve"):
+                    assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-9)
+                    a = replace(a, **{name: getattr(b, name)})
+            assert replace(a, seconds=0) == replace(b, seconds=0)
 
 
 def test_interrupted_study_goes_on_where_it_stopped(tmp_path):

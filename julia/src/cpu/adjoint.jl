@@ -159,7 +159,7 @@ function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where 
         evaluate_all!(c, p) && break
     end
     c.state = nothing
-    return c.active == 0 && isempty(c.deferred)
+    return reclaim!(c) == 0
 end
 
 function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}

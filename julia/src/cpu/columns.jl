@@ -265,6 +265,7 @@ function evaluate_all!(c::Columns, p::ColumnEquation; check = false, rescue = re
     return c.active == 0
 end
 
+# Whether columns of an equation are set aside unless a caller says otherwise.
 rescues(::ColumnEquation) = false
 
 "Take column j out of the active ones, unfinished."

@@ -106,21 +106,24 @@ class Differences:
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
         """A direction in which each entry of a variable moves in proportion to its size, more or less, up to 1."""
         size = self._entry_sizes(Z, rows, variable)
-        weights = np.random.default_rng(0).uniform(0.5, 1, size.shape)
-        return np.asarray(weights * size / size.max(initial=0)).astype(Z.dtype)
+        return _along(size, size.max(initial=0)).astype(Z.dtype)
 
     def _directions_by_size(self, Z: Array, rows: Array, variable: int) -> Iterator[Array]:
         """Directions of which each moves the entries of about one size, such that none is lost beside those of others."""
-        direction, size = self.direction(Z, rows, variable), self._entry_sizes(Z, rows, variable)
+        size = self._entry_sizes(Z, rows, variable)
+        if not np.isfinite(size).all():
+            yield self.direction(Z, rows, variable)
+            return
         while (size > 0).any():
-            alike = size > size.max() / _ALIKE
-            yield np.where(alike, direction / direction[alike].max(), 0).astype(Z.dtype)
+            largest = size.max()
+            alike = size > largest / _ALIKE
+            yield _along(np.where(alike, size, 0), largest).astype(Z.dtype)
             size = np.where(alike, 0, size)
 
     def _entry_sizes(self, Z: Array, rows: Array, variable: int) -> Array:
         """The largest size of each entry in any sample, that of the largest where it is zero."""
         x, per_row = self._f.variable(Z, rows, variable)
-        size = np.abs(x).max(axis=0) if per_row else np.abs(x)
+        size = (np.abs(x).max(axis=0) if per_row else np.abs(x)).astype(np.float64)
         return np.asarray(np.where(size > 0, size, size.max(initial=0) or 1))
 
     def complex_step(self, Z: Array, rows: Array, variable: int, direction: Array) -> Array:
@@ -290,3 +293,8 @@ class Differences:
     def _shifted(self, Z: Array, rows: Array, variable: int, shift: Array) -> Array:
         x = self._f.variable(Z, rows, variable)[0]
         return self._f(x + shift, rows) if variable == STATE else self._f(Z, rows, variable, x + shift)
+
+
+def _along(sizes: Array, largest: float) -> Array:
+    """A direction in which entries move in proportion to their sizes, more or less, up to 1."""
+    return np.asarray(np.random.default_rng(0).uniform(0.5, 1, sizes.shape) * (sizes / largest))

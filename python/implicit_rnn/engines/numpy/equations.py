@@ -82,7 +82,7 @@ class PythonEquation:
             f.check_products(λ, given, self._state[rows], rows)
         gradients: list[Array | None] = []
         for index, argument in enumerate(equation.args):
-            gradient = np.zeros(argument.shape, argument.dtype) if equation.is_differentiable(index) else None
+            gradient = np.zeros_like(argument) if equation.is_differentiable(index) else None
             gradients.append(gradient)
             if gradient is None or not len(rows):
                 continue
@@ -110,10 +110,7 @@ class PythonEquation:
                 "transposed Jacobian of f, and f couples too many unknowns to find them from its values (the dense Jacobian "
                 f"would take {equation.n**2 * 8 / 2**30:.2g} GiB): give vjp=, or jac= as a sparse matrix"
             )
-        gradients: list[Array | None] = [
-            np.zeros(argument.shape, argument.dtype) if index in floats else None
-            for index, argument in enumerate(equation.args)
-        ]
+        gradients: list[Array | None] = [np.zeros_like(a) if k in floats else None for k, a in enumerate(equation.args)]
         wanted = np.zeros(equation.samples, bool)
         wanted[rows] = True
         for index in floats:

@@ -111,10 +111,9 @@ class PythonFunction:
     def newton_steps(self, Z: Array, rows: Array, C: Array) -> Array:
         """-A⁻¹c (m, n), not finite where A has no inverse."""
         if not self.is_large:
-            J = self.conditions_jacobian(Z, rows)
-            return solve_each(np.where(np.isfinite(J).all(axis=(1, 2), keepdims=True), J, np.nan), -C[..., None])[
-                ..., 0
-            ]
+            A = self.conditions_jacobian(Z, rows)
+            A = np.where(np.isfinite(A).all(axis=(1, 2), keepdims=True), A, np.nan)
+            return solve_each(A, -C[..., None])[..., 0]
         steps = np.full_like(Z, np.nan)
         for k, row in enumerate(rows):
             with contextlib.suppress(UnsolvedError):
