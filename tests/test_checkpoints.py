@@ -394,6 +394,9 @@ class Quantile:
     def __call__(self, Y, T):
         return quantile(Y, T, self.q)
 
+    def loss(self, Y, T):
+        return quantile(Y, T, self.q)
+
 
 def quantile(Y, T, q):
     d = T - Y
@@ -404,7 +407,7 @@ def closure(q):
     return lambda Y, T: quantile(Y, T, q)
 
 
-@pytest.mark.parametrize("make", [lambda q: partial(quantile, q=q), Quantile, closure])
+@pytest.mark.parametrize("make", [lambda q: partial(quantile, q=q), Quantile, lambda q: Quantile(q).loss, closure])
 def test_loss_of_ones_own_is_known_again_by_its_name_and_what_it_holds(make, path, X, Y):
     def train(q, epochs, resume=None):
         net = make_net("numpy")

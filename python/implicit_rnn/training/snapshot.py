@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -172,11 +173,10 @@ def _plain_function(f: Any) -> Any:
         return {"name": "functools.partial", "holds": [_plain(part) for part in held]}
     kind = f if hasattr(f, "__qualname__") else type(f)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if kind is f:
-        cells = (cell.cell_contents for cell in getattr(f, "__closure__", None) or ())
-        held = [*(getattr(f, "__defaults__", None) or ()), *cells]
-    else:
-        held = [part for item in sorted(getattr(f, "__dict__", {}).items()) for part in item]
+    cells = (cell.cell_contents for cell in getattr(f, "__closure__", None) or ())
+    owner = f.__self__ if isinstance(f, MethodType) else f
+    named = (part for item in sorted(getattr(owner, "__dict__", {}).items()) for part in item)
+    held = [*(getattr(f, "__defaults__", None) or ()), *cells, *named]
     holds = [part for part in map(as_python, held) if isinstance(part, bool | int | float | str)]
     return {"name": name, "holds": holds} if holds else name
 
