@@ -99,7 +99,9 @@ class Differences:
         lost = np.flatnonzero(~analytic & np.isfinite(found).all(axis=1) & found.any(axis=1))
         if len(lost):  # what is zero to rounding moves by too little to tell
             of_lost = Z[lost], rows[lost], variable, direction
-            again = self._difference(*of_lost, self._distances(Z[lost], rows[lost], found[lost]))
+            with warnings.catch_warnings():  # of f where it was not to be looked at
+                warnings.simplefilter("ignore")
+                again = self._difference(*of_lost, self._distances(Z[lost], rows[lost], found[lost]))
             analytic[lost] = agree(*again, found[lost])
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
@@ -277,7 +279,8 @@ class Differences:
         coarse, fine = (plus - minus) / (2 * h[:, None]), (plus2 - minus2) / h[:, None]
         bend = np.abs(plus - 2 * center + minus) / h[:, None]
         bend2 = np.abs(plus2 - 2 * center + minus2) / (h[:, None] / 2)
-        noise = float(np.finfo(Z.dtype).eps) * np.fmax(np.abs(plus).max(axis=1), terms) / (h / 2)
+        with np.errstate(over="ignore"):
+            noise = float(np.finfo(Z.dtype).eps) * np.fmax(np.abs(plus).max(axis=1), terms) / (h / 2)
         large, most_bent = np.abs(fine).max(axis=1), bend.max(axis=1)
         unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
         tol = 2e-2 if Z.dtype == np.float32 else 1e-6
