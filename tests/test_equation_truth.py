@@ -97,6 +97,64 @@ def test_a_far_start_does_not_coarsen_a_fixed_point(kind, far, shape):
         assert found.all() or not isinstance(solver, Auto | Picard)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decades", [5, 12, 20])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_units_of_single_conditions_and_unknowns_do_not_matter(kind, decades, samples, rng):
+    f = either(
+        kind,
+        lambda z, a, M, units, rows: rows * (M @ (z / units) + (z / units) ** 3 / 4 - a),
+        "(z, a, M, units, rows) -> rows .* (M * (z ./ units) .+ (z ./ units) .^ 3 ./ 4 .- a)",
+    )
+    M, one = rng.standard_normal((5, 5)) + 3 * np.eye(5), np.ones(5)
+    units, rows = (10.0 ** rng.permutation(np.linspace(-decades, decades, 5)) for _ in range(2))
+    a, start = rng.uniform(1, 2, (samples, 5)), np.exp(rng.uniform(-0.5, 0.5, (samples, 5)))
+    plain, scaled = (root(f, start * u, args=(a, M, u, r), batched="a") for u, r in ((one, one), (units, rows)))
+    np.testing.assert_allclose(scaled.value / units, plain.value, rtol=1e-9)
+    np.testing.assert_allclose(
+        scaled.jacobian("a") / units[:, None],
+        plain.jacobian("a"),
+        rtol=1e-7,
+        atol=1e-9 * abs(plain.jacobian("a")).max(),
+    )
+    v = rng.standard_normal((samples, 5))
+    np.testing.assert_allclose(scaled.vjp(v / units)["a"], plain.vjp(v)["a"], rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_carriers_of_a_semiconductor_have_their_derivatives(kind):
+    f = either(
+        kind,
+        lambda z, doping, square: np.array([z[0] - z[1] - doping, z[0] * z[1] - square]),
+        "(z, doping, square) -> [z[1] - z[2] - doping, z[1] * z[2] - square]",
+    )
+    for doping in (1e14, 1e16, 1e20):  # of 1e10 intrinsic carriers, all in 1/cm³
+        sol = root(f, np.array([2 * doping, 3e20 / doping]), args=(doping, 1e20))
+        electrons, holes = sol.value
+        np.testing.assert_allclose(electrons * holes, 1e20, rtol=1e-9)
+        total = electrons + holes
+        expected = [[electrons / total, 1 / total], [-holes / total, 1 / total]]
+        found = np.stack([sol.jacobian("doping"), sol.jacobian("square")], axis=-1)
+        np.testing.assert_allclose(found.reshape(2, 2), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e5, 1e15])
+def test_units_of_two_fields_of_many_unknowns_do_not_matter(unit):
+    def f(z, a):
+        u, v = z[0::2] / unit, z[1::2] * unit
+        laplacian = [np.concatenate([w[1:], [0]]) + np.concatenate([[0], w[:-1]]) - 2 * w for w in (u, v)]
+        rows = np.empty_like(z * a[0])
+        rows[0::2] = unit * (laplacian[0] - u - u**3 + v + a[0])
+        rows[1::2] = (laplacian[1] - 2 * v - u + a[1]) / unit
+        return rows
+
+    a, step = np.array([0.3, 0.5]), 1e-6
+    sol = root(f, np.zeros(3000), args=(a,))
+    nearby = [root(f, sol.value, args=(a + sign * np.array([step, 0]),)).value for sign in (1, -1)]
+    quotient = (nearby[0] - nearby[1]) / (2 * step)
+    np.testing.assert_allclose(sol.jacobian("a")[:, 0], quotient, rtol=1e-7)
+
+
 # --- samples that are not separate ---------------------------------------------------------------------------
 
 

@@ -53,7 +53,8 @@ What is known to be regular is not looked at again.
 end
 
 @noinline function prove_regular!(w::SidedBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
-    regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 1.0
+    # Less is left to `inverse!`, which equilibrates A.
+    regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 0.01
     c = ntuple(i -> in_doubt(value_of(y[i]) - (R ? zero(Vec) : z[i]), Float64(eps(T)) * largest_term(y[i], args, Val(K))), Val(K))
     corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
     evaluate!(w.J, p, corrected, args, root)

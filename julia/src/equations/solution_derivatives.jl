@@ -33,10 +33,15 @@ function make_room!(inverses::Inverses{T}) where {T}
     return
 end
 
-"Buffers for the inverse of one sample: A, A at the corrected solution, A⁻¹ where it is not kept, that solution, and the solution itself, `at`."
+"""
+Buffers for the inverse of one sample: A, A at the corrected solution, the powers of two that equilibrate their rows and columns,
+A⁻¹ where it is not kept, that solution, and the solution itself, `at`.
+"""
 struct InverseBuffers{T}
     A::Matrix{T}
     corrected::Matrix{T}
+    rows::Vector{T}
+    columns::Vector{T}
     inverse::Array{T, 3}
     pivots::Vector{Int}
     z::Vector{T}
@@ -46,7 +51,7 @@ struct InverseBuffers{T}
 end
 function InverseBuffers{T}(n::Int) where {T}
     m = n <= DENSE ? n : 0
-    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
+    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), ones(T, m), ones(T, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
 end
 
 """
@@ -54,7 +59,8 @@ end
 
 A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
 within the error δ = A⁻¹c of the solution, c no better than the rounding of the arguments, that no solution need exist or be isolated:
-‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (the test of Newton and Kantorovich).
+‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (the test of Newton and Kantorovich). All of it is done to A with
+equilibrated rows and columns: unknowns and conditions may have any unit.
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     kept = !isempty(inverses.known)
@@ -69,6 +75,7 @@ end
 @inline function invert!(inverse, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     A, z, n = w.A, w.at, p.n
     conditions_jacobian!(A, p, z, sample)
+    n == 1 || equilibrate!(w.rows, w.columns, A)
     size_of_A = largest_column_sum(A)
     lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
     if n <= SMALL_LU
@@ -81,6 +88,7 @@ end
         copyto!(inverse, LAPACK.getri!(A, w.pivots))
     end
     size_of_A * largest_column_sum(inverse) * eps(T) * n < 1 || throw(SingularSolution(sample))
+    n == 1 || scale!(inverse, w.columns, w.rows)
     call!(w.r, p, z, sample)
     terms_of_arguments!(w.z, p, w.r, z, sample)
     @inbounds for i in 1:n
@@ -93,10 +101,56 @@ end
     end
     conditions_jacobian!(w.corrected, p, w.z, sample)
     n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : gemm!('N', 'N', true, inverse, w.corrected, false, A)
-    for i in 1:n
-        @inbounds A[i, i] -= one(T)
+    largest = zero(T)
+    @inbounds for j in 1:n
+        change = sum(i -> abs(A[i, j] - (i == j)) / w.columns[i], 1:n) * w.columns[j]
+        largest = max(largest, change)
     end
-    largest_column_sum(A) <= T(0.25) || throw(SingularSolution(sample))
+    largest <= T(0.25) || throw(SingularSolution(sample))
+    return
+end
+
+"Sweeps of `equilibrate!`, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."
+const SWEEPS = 12
+
+"""
+    equilibrate!(rows, columns, A)
+
+Multiply the rows and columns of A by powers of two, which are written to `rows` and `columns`, so that the largest entry of each is
+about 1. Source: D. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices, RAL-TR-2001-034.
+"""
+function equilibrate!(rows::Vector{T}, columns::Vector{T}, A::Matrix{T}) where {T}
+    fill!(rows, 0)
+    fill!(columns, 0)
+    for _ in 1:SWEEPS
+        balanced = true
+        for i in eachindex(rows)
+            largest = rows[i] + maximum(j -> size_exponent(A[i, j]) + columns[j], eachindex(columns))
+            isfinite(largest) || continue
+            balanced &= abs(largest) <= 2
+            rows[i] -= largest / 2
+        end
+        for j in eachindex(columns)
+            largest = columns[j] + maximum(i -> size_exponent(A[i, j]) + rows[i], eachindex(rows))
+            isfinite(largest) || continue
+            balanced &= abs(largest) <= 2
+            columns[j] -= largest / 2
+        end
+        balanced && break
+    end
+    rows .= power_of_two.(rows)
+    columns .= power_of_two.(columns)
+    scale!(A, rows, columns)
+    return
+end
+
+size_exponent(x::T) where {T} = iszero(x) || !isfinite(x) ? T(-Inf) : T(exponent(x))
+power_of_two(x::T) where {T} = exp2(clamp(round(x), T(exponent(floatmin(T))), T(exponent(floatmax(T)))))
+
+function scale!(A::AbstractMatrix, rows, columns)
+    @inbounds for j in axes(A, 2), i in axes(A, 1)
+        A[i, j] *= rows[i] * columns[j]
+    end
     return
 end
 

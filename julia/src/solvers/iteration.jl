@@ -46,9 +46,10 @@ mutable struct Iteration{T}
     rate::Float64             # its quotient with the one before
     relative::Float64         # its quotient with what it is related to
     last_merit::Float64       # ‖c‖ at the Newton step of a root before
+    const row_weights::Vector{Float64}    # of the conditions of a root in ‖c‖, none where all count alike
 end
 Iteration{T}(n::Int) where {T} =
-    Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf)
+    Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf, Float64[])
 
 "Begin with a sample from the start `z`, allowing so many evaluations of f."
 @inline function begin!(s::Iteration, p::AbstractEquation, Z::Matrix, sample::Int, limit::Int)
@@ -64,6 +65,7 @@ end
 @inline function forget!(s::Iteration, p::AbstractEquation)
     s.largest, s.outset = 0.0, measure(s.z, p.weights)
     s.distance, s.rate, s.relative, s.merit, s.last_merit = Inf, 0.0, Inf, NaN, Inf
+    isempty(s.row_weights) || empty!(s.row_weights)
     return s
 end
 
@@ -121,7 +123,7 @@ end
     @inbounds for i in eachindex(s.c)
         s.c[i] = p.root ? s.value[i] : s.value[i] - s.z[i]
     end
-    s.merit = p.root ? measure(s.c) : measure(s.c, p.weights)
+    s.merit = measure(s.c, p.root ? s.row_weights : p.weights)
     return
 end
 

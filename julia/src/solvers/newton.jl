@@ -148,6 +148,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
         status = p.root ? nothing : assess!(s, p, tol)
         status === nothing || return finish!(s, status)
         solvable = newton_step!(s, l, p)
+        p.root && solvable && s.last_merit == Inf && weigh_rows!(s, l, p, EQUAL_ROWS)
         if p.root
             status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
@@ -194,41 +195,71 @@ function found!(s::Iteration, l::Linearization, p::AbstractEquation)
     return is_steady!(s, l, p)
 end
 
-# Whether the Jacobian is about the same two steps further, as at a root at which one may have started.
+# Whether the Jacobian is about the same two steps further, as at a root at which one may have started; in any units of the unknowns.
 @noinline function is_steady!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     s.base .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
     change = similar(l.J)
     conditions_jacobian!(change, p, s.base, s.sample)
     change .-= l.J
     foreach(k -> lu_solve!(view(change, :, k), l.LU, l.pivots), axes(change, 2))
-    return largest_column_sum(change) <= T(0.5)
+    units = abs.(s.z) .+ abs.(l.step)
+    units .= max.(units, eps(T) * maximum(units), floatmin(T))
+    return largest_column_sum(change .* units' ./ units) <= T(0.5)
 end
 
-# Move along the step, halved while ‖c‖ does not decrease; where that does not help, by a Picard step for a fixed point. How the
-# iteration ended, or `nothing`.
+# Move along the step, halved while ‖c‖ does not decrease. Where that does not help, a fixed point moves by a Picard step, and the
+# conditions of a root are weighted anew. How the iteration ended, or `nothing`.
 function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}) where {T}
-    before, smallest = s.merit, p.root ? SMALLEST_ROOT_STEP : SMALLEST_STEP
     copyto!(s.base, s.z)
-    p.root || copyto!(s.picard, s.value)
-    t = one(T)
+    if !p.root
+        copyto!(s.picard, s.value)
+        halve_step!(s, l, solvable, p, SMALLEST_STEP) && return nothing
+        copyto!(s.z, s.picard)
+        return evaluate!(s, l, p) ? nothing : MAX_ITERATIONS
+    end
+    halve_step!(s, l, solvable, p, SMALLEST_ROOT_STEP) && return nothing
+    copyto!(s.z, s.base)
+    s.evaluations < s.limit || return MAX_ITERATIONS
+    found!(s, l, p) && return CONVERGED
+    solvable && p.n > 1 || return SINGULAR
+    evaluate!(s, l, p)
+    weigh_rows!(s, l, p, 1.0)
+    halve_step!(s, l, solvable, p, SMALLEST_ROOT_STEP) && return nothing
+    copyto!(s.z, s.base)
+    return s.evaluations < s.limit ? SINGULAR : MAX_ITERATIONS
+end
+
+"Whether a part of the step, halved down to `smallest`, decreases ‖c‖; the iterate is then there. Not so, too, if no evaluation is left."
+@inline function halve_step!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}, smallest) where {T}
+    before, t = s.merit, one(T)
     while solvable && t >= smallest
         @inbounds for i in eachindex(s.z)
             s.z[i] = muladd(t, l.step[i], s.base[i])
         end
-        if !evaluate!(s, l, p)
-            copyto!(s.z, s.base)
-            return MAX_ITERATIONS
-        end
-        decreases(s.merit, before, t) && all(isfinite, s.z) && return nothing
+        evaluate!(s, l, p) || return false
+        decreases(s.merit, before, t) && all(isfinite, s.z) && return true
         t /= 2
     end
-    if p.root
-        copyto!(s.z, s.base)
-        return found!(s, l, p) ? CONVERGED : SINGULAR
+    return false
+end
+
+"Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."
+const EQUAL_ROWS = 1.0e8
+
+# Conditions of very different units hide each other in ‖c‖: what rounding leaves of a large one may be more than all of a small one.
+# So each is related to the terms of its linear model, |J| (|z| + |step|), unless those differ by less than `equal`.
+@noinline function weigh_rows!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}, equal::Float64) where {T}
+    p.n > 1 || return
+    J, weights = jacobian!(s, l, p), resize!(s.row_weights, p.n)
+    smallest, largest = Inf, 0.0
+    for i in eachindex(weights)
+        terms = sum(j -> abs(Float64(J[i, j])) * (abs(Float64(s.z[j])) + abs(Float64(l.step[j]))), axes(J, 2))
+        smallest, largest = min(smallest, terms), max(largest, terms)
+        weights[i] = 1 / terms
     end
-    copyto!(s.z, s.picard)
-    evaluate!(s, l, p) || return MAX_ITERATIONS
-    return nothing
+    floatmin(Float64) < smallest && equal * smallest < largest < Inf || empty!(weights)
+    s.merit = s.last_merit = measure(s.c, weights)
+    return
 end
 
 "Whether Picard iteration moves away from the fixed point: the spectral radius of ∂f/∂z is 1 or more."

@@ -12,9 +12,9 @@ from implicit_rnn.engines.base import LARGEST_CHANGE, Equation, SingularSolution
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.fixed_points import FixedPoint
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError, is_isolated
+from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError, equilibration, is_isolated
 from implicit_rnn.engines.numpy.roots import Root, newton_limit
-from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Outcome, solve_each
+from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Outcome, solve_each, transposed
 from implicit_rnn.errors import ConvergenceError, EngineError
 from implicit_rnn.solution import CONVERGED, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, tolerance
@@ -169,7 +169,8 @@ class PythonEquation:
 
         ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution, c no
         better than the rounding of the arguments, that none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double
-        root is 1/2 (Newton and Kantorovich).
+        root is 1/2 (Newton and Kantorovich). All of it is done to B, which is A with equilibrated rows and columns: unknowns and
+        conditions may have any unit.
         """
         n = self._equation.n
         if self._inverses is None:
@@ -180,13 +181,15 @@ class PythonEquation:
             f, Z, identity = self._f, self._state[new], np.eye(n, dtype=self._state.dtype)
             A = f.conditions_jacobian(Z, new, certain=True)
             finite = np.isfinite(A).all(axis=(1, 2))
-            size = np.where(finite, _column_sums(A), 0)
-            inverse = solve_each(np.where(finite[:, None, None], A, np.nan), np.broadcast_to(identity, A.shape))
-            singular = finite & ~(size * _column_sums(inverse) * np.finfo(A.dtype).eps * n < 1)
+            left, right = equilibration(np.where(finite[:, None, None], A, 1))
+            B = np.where(finite[:, None, None], left * A * right, np.nan)
+            scaled = solve_each(B, np.broadcast_to(identity, B.shape))
+            singular = finite & ~(_column_sums(B) * _column_sums(scaled) * np.finfo(B.dtype).eps * n < 1)
+            inverse = transposed(right) * scaled * transposed(left)
             if not singular.any():
                 δ = np.einsum("bij,bj->bi", inverse, f.conditions_in_doubt(Z, new))
-                corrected = f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new)
-                singular = finite & ~(_column_sums(inverse @ corrected - identity) <= LARGEST_CHANGE)
+                corrected = left * f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new) * right
+                singular = finite & ~(_column_sums(scaled @ corrected - identity) <= LARGEST_CHANGE)
             if singular.any():
                 raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
             self._inverses[new], self._known[new] = inverse, True

@@ -45,7 +45,7 @@ class FixedPoint(Solve):
 
     def newton_direction(self, rows: Rows) -> Array:
         r = rows.F - rows.Z
-        step = self.f.newton_steps(rows.Z, rows.index, r)
+        step, _ = self.f.newton_steps(rows.Z, rows.index, r)
         exists = np.isfinite(step).all(axis=1)
         self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)

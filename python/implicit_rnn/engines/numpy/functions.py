@@ -108,17 +108,25 @@ class PythonFunction:
         make = None if equation.n > LARGE else lambda: np.asarray(self.jacobian(Z, rows)[0], np.float64)
         return Operator(equation.n, 0 if equation.root else 1, product, transposed, matrix, make, tol, product_tol)
 
-    def newton_steps(self, Z: Array, rows: Array, C: Array) -> Array:
-        """-A⁻¹c (m, n), not finite where A has no inverse."""
+    def newton_steps(self, Z: Array, rows: Array, C: Array) -> tuple[Array, Array]:
+        """-A⁻¹c (m, n), not finite where A has no inverse, and the sizes of the terms of c + A d, |A| (|z| + |step|) (m, n).
+
+        Where there is no matrix A, these sizes are 1.
+        """
         if not self.is_large:
             A = self.conditions_jacobian(Z, rows)
             A = np.where(np.isfinite(A).all(axis=(1, 2), keepdims=True), A, np.nan)
-            return solve_each(A, -C[..., None])[..., 0]
-        steps = np.full_like(Z, np.nan)
+            steps = solve_each(A, -C[..., None])[..., 0]
+            return steps, (np.abs(A) @ (np.abs(Z) + np.abs(steps))[..., None])[..., 0]
+        steps, terms = np.full_like(Z, np.nan), np.ones_like(Z)
         for k, row in enumerate(rows):
+            operator = self.operator(Z[k], int(row))
             with contextlib.suppress(UnsolvedError):
-                steps[k] = self.operator(Z[k], int(row)).solve(-C[k])
-        return steps
+                steps[k] = operator.solve(-C[k])
+            if operator.matrix is not None:
+                d = np.abs(Z[k]) + np.abs(steps[k])
+                terms[k] = abs(operator.matrix) @ d + operator.shift * d
+        return steps, terms
 
     def _sparse_jacobian(self, Z: Array, rows: Array, certain: bool) -> Any | None:
         """∂f/∂z of one sample where few of its unknowns are coupled."""

@@ -14,6 +14,8 @@ Array = np.ndarray
 
 _KRYLOV, _CYCLES = 50, 4
 """Vectors that GMRES keeps, and how often it begins anew."""
+_SWEEPS = 12
+"""Of ``equilibration``, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."""
 _RESTARTS, _POWERS = 10, 100
 """Restarts of Arnoldi's method, and powers of J, after which the spectral radius is taken as it is."""
 
@@ -30,7 +32,8 @@ class Operator:
     """A = J - shift · I by products J d and, where they are known, vᵀJ; or by J as a sparse, or a dense, ``matrix``.
 
     All is done in double precision. Every solution is judged by its true residual: ``tol`` relative to the right side, which
-    is ``product_tol`` for A itself if its products are not exact. ``make_matrix`` gives J where GMRES does not do.
+    is ``product_tol`` for A itself if its products are not exact. ``make_matrix`` gives J where GMRES does not do. Where there
+    is a matrix, its rows and columns are equilibrated.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Operator:
         self._product, self._transposed = product, transposed
         self.matrix, self._make_matrix = matrix, make_matrix
         self._solve_exactly: Callable[[Array, bool], Array] | None = None
+        self._scales: tuple[Array, Array] | None = None
 
     @property
     def has_transpose(self) -> bool:
@@ -71,19 +75,19 @@ class Operator:
     def solve(self, b: Array, transposed: bool = False) -> Array:
         """x with A x = b, or of Aᵀ, by GMRES and, where there is a matrix, LU; else ``UnsolvedError``."""
         b, tol = b.astype(np.float64), self.tol if transposed else self.product_tol
-        size = np.linalg.norm(b)
-        if not np.isfinite(size):
+        if not np.isfinite(b).all():
             raise UnsolvedError
-        if size == 0:
+        if not b.any():
             return b
-
-        def residual(x: Array) -> float:
-            return float(np.linalg.norm(b - self.product(x, transposed)))
-
         if self._solve_exactly is None:
-            x = _gmres(lambda d: self.product(d, transposed), b, tol / 100)
-            if residual(x) <= tol * size:
-                return x
+            left, right = self.scales[::-1] if transposed else self.scales
+
+            def product(y: Array) -> Array:
+                return left * self.product(right * y, transposed)
+
+            y = _gmres(product, left * b, tol / 100)
+            if np.linalg.norm(left * b - product(y)) <= tol * np.linalg.norm(left * b):
+                return right * y
             if self.matrix is None and self._make_matrix is not None:
                 self.matrix = self._make_matrix()
             if self.matrix is None:
@@ -91,36 +95,63 @@ class Operator:
             self._solve_exactly = self._factorise()
         return self._solve_exactly(b, transposed)
 
+    @property
+    def scales(self) -> tuple[Array, Array]:
+        """Numbers by which the rows and the columns of A are multiplied, (n,) each; 1 where there is no matrix."""
+        if self.matrix is None:
+            return np.ones(self.n), np.ones(self.n)
+        if self._scales is None:
+            A = self._shifted()
+            if isinstance(A, np.ndarray):
+                left, right = equilibration(A[None])
+                self._scales = left.ravel(), right.ravel()
+            else:
+                self._scales = _sparse_equilibration(A)
+        return self._scales
+
+    def _shifted(self) -> Any:
+        """A as a matrix."""
+        if isinstance(self.matrix, np.ndarray):
+            return self.matrix - self.shift * np.eye(self.n)
+        from scipy import sparse
+
+        identity = sparse.identity(self.n, format="csc")
+        return sparse.csc_matrix(sparse.csc_matrix(self.matrix, dtype=np.float64) - self.shift * identity)
+
     def _factorise(self) -> Callable[[Array, bool], Array]:
         """Solves with A or Aᵀ by LU; ``UnsolvedError`` if A is singular to rounding."""
         from scipy import linalg, sparse
         from scipy.sparse.linalg import LinearOperator, onenormest, splu
 
-        solve: Callable[[Array, bool], Array]
+        scaled_solve: Callable[[Array, bool], Array]
+        left, right = self.scales
         if isinstance(self.matrix, np.ndarray):
-            A = self.matrix - self.shift * np.eye(self.n)
-            factors = linalg.lu_factor(A, check_finite=False)
+            B = left[:, None] * self._shifted() * right
+            factors = linalg.lu_factor(B, check_finite=False)
 
-            def solve(b: Array, transposed: bool) -> Array:
+            def scaled_solve(b: Array, transposed: bool) -> Array:
                 return np.asarray(linalg.lu_solve(factors, b, int(transposed), check_finite=False))
         else:
-            identity = sparse.identity(self.n, format="csc")
-            A = sparse.csc_matrix(sparse.csc_matrix(self.matrix, dtype=np.float64) - self.shift * identity)
+            B = sparse.csc_matrix(sparse.diags(left) @ self._shifted() @ sparse.diags(right))
             try:
-                lu = splu(A)
+                lu = splu(B)
             except RuntimeError:  # singular
                 raise UnsolvedError from None
 
-            def solve(b: Array, transposed: bool) -> Array:
+            def scaled_solve(b: Array, transposed: bool) -> Array:
                 return np.asarray(lu.solve(b, "T" if transposed else "N"))
 
         inverse = LinearOperator(
-            (self.n, self.n), matvec=lambda b: solve(b, False), rmatvec=lambda b: solve(b, True), dtype=np.float64
+            B.shape, matvec=lambda b: scaled_solve(b, False), rmatvec=lambda b: scaled_solve(b, True), dtype=np.float64
         )
         with np.errstate(all="ignore"):
-            condition = abs(A).sum(axis=0).max() * onenormest(inverse)
+            condition = abs(B).sum(axis=0).max() * onenormest(inverse)
         if not condition * np.finfo(np.float64).eps * self.n < 1:
             raise UnsolvedError
+
+        def solve(b: Array, transposed: bool) -> Array:
+            return left * scaled_solve(right * b, True) if transposed else right * scaled_solve(left * b, False)
+
         return solve
 
     def repels(self) -> bool:
@@ -158,9 +189,51 @@ def _gmres(product: Callable[[Array], Array], b: Array, tol: float) -> Array:
 
 def is_isolated(here: Operator, nearby: Operator, error: Array) -> bool:
     """Whether A changes little along the error of a solution, from ``here`` to where the error takes it, ``nearby``."""
-    size = np.linalg.norm(error)
+    _, right = here.scales
+    size = np.linalg.norm(error / right)
     if size == 0:
         return True
     d = error / size
     change = here.solve(nearby.product(d) - here.product(d))
-    return bool(np.linalg.norm(change) <= LARGEST_CHANGE)
+    return bool(np.linalg.norm(change / right) <= LARGEST_CHANGE)
+
+
+def equilibration(A: Array) -> tuple[Array, Array]:
+    """Powers of two by which the rows (B, n, 1) and columns (B, 1, n) of A (B, n, n) have largest entries of about 1.
+
+    Source: D. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices, RAL-TR-2001-034.
+    """
+    exponents = _exponents(A)
+    left, right = np.zeros((*A.shape[:-1], 1)), np.zeros((*A.shape[:-2], 1, A.shape[-1]))
+    for _ in range(_SWEEPS):
+        scaled = exponents + left + right
+        of_rows, of_columns = _finite(scaled.max(axis=-1, keepdims=True)), _finite(scaled.max(axis=-2, keepdims=True))
+        if max(np.abs(of_rows).max(initial=0), np.abs(of_columns).max(initial=0)) <= 2:
+            break
+        left, right = left - of_rows / 2, right - of_columns / 2
+    limits = np.finfo(A.dtype)
+    left, right = (
+        np.exp2(np.clip(np.rint(x), limits.minexp, limits.maxexp - 1)).astype(A.dtype) for x in (left, right)
+    )
+    return left, right
+
+
+def _sparse_equilibration(A: Any) -> tuple[Array, Array]:
+    """``equilibration`` of one sparse matrix; (n,) each."""
+    entries = A.tocoo()
+    exponents, left, right = _exponents(entries.data), np.zeros(A.shape[0]), np.zeros(A.shape[1])
+    for _ in range(_SWEEPS):
+        scaled = exponents + left[entries.row] + right[entries.col]
+        of_rows, of_columns = np.full_like(left, -np.inf), np.full_like(right, -np.inf)
+        np.maximum.at(of_rows, entries.row, scaled)
+        np.maximum.at(of_columns, entries.col, scaled)
+        left, right = left - _finite(of_rows) / 2, right - _finite(of_columns) / 2
+    return np.exp2(np.rint(left)), np.exp2(np.rint(right))
+
+
+def _exponents(A: Array) -> Array:
+    return np.where(A == 0, -np.inf, np.frexp(A)[1])
+
+
+def _finite(x: Array) -> Array:
+    return np.where(np.isfinite(x), x, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from implicit_rnn.solvers import Auto, Solver
 
 Array = np.ndarray
 
+_EQUAL = 1e8
+"""Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."""
 _LEFT_OF_CONDITIONS = 0.5
 """What is left of ‖c‖ behind a step to a root, at most."""
 
@@ -62,7 +65,7 @@ class Root:
         Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
         last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
-        F = np.full_like(Z, np.nan)
+        F, weights, first = np.full_like(Z, np.nan), np.ones(Z.shape), True
         sizes.begin(rows)
         going = np.flatnonzero(evaluations < limit)
         if len(going):
@@ -70,9 +73,12 @@ class Root:
             evaluations[going] += 1
         while len(going):
             index, z, c = rows[going], Z[going], F[going]
-            merit = euclidean(c)
-            step = f.newton_steps(z, index, c)
+            merit = euclidean(c * weights[going])
+            step, terms = f.newton_steps(z, index, c)
             exists = np.isfinite(step).all(axis=1)
+            if first:
+                weights[going] = _row_weights(terms, _EQUAL)
+                merit, first = euclidean(c * weights[going]), False
             length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
             size = sizes(z)
             sizes.pass_by(size, index)
@@ -98,29 +104,36 @@ class Root:
             )
             moving = ~(done | broken | ~exists | spent)
             settled = (length <= sizes.rounding(size, index))[moving]
-            searched, step, merit = going[moving], step[moving], merit[moving]
-            going = self.search(Z, F, rows, searched, step, merit, evaluations, status, limit)
-            settled &= status[searched] == SINGULAR
-            if settled.any():  # a root to rounding, from which nothing leads on
-                found = searched[settled]
-                steady = _is_steady(f, Z[found], rows[found], step[settled], F[found])
-                status[found[steady]] = CONVERGED
+            searched, step = going[moving], step[moving]
+            search = partial(self.search, Z, F, weights, rows, evaluations, status, limit)
+            going = search(searched, step)
+            failed = status[searched] == SINGULAR
+            if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
+                found[found] = _is_steady(f, Z[searched[found]], rows[searched[found]], step[found], F[searched[found]])
+                status[searched[found]] = CONVERGED
+            if (stuck := failed & ~found & (Z.shape[1] > 1)).any():
+                once_more, step = searched[stuck], step[stuck]
+                status[once_more] = MAX_ITERATIONS
+                weights[once_more] = _row_weights(terms[moving][stuck])
+                last_merit[once_more] = euclidean(F[once_more] * weights[once_more])
+                going = np.sort(np.append(going, search(once_more, step)))
         return Z, status, evaluations, residual, rate
 
     def search(
         self,
         Z: Array,
         F: Array,
+        weights: Array,
         rows: Array,
-        going: Array,
-        step: Array,
-        merit: Array,
         evaluations: Array,
         status: Array,
         limit: int,
+        going: Array,
+        step: Array,
     ) -> Array:
-        """z + t step with t halved until ‖f‖ decreases; returns those of ``going`` where it did."""
+        """z + t step with t halved until ‖f‖, weighted, decreases; returns those of ``going`` where it did."""
         base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
+        merit = euclidean(F[going] * weights[going])
         while t >= SMALLEST_STEP:
             trying = np.flatnonzero(~better & (evaluations[going] < limit))
             if not len(trying):
@@ -128,7 +141,7 @@ class Root:
             z = base[trying] + base.dtype.type(t) * step[trying]
             c = self.f.conditions(z, rows[going[trying]])
             evaluations[going[trying]] += 1
-            good = decreases(euclidean(c), merit[trying], t) & np.isfinite(z).all(axis=1)
+            good = decreases(euclidean(c * weights[going[trying]]), merit[trying], t) & np.isfinite(z).all(axis=1)
             Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2
@@ -144,7 +157,8 @@ class Root:
         best, best_merit = start.copy(), np.inf
         c0 = f.conditions(start[None], row)
         used += 1
-        unit_of_c = float(euclidean(c0)[0])
+        row_weights = _row_weights(f.newton_steps(start[None], row, c0)[1], _EQUAL)[0]
+        unit_of_c = float(euclidean(c0 * row_weights)[0])
         unit = float(self.sizes(start[None])[0]) if isinstance(self.sizes.weights, float) else 1.0
         units = np.full(len(start), unit) if isinstance(self.sizes.weights, float) else 1 / self.sizes.weights
         units = np.where(units > 0, units, 1.0)
@@ -157,7 +171,7 @@ class Root:
                 raise _SpentError
             used += 1
             z = (x * units).astype(dtype)
-            c = f.conditions(z[None], row)[0].astype(np.float64) / unit_of_c
+            c = f.conditions(z[None], row)[0] * (row_weights / unit_of_c)
             if not (np.isfinite(z).all() and np.isfinite(c).all()):
                 return np.full(len(x), 1e30)
             if (merit := float(np.linalg.norm(c))) < best_merit:
@@ -166,7 +180,7 @@ class Root:
 
         def jacobian(x: Array) -> Array:
             z = (x * units).astype(dtype)
-            J = f.conditions_jacobian(z[None], row)[0].astype(np.float64) * units / unit_of_c
+            J = f.conditions_jacobian(z[None], row)[0] * units * (row_weights / unit_of_c)[:, None]
             return np.where(np.isfinite(J), J, 0)
 
         options = {"factor": factor, "xtol": 1e-13, "maxfev": budget} | (
@@ -185,6 +199,19 @@ class Root:
 
 class _SpentError(Exception):
     pass
+
+
+def _row_weights(terms: Array, equal: float = 1.0) -> Array:
+    """Of the conditions (m, n) in ‖c‖, by the ``terms`` of their linear model; 1 where those differ by less than ``equal``.
+
+    Conditions of very different units hide each other in ‖c‖: what rounding leaves of a large one may be more than all of a
+    small one.
+    """
+    terms = terms.astype(np.float64)
+    usual = (terms > np.finfo(np.float64).tiny) & (terms < np.inf)
+    terms = np.where(usual, terms, 1)
+    differ = terms.max(axis=1, keepdims=True) > equal * terms.min(axis=1, keepdims=True)
+    return np.where(differ & usual.all(axis=1, keepdims=True), 1 / terms, 1)
 
 
 def _is_steady(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array) -> Array:
