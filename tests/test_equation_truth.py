@@ -657,6 +657,44 @@ def test_no_root_is_found_where_there_is_none(f, start, dtype):
     assert np.isfinite(solution.value)
 
 
+SATURATED = {
+    "monod": (lambda z: z / (1 + z) - 1, "z -> z ./ (1 .+ z) .- 1"),
+    "hill": (lambda z: z**2 / (1 + z**2) - 1, "z -> z .^ 2 ./ (1 .+ z .^ 2) .- 1"),
+    "tanh": (lambda z: np.tanh(z) - 1, "z -> tanh.(z) .- 1"),
+    "logistic": (lambda z: 1 / (1 + np.exp(-z)) - 1, "z -> 1 ./ (1 .+ exp.(-z)) .- 1"),
+    "arctan": (lambda z: np.arctan(z) - np.pi / 2, "z -> atan.(z) .- pi / 2"),
+    "two": (
+        lambda z: np.stack([z[..., 0] / (1 + z[..., 0]) - 1, z[..., 1] - z[..., 0]], axis=-1),
+        "z -> [z[1] / (1 + z[1]) - 1, z[2] - z[1]]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SATURATED)
+@pytest.mark.parametrize("samples", [1, 20])
+def test_conditions_that_only_rounding_makes_zero_have_no_root(kind, name, samples):
+    f, code = SATURATED[name]
+    start = np.linspace(0.5, 2, samples)[:, None].repeat(2 if name == "two" else 1, axis=1)
+    many = {"vectorized": True} if kind == "python" else {}
+    assert not root(either(kind, f, code), start, on_failure="ignore", **many).converged.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("samples", [1, 20])
+def test_root_that_one_long_step_leads_to_is_believed(kind, start, samples):
+    kinked = either(
+        kind,
+        lambda z, a: np.maximum(z, z / 10) - a,
+        "(z, a) -> max.(z, z ./ 10) .- a",
+    )
+    a = np.linspace(-3, 3, samples)[:, None]
+    many = {"vectorized": True} if kind == "python" else {}
+    sol = root(kinked, np.full((samples, 1), start), args=(a,), batched="a", **many)
+    np.testing.assert_allclose(sol.value, np.where(a > 0, a, 10 * a), rtol=1e-12)
+
+
 def test_masked_value_of_f_is_none():
     assert root(lambda z: np.ma.log(z), [-1.0], on_failure="ignore").status == Status.NON_FINITE
     assert root(lambda z: np.ma.log(z) - 1, [2.0]).value == pytest.approx(np.e)

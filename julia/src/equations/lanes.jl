@@ -158,6 +158,7 @@ end
         settled = active & (now <= Float64(eps(T)) * largest)
         usual &= !any(settled & !near) && !any(near & (merit > LEFT_OF_CONDITIONS * merit_before))
         usual &= k > 1 || !any(near & (merit > 0.0))
+        usual &= !any(near & (last_distance > far_step(tol) * largest) & (last_distance < Inf))
         z = choose(active, plus(z, step), z)
         evaluations = ifelse(near, Vec(k), evaluations)
         if K == 1
@@ -206,6 +207,12 @@ end
                 near &= !doubtful
                 distance = ifelse(doubtful, Vec(Inf), distance)
             end
+            sudden = near & (last_distance > far_step(tol) * largest) & (last_distance < Inf)
+            if any(sudden)
+                sudden &= !answers!(w, p, z, base, args)
+                near &= !sudden
+                valid &= !sudden
+            end
             z = choose(near, plus(z, new_step), z)
         else
             k == 1 && (outset = max(outset, size))
@@ -244,6 +251,15 @@ end
     w.B .-= w.J
     divide!(w.J, w.B, K)
     return largest_column_sum(w.B) <= 0.5
+end
+
+@noinline function answers!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, base::Short{K, Vec}, args) where {T, K}
+    there = plus(z, minus(base, z), Vec(PROBE))
+    expected = minus(there, z)
+    found = evaluate!(w.J, p, there, args, Val(true))
+    found = newton_step!(w, minus(evaluate!(w.J, p, z, args, Val(true)), found))
+    each = reduce(&, ntuple(k -> is_answer(found[k], expected[k]), Val(K)))
+    return each & !(measure(found, p.weights) > ANSWER * measure(expected, p.weights))
 end
 
 # --- solvers ---------------------------------------------------------------------------------------------------

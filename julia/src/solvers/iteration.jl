@@ -25,7 +25,7 @@ Linearization{T}(n::Int) where {T} = Linearization{T}(zeros(T, n, n), zeros(T, n
     Iteration{T}(n)
 
 The sample at work, of `n` unknowns: the iterate `z`, the `value` f(z), and the residual `c` of the conditions f(z) - z or f(z);
-`base` and `picard` are the z and f(z) that the step under way begins at. Sizes are held in double precision. Made once and used for one sample after the other.
+`base` and `picard` are the z and f(z) that the step under way begins at (of a root, `picard` is a place looked at). Sizes are held in double precision. Made once and used for one sample after the other.
 """
 mutable struct Iteration{T}
     const z::Vector{T}

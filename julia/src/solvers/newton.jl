@@ -165,19 +165,21 @@ end
     proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.last_merit
     s.last_merit = s.merit
     if solvable
+        is_sudden = far_step(tol) * max(size, s.largest) < s.distance < Inf
         near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf
             return nothing
         end
+        is_sudden && !answers!(s, l, p) && return SINGULAR
         @inbounds for i in eachindex(s.z)
             s.z[i] += l.step[i]
         end
         return CONVERGED
     end
     s.merit == 0 || return nothing
-    # An f that has faded away, as exp(-z) does, is zero with all its derivatives.
-    s.evaluations > 1 && all(iszero, l.J) && return SINGULAR
+    # A condition that has faded away, as exp(-z) does, is zero with all its derivatives.
+    s.evaluations > 1 && any(i -> all(iszero, view(l.J, i, :)), axes(l.J, 1)) && return SINGULAR
     near!(s, p, tol, 0.0, size)
     return CONVERGED
 end
@@ -186,6 +188,26 @@ end
 # away, and where f has an infinite slope, as √z + 1 at zero.
 "What is left of ‖c‖ behind a step to a root, at most."
 const LEFT_OF_CONDITIONS = 0.5
+
+"The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."
+far_step(tol) = max(1.0e-3, 10sqrt(tol))
+
+"The part of the last step that is taken back to see whether f answers, and the factor within which it does."
+const PROBE, ANSWER = 2.0^-10, 32.0
+
+# Whether f changes about as its derivatives say around a root that was suddenly there. If it does not, it is rounding that makes the
+# conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is anywhere.
+@noinline function answers!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
+    expected, found = similar(s.z), similar(s.c)
+    s.picard .= s.z .+ T(PROBE) .* (s.base .- s.z)
+    expected .= s.picard .- s.z
+    call!(found, p, s.picard, s.sample)
+    found .-= s.c
+    lu_solve!(found, l.LU, l.pivots)
+    return all(i -> is_answer(found[i], expected[i]), eachindex(found)) &&
+        !(measure(found, p.weights) > ANSWER * measure(expected, p.weights))
+end
+is_answer(found, expected) = !(oftype(found, ANSWER) * abs(found) < abs(expected))
 
 "Whether a root has been found, to rounding, where nothing leads on."
 function found!(s::Iteration, l::Linearization, p::AbstractEquation)
@@ -197,9 +219,9 @@ end
 
 # Whether the Jacobian is about the same two steps further, as at a root at which one may have started; in any units of the unknowns.
 @noinline function is_steady!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
-    s.base .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
+    s.picard .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
     change = similar(l.J)
-    conditions_jacobian!(change, p, s.base, s.sample)
+    conditions_jacobian!(change, p, s.picard, s.sample)
     change .-= l.J
     foreach(k -> lu_solve!(view(change, :, k), l.LU, l.pivots), axes(change, 2))
     units = abs.(s.z) .+ abs.(l.step)

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.single import SMALLEST_STEP
+from implicit_rnn.engines.numpy.single import ANSWER, PROBE, SMALLEST_STEP, far_step
 from implicit_rnn.engines.numpy.sizes import Sizes, euclidean
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR
@@ -49,7 +49,7 @@ class Root:
                 z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
                 evaluations[k] += used
                 one = slice(k, k + 1)
-                found = self.newton(z[None], samples[one], evaluations[one], self.limit)
+                found = self.newton(z[None], samples[one], evaluations[one], self.limit, start[one] - z)
                 if found[1][0] == CONVERGED or factor == 0.1:
                     Z[one], status[one], evaluations[one], residual[one], rate[one] = found
                     if status[k] == CONVERGED:
@@ -59,13 +59,19 @@ class Root:
         outcome.merge(samples, status, evaluations, residual, rate)
         return Z
 
-    def newton(self, start: Array, rows: Array, used: Array, limit: int) -> tuple[Array, ...]:
-        """Roots, statuses, evaluations (``used`` before), relative steps and rates of the samples ``rows``."""
+    def newton(
+        self, start: Array, rows: Array, used: Array, limit: int, back: Array | None = None
+    ) -> tuple[Array, ...]:
+        """Roots, statuses, evaluations (``used`` before), relative steps and rates of the samples ``rows``.
+
+        ``back`` leads to where the start has come from; without it a root that one starts at is believed.
+        """
         f, sizes, count = self.f, self.sizes, len(rows)
         Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
         evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
         last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
         F, weights, first = np.full_like(Z, np.nan), np.ones(Z.shape), True
+        back = np.zeros_like(Z) if back is None else back
         sizes.begin(rows)
         going = np.flatnonzero(evaluations < limit)
         if len(going):
@@ -88,13 +94,17 @@ class Root:
             broken = ~(np.isfinite(merit) & np.isfinite(size))
             done = sizes.near(length, size, index, quotient, spent) & ~broken
             if (ended := ~exists & done & (evaluations[going] > 1)).any() and not f.is_large:
-                # An f that has faded away, as exp(-z) does, is zero with all its derivatives.
-                done[ended] = f.conditions_jacobian(z[ended], index[ended]).any(axis=(1, 2))
+                # A condition that has faded away, as exp(-z) does, is zero with all its derivatives.
+                done[ended] = (f.conditions_jacobian(z[ended], index[ended]) != 0).any(axis=2).all(axis=1)
             proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * last_merit[going])
             last_merit[going] = merit
             doubtful = done & exists & ~proven & (merit > 0)
             if doubtful.any():
                 done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
+            far = (last[going] > far_step(sizes.tol) * np.fmax(sizes.largest[index], size)) & (last[going] < np.inf)
+            if (sudden := done & exists & (far | back[going].any(axis=1) & ~np.isfinite(last[going]))).any():
+                sudden[sudden] = ~self.answers(z[sudden], back[going[sudden]], index[sudden], c[sudden])
+                done, exists = done & ~sudden, exists & ~sudden
             residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
             rate[going], last[going] = quotient, np.where(doubtful & ~done, np.inf, length)
             # The last step is there, and as good as another iteration.
@@ -105,6 +115,7 @@ class Root:
             moving = ~(done | broken | ~exists | spent)
             settled = (length <= sizes.rounding(size, index))[moving]
             searched, step = going[moving], step[moving]
+            base = Z[searched]
             search = partial(self.search, Z, F, weights, rows, evaluations, status, limit)
             going = search(searched, step)
             failed = status[searched] == SINGULAR
@@ -117,6 +128,7 @@ class Root:
                 weights[once_more] = _row_weights(terms[moving][stuck])
                 last_merit[once_more] = euclidean(F[once_more] * weights[once_more])
                 going = np.sort(np.append(going, search(once_more, step)))
+            back[searched] = base - Z[searched]
         return Z, status, evaluations, residual, rate
 
     def search(
@@ -147,6 +159,19 @@ class Root:
             t /= 2
         status[going[~better & (evaluations[going] < limit)]] = SINGULAR
         return going[better]
+
+    def answers(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:
+        """Whether f changes about as its derivatives say on the way ``back`` from roots that were suddenly there.
+
+        If it does not, it is rounding that makes the conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is
+        anywhere.
+        """
+        if self.f.is_large:
+            return np.ones(len(Z), bool)
+        there = Z + Z.dtype.type(PROBE) * back
+        found, expected = self.f.newton_steps(Z, rows, C - self.f.conditions(there, rows))[0], there - Z
+        each = ~(ANSWER * np.abs(found) < np.abs(expected)).any(axis=1)
+        return np.asarray(each & ~(self.sizes(found) > ANSWER * self.sizes(expected)))
 
     def powell(self, start: Array, sample: int, budget: int, factor: float, scaled: bool) -> tuple[Array, int]:
         """MINPACK's hybrid method by SciPy, on unknowns and conditions of the size 1; the best iterate, and evaluations."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from math import hypot, inf, isfinite, log
+from math import hypot, inf, isfinite, log, sqrt
 from operator import add, mul, sub
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -29,6 +29,9 @@ STILL_SHRINKS = 0.4
 SMALLEST_STEP = 2.0**-20
 """Share of a Newton step below which no shorter one is tried."""
 
+PROBE, ANSWER = 2.0**-10, 32.0
+"""The part of the last step that is taken back to see whether f answers, and the factor within which it does."""
+
 _PROOF, _LAST = 1e-3, 0.1
 """What is left of each condition, and of all of them after the last step, where derivatives have proved right."""
 _STEP = 1e-200
@@ -36,6 +39,11 @@ _EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
 _takes_complex: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Whether functions, by their code, take complex numbers without a warning."""
+
+
+def far_step(tol: float) -> float:
+    """The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."""
+    return max(1e-3, 10 * sqrt(tol))
 
 
 class Found(NamedTuple):
@@ -110,6 +118,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
     z = equation.start[0].tolist()
     c = calls.value(z)
     merit, seen = hypot(*c), [c]
+    start = z
     evaluations, largest, last, before, looked = 1, 0.0, inf, inf, False
     while True:
         step = calls.newton_step(z, c)
@@ -127,6 +136,8 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
                 continue
             if merit > _LAST * before or not _has_vanished(c, seen):
                 return None
+            if far_step(tol) * largest < last < inf and not _answers(calls, z, start, c):
+                return None
             residual = length / max(here, floor, rounding / tol) if length else 0.0
             return Found([*map(add, z, step)], evaluations, residual, rate)
         if looked:
@@ -143,6 +154,13 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
                 break
             t /= 2
         seen.append(c)
+
+
+def _answers(calls: _Calls, z: Numbers, base: Numbers, c: Numbers) -> bool:
+    """Whether f changes about as its derivatives say on the way back from a root that was suddenly there, see ``Root``."""
+    there = [a + PROBE * (b - a) for a, b in zip(z, base, strict=True)]
+    found = calls.newton_step(z, [*map(sub, c, calls.real(there))])
+    return all(abs(b - a) <= ANSWER * abs(x) <= ANSWER**2 * abs(b - a) for a, b, x in zip(z, there, found, strict=True))
 
 
 def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:
