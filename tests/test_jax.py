@@ -419,3 +419,19 @@ def test_squares_of_conditions_may_vanish_or_overflow_in_compiled_code(dtype, un
     start, a = jnp.ones(1, dtype), jnp.asarray(2, dtype)
     z = jax.jit(lambda a: door.root(lambda z, a: unit * (z**2 - a), start, args=(a,)))(a)
     np.testing.assert_allclose(z, np.sqrt(2), rtol=1e-6 if dtype == "float32" else 1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_units_of_single_conditions_and_unknowns_do_not_matter(compiled, rng):
+    units, rows = (10.0 ** rng.permutation(np.linspace(-15, 15, 4)) for _ in range(2))
+    M, a = rng.standard_normal((4, 4)) + 3 * np.eye(4), jnp.linspace(1, 2, 4)
+
+    def solve(units, rows):
+        def of(a):
+            return door.root(lambda z, a: rows * (M @ (z / units) + (z / units) ** 3 / 4 - a), units, args=(a,)) / units
+
+        of = jax.jit(of) if compiled else of
+        return of(a), jax.jacobian(of)(a)
+
+    for found, expected in zip(solve(units, rows), solve(np.ones(4), np.ones(4)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)

@@ -600,3 +600,22 @@ def test_derivatives_of_an_equation_of_every_order():
         (derivative,) = torch.autograd.grad(derivative, a, create_graph=True)
         factor *= 1.5 - order
         assert float(derivative.detach()) == pytest.approx(factor * 2 ** (0.5 - order), rel=1e-9)
+
+
+def test_units_of_single_conditions_and_unknowns_do_not_matter(rng):
+    scales = (torch.from_numpy(10.0 ** rng.permutation(np.linspace(-15, 15, 4))) for _ in range(2))
+    M, a = (
+        torch.from_numpy(rng.standard_normal((4, 4))) + 3 * torch.eye(4),
+        torch.linspace(1, 2, 4, dtype=torch.float64),
+    )
+
+    def solve(units, rows):
+        def of(a):
+            f = lambda z, a: rows * (M @ (z / units) + (z / units) ** 3 / 4 - a)  # noqa: E731
+            return root(f, units, args=(a,)) / units
+
+        return of(a), torch.autograd.functional.jacobian(of, a)
+
+    one = torch.ones(4, dtype=torch.float64)
+    for found, expected in zip(solve(*scales), solve(one, one), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

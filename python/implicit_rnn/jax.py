@@ -17,6 +17,8 @@ import numpy as np
 
 from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
+from implicit_rnn.engines.numpy.operators import SWEEPS
+from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
 from implicit_rnn.engines.numpy.single import STILL_SHRINKS
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
@@ -477,8 +479,9 @@ class _Problem:
         """(B,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
         A, c = self.derivatives(z, args), self.conditions(z, args)
         doubt = jnp.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
-        near = self.derivatives(z + self.direction(z, args, c + jnp.copysign(doubt, c)), args)
-        change = jnp.linalg.solve(A, near - A)
+        near = self.derivatives(z - _solved(A, c + jnp.copysign(doubt, c)), args)
+        left, right = _equilibration(A)
+        change = jnp.linalg.solve(left * A * right, left * (near - A) * right)
         return jnp.abs(change).sum(1).max(1) <= LARGEST_CHANGE
 
     def terms_of_arguments(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
@@ -521,7 +524,31 @@ def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Arr
     _, c = jax.jvp(lambda args: problem.conditions(z, args), (args,), (tangents[1],))
     regular = problem.are_regular(*jax.lax.stop_gradient((z, args)))
     factor = jnp.where(regular, 1, np.nan).astype(z.dtype)  # and not a choice, whose transpose would give zeros
-    return z, factor[:, None] * problem.direction(z, args, c)
+    return z, -factor[:, None] * _solved(problem.derivatives(z, args), c)
+
+
+def _solved(A: jax.Array, b: jax.Array) -> jax.Array:
+    """A⁻¹ b (B, n) by A (B, n, n) with equilibrated rows and columns."""
+    left, right = _equilibration(jax.lax.stop_gradient(A))
+    x: jax.Array = right[:, 0] * jnp.linalg.solve(left * A * right, left * b[..., None])[..., 0]
+    return x
+
+
+def _equilibration(A: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As ``engines.numpy.operators.equilibration``."""
+    exponents = jnp.where((A == 0) | ~jnp.isfinite(A), -jnp.inf, jnp.log2(jnp.abs(A)))
+    left, right = jnp.zeros_like(A[:, :, :1]), jnp.zeros_like(A[:, :1])
+
+    def sweep(_: Any, scales: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        scaled = exponents + scales[0] + scales[1]
+        largest = (scaled.max(axis=axis, keepdims=True) for axis in (2, 1))
+        left, right = (x - jnp.where(jnp.isfinite(y), y, 0) / 2 for x, y in zip(scales, largest, strict=True))
+        return left, right
+
+    limits = jnp.finfo(A.dtype)
+    left, right = jax.lax.fori_loop(0, SWEEPS, sweep, (left, right))
+    left, right = (jnp.exp2(jnp.clip(jnp.round(x), limits.minexp, limits.maxexp - 1)) for x in (left, right))
+    return left, right
 
 
 def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Callable[..., Array]:
@@ -551,13 +578,16 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
         return unit[:, 0] * jnp.linalg.norm(x / unit, axis=1)
 
+    def size(c: jax.Array) -> jax.Array:
+        return norm(c * weights)
+
     def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
-        return norm(jnp.einsum("bij,bj->bi", further, step) + c) <= norm(c) / 2
+        return size(jnp.einsum("bij,bj->bi", further, step) + c) <= size(c) / 2
 
     def is_done(z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array) -> jax.Array:
         """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
-        length, merit = norm(step), norm(c)
+        length, merit = norm(step), size(c)
         near = (length <= tol * norm(z)) | ((length <= eps * largest) & (length > STILL_SHRINKS * last))
         doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
         steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(near), z, c, step)
@@ -570,12 +600,12 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         z, c, step, share, largest, done, count = state
         trial = z + share[:, None] * step
         c_trial = problem.conditions(trial, args)
-        good = decreases(norm(c_trial), norm(c), share) & jnp.isfinite(norm(trial))
+        good = decreases(size(c_trial), size(c), share) & jnp.isfinite(norm(trial))
         better = good & moves(z, step, share) & ~done
         z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
         step_new = jnp.where(better[:, None], problem.direction(z, args, c_new), step)
         largest = jnp.maximum(largest, norm(z))
-        done = done | (better & is_done(z, c_new, step_new, norm(step), norm(c), largest))
+        done = done | (better & is_done(z, c_new, step_new, norm(step), size(c), largest))
         return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
 
     def goes_on(state: Any) -> jax.Array:
@@ -584,6 +614,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
 
     c = problem.conditions(start, args)
     step, largest = problem.direction(start, args, c), norm(start)
+    terms = (jnp.abs(problem.derivatives(start, args)) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
+    differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
+    weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots
     done = is_done(start, c, step, 0, 0, largest)
     first = (start, c, step, jnp.ones_like(largest), largest, done, 1)
     z, _, step, _, _, done, _ = jax.lax.while_loop(goes_on, advance, first)

@@ -15,6 +15,7 @@ import numpy as np
 from implicit_rnn import equations
 from implicit_rnn.device_arrays import DeviceArray, is_on_device
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
+from implicit_rnn.engines.numpy.operators import equilibration
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for
@@ -479,9 +480,18 @@ class _Conditions:
         """(m,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
         A, c = self.derivatives(z, *args), self.values(z, *args)
         doubt = torch.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
-        error, info = torch.linalg.solve_ex(A, c + torch.copysign(doubt, c))
-        change = torch.linalg.solve_ex(A, self.derivatives(z - error, *args) - A)[0]
+        left, right = _equilibration(A)
+        scaled, doubtful = left * A * right, left * (c + torch.copysign(doubt, c))[..., None]
+        error, info = torch.linalg.solve_ex(scaled, doubtful)
+        nearby = self.derivatives(z - (right.mT * error)[..., 0], *args)
+        change = torch.linalg.solve_ex(scaled, left * (nearby - A) * right)[0]
         return (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
+
+
+def _equilibration(A: Tensor) -> tuple[Tensor, Tensor]:
+    """See ``engines.numpy.operators.equilibration``."""
+    left, right = equilibration(A.detach().numpy())
+    return torch.from_numpy(left), torch.from_numpy(right)
 
 
 class _Solution(torch.autograd.Function):
@@ -524,7 +534,9 @@ class _Solution(torch.autograd.Function):
                     "nearly that its error decides: there the solution has no derivative",
                     ctx.solution,
                 )
-            λ = torch.linalg.solve(ctx.conditions.derivatives(z, *given()).mT, v[rows])
+            A = ctx.conditions.derivatives(z, *given())
+            left, right = _equilibration(A)
+            λ = (left * torch.linalg.solve((left * A * right).mT, right.mT * v[rows][..., None]))[..., 0]
             _, pull = torch.func.vjp(
                 lambda *changed: ctx.conditions.values(z, *given(*changed)), *(args[k] for k in wanted)
             )

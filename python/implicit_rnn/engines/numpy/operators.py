@@ -14,7 +14,7 @@ Array = np.ndarray
 
 _KRYLOV, _CYCLES = 50, 4
 """Vectors that GMRES keeps, and how often it begins anew."""
-_SWEEPS = 12
+SWEEPS = 12
 """Of ``equilibration``, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."""
 _RESTARTS, _POWERS = 10, 100
 """Restarts of Arnoldi's method, and powers of J, after which the spectral radius is taken as it is."""
@@ -205,7 +205,7 @@ def equilibration(A: Array) -> tuple[Array, Array]:
     """
     exponents = _exponents(A)
     left, right = np.zeros((*A.shape[:-1], 1)), np.zeros((*A.shape[:-2], 1, A.shape[-1]))
-    for _ in range(_SWEEPS):
+    for _ in range(SWEEPS):
         scaled = exponents + left + right
         of_rows, of_columns = _finite(scaled.max(axis=-1, keepdims=True)), _finite(scaled.max(axis=-2, keepdims=True))
         if max(np.abs(of_rows).max(initial=0), np.abs(of_columns).max(initial=0)) <= 2:
@@ -222,7 +222,7 @@ def _sparse_equilibration(A: Any) -> tuple[Array, Array]:
     """``equilibration`` of one sparse matrix; (n,) each."""
     entries = A.tocoo()
     exponents, left, right = _exponents(entries.data), np.zeros(A.shape[0]), np.zeros(A.shape[1])
-    for _ in range(_SWEEPS):
+    for _ in range(SWEEPS):
         scaled = exponents + left[entries.row] + right[entries.col]
         of_rows, of_columns = np.full_like(left, -np.inf), np.full_like(right, -np.inf)
         np.maximum.at(of_rows, entries.row, scaled)

@@ -16,7 +16,7 @@ from implicit_rnn.solvers import Auto, Solver
 
 Array = np.ndarray
 
-_EQUAL = 1e8
+EQUAL_TERMS = 1e8
 """Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."""
 _LEFT_OF_CONDITIONS = 0.5
 """What is left of ‖c‖ behind a step to a root, at most."""
@@ -83,7 +83,7 @@ class Root:
             step, terms = f.newton_steps(z, index, c)
             exists = np.isfinite(step).all(axis=1)
             if first:
-                weights[going] = _row_weights(terms, _EQUAL)
+                weights[going] = _row_weights(terms, EQUAL_TERMS)
                 merit, first = euclidean(c * weights[going]), False
             length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
             size = sizes(z)
@@ -182,7 +182,7 @@ class Root:
         best, best_merit = start.copy(), np.inf
         c0 = f.conditions(start[None], row)
         used += 1
-        row_weights = _row_weights(f.newton_steps(start[None], row, c0)[1], _EQUAL)[0]
+        row_weights = _row_weights(f.newton_steps(start[None], row, c0)[1], EQUAL_TERMS)[0]
         unit_of_c = float(euclidean(c0 * row_weights)[0])
         unit = float(self.sizes(start[None])[0]) if isinstance(self.sizes.weights, float) else 1.0
         units = np.full(len(start), unit) if isinstance(self.sizes.weights, float) else 1 / self.sizes.weights
