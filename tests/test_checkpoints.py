@@ -162,6 +162,46 @@ def test_run_that_a_callback_ended_goes_on(engine, path, X, Y):
     np.testing.assert_array_equal(paused.parameters, whole.parameters)
 
 
+def end_one(progress: irnn.Progress) -> bool:
+    return progress.index == 1 and progress.epoch == 4
+
+
+@pytest.mark.parametrize("killed", [5, 7])  # with the checkpoint of the epoch of the callback, and of a later one
+def test_net_that_a_callback_ended_before_the_others_stays_ended(engine, killed, path, X, Y):
+    def nets():
+        return [make_net(engine, seed=seed) for seed in range(3)]
+
+    settings = {"epochs": 9, "batch_size": 5}
+    whole, resumed = nets(), nets()
+    expected = irnn.fit_many(whole, X, Y, callbacks=end_one, **settings)
+    watched = {"checkpoint": irnn.Checkpoint(path, every_epochs=1), "callbacks": [end_one, stop_after(killed)]}
+    with pytest.raises(Killed):
+        irnn.fit_many(nets(), X, Y, **watched, **settings)
+    runs = irnn.fit_many(resumed, X, Y, resume=path, **settings)
+    assert [len(run.loss) for run in runs] == [9, 4, 9]
+    for net, other, run, other_run in zip(whole, resumed, runs, expected, strict=True):
+        np.testing.assert_array_equal(net.parameters, other.parameters)
+        assert_equal_runs(run, other_run)
+
+
+@pytest.mark.parametrize("begun", [4, 6])  # up to the epoch of the callback, and to a later one
+def test_more_epochs_leave_a_net_ended_that_a_callback_ended_before_the_others(engine, begun, X, Y):
+    nets = [make_net(engine, seed=seed) for seed in range(3)]
+    runs = irnn.fit_many(nets, X, Y, epochs=begun, batch_size=5, callbacks=end_one)
+    runs = irnn.fit_many(nets, X, Y, epochs=9, batch_size=5, resume=runs)
+    assert [len(run.loss) for run in runs] == [9, 4, 9]
+    assert runs[1].stopped == "a callback ended the training after epoch 4"
+
+
+def test_run_that_callbacks_ended_goes_on_with_the_nets_that_were_in_it_to_the_end(X, Y):
+    nets = [make_net("numpy", seed=seed) for seed in range(3)]
+    ends = [6, 4, 6]
+    runs = irnn.fit_many(nets, X, Y, epochs=9, callbacks=lambda progress: progress.epoch == ends[progress.index])
+    assert [len(run.loss) for run in runs] == ends
+    runs = irnn.fit_many(nets, X, Y, epochs=9, resume=runs)
+    assert [len(run.loss) for run in runs] == [9, 4, 9]
+
+
 THREADS = """
     import sys
     import numpy as np
@@ -292,6 +332,57 @@ def test_runs_other_than_all_of_one_call_are_refused(X, Y):
         nets[0].fit(X, Y, epochs=4, resume=runs[0])
     with pytest.raises(Failure, match="nets is 2 there and 3 here"):
         irnn.fit_many([*nets, make_net("numpy")], X, Y, epochs=4, resume=runs)
+
+
+def three_nets() -> list[irnn.Network]:
+    return [make_net("numpy", seed=seed) for seed in range(3)]
+
+
+REORDERED = {
+    "runs": lambda nets, runs: (nets, runs[::-1]),
+    "nets": lambda nets, runs: (nets[::-1], runs),
+    "fresh nets": lambda nets, runs: (three_nets()[::-1], runs),
+    "fresh nets, one other": lambda nets, runs: ([make_net("numpy", seed=9), *three_nets()[:2]], runs),
+}
+
+
+@pytest.mark.parametrize("restore_best", [False, True])
+@pytest.mark.parametrize("reordered", REORDERED.values(), ids=REORDERED)
+def test_nets_in_another_order_than_their_runs_are_refused(reordered, restore_best, X, Y):
+    settings = {"batch_size": 5, "validation": (X[:4], -Y[:4]), "restore_best": restore_best}
+    nets = three_nets()
+    runs = irnn.fit_many(nets, X, Y, epochs=3, **settings)
+    given, resume = reordered(nets, runs)
+    before = [net.parameters.copy() for net in given]
+    with pytest.raises(Failure, match=r"nets\[\d\] has the parameters of net \d of resume, .* in the same order"):
+        irnn.fit_many(given, X, Y, epochs=6, resume=resume, **settings)
+    np.testing.assert_array_equal([net.parameters for net in given], before)
+
+
+def test_nets_in_another_order_than_those_of_a_checkpoint_are_refused(path, X, Y):
+    irnn.fit_many(three_nets(), X, Y, epochs=3, checkpoint=path)
+    with pytest.raises(Failure, match=r"nets\[0\] has the parameters of net 2 of .*run\.safetensors"):
+        irnn.fit_many(three_nets()[::-1], X, Y, epochs=6, resume=path)
+
+
+def test_nets_and_their_runs_may_both_be_in_another_order(engine, X, Y):
+    def nets():
+        return [make_net(engine, seed=seed) for seed in range(3)]
+
+    whole, parts = nets(), nets()
+    irnn.fit_many(whole, X, Y, epochs=8, batch_size=5)
+    runs = irnn.fit_many(parts, X, Y, epochs=3, batch_size=5)
+    irnn.fit_many(parts[::-1], X, Y, epochs=8, batch_size=5, resume=runs[::-1])
+    for net, other in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(net.parameters, other.parameters, rtol=0, atol=1e-10)
+
+
+def test_nets_of_other_parameters_take_those_of_the_runs_in_order(X, Y):
+    whole, alike = three_nets(), [make_net("numpy", seed=0) for _ in range(3)]
+    irnn.fit_many(whole, X, Y, epochs=6)
+    runs = irnn.fit_many(three_nets(), X, Y, epochs=3)
+    irnn.fit_many(alike, X, Y, epochs=6, resume=runs)
+    np.testing.assert_array_equal([net.parameters for net in alike], [net.parameters for net in whole])
 
 
 @pytest.mark.parametrize("resume", [5, [], ["run"], {"epoch": 3}], ids=str)

@@ -115,7 +115,8 @@ def fit_many(
         from there and ends, bit by bit, as if it had never stopped (with ``warm_start`` to the tolerance). Data, nets,
         engine and all settings that decide the result must be those of the earlier call; ``epochs``, which counts from
         the start of the run, may be another number where the schedule does not depend on it (``Constant``, ``Step``,
-        and ``WarmUp`` to one of these). The parameters of the nets at the call do not count.
+        and ``WarmUp`` to one of these). The parameters of the nets at the call do not count, but that nets in another order
+        than their runs are told by them. A run that a callback ended goes on; of several nets, those that were in it to its end.
     seed
         Of the order of the minibatches, the same on every engine.
     progress
@@ -133,8 +134,8 @@ def fit_many(
     ValueError, TypeError
         For bad data or options.
     CheckpointError
-        If ``resume`` names a file that is no checkpoint or a damaged one, is of another run (the message says what differs),
-        or is a ``Run`` that has all its epochs.
+        If ``resume`` names a file that is no checkpoint or a damaged one, is of another run (the message says what differs)
+        or of these nets in another order, or is a ``Run`` that has all its epochs.
     OSError
         If a checkpoint cannot be written; the one before and the parameters are kept.
     ConvergenceError
@@ -251,7 +252,7 @@ def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> Non
         raise CheckpointError("resume has no state to go on from; expected a Run that fit has returned")
     whole = Snapshot.join(parts)
     # A script that is run again may find its checkpoint finished; who goes on from a Run means to train.
-    whole.restore(training, "resume", epochs - 1 if whole.goes_on else epochs)
+    whole.restore(training, "resume", epochs - 1 if whole.going_on.any() else epochs)
 
 
 P = ParamSpec("P")

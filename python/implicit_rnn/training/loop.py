@@ -19,7 +19,7 @@ from implicit_rnn.training.checkpoints import Checkpoint, Writer
 from implicit_rnn.training.history import Run
 from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
-from implicit_rnn.training.snapshot import Snapshot, describe
+from implicit_rnn.training.snapshot import Snapshot, describe, digest
 from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
 from implicit_rnn.validation import as_generator
 
@@ -54,6 +54,8 @@ class State:
     losses: Array
     """(S, epochs), filled in for the epochs done, as is the next"""
     unconverged: Array
+    origin: Array
+    """(S, 16) the digests of the parameters at the start"""
     ended: Array
     """(S,) the last epoch of nets that were halted; 0 for those that run"""
     best: Array
@@ -82,6 +84,7 @@ class State:
             rng=as_generator(seed),
             losses=np.empty((S, epochs)),
             unconverged=np.empty((S, epochs), np.int64),
+            origin=np.stack([digest(p) for p in parameters]),
             ended=np.zeros(S, np.int64),
             best=parameters.copy(),
             best_loss=np.full(S, np.inf),

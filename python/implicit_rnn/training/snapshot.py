@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 Array = np.ndarray
 
-PER_NET = ("ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch")
+PER_NET = ("origin", "ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch")
 """The arrays that are taken from the state of a run as they are."""
 COMMON = "validation_epochs"
 """The one array that has no leading axis of nets."""
@@ -86,17 +86,20 @@ class Snapshot:
         return replace(first, arrays=stacked | {COMMON: first.arrays[COMMON]})
 
     @property
-    def goes_on(self) -> bool:
-        """Whether any net can be trained on."""
-        return bool(np.isin(self.arrays["halted"], (Halt.RUNNING, Halt.BY_CALLBACK)).any())
+    def going_on(self) -> Array:
+        """(S,) which nets can be trained on: those in training; where there are none, those that a callback ended last."""
+        halted, ended = self.arrays["halted"], self.arrays["ended"]
+        running = halted == Halt.RUNNING
+        return np.asarray(running if running.any() else (halted == Halt.BY_CALLBACK) & (ended == self.epoch))
 
     def restore(self, training: Training, origin: str, last: int) -> None:
-        """Put a run into this state, in which nets go on that a callback has ended just then.
+        """Put a run into this state, in which nets go on that a callback has ended if it so ended the run.
 
-        Raises ``CheckpointError``, which calls this ``origin``, for a run that differs in its data, nets or settings, and
-        for a state behind the epoch ``last``.
+        Raises ``CheckpointError``, which calls this ``origin``, for a run that differs in its data, nets or settings, for nets
+        in another order, and for a state behind the epoch ``last``.
         """
         self._check(training, origin, last)
+        self._check_order(training, origin)
         state, arrays = training.state, self.arrays
         state.epoch, state.seconds = self.epoch, self.seconds
         state.rng.bit_generator.state = self.random
@@ -106,12 +109,12 @@ class Snapshot:
         state.nets.good[...] = arrays["good"]
         state.nets.halted[...] = arrays["halted"]
         for name in PER_NET:
-            getattr(state, name)[...] = arrays[name]
+            if name in arrays:  # the first checkpoints have no origin
+                getattr(state, name)[...] = arrays[name]
         state.validation_epochs = arrays[COMMON].tolist()
         state.validation_losses = list(arrays["validation_losses"].T)
         state.validation_unconverged = list(arrays["validation_unconverged"].T)
-        paused = (state.nets.halted == Halt.BY_CALLBACK) & (state.ended == state.epoch)
-        state.nets.halted[paused], state.ended[paused] = Halt.RUNNING, 0
+        state.nets.halted[self.going_on], state.ended[self.going_on] = Halt.RUNNING, 0
         training.trainer.restore(arrays["optimizer"])
         training.publish()
 
@@ -129,6 +132,28 @@ class Snapshot:
             raise CheckpointError(
                 f"{origin} is at epoch {self.epoch} already, and epochs={settings.epochs} counts from the start of its run"
             )
+
+    def _check_order(self, training: Training, origin: str) -> None:
+        """``CheckpointError`` for a net with the parameters with which another began or ended, in whose place it is not found."""
+        places: dict[bytes, set[int]] = {}
+        for k in range(len(training.nets)):
+            known = [digest(self.arrays[name][k]) for name in ("parameters", "best")]
+            known += list(self.arrays.get("origin", ())[k : k + 1])
+            for each in known:
+                places.setdefault(each.tobytes(), set()).add(k)
+        found = [places.get(digest(net.parameters).tobytes(), set()) for net in training.nets]
+        for k, others in enumerate(found):
+            if others and k not in others and not any(j in found[j] for j in others):
+                raise CheckpointError(
+                    f"nets[{k}] has the parameters of net {min(others)} of {origin}, both counted from 0; expected nets and runs "
+                    "in the same order"
+                )
+
+
+def digest(parameters: Array) -> Array:
+    """(16,) bytes by which the parameters of a net are known again."""
+    made = hashlib.blake2b(np.ascontiguousarray(parameters).data, digest_size=16).digest()
+    return np.frombuffer(made, np.uint8)
 
 
 # --- what must be equal --------------------------------------------------------------------------------------
