@@ -80,10 +80,23 @@ def runs_a_net() -> dict:
     return {"net": irnn.Network(1, [irnn.Layer(1)], outputs=1, engine="numpy")}
 
 
-@pytest.mark.parametrize("name", ["", "../up", "a/b", ".hidden", "a b"])
+@pytest.mark.parametrize(
+    "name", ["", "../up", "a/b", "a\\b", ".hidden", "a b", "a\n", "é", "a" * 300, "CON", "nul.1", "Com1", 3]
+)
 def test_name_that_is_no_file_name_is_refused(name):
     with pytest.raises(ValueError, match="tasks has the name"):
         run_many(runs.square, {name: {"x": 1}})
+
+
+@pytest.mark.parametrize("name", ["a" * 200, "x.", "a..b", "console", "com10", "nullus"])
+def test_name_that_every_system_takes_is_that_of_a_file(name, tmp_path):
+    run_many(runs.square, {name: {"x": 1}}, folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{name}.json"]
+
+
+def test_folder_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="path is ''; expected a name"):
+        run_many(runs.square, TASKS, folder="")
 
 
 @pytest.mark.parametrize(
@@ -94,6 +107,7 @@ def test_name_that_is_no_file_name_is_refused(name):
         ({"tasks": [{"x": 1}]}, "tasks is a list; expected the arguments of each run by its name"),
         ({"tasks": {"a": 1}}, r"tasks\['a'\] is 1; expected the arguments of the run by name"),
         ({"folder": 3}, "path is 3; expected a name"),
+        ({"settings": "yes"}, "settings is 'yes'; expected a dict of what results depend on"),
     ],
 )
 def test_what_is_no_run_or_task_is_refused_by_name(given, message):

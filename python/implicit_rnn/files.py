@@ -15,7 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 
 def as_path(path: object) -> Path:
-    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else."""
+    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for no text."""
+    if path == "":
+        raise ValueError("path is ''; expected a name, as text or a pathlib.Path")
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise TypeError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
     return Path(path)

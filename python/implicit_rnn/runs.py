@@ -52,7 +52,8 @@ def run_many(
         A function at the top of a module, so that worker processes can import it. What it returns must be data that JSON
         can hold and that depend on nothing but its arguments.
     tasks
-        The arguments of each run, by its name (letters, digits, ``.``, ``_`` and ``-``); also data that JSON can hold.
+        The arguments of each run, by its name: up to 200 letters of ASCII, digits, ``.``, ``_`` and ``-``, and no word such as
+        "con" that Windows has for a device. Also data that JSON can hold.
     jobs
         How many runs at once. 1 runs them here in series; more run in as many worker processes, or in what
         ``joblib.parallel_config`` names.
@@ -96,9 +97,10 @@ def run_many(
         raise TypeError(
             f"tasks is a {type(tasks).__name__}; expected the arguments of each run by its name, a dict of dicts"
         )
+    if settings is not None and not isinstance(settings, Mapping):
+        raise TypeError(f"settings is {settings!r}; expected a dict of what results depend on")
     for name, arguments in tasks.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            raise ValueError(f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-'")
+        _check_name(name)
         if not isinstance(arguments, Mapping):
             raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
     store = None if folder is None else _Store(as_path(folder), _name(run), settings or {})
@@ -236,6 +238,20 @@ def _attempt_in_worker(
 ) -> tuple[str, Result | None, str | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
     return _attempt(run, name, arguments)
+
+
+def _check_name(name: object) -> None:
+    """``ValueError`` unless NAME.json is a name of a file on every system."""
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+        raise ValueError(
+            f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-', the first no '.' or '-'"
+        )
+    if len(name) > 200:
+        raise ValueError(f"tasks has the name {name[:20]}… of {len(name)} letters; expected 200 at most")
+    if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
+        raise ValueError(
+            f"tasks has the name {name!r}, which is that of a device on Windows; expected another, as {name}_"
+        )
 
 
 def _name(run: Callable[..., Result]) -> str:
