@@ -233,9 +233,9 @@ def _from_pandas(name: str, table: Any) -> np.ndarray:
 
 
 def as_generator(seed: int | None) -> np.random.Generator:
-    """The random numbers of a seed, which None draws."""
-    try:
-        return np.random.default_rng(seed)
-    except (TypeError, ValueError):
-        kind = ValueError if isinstance(seed, Integral) else TypeError
-        raise kind(f"seed must be a whole number from 0, got {seed!r}") from None
+    """The random numbers of a seed, which None draws; ``TypeError`` and ``ValueError`` for what is no whole number from 0."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
+        raise TypeError(f"seed must be a whole number from 0, got {seed!r}")
+    if seed is not None and seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+    return np.random.default_rng(seed)
