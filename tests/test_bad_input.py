@@ -635,6 +635,11 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
     [
         ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
         ({"seed": "a"}, TypeError, "seed must be a whole number from 0, got 'a'"),
+        ({"seed": [1, 2]}, TypeError, r"seed must be a whole number from 0, got \[1, 2\]"),
+        ({"seed": True}, TypeError, "seed must be a whole number from 0, got True"),
+        ({"progress": "yes"}, TypeError, "progress must be True or False, got 'yes'"),
+        ({"progress": 1}, TypeError, "progress must be True or False, got 1"),
+        ({"progress": np.zeros(2)}, TypeError, r"progress must be True or False, got array\(\[0., 0.\]\)"),
         ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),

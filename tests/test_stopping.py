@@ -173,6 +173,22 @@ def test_callback_that_raises_stop_training_stops_all_nets_in_good_order(engine,
     assert [len(run.loss) for run in runs] == [3, 3]
 
 
+@pytest.mark.parametrize("answer", [np.zeros(2), np.array([True]), 1, 0.0, "no", [], {"stop": True}])
+def test_answer_of_a_callback_that_is_neither_yes_nor_no_is_an_error_that_names_it(net, answer, X, Y):
+    def undecided(progress: irnn.Progress) -> object:
+        return answer
+
+    with pytest.raises(
+        TypeError, match=r"the callback .*undecided returned .*; expected True to end .*, False or None"
+    ):
+        net.fit(X, Y, epochs=3, callbacks=[lambda progress: None, undecided])
+
+
+@pytest.mark.parametrize(("answer", "epochs"), [(np.True_, 1), (np.False_, 3), (False, 3), (None, 3)])
+def test_callback_may_answer_in_booleans_of_numpy(net, answer, epochs, X, Y):
+    assert len(net.fit(X, Y, epochs=3, callbacks=lambda progress: answer).loss) == epochs
+
+
 def test_error_in_a_callback_reaches_the_caller(net, X, Y):
     def fail(progress: irnn.Progress) -> None:
         raise KeyError("mine")
@@ -220,6 +236,29 @@ def test_too_many_unconverged_samples_halt_the_training(engine):
     assert (
         len(net.fit(X, np.zeros((3, 1)), guard=irnn.Guard(unconverged=0.7), on_failure="ignore", **settings).loss) == 4
     )
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("batch_size", [5, None])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": irnn.SGD(1e300)},
+        {"optimizer": irnn.Adam(1e300), "guard": irnn.Guard(parameter_norm=None)},
+        {"optimizer": irnn.AdamW(1e300, weight_decay=1e10), "validation": True},
+        {"optimizer": irnn.RMSProp(1e300), "loss": "huber", "jacobian_penalty": 0.1},
+    ],
+    ids=str,
+)
+def test_absurd_learning_rate_is_told_by_the_guard_alone(engine, settings, batch_size, dtype, X, Y):
+    net = make_net(engine, dtype=dtype)
+    if "validation" in settings:
+        settings = settings | {"validation": (X, Y)}
+    with pytest.warns(irnn.ConvergenceWarning, match="training halted") as told:
+        run = net.fit(X, Y, epochs=5, batch_size=batch_size, **settings)
+    assert [warning.category for warning in told] == [irnn.ConvergenceWarning]
+    assert len(run.loss) <= 2
+    assert np.isfinite(net.parameters).all()
 
 
 def test_guard_raises_if_asked_to(net, X, Y):

@@ -105,8 +105,8 @@ def fit_many(
         Halts the training of a net that goes wrong, which keeps its last good parameters.
     callbacks, callback_every
         Functions that are called with a ``Progress`` for each net in training after every so many epochs, behind the
-        validation of that epoch. One that returns True ends the training of the net, one that raises
-        ``StopTraining`` that of all nets.
+        validation of that epoch. One that returns True, rather than False or None, ends the training of the net, one
+        that raises ``StopTraining`` that of all nets.
     checkpoint
         A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, at the end, and
         before Ctrl-C or another exception leaves the call.
@@ -185,7 +185,7 @@ def fit_many(
         callbacks=_callbacks(callbacks),
         callback_every=options.check_count("callback_every", callback_every),
         checkpoint=_checkpoint(checkpoint),
-        progress=progress,
+        progress=None if progress is None else options.check_flag("progress", progress),
         on_failure=options.check_on_failure(on_failure),
     )
     training = Training(nets, samples, held_out, settings)

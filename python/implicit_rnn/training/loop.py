@@ -20,7 +20,7 @@ from implicit_rnn.training.history import Run
 from implicit_rnn.training.lbfgs import LBFGSTrainer
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.snapshot import Snapshot, describe, digest
-from implicit_rnn.training.stopping import Callback, Progress, StopTraining, reason
+from implicit_rnn.training.stopping import Callback, Progress, StopTraining, ends_training, reason
 from implicit_rnn.validation import as_generator
 
 if TYPE_CHECKING:
@@ -150,8 +150,9 @@ class Training:
                 begin = time.perf_counter()
                 before, running = state.epoch, state.running
                 count = self._until_next_stop(chunk, watch)
-                self._train(count)
-                self._validate()
+                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # which the guard tells in words
+                    self._train(count)
+                    self._validate()
                 elapsed = time.perf_counter() - begin
                 state.seconds += elapsed
                 self._show(bar, count)
@@ -234,7 +235,7 @@ class Training:
         try:
             for k in np.flatnonzero(state.running):
                 progress = self._progress(int(k))
-                answers = [callback(progress) for callback in watch.callbacks]
+                answers = [ends_training(callback, progress) for callback in watch.callbacks]
                 if any(answers):
                     self._halt(np.arange(len(self.nets)) == k, Halt.BY_CALLBACK)
         except StopTraining:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from implicit_rnn.engines.base import Halt
 from implicit_rnn.options import Option, check_count, check_flag, check_not_negative
@@ -119,6 +122,18 @@ class StopTraining(Exception):  # noqa: N818
     >>> run.stopped.startswith("a callback ended the training after epoch")
     True
     """
+
+
+def ends_training(callback: Callback, progress: Progress) -> bool:
+    """Call it; whether it ends the training of the net. ``TypeError`` for an answer other than True, False or None."""
+    answer = callback(progress)
+    if answer is not None and not isinstance(answer, bool | np.bool_):
+        name = getattr(callback, "__qualname__", repr(callback))
+        raise TypeError(
+            f"the callback {name} returned {reprlib.repr(answer)}; expected True to end the training of the net, False or None "
+            "to go on"
+        )
+    return bool(answer)
 
 
 def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: str) -> str:
