@@ -218,6 +218,17 @@ def test_a_sample_without_weight_does_not_count_in_minibatches_and_validation_ei
         estimator.fit(X, y, sample_weight=0 * weights)
 
 
+def test_weights_of_partial_fit_count_beside_those_of_the_same_call(classifier, data):
+    X, y = data[0], np.arange(len(data[0])) % 2
+    heavy, light = (
+        clone(classifier)
+        .partial_fit(X[:9], y[:9], classes=[0, 1])
+        .partial_fit(X[9:], y[9:], sample_weight=np.full(len(X) - 9, weight))
+        for weight in (7.0, 1.0)
+    )
+    assert_allclose(heavy.predict_proba(X), light.predict_proba(X), rtol=1e-12)
+
+
 def test_balanced_classes_weigh_the_same(classifier, iris):
     X, y = iris[0][:120], iris[1][:120]
     balanced = clone(classifier).set_params(class_weight="balanced").fit(X, y)
@@ -469,6 +480,9 @@ def test_partial_fit_refuses_what_it_cannot_do(iris, parameters, message):
         ({"input_skips": 3}, TypeError, "input_skips is 3; expected layers"),
         ({"scale": "yes"}, TypeError, "scale must be True or False"),
         ({"warm_start": "yes"}, TypeError, "warm_start must be True or False"),
+        ({"verbose": "yes"}, TypeError, "verbose must be True, False or a whole number, got 'yes'"),
+        ({"loss": "binary_cross_entropy"}, ValueError, "loss='binary_cross_entropy' is one of classification"),
+        ({"loss": irnn.CrossEntropy(), "scale": False}, ValueError, "use ImplicitRNNClassifier"),
         ({"activation": "tanj"}, ValueError, "did you mean tanh"),
         ({"constraint": "peron"}, ValueError, "did you mean Perron"),
         ({"optimizer": "adan"}, ValueError, "did you mean Adam"),

@@ -10,6 +10,7 @@ from abc import ABCMeta, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
+from numbers import Integral
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -259,6 +260,8 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """Check those that nothing else checks, or only under another name."""
         for name in ("scale", "warm_start"):
             options.check_flag(name, getattr(self, name))
+        if not isinstance(self.verbose, bool | np.bool_ | Integral):
+            raise TypeError(f"verbose must be True, False or a whole number, got {self.verbose!r}")
         options.check_fraction("validation_fraction", self.validation_fraction)
         if self.clip is not None:
             options.check_positive("clip", self.clip)
@@ -348,7 +351,8 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     feedback, skips, input_skips, constraint
         Connections between layers, and what is promised of the recurrent weights, as in ``Network``.
     loss
-        "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets.
+        "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets; the losses of
+        classification are refused.
     optimizer
         An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.003)``.
     learning_rate, weight_decay
@@ -479,7 +483,13 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
 
     @property
     def _chosen_loss(self) -> Loss:
-        return options.choose(Loss, self.loss, "loss")
+        loss = options.choose(Loss, self.loss, "loss")
+        if loss.bounded:
+            raise ValueError(
+                f"loss={self.loss!r} is one of classification, whose outputs are logits; expected one of numbers such as 'mse', "
+                "'mae' or 'huber', or use ImplicitRNNClassifier"
+            )
+        return loss
 
     def __sklearn_tags__(self) -> Tags:
         tags = super().__sklearn_tags__()
