@@ -135,6 +135,12 @@ def test_second_derivatives_are_refused_in_so_many_words(f, p, X):
         jax.hessian(lambda x: f(p, x).sum())(X[0])
 
 
+@pytest.mark.parametrize("derive", [lambda g, X: jax.jvp(g, (X,), (X,)), lambda g, X: jax.jacfwd(g)(X)])
+def test_forward_mode_is_refused_in_so_many_words(f, p, X, derive):
+    with pytest.raises(TypeError, match=r"in reverse mode only in JAX .* Network\.jvp gives the derivative along"):
+        derive(lambda X: f(p, X), jnp.asarray(X))
+
+
 def test_bad_input_is_refused_by_name(X):
     net = make_net("numpy")
     f, p = door.function(net), door.parameters(net)
@@ -325,6 +331,37 @@ def test_derivatives_are_nan_where_the_jacobian_is_singular():
     assert np.isnan(at_a_fold(1.0))  # the start is near it
     assert at_a_fold(1 - 1e-8) == pytest.approx(1 / np.sqrt(2e-8), rel=1e-3)
     assert jax.grad(z)(4.0) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda b: jax.vmap(f)(jnp.array([b, b]))[1]])
+@pytest.mark.parametrize(
+    "f", [lambda z, a, b: z**2 - a * b, pytest.param("(z, a, b) -> z .^ 2 .- a .* b", marks=pytest.mark.julia)]
+)
+def test_sample_that_failed_does_not_spoil_what_it_shares_where_it_is_left_out(f, wrap):
+    f = irnn.julia(f) if isinstance(f, str) else f
+    a = jnp.array([1.0, -1.0, 4.0])
+
+    def solutions(b):
+        z = door.root(f, jnp.ones((3, 1)), args=(a, b), batched="a", on_failure="ignore")
+        return z[:, 0]
+
+    solutions, b = wrap(solutions), 2.0
+    known = jnp.array([True, False, True])
+    close(jnp.isfinite(solutions(b)), known)
+    close(jax.grad(lambda b: jnp.where(known, solutions(b), 0).sum())(b), (1 + 2) / 2 / b**0.5)
+    close(jax.grad(lambda b: solutions(b)[0])(b), 1 / 2 / b**0.5)
+    assert np.isnan(jax.grad(lambda b: solutions(b).sum())(b))
+    close(jnp.isfinite(jax.jacfwd(solutions)(b)), known)
+    close(jnp.isfinite(jax.jacrev(solutions)(b)), known)
+
+
+def test_sample_that_failed_does_not_spoil_second_derivatives_either():
+    def loss(b):
+        a = jnp.array([1.0, -1.0])
+        z = door.root(lambda z, a, b: z**2 - a * b, jnp.ones((2, 1)), args=(a, b), batched="a", on_failure="ignore")
+        return jnp.where(jnp.isfinite(z), z, 0).sum()
+
+    close(jax.grad(jax.grad(loss))(2.0), -1 / 4 / 2**1.5)
 
 
 def test_bad_equations_are_refused_by_name():

@@ -159,7 +159,7 @@ def function(
             raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
         flat = jnp.concatenate([jnp.ravel(each.T) for each in weights.values()])  # blocks are stored column by column
         rows = x.reshape(-1, x.shape[-1])
-        y = call(flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
+        y = _in_reverse_mode(call, flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return apply
@@ -169,6 +169,19 @@ _OF_A_NETWORK = (
     "a network has first derivatives only in JAX, in reverse mode, and this differentiates them again; "
     "Network.hessian_vector_product gives exact products with the Hessian of a loss"
 )
+
+
+def _in_reverse_mode(call: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """The call; ``TypeError`` in words of ours where JAX differentiates it in forward mode and finds so at once."""
+    try:
+        return call(*arrays)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise TypeError(
+            "a network has derivatives in reverse mode only in JAX (grad, vjp, jacrev), and this is forward mode (jvp, jacfwd); "
+            "Network.jvp gives the derivative along a direction"
+        ) from None
 
 
 def _of_first_order(function: Callable[..., Any], message: str) -> Callable[..., Any]:
@@ -277,7 +290,8 @@ def fixed_point(
 
     Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
     the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
-    in reverse mode; where ∂c/∂z is singular they are NaN. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the
+    in reverse mode; where ∂c/∂z is singular, and for samples that have not converged, they are NaN, but a cotangent of zero there
+    leaves the gradient of shared arguments as it is. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the
     iteration is a damped Newton method within JAX, by the same criterion; samples that do not converge are NaN there, and
     ``solver`` gives the tolerance and the largest number of iterations. It also finds fixed points that Picard iteration would
     leave.
@@ -521,10 +535,22 @@ def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) ->
 def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     start, args = primals
     z = _solution(problem, start, args)
-    _, c = jax.jvp(lambda args: problem.conditions(z, args), (args,), (tangents[1],))
-    regular = problem.are_regular(*jax.lax.stop_gradient((z, args)))
-    factor = jnp.where(regular, 1, np.nan).astype(z.dtype)  # and not a choice, whose transpose would give zeros
-    return z, -factor[:, None] * _solved(problem.derivatives(z, args), c)
+    regular = problem.are_regular(*jax.lax.stop_gradient((z, args)))[:, None]
+    at = jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start))  # as what is NaN would make zero cotangents NaN
+    _, c = jax.jvp(lambda args: problem.conditions(at, args), (args,), (tangents[1],))
+    A = jnp.where(regular[..., None], problem.derivatives(at, args), jnp.eye(z.shape[1], dtype=z.dtype))
+    return z, _where_regular(regular, -_solved(A, c))
+
+
+def _where_regular(regular: jax.Array, change: jax.Array) -> jax.Array:
+    """The change (B, n) of the solutions, NaN for samples that are not regular (B, 1), whose cotangents become NaN, too.
+
+    A cotangent of zero stays zero, so that a sample that was left out of a loss does not spoil the gradient of arguments that
+    it shares. So its transpose overflows before it multiplies by zero; a choice would give zeros, a factor of NaN always NaN.
+    """
+    largest = jnp.where(regular, 1, jnp.finfo(change.dtype).max).astype(change.dtype)
+    none = jnp.where(regular, 1, 0).astype(change.dtype)
+    return change * none * largest * largest + jnp.where(regular, 0, np.nan).astype(change.dtype)
 
 
 def _solved(A: jax.Array, b: jax.Array) -> jax.Array:
@@ -676,11 +702,14 @@ def _julia_derivative(problem: _JuliaProblem, primals: Any, tangents: Any) -> tu
         lambda *arrays: _outside(problem.jacobians, shapes, *arrays),
         "an equation in Julia code has first derivatives only, and this differentiates them again; write f in JAX",
     )
-    change = jnp.zeros_like(start)
+    change, regular = jnp.zeros_like(start), jnp.ones((len(start), 1), bool)
     for k, J in zip(floats, take(start, *args), strict=True):
+        known = jnp.isfinite(J)
+        regular &= known.all((1, 2))[:, None]
         along = tangents[1][k].reshape(-1, J.shape[-1])
-        change += jnp.einsum("bij,bj->bi", J, jnp.broadcast_to(along, (len(start), J.shape[-1])))
-    return _julia_solution(problem, start, args), change
+        along = jnp.broadcast_to(along, (len(start), J.shape[-1]))
+        change += jnp.einsum("bij,bj->bi", jnp.where(known, J, 0), along)
+    return _julia_solution(problem, start, args), _where_regular(regular, change)
 
 
 def _outside(function: Callable[..., Any], shapes: Any, *arrays: jax.Array) -> Any:
