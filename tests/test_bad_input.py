@@ -681,3 +681,19 @@ def test_recurrent_weights_that_are_not_finite_end_as_non_finite_and_are_named(e
 def test_plane_is_not_drawn_of_a_net_without_two_inputs(net, X):
     with pytest.raises(ValueError, match="net has 3 inputs; expected 2"):
         plotting.decision_surface(net, None, X, np.zeros(12))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"X": np.zeros((4, 3))}, r"X has shape \(4, 3\) and Y 4 targets"),
+        ({"Y": np.zeros(3)}, r"X has shape \(4, 2\) and Y 3 targets; expected \(B, 2\) and B"),
+        ({"points": 1}, "points must be 2 or more, got 1"),
+        ({"points": -1}, "points must be a whole number from 1, got -1"),
+        ({"reach": 0}, "reach must be positive and finite, got 0"),
+    ],
+)
+def test_plane_that_cannot_be_drawn_is_refused(given, message):
+    net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="numpy")
+    with pytest.raises(ValueError, match=message):
+        plotting.decision_surface(net, None, **({"X": np.zeros((4, 2)), "Y": np.zeros(4)} | given))

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from implicit_rnn import options
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -29,12 +31,12 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     X, Y
         Samples (B, 2) and targets (B,).
     reach, points
-        The plane is [-reach, reach]², in so many points each way.
+        The plane is [-reach, reach]², in so many points each way, two or more.
 
     Raises
     ------
-    ValueError
-        For a net of another number of inputs.
+    ValueError, TypeError
+        For a net of another number of inputs, samples or targets of another shape, and a plane that is none.
 
     Examples
     --------
@@ -46,6 +48,12 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     """
     if net.topology.inputs != 2:
         raise ValueError(f"net has {net.topology.inputs} inputs; expected 2, which span the plane that is drawn")
+    X, Y = np.asarray(X), np.ravel(Y)
+    if X.ndim != 2 or X.shape[1] != 2 or len(Y) != len(X):
+        raise ValueError(f"X has shape {X.shape} and Y {len(Y)} targets; expected (B, 2) and B")
+    options.check_positive("reach", reach)
+    if options.check_count("points", points) < 2:
+        raise ValueError(f"points must be 2 or more, got {points}")
     grid = np.linspace(-reach, reach, points)
     plane = np.stack(np.meshgrid(grid, grid), axis=-1).reshape(-1, 2)
     surface = net.predict(plane, on_failure="ignore")[:, 0].reshape(points, points)
@@ -60,7 +68,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     )
     ax.contour(grid, grid, surface, levels=[0], colors="black", linewidths=1, linestyles="--")
     for sign, marker, label in ((1, "o", "target +"), (-1, "s", "target −")):
-        points_x, points_y = np.asarray(X)[np.sign(np.ravel(Y)) == sign].T
+        points_x, points_y = X[np.sign(Y) == sign].T
         ax.scatter(
             points_x,
             points_y,
@@ -78,7 +86,9 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 
 
 def loss_curve(run: Run, ax: Axes) -> None:
-    """Training and validation loss against the epoch, on a logarithmic scale, with the best epoch marked.
+    """Training and validation loss against the epoch, with the best epoch marked.
+
+    The scale is logarithmic, but where a loss is negative, as one of one's own can be.
 
     Parameters
     ----------
@@ -95,13 +105,16 @@ def loss_curve(run: Run, ax: Axes) -> None:
     >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, progress=False)
     >>> plotting.loss_curve(run, pyplot.figure().gca())
     """
-    ax.semilogy(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training")
+    marker = "o" if len(run.loss) == 1 else None  # a line of one point is none
+    ax.plot(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training", marker=marker)
     if len(run.validation_loss):
-        ax.semilogy(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
+        ax.plot(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
         if run.best_epoch is not None:
             best = run.validation_loss[run.validation_epochs == run.best_epoch]
             ax.plot(run.best_epoch, best, "o", color=POSITIVE, label=f"best, epoch {run.best_epoch}")
         ax.legend(frameon=False)
+    if not (np.append(run.loss, run.validation_loss) < 0).any():
+        ax.set_yscale("log")
     ax.set(xlabel="epoch", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
 
