@@ -262,6 +262,14 @@ def make_oscillating(engine: str | None) -> irnn.Network:
     return net
 
 
+def make_overflowing(engine: str | None) -> irnn.Network:
+    """Two free neurons z = relu(x + R z), of which the second overflows for a large second input, and rests at 0 for none."""
+    net = irnn.Network(2, [irnn.Layer(2, "relu")], outputs=1, constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = [[1, 0], [0, 1e200]], [[0, 0], [0, 1e200]]
+    net.weights["C"][...] = 1.0
+    return net
+
+
 # --- processes -----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_net, make_oscillating
+from conftest import make_net, make_oscillating, make_overflowing
 
 import implicit_rnn as irnn
 
@@ -122,6 +122,26 @@ def test_outside_compiled_code_errors_are_those_of_the_network(engine):
         door.function(net, solver="picard")(p, np.array([[0.1], [5.0]]))
     with pytest.raises(ValueError, match="X has NaN or infinity in 1 of 2 samples, first in sample 1"):
         door.function(net)(p, np.array([[0.1], [np.nan]]))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sample_without_equilibrium_that_is_left_out_does_not_spoil_the_gradient(engine, compiled):
+    net, X, known = (
+        make_overflowing(engine),
+        jnp.array([[1.0, 1e150], [2.0, 0], [3.0, 0]]),
+        np.array([False, True, True]),
+    )
+    f, p = door.function(net, on_failure="ignore"), door.parameters(net)
+
+    def loss(p, X):
+        return jnp.where(known[:, None], f(p, X), 0).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1))) if compiled else jax.grad(loss, (0, 1))
+    expected = jax.grad(lambda p, X: f(p, X).sum(), (0, 1))(p, X[known])
+    (dp, dX), (dp_known, dX_known) = gradient(p, X), expected
+    assert dp_known["W"].any()
+    jax.tree.map(close, dp, dp_known)
+    close(dX, np.concatenate([np.zeros((1, 2)), dX_known]))
 
 
 def test_no_samples_give_no_outputs_and_gradients_of_zero(f, p, X):

@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_net, make_oscillating
+from conftest import make_net, make_oscillating, make_overflowing
 
 import implicit_rnn as irnn
 
@@ -340,6 +340,20 @@ def test_frozen_parameters_get_no_gradient(layer, x):
     layer(x).sum().backward()
     assert layer.R.grad is None
     assert layer.W.grad is not None
+
+
+def test_sample_without_equilibrium_that_is_left_out_does_not_spoil_the_gradient(engine):
+    layer = ImplicitRNN(make_overflowing(engine), on_failure="ignore")
+    x = torch.tensor([[1.0, 1e150], [2.0, 0], [3.0, 0]], dtype=torch.float64, requires_grad=True)
+    known = torch.tensor([False, True, True])
+
+    def gradients(y):
+        return torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+
+    found, expected = gradients(torch.where(known[:, None], layer(x), 0)), gradients(layer(x[known]))
+    assert expected[1].any()
+    for part, expected_part in zip(found, expected, strict=True):
+        np.testing.assert_allclose(part, expected_part, rtol=1e-12)
 
 
 def test_sample_without_equilibrium_is_an_error_forward(engine):

@@ -242,10 +242,16 @@ class _Host:
     def _pull_back_one(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, Array]:
         if not len(x):
             return np.zeros_like(p), np.zeros_like(x)
+        if not (counts := v.any(axis=1)).all():  # one without equilibrium would make the gradient NaN
+            gradient, part = self._pull_back_one(p, x[counts], state[counts], v[counts])
+            dx = np.zeros_like(x)
+            dx[counts] = part
+            return gradient, dx
+        start = np.nan_to_num(state, nan=0, posinf=0, neginf=0)
         with self._lock:
             self._net.parameters = p
             return self._net.vjp(
-                x, v, of=self._of, solver=self._solver, adjoint=self._adjoint, z0=state, on_failure=self._on_failure
+                x, v, of=self._of, solver=self._solver, adjoint=self._adjoint, z0=start, on_failure=self._on_failure
             )
 
 

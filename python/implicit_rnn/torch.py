@@ -311,6 +311,9 @@ class _Pullback(torch.autograd.Function):
     def forward(layer: ImplicitRNN, v: Tensor, state: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         if not len(x):
             return torch.zeros_like(x), *map(torch.zeros_like, weights)
+        if not (counts := v.ne(0).any(dim=1)).all():  # one without equilibrium would make the gradient NaN
+            part, *gradients = _Pullback.forward(layer, v[counts], state[counts], x[counts], *weights)
+            return torch.zeros_like(x).masked_scatter_(counts[:, None], part), *gradients
         net = layer.network(weights)
         gradient, dx = net.vjp(
             _to_engine(x, net.device),
@@ -318,7 +321,7 @@ class _Pullback(torch.autograd.Function):
             of=layer.of,
             solver=layer.solver,
             adjoint=layer.adjoint,
-            z0=_to_engine(state, net.device),
+            z0=_to_engine(state.nan_to_num(0, 0, 0), net.device),
             on_failure=layer.on_failure,
         )
         parts = [torch.from_numpy(part).to(x.device) for part in net.named(gradient).values()]
