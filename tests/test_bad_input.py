@@ -604,6 +604,11 @@ def test_fit_of_no_nets_is_refused(X, Y):
         irnn.fit_many([], X, Y)
 
 
+def test_fit_of_one_net_as_two_is_refused(net, X, Y):
+    with pytest.raises(ValueError, match=r"nets has the same Network twice; expected one for each training"):
+        irnn.fit_many([net] * 2, X, Y)
+
+
 def test_fit_of_nets_of_different_structure_is_refused(X, Y):
     with pytest.raises(ValueError, match="same topology, dtype, engine and device"):
         irnn.fit_many([make_net("numpy"), make_net("numpy", neurons=4)], X, Y)
@@ -642,6 +647,7 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
         ({"progress": np.zeros(2)}, TypeError, r"progress must be True or False, got array\(\[0., 0.\]\)"),
         ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
+        ({"checkpoint": ""}, ValueError, "path must be the name of a file, got ''"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
         ({"epochs": 2**31}, ValueError, r"epochs must be a whole number below 2\*\*31, got 2147483648"),
     ],

@@ -70,6 +70,8 @@ class Checkpoint(Option):
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path):
             raise TypeError(f"path must be a path, got {self.path!r}")
+        if self.path == "":
+            raise ValueError("path must be the name of a file, got ''")
         if self.every_epochs is not None:
             check_count("every_epochs", self.every_epochs)
         if self.every_minutes is not None:

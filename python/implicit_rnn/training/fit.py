@@ -201,6 +201,8 @@ def _check_nets(nets: Sequence[Network]) -> None:
         raise TypeError(f"nets must be a list of Network, got {nets!r}; one net is trained by net.fit(X, Y)")
     if not nets:
         raise ValueError("nets is empty")
+    if len(set(map(id, nets))) < len(nets):
+        raise ValueError("nets has the same Network twice; expected one for each training, such as copy.deepcopy(net)")
     kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
