@@ -261,6 +261,16 @@ def test_absurd_learning_rate_is_told_by_the_guard_alone(engine, settings, batch
     assert np.isfinite(net.parameters).all()
 
 
+def test_warnings_of_a_loss_of_ones_own_are_not_hidden(X, Y):
+    def logarithm(y, t):
+        with np.errstate(divide="ignore"):
+            return np.log(y - 9)[:, 0], 1 / (y - 9)
+
+    net = irnn.Network(X.shape[1], [irnn.Layer(2)], outputs=1, seed=0, engine="numpy")
+    with pytest.warns(RuntimeWarning, match="invalid value encountered in log"):
+        net.fit(X, Y[:, :1], epochs=1, loss=irnn.CustomLoss(logarithm), on_failure="ignore")
+
+
 def test_guard_raises_if_asked_to(net, X, Y):
     with pytest.raises(irnn.ConvergenceError, match="norm of the parameters"):
         net.fit(X, Y, optimizer=irnn.SGD(1e3), guard=irnn.Guard(parameter_norm=50), on_failure="raise")

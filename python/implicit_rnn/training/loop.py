@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import numpy as np
 from implicit_rnn.console import progress_bar
 from implicit_rnn.engines.base import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import report_failure
+from implicit_rnn.model.losses import CustomLoss
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import Solution, remedy
 from implicit_rnn.training.checkpoints import Checkpoint, Writer
@@ -150,7 +152,7 @@ class Training:
                 begin = time.perf_counter()
                 before, running = state.epoch, state.running
                 count = self._until_next_stop(chunk, watch)
-                with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # which the guard tells in words
+                with self._quiet():
                     self._train(count)
                     self._validate()
                 elapsed = time.perf_counter() - begin
@@ -161,6 +163,12 @@ class Training:
                 if writer is not None:
                     writer()
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
+
+    def _quiet(self) -> AbstractContextManager[object]:
+        """NumPy without its warnings of overflow, which the guard tells in words; those of a loss of one's own are heard."""
+        if isinstance(self.settings.loss, CustomLoss):
+            return nullcontext()
+        return np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
     def _until_next_stop(self, chunk: int, watch: Watch) -> int:
         intervals = [self.settings.epochs]
