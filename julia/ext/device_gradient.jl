@@ -6,7 +6,7 @@ function ImplicitRNN.loss_and_gradient!(
     check_supervised(problem.net, X, Y, weights)
     check_start(problem.net, X, states)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    return pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states)
+    return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states), ws)
 end
 
 function ImplicitRNN.vjp!(
@@ -14,15 +14,19 @@ function ImplicitRNN.vjp!(
     )
     check_pullback(problem.net, dX, X, V, of, start)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    return pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report)
+    return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report), ws)
 end
 
 function ImplicitRNN.jvp!(
-        tangent, ws::DeviceWorkspace{T}, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
-    ) where {T}
-    net, B = problem.net, size(X, 2)
-    check_pushforward(net, tangent, X, dp, dX, of, start)
+        tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
+    )
+    check_pushforward(problem.net, tangent, X, dp, dX, of, start)
     check_options(problem)
+    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
+end
+
+function push_forward!(tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
+    net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     direction, quality = tangent_weights(ws, dp), Quality()
     for columns in pieces(ws, problem, 1:B)

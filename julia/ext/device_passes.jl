@@ -126,10 +126,14 @@ function hand_over!(outcome, ws::DeviceWorkspace, problem, X, start, left)
 end
 
 function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start = nothing)
-    net, B = problem.net, size(X, 2)
-    check_features(net, X)
+    check_features(problem.net, X)
     check_solver(problem.solver)
-    check_start(net, X, start)
+    check_start(problem.net, X, start)
+    return exclusively(() -> solve_pieces!(solution, ws, problem, p, X, start), ws)
+end
+
+function solve_pieces!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start)
+    net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     for columns in pieces(ws, problem, 1:B)
         x, z = on_device(ws, columns_of(X, columns)), columns_of(start, columns)
@@ -171,6 +175,10 @@ amplification_of(c::Monotone, ws, k) = amplification(c, (; recurrent = on_host(w
 
 function ImplicitRNN.read_out!(outputs, ws::DeviceWorkspace, p, Z)
     check_size("states", Z, neurons(ws.net), size(outputs, 2))
+    return exclusively(() -> put_outputs!(outputs, ws, p, Z), ws)
+end
+
+function put_outputs!(outputs, ws::DeviceWorkspace, p, Z)
     unpack!(ws, p)
     ws.net.outputs > 0 ? (outputs .= ws.offset) : fill!(outputs, 0)
     for (stage, w) in zip(ws.net.stages, ws.stages)

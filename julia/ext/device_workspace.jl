@@ -32,6 +32,7 @@ mutable struct DeviceWorkspace{T, B <: Backend, M <: AbstractMatrix{T}, V <: Abs
     on_host::Bool                               # whether the parameters are in force on the CPU as well
     budget::Int                                 # bytes that a batch may take
     coarse_first::Int                           # multiplications from which lower precision comes first
+    const owner::Owner
 end
 
 function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_memory(backend) ÷ 4 * 3, coarse_first::Int = 2^26) where {T}
@@ -40,7 +41,7 @@ function DeviceWorkspace(net::Network{T}, backend::Backend; budget::Int = free_m
     M, V = typeof(make(0, 0)), typeof(make(0))
     return DeviceWorkspace{T, typeof(backend), M, V}(
         net, backend, CPUWorkspace(net), make(length(net)), make(length(net)), device_stages(net, make), make(net.outputs),
-        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget, coarse_first
+        StageArrays{M}[], StageArrays{M}[], [M[] for _ in net.stages], false, budget, coarse_first, Owner(),
     )
 end
 

@@ -17,9 +17,13 @@ function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), weigh
 end
 
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
+    check_supervised(problem.net, X, Y, weights)
+    check_length(problem.net, v)
+    return exclusively(() -> second_derivative!(h, ws, problem, p, X, Y, v, weights), ws)
+end
+
+function second_derivative!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights) where {T}
     net, B = problem.net, size(X, 2)
-    check_supervised(net, X, Y, weights)
-    check_length(net, v)
     unpack!(ws, p)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])

@@ -122,7 +122,8 @@ needs_equilibrium(::Unrolled) = false
     AbstractWorkspace{T}
 
 Where and how batches of a network are computed: all buffers of its passes, on some hardware. It is made for a network, and each
-call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, and the methods
+call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, an [`Owner`](@ref) as
+its field `owner`, and the methods, which work [`exclusively`](@ref),
 
 - [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
 - [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y; probe, weights, report, states)`
@@ -132,8 +133,38 @@ call is given the [`Problem`](@ref) with the options in force. A subtype has the
 
 All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
 package; that of devices comes with the extension for GPU arrays.
+
+One call works in a workspace at a time: tasks that work at once need one each.
 """
 abstract type AbstractWorkspace{T} end
+
+"The task that is at work in a workspace, or nothing."
+mutable struct Owner
+    @atomic task::Union{Nothing, Task}
+end
+Owner() = Owner(nothing)
+
+"""
+    exclusively(work, ws)
+
+`work()`, during which no other task may work in the workspace. Throws an `ErrorException` where another one does; within its own
+work a task may call it again.
+"""
+@inline function exclusively(work::F, ws::AbstractWorkspace) where {F}
+    owner, task = ws.owner, current_task()
+    before, free = @atomicreplace owner.task nothing => task
+    free || return before === task ? work() : refuse_second_task()
+    try
+        return work()
+    finally
+        @atomic :release owner.task = nothing
+    end
+end
+
+@noinline refuse_second_task() = error(
+    "another task is at work in this workspace, whose buffers are for one call at a time; give each task a workspace of its own, \
+    `Workspace(net)`, and a trainer of its own"
+)
 
 """
     equilibrium!(solution, ws, problem, p, X, start = nothing)
@@ -179,7 +210,8 @@ function allocate end
     Workspace(net, backend)
 
 The [`AbstractWorkspace`](@ref) for a network on this machine's CPU, or on a device: `backend` is one of KernelAbstractions.jl, such as
-`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded.
+`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded. Tasks that compute at once
+need a workspace each: a call throws an `ErrorException` while another task is at work in it.
 """
 Workspace(net::Network) = CPUWorkspace(net)
 

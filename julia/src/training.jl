@@ -152,10 +152,12 @@ function train!(trainer::Trainer, nets::Replicas, X, Y, order, batch_size::Int, 
 end
 
 function train!(trainer::Trainer, nets::Replicas, batches::Batches, losses, unconverged)
-    trainer.warm_start && make_equilibria!(trainer, size(batches.X, 2))
-    goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
-        train_each!(trainer, nets, batches, losses, unconverged)
-    trainer.steps += length(batches.rates)
+    exclusively(first(trainer.buffers).workspace) do
+        trainer.warm_start && make_equilibria!(trainer, size(batches.X, 2))
+        goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
+            train_each!(trainer, nets, batches, losses, unconverged)
+        trainer.steps += length(batches.rates)
+    end
     return losses
 end
 

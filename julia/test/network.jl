@@ -58,3 +58,44 @@ end
     @test_throws DimensionMismatch equilibrium(net, p, X; start = zeros(3, 4))
     @test_throws ArgumentError Network{Float16}(2, [Layer(3)]; outputs = 1)
 end
+
+# Parameters of which the first that is read tells so, and waits.
+struct Waiting <: AbstractVector{Float64}
+    numbers::Vector{Float64}
+    began::Base.Event
+    go::Base.Event
+end
+Waiting(numbers) = Waiting(numbers, Base.Event(), Base.Event())
+Base.size(x::Waiting) = size(x.numbers)
+Base.getindex(x::Waiting, i::Int) = (notify(x.began); wait(x.go); x.numbers[i])
+
+@testset "a workspace is for one task at a time" begin
+    net = one_layer()
+    p, X, Y = parameters(net), samples(net, 4), targets(net, 4)
+    ws, problem, g = ImplicitRNN.Workspace(net), Problem(net), zeros(length(net))
+    trainer = Trainer(problem, ImplicitRNN.Optimisers.Descent(0.1); workspace = ws)
+    calls = (
+        p -> ImplicitRNN.equilibrium!(Solution(net, 4), ws, problem, p, X),
+        p -> ImplicitRNN.loss_and_gradient!(zeros(length(net)), ws, problem, p, X, Y),
+        p -> ImplicitRNN.vjp!(zeros(length(net)), zero(X), ws, problem, p, X, Y),
+        p -> ImplicitRNN.jvp!(zero(Y), ws, problem, p, X, p, X),
+        p -> ImplicitRNN.hessian_vector_product!(zeros(length(net)), ws, problem, p, X, Y, p),
+        p -> train!(trainer, Replicas(reshape(collect(p), :, 1)), X, Y, reshape(1:4, :, 1), 4, [0.1], zeros(1, 1), zeros(Int, 1, 1)),
+    )
+    expected = loss_and_gradient(net, p, X, Y)
+    slow = Waiting(p)
+    task = @async ImplicitRNN.loss_and_gradient!(g, ws, problem, slow, X, Y)
+    wait(slow.began)
+    for call in calls
+        @test_throws "another task is at work in this workspace" call(p)
+    end
+    notify(slow.go)
+    @test first(fetch(task)) == expected[1] && g == expected[2]
+    foreach(call -> call(p), calls)
+
+    # It is free again after an error.
+    failing = view(Union{Missing, Float64}[p; missing], (1:length(net)) .+ 1)
+    foreach(call -> (@test_throws Exception call(failing)), calls)
+    @test ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)[1] == expected[1]
+    @test fetch(@async ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y))[1] == expected[1]
+end

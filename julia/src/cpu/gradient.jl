@@ -6,9 +6,11 @@ function loss_and_gradient!(
     check_supervised(problem.net, X, Y, weights)
     check_length(problem.net, g, "gradient")
     check_start(problem.net, X, states)
-    unpack!(ws, p)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    summary = pull_back!(g, ws, problem, X, seed; start = states, probe, report, states)
+    summary = exclusively(ws) do
+        unpack!(ws, p)
+        pull_back!(g, ws, problem, X, seed; start = states, probe, report, states)
+    end
     return summary.loss, summary.quality
 end
 
@@ -17,9 +19,11 @@ function vjp!(
     )
     check_pullback(problem.net, dX, X, V, of, start)
     check_length(problem.net, g, "gradient")
-    unpack!(ws, p)
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    summary = pull_back!(g, ws, problem, X, seed; dX, start, probe, report)
+    summary = exclusively(ws) do
+        unpack!(ws, p)
+        pull_back!(g, ws, problem, X, seed; dX, start, probe, report)
+    end
     return summary.loss, summary.quality
 end
 

@@ -4,8 +4,12 @@
 function jvp!(
         tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
     )
+    check_pushforward(problem.net, tangent, X, dp, dX, of, start)
+    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
+end
+
+function push_forward!(tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
     net, B = problem.net, size(X, 2)
-    check_pushforward(net, tangent, X, dp, dX, of, start)
     unpack!(ws, p)
     direction = unpack_tangent(net, ws.weights, dp)
     problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)

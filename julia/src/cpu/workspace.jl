@@ -58,12 +58,13 @@ mutable struct CPUWorkspace{T} <: AbstractWorkspace{T}
     const tiles::Vector{Tile{T}}              # per thread, made when first needed
     const gradients::Vector{Weights{T}}       # per share of the batch
     const summaries::Vector{Summary}
+    const owner::Owner
 end
 
 function CPUWorkspace(net::Network{T}) where {T}
     weights = Weights(net)
     return CPUWorkspace{T}(
-        net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(net)], [Summary()],
+        net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(net)], [Summary()], Owner(),
     )
 end
 
