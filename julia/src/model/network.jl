@@ -97,7 +97,7 @@ function Network{T}(
     ends = cumsum(layer.neurons for layer in layers)
     rows = [(stop - layer.neurons + 1):stop for (stop, layer) in zip(ends, layers)]
     pairs_back = feedback_pairs(feedback, length(layers))
-    connections = connect(inputs, layers, rows, pairs_back, skips, input_skips)
+    connections = connect(inputs, layers, rows, pairs_back, skip_pairs(skips, length(layers)), input_skips)
     bias = sum(c -> length(c.rows) * length(c.cols), connections)
     offset = bias + last(ends)
     stages = Stage[]
@@ -160,12 +160,28 @@ end
 function feedback_pairs(feedback, layers)
     feedback === false && return Pair{Int, Int}[]
     feedback === true && return [j => i for j in 2:layers for i in 1:(j - 1)]
-    for (from, to) in feedback
+    listed = layer_pairs("feedback", feedback, "pairs later => earlier of layers, such as [2 => 1], or true for all of them")
+    for (from, to) in listed
         1 <= to < from <= layers || throw(
             ArgumentError("feedback $from => $to does not lead from a later to an earlier of the $layers layers")
         )
     end
-    return collect(Pair{Int, Int}, feedback)
+    return listed
+end
+
+function skip_pairs(skips, layers)
+    listed = layer_pairs("skips", skips, "pairs earlier => later of layers, such as [1 => 3]")
+    for (from, to) in listed
+        1 <= from < to <= layers || throw(ArgumentError("the skip $from => $to does not lead from an earlier to a later of the $layers layers"))
+        to > from + 1 || throw(ArgumentError("the skip $from => $to passes over no layer: layer $from feeds layer $to anyway"))
+    end
+    return listed
+end
+
+function layer_pairs(name, pairs, expected)
+    listed = collect(pairs)
+    all(pair -> pair isa Pair{<:Integer, <:Integer}, listed) || throw(ArgumentError("$name is $pairs; expected $expected"))
+    return Pair{Int, Int}[from => to for (from, to) in listed]
 end
 
 # Layer l always feeds layer l + 1, so feedback j => i closes the cycle i..j: components are intervals.
