@@ -17,7 +17,7 @@ Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
 
 function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
     (; net, solver) = equilibrium
-    foreach(refuse_second_derivatives, (eltype(p), eltype(X)))
+    foreach(refuse_unusual, (eltype(p), eltype(X)))
     # One per call, as its linear solver works at the solution that this call finds.
     implicit = ignore_derivatives() do
         solve = StateSolve(net, solver, Ref{Any}(nothing))
@@ -27,9 +27,10 @@ function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
     return reshape(z, neurons(net), size(X, 2))
 end
 
-refuse_second_derivatives(::Type) = nothing
-refuse_second_derivatives(::Type{<:Dual{<:Any, <:Dual}}) =
+refuse_unusual(::Type) = nothing
+refuse_unusual(::Type{<:Dual{<:Any, <:Dual}}) =
     throw(ArgumentError("an Equilibrium has first derivatives; for second ones there is hessian_vector_product"))
+refuse_unusual(::Type{<:Complex}) = throw(ArgumentError("an Equilibrium is that of real parameters and samples; these are complex"))
 
 # θ = (p, vec(X)), the one argument ImplicitFunction differentiates.
 split_arguments(net, θ, samples) =

@@ -9,7 +9,7 @@ outputs of the others.
 
     y = predict(net, p, randn(2, 5))
 """
-function predict(net::Network, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing)
+function predict(net::Network, p, X; solver = Auto(), start = nothing)
     solution = equilibrium(net, p, X; solver, start)
     check_converged(solution.status, solution.residual)
     return read_out(net, p, solution.state)
@@ -44,8 +44,9 @@ Train the parameters `p` in place on the samples `X` (features × samples) and t
 
 Returns a named tuple of `loss`, the mean over the steps of each epoch, and `unconverged`, the number of samples of each epoch that
 did not converge. A training that its guard halts, or whose loss or gradient is not finite, ends with a warning, NaN as the losses
-that are missing, and the parameters with which its last good epoch began. Throws `DimensionMismatch` for arrays that do not fit,
-and `ArgumentError` for options out of range.
+that are missing, and the parameters with which its last good epoch began. Parameters of another floating-point type than the network's
+are trained in that of the network and rounded in the end. Throws `DimensionMismatch` for arrays that do not fit, and `ArgumentError`
+for options out of range and for what is no array of real numbers.
 
     using Optimisers: Adam
     p = initial_parameters(net)
@@ -53,10 +54,12 @@ and `ArgumentError` for options out of range.
     history.loss[end]
 """
 function fit!(
-        p::AbstractVector{T}, net::Network{T}, X::AbstractMatrix, Y::AbstractMatrix; epochs::Int = 100, batch_size::Int = size(X, 2),
+        p, net::Network{T}, X, Y; epochs::Int = 100, batch_size::Int = X isa AbstractMatrix ? size(X, 2) : 1,
         rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
         guard::Guard = Guard(), warm_start::Bool = false, options...,
     ) where {T}
+    check_arrays(p, X, "targets" => Y)
+    eltype(p) <: AbstractFloat || throw(ArgumentError("the parameters are of type $(eltype(p)), which cannot be trained; give them as $T.(p)"))
     samples = size(X, 2)
     check_length(net, p)
     check_supervised(net, X, Y, weights)
@@ -65,7 +68,8 @@ function fit!(
     1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))
     clip > 0 || throw(ArgumentError("clip must be positive, got $clip"))
     trainer = Trainer(Problem(net; options...), rule; clip, guard, warm_start, batch_size = batch_size < samples ? batch_size : 0)
-    nets, order, steps = Replicas(reshape(p, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
+    trained = eltype(p) == T ? p : Vector{T}(p)
+    nets, order, steps = Replicas(reshape(trained, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
     X, Y, weights = Matrix{T}(X), Matrix{T}(Y), weights === nothing ? nothing : Vector{T}(weights)
     loss, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)
     for epoch in 1:epochs
@@ -78,5 +82,6 @@ function fit!(
         @warn "the training halted in epoch $epoch of $epochs: $halt; the parameters are those before it" unconverged[epoch]
         break
     end
+    trained === p || copyto!(p, trained)
     return (; loss = vec(loss), unconverged = vec(unconverged))
 end

@@ -12,6 +12,8 @@ D′ = f″(s) s′ (differentiate `z = f(s)` and `(I - RᵀD) λ = ∂L/∂z`):
 Throws an `ErrorException` if a sample does not reach its equilibrium.
 """
 function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), weights = nothing, solver = Auto()) where {T}
+    check_arrays(p, X, "targets" => Y)
+    check_array("the direction of the parameters", v, 1)
     problem = Problem(net; loss, solver)
     return hessian_vector_product!(zeros(T, length(net)), Workspace(net), problem, p, X, Y, v, weights)
 end

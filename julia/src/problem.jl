@@ -16,11 +16,17 @@ mutable struct Problem{T}
     const jacobian_penalty::Float64
 end
 function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0)
+    check_option("solver", solver, Solver, "Auto() or Newton()")
+    check_option("adjoint", adjoint, Adjoint, "Implicit()")
+    check_option("loss", loss, Loss, "MSE()")
     jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
     jacobian_penalty > 0 && adjoint isa Unrolled &&
         throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
     return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
 end
+
+check_option(name, option, kind, examples) = option isa kind ||
+    throw(ArgumentError("$name is $(repr(option)); expected one made by its constructor, such as $examples"))
 
 # --- how it went ----------------------------------------------------------------------------------------------
 
@@ -221,9 +227,11 @@ Workspace(net::Network) = CPUWorkspace(net)
     equilibrium(net, p, X; solver = Auto(), start = nothing)
 
 The [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`; `start` (neurons ×
-samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`.
+samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`. Throws `ArgumentError` for
+what is no vector or matrix of real numbers, and `DimensionMismatch` for arrays that do not fit.
 """
-function equilibrium(net::Network{T}, p::AbstractVector, X::AbstractMatrix; solver = Auto(), start = nothing) where {T}
+function equilibrium(net::Network, p, X; solver = Auto(), start = nothing)
+    check_arrays(p, X, "states" => start)
     problem = Problem(net; solver)
     return equilibrium!(Solution(net, size(X, 2)), Workspace(net), problem, p, X, start)
 end
@@ -236,6 +244,7 @@ gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) wh
 random vectors `probe` numbers. Throws an `ErrorException` if a sample does not converge, unless the adjoint is `Unrolled`.
 """
 function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
+    check_arrays(p, X, "targets" => Y)
     g = zeros(T, length(net))
     value, quality = loss_and_gradient!(g, Workspace(net), Problem(net; options...), p, X, Y; probe, weights)
     check_converged(quality, size(X, 2))
@@ -248,7 +257,8 @@ end
 The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to the samples `X` (features × samples), see
 [`vjp!`](@ref): those of any loss L for V = ∂L/∂outputs (outputs × samples). Throws as [`loss_and_gradient`](@ref) does.
 """
-function vjp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, V::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
+function vjp(net::Network{T}, p, X, V; of = :outputs, start = nothing, options...) where {T}
+    check_arrays(p, X, "cotangents" => V, "states" => start)
     g, dX = zeros(T, length(net)), zeros(T, size(X))
     _, quality = vjp!(g, dX, Workspace(net), Problem(net; options...), p, X, V; of, start)
     check_converged(quality, size(X, 2))
@@ -261,7 +271,9 @@ end
 The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref). Throws as
 [`loss_and_gradient`](@ref) does.
 """
-function jvp(net::Network{T}, p::AbstractVector, X::AbstractMatrix, dp::AbstractVector, dX::AbstractMatrix; of = :outputs, start = nothing, options...) where {T}
+function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, options...) where {T}
+    check_arrays(p, X, "directions" => dX, "states" => start)
+    check_array("the direction of the parameters", dp, 1)
     tangent = zeros(T, rows_of(net, of), size(X, 2))
     check_converged(jvp!(tangent, Workspace(net), Problem(net; options...), p, X, dp, dX; of, start), size(X, 2))
     return tangent
@@ -274,6 +286,32 @@ function rows_of(net::Network, of::Symbol)
 end
 
 # --- checks, for the workspaces of all devices -----------------------------------------------------------------
+
+"An `ArgumentError` where parameters, samples or other arrays, pairs of a name and a matrix or nothing, are not arrays of real numbers."
+function check_arrays(p, X, others...)
+    check_array("the parameters", p, 1)
+    check_array("the samples", X, 2)
+    foreach(((what, A),) -> A === nothing || check_array("the $what", A, 2), others)
+    return
+end
+
+function check_array(what, A, axes::Int)
+    check_shape(what, A, axes)
+    eltype(A) <: Dual && throw(
+        ArgumentError(
+            "$what have dual numbers of ForwardDiff.jl; take derivatives by `loss_and_gradient`, `vjp` or `jvp`, or differentiate \
+            `Equilibrium(net)` and `read_out`"
+        )
+    )
+    eltype(A) <: Real || all(x -> x isa Real, A) || throw(ArgumentError("$what have entries of type $(eltype(A)); expected real numbers"))
+    return
+end
+
+function check_shape(what, A, axes::Int)
+    A isa AbstractArray && ndims(A) == axes && return
+    expected = axes == 1 ? "a vector, as `initial_parameters` gives" : "a matrix with a column for each sample; one sample is reshape(x, :, 1)"
+    throw(ArgumentError("$what are $(described(A)); expected $expected"))
+end
 
 function check_supervised(net, X, Y, weights)
     check_features(net, X)

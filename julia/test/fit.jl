@@ -153,3 +153,22 @@ end
         @test trained(given, schedule) == trained(usual, schedule)
     end
 end
+
+@testset "parameters of another type are converted, and trained in that of the network" begin
+    for (T, S) in ((Float64, Float32), (Float32, Float64))
+        net = one_layer(; T)
+        p, X, Y = S.(parameters(net)), samples(net, 10), targets(net, 10)
+        q = T.(p)
+        history = fit!(p, net, X, Y; epochs = 3)
+        @test history.loss == fit!(q, net, X, Y; epochs = 3).loss
+        @test p == S.(q) && p isa Vector{S}
+        w = named_weights(net, p)
+        @test w["R"] == p[16:40] |> x -> reshape(x, 5, 5)
+        w["R"] .= 1
+        @test all(==(1), p[16:40])
+    end
+    net = one_layer()
+    @test_throws "cannot be trained" fit!(zeros(Int, length(net)), net, samples(net, 10), targets(net, 10))
+    @test only(ForwardDiff.gradient(p -> named_weights(net, p)["d"][2], parameters(net))[end]) == 1
+    @test_throws "the parameters are a tuple" named_weights(net, Tuple(parameters(net)))
+end

@@ -99,3 +99,37 @@ Base.getindex(x::Waiting, i::Int) = (notify(x.began); wait(x.go); x.numbers[i])
     @test ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)[1] == expected[1]
     @test fetch(@async ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y))[1] == expected[1]
 end
+
+@testset "connections that do not exist are refused by name" begin
+    net(; options...) = Network(2, [Layer(2), Layer(3), Layer(2)]; outputs = 1, options...)
+    @test length(net(skips = [1 => 3])) == length(net()) + 4
+    @test_throws "the skip 1 => 5 does not lead from an earlier to a later of the 3 layers" net(skips = [1 => 5])
+    @test_throws "the skip 3 => 1 does not lead" net(skips = [3 => 1])
+    @test_throws "the skip 1 => 2 passes over no layer" net(skips = [1 => 2])
+    for skips in ([(1, 3)], 1 => 3, true)
+        @test_throws "skips is" net(; skips)
+    end
+    for feedback in ([(3, 1)], 3 => 1, 1)
+        @test_throws "feedback is" net(; feedback)
+    end
+end
+
+@testset "what is no array of real numbers is refused" begin
+    net = one_layer()
+    p, X, Y = parameters(net), samples(net, 4), targets(net, 4)
+    for call in ((p, X) -> predict(net, p, X), (p, X) -> equilibrium(net, p, X), (p, X) -> loss_and_gradient(net, p, X, Y), (p, X) -> fit!(p, net, X, Y))
+        @test_throws "the parameters are a named tuple of W, R" call((; W = p, R = p), X)
+        @test_throws "the parameters are a tuple of $(length(net))" call(Tuple(p), X)
+        @test_throws "the samples are an array of shape (3,); expected a matrix with a column for each sample" call(p, X[:, 1])
+        @test_throws "the samples have entries of type ComplexF64" call(p, complex.(X))
+        @test_throws "the parameters have entries of type ComplexF64" call(complex.(p), X)
+        @test_throws "the samples have entries of type Union{Missing" call(p, replace(X, X[1] => missing))
+        @test_throws "the parameters have dual numbers" ForwardDiff.gradient(p -> (call(p, X); 0.0), p)
+    end
+    @test_throws "the cotangents are an array of shape (2,)" vjp(net, p, X, Y[:, 1])
+    @test_throws "the directions have dual numbers" jvp(net, p, X, p, ForwardDiff.Dual.(X))
+    @test_throws "complex" Equilibrium(net)(complex.(p), X)
+    @test_throws "solver is :newton; expected one made by its constructor" predict(net, p, X; solver = :newton)
+    @test_throws "loss is MSE" loss_and_gradient(net, p, X, Y; loss = MSE)
+    @test predict(net, big.(p), X) ≈ predict(net, p, X)
+end

@@ -5,7 +5,8 @@
 
 `z = f(z, args...)`, or `f(z, args...) = 0` if `root`, for as many vectors z as `z0` has columns. Arguments are arrays (a
 zero-dimensional one stands for a number); the last axis of a `batched` one counts the samples. `scale`, a number or a vector
-like z, is the typical size of each entry, in units of which entries are compared.
+like z, is the typical size of each entry, in units of which entries are compared. Throws an `ArgumentError` for arguments of
+another kind and for positions in `batched` that are not those of arrays.
 """
 struct EquationProblem{T}
     # Left abstract: the loops over the samples are compiled for `f` behind a function barrier, see `Equation`.
@@ -20,6 +21,7 @@ end
 
 function EquationProblem{T}(f, z0::AbstractVecOrMat, args, batched; root, scale = nothing) where {T}
     n = size(z0, 1)
+    check_batched(batched, args)
     problem = EquationProblem{T}(
         f, root, n, size(z0, 2), AbstractArray[as_argument(T, x) for x in args], [i in batched for i in eachindex(args)],
         inverse_scale(scale, n),
@@ -32,7 +34,46 @@ function EquationProblem{T}(f, z0::AbstractVecOrMat, args, batched; root, scale 
 end
 
 as_argument(::Type{T}, x::Number) where {T} = as_argument(T, fill(x))
-as_argument(::Type{T}, x::AbstractArray) where {T} = eltype(x) <: AbstractFloat ? Array{T}(x) : Array(x)
+as_argument(::Type{T}, x::AbstractFloat) where {T} = fill(T(x))
+function as_argument(::Type{T}, x::AbstractArray) where {T}
+    eltype(x) <: Dual && refuse_duals("an argument")
+    return eltype(x) <: AbstractFloat ? Array{T}(x) : Array(x)
+end
+as_argument(::Type, x) = throw(
+    ArgumentError(
+        "an argument is $(described(x)); expected numbers and arrays: give the entries of a tuple one by one, and let f close over what \
+        is no number"
+    )
+)
+
+@noinline refuse_duals(what) = throw(
+    ArgumentError("$what has dual numbers of ForwardDiff.jl; a solution is differentiated by vjp(solution, v), not through the solver")
+)
+
+function check_batched(batched, args)
+    batched isa Union{Nothing, Symbol} && throw(ArgumentError("batched is $(repr(batched)); expected positions of arguments, such as (1,)"))
+    for i in batched
+        i isa Integer && !(i isa Bool) && i in eachindex(args) || throw(
+            ArgumentError("batched has $(repr(i)); expected positions of the $(length(args)) arguments behind z, from 1 on, such as (1,)")
+        )
+        is_single(args[i]) && throw(ArgumentError("argument $i is a number, which all samples share; take it out of batched"))
+    end
+    return
+end
+is_single(x) = x isa Union{Number, AbstractArray{<:Any, 0}}
+
+"The start of z in floating-point numbers, in memory of its own; an `ArgumentError` where it cannot be one."
+function as_start(z0::AbstractVecOrMat)
+    eltype(z0) <: Dual && refuse_duals("the start z0")
+    eltype(z0) <: Real || throw(
+        ArgumentError("the start z0 has entries of type $(eltype(z0)); expected real numbers of one type; a complex one is two of them, real(z) and imag(z)")
+    )
+    size(z0, 1) > 0 || throw(ArgumentError("the start z0 has no entries; there is nothing to solve for"))
+    return float(Array(z0))
+end
+refuse_start(z0) = throw(
+    ArgumentError("the start z0 is $(described(z0)); expected a vector, a matrix whose columns are samples, or a real number")
+)
 
 inverse_scale(::Nothing, n) = Float64[]
 inverse_scale(scale::Number, n) = inverse_scale(fill(scale, n), n)
@@ -130,4 +171,5 @@ checked(y, n::Int) = throw(WrongShape(n, described(y)))
 
 described(y::AbstractArray) = "an array of shape $(size(y))"
 described(y::Tuple) = "a tuple of $(length(y))"
+described(y::NamedTuple) = "a named tuple of $(join(keys(y), ", "))"
 described(y) = "a $(typeof(y))"

@@ -26,13 +26,15 @@ The parts of the parameters `p` by name, as a dictionary of views: to change one
 (neurons × inputs), `"R"` (neurons × neurons), the biases `"b"`, the scales `"a"` that [`Perron`](@ref) learns, and of the readout
 `"C"` (outputs × neurons) and `"d"`. With several layers `"W[l]"` goes from the input to layer l, `"R[l,k]"` from layer k to layer l,
 `"b"` holds the biases of all neurons, and `"a[l,…]"` the scales of the layers l, … whose equilibrium is found together. What the
-net does not have is not there. Throws a `DimensionMismatch` if `p` does not have `length(net)` entries.
+net does not have is not there. Throws an `ArgumentError` if `p` is no vector, and a `DimensionMismatch` if it does not have
+`length(net)` entries.
 
     named_weights(net, p)["R"] .= 0        # no lateral connections, for a beginning
 """
-function named_weights(net::Network{T}, p::AbstractVector{T}) where {T}
+function named_weights(net::Network, p)
+    check_shape("the parameters", p, 1)
     check_length(net, p)
-    weights = Dict{String, AbstractVecOrMat{T}}()
+    weights = Dict{String, AbstractVecOrMat{eltype(p)}}()
     name(letter, indices...) = length(net.layers) == 1 ? letter : "$letter[$(join(indices, ','))]"
     for c in connections(net)
         key = c.from == 0 ? name("W", c.to) : name("R", c.to, c.from)
@@ -56,7 +58,8 @@ connections between neurons, those from earlier layers included.
 
     opnorm(recurrent_weights(net, p), Inf)
 """
-function recurrent_weights(net::Network{T}, p::AbstractVector) where {T}
+function recurrent_weights(net::Network{T}, p) where {T}
+    check_array("the parameters", p, 1)
     R = zeros(T, neurons(net), neurons(net))
     for (stage, w) in zip(net.stages, unpack!(Weights(net), net, p).stages)
         R[stage.rows, axes(w.feed, 2)] = w.feed
