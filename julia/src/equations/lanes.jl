@@ -347,6 +347,52 @@ function solve_blocks!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, 
     return
 end
 
+# --- whether f catches exceptions --------------------------------------------------------------------------------
+
+# Code that branches on the values of samples side by side throws. Where it catches that itself, it goes on with what it has for
+# failures, and is wrong for samples that have none.
+
+const CAUGHT = Dict{Type, Tuple{UInt, Bool}}()
+const CAUGHT_LOCK = ReentrantLock()
+
+"    catches(f)\n\nWhether `f`, or a function of the same package that it calls, has a `try`; looked up anew after any method is defined."
+function catches(f)
+    world = Base.get_world_counter()
+    return @lock CAUGHT_LOCK begin
+        seen, found = get(CAUGHT, typeof(f), (zero(UInt), false))
+        if seen != world
+            length(CAUGHT) < 1000 || empty!(CAUGHT)
+            found = has_try(typeof(f), Set{Type}())
+            CAUGHT[typeof(f)] = (world, found)
+        end
+        found
+    end
+end
+
+function has_try(F::Type, seen::Set{Type})
+    F in seen && return false
+    push!(seen, F)
+    any(G -> G <: Function && has_try(G, seen), fieldtypes(F)) && return true
+    home = Base.moduleroot(parentmodule(F))
+    home in (@__MODULE__, Base, Core) && return false
+    matches = Base._methods_by_ftype(Tuple{F, Vararg{Any}}, -1, Base.get_world_counter())
+    return any(match -> has_try(match.method, home, seen), matches)
+end
+
+function has_try(method::Method, home::Module, seen::Set{Type})
+    isdefined(method, :source) && method.source !== nothing || return false          # as that of a generated function
+    return any(line -> has_try(line, home, seen), Base.uncompressed_ast(method).code)
+end
+
+has_try(line::Expr, home::Module, seen::Set{Type}) = line.head === :enter || any(part -> has_try(part, home, seen), line.args)
+has_try(line, home::Module, seen::Set{Type}) = nameof(typeof(line)) === :EnterNode
+function has_try(name::GlobalRef, home::Module, seen::Set{Type})
+    isdefined(name.mod, name.name) || return false
+    x = getglobal(name.mod, name.name)
+    F = x isa Function ? typeof(x) : x isa Type && x <: Function ? x : return false
+    return Base.moduleroot(parentmodule(F)) === home && has_try(F, seen)
+end
+
 # --- whether f can be evaluated so -----------------------------------------------------------------------------
 
 """
@@ -357,7 +403,7 @@ Whether f can be evaluated for samples side by side: found out by doing so for t
 runs_side_by_side(::AbstractEquation, Z) = false
 runs_side_by_side(::Equation{T, -1}, Z::Matrix{T}) where {T} = false
 function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
-    all(has_lanes, p.args) || return false
+    all(has_lanes, p.args) && !catches(p.f) || return false
     b = Block(1, size(Z, 2))
     w = SidedBuffers(K)
     try
