@@ -196,7 +196,9 @@ end
     for j in (1, 2, 4, 6)
         @test fixed_point(f, zeros(1), a[j]).value == solution.value[:, j]
     end
-    @test fixed_point((z, a) -> a .* z .+ 1, zeros(1, 2), [0.5, 3.0]; batched = (1,)).status == [Status(0), Status(2)]
+    statuses(solver) = fixed_point((z, a) -> a .* z .+ 1, zeros(1, 2), [0.5, 3.0]; batched = (1,), solver).status
+    @test statuses(Picard()) == [Status(0), Status(2)]
+    @test statuses(Auto()) == [Status(0), Status(4)]          # which comes upon the fixed point that repels
 end
 
 @testset "leaving the domain of f concerns that sample only" begin
@@ -461,4 +463,89 @@ end
     Z = collect(exp.(range(-3, 3, 4100))')
     @test !any(root(z -> sqrt.(abs.(z)) .+ 1, Z; solver).status .== ImplicitRNN.CONVERGED)
     @test abs.(root(z -> sqrt.(abs.(z) .+ 1) .- 2, Z; solver).value) ≈ fill(3, 1, 4100)
+end
+
+@testset "what is written to a value changes no derivative" begin
+    for samples in (1, 3, 5000)
+        a = 1 .+ (1:samples) ./ samples
+        solution = root((z, a) -> z .^ 3 .+ z .- a, ones(1, samples), a; batched = (1,))
+        expected = 1 ./ (3 .* vec(solution.value) .^ 2 .+ 1)
+        solution.value .= 7
+        @test vjp(solution, ones(1, samples))[1] ≈ expected
+    end
+end
+
+@testset "a start that is a number has a number as its value" begin
+    solution = fixed_point((z, a) -> cos(a * z), 0.5, 0.8)
+    @test solution.value isa Float64 && solution.value ≈ cos(0.8 * solution.value)
+    @test vjp(solution, 1)[1] ≈ vjp(solution, 1.0)[1] ≈ vjp(solution, fill(1.0))[1] ≈ -0.324205030031247
+    @test fixed_point(cos, 1.0f0).value isa Float32
+end
+
+@testset "batched is checked" begin
+    f, Z, a = (z, a, b) -> cos.(a .* z) .+ b, zeros(1, 3), [0.1, 0.2, 0.3]
+    @test fixed_point(f, Z, a, 0.5; batched = 1).value == fixed_point(f, Z, a, 0.5; batched = [1]).value
+    for batched in ((3,), (0,), (:a,), (1.0,), "a", (true, false), [true, false], true)
+        @test_throws "expected positions of the 2 arguments behind z" fixed_point(f, Z, a, 0.5; batched)
+    end
+    for batched in (nothing, :a)
+        @test_throws "expected positions of arguments" fixed_point(f, Z, a, 0.5; batched)
+    end
+    @test_throws "argument 2 is a number, which all samples share" fixed_point(f, Z, a, 0.5; batched = (1, 2))
+    @test_throws "argument 2 is a number" fixed_point(f, Z, a, fill(0.5); batched = (1, 2))
+end
+
+@testset "starts and arguments of another kind are refused" begin
+    f = (z, a) -> cos.(a .* z)
+    for z0 in ((0.5,), (; z = 0.5), 0.5im, zeros(1, 2, 3), fill(0.5), "z", nothing)
+        @test_throws "the start z0 is a" fixed_point(f, z0, 0.8)
+    end
+    @test_throws "the start z0 has entries of type ComplexF64" fixed_point(f, [0.5im], 0.8)
+    @test_throws "the start z0 has entries of type Any" root(f, Any[0.5], 0.8)
+    @test_throws "the start z0 has no entries" root(f, Float64[], 0.8)
+    @test_throws "an argument is a tuple of 2" fixed_point(f, [0.5], (0.1, 0.2))
+    @test_throws "an argument is a named tuple of u, v" fixed_point(f, [0.5], (; u = 0.1, v = 0.2))
+    @test_throws "an argument has dual numbers" ForwardDiff.derivative(a -> only(fixed_point(f, [0.5], a).value), 0.8)
+    @test_throws "an argument has dual numbers" ForwardDiff.gradient(a -> only(fixed_point(f, [0.5], a).value), [0.8])
+    @test_throws "the start z0 has dual numbers" ForwardDiff.derivative(z -> fixed_point(f, z, 0.8).value, 0.5)
+    @test_throws "solver is Newton; expected one made by its constructor" fixed_point(f, [0.5], 0.8; solver = Newton)
+end
+
+@testset "a fixed point that was found is unstable where iteration runs away, one that was not is diverged" begin
+    for f in (z -> -3 .* z .+ 1, z -> 2 .* z, z -> z .^ 2 .- 0.1), z0 in ([3.0], fill(3.0, 1, 2))
+        solution = fixed_point(f, z0)
+        @test all(==(ImplicitRNN.UNSTABLE), solution.status)
+        @test f(solution.value) ≈ solution.value atol = 1.0e-9
+    end
+    @test fixed_point(z -> 1 .+ z .^ 2, [0.3]).status == [ImplicitRNN.DIVERGED]
+end
+
+helped(z, a) = try
+    a > 0.5 ? a * z : z
+catch
+    z
+end
+@testset "f may catch exceptions, for few samples and for many" begin
+    inner = (z, a) -> map(z -> helped(cos(z), a), z)
+    for f in (
+            (z, a) -> [helped(cos(z[1]), a)],
+            (z, a) -> [helped(helped(cos(z[1]), a), -1.0)],
+            (z, a) -> inner(z, a),
+        )
+        @test ImplicitRNN.catches(f)
+        a = collect(range(0.1, 0.9, ImplicitRNN.MANY))
+        few, many = [1, 2, 4000, 4050], axes(a, 1)
+        found = map((few, many)) do which
+            solution = fixed_point(f, fill(0.5, 1, length(which)), a[which]; batched = (1,), solver = Newton())
+            @test all(converged(solution))
+            vec(solution.value), vjp(solution, ones(1, length(which)))[1]
+        end
+        @test found[1][1] ≈ found[2][1][few] && found[1][2] ≈ found[2][2][few]
+        @test found[2][2][4000] < -0.1 || found[2][2][4000] > 0.1
+    end
+    for f in ((z, a) -> a .* cos.(z), cos, ImplicitRNN.OfNumber(cos), compiled_function("(z, a) -> a .* norm(z)"))
+        @test !ImplicitRNN.catches(f)
+    end
+    @test ImplicitRNN.catches(ImplicitRNN.OfNumber(inner))
+    @test ImplicitRNN.catches(compiled_function("(z, a) -> try a .* z catch; z end"))
 end

@@ -19,10 +19,11 @@ include("text.jl")
 """
     ImplicitSolution{T}
 
-What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (shaped like the start), and per sample `status`, `iterations`
-(evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it.
+What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (a number or an array like the start), and per sample `status`,
+`iterations` (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it, at the
+solution found, whatever is written to `value`.
 """
-struct ImplicitSolution{T, A <: AbstractArray{T}, I} <: AbstractSolution
+struct ImplicitSolution{T, A <: Union{T, AbstractArray{T}}, I} <: AbstractSolution
     problem::EquationProblem{T}
     value::A
     outcome::Outcome
@@ -36,12 +37,13 @@ Solve `z = f(z, args...)` from the start `z0`: a vector, a matrix whose columns 
 lists the positions of the arguments whose last axis counts the samples. `f` is given a vector, or a number where `z0` is one, and
 returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot write to. From $(MANY) samples on `f` is given $(LANES) of them at
 once where it can be evaluated so, each number being that of all of them, and may be called from several threads: a broadcast
-formula is the fastest, one that branches on values is solved one sample after the other.
+formula is the fastest, one that branches on values or has a `try` is solved one sample after the other.
 
 A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, since a solution may be zero, when it
 is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ
-much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point from
-which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do not look).
+much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point that was
+found but from which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do not look).
+Throws an `ArgumentError` for starts, arguments, `batched` and solvers that make no sense.
 
 Where `z0` is an array of a device, such as a `CuArray`, all samples are solved there, one by each work-item, and the value is one as
 well. It takes up to $(MAX_SHORT) unknowns, and as arguments numbers and vectors of up to $(MAX_SHORT) entries; by the solvers `Auto`,
@@ -61,17 +63,21 @@ inverse and no step leads on: at a local minimum of ‖f‖, for one.
 """
 root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
 
-solve_equation(f, z0::AbstractVecOrMat, args; options...) = solve_from!(float(Array(z0)), f, args; options...)
+solve_equation(f, z0, args; options...) = refuse_start(z0)
+solve_equation(f, z0::AbstractVecOrMat, args; options...) = solve_from!(as_start(z0), f, args; options...)
 function solve_from!(value::AbstractVecOrMat{T}, f, args; root, solver = Auto(), batched = (), scale = nothing) where {T}
     problem = beside(value, EquationProblem{T}(f, value, args, batched; root, scale))
     Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
+    check_option("solver", solver, Solver, "Auto() or Newton()")
     regular = solve!(Z, outcome, problem, solver)
-    return ImplicitSolution(problem, value, outcome, inverses_at(problem, Z, regular))
+    # The user may write to the value; derivatives are taken at the solution.
+    return ImplicitSolution(problem, copy(value), outcome, inverses_at(problem, Z, regular))
 end
 
 "    beside(value, x)\n\nAn equation or an array `x` where `value` is, and an array with entries of its type."
 beside(::Array, problem::EquationProblem) = problem
 beside(::Array{T}, x::AbstractArray) where {T} = Array{T}(x)
+beside(::T, x::AbstractArray) where {T <: Real} = Array{T}(x)
 
 "A function of one number as one of a vector."
 struct OfNumber{F}
@@ -81,7 +87,7 @@ end
 
 function solve_equation(f, z0::Real, args; options...)
     s = solve_equation(OfNumber(f), [z0], args; options...)
-    return ImplicitSolution(s.problem, reshape(s.value), s.outcome, s.inverses)
+    return ImplicitSolution(s.problem, only(s.value), s.outcome, s.inverses)
 end
 
 """

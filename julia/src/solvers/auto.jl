@@ -154,7 +154,7 @@ function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol)
         with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE) === CONVERGED && return CONVERGED
     end
     found = trust_regions!(s, linearization!(s), p, tol)
-    return status === DIVERGED && found !== CONVERGED ? DIVERGED : found
+    return status === DIVERGED && !(found in (CONVERGED, UNSTABLE)) ? DIVERGED : found
 end
 
 "Picard iterations that a start of Newton's method is worth."
