@@ -129,7 +129,7 @@ needs_equilibrium(::Unrolled) = false
 
 Where and how batches of a network are computed: all buffers of its passes, on some hardware. It is made for a network, and each
 call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, an [`Owner`](@ref) as
-its field `owner`, and the methods, which work [`exclusively`](@ref),
+its field `owner` if its methods are to work [`exclusively`](@ref), and the methods
 
 - [`equilibrium!`](@ref)`(solution, ws, problem, p, X, start = nothing)`
 - [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y; probe, weights, report, states)`
@@ -153,10 +153,11 @@ Owner() = Owner(nothing)
 """
     exclusively(work, ws)
 
-`work()`, during which no other task may work in the workspace. Throws an `ErrorException` where another one does; within its own
-work a task may call it again.
+`work()`, during which no other task may work in the workspace, if that has an `owner`. Throws an `ErrorException` where another one
+does; within its own work a task may call it again.
 """
 @inline function exclusively(work::F, ws::AbstractWorkspace) where {F}
+    hasfield(typeof(ws), :owner) || return work()
     owner, task = ws.owner, current_task()
     before, free = @atomicreplace owner.task nothing => task
     free || return before === task ? work() : refuse_second_task()
