@@ -158,7 +158,6 @@ end
         settled = active & (now <= Float64(eps(T)) * largest)
         usual &= !any(settled & !near) && !any(near & (merit > LEFT_OF_CONDITIONS * merit_before))
         usual &= k > 1 || !any(near & (merit > 0.0))
-        usual &= !any(near & (last_distance > far_step(tol) * largest) & (last_distance < Inf))
         z = choose(active, plus(z, step), z)
         evaluations = ifelse(near, Vec(k), evaluations)
         if K == 1
@@ -171,6 +170,7 @@ end
         usual && any(active) || break
     end
     z, largest, size, _, distance, last_distance, evaluations, _ = map(out_of_registers, kept)
+    usual &= !any((last_distance > far_step(tol) * largest) & (last_distance < Inf))
     related = max(size, Float64(eps(T)) / tol * largest)
     return ended_at(z, !active, regular, evaluations, distance, last_distance, related), usual && !any(active)
 end

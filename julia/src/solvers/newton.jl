@@ -270,18 +270,29 @@ const EQUAL_ROWS = 1.0e8
 
 # Conditions of very different units hide each other in ‖c‖: what rounding leaves of a large one may be more than all of a small one.
 # So each is related to the terms of its linear model, |J| (|z| + |step|), unless those differ by less than `equal`.
-@noinline function weigh_rows!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}, equal::Float64) where {T}
+function weigh_rows!(s::Iteration, l::Linearization, p::AbstractEquation, equal::Float64)
     p.n > 1 || return
-    J, weights = jacobian!(s, l, p), resize!(s.row_weights, p.n)
+    J = jacobian!(s, l, p)
     smallest, largest = Inf, 0.0
-    for i in eachindex(weights)
-        terms = sum(j -> abs(Float64(J[i, j])) * (abs(Float64(s.z[j])) + abs(Float64(l.step[j]))), axes(J, 2))
+    for i in axes(J, 1)
+        terms = terms_of_row(J, i, s.z, l.step)
         smallest, largest = min(smallest, terms), max(largest, terms)
-        weights[i] = 1 / terms
     end
-    floatmin(Float64) < smallest && equal * smallest < largest < Inf || empty!(weights)
-    s.merit = s.last_merit = measure(s.c, weights)
+    floatmin(Float64) < smallest && equal * smallest < largest < Inf || return
+    resize!(s.row_weights, p.n)
+    for i in axes(J, 1)
+        s.row_weights[i] = 1 / terms_of_row(J, i, s.z, l.step)
+    end
+    s.merit = s.last_merit = measure(s.c, s.row_weights)
     return
+end
+
+@inline function terms_of_row(J, i, z, step)
+    terms = 0.0
+    @inbounds for j in eachindex(z)
+        terms += abs(Float64(J[i, j])) * (abs(Float64(z[j])) + abs(Float64(step[j])))
+    end
+    return terms
 end
 
 "Whether Picard iteration moves away from the fixed point: the spectral radius of ∂f/∂z is 1 or more."
