@@ -681,6 +681,27 @@ def test_conditions_that_only_rounding_makes_zero_have_no_root(kind, name, sampl
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", FIXED_POINT_SOLVERS)
+@pytest.mark.parametrize(
+    ("f", "code"),
+    [(lambda z: z + 1 / z, "z -> z .+ 1 ./ z"), (lambda z: z + np.exp(-z), "z -> z .+ exp.(-z)")],
+)
+@pytest.mark.parametrize(("start", "samples"), [(1.0, 1), (1e6, 1), (1.0, 5000)])
+def test_residual_that_becomes_small_everywhere_makes_no_fixed_point(kind, solver, f, code, start, samples):
+    many = {"vectorized": True} if kind == "python" and samples > 1 else {}
+    z0 = np.full((samples, 1) if samples > 1 else 1, start)
+    sol = fixed_point(either(kind, f, code), z0, solver=solver, on_failure="ignore", **many)
+    assert not sol.converged.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixed_point_of_a_slope_of_nearly_one_is_found(kind):
+    f = either(kind, lambda z: z + 1e-6 * (1 - z), "z -> z .+ 1e-6 .* (1 .- z)")
+    for solver in (Auto(), Newton()):
+        np.testing.assert_allclose(fixed_point(f, [5.0], solver=solver).value, 1, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
 @pytest.mark.parametrize("samples", [1, 20])
 def test_root_that_one_long_step_leads_to_is_believed(kind, start, samples):

@@ -270,17 +270,18 @@ may_be_sided(::Newton, ::AbstractEquation) = true
 may_be_sided(::Auto, p::AbstractEquation) = p.root
 
 @inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
-    attracting!(w, p, args, newton!(w, p, z, args, limit, tol, root), root)
+    attracting!(w, p, args, newton!(w, p, z, args, limit, tol, root), tol, root)
 
 @inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
     newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
-"Those of the fixed points found that attract, as far as the norm of ∂f/∂z proves."
-@inline attracting!(w, p, args, ended::Ended, ::Val{true}) = ended
-@inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, ::Val{false}) where {T, K}
+"Those of the fixed points found that attract and are where they were found, as far as the norm of ∂f/∂z proves."
+@inline attracting!(w, p, args, ended::Ended, tol, ::Val{true}) = ended
+@inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, tol, ::Val{false}) where {T, K}
     any(ended.converged) || return ended
     evaluate!(w.J, p, ended.z, args, Val(true))
-    attracts = largest_column_sum(w.J) < 1.0
+    rate = largest_column_sum(w.J)
+    attracts = (rate < 1.0) & (ended.residual <= far_step(tol) * (1.0 - rate))
     return Ended(ended.z, ended.converged & attracts, NONE, ended.evaluations, ended.residual, ended.rate)
 end
 

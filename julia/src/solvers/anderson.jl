@@ -87,7 +87,7 @@ function iterate!(solver::Anderson, s::Iteration{T}, p::AbstractEquation{T}, tol
     newest = 0
     while evaluate!(s, p)
         status = assess!(s, p, tol)
-        status === nothing || return finish!(s, status, p, true)
+        status === nothing || return finish!(s, status, p, tol, true)
         newest = isinf(state.residual[1]) ? 0 : mod1(newest + 1, solver.memory)
         anderson_step!(s.z, s.value, s.merit, state, 1, newest, solver, equations)
     end

@@ -113,13 +113,13 @@ function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol
         s.evaluations < s.limit || return MAX_ITERATIONS
         restart!(s, p)
         status = with_share!(() -> trust_region!(s, l, w, p, tol, way), s, share)
-        status === CONVERGED && return attracts(status, s, p)
+        status === CONVERGED && return verify(status, s, p, tol)
         status === MAX_ITERATIONS && (unfinished = way)
     end
     unfinished === nothing && return SINGULAR
     s.evaluations < s.limit || return MAX_ITERATIONS
     restart!(s, p)
-    return attracts(trust_region!(s, l, w, p, tol, unfinished), s, p)
+    return verify(trust_region!(s, l, w, p, tol, unfinished), s, p, tol)
 end
 
 "Up to this many unknowns fixed points are found by methods with a matrix."
@@ -167,7 +167,7 @@ function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where 
         status = assess!(s, p, tol)
         if status === CONVERGED
             # What iteration leads to attracts, but not what it starts at.
-            return finish!(s, CONVERGED, p, s.evaluations == 1)
+            return finish!(s, CONVERGED, p, tol, s.evaluations == 1)
         elseif status !== nothing
             s.evaluations == 1 && return status
             restart!(s, p)

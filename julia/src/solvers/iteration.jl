@@ -188,8 +188,8 @@ end
     return status
 end
 
-"The same of a fixed point that, where it is `doubtful`, may be one that repels: that is looked at where a matrix is affordable."
-function finish!(s::Iteration, status::Status, p::AbstractEquation, doubtful::Bool)
+"The same of a fixed point that, where it is `doubtful`, may repel or be none: that is looked at where a matrix is affordable."
+function finish!(s::Iteration, status::Status, p::AbstractEquation, tol, doubtful::Bool)
     finish!(s, status)
-    return doubtful && p.n <= DENSE ? attracts(status, s, p) : status
+    return doubtful && p.n <= DENSE ? verify(status, s, p, tol) : status
 end

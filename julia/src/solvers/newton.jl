@@ -129,11 +129,18 @@ end
 const SMALLEST_ROOT_STEP = 2.0^-20
 
 function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
-    return attracts(newton!(s, linearization!(s), p, tol), s, p)
+    return verify(newton!(s, linearization!(s), p, tol), s, p, tol)
 end
 
-"`UNSTABLE` for a fixed point that has been found but repels."
-attracts(status::Status, s::Iteration, p::AbstractEquation) = status === CONVERGED && !p.root && repels!(s, p) ? UNSTABLE : status
+"""
+How a fixed point that has been found stands: `UNSTABLE` if it repels, and `SINGULAR` if it may be far away however small f(z) - z is,
+as for z = z + 1/z, which has none.
+"""
+function verify(status::Status, s::Iteration, p::AbstractEquation, tol)
+    status === CONVERGED && !p.root || return status
+    repels!(s, p) && return UNSTABLE
+    return is_located!(s, p, tol) ? CONVERGED : SINGULAR
+end
 
 """
     newton!(s, l, p, tol)
@@ -305,4 +312,11 @@ function repels!(s::Iteration{T}, p::AbstractEquation{T}) where {T}
     s.linearized = false
     length(J) == 1 && return abs(J[1]) >= 1
     return (@late repels(J, ones(T, p.n, 1)))::Bool
+end
+
+"Whether the Newton step from a fixed point, which estimates its error, is one that leads to it."
+function is_located!(s::Iteration, p::AbstractEquation, tol)
+    s.merit == 0 && return true
+    l = linearization!(s)
+    return newton_step!(s, l, p) && measure(l.step, p.weights) <= far_step(tol) * s.largest
 end

@@ -28,7 +28,7 @@ function iterate!(solver::NLsolver, s::Iteration, p::AbstractEquation, tol)
     equation = erased(p)
     status = (@late nlsolve!(s, equation, solver, tol))::Status
     status === CONVERGED && !p.root && finish!(s, status)
-    return attracts(status, s, equation)
+    return verify(status, s, equation, tol)
 end
 
 # How the iteration ended; s.z is the solution, or how far it got.

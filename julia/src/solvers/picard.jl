@@ -47,7 +47,7 @@ function iterate!(solver::Picard, s::Iteration{T}, p::AbstractEquation{T}, tol) 
     while evaluate!(s, p)
         status = assess!(s, p, tol)
         # Undamped iteration ends at what attracts it, unless it starts there.
-        status === nothing || return finish!(s, status, p, solver.damping < 1 || s.evaluations == 1)
+        status === nothing || return finish!(s, status, p, tol, solver.damping < 1 || s.evaluations == 1)
         advance!(s, T(solver.damping))
     end
     return MAX_ITERATIONS

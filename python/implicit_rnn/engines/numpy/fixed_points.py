@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
+from implicit_rnn.engines.numpy.single import far_step
 from implicit_rnn.engines.numpy.sizes import Sizes
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, Outcome, Rows, Solve, StageEquation
 
@@ -49,6 +50,20 @@ class FixedPoint(Solve):
         exists = np.isfinite(step).all(axis=1)
         self.singular[rows.index] = ~exists
         return np.where(exists[:, None], step, r)
+
+    def are_located(self, rows: Rows) -> Array:
+        """Whether the Newton steps from fixed points, which estimate their errors, are such that lead to them.
+
+        There may be none however small f(z) - z is, as for z = z + 1/z.
+        """
+        r = rows.F - rows.Z
+        located = ~r.any(axis=1)
+        if not self.f.is_large and len(left := np.flatnonzero(~located)):
+            index = rows.index[left]
+            step, _ = self.f.newton_steps(rows.Z[left], index, r[left])
+            size = np.fmax(self.sizes(rows.F[left]), self.sizes.largest[index])
+            located[left] = self.sizes(step) <= far_step(self.sizes.tol) * size
+        return located | self.f.is_large
 
     def repels(self, rows: Rows) -> Array:
         if not self.f.is_large:

