@@ -17,7 +17,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, all_finite, amplifica
     Batches, BLOW_UP, call!, check_device, checked_batches, check_features, check_interrupt, check_length, check_pullback, check_pushforward,
     check_size, check_start, check_supervised, COARSE_ROUNDING, Connection, connection_weights, CONVERGED,
     copy_outcome!, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE, ElementwiseLoss, EquationProblem,
-    equilibrium!, evaluation_contracts, exclusively, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable, is_whole,
+    equilibrium!, evaluation_contracts, exclusively, far_step, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable, is_whole,
     is_singular, jacobian!, JacobianPenalty, LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE,
     loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, NON_FINITE, norm_of, Outcome, output_size,
     OutputSeed, Owner, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS, predicted_iterations, Quality,

@@ -67,7 +67,7 @@ end
     while true
         if !R
             converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1, limit)
-            goes_on || return SampleEnd(converged ? value : z, converged && attracts!(A, t, f, value, args), c)
+            goes_on || return SampleEnd(converged ? value : z, converged && is_verified!(A, t, f, value, args, r, c), c)
         end
         step = newton_step!(A, t, residual)
         all_finite(step) || return SampleEnd(z, false, c)
@@ -75,7 +75,9 @@ end
             converged, after = near(c, r, measure(step, r.weights), measure(z, r.weights), limit)
             doubtful = converged && merit > 0 && (isinf(c.distance) || merit > oftype(merit, LEFT_OF_CONDITIONS) * before)
             steady = !doubtful || is_steady!(A, t, f, z, step, args)
-            converged && steady && return SampleEnd(plus(z, step, one(T)), true, after)
+            # Whether f answers to a step back is seen on the CPU.
+            sudden = far_step(r.tol) * after.largest < c.distance < Inf
+            converged && steady && return SampleEnd(plus(z, step, one(T)), !sudden, after)
             c = steady ? after : Course(after.largest, after.outset, Inf, after.rate, after.relative, after.evaluations)
         end
         base, before, part = z, merit, one(T)
@@ -132,6 +134,14 @@ const SQUARINGS = 6
     return false
 end
 
+"Whether a fixed point attracts, and is where it was found; see `verify`."
+@inline function is_verified!(A, t, f::F, z::Short{K, T}, args, r::SampleRule, c::Course) where {F, K, T}
+    attracts!(A, t, f, z, args) || return false
+    value = evaluate!(A, t, 0, f, z, args, Val(false))
+    step = newton_step!(A, t, minus(value, z))
+    return all_finite(step) && measure(step, r.weights) <= far_step(r.tol) * c.largest
+end
+
 "Picard iteration to the end, or until Newton's method is cheaper: where that has to begin, whether it has to, and the course."
 @inline function picard(f::F, z::Short{K, T}, args, r::SampleRule) where {F, K, T}
     start, c = z, begin_course(z, r, zero(Int32))
@@ -160,7 +170,7 @@ end
     ended, unfinished = picard(f, z, args, r)
     evaluations = ended.course.evaluations
     # What iteration leads to attracts, but not what it starts at.
-    ended.converged && return SampleEnd(ended.z, evaluations > 1 || attracts!(A, t, f, z, args), ended.course)
+    ended.converged && return SampleEnd(ended.z, evaluations > 1 || is_verified!(A, t, f, ended.z, args, r, ended.course), ended.course)
     unfinished && evaluations < r.limit || return ended
     c, limit = begin_course(ended.z, r, evaluations), min(r.limit, evaluations + r.newton_limit)
     return newton(A, t, f, ended.z, args, r, c, limit, root)

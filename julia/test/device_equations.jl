@@ -86,6 +86,13 @@ end
         @test there.status == here.status
         @test 0 < count(==(UNSTABLE), there.status) < 40
         @test all(==(ImplicitRNN.NON_FINITE), root(z -> sqrt.(z .- 2), JLArray(ones(1, 3))).status)      # outside the domain
+        start = JLArray(rand(rng, 1, 5) .+ 1)
+        @test !any(converged(root(z -> z ./ (1 .+ z) .- 1, start)))                          # zero by rounding alone
+        @test !any(converged(fixed_point(z -> z .+ 1 ./ z, start; solver = Newton())))       # a small residual, and no fixed point
+        f = (z, a) -> [a * z[1] - z[2] / 1.0e12, 1.0e15 * (z[1] * z[2] / 1.0e12 - a)]
+        here, there = on_both(root, f, repeat([1.0, 2.0e12], 1, 5), collect(1.0:5.0); batched = (1,))
+        @test there.status == here.status && all(converged(here))
+        @test Array(only(vjp(there, JLArray(repeat([1.0, 1.0e-12], 1, 5))))) ≈ only(vjp(here, repeat([1.0, 1.0e-12], 1, 5)))
     end
 
     @testset "derivatives that are left to the CPU, in memory of the device" begin
