@@ -44,7 +44,6 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
         status = p.root ? nothing : assess!(s, p, tol)
         status === nothing || status === DIVERGED || return finish!(s, status)
         solvable = newton_step!(s, l, p)
-        p.root && solvable && s.last_merit == Inf && weigh_rows!(s, l, p, EQUAL_ROWS)
         if p.root
             status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
@@ -74,7 +73,7 @@ end
 
 # c/‖c‖ and its Jacobian in the units of the way; false where the Jacobian is zero.
 function linear_model!(w::Dogleg, s::Iteration, l::Linearization, p::AbstractEquation, way::TrustRegion)
-    rows = p.root ? s.row_weights : p.weights         # as in the merit
+    rows = p.root ? NO_WEIGHTS : p.weights         # as in the merit
     largest = 0.0
     for k in axes(l.J, 2)
         w.newton[k] = measure(view(l.J, :, k), rows)
