@@ -495,14 +495,19 @@ class _Problem:
         J = self.jacobian(z, *args)
         return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)
 
-    def are_regular(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
-        """(B,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
+    def equilibrated(self, z: jax.Array, args: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Numbers for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, 1 where it is not regular; which are.
+
+        An A is where it has an inverse that tells it apart from itself within the error of the solution z.
+        """
         A, c = self.derivatives(z, args), self.conditions(z, args)
-        doubt = jnp.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
-        near = self.derivatives(z - _solved(A, c + jnp.copysign(doubt, c)), args)
         left, right = _equilibration(A)
+        doubt = jnp.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
+        near = self.derivatives(z - _solved(A, c + jnp.copysign(doubt, c), left, right), args)
         change = jnp.linalg.solve(left * A * right, left * (near - A) * right)
-        return jnp.abs(change).sum(1).max(1) <= LARGEST_CHANGE
+        regular = jnp.abs(change).sum(1).max(1)[:, None] <= LARGEST_CHANGE
+        left, right = (jnp.where(regular[..., None], x, 1) for x in (left, right))
+        return left, right, regular
 
     def terms_of_arguments(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
         """The largest (B, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
@@ -541,11 +546,11 @@ def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) ->
 def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     start, args = primals
     z = _solution(problem, start, args)
-    regular = problem.are_regular(*jax.lax.stop_gradient((z, args)))[:, None]
+    left, right, regular = problem.equilibrated(*jax.lax.stop_gradient((z, args)))
     at = jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start))  # as what is NaN would make zero cotangents NaN
     _, c = jax.jvp(lambda args: problem.conditions(at, args), (args,), (tangents[1],))
     A = jnp.where(regular[..., None], problem.derivatives(at, args), jnp.eye(z.shape[1], dtype=z.dtype))
-    return z, _where_regular(regular, -_solved(A, c))
+    return z, _where_regular(regular, -_solved(A, c, left, right))
 
 
 def _where_regular(regular: jax.Array, change: jax.Array) -> jax.Array:
@@ -559,9 +564,8 @@ def _where_regular(regular: jax.Array, change: jax.Array) -> jax.Array:
     return change * none * largest * largest + jnp.where(regular, 0, np.nan).astype(change.dtype)
 
 
-def _solved(A: jax.Array, b: jax.Array) -> jax.Array:
-    """A⁻¹ b (B, n) by A (B, n, n) with equilibrated rows and columns."""
-    left, right = _equilibration(jax.lax.stop_gradient(A))
+def _solved(A: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A⁻¹ b (B, n) by left A right, which is equilibrated."""
     x: jax.Array = right[:, 0] * jnp.linalg.solve(left * A * right, left * b[..., None])[..., 0]
     return x
 
@@ -645,8 +649,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         return (count < problem.solver.max_iterations) & jnp.any(moves(z, step, share) & ~done)
 
     c = problem.conditions(start, args)
-    step, largest = problem.direction(start, args, c), norm(start)
-    terms = (jnp.abs(problem.derivatives(start, args)) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
+    A, largest = problem.derivatives(start, args), norm(start)
+    step = -jnp.linalg.solve(A, c[..., None])[..., 0]
+    terms = (jnp.abs(A) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
     differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
     weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots
     done = is_done(start, c, step, 0, 0, largest)
