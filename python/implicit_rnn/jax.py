@@ -496,9 +496,9 @@ class _Problem:
         return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)
 
     def equilibrated(self, z: jax.Array, args: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Numbers for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, 1 where it is not regular; which are.
+        """Numbers for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (B, 1).
 
-        An A is where it has an inverse that tells it apart from itself within the error of the solution z.
+        It is where it has an inverse that tells it apart from itself within the error of the solution z.
         """
         A, c = self.derivatives(z, args), self.conditions(z, args)
         left, right = _equilibration(A)
