@@ -518,10 +518,6 @@ class _Problem:
                 terms = jnp.fmax(terms, jnp.where(jnp.isfinite(moved), moved, 0))
         return terms
 
-    def direction(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
-        """-(∂c/∂z)⁻¹ c (B, n), the step of Newton's method."""
-        return -jnp.linalg.solve(self.derivatives(z, args), c[..., None])[..., 0]
-
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
@@ -617,6 +613,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def size(c: jax.Array) -> jax.Array:
         return norm(c * weights)
 
+    def newton_step(A: jax.Array, c: jax.Array) -> jax.Array:
+        return -jnp.linalg.solve(A, c[..., None])[..., 0]
+
     def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
         return size(jnp.einsum("bij,bj->bi", further, step) + c) <= size(c) / 2
@@ -639,7 +638,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         good = decreases(size(c_trial), size(c), share) & jnp.isfinite(norm(trial))
         better = good & moves(z, step, share) & ~done
         z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
-        step_new = jnp.where(better[:, None], problem.direction(z, args, c_new), step)
+        step_new = jnp.where(better[:, None], newton_step(problem.derivatives(z, args), c_new), step)
         largest = jnp.maximum(largest, norm(z))
         done = done | (better & is_done(z, c_new, step_new, norm(step), size(c), largest))
         return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
@@ -650,7 +649,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
 
     c = problem.conditions(start, args)
     A, largest = problem.derivatives(start, args), norm(start)
-    step = -jnp.linalg.solve(A, c[..., None])[..., 0]
+    step = newton_step(A, c)
     terms = (jnp.abs(A) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
     differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
     weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots

@@ -479,22 +479,19 @@ class _Conditions:
         return terms
 
     @torch.no_grad()
-    def are_regular(self, z: Tensor, *args: Tensor) -> Tensor:
-        """(m,) whether ∂c/∂z has an inverse that tells it apart from itself within the error of the solution z."""
+    def equilibrated(self, z: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Numbers for the rows (m, n, 1) and columns (m, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (m,).
+
+        It is where it has an inverse that tells it apart from itself within the error of the solution z.
+        """
         A, c = self.derivatives(z, *args), self.values(z, *args)
+        left, right = (torch.from_numpy(scales) for scales in equilibration(A.numpy()))
         doubt = torch.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
-        left, right = _equilibration(A)
         scaled, doubtful = left * A * right, left * (c + torch.copysign(doubt, c))[..., None]
         error, info = torch.linalg.solve_ex(scaled, doubtful)
         nearby = self.derivatives(z - (right.mT * error)[..., 0], *args)
         change = torch.linalg.solve_ex(scaled, left * (nearby - A) * right)[0]
-        return (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
-
-
-def _equilibration(A: Tensor) -> tuple[Tensor, Tensor]:
-    """See ``engines.numpy.operators.equilibration``."""
-    left, right = equilibration(A.detach().numpy())
-    return torch.from_numpy(left), torch.from_numpy(right)
+        return left, right, (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
 
 
 class _Solution(torch.autograd.Function):
@@ -531,15 +528,15 @@ class _Solution(torch.autograd.Function):
             return [full[k][rows] if each else full[k] for k, each in enumerate(ctx.conditions.batched)]
 
         with _IN_FULL():
-            if (bad := ~ctx.conditions.are_regular(z, *given())).any():
+            left, right, regular = ctx.conditions.equilibrated(z, *given())
+            if (bad := ~regular).any():
                 raise ConvergenceError(
                     f"the Jacobian of the equation is singular at the solution of sample {int(rows.nonzero()[bad][0])}, or so "
                     "nearly that its error decides: there the solution has no derivative",
                     ctx.solution,
                 )
-            A = ctx.conditions.derivatives(z, *given())
-            left, right = _equilibration(A)
-            λ = (left * torch.linalg.solve((left * A * right).mT, right.mT * v[rows][..., None]))[..., 0]
+            scaled = left * ctx.conditions.derivatives(z, *given()) * right
+            λ = (left * torch.linalg.solve(scaled.mT, right.mT * v[rows][..., None]))[..., 0]
             _, pull = torch.func.vjp(
                 lambda *changed: ctx.conditions.values(z, *given(*changed)), *(args[k] for k in wanted)
             )

@@ -101,12 +101,11 @@ end
     end
     conditions_jacobian!(w.corrected, p, w.z, sample)
     n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : gemm!('N', 'N', true, inverse, w.corrected, false, A)
-    largest = zero(T)
-    @inbounds for j in 1:n
-        change = sum(i -> abs(A[i, j] - (i == j)) / w.columns[i], 1:n) * w.columns[j]
-        largest = max(largest, change)
+    for i in 1:n
+        @inbounds A[i, i] -= one(T)
     end
-    largest <= T(0.25) || throw(SingularSolution(sample))
+    n == 1 || scale!(A, w.rows .= inv.(w.columns), w.columns)
+    largest_column_sum(A) <= T(0.25) || throw(SingularSolution(sample))
     return
 end
 
@@ -123,25 +122,24 @@ function equilibrate!(rows::Vector{T}, columns::Vector{T}, A::Matrix{T}) where {
     fill!(rows, 0)
     fill!(columns, 0)
     for _ in 1:SWEEPS
-        balanced = true
-        for i in eachindex(rows)
-            largest = rows[i] + maximum(j -> size_exponent(A[i, j]) + columns[j], eachindex(columns))
-            isfinite(largest) || continue
-            balanced &= abs(largest) <= 2
-            rows[i] -= largest / 2
-        end
-        for j in eachindex(columns)
-            largest = columns[j] + maximum(i -> size_exponent(A[i, j]) + rows[i], eachindex(rows))
-            isfinite(largest) || continue
-            balanced &= abs(largest) <= 2
-            columns[j] -= largest / 2
-        end
-        balanced && break
+        balance!(rows, columns, A) & balance!(columns, rows, transpose(A)) && break
     end
     rows .= power_of_two.(rows)
     columns .= power_of_two.(columns)
     scale!(A, rows, columns)
     return
+end
+
+# Halve the exponents of the largest entries of the rows of A, for the scales of its columns; whether they were small before.
+function balance!(rows, columns, A)
+    balanced = true
+    for i in eachindex(rows)
+        largest = rows[i] + maximum(j -> size_exponent(A[i, j]) + columns[j], eachindex(columns))
+        isfinite(largest) || continue
+        balanced &= abs(largest) <= 2
+        rows[i] -= largest / 2
+    end
+    return balanced
 end
 
 size_exponent(x::T) where {T} = iszero(x) || !isfinite(x) ? T(-Inf) : T(exponent(x))

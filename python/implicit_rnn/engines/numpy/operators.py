@@ -204,36 +204,46 @@ def equilibration(A: Array) -> tuple[Array, Array]:
     Source: D. Ruiz, A scaling algorithm to equilibrate both rows and columns norms in matrices, RAL-TR-2001-034.
     """
     exponents = _exponents(A)
-    left, right = np.zeros((*A.shape[:-1], 1)), np.zeros((*A.shape[:-2], 1, A.shape[-1]))
-    for _ in range(SWEEPS):
+
+    def largest(left: Array, right: Array) -> tuple[Array, Array]:
         scaled = exponents + left + right
-        of_rows, of_columns = _finite(scaled.max(axis=-1, keepdims=True)), _finite(scaled.max(axis=-2, keepdims=True))
-        if max(np.abs(of_rows).max(initial=0), np.abs(of_columns).max(initial=0)) <= 2:
-            break
-        left, right = left - of_rows / 2, right - of_columns / 2
-    limits = np.finfo(A.dtype)
-    left, right = (
-        np.exp2(np.clip(np.rint(x), limits.minexp, limits.maxexp - 1)).astype(A.dtype) for x in (left, right)
-    )
-    return left, right
+        return scaled.max(axis=-1, keepdims=True), scaled.max(axis=-2, keepdims=True)
+
+    return _balanced(largest, (*A.shape[:-1], 1), (*A.shape[:-2], 1, A.shape[-1]), A.dtype)
 
 
 def _sparse_equilibration(A: Any) -> tuple[Array, Array]:
     """``equilibration`` of one sparse matrix; (n,) each."""
     entries = A.tocoo()
-    exponents, left, right = _exponents(entries.data), np.zeros(A.shape[0]), np.zeros(A.shape[1])
-    for _ in range(SWEEPS):
+    exponents = _exponents(entries.data)
+
+    def largest(left: Array, right: Array) -> tuple[Array, Array]:
         scaled = exponents + left[entries.row] + right[entries.col]
         of_rows, of_columns = np.full_like(left, -np.inf), np.full_like(right, -np.inf)
         np.maximum.at(of_rows, entries.row, scaled)
         np.maximum.at(of_columns, entries.col, scaled)
-        left, right = left - _finite(of_rows) / 2, right - _finite(of_columns) / 2
-    return np.exp2(np.rint(left)), np.exp2(np.rint(right))
+        return of_rows, of_columns
+
+    return _balanced(largest, A.shape[:1], A.shape[1:], A.dtype)
+
+
+def _balanced(
+    largest: Callable[[Array, Array], tuple[Array, Array]],
+    rows: tuple[int, ...],
+    columns: tuple[int, ...],
+    dtype: np.dtype,
+) -> tuple[Array, Array]:
+    """The scales of rows and columns, given the exponents of the largest entries of each for exponents of the scales."""
+    left, right = np.zeros(rows), np.zeros(columns)
+    for _ in range(SWEEPS):
+        of_rows, of_columns = (np.where(np.isfinite(x), x, 0) for x in largest(left, right))
+        if max(np.abs(of_rows).max(initial=0), np.abs(of_columns).max(initial=0)) <= 2:
+            break
+        left, right = left - of_rows / 2, right - of_columns / 2
+    limits = np.finfo(dtype)
+    left, right = (np.exp2(np.clip(np.rint(x), limits.minexp, limits.maxexp - 1)).astype(dtype) for x in (left, right))
+    return left, right
 
 
 def _exponents(A: Array) -> Array:
     return np.where(A == 0, -np.inf, np.frexp(A)[1])
-
-
-def _finite(x: Array) -> Array:
-    return np.where(np.isfinite(x), x, 0)
