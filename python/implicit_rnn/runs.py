@@ -250,7 +250,7 @@ def _check_name(name: object) -> None:
         raise ValueError(f"tasks has the name {name[:20]}… of {len(name)} letters; expected 200 at most")
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         raise ValueError(
-            f"tasks has the name {name!r}, which is that of a device on Windows; expected another, as {name}_"
+            f"tasks has the name {name!r}, which is that of a device on Windows; expected another, as _{name}"
         )
 
 
