@@ -11,6 +11,7 @@ using ChainRulesCore: ChainRulesCore, NoTangent, ignore_derivatives, unthunk
 using ForwardDiff: Dual, ForwardDiff, partials
 using ImplicitDifferentiation: ImplicitDifferentiation, ImplicitFunction
 using KrylovKit: eigsolve, linsolve
+using Base: tail
 using Base.Cartesian: @nexprs
 using LinearAlgebra
 using LinearAlgebra: BlasFloat

@@ -90,9 +90,9 @@ end
 
 "The quality of the solves of the first samples, given their outcome and the residuals of their adjoint systems."
 function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = length(adjoint_residual))
-    unconverged, forward, backward = 0, 0.0, 0.0
+    needed, unconverged, forward, backward = needs_equilibrium(adjoint), 0, 0.0, 0.0
     for j in 1:samples
-        unconverged += needs_equilibrium(adjoint) && (outcome.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT))
+        unconverged += needed && (outcome.status[j] != CONVERGED || !(adjoint_residual[j] < WORST_ADJOINT))
         forward, backward = worse(outcome.residual[j], forward), worse(adjoint_residual[j], backward)
     end
     return Quality(unconverged, forward, backward)

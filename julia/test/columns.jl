@@ -1,6 +1,6 @@
 # What belongs to a sample stays with it, whatever columns move.
 
-using ImplicitRNN: AndersonState, Columns, NewtonState, RefinementState, SolverState, move_column!, per_column, reclaim!,
+using ImplicitRNN: AndersonState, Columns, direction_lanes!, direction_of_many!, Lanes, NewtonState, RefinementState, SolverState, move_column!, per_column, reclaim!,
     defer!, swap_columns!
 
 mark(A::Array{Bool}, sample) = isodd(sample)
@@ -118,4 +118,21 @@ end
     [fixed_points(); filter(!isabstracttype, subtypes(ImplicitRNN.ColumnEquation))]
 
     @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
+end
+
+@testset "the step of few neurons, found in registers, is that of many to the last bit ($T, $n, $(ndims(M)) axes)" for
+    T in (Float32, Float64), n in 1:4, M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n))
+
+    L = 16
+    few, many = Lanes{T, L}(n), Lanes{T, L}(n)
+    for w in (few, many)
+        w.D .= rand(Xoshiro(1), T, L, n) ./ T(2n)
+        w.step .= randn(Xoshiro(2), T, L, n)
+    end
+    step = copy(few.step)
+    direction_lanes!(few, M)
+    direction_of_many!(many, M)
+    @test few.step == many.step
+    of_lane(l) = M isa Matrix ? M : M[l, :, :]
+    @test all(l -> few.step[l, :] ≈ (I - Diagonal(few.D[l, :]) * of_lane(l)) \ step[l, :], 1:L)
 end

@@ -16,7 +16,7 @@ end
 
 @testset "registers of $(Products.REGISTER) bytes" for Products in (ImplicitRNN, OtherRegisters)
 
-    (; add_outer!, COLUMNS_AT_ONCE, factor, multiply!, multiply_add!, Panels, register_lanes, store!, store_transposed!) = Products
+    (; add_columns!, add_outer!, COLUMNS_AT_ONCE, factor, multiply!, multiply_add!, Panels, register_lanes, store!, store_transposed!) = Products
 
     # A few rows, half a register of them, one, and what does not fill the last.
     rows_to_try(T) =
@@ -50,6 +50,15 @@ end
             multiply_add!(S, A, view(B, :, 1:m), m)
             @test close(S, hcat(U[:, 1:m] .+ product, U[:, (m + 1):30])) && untouched()
         end
+    end
+
+    @testset "sums of columns are taken one after the other ($T, $n rows)" for T in (Float32, Float64), n in rows_to_try(T)
+        A, g = randn(Xoshiro(4), T, n, 30), randn(Xoshiro(5), T, n)
+        for m in (0, 1, 7, 30), B in (A, view(vcat(A, A), 1:n, :))
+            @test add_columns!(copy(g), B, m) == foldl(+, eachcol(A)[1:m]; init = g)
+        end
+        @test_throws DimensionMismatch add_columns!(g, A, 31)
+        @test_throws DimensionMismatch add_columns!(g, vcat(A, A), 3)
     end
 
     @testset "outer products likewise ($T, $n x $k)" for T in (Float32, Float64), n in rows_to_try(T), k in (1, 9, 64)

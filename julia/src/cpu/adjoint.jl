@@ -62,23 +62,26 @@ function solve_adjoint!(
         outcome, factors = nothing, latest = false, threads = 1, tangent = false
     ) where {T}
     n, samples = size(r.R, 1), size(G, 2)
-    for j in 1:samples
-        copy_column!(c.U, j, G, j)
-        copy_column!(c.coefficients, j, D, j)
-    end
     start!(c, samples; cold = true)
     system(; tol, latest) = AdjointSystem{T, typeof(E)}(;
         M = tangent ? r.forward : r.backward, recurrence = r, tol, floor = floatmin(T), Z = E, outcome, latest, threads, tangent
     )
     p = system(; tol = tolerance(s, T), latest)
     method = s.linear_solver
+    side_by_side = method === :auto && factors === nothing && n <= LANE_NEURONS
+    if side_by_side
+        solve_adjoint_lanes!(lanes_of(c), c, p, D, G) && return E
+    else
+        for j in 1:samples
+            copy_column!(c.U, j, G, j)
+            copy_column!(c.coefficients, j, D, j)
+        end
+    end
     if factors !== nothing && method in (:auto, :lu)
         refine!(c, system(; tol = 100 * eps(T), latest = false), factors) && return E
     end
     if method === :auto
-        if n <= LANE_NEURONS
-            solve_adjoint_lanes!(lanes_of(c), c, p) && return E
-        elseif r.linearized
+        if r.linearized && !side_by_side
             evaluate_all!(c, p) || iterate_linearized!(c, p, LINEARIZED_PATIENCE) ||
                 (advance!(c, one(T)); iterate!(Picard(), c, p, AUTO_BLOCK))
         end

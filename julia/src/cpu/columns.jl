@@ -89,13 +89,8 @@ function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.cold = cold
     cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.deferred)
-    for j in 1:samples
-        c.sample[j] = j
-        c.residual[j] = T(Inf)
-        c.rate[j] = zero(T)
-        c.iterations[j] = 0
-        c.singular[j] = false
-    end
+    view(c.sample, 1:samples) .= 1:samples
+    foreach(((A, x),) -> fill!(view(A, 1:samples), x), ((c.residual, T(Inf)), (c.rate, zero(T)), (c.iterations, 0), (c.singular, false)))
     return c
 end
 

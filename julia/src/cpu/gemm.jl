@@ -4,6 +4,9 @@
 
 const Dense{T} = StridedMatrix{T}
 
+"Matrices whose columns are without gaps in memory."
+const Contiguous{T} = Union{Matrix{T}, SubArray{T, 2, Matrix{T}, <:Tuple{AbstractUnitRange, AbstractUnitRange}}}
+
 "    multiply_add!(S, A, B, m, threads = 1)\n\n`S[:, 1:m] += A B[1:k, 1:m]` for A with k columns."
 multiply_add!(S, A, B, m::Int, threads::Int = 1) = multiply!(S, S, A, B, m, threads)
 
@@ -69,6 +72,21 @@ function add_columns!(g, A, m)
         @simd for i in eachindex(g)
             g[i] += A[i, j]
         end
+    end
+    return g
+end
+# In registers, in the same order.
+function add_columns!(g::Vector{T}, A::Contiguous{T}, m) where {T <: Hardware}
+    n, L = length(g), register_lanes(T)
+    check_product(g, g, A, (m, 1), m, 1)
+    one_lanes, a = same_in_all(one(T), Val(L)), Operand(A)
+    GC.@preserve g A for row in 0:L:(n - 1)
+        lanes = FirstLanes{L}(min(n - row, L))
+        sum = load_lanes(pointer(g, row + 1), lanes)
+        for j in 0:(m - 1)
+            sum = muladd_lanes(load_lanes(address(a, row, j), lanes), one_lanes, sum)
+        end
+        store_lanes!(pointer(g, row + 1), sum, lanes)
     end
     return g
 end

@@ -7,32 +7,36 @@ lane_count(::Type{T}) where {T} = 64 ÷ sizeof(T)
 """
     Lanes{T, L}(n)
 
-The buffers for L samples of a stage of n neurons; in every array the first index is the sample.
+The buffers for L samples of a stage of n neurons; in every array the first index is the sample. Which samples something is true of
+is told by bits.
 """
-struct Lanes{T, L}
-    U::Matrix{T}
-    Z::Matrix{T}
-    S::Matrix{T}
-    F::Matrix{T}
-    D::Matrix{T}
-    step::Matrix{T}
-    anchor::Matrix{T}              # where Picard iteration was left
-    A::Array{T, 3}
-    power::Array{T, 3}             # of D M
-    active::Vector{T}              # 1 or 0
-    failed::Vector{Bool}
-    change2::Vector{T}             # ‖F - Z‖², ‖F‖²
-    size2::Vector{T}
-    residual2::Vector{T}           # the last ‖F - Z‖² of a lane at work, and the one before
-    last2::Vector{T}
-    reach::Vector{T}               # how far from the anchor the equilibrium may be
-    iterations::Vector{T}
-    decision::Vector{T}
-    grown::Vector{T}               # 1 where the last step of Newton's method made the residual larger
+mutable struct Lanes{T, L}
+    const U::Matrix{T}
+    const Z::Matrix{T}
+    const S::Matrix{T}
+    const F::Matrix{T}
+    const D::Matrix{T}
+    const step::Matrix{T}
+    const anchor::Matrix{T}              # where Picard iteration was left
+    const A::Array{T, 3}
+    const power::Array{T, 3}             # of D M
+    const change2::Vector{T}             # ‖F - Z‖², ‖F‖²
+    const size2::Vector{T}
+    const residual2::Vector{T}           # the last ‖F - Z‖² of a lane at work, and the one before
+    const last2::Vector{T}
+    const residual::Vector{T}            # in the end, relative
+    const rate::Vector{T}
+    const reach2::Vector{T}              # square of how far from the anchor the equilibrium may be
+    const iterations::Vector{T}
+    active::Int
+    failed::Int
 end
 Lanes{T, L}(n::Int) where {T, L} = Lanes{T, L}(
-    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L, n, n), zeros(T, L), zeros(Bool, L), (zeros(T, L) for _ in 1:8)...
+    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L, n, n), (zeros(T, L) for _ in 1:8)..., 0, 0
 )
+
+has_bit(bits::Int, l::Int) = isodd(bits >> (l - 1))
+bit(l::Int) = 1 << (l - 1)
 
 """
     LaneCriterion(f, tol, floor, unique)
@@ -70,20 +74,21 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         load!(w.U, c.U, first_sample, count)
         cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
         newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
+        relate_residuals!(w, p.floor)
         for l in 1:count
             j = first_sample + l - 1
             used = unsafe_trunc(Int, w.iterations[l])
-            if w.failed[l] && used < c.limit
+            failed = has_bit(w.failed, l)
+            if failed && used < c.limit
                 left += 1
                 copy_column!(c.U, left, c.U, j)
                 copy_column!(c.Z, left, c.Z, j)
                 c.sample[left], c.iterations[left] = j, used
             else
-                status = w.failed[l] ? status_of_failed!(c, j, w, p, l) : CONVERGED
+                status = failed ? status_of_failed!(c, j, w, p, l) : CONVERGED
                 store!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
                 store!(p.S, j, w.S, l)
-                scale = max(sqrt(w.size2[l]), p.floor)
-                record!(p.outcome, j, status, used, sqrt(w.residual2[l]) / scale, rate(w, l))
+                record!(p.outcome, j, status, used, w.residual[l], w.rate[l])
             end
         end
     end
@@ -106,66 +111,56 @@ The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `faile
 index, one for each.
 """
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
-    picard_steps = p.unique ? 1 : 3
-    fill!(w.active, 1)
-    fill!(w.failed, false)
-    fill!(w.iterations, 0)
-    fill!(w.residual2, T(Inf))
-    fill!(w.last2, T(Inf))
+    picard_steps, lanes = p.unique ? 1 : 3, Val(L)
+    w.active, w.failed = bits_up_to(L), 0
+    foreach(x -> put_vector!(x, 1, same_in_all(T(Inf), lanes)), (w.residual2, w.last2))
     for k in 1:evaluations
         affine_lanes!(w, M, cold && k == 1)
         activate_lanes!(w, p.f)
-        check_convergence!(w, p, k, picard_steps) || break
-        k == evaluations && break
+        grown = check_convergence!(w, p, k, picard_steps)
+        (w.active == 0 || k == evaluations) && break
         if k <= picard_steps
-            step_lanes!(w, w.F, Val(L), true)
+            step_lanes!(w, w.F, lanes, true)
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)
         else
             slopes_lanes!(w, p.f)
             direction_lanes!(w, M)
-            prefer_picard!(w)
-            step_lanes!(w, w.step, Val(L), false)
+            grown == 0 || prefer_picard!(w, grown, lanes)
+            step_lanes!(w, w.step, lanes, false)
         end
     end
-    @inbounds for l in 1:L
-        w.failed[l] |= w.active[l] > 0
-    end
+    w.failed |= w.active
     p.unique || check_stability!(w, M, p, picard_steps)
     return
 end
 
-# Takes out the lanes that are done or failed after the evaluation k; returns whether any is still at work.
+# Takes out the lanes that are done or failed after the evaluation k; returns those where Newton's method has made the residual larger.
 function check_convergence!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) where {T, L}
-    (; active, residual2, last2, iterations, decision, grown, change2, size2) = w
-    newton = k > picard_steps + 1
-    tol2, floor2 = p.tol^2, p.floor^2
-    settled = zero(T)
-    @inbounds @simd ivdep for l in 1:L
-        at_work = active[l] > 0
-        now2, before2 = change2[l], residual2[l]
-        done = now2 <= tol2 * max(size2[l], floor2)
-        grows = newton & (now2 > before2)
-        grown[l] = ifelse(grows, one(T), zero(T))
-        broken = !(now2 < T(Inf)) | (grows & !p.unique)
-        last2[l] = ifelse(at_work, before2, last2[l])
-        residual2[l] = ifelse(at_work, now2, before2)
-        iterations[l] = ifelse(at_work, T(k), iterations[l])
-        decision[l] = ifelse(at_work, ifelse(broken, T(FAILED), ifelse(done, T(DONE), zero(T))), zero(T))
-        settled += decision[l]
-    end
-    p.unique || k != picard_steps || reach!(w)
-    if settled > 0
-        @inbounds @simd ivdep for l in 1:L
-            active[l] = ifelse(decision[l] > 0, zero(T), active[l])
-            w.failed[l] |= decision[l] == T(FAILED)
-        end
-        # Without a guarantee, a start that happens to be an equilibrium may be one that repels.
-        p.unique || @inbounds for l in 1:L
-            w.failed[l] |= decision[l] == DONE &&
-                (k == 1 || size2[l] > T(SUSPICIOUS_SIZE)^2 || k > picard_steps && distance2(w, l) > w.reach[l]^2)
-        end
-    end
-    return any_above_zero(active)
+    (; active, residual2, last2, iterations) = w
+    lanes, zero_lanes = Val(L), same_in_all(zero(T), Val(L))
+    now2, before2, size2 = vector(w.change2, 1, lanes), vector(residual2, 1, lanes), vector(w.size2, 1, lanes)
+    put_vector!(last2, 1, select(active, before2, vector(last2, 1, lanes)))
+    put_vector!(residual2, 1, select(active, now2, before2))
+    put_vector!(iterations, 1, select(active, same_in_all(T(k), lanes), vector(iterations, 1, lanes)))
+    tol2 = same_in_all(p.tol^2, lanes)
+    done = at_most(now2, muladd_lanes(tol2, size2, zero_lanes)) | at_most(now2, same_in_all(p.tol^2 * p.floor^2, lanes))
+    grown = k > picard_steps + 1 ? below(before2, now2) : 0
+    broken = ~below(now2, same_in_all(T(Inf), lanes)) | (p.unique ? 0 : grown)
+    w.active &= ~(done | broken)
+    w.failed |= active & broken
+    p.unique || drop_doubtful!(w, active & done & ~broken, k, picard_steps)
+    return grown
+end
+
+# Without a guarantee, a start that happens to be an equilibrium may be one that repels; and what is far from where Picard iteration was
+# left, or does not contract there, may not be the one that attracts.
+function drop_doubtful!(w::Lanes{T, L}, done::Int, k::Int, picard_steps::Int) where {T, L}
+    lanes = Val(L)
+    k == picard_steps && reach!(w)
+    far = k == 1 ? done : below(same_in_all(T(SUSPICIOUS_SIZE)^2, lanes), vector(w.size2, 1, lanes))
+    k > picard_steps && (far |= below(vector(w.reach2, 1, lanes), distance2(w, lanes)))
+    w.failed |= done & far
+    return
 end
 
 "Squarings of D M after which eigenvalues are cheaper: powers of a matrix have norms below 1 where its spectral radius is."
@@ -173,21 +168,19 @@ const SQUARINGS = 4
 
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
 function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
-    (; active, failed, iterations) = w
-    @inbounds for l in 1:L
-        active[l] = ifelse(failed[l] | (iterations[l] <= picard_steps), zero(T), one(T))
-    end
-    any_above_zero(active) || return
+    lanes = Val(L)
+    doubtful = below(same_in_all(T(picard_steps), lanes), vector(w.iterations, 1, lanes)) & ~w.failed
+    doubtful == 0 && return
     slopes_lanes!(w, p.f)
-    power, next = jacobian_lanes!(w.power, w.D, M, Val(L)), w.A
+    power, next = jacobian_lanes!(w.power, w.D, M, lanes), w.A
     for k in 0:SQUARINGS
-        k == 0 || ((power, next) = (square_lanes!(next, power, Val(L)), power))
-        drop_contractions!(w, power)
-        any_above_zero(active) || return
+        k == 0 || ((power, next) = (square_lanes!(next, power, lanes), power))
+        doubtful &= ~contractions(power, lanes)
+        doubtful == 0 && return
     end
     for l in 1:L
-        active[l] > 0 || continue
-        failed[l] = !((@late spectral_radius(matrix_of(M, l), w.D[l, :]))::T < 1)
+        has_bit(doubtful, l) || continue
+        (@late spectral_radius(matrix_of(M, l), w.D[l, :]))::T < 1 || (w.failed |= bit(l))
     end
     return
 end
@@ -221,66 +214,57 @@ function square_lanes!(P::Array{T, 3}, A::Array{T, 3}, lanes) where {T}
     return P
 end
 
-# Lanes whose matrix has a norm below 1, that of Frobenius or the largest sum of a column, are active no more.
-function drop_contractions!(w::Lanes{T}, A::Array{T, 3}) where {T}
-    (; active, decision, change2, grown) = w
-    largest, squares, sum = fill!(decision, 0), fill!(grown, 0), change2
-    @inbounds for j in axes(A, 3)
-        fill!(sum, 0)
-        for i in axes(A, 2)
-            @simd ivdep for l in eachindex(sum)
-                sum[l] += abs(A[l, i, j])
-                squares[l] = muladd(A[l, i, j], A[l, i, j], squares[l])
-            end
+# The lanes whose matrix has a norm below 1, that of Frobenius or the largest sum of a column.
+function contractions(A::Array{T, 3}, lanes) where {T}
+    n, one_lanes = size(A, 2), same_in_all(one(T), lanes)
+    squares, columns = same_in_all(zero(T), lanes), bits_up_to(size(A, 1))
+    for j in 1:n
+        sum = same_in_all(zero(T), lanes)
+        for i in 1:n
+            a = vector(A, (j - 1) * n + i, lanes)
+            sum = muladd_lanes(abs_lanes(a), one_lanes, sum)
+            squares = muladd_lanes(a, a, squares)
         end
-        @simd ivdep for l in eachindex(sum)
-            largest[l] = ifelse(sum[l] <= largest[l], largest[l], sum[l])      # NaN, too
-        end
+        columns &= below(sum, one_lanes)
     end
-    @inbounds for l in eachindex(active)
-        active[l] = ifelse((largest[l] < 1) | (squares[l] < 1), zero(T), active[l])
-    end
-    return
+    return columns | below(squares, one_lanes)
 end
-
-# Of numbers that are not below zero; faster than `any`, which stops at the first.
-@inline function any_above_zero(x::Vector)
-    sum = zero(eltype(x))
-    @inbounds @simd for l in eachindex(x)
-        sum += x[l]
-    end
-    return sum > 0
-end
-
-const DONE, FAILED = 1, 2
 
 # Where Newton's method has overshot, the next step is Picard's, which contracts if there is but one equilibrium.
-function prefer_picard!(w::Lanes)
-    any_above_zero(w.grown) || return
-    @inbounds for i in axes(w.Z, 2)
-        @simd ivdep for l in eachindex(w.grown)
-            w.step[l, i] = ifelse(w.grown[l] > 0, w.F[l, i] - w.Z[l, i], w.step[l, i])
-        end
+function prefer_picard!(w::Lanes, grown::Int, lanes)
+    for i in axes(w.Z, 2)
+        put_vector!(w.step, i, select(grown, minus_lanes(vector(w.F, i, lanes), vector(w.Z, i, lanes)), vector(w.step, i, lanes)))
     end
     return
 end
 
-# The quotient of the last two residuals of a lane.
-rate(w::Lanes, l::Int) = @inbounds isfinite(w.last2[l]) ? sqrt(w.residual2[l] / w.last2[l]) : zero(w.last2[l])
+# The relative residual, and the quotient of the last two. `sqrt` looks for negative numbers first, which keeps loops out of vector
+# registers.
+function relate_residuals!(w::Lanes{T, L}, floor::T) where {T, L}
+    @inbounds @simd ivdep for l in 1:L
+        residual2, last2 = w.residual2[l], w.last2[l]
+        w.residual[l] = Base.sqrt_llvm(residual2) / max(Base.sqrt_llvm(w.size2[l]), floor)
+        w.rate[l] = ifelse(isfinite(last2), Base.sqrt_llvm(residual2 / last2), zero(T))
+    end
+    return
+end
 
 function reach!(w::Lanes{T, L}) where {T, L}
+    relate_residuals!(w, one(T))
     @inbounds for l in 1:L
-        q = rate(w, l)
-        w.reach[l] = trust_radius(sqrt(w.residual2[l]), q)
-        w.active[l] > 0 && w.decision[l] == 0 && !contracts(q) && (w.decision[l] = w.active[l] = 0; w.failed[l] = true)
+        q = w.rate[l]
+        w.reach2[l] = trust_radius(sqrt(w.residual2[l]), q)^2
+        contracts(q) || (w.failed |= w.active & bit(l); w.active &= ~bit(l))
     end
     return
 end
 
-function distance2(w::Lanes{T}, l::Int) where {T}
-    total = zero(T)
-    @inbounds for i in axes(w.Z, 2)
-        total += (w.Z[l, i] - w.anchor[l, i])^2
+# ‖Z - anchor‖²
+function distance2(w::Lanes{T}, lanes) where {T}
+    total = same_in_all(zero(T), lanes)
+    for i in axes(w.Z, 2)
+        d = minus_lanes(vector(w.Z, i, lanes), vector(w.anchor, i, lanes))
+        total = muladd_lanes(d, d, total)
     end
     return total
 end
@@ -291,6 +275,9 @@ end
 @inline vector(A::Array{T}, k::Int, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(pointer(A)), k)
 @inline put_vector!(A::Array{T}, k::Int, v::LaneVector{L, T}) where {T, L} =
     unsafe_store!(Ptr{LaneVector{L, T}}(pointer(A)), v, k)
+@inline times_lanes(a::V, b::V) where {V <: LaneVector} = muladd_lanes(a, b, map(x -> VecElement(zero(x.value)), a))
+@inline minus_lanes(a::V, b::V) where {V <: LaneVector} = muladd_lanes(b, map(x -> VecElement(-one(x.value)), b), a)
+@inline negative(v::LaneVector) = map(x -> VecElement(-x.value), v)
 @inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
 
 # Entry (i, k) of the matrix of all lanes, or of each.
@@ -333,12 +320,10 @@ function activate_lane_rows!(w::Lanes{T, L}, f::Activation, rows) where {T, L}
 end
 
 # Z ← X or Z + X where a lane is active
-function step_lanes!(w::Lanes{T}, X, ::Val{L}, replace::Bool) where {T, L}
-    @inbounds for i in axes(X, 2)
-        @simd ivdep for l in 1:L
-            z = w.Z[l, i]
-            w.Z[l, i] = ifelse(w.active[l] > 0, replace ? X[l, i] : z + X[l, i], z)
-        end
+function step_lanes!(w::Lanes{T}, X, lanes, replace::Bool) where {T}
+    for i in axes(X, 2)
+        x, z = vector(X, i, lanes), vector(w.Z, i, lanes)
+        put_vector!(w.Z, i, select(w.active, replace ? x : muladd_lanes(x, same_in_all(one(T), lanes), z), z))
     end
     return
 end
@@ -357,14 +342,50 @@ function slopes_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
 end
 
 # step ← (I - D M)⁻¹ step by elimination without pivoting; the residual afterwards tells where that was not good enough.
-function direction_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+function direction_lanes!(w::Lanes, M::Array)
+    n = size(w.Z, 2)
+    n == 1 && return direction_of_few!(w, M, Val(1))
+    n == 2 && return direction_of_few!(w, M, Val(2))
+    n == 3 && return direction_of_few!(w, M, Val(3))
+    n == 4 && return direction_of_few!(w, M, Val(4))
+    return direction_of_many!(w, M)
+end
+
+# In registers, and the same to the last bit.
+function direction_of_few!(w::Lanes{T, L}, M::Array{T}, ::Val{N}) where {T, L, N}
+    lanes = Val(L)
+    D, step = ntuple(i -> vector(w.D, i, lanes), Val(N)), ntuple(i -> vector(w.step, i, lanes), Val(N))
+    A = ntuple(Val(N)) do i
+        ntuple(j -> muladd_lanes(negative(matrix_entry(M, i, j, lanes)), D[i], same_in_all(T(i == j), lanes)), Val(N))
+    end
+    x = negative_solution(A, step)
+    ntuple(i -> put_vector!(w.step, i, negative(x[i])), Val(N))
+    return
+end
+
+# -A⁻¹ b for the rows of A: the first unknown is eliminated from the rows below, and found by those of them.
+@inline negative_solution(::Tuple{}, ::Tuple{}) = ()
+@inline function negative_solution(rows::Tuple, b::Tuple)
+    top, below = tail(first(rows)), tail(rows)
+    pivot = negative_inverse(first(first(rows)))
+    factors = map(row -> times_lanes(first(row), pivot), below)
+    reduced = map((row, factor) -> map((x, t) -> muladd_lanes(factor, t, x), tail(row), top), below, factors)
+    x = negative_solution(reduced, map((y, factor) -> muladd_lanes(factor, first(b), y), tail(b), factors))
+    return (times_lanes(plus_products(first(b), top, x), pivot), x...)
+end
+
+# b + Σ a x, the last product first
+@inline plus_products(b, ::Tuple{}, ::Tuple{}) = b
+@inline plus_products(b, a::Tuple, x::Tuple) = muladd_lanes(first(a), first(x), plus_products(b, tail(a), tail(x)))
+
+function direction_of_many!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     n, lanes = size(w.Z, 2), Val(L)
     zero_lanes = same_in_all(zero(T), lanes)
     (; A, D, step) = w
     GC.@preserve A D step M begin
         for j in 1:n, i in 1:n
-            m = map(x -> VecElement(-x.value), matrix_entry(M, i, j, lanes))
-            put_vector!(A, (j - 1) * n + i, muladd_lanes(m, vector(D, i, lanes), same_in_all(T(i == j), lanes)))
+            m = matrix_entry(M, i, j, lanes)
+            put_vector!(A, (j - 1) * n + i, muladd_lanes(negative(m), vector(D, i, lanes), same_in_all(T(i == j), lanes)))
         end
         # Two columns at a time: what is left of the matrix is read and written half as often.
         for k in 1:2:n
@@ -429,30 +450,28 @@ end
 end
 
 """
-    solve_adjoint_lanes!(w, c, p)
+    solve_adjoint_lanes!(w, c, p, D, G)
 
-Solve the adjoint systems of the columns of `c` by elimination. The columns that remain active are those for which that was not
-exact enough.
+Solve the adjoint systems of the samples with the slopes `D` and G = ∂L/∂z by elimination. Those for which that was not exact enough
+become the active columns of `c`.
 """
-function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}) where {T, L}
-    samples, D = c.active, c.coefficients
-    left = 0
+function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}, D, G) where {T, L}
+    samples, left = size(G, 2), 0
     for first_sample in 1:L:samples
         check_interrupt()
         count = min(L, samples - first_sample + 1)
-        load!(w.U, c.U, first_sample, count)
+        load!(w.U, G, first_sample, count)
         load!(w.D, D, first_sample, count)
-        adjoint_lanes!(w, p.M::Matrix{T})
+        adjoint_lanes!(w, p.M::Matrix{T}, p.floor)
         for l in 1:count
             j = first_sample + l - 1
-            residual, scale = adjoint_residual(w, l, p.floor)
-            if residual <= adjoint_tolerance(p.tol) * scale
+            if w.residual[l] <= adjoint_tolerance(p.tol)
                 store!(p.Z, j, w.Z, l)
-                record!(p.outcome, j, CONVERGED, 1, residual / scale, zero(T))
+                record!(p.outcome, j, CONVERGED, 1, w.residual[l], zero(T))
             else
                 left += 1
-                copy_column!(c.U, left, c.U, j)
-                copy_column!(D, left, D, j)
+                copy_column!(c.U, left, G, j)
+                copy_column!(c.coefficients, left, D, j)
                 c.sample[left] = j
             end
         end
@@ -461,17 +480,15 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
     return left == 0
 end
 
-"Z = D λ with (I - M D) λ = U."
-function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+"Z = D λ with (I - M D) λ = U, and its residual, which is related to ‖Z‖ or the `floor`."
+function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}, floor::T) where {T, L}
     multiply_lanes!(w.step, w.D, w.U, Val(L))
     direction_lanes!(w, M)
     copyto!(w.Z, w.step)
     affine_lanes!(w, M, false)
-    return residual_lanes!(w)
+    residual_lanes!(w)
+    return relate_residuals!(w, floor)
 end
-
-# Of a lane after `adjoint_lanes!`: the residual, and what it is related to.
-@inline adjoint_residual(w::Lanes, l::Int, floor) = @inbounds sqrt(w.change2[l]), max(sqrt(w.size2[l]), floor)
 
 # Elimination does not come nearer.
 adjoint_tolerance(tol::T) where {T} = max(tol, 100 * eps(T))
@@ -487,16 +504,15 @@ end
 
 # ‖D S - Z‖² and ‖Z‖²
 function residual_lanes!(w::Lanes{T, L}) where {T, L}
-    fill!(w.change2, 0)
-    fill!(w.size2, 0)
-    @inbounds for i in axes(w.Z, 2)
-        @simd ivdep for l in 1:L
-            z = w.Z[l, i]
-            d = muladd(w.D[l, i], w.S[l, i], -z)
-            w.change2[l] = muladd(d, d, w.change2[l])
-            w.size2[l] = muladd(z, z, w.size2[l])
-        end
+    lanes = Val(L)
+    residual2 = size2 = same_in_all(zero(T), lanes)
+    for i in axes(w.Z, 2)
+        z = vector(w.Z, i, lanes)
+        d = muladd_lanes(vector(w.D, i, lanes), vector(w.S, i, lanes), negative(z))
+        residual2, size2 = muladd_lanes(d, d, residual2), muladd_lanes(z, z, size2)
     end
+    put_vector!(w.residual2, 1, residual2)
+    put_vector!(w.size2, 1, size2)
     return
 end
 

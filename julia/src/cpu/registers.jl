@@ -23,6 +23,22 @@ bits_up_to(n::Int) = (1 << n) - 1
 for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (2, 4, 8, 16)
     V, vector = LaneVector{L, T}, "<$L x $type>"
     @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
+    @eval @inline abs_lanes(a::$V) = ccall($("llvm.fabs.v$L$name"), llvmcall, $V, ($V,), a)
+    # Truth of something for each lane, in a bit each.
+    for (f, condition) in ((:below, "olt"), (:at_most, "ole"))
+        compare = """
+        %found = fcmp $condition $vector %0, %1
+        %bits = bitcast <$L x i1> %found to i$L
+        %r = zext i$L %bits to i64
+        ret i64 %r"""
+        @eval @inline $f(a::$V, b::$V) = Base.llvmcall($compare, Int64, Tuple{$V, $V}, a, b)
+    end
+    choose = """
+    %bits = trunc i64 %0 to i$L
+    %mask = bitcast i$L %bits to <$L x i1>
+    %r = select <$L x i1> %mask, $vector %1, $vector %2
+    ret $vector %r"""
+    @eval @inline select(bits::Int64, a::$V, b::$V) = Base.llvmcall($choose, $V, Tuple{Int64, $V, $V}, bits, a, b)
     # The lanes of a vector in memory whose bits are set, the others 0, and back again, without a look at the others.
     pointer_type, mangled = VERSION < v"1.12-" ? ("$vector*", "p0v$L$name") : ("ptr", "p0")
     place_and_mask = """

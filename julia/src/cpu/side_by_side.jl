@@ -227,17 +227,18 @@ function add_sample!(sum::LaneWeights, s::SideBySide{T, L}, X, Y, sample::Int, w
     drive_lanes!(w.U, weights, X, sample, lanes)
     fill!(w.Z, 0)
     newton_lanes!(w, weights.recurrent, s.forward, true, LANE_ITERATIONS)
-    s.unsolved .|= w.failed
+    @inbounds for l in 1:L
+        s.unsolved[l] |= has_bit(w.failed, l)
+    end
     copyto!(s.Z, w.F)
     slopes_lanes!(w, s.f)
     read_out_lanes!(s, lanes)
     loss_gradient_lanes!(s, Y, sample, weight / size(Y, 1))
     read_out_adjoint_lanes!(sum, s, lanes)
     copyto!(w.U, s.G)
-    adjoint_lanes!(w, weights.transposed)
-    for l in 1:L
-        residual, scale = adjoint_residual(w, l, floatmin(T))
-        @inbounds s.unsolved[l] |= !(residual <= s.adjoint_tol * scale)
+    adjoint_lanes!(w, weights.transposed, floatmin(T))
+    @inbounds for l in 1:L
+        s.unsolved[l] |= !(w.residual[l] <= s.adjoint_tol)
     end
     add_pullback_lanes!(sum, s, X, sample, lanes)
     return
