@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import runs
+from joblib import parallel_config
 
 import implicit_rnn as irnn
 from implicit_rnn.errors import RunError
 from implicit_rnn.runs import prepare_worker, run_many
 
 TASKS = {f"x{x}": {"x": x} for x in range(6)}
+TWO_TASKS = {name: TASKS[name] for name in ("x1", "x2")}
 
 
 def values(results: dict) -> dict:
@@ -37,15 +39,18 @@ def test_more_jobs_run_in_other_processes():
     assert os.getpid() not in {result["process"] for result in run_many(runs.square, TASKS, jobs=2).values()}
 
 
+def fits(engine: str) -> dict:
+    return {f"seed-{seed}": {"seed": seed, "engine": engine} for seed in range(3)}
+
+
 def test_training_gives_the_same_parameters_in_workers_as_in_series(engine):
-    tasks = {f"seed-{seed}": {"seed": seed, "engine": engine} for seed in range(3)}
-    assert run_many(runs.fit, tasks, jobs=2) == run_many(runs.fit, tasks, jobs=1)
+    assert run_many(runs.fit, fits(engine), jobs=2) == run_many(runs.fit, fits(engine), jobs=1)
 
 
 @pytest.mark.julia
 def test_each_worker_has_a_julia_of_its_own_with_one_thread():
     irnn.get_engine("julia")  # workers must not be forks of a process in which Julia runs
-    results = run_many(runs.threads, {name: TASKS[name] for name in ("x1", "x2")}, jobs=2)
+    results = run_many(runs.threads, TWO_TASKS, jobs=2)
     assert [result["threads"] for result in results.values()] == [[1, 1], [1, 1]]
 
 
@@ -227,47 +232,15 @@ def dask_client():
         yield client
 
 
-def test_dask_cluster_gives_the_same_results(dask_client, tmp_path):
-    from joblib import parallel_config
-
-    tasks = {f"seed-{seed}": {"seed": seed, "engine": "numpy"} for seed in range(3)}
+@pytest.fixture
+def on_dask(dask_client):
     with parallel_config(backend="dask"):
-        results = run_many(runs.fit, tasks, jobs=2, folder=tmp_path)
-    assert results == run_many(runs.fit, tasks)
-
-
-def test_run_that_fails_on_a_dask_cluster_is_named(dask_client):
-    from joblib import parallel_config
-
-    with parallel_config(backend="dask"), pytest.raises(RunError, match="x3: ValueError: 3 is no number"):
-        run_many(runs.fail_for_3, TASKS, jobs=2)
-
-
-@pytest.mark.julia
-def test_dask_workers_that_are_prepared_train_in_julia(dask_client):
-    from joblib import parallel_config
-
-    assert set(dask_client.run(prepare_worker, "julia").values()) == {"julia"}
-    tasks = {f"seed-{seed}": {"seed": seed, "engine": "julia"} for seed in range(3)}
-    with parallel_config(backend="dask"):
-        results = run_many(runs.fit, tasks, jobs=2)
-    assert results == run_many(runs.fit, tasks)
-
-
-def test_worker_that_dies_on_a_dask_cluster_is_reported(dask_client, tmp_path):
-    from joblib import parallel_config
-
-    with parallel_config(backend="dask"), pytest.raises(RunError, match="a worker process died"):
-        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
-    assert "x3" not in {path.stem for path in tmp_path.iterdir()}
-
-
-# Ray returns lists only, so that results come in bunches.
+        yield dask_client
 
 
 @pytest.fixture(scope="module")
 def ray():
-    """A local Ray of two processes, known to joblib as "ray"."""
+    """A local Ray of two processes, known to joblib as "ray"; it returns lists only, so that results come in bunches."""
     ray = pytest.importorskip("ray", reason="needs ray")
     from ray.util.joblib import register_ray
 
@@ -282,56 +255,60 @@ def ray():
             runtime_env={"env_vars": {"PYTHONPATH": paths}},
         )
     register_ray()
-    yield ray
+    yield
     ray.shutdown()
 
 
-def test_ray_gives_the_same_results_as_series(ray, tmp_path):
-    from joblib import parallel_config
-
-    tasks = {f"seed-{seed}": {"seed": seed, "engine": "numpy"} for seed in range(3)}
+@pytest.fixture
+def on_ray(ray):
     with parallel_config(backend="ray"):
-        results = run_many(runs.fit, tasks, jobs=2, folder=tmp_path)
-    assert results == run_many(runs.fit, tasks)
+        yield
+
+
+@pytest.mark.parametrize("cluster", ["on_dask", "on_ray"])
+def test_cluster_gives_the_same_results_as_series(cluster, request, tmp_path):
+    request.getfixturevalue(cluster)
+    tasks = fits("numpy")
+    assert run_many(runs.fit, tasks, jobs=2, folder=tmp_path) == run_many(runs.fit, tasks)
     assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(tasks)
 
 
-def test_run_that_fails_on_ray_is_named_after_all_others_are_done(ray, tmp_path):
-    from joblib import parallel_config
-
-    with parallel_config(backend="ray"), pytest.raises(RunError, match="x3: ValueError: 3 is no number"):
+@pytest.mark.parametrize("cluster", ["on_dask", "on_ray"])
+def test_run_that_fails_on_a_cluster_is_named_after_all_others_are_done(cluster, request, tmp_path):
+    request.getfixturevalue(cluster)
+    with pytest.raises(RunError, match="x3: ValueError: 3 is no number"):
         run_many(runs.fail_for_3, TASKS, jobs=2, folder=tmp_path)
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
 
 
-def test_bunches_that_ended_on_ray_before_a_worker_died_are_kept(ray, tmp_path):
-    from joblib import parallel_config
+@pytest.mark.julia
+def test_dask_workers_that_are_prepared_train_in_julia(on_dask):
+    assert set(on_dask.run(prepare_worker, "julia").values()) == {"julia"}
+    tasks = fits("julia")
+    assert run_many(runs.fit, tasks, jobs=2) == run_many(runs.fit, tasks)
 
-    with (
-        parallel_config(backend="ray"),
-        pytest.raises(RunError, match=r"a worker process died .* 4 of 6 runs to do, among them x2, x3, x4"),
-    ):
+
+def test_worker_that_dies_on_a_dask_cluster_is_reported(on_dask, tmp_path):
+    with pytest.raises(RunError, match="a worker process died"):
+        run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert "x3" not in {path.stem for path in tmp_path.iterdir()}
+
+
+def test_bunches_that_ended_on_ray_before_a_worker_died_are_kept(on_ray, tmp_path):
+    with pytest.raises(RunError, match=r"a worker process died .* 4 of 6 runs to do, among them x2, x3, x4"):
         run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1"]
-    with parallel_config(backend="ray"):
-        assert len(run_many(runs.square, TASKS, jobs=2)) == 6
+    assert len(run_many(runs.square, TASKS, jobs=2)) == 6
 
 
-def test_ray_keeps_its_workers_from_bunch_to_bunch(ray):
-    from joblib import parallel_config
-
-    with parallel_config(backend="ray"):
-        results = run_many(runs.square, TASKS, jobs=2)
+def test_ray_keeps_its_workers_from_bunch_to_bunch(on_ray):
+    results = run_many(runs.square, TASKS, jobs=2)
     assert len({result["process"] for result in results.values()}) == 2
 
 
 @pytest.mark.julia
-def test_ray_workers_train_in_julia_with_one_thread_each(ray):
-    from joblib import parallel_config
-
-    tasks = {f"seed-{seed}": {"seed": seed, "engine": "julia"} for seed in range(3)}
-    with parallel_config(backend="ray"):
-        results = run_many(runs.fit, tasks, jobs=2)
-        used = run_many(runs.threads, {name: TASKS[name] for name in ("x1", "x2")}, jobs=2)
-    assert results == run_many(runs.fit, tasks)
+def test_ray_workers_train_in_julia_with_one_thread_each(on_ray):
+    tasks = fits("julia")
+    assert run_many(runs.fit, tasks, jobs=2) == run_many(runs.fit, tasks)
+    used = run_many(runs.threads, TWO_TASKS, jobs=2)
     assert [result["threads"] for result in used.values()] == [[1, 1], [1, 1]]
