@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import make_net
 from safetensors.numpy import save_file
+from test_damaged_files import file_of, header_and_body
 
 import implicit_rnn as irnn
 from implicit_rnn import files
@@ -29,12 +30,9 @@ def saved(path: Path) -> Path:
 
 def with_metadata(path: Path, **changes: str | None) -> None:
     """Change the metadata of a safetensors file, leaving its tensors as they are."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
+    header, body = header_and_body(path.read_bytes())
     header["__metadata__"] = {k: v for k, v in (header["__metadata__"] | changes).items() if v is not None}
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    path.write_bytes(file_of(header, body))
 
 
 # --- what is saved comes back --------------------------------------------------------------------------------
@@ -126,9 +124,14 @@ def test_format_version_that_is_none_is_refused(saved, version):
         irnn.load(saved)
 
 
-@pytest.mark.parametrize("topology", [None, "", "[]", "null", "{}", '{"inputs": 3}', "not json"])
-def test_damaged_topology_is_refused(saved, topology):
-    with_metadata(saved, topology=topology)
+@pytest.mark.parametrize(
+    "damage",
+    [{"topology": text} for text in (None, "", "[]", "null", "{}", '{"inputs": 3}', "not json")]
+    + [{"dtype": text} for text in (None, "float16", "")],
+    ids=str,
+)
+def test_damaged_description_is_refused(saved, damage):
+    with_metadata(saved, **damage)
     with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
         irnn.load(saved)
 
@@ -151,13 +154,6 @@ def test_damaged_topology_is_refused(saved, topology):
 )
 def test_topology_this_version_does_not_know_is_refused(saved, key, value):
     with_metadata(saved, topology=json.dumps(make_net("numpy").topology.description() | {key: value}))
-    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
-        irnn.load(saved)
-
-
-@pytest.mark.parametrize("dtype", [None, "float16", ""])
-def test_unknown_dtype_is_refused(saved, dtype):
-    with_metadata(saved, dtype=dtype)
     with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
         irnn.load(saved)
 
@@ -188,33 +184,15 @@ def test_saving_replaces_an_older_file(saved):
     np.testing.assert_array_equal(irnn.load(saved).parameters, net.parameters)
 
 
-def test_failing_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
-    def fail(descriptor):
-        raise OSError(28, "No space left on device")
-
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_failing_or_interrupted_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch, error):
     before = saved.read_bytes()
-    monkeypatch.setattr(files.os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(files.os, "fsync", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)) as caught:
         make_net("numpy", seed=99).save(saved)
+    assert caught.value is error
     assert saved.read_bytes() == before
     assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_interrupted_write_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
-    def interrupt(descriptor):
-        raise KeyboardInterrupt
-
-    before = saved.read_bytes()
-    monkeypatch.setattr(files.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        make_net("numpy", seed=99).save(saved)
-    assert saved.read_bytes() == before
-    assert list(saved.parent.iterdir()) == [saved]
-
-
-def test_saving_into_a_folder_that_does_not_exist_is_reported(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        make_net("numpy").save(tmp_path / "missing" / "net.safetensors")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
