@@ -126,6 +126,7 @@ def test_table_has_a_line_per_kind_of_net_and_explains_its_words(feed_forward):
 
 def test_result_as_json_holds_what_is_needed_to_repeat_it(feed_forward):
     data = json.loads(json.dumps(feed_forward.as_dict()))
+    assert {"optimizer", "solver", "steps", "clip", "starts", "seeds"} <= set(data["protocol"])
     assert data["protocol"]["seeds"] == [0, 1]
     assert data["protocol"]["optimizer"]["learning_rate"] == 0.03
     assert {"implicit-rnn", "numpy", "python"} <= set(data["versions"])
