@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,6 +269,16 @@ def make_overflowing(engine: str | None) -> irnn.Network:
     net.weights["W"][...], net.weights["R"][...] = [[1, 0], [0, 1e200]], [[0, 0], [0, 1e200]]
     net.weights["C"][...] = 1.0
     return net
+
+
+def derivative_along(net: irnn.Network, direction: np.ndarray, value: Callable[[float], Any], h: float) -> Any:
+    """The derivative of ``value(t)`` at t = 0, where the parameters move along with t: by central differences of fourth order."""
+    start, values = net.parameters.copy(), []
+    for t in (-2 * h, -h, h, 2 * h):
+        net.parameters = start + t * direction
+        values.append(value(t))
+    net.parameters = start
+    return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
 
 
 # --- processes -----------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import make_bistable, make_net, make_oscillating
+from conftest import derivative_along, make_bistable, make_net, make_oscillating
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -60,13 +60,8 @@ def away_from_kinks(net: irnn.Network, rng: np.random.Generator, samples: int = 
 
 
 def derivative_of(net: irnn.Network, X: np.ndarray, dX: np.ndarray, dp: np.ndarray, h: float = 1e-3) -> np.ndarray:
-    """The derivative of ``predict`` along a direction, by differences of fourth order."""
-    start, values = net.parameters.copy(), []
-    for step in (-2, -1, 1, 2):
-        net.parameters = start + step * h * dp
-        values.append(net.predict(X + step * h * dX, solver=EXACT))
-    net.parameters = start
-    return (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    """The derivative of ``predict`` along a direction, by differences."""
+    return derivative_along(net, dp, lambda step: net.predict(X + step * dX, solver=EXACT), h)
 
 
 # --- against differences -------------------------------------------------------------------------------------
@@ -107,18 +102,12 @@ def test_derivative_by_every_parameter_and_every_input_is_that_of_differences(en
 def test_steps_that_are_unrolled_are_differentiated_exactly(engine, rng, X):
     net = build(engine, "tanh", irnn.Perron(0.9), "feedback")
     steps = irnn.Unrolled(5).reader(irnn.Auto())
-    dp, dx, start, h = (
-        rng.standard_normal(net.parameters.shape),
-        rng.standard_normal(X.shape),
-        net.parameters.copy(),
-        1e-4,
-    )
-    values = []
-    for step in (-2, -1, 1, 2):
-        net.parameters = start + step * h * dp
-        values.append(net.predict(X + step * h * dx, solver=steps, on_failure="ignore"))
-    net.parameters = start
-    expected = (values[0] - 8 * values[1] + 8 * values[2] - values[3]) / (12 * h)
+    dp, dx = rng.standard_normal(net.parameters.shape), rng.standard_normal(X.shape)
+
+    def outputs(step: float) -> np.ndarray:
+        return net.predict(X + step * dx, solver=steps, on_failure="ignore")
+
+    expected = derivative_along(net, dp, outputs, 1e-4)
     tangent = net.jvp(X, dx, dp, adjoint=irnn.Unrolled(5))
     np.testing.assert_allclose(tangent, expected, rtol=0, atol=1e-8 * np.abs(expected).max())
 
@@ -183,10 +172,8 @@ def test_engines_agree(topology, adjoint, rng, X):
     results = []
     for engine in ("numpy", "julia"):
         net = build(engine, "sigmoid", irnn.Perron(0.9), topology)
-        V, dp = (
-            np.random.default_rng(1).standard_normal((12, 7)),
-            np.random.default_rng(2).standard_normal(len(net.parameters)),
-        )
+        V = np.random.default_rng(1).standard_normal((12, 7))
+        dp = np.random.default_rng(2).standard_normal(len(net.parameters))
         options = {"of": "state", "adjoint": adjoint, "solver": EXACT}
         results.append([*net.vjp(X, V, **options), net.jvp(X, dX, dp, **options)])
     for ours, theirs in zip(*results, strict=True):
