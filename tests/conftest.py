@@ -12,6 +12,7 @@ import textwrap
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -378,14 +379,16 @@ def no_prepared_julia(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def fake_julia(tmp_path: Path) -> Callable[..., tuple[str, str]]:
-    """Make a Julia executable and a project that only look like ones: (exe, project)."""
+    """Make a Julia executable and a project, with PythonCall of juliacall's version, that only look like ones: (exe, project)."""
 
     def make(python_call: str | None = None, without: tuple[str, ...] = ()) -> tuple[str, str]:
         exe, project = tmp_path / "julia", tmp_path / "project"
         exe.write_text("#!/bin/sh\necho this is no Julia >&2\nexit 3\n")
         exe.chmod(0o755)
         project.mkdir()
-        versions = dict.fromkeys(environments.dependencies(), "1.0.0") | {"PythonCall": python_call or "0.9.0"}
+        versions = dict.fromkeys(environments.dependencies(), "1.0.0") | {
+            "PythonCall": python_call or metadata.version("juliacall")
+        }
         entries = [f'[[deps.{name}]]\nversion = "{v}"\n' for name, v in versions.items() if name not in without]
         (project / "Manifest.toml").write_text('manifest_format = "2.0"\n\n' + "\n".join(entries))
         (project / "Project.toml").write_text("[deps]\n")

@@ -217,7 +217,7 @@ def test_setup_with_half_of_an_environment_exits_with_1(no_prepared_julia, capsy
 def test_setup_that_fails_exits_with_1_and_the_reason_and_remembers_nothing(
     no_prepared_julia, fake_julia, capfd, julia, python_call, message
 ):
-    exe, project = fake_julia(python_call or metadata.version("juliacall"))
+    exe, project = fake_julia(python_call)
     assert main(["setup", "--julia", julia or exe, "--project", project]) == 1
     assert message in capfd.readouterr().err
     assert environments.prepared_environment() is None

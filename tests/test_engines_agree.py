@@ -134,15 +134,10 @@ class TestTraining:
         """Targets that free nets learn without coming near a fold, where any difference would grow without bound."""
         return np.sin(X[:, :2])
 
-    def test_full_batch_training_follows_the_same_trajectory_for_100_steps(self, optimizer, constraint, X, Y):
+    @pytest.mark.parametrize("settings", [{"epochs": 100}, {"epochs": 20, "batch_size": 5, "seed": 3}], ids=str)
+    def test_training_follows_the_same_trajectory(self, optimizer, constraint, settings, X, Y):
         nets = both(constraint=constraint)
-        runs = [n.fit(X, Y, optimizer=optimizer, epochs=100) for n in nets]
-        assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
-        assert np.abs(runs[0].loss - runs[1].loss).max() <= 1e-6
-
-    def test_minibatches_come_in_the_same_order(self, optimizer, constraint, X, Y):
-        nets = both(constraint=constraint)
-        runs = [n.fit(X, Y, optimizer=optimizer, epochs=20, batch_size=5, seed=3) for n in nets]
+        runs = [n.fit(X, Y, optimizer=optimizer, **settings) for n in nets]
         assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
         assert np.abs(runs[0].loss - runs[1].loss).max() <= 1e-6
 

@@ -167,9 +167,7 @@ def is_running(process: int) -> bool:
 
 
 def installed_earlier(env: dict, fake_julia, version: str | None = None) -> None:
-    from importlib import metadata
-
-    exe, project = fake_julia(version or metadata.version("juliacall"))
+    exe, project = fake_julia(version)
     target = home(env) / "julia_env"
     (target / "pyjuliapkg").mkdir()
     (target / "Manifest.toml").write_bytes((Path(project) / "Manifest.toml").read_bytes())
@@ -382,9 +380,7 @@ def test_remove_forgets_and_deletes(no_prepared_julia, monkeypatch):
 
 
 def test_prepared_environment_that_lacks_a_new_dependency_says_to_run_setup_again(fake_julia):
-    from importlib import metadata
-
-    exe, project = fake_julia(metadata.version("juliacall"), without=("Optimisers",))
+    exe, project = fake_julia(without=("Optimisers",))
     with pytest.raises(irnn.EngineError, match="lacks Optimisers; run `implicit-rnn setup` again"):
         Environment(exe, project, "a test", ours=True).check()
 

@@ -26,18 +26,14 @@ pytestmark = pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), rea
 # --- one version ---------------------------------------------------------------------------------------------
 
 
-def julia_version(text: str) -> str:
-    return re.search(r'^version = "([^"]+)"', text, re.MULTILINE).group(1)
-
-
 @pytest.fixture
-def version() -> str:
-    """The version, which stands in julia/Project.toml."""
-    return julia_version((CHECKOUT / "julia" / "Project.toml").read_text())
+def project() -> dict:
+    """julia/Project.toml, in which the version stands."""
+    return tomllib.loads((CHECKOUT / "julia" / "Project.toml").read_text())
 
 
-def test_installed_package_has_the_version_of_the_julia_package(version):
-    assert metadata.version("implicit-rnn") == irnn.__version__ == version
+def test_installed_package_has_the_version_of_the_julia_package(project):
+    assert metadata.version("implicit-rnn") == irnn.__version__ == project["version"]
 
 
 def test_pyproject_takes_the_version_from_the_julia_package():
@@ -46,8 +42,7 @@ def test_pyproject_takes_the_version_from_the_julia_package():
     assert re.search(r'\[tool\.hatch\.version\]\npath = "julia/Project\.toml"', text)
 
 
-def test_juliapkg_asks_for_the_julia_and_the_packages_that_the_julia_package_asks_for():
-    project = tomllib.loads((CHECKOUT / "julia" / "Project.toml").read_text())
+def test_juliapkg_asks_for_the_julia_and_the_packages_that_the_julia_package_asks_for(project):
     asked = json.loads((CHECKOUT / "python" / "implicit_rnn" / "juliapkg.json").read_text())
     assert asked["julia"] == f"^{project['compat']['julia']}"
     assert asked["packages"] == {
@@ -56,8 +51,7 @@ def test_juliapkg_asks_for_the_julia_and_the_packages_that_the_julia_package_ask
     }
 
 
-def test_packages_that_setup_adds_for_cuda_are_those_of_the_extensions_in_versions_that_these_accept():
-    project = tomllib.loads((CHECKOUT / "julia" / "Project.toml").read_text())
+def test_packages_that_setup_adds_for_cuda_are_those_of_the_extensions_in_versions_that_these_accept(project):
     asked = re.findall(r'name = "(\w+)", uuid = "([^"]+)", version = "([^"]+)"', gpu.ADD_CUDA)
     assert {"PythonCall": project["weakdeps"]["PythonCall"]} | {name: uuid for name, uuid, _ in asked} == project[
         "weakdeps"
@@ -74,15 +68,14 @@ def test_development_environment_of_julia_names_the_package_by_its_path():
     assert 'ImplicitRNN = {path = "julia"}' in project
 
 
-def test_julia_package_and_python_package_accept_the_same_python_call():
-    project = (CHECKOUT / "julia" / "Project.toml").read_text()
+def test_julia_package_and_python_package_accept_the_same_python_call(project):
     (oldest,) = re.search(r'"juliacall>=([\d.]+),<0\.10"', (CHECKOUT / "pyproject.toml").read_text()).groups()
-    assert re.search(r'^PythonCall = "([^"]+)"', project.split("[compat]")[1], re.MULTILINE).group(1) == oldest
+    assert project["compat"]["PythonCall"] == oldest
 
 
-def test_citation_has_the_version_and_names_the_paper(version):
+def test_citation_has_the_version_and_names_the_paper(project):
     text = (CHECKOUT / "CITATION.cff").read_text("utf-8")
-    assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [version]
+    assert re.findall(r"^version: (.*)$", text, re.MULTILINE) == [project["version"]]
     assert {"cff-version", "title", "message", "authors"} <= set(re.findall(r"^([\w-]+):", text, re.MULTILINE))
     assert "arXiv:2010.10564" in text
 

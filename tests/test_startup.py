@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -146,18 +147,19 @@ def test_unknown_setting_of_the_environment_is_refused_with_the_valid_names(monk
 
 # --- settings that contradict each other ---------------------------------------------------------------------
 
+WHY_NO_ENGINE = """
+    import implicit_rnn as irnn
+    try:
+        irnn.get_engine("{}")
+    except irnn.EngineError as error:
+        print(error)
+"""
+
 
 @pytest.mark.parametrize(("given", "absent"), [("EXE", "PROJECT"), ("PROJECT", "EXE")])
 @pytest.mark.parametrize("engine", ["auto", "julia"])
 def test_exe_without_project_is_an_error_even_for_auto(run_python: RunPython, fresh_machine, given, absent, engine):
-    code = f"""
-        import implicit_rnn as irnn
-        try:
-            irnn.get_engine({engine!r})
-        except irnn.EngineError as error:
-            print(error)
-    """
-    done = run_python(code, fresh_machine | {f"PYTHON_JULIACALL_{given}": sys.executable})
+    done = run_python(WHY_NO_ENGINE.format(engine), fresh_machine | {f"PYTHON_JULIACALL_{given}": sys.executable})
     assert f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither" in done.stdout
 
 
@@ -203,25 +205,25 @@ def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, m
 
 
 def test_executable_that_does_not_exist_is_reported(fake_julia):
-    _, project = fake_julia(julia_call_version())
+    _, project = fake_julia()
     with pytest.raises(irnn.EngineError, match=r"the Julia executable '/no/julia' \(a test\) does not exist"):
         Environment("/no/julia", project, "a test").check()
 
 
 def test_project_that_does_not_exist_is_reported(fake_julia):
-    exe, _ = fake_julia(julia_call_version())
+    exe, _ = fake_julia()
     with pytest.raises(irnn.EngineError, match=r"the Julia project '/no/project' \(a test\) is not a folder"):
         Environment(exe, "/no/project", "a test").check()
 
 
 def test_project_that_lacks_packages_is_reported_with_the_command_that_adds_them(fake_julia):
-    exe, project = fake_julia(julia_call_version(), without=("NLsolve", "Optimisers"))
+    exe, project = fake_julia(without=("NLsolve", "Optimisers"))
     with pytest.raises(irnn.EngineError, match=r'lacks NLsolve, Optimisers; .*Pkg.add\(\["NLsolve", "Optimisers"\]\)'):
         Environment(exe, project, "a test").check()
 
 
 def test_project_without_a_manifest_is_reported(fake_julia):
-    exe, project = fake_julia(julia_call_version())
+    exe, project = fake_julia()
     (Path(project) / "Manifest.toml").unlink()
     with pytest.raises(irnn.EngineError, match="lacks PythonCall"):
         Environment(exe, project, "a test").check()
@@ -229,72 +231,57 @@ def test_project_without_a_manifest_is_reported(fake_julia):
 
 def test_python_call_of_another_version_is_reported_with_the_command_that_installs_the_right_one(fake_julia):
     exe, project = fake_julia("0.9.2")
-    expected = (
-        rf"juliacall {julia_call_version()} is installed but .* has PythonCall 0.9.2; .* pip install juliacall==0.9.2"
-    )
+    installed = metadata.version("juliacall")
+    expected = rf"juliacall {installed} is installed but .* has PythonCall 0.9.2; .* pip install juliacall==0.9.2"
     with pytest.raises(irnn.EngineError, match=expected):
         Environment(exe, project, "a test").check()
 
 
 def test_python_call_of_the_right_version_is_accepted(fake_julia):
-    exe, project = fake_julia(julia_call_version())
+    exe, project = fake_julia()
     Environment(exe, project, "a test").check()
 
 
 def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fresh_machine, fake_julia):
-    exe, project = fake_julia(julia_call_version())
-    code = """
-        import implicit_rnn as irnn
-        try:
-            irnn.get_engine("julia")
-        except irnn.EngineError as error:
-            print(error)
-    """
-    done = run_python(code, fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project})
+    exe, project = fake_julia()
+    done = run_python(
+        WHY_NO_ENGINE.format("julia"),
+        fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
+    )
     assert done.stdout.startswith("Julia did not start: "), str(done)
-
-
-def julia_call_version() -> str:
-    from importlib import metadata
-
-    return metadata.version("juliacall")
 
 
 # --- Julia starts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.julia
-class TestGivenJulia:
-    """PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT are set; nothing else is known of a Julia."""
-
-    @pytest.fixture
-    def result(self, run_python: RunPython, given_julia) -> dict:
-        code = """
-            import json, sys, warnings
-            warnings.simplefilter("error")
-            import implicit_rnn as irnn
-            from implicit_rnn.runtime import start
-            net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
-            net.predict([[0, 1]])
-            KEY = 'only(key for key in keys(Base.loaded_modules) if key.name == "ImplicitRNN")'
-            print(json.dumps({
-                "engine": net.engine.name,
-                "juliapkg": "juliapkg" in sys.modules,
-                "exe": str(start.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
-                "project": str(start.evaluate("dirname(Base.active_project())")),
-                "source": str(start.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
-            }))
-        """
-        done = run_python(code, given_julia)
-        assert done.returncode == 0, str(done)
-        return json.loads(done.stdout)
-
-    def test_it_is_used_without_juliapkg_and_with_the_sources_of_this_package(self, result, julia_environment):
-        assert result["engine"] == "julia"
-        assert result["juliapkg"] is False
-        assert os.path.samefile(result["exe"], julia_environment.exe)
-        assert os.path.samefile(result["project"], julia_environment.project)
-        assert os.path.samefile(result["source"], environments.JULIA_SOURCES)
+def test_given_julia_is_used_without_juliapkg_and_with_the_sources_of_this_package(
+    run_python: RunPython, given_julia, julia_environment
+):
+    code = """
+        import json, sys, warnings
+        warnings.simplefilter("error")
+        import implicit_rnn as irnn
+        from implicit_rnn.runtime import start
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
+        net.predict([[0, 1]])
+        KEY = 'only(key for key in keys(Base.loaded_modules) if key.name == "ImplicitRNN")'
+        print(json.dumps({
+            "engine": net.engine.name,
+            "juliapkg": "juliapkg" in sys.modules,
+            "exe": str(start.evaluate("joinpath(Sys.BINDIR, Base.julia_exename())")),
+            "project": str(start.evaluate("dirname(Base.active_project())")),
+            "source": str(start.evaluate("pkgdir(Base.loaded_modules[" + KEY + "])")),
+        }))
+    """
+    done = run_python(code, given_julia)
+    assert done.returncode == 0, str(done)
+    result = json.loads(done.stdout)
+    assert result["engine"] == "julia"
+    assert result["juliapkg"] is False
+    assert os.path.samefile(result["exe"], julia_environment.exe)
+    assert os.path.samefile(result["project"], julia_environment.project)
+    assert os.path.samefile(result["source"], environments.JULIA_SOURCES)
 
 
 SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').predict([[0, 1]])"
