@@ -6,7 +6,7 @@ next to nothing; the same on the NumPy engine stands beside it, and the differen
 
 from __future__ import annotations
 
-import time
+import timeit
 from typing import Any
 
 import numpy as np
@@ -40,12 +40,5 @@ def run() -> dict[str, Any]:
 
 
 def microseconds(call) -> list[float]:
-    for _ in range(CALLS):
-        call()
-    times = []
-    for _ in range(REPEATS):
-        begin = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        times.append((time.perf_counter() - begin) / CALLS * 1e6)
-    return times
+    call()
+    return [1e6 * seconds / CALLS for seconds in timeit.repeat(call, number=CALLS, repeat=REPEATS)]

@@ -7,21 +7,18 @@ interleaved as those of the training gradient.
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from workers import Worker, start
+from workers import OURS, Worker, compete, load, median_ratio, time_rounds
 
-OURS, JAX = "implicit-rnn", "jax"
+JAX = "jax"
 SCRIPTS = {OURS: "equations_ours.py", JAX: "equations_with_jax.py"}
 TOL = 1e-10
-BLOCK_SECONDS, FEWEST, MOST, PAUSE = 0.5, 3, 100, 0.05
+BLOCK_SECONDS, FEWEST, MOST = 0.5, 3, 100
 
 Array = np.ndarray
 
@@ -128,56 +125,35 @@ CASES = (
 
 def run(peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
-    with ExitStack() as stack:
-        workers, absent = start(SCRIPTS, OURS, peers_python, stack)
-        print(header(), flush=True)
-        rows = []
-        for case in CASES:
-            for row in measure(case, workers, rounds):
-                rows.append(row)
-                print(line(row), flush=True)
-        versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
-    return {"protocol": {"tolerance": TOL, "rounds": rounds}, "versions": versions, "absent": absent, "rows": rows}
+    print(header(), flush=True)
+    protocol = {"tolerance": TOL, "rounds": rounds}
+    return compete(SCRIPTS, peers_python, CASES, partial(measure, rounds=rounds), line, protocol)
 
 
-def measure(case: Case, workers: dict[str, Worker], rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, workers: dict[str, Worker], rounds: int) -> Iterator[dict[str, Any]]:
     """Two rows of the table."""
     arrays = case.draw(np.random.default_rng(0))
     args = {name: array for name, array in arrays.items() if name != "z0"}
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        problem = Path(folder) / "problem.npz"
-        np.savez(problem, **arrays)
-        for what in ("root", "vjp"):
-            seconds: dict[str, list[float]] = {name: [] for name in workers}
-            counts = {}
-            for name, worker in workers.items():
-                fastest = min(worker.load(problem, f"{case.name}: {what}", TOL))
-                counts[name] = int(np.clip(BLOCK_SECONDS / fastest, FEWEST, MOST))
-            for _ in range(rounds):
-                for name, worker in workers.items():
-                    time.sleep(PAUSE)
-                    seconds[name].append(float(np.median(worker.time(counts[name]))))
-            results = {}
-            for name, worker in workers.items():
-                answer, report = worker.answer()
-                z = answer.pop("z").reshape(arrays["z0"].shape)
-                results[name] = {
-                    "seconds": float(np.median(seconds[name])),
-                    "rounds": seconds[name],
-                    "error": case.errors(z, answer, args)[what],
-                    **report,
-                }
-            ratio = np.array(seconds[JAX]) / np.array(seconds[OURS]) if JAX in seconds else None
-            rows.append(
-                {
-                    "name": f"{case.name}: {what}",
-                    "results": results,
-                    "ratio": None if ratio is None else float(np.median(ratio)),
-                    "goal": case.goals[what],
-                }
-            )
-    return rows
+    for what in ("root", "vjp"):
+        fastest = load(workers, arrays, f"{case.name}: {what}", TOL)
+        counts = {name: int(np.clip(BLOCK_SECONDS / least, FEWEST, MOST)) for name, least in fastest.items()}
+        seconds = time_rounds(workers, counts, rounds)
+        results = {}
+        for name, worker in workers.items():
+            answer, report = worker.answer()
+            z = answer.pop("z").reshape(arrays["z0"].shape)
+            results[name] = {
+                "seconds": float(np.median(seconds[name])),
+                "rounds": seconds[name],
+                "error": case.errors(z, answer, args)[what],
+                **report,
+            }
+        yield {
+            "name": f"{case.name}: {what}",
+            "results": results,
+            "ratio": median_ratio(seconds[JAX], seconds[OURS]) if JAX in seconds else None,
+            "goal": case.goals[what],
+        }
 
 
 def header() -> str:

@@ -9,19 +9,17 @@ those of the training gradient.
 
 from __future__ import annotations
 
-import tempfile
-import time
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-from workers import Worker, start
+from workers import OURS, Worker, compete, load, median_ratio, time_rounds
 
-OURS, JAX = "implicit-rnn", "jax"
+JAX = "jax"
 SCRIPTS = {OURS: "fit_ours.py", JAX: "fit_with_jax.py"}
-EPOCHS_COMPARED, PAUSE = 5, 0.05
+EPOCHS_COMPARED = 5
 
 Array = np.ndarray
 
@@ -81,37 +79,22 @@ CASES = (
 
 def run(peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
-    with ExitStack() as stack:
-        workers, absent = start(SCRIPTS, OURS, peers_python, stack)
-        print(header(), flush=True)
-        rows = []
-        for case in CASES:
-            rows.append(measure(case, workers, rounds))
-            print(line(rows[-1]), flush=True)
-        versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
-    return {"protocol": {"rounds": rounds}, "versions": versions, "absent": absent, "rows": rows}
+    print(header(), flush=True)
+    return compete(SCRIPTS, peers_python, CASES, partial(measure, rounds=rounds), line, {"rounds": rounds})
 
 
-def measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, Any]:
+def measure(case: Case, workers: dict[str, Worker], rounds: int) -> Iterator[dict[str, Any]]:
     """A row of the table."""
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
-    with tempfile.TemporaryDirectory() as folder:
-        problem = Path(folder) / "problem.npz"
-        np.savez(problem, **case.draw())
-        for worker in workers.values():
-            worker.load(problem, f"{case.batch}", 1e-10 if case.dtype == "float64" else 1e-6)
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                time.sleep(PAUSE)
-                seconds[name].append(float(np.median(worker.time(1))))
+    load(workers, case.draw(), f"{case.batch}", 1e-10 if case.dtype == "float64" else 1e-6)
+    seconds = time_rounds(workers, dict.fromkeys(workers, 1), rounds)
     losses = {name: worker.answer()[0]["losses"][:, :EPOCHS_COMPARED] for name, worker in workers.items()}
     compared = JAX in workers
-    return {
+    yield {
         "name": case.name,
         "steps per second": {name: case.steps / float(np.median(times)) for name, times in seconds.items()},
         "rounds": seconds,
         "deviation": float(np.abs(losses[OURS] / losses[JAX] - 1).max()) if compared else None,
-        "ratio": float(np.median(np.array(seconds[JAX]) / np.array(seconds[OURS]))) if compared else None,
+        "ratio": median_ratio(seconds[JAX], seconds[OURS]) if compared else None,
         "goal": case.goal,
     }
 

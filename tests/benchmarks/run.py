@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,9 @@ def main() -> int:
         print(f"the machine is not idle (load {os.getloadavg()[0]:.1f}): times are not to be trusted", file=sys.stderr)
     chosen = list(BENCHMARKS) if "all" in options.what else options.what
     for name in chosen:
-        print(f"\n--- {name}: {BENCHMARKS[name].__doc__}", flush=True)
-        result = {"machine": machine()} | BENCHMARKS[name](options)
+        what, run = BENCHMARKS[name]
+        print(f"\n--- {name}: {what}", flush=True)
+        result = {"machine": machine()} | run(options)
         path = options.out / f"{name}.json"
         path.write_text(json.dumps(result, indent=1), encoding="utf-8")
         print(f"wrote {path}", file=sys.stderr)
@@ -82,7 +84,6 @@ def machine() -> dict[str, Any]:
 
 
 def run_step(options: argparse.Namespace) -> dict[str, Any]:
-    """one training gradient, ours and the peers'"""
     chosen = [*cases.TABLE, *(cases.VARIANTS if options.variants else ())]
     if options.case:
         chosen = [case for case in chosen if case.name.replace(" x ", "x").split()[0] in options.case]
@@ -94,18 +95,7 @@ def run_step(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def run_fit(options: argparse.Namespace) -> dict[str, Any]:
-    """training in one call, ours and jitted JAX's"""
-    return fit.run(options.peers_python, options.rounds)
-
-
-def run_equations(options: argparse.Namespace) -> dict[str, Any]:
-    """roots of many samples and their vjp, ours and jitted JAX's"""
-    return equations.run(options.peers_python, options.rounds)
-
-
 def run_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """the implicit gradient against BPTT: time, memory, error (also: implicit-rnn cost)"""
     result = cost.run(engine="julia")
     print(cost.table(result))
     cost.draw(result, options.figures / "cost.png")
@@ -113,50 +103,37 @@ def run_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_scale(options: argparse.Namespace) -> dict[str, Any]:
-    """one gradient against batch, neurons and layers"""
     result = scale.run()
     figures.scale(result, options.figures / "scale.png")
     return result
 
 
-def run_gpu(options: argparse.Namespace) -> dict[str, Any]:
-    """gradients and fits on a GPU, ours and the peers'; skipped where there is none"""
-    return gpu.run(options.peers_python, options.rounds)
-
-
-def run_startup(options: argparse.Namespace) -> dict[str, Any]:
-    """import, start of the engine, first gradient, what is compiled at run time"""
-    return startup.run()
-
-
-def run_bridge(options: argparse.Namespace) -> dict[str, Any]:
-    """one call of the engine on three small arrays"""
-    return bridge.run()
-
-
 def run_datasets(options: argparse.Namespace) -> dict[str, Any]:
-    """the scikit-learn estimators without tuning, on ten data sets"""
     import datasets  # needs scikit-learn, which the others do not
 
     return datasets.run()
 
 
-def run_tune(options: argparse.Namespace) -> dict[str, Any]:
-    """the numbers of julia/src/cpu/tuning.jl, measured again"""
-    return tune.run()
-
-
-BENCHMARKS = {
-    "step": run_step,
-    "fit": run_fit,
-    "gpu": run_gpu,
-    "equations": run_equations,
-    "memory": run_memory,
-    "scale": run_scale,
-    "startup": run_startup,
-    "bridge": run_bridge,
-    "datasets": run_datasets,
-    "tune": run_tune,
+BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]] = {
+    "step": ("one training gradient, ours and the peers'", run_step),
+    "fit": ("training in one call, ours and jitted JAX's", lambda o: fit.run(o.peers_python, o.rounds)),
+    "gpu": (
+        "gradients and fits on a GPU, ours and the peers'; skipped where there is none",
+        lambda o: gpu.run(o.peers_python, o.rounds),
+    ),
+    "equations": (
+        "roots of many samples and their vjp, ours and jitted JAX's",
+        lambda o: equations.run(o.peers_python, o.rounds),
+    ),
+    "memory": ("the implicit gradient against BPTT: time, memory, error (also: implicit-rnn cost)", run_memory),
+    "scale": ("one gradient against batch, neurons and layers", run_scale),
+    "startup": (
+        "import, start of the engine, first gradient, what is compiled at run time",
+        lambda o: startup.run(),
+    ),
+    "bridge": ("one call of the engine on three small arrays", lambda o: bridge.run()),
+    "datasets": ("the scikit-learn estimators without tuning, on ten data sets", run_datasets),
+    "tune": ("the numbers of julia/src/cpu/tuning.jl, measured again", lambda o: tune.run()),
 }
 
 if __name__ == "__main__":

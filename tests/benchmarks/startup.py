@@ -40,7 +40,7 @@ times["first equilibrium"] = seconds()
 print(json.dumps(times))
 """
 
-IMPORT_GOAL, FIRST_GRADIENT_GOAL = 0.3, 5.0
+IMPORT_GOAL = 0.3
 """Seconds."""
 
 

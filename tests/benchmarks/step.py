@@ -7,77 +7,52 @@ slows the machine down for a while slows all of a round.
 
 from __future__ import annotations
 
-import tempfile
-import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
 from cases import INPUTS, NORM, OUTPUTS, TOL, Case, flops
-from workers import Worker, start
+from workers import OURS, Worker, compete, load, median_ratio, time_rounds
 
-OURS = "implicit-rnn"
 PEERS = {"jax": "with_jax.py", "torch": "with_torch.py", "torchdeq": "with_torchdeq.py"}
 BLOCK_SECONDS, FEWEST, MOST = 0.15, 3, 2000
 """Aimed-at length of a timed block, and the fewest and most steps in one."""
-PAUSE = 0.05
-"""Seconds before a block, in which the threads of the contestant before go to sleep."""
 
 
 def run(cases: Sequence[Case], peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
-    with ExitStack() as stack:
-        workers, absent = start({OURS: "ours.py", **PEERS}, OURS, peers_python, stack)
-        versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
-        rows = []
-        for case in cases:
-            rows.append(measure(case, workers, rounds))
-            print(line(rows[-1], list(PEERS)), flush=True)
-    return {
-        "protocol": {
-            "tolerance": TOL, "inputs": INPUTS, "outputs": OUTPUTS, "norm of R": NORM, "rounds": rounds,
-            "error": "largest relative error of a parameter block, Euclidean norm, against float64 solved to 1e-12",
-            "floor": "matrix products of fixed-point iteration at the rate of one large product in the same process",
-        },
-        "versions": versions,
-        "absent": absent,
-        "rows": rows,
+    protocol = {
+        "tolerance": TOL, "inputs": INPUTS, "outputs": OUTPUTS, "norm of R": NORM, "rounds": rounds,
+        "error": "largest relative error of a parameter block, Euclidean norm, against float64 solved to 1e-12",
+        "floor": "matrix products of fixed-point iteration at the rate of one large product in the same process",
     }  # fmt: skip
+    scripts = {OURS: "ours.py", **PEERS}
+    return compete(scripts, peers_python, cases, partial(measure, rounds=rounds), line, protocol)
 
 
-def measure(case: Case, workers: dict[str, Worker], rounds: int) -> dict[str, Any]:
+def measure(case: Case, workers: dict[str, Worker], rounds: int) -> Iterator[dict[str, Any]]:
     """One row of the table."""
-    counts, seconds = {}, {name: [] for name in workers}
+    fastest = load(workers, case.arrays, case.activation, TOL)
+    counts = {name: int(np.clip(BLOCK_SECONDS / least, FEWEST, MOST)) for name, least in fastest.items()}
+    seconds = time_rounds(workers, counts, rounds)
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        problem = Path(folder) / "problem.npz"
-        np.savez(problem, **case.arrays)
-        for name, worker in workers.items():
-            fastest = min(worker.load(problem, case.activation, TOL))
-            counts[name] = int(np.clip(BLOCK_SECONDS / fastest, FEWEST, MOST))
-        for _ in range(rounds):
-            for name, worker in workers.items():
-                time.sleep(PAUSE)
-                seconds[name].append(float(np.median(worker.time(counts[name]))))
-        for name, worker in workers.items():
-            gradient, report = worker.answer()
-            results[name] = {
-                "seconds": float(np.median(seconds[name])),
-                "rounds": seconds[name],
-                "steps per round": counts[name],
-                "gradient error": case.reference.error(gradient),
-                **report,
-            }
+    for name, worker in workers.items():
+        gradient, report = worker.answer()
+        results[name] = {
+            "seconds": float(np.median(seconds[name])),
+            "rounds": seconds[name],
+            "steps per round": counts[name],
+            "gradient error": case.reference.error(gradient),
+            **report,
+            "ratio": median_ratio(seconds[name], seconds[OURS]),
+        }
     ours = results[OURS]
-    for name in results:
-        results[name]["ratio"] = float(np.median(np.array(seconds[name]) / np.array(seconds[OURS])))
     peers = [name for name in results if name != OURS]
     best = min(peers, key=lambda name: results[name]["ratio"], default=None)
     floor = flops(case) / ours["gemm_flops"]
-    return {
+    yield {
         "case": asdict(case),
         "name": case.name,
         "results": results,
@@ -99,10 +74,10 @@ def header() -> str:
     return f"{'neurons x batch':<24}{columns} {'best/ours':>10} {'goal':>6} {'it.':>5} {'ours/floor':>10}"
 
 
-def line(row: dict[str, Any], peers: Sequence[str]) -> str:
+def line(row: dict[str, Any]) -> str:
     """A row of the table as text."""
     text = f"{row['name']:<24}"
-    for name in (OURS, *peers):
+    for name in (OURS, *PEERS):
         result = row["results"].get(name)
         text += (
             f"{result['seconds'] * 1e3:>13.3f} {result['gradient error']:>8.0e}"

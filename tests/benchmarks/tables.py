@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from step import OURS, PEERS
@@ -134,10 +135,6 @@ def datasets(result: dict[str, Any]) -> str:
         for r in result["rows"]
     ]
     return markdown(header, rows)
-
-
-def median(values: Sequence[float]) -> float:
-    return sorted(values)[len(values) // 2]
 
 
 TABLES = {

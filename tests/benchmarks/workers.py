@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 
 CONTESTANTS = Path(__file__).parent / "contestants"
+OURS = "implicit-rnn"
+PAUSE = 0.05
+"""Seconds before a block of steps, in which the threads of the contestant before go to sleep."""
 
 
 class ContestantError(Exception):
@@ -72,17 +76,62 @@ class Worker:
             raise ContestantError(lines[-1] if lines else f"it ended with exit status {status}") from None
 
 
+def compete(
+    scripts: Mapping[str, str],
+    peers_python: str,
+    cases: Iterable[Any],
+    measure: Callable[[Any, dict[str, Worker]], Iterable[dict[str, Any]]],
+    line: Callable[[dict[str, Any]], str],
+    protocol: dict[str, Any],
+) -> dict[str, Any]:
+    """Let the contestants measure all cases, and print a line of each row; plain data for JSON."""
+    rows = []
+    with contextlib.ExitStack() as stack:
+        workers, absent = start(scripts, peers_python, stack)
+        for case in cases:
+            for row in measure(case, workers):
+                rows.append(row)
+                print(line(row), flush=True)
+    versions = {key: value for worker in workers.values() for key, value in worker.versions.items()}
+    return {"protocol": protocol, "versions": versions, "absent": absent, "rows": rows}
+
+
 def start(
-    scripts: Mapping[str, str], ours: str, peers_python: str, stack: contextlib.ExitStack
+    scripts: Mapping[str, str], peers_python: str, stack: contextlib.ExitStack
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """The contestants of these names, closed with the stack; and of the peers that are absent, why."""
     workers, absent = {}, {}
     for name, script in scripts.items():
         try:
-            workers[name] = Worker(script, sys.executable if name == ours else peers_python)
+            workers[name] = Worker(script, sys.executable if name == OURS else peers_python)
             stack.callback(workers[name].close)
         except ContestantError as error:
-            if name == ours:
+            if name == OURS:
                 raise
             absent[name] = str(error)
     return workers, absent
+
+
+def load(
+    workers: Mapping[str, Worker], arrays: Mapping[str, np.ndarray], activation: str, tol: float
+) -> dict[str, float]:
+    """Give a problem to all; the seconds of the fastest of each one's first steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        problem = Path(folder) / "problem.npz"
+        np.savez(problem, **arrays)
+        return {name: min(worker.load(problem, activation, tol)) for name, worker in workers.items()}
+
+
+def time_rounds(workers: Mapping[str, Worker], steps: Mapping[str, int], rounds: int) -> dict[str, list[float]]:
+    """The median seconds of so many steps of each contestant in each round, interleaved: ours, a peer, a peer, ..."""
+    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    for _ in range(rounds):
+        for name, worker in workers.items():
+            time.sleep(PAUSE)
+            seconds[name].append(float(np.median(worker.time(steps[name]))))
+    return seconds
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """The median of the ratios of the rounds."""
+    return float(np.median(np.array(a) / np.array(b)))
