@@ -217,7 +217,7 @@ class Momentum(GradientDescent):
 
 
 @dataclass(frozen=True)
-class Nesterov(GradientDescent):
+class Nesterov(Momentum):
     """Nesterov's accelerated gradient in its momentum form: v ← ρ v - η g; p ← p - ρ² v + (1 + ρ) η g, v that before.
 
     Parameters
@@ -242,15 +242,6 @@ class Nesterov(GradientDescent):
     >>> bool(run.loss[-1] < 0.5 * run.loss[0])
     True
     """
-
-    learning_rate: float = 1e-2
-    momentum: float = 0.9
-
-    averages = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_decay("momentum", self.momentum)
 
     def change(self, state: Moments, g: Array, rate: float) -> Array:
         (v,) = state.averages
