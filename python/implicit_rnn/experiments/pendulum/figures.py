@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,26 +41,17 @@ def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> No
     """A measured trajectory, the true one behind it, and the one of the parameters that a net sees in it."""
     from scipy.interpolate import CubicSpline
 
-    length, damping = pendulums.parameters[index]
-    seen_length, seen_damping = reader.solve(pendulums.measured[[index]])[0][0]
-    release = pendulums.release[[index]]
-    true = trajectories(np.array([length]), np.array([damping]), release)[0]
-    seen = trajectories(np.array([seen_length]), np.array([seen_damping]), release)[0]
-    ax.plot(
-        FINE,
-        CubicSpline(TIMES, true)(FINE),
-        color=NEUTRAL,
-        linewidth=1.2,
-        label=f"true: {length:.3f} m, {damping:.3f} s⁻¹",
-    )
-    ax.plot(
-        FINE,
-        CubicSpline(TIMES, seen)(FINE),
-        color=POSITIVE,
-        linewidth=1.8,
-        linestyle=(0, (4, 2)),
-        label=f"from the net: {seen_length:.3f} m, {seen_damping:.3f} s⁻¹",
-    )
+    pendulum = pendulums[index : index + 1]
+    drawn: dict[str, tuple[Array, dict[str, Any]]] = {
+        "true": (pendulum.parameters[0], {"color": NEUTRAL, "linewidth": 1.2}),
+        "from the net": (
+            reader.solve(pendulum.measured)[0][0],
+            {"color": POSITIVE, "linewidth": 1.8, "linestyle": (0, (4, 2))},
+        ),
+    }
+    for name, ((length, damping), look) in drawn.items():
+        angles = trajectories(np.array([length]), np.array([damping]), pendulum.release)[0]
+        ax.plot(FINE, CubicSpline(TIMES, angles)(FINE), label=f"{name}: {length:.3f} m, {damping:.3f} s⁻¹", **look)
     ax.plot(TIMES, pendulums.measured[index], "o", color="black", markersize=3.5, label="measured, ±0.02 rad", zorder=3)
     ax.axhline(0, color="#cbd5e0", linewidth=0.8, zorder=0)
     reach = 1.12 * np.abs(pendulums.measured[index]).max()
@@ -198,8 +189,8 @@ def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
     test = study.test_set()
     reader = study.reader(model, index)
     figure = Figure(figsize=(11, 3.8), layout="constrained")
-    misfit = _squared_error(reader, test, test.parameters.std(axis=0))
-    order = np.argsort(misfit)
+    errors = (reader.solve(test.measured)[0] - test.parameters) / test.parameters.std(axis=0)
+    order = np.argsort((errors**2).sum(axis=1))
     for ax, (share, name) in zip(
         figure.subplots(1, 2),
         ((0.5, "Median error of all test pendulums"), (0.95, "An error that 5 % exceed")),
@@ -238,11 +229,6 @@ def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
         ax.label_outer()
     written.append(_save(figure, folder / "learning_curves.png"))
     return written
-
-
-def _squared_error(reader: Reader, pendulums: Pendulums, scale: Array) -> Array:
-    outputs = reader.solve(pendulums.measured)[0]
-    return np.asarray((((outputs - pendulums.parameters) / scale) ** 2).sum(axis=1))
 
 
 def _save(figure: object, path: Path) -> Path:
