@@ -62,13 +62,7 @@ def test_ragged_list_is_refused_by_name(net, call):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "shown"),
-    [
-        ("complex128", "complex128"),
-        ("U3", "<U3"),
-        ("S3", r"\|S3"),
-        ("datetime64[s]", "datetime64"),
-    ],
+    ("dtype", "shown"), [("complex128", "complex128"), ("U3", "<U3"), ("S3", r"\|S3"), ("datetime64[s]", "datetime64")]
 )
 def test_dtype_without_real_numbers_is_refused(net, call, dtype, shown):
     with pytest.raises(TypeError, match=rf"X has dtype {shown}.*; expected real numbers \(float, integer or boolean\)"):

@@ -45,9 +45,7 @@ def main() -> int:
         "--variants", action="store_true", help="step: other sizes, activations, layers and precisions too"
     )
     parser.add_argument(
-        "--publish",
-        action="store_true",
-        help="put figures into python/docs/figures and tables into python/docs",
+        "--publish", action="store_true", help="put figures into python/docs/figures and tables into python/docs"
     )
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -127,10 +125,7 @@ BENCHMARKS: dict[str, tuple[str, Callable[[argparse.Namespace], dict[str, Any]]]
     ),
     "memory": ("the implicit gradient against BPTT: time, memory, error (also: implicit-rnn cost)", run_memory),
     "scale": ("one gradient against batch, neurons and layers", run_scale),
-    "startup": (
-        "import, start of the engine, first gradient, what is compiled at run time",
-        lambda o: startup.run(),
-    ),
+    "startup": ("import, start of the engine, first gradient, what is compiled at run time", lambda o: startup.run()),
     "bridge": ("one call of the engine on three small arrays", lambda o: bridge.run()),
     "datasets": ("the scikit-learn estimators without tuning, on ten data sets", run_datasets),
     "tune": ("the numbers of julia/src/cpu/tuning.jl, measured again", lambda o: tune.run()),

@@ -21,13 +21,7 @@ equilibria found, zero for samples that have not converged."""
 class StepTrainer:
     """See ``engines.base.Trainer``."""
 
-    def __init__(
-        self,
-        gradients: Gradients,
-        options: TrainerOptions,
-        topology: Topology,
-        dtype: np.dtype,
-    ) -> None:
+    def __init__(self, gradients: Gradients, options: TrainerOptions, topology: Topology, dtype: np.dtype) -> None:
         optimizer = options.optimizer
         assert isinstance(optimizer, GradientDescent)
         self._gradients = gradients

@@ -15,15 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.experiments.pendulum.motion import (
-    Alternative,
-    Fit,
-    Motion,
-    alternative,
-    correlation_time,
-    fit,
-    grow,
-)
+from implicit_rnn.experiments.pendulum.motion import Alternative, Fit, Motion, alternative, correlation_time, fit, grow
 from implicit_rnn.experiments.pendulum.oscillation import binned
 from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.record import Record, read
@@ -411,10 +403,8 @@ class _View:
 
         knots, means = binned(self.times, self.gain * self._angles(values), self.period)
         own = slice(3, 0, -1)
-        knots, means = (
-            np.concatenate([2 * self.times[0] - knots[own], knots]),
-            np.concatenate([means[own], means]),
-        )
+        knots = np.concatenate([2 * self.times[0] - knots[own], knots])
+        means = np.concatenate([means[own], means])
         wanted = np.minimum(self.times[0] + self.scale * TIMES, self.times[-1])
         return np.asarray(CubicSpline(knots, means)(wanted).T)
 

@@ -58,10 +58,7 @@ class Record:
 
 
 def read(
-    path: str | Path,
-    columns: Sequence[str] | None = None,
-    units: Sequence[str] | None = None,
-    fps: float | None = None,
+    path: str | Path, columns: Sequence[str] | None = None, units: Sequence[str] | None = None, fps: float | None = None
 ) -> Record:
     """The record in a file.
 

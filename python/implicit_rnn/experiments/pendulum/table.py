@@ -251,11 +251,7 @@ def _numeric_columns(rows: Sequence[tuple[int, tuple[str, ...]]], columns: int, 
 
 
 def _block(
-    path: Path,
-    rows: Sequence[tuple[int, tuple[str, ...]]],
-    comments: set[int],
-    numeric: Sequence[bool],
-    decimal: str,
+    path: Path, rows: Sequence[tuple[int, tuple[str, ...]]], comments: set[int], numeric: Sequence[bool], decimal: str
 ) -> tuple[int, int]:
     """Where the rows of numbers begin and end; ``ValueError`` for words in their midst."""
 
