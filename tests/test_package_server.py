@@ -52,13 +52,12 @@ def write_package(folder: Path, version: str, uuid: str, **tables: dict[str, str
 
 
 def stand_ins(folder: Path) -> list[Path]:
-    """OpenSSL, which juliacall asks for in the version of Python's."""
+    """CondaPkg, and OpenSSL, which juliacall asks for in the version of Python's."""
     version = ".".join(map(str, ssl.OPENSSL_VERSION_INFO[:3]))
-    return [write_package(folder / "OpenSSL_jll", version, "458c3c95-2e84-50aa-8efc-19380b2a3a95")]
-
-
-def conda_stand_in(folder: Path) -> Path:
-    return write_package(folder / "CondaPkg", "0.2.99", "992eb4ea-22a4-4c89-a5bb-47a3300528ab")
+    return [
+        write_package(folder / "OpenSSL_jll", version, "458c3c95-2e84-50aa-8efc-19380b2a3a95"),
+        write_package(folder / "CondaPkg", "0.2.99", "992eb4ea-22a4-4c89-a5bb-47a3300528ab"),
+    ]
 
 
 def older_packages(folder: Path) -> list[Path]:
@@ -93,7 +92,7 @@ def julia(julia_environment) -> str:
 @pytest.fixture(scope="module")
 def index(julia, manifest, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("packages")
-    folders = [CHECKOUT / "julia", *stand_ins(folder), conda_stand_in(folder), *older_packages(folder)]
+    folders = [CHECKOUT / "julia", *stand_ins(folder), *older_packages(folder)]
     return make_index(julia, folder / "server", manifest, folders)
 
 
@@ -199,6 +198,19 @@ class Machine:
         """Start an engine, whichever can be had; stdout is its name, and the Julia package's version if it is Julia's."""
         return self.run(name, "-c", textwrap.dedent(START), **settings)
 
+    def start_julia(self, name: str, version: str = VERSION, **settings: str) -> str:
+        """Start an engine, which has to be Julia's, with the Julia package of that version; what is said meanwhile."""
+        started = self.start(name, **settings)
+        assert started.stdout == f"julia {version}\n", str(started)
+        return started.stderr
+
+    def start_without_julia(self, name: str, **settings: str) -> str:
+        """Start an engine where Julia cannot be installed; what is said of that."""
+        started = self.start(name, **settings)
+        assert started.stdout == "numpy \n", str(started)
+        assert "juliapkg could not install" in started.stderr
+        return started.stderr
+
     def doctor(self, name: str, *arguments: str, **settings: str) -> dict:
         return json.loads(self.run(name, "-m", "implicit_rnn", "doctor", "--json", *arguments, **settings).stdout)
 
@@ -300,9 +312,7 @@ def test_first_use_tells_of_each_phase_once_and_in_its_order(first_use):
 
 def test_second_start_compiles_nothing_and_needs_no_network(used):
     before = used.compiled()
-    second = used.start("one", JULIA_PKG_SERVER=NOWHERE)
-    assert second.stdout == f"julia {VERSION}\n", str(second)
-    assert second.stderr == ""
+    assert used.start_julia("one", JULIA_PKG_SERVER=NOWHERE) == ""
     assert used.compiled() == before
 
 
@@ -311,13 +321,9 @@ def test_second_start_compiles_nothing_and_needs_no_network(used):
 def test_first_use_with_all_that_is_usually_compiled(julia, server, wheel, tmp_path):
     machine = make_machine(tmp_path, julia, server, wheel, quick=False)
     machine.patience = 1800
-    first = machine.start("one")
-    assert first.stdout == f"julia {VERSION}\n", str(first)
-    assert "precompiling the Julia sources (once)" in first.stderr
+    assert "precompiling the Julia sources (once)" in machine.start_julia("one")
     before = machine.compiled()
-    second = machine.start("two")
-    assert second.stdout == f"julia {VERSION}\n", str(second)
-    assert "precompiling the Julia sources" not in second.stderr
+    assert "precompiling the Julia sources" not in machine.start_julia("two")
     assert machine.compiled() == before
 
 
@@ -342,9 +348,7 @@ def test_second_virtual_environment_of_a_user_compiles_nothing(compiled_by_setup
 @pytest.mark.usefixtures("compiled_by_setup")
 def test_setup_in_one_virtual_environment_leaves_the_other_as_it_is(used):
     for name in ("one", "two"):
-        started = used.start(name, JULIA_PKG_SERVER=NOWHERE)
-        assert started.stdout == f"julia {VERSION}\n", str(started)
-        assert started.stderr == ""
+        assert used.start_julia(name, JULIA_PKG_SERVER=NOWHERE) == ""
 
 
 @pytest.mark.usefixtures("compiled_by_setup")
@@ -353,7 +357,7 @@ def test_setup_repairs_what_is_damaged(used):
     (project / "Manifest.toml").unlink()
     assert "run `implicit-rnn setup` again" in used.start("two").stderr
     assert used.run("two", "-m", "implicit_rnn", "setup").returncode == 0
-    assert used.start("two").stdout == f"julia {VERSION}\n"
+    used.start_julia("two")
 
 
 def test_two_processes_at_once_install_once_each_after_the_other_with_clean_output(used):
@@ -373,8 +377,7 @@ def test_read_only_environment_is_used_as_it_is_also_after_other_packages_have_c
     with used.read_only():
         attempt = used.run("one", "-c", f"open({str(used.home / 'file')!r}, 'w')")
         assert "Permission denied" in attempt.stderr
-        started = used.start("one", JULIA_PKG_SERVER=NOWHERE)
-    assert started.stdout == f"julia {VERSION}\n", str(started)
+        used.start_julia("one", JULIA_PKG_SERVER=NOWHERE)
     other = used.site("one") / "other"
     other.mkdir()
     (other / "juliapkg.json").write_text('{"packages": {}}')
@@ -393,13 +396,10 @@ def test_moved_virtual_environment_is_used_with_the_julia_in_it_where_there_is_n
     julia = used.project("here") / "pyjuliapkg" / "install" / "bin" / "julia"  # where juliapkg would have put it
     julia.parent.mkdir(parents=True)
     shutil.copy(used.settings["PYTHON_JULIAPKG_EXE"], julia)
-    installed = used.start("here", PYTHON_JULIAPKG_EXE=str(julia))
-    assert installed.stdout == f"julia {VERSION}\n", str(installed)
+    used.start_julia("here", PYTHON_JULIAPKG_EXE=str(julia))
     before = used.compiled()
     (used.home / "here").rename(used.home / "there")
-    started = used.start("there", PYTHON_JULIAPKG_EXE="", JULIA_PKG_SERVER=NOWHERE)
-    assert started.stdout == f"julia {VERSION}\n", str(started)
-    assert started.stderr == ""
+    assert used.start_julia("there", PYTHON_JULIAPKG_EXE="", JULIA_PKG_SERVER=NOWHERE) == ""
     assert used.compiled() == before
     environment = used.doctor("there", PYTHON_JULIAPKG_EXE="", JULIA_PKG_SERVER=NOWHERE)["julia"]
     assert environment["project"].startswith(str(used.project("there")))
@@ -444,7 +444,7 @@ def test_conflict_with_another_package_is_named_and_gone_when_that_package_is(us
     assert "'version' entries have empty intersection: - " in refused.stderr
     assert f"- '0.9' at {other / 'juliapkg.json'}" in refused.stderr
     assert "`implicit-rnn setup`" in refused.stderr
-    assert used.start("one").stdout == f"julia {VERSION}\n"
+    used.start_julia("one")
 
 
 # --- servers that fail -------------------------------------------------------------------------------------------
@@ -462,21 +462,16 @@ def empty_depot(used, tmp_path) -> dict[str, str]:
 
 def test_server_that_dies_leads_to_the_numpy_engine_and_the_next_start_goes_on(used, empty_depot, index):
     with PackageServer(index, healthy=20, then="dies") as dying:
-        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=dying.url)
-    assert refused.stdout == "numpy \n", str(refused)
-    assert "juliapkg could not install" in refused.stderr
+        used.start_without_julia("one", **empty_depot, JULIA_PKG_SERVER=dying.url)
     with PackageServer(index) as healthy:
-        resumed = used.start("one", **empty_depot, JULIA_PKG_SERVER=healthy.url)
-        assert resumed.stdout == f"julia {VERSION}\n", str(resumed)
+        used.start_julia("one", **empty_depot, JULIA_PKG_SERVER=healthy.url)
         assert healthy.packages < len(environments.manifest_versions(used.project("one"))) - 10
 
 
 @pytest.mark.slow
 def test_server_that_stalls_leads_to_the_numpy_engine(used, empty_depot, index):
     with PackageServer(index, healthy=20, then="stalls") as stalling:
-        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=stalling.url)
-    assert refused.stdout == "numpy \n", str(refused)
-    assert "juliapkg could not install" in refused.stderr
+        used.start_without_julia("one", **empty_depot, JULIA_PKG_SERVER=stalling.url)
 
 
 # --- mirrors with a certificate of their own, and proxies ----------------------------------------------------------
@@ -484,12 +479,9 @@ def test_server_that_stalls_leads_to_the_numpy_engine(used, empty_depot, index):
 
 def test_mirror_whose_certificate_nobody_has_signed_is_refused_with_the_remedy(used, empty_depot, index, certificate):
     with PackageServer(index, certificate=certificate) as mirror:
-        refused = used.start("one", **empty_depot, JULIA_PKG_SERVER=mirror.url)
-    assert refused.stdout == "numpy \n", str(refused)
-    assert re.search(rf"packages: RequestError: .*\b[Cc]ert.* while requesting {mirror.url}/", refused.stderr), str(
-        refused
-    )
-    assert "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH" in refused.stderr
+        said = used.start_without_julia("one", **empty_depot, JULIA_PKG_SERVER=mirror.url)
+    assert re.search(rf"packages: RequestError: .*\b[Cc]ert.* while requesting {mirror.url}/", said), said
+    assert "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH" in said
     assert mirror.packages == 0
 
 
@@ -497,15 +489,13 @@ def test_mirror_whose_certificate_nobody_has_signed_is_refused_with_the_remedy(u
 def test_mirror_whose_certificate_is_trusted_is_used(used, empty_depot, index, certificate, variable):
     trust = {variable: str(certificate[0])}
     with PackageServer(index, certificate=certificate) as mirror:
-        started = used.start("one", **empty_depot, **trust, JULIA_PKG_SERVER=mirror.url)
-    assert started.stdout == f"julia {VERSION}\n", str(started)
+        used.start_julia("one", **empty_depot, **trust, JULIA_PKG_SERVER=mirror.url)
     assert mirror.packages > 10
 
 
 def test_mirror_behind_a_proxy_is_used(used, empty_depot, index):
     with PackageServer(index) as proxy:
-        started = used.start("one", **empty_depot, ALL_PROXY=proxy.url, JULIA_PKG_SERVER="http://mirror.invalid")
-    assert started.stdout == f"julia {VERSION}\n", str(started)
+        used.start_julia("one", **empty_depot, ALL_PROXY=proxy.url, JULIA_PKG_SERVER="http://mirror.invalid")
     assert proxy.packages > 10
 
 
@@ -516,8 +506,7 @@ def test_upgrade_and_downgrade_bring_their_own_julia_sources(used, tmp_path):
     newer = build_wheel(tmp_path, NEWER)
     for wheel, version in ((newer, NEWER), (used.wheel, VERSION)):
         used.install("one", wheel)
-        started = used.start("one")
-        assert started.stdout == f"julia {version}\n", str(started)
+        used.start_julia("one", version)
 
 
 # --- Julia by itself ---------------------------------------------------------------------------------------------
