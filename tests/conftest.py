@@ -25,6 +25,11 @@ from implicit_rnn.engines.julia.network import JuliaNetwork
 from implicit_rnn.runtime import environments, gpu, start
 from implicit_rnn.runtime.environments import Environment
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 # Before Julia is started here, which changes it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMPLICIT_RNN_ENGINE"}
 NOWHERE = "http://127.0.0.1:9"
@@ -215,6 +220,10 @@ def other_packages(
         return project, ENVIRONMENT | settings
 
     return find
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text())
 
 
 # --- data ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import ssl
 import subprocess
-import sys
 import tarfile
 import threading
 from collections.abc import Iterable
@@ -16,17 +15,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from conftest import read_toml
 
 
 def make_index(julia: str, target: Path, manifest: Path, folders: Iterable[Path]) -> dict[str, Path]:
     """The folder of each path that a client asks for: a registry in ``target``, and the packages of it."""
     command = [julia, "--startup-file=no", Path(__file__).with_suffix(".jl"), target, manifest, *folders]
     subprocess.run(command, check=True)
-    return {path: Path(folder) for path, folder in tomllib.loads((target / "index.toml").read_text()).items()}
+    return {path: Path(folder) for path, folder in read_toml(target / "index.toml").items()}
 
 
 def pack(folder: Path) -> bytes:

@@ -14,18 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import NOWHERE, RunPython
+from conftest import CHECKOUT, NOWHERE, RunPython, read_toml
 from package_server import PackageServer
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments, install, package_server
 from implicit_rnn.runtime.environments import Environment
 from implicit_rnn.runtime.setup import remove
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 STAND_IN = """
     import json, os, sys, time
@@ -328,36 +323,24 @@ def test_certificate_that_is_not_trusted_is_said_with_the_remedy(tmp_path, monke
 # --- several installations of one user -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def another_installation(monkeypatch):
-    """A function that makes this the other of two installations, and back."""
-
-    def switch(place: str) -> None:
-        monkeypatch.setattr(sys, "prefix", place)
-
-    return switch
-
-
-def test_what_setup_installed_in_one_virtual_environment_is_not_that_of_another(
-    no_prepared_julia, another_installation
-):
-    another_installation("/one")
+def test_what_setup_installed_in_one_virtual_environment_is_not_that_of_another(no_prepared_julia, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/one")
     environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
-    another_installation("/two")
+    monkeypatch.setattr(sys, "prefix", "/two")
     assert environments.prepared_environment() is None
-    another_installation("/one")
+    monkeypatch.setattr(sys, "prefix", "/one")
     assert environments.prepared_environment().project == "/project/of/one"
 
 
-def test_what_was_named_to_setup_is_shared_by_installations_without_their_own(no_prepared_julia, another_installation):
-    another_installation("/one")
+def test_what_was_named_to_setup_is_shared_by_installations_without_their_own(no_prepared_julia, monkeypatch):
+    monkeypatch.setattr(sys, "prefix", "/one")
     environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
-    another_installation("/two")
+    monkeypatch.setattr(sys, "prefix", "/two")
     environments.remember(Environment("julia", "/named", "a test"))
     assert environments.prepared_environment().project == "/named"
-    another_installation("/three")
+    monkeypatch.setattr(sys, "prefix", "/three")
     assert environments.prepared_environment().project == "/named"
-    another_installation("/one")
+    monkeypatch.setattr(sys, "prefix", "/one")
     assert environments.prepared_environment().project == "/project/of/one"
 
 
@@ -393,15 +376,13 @@ def test_prepared_environment_of_another_juliacall_says_to_run_setup_again(fake_
 
 # --- the Julia projects --------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent.parent
-
 
 @pytest.mark.julia
 @pytest.mark.parametrize("name", ["Project.toml", "julia/Project.toml"])
 def test_packages_have_the_uuids_that_the_running_julia_knows_them_by(name):
     from implicit_rnn.runtime import start
 
-    project = tomllib.loads((ROOT / name).read_text())
+    project = read_toml(CHECKOUT / name)
     start.evaluate("import Pkg")
     known = start.evaluate('join(("$(p[1])=$id" for (id, p) in Pkg.Types.stdlibs()), " ")')
     uuids = dict(line.split("=") for line in str(known).split())

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 
 import numpy as np
 import pytest
-from conftest import CHECKOUT, ENVIRONMENT, run_process
+from conftest import CHECKOUT, ENVIRONMENT, read_toml, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 NEEDED = ("Aqua", "ForwardDiff", "Zygote")
 PACKAGE = CHECKOUT / "julia"
@@ -42,7 +36,7 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
 @pytest.mark.slow
 def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_environment, other_packages):
     project, settings = other_packages("lower")
-    accepted = tomllib.loads((PACKAGE / "Project.toml").read_text())["compat"]
+    accepted = read_toml(PACKAGE / "Project.toml")["compat"]
     oldest = {name: bound.split(",")[0] for name, bound in accepted.items()}
     present = environments.manifest_versions(project)
     assert {name for name in oldest if not (present.get(name) or "").startswith(oldest[name])} <= NOT_INSTALLED

@@ -11,15 +11,10 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import CHECKOUT, ENVIRONMENT, run_process
+from conftest import CHECKOUT, ENVIRONMENT, read_toml, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments, gpu
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 pytestmark = pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), reason="needs the checkout")
 
@@ -29,7 +24,7 @@ pytestmark = pytest.mark.skipif(not (CHECKOUT / "pyproject.toml").is_file(), rea
 @pytest.fixture
 def project() -> dict:
     """julia/Project.toml, in which the version stands."""
-    return tomllib.loads((CHECKOUT / "julia" / "Project.toml").read_text())
+    return read_toml(CHECKOUT / "julia" / "Project.toml")
 
 
 def test_installed_package_has_the_version_of_the_julia_package(project):
