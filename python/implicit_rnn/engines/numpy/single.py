@@ -166,13 +166,9 @@ def _answers(calls: _Calls, z: Numbers, base: Numbers, c: Numbers) -> bool:
 def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:
     """The size of z, in units of the scale where there is one, and a floor under it."""
     if equation.scale is None:
-        return _length, 0.0
+        return lambda z: hypot(*z), 0.0
     weights = (1 / equation.scale).tolist()
     return lambda z: hypot(*map(mul, z, weights)), equation.n**0.5
-
-
-def _length(z: Numbers) -> float:
-    return hypot(*z)
 
 
 def _is_near(step: float, size: float, tol: float, rounding: float, rate: float, spent: bool = False) -> bool:
@@ -195,10 +191,10 @@ class _Calls:
     def __init__(self, equation: Equation) -> None:
         assert not isinstance(equation.f, JuliaFunction)
         self.f, self.jac, self.n, self.args = equation.f, equation.jac, equation.n, equation.args
-        self.posed: Callable[[Array], Any] = _as_it_is
+        self.posed: Callable[[Array], Any] = lambda z: z
         self.shape: tuple[int, ...] = (self.n,)
         if not equation.shape:
-            self.posed = _as_number
+            self.posed = lambda z: z[0]
         elif equation.vectorized and len(equation.shape) == 2:
             self.posed, self.shape = _as_row, (1, self.n)
         if True in equation.batched and self.posed is not _as_row:
@@ -291,14 +287,6 @@ class _Calls:
         if J.size != self.n**2 or J.dtype.kind not in "fiub" or (self.n > 1 and J.shape[-2:] != (self.n, self.n)):
             raise _UncertainError
         return J.reshape(self.n, self.n)
-
-
-def _as_it_is(z: Array) -> Array:
-    return z
-
-
-def _as_number(z: Array) -> Any:
-    return z[0]
 
 
 def _as_row(z: Array) -> Array:
