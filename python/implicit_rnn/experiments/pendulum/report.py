@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,52 +47,46 @@ def ratio(study: Study, model: str, reference: str) -> Ratio:
 
 def findings(study: Study) -> list[Finding]:
     """Every claim the study can judge, whatever its sign."""
+    return list(_judged(study))
+
+
+def _judged(study: Study) -> Iterator[Finding]:
     there = study.outcomes
-    found = []
     tested = [(a, b) for a, b in PREREGISTERED if a in there and b in there]
     p_values = holm([signed_rank_less(study.totals(a), study.totals(b)) for a, b in tested])
     for (a, b), p in zip(tested, p_values, strict=True):
         r = ratio(study, a, b)
-        found.append(
-            Finding(
-                f"{_title(a)} has a smaller error than {_title(b)}, by more than {1 - CLAIMED:.0%} (preregistered)",
-                f"ratio {r}, smaller for {r.below} of {r.pairs} seeds, p = {p:.1e} (Wilcoxon, Holm)",
-                p < ALPHA and r.high < CLAIMED,
-            )
+        yield Finding(
+            f"{_title(a)} has a smaller error than {_title(b)}, by more than {1 - CLAIMED:.0%} (preregistered)",
+            f"ratio {r}, smaller for {r.below} of {r.pairs} seeds, p = {p:.1e} (Wilcoxon, Holm)",
+            p < ALPHA and r.high < CLAIMED,
         )
     recurrent = [name for name in there if MODELS[name].recurrent and name != "bptt"]
     for name in recurrent if "ff2" in there else ():
         r = ratio(study, name, "ff2")
         claim = f"{_title(name)} is at least {1 - STRONG_MEAN:.0%} better than {_title('ff2')}, surely {1 - STRONG_HIGH:.0%}"
-        found.append(Finding(claim, f"ratio {r}", r.mean <= STRONG_MEAN and r.high < STRONG_HIGH))
+        yield Finding(claim, f"ratio {r}", r.mean <= STRONG_MEAN and r.high < STRONG_HIGH)
     for reference in ("ff3", "bptt"):
         for name in recurrent if reference in there else ():
             r = ratio(study, name, reference)
-            found.append(
-                Finding(f"{_title(name)} has a smaller error than {_title(reference)}", f"ratio {r}", r.high < 1)
-            )
+            yield Finding(f"{_title(name)} has a smaller error than {_title(reference)}", f"ratio {r}", r.high < 1)
     for guarded, free in GUARANTEES:
         if guarded in there and free in there:
             r = ratio(study, guarded, free)
             failed = unconverged_seeds(there[guarded])
-            found.append(
-                Finding(
-                    f"{_title(guarded)} costs at most {AFFORDABLE - 1:.0%} against {_title(free)} and always converges",
-                    f"ratio {r}, {failed} of {r.pairs} seeds with unconverged samples",
-                    r.mean <= AFFORDABLE and failed == 0,
-                )
+            yield Finding(
+                f"{_title(guarded)} costs at most {AFFORDABLE - 1:.0%} against {_title(free)} and always converges",
+                f"ratio {r}, {failed} of {r.pairs} seeds with unconverged samples",
+                r.mean <= AFFORDABLE and failed == 0,
             )
     for name in recurrent:
         if not MODELS[name].guaranteed:
             failed = unconverged_seeds(there[name])
-            found.append(
-                Finding(
-                    f"{_title(name)} converges without a guarantee",
-                    f"{failed} of {len(there[name])} seeds with unconverged test or training samples",
-                    failed == 0,
-                )
+            yield Finding(
+                f"{_title(name)} converges without a guarantee",
+                f"{failed} of {len(there[name])} seeds with unconverged test or training samples",
+                failed == 0,
             )
-    return found
 
 
 def unconverged_seeds(outcomes: list[Outcome]) -> int:
