@@ -151,8 +151,11 @@ end
 
 # --- the kernel ---------------------------------------------------------------------------------------------------------
 
-"The statements that lay out the memory of a workgroup, for iterates `Z` of a `tiling`."
-const GROUP_MEMORY = quote
+"""
+The statements by which a workgroup begins, with the matrix `M`: it lays out its memory and takes there the first iterates `Z` of its
+samples, with the drives `U`, for a `tiling`.
+"""
+begin_group(M) = quote
     t = @index(Local, Linear)
     group = @index(Group, Linear)
     @uniform n = size(Z, 1)
@@ -165,6 +168,14 @@ const GROUP_MEMORY = quote
     first = @localmem Int (1,)                           # the sample before the group's: in registers, addresses would be kept of it
     u = @private NTuple{BLOCK^2, eltype(Z)} (1,)
     f = @private NTuple{BLOCK^2, eltype(Z)} (1,)
+
+    load_matrix!(matrix, $M, t, n, tiling)
+    if t == 1
+        @inbounds going[1], first[1] = 1, (group - 1) * C
+    end
+    @synchronize
+    @inbounds u[1] = load_block(U, t, first[1], tiling)
+    store_block!(z, load_block(Z, t, first[1], tiling), t, tiling)
 end
 
 """
@@ -192,14 +203,7 @@ end
 # Picard iteration of z = g(U + M z) for all columns that are `running`, from the iterates in `Z`: what `step!` does for one iteration, by
 # the same rule.
 @eval @kernel function picard!(Z, progress, record, @Const(U), @Const(M), g, D, rule, tiling::Tiling{P, C, Q}) where {P, C, Q}
-    $(GROUP_MEMORY.args...)
-    load_matrix!(matrix, M, t, n, tiling)
-    if t == 1
-        @inbounds going[1], first[1] = 1, (group - 1) * C
-    end
-    @synchronize
-    @inbounds u[1] = load_block(U, t, first[1], tiling)
-    store_block!(z, load_block(Z, t, first[1], tiling), t, tiling)
+    $(begin_group(:M).args...)
     @synchronize
     $(picard_loop(:progress, :record, :M, :g, :D, :rule))
     write_block!(Z, z, t, first[1], n, samples, tiling)

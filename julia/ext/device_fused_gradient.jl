@@ -148,16 +148,8 @@ end
         A, B, D, solves, outputs, @Const(Z), @Const(U), @Const(R), @Const(transposed), @Const(readout), @Const(offset), g, rule, adjoint_rule,
         tiling::Tiling{P, C, Q}
     ) where {P, C, Q}
-    $(GROUP_MEMORY.args...)
-
     # To the equilibrium.
-    load_matrix!(matrix, R, t, n, tiling)
-    if t == 1
-        @inbounds going[1], first[1] = 1, (group - 1) * C
-    end
-    @synchronize
-    @inbounds u[1] = load_block(U, t, first[1], tiling)
-    store_block!(z, load_block(Z, t, first[1], tiling), t, tiling)
+    $(begin_group(:R).args...)
     if t <= C && first[1] + t <= samples
         start_column!(solves.progress, solves.record, first[1] + t, true)
     end
