@@ -18,7 +18,6 @@ function borrow(f, backend, arrays::NumPy...)
         return GC.@preserve arrays begin
             views = map(x -> is_on_device(x) ? OnDevice(x) : memory_of(x), arrays)
             GIL.@unlock begin
-                foreach(v -> v isa OnDevice && v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream), views)
                 result = f(map(v -> vector_of(backend, v), views)...)
                 ImplicitRNN.finish_work(backend)
                 result
@@ -28,7 +27,10 @@ function borrow(f, backend, arrays::NumPy...)
         foreach(x -> pydel!(x.array), arrays)
     end
 end
-vector_of(backend, v::OnDevice{T}) where {T} = ImplicitRNN.wrap_memory(backend, T, v.address, v.length)
+function vector_of(backend, v::OnDevice{T}) where {T}
+    v.stream < 0 || ImplicitRNN.await_stream(backend, v.stream)
+    return ImplicitRNN.wrap_memory(backend, T, v.address, v.length)
+end
 vector_of(backend, v::Vector) = v
 
 on_host(A::Array) = A

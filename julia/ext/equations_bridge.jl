@@ -98,18 +98,10 @@ uploaded(A::Matrix{T}, backend) where {T} =
     copyto!(reshape(ImplicitRNN.device_vector(backend, T, length(A)), size(A)), A)
 
 "A vector on the memory of an array that its owner keeps."
-lasting(x::NumPy, ::Nothing) = lasting(x)
 function lasting(x::NumPy, backend)
-    is_on_device(x) || return lasting(x)
-    v = OnDevice(x)
+    v = backend !== nothing && is_on_device(x) ? OnDevice(x) : memory_of(x)
     pydel!(x.array)
-    v.stream >= 0 && ImplicitRNN.await_stream(backend, v.stream)
     return vector_of(backend, v)
-end
-function lasting(x::NumPy)
-    vector = memory_of(x)
-    pydel!(x.array)
-    return vector
 end
 
 "`equation_solve(form, Z, args, solver, outs) -> handle`: from the start Z to the solution; outs = (status, iterations, residual, rate)."
