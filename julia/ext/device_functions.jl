@@ -26,10 +26,8 @@ Adapt.adapt_structure(to, x::PerSample{K}) where {K} = (array = Adapt.adapt(to, 
 @inline unit_vector(::Type{T}, i::Int, first::Int, ::Val{W}) where {T, W} = Partials(unroll(w -> T(first > 0 && i == first + w - 1), Val(W)))
 
 "The dual numbers f(z, args...): with derivatives by the entries of z from number `first` on, or by those of argument I."
-@inline duals(f::F, z::Short{K}, args, first::Int, W::Val, ::Val{0}) where {F, K} =
-    entries((@inline f(seeded(z, first, W), seeded_argument(args, 0, W, Val(0))...)), Val(K))
-@inline duals(f::F, z::Short{K}, args, first::Int, W::Val, ::Val{I}) where {F, K, I} =
-    entries((@inline f(seeded(z, 0, W), seeded_argument(args, first, W, Val(I))...)), Val(K))
+@inline duals(f::F, z::Short{K}, args, first::Int, W::Val, index::Val{I}) where {F, K, I} =
+    entries((@inline f(seeded(z, I == 0 ? first : 0, W), seeded_argument(args, first, W, index)...)), Val(K))
 @inline seeded_argument(args::Tuple, first::Int, W::Val, ::Val{I}) where {I} = unroll(i -> seeded(args[i], i == I ? first : 0, W), Val(length(args)))
 
 @inline entries(y::Short{K}, ::Val{K}) where {K} = y.entries

@@ -1,8 +1,7 @@
 # Training with all its arrays on the device: one upload and one download for each call of `train!`.
 
-const DeviceBuffers{T, R} = StepBuffers{T, R, <:DeviceWorkspace}
 "A trainer whose workspace is that of a device."
-const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:DeviceBuffers{T}}
+const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:StepBuffers{T, <:Any, <:DeviceWorkspace}}
 
 function ImplicitRNN.train!(
         trainer::DeviceTrainer, nets::Replicas{<:Array}, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing
