@@ -69,6 +69,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: the test takes minutes, and is run only with --slow")
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Who takes the environment of Julia needs Julia."""
+    if "julia_environment" in getattr(item, "fixturenames", ()):
+        item.add_marker("julia")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("slow") and not item.config.option.slow:
         pytest.skip("takes minutes; run by --slow")
@@ -155,7 +161,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
 
 @pytest.fixture(scope="session")
 def julia_environment() -> Environment:
-    """The Julia and the project that the engine of this machine uses; for tests marked ``julia``."""
+    """The Julia and the project that the engine of this machine uses."""
     import juliacall
 
     return Environment(

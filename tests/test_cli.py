@@ -255,7 +255,6 @@ def test_setup_without_network_exits_with_1_and_one_line_with_a_remedy(run_cli: 
     assert done.seconds < 30
 
 
-@pytest.mark.julia
 def test_setup_prepares_an_environment_that_the_next_process_uses(run_cli, run_python, tmp_path, julia_environment):
     env = {name: value for name, value in ENVIRONMENT.items() if not name.startswith("PYTHON_JULIACALL")}
     env["XDG_CONFIG_HOME"] = str(tmp_path / "config")

@@ -83,7 +83,6 @@ def pair(device_name) -> tuple[irnn.Network, irnn.Network]:
     return network(engine="julia"), network(engine="julia", device=device_name)
 
 
-@pytest.mark.julia
 def test_states_gradients_and_products_are_those_of_the_cpu(pair, data):
     X, Y = data
     cpu, device = pair
@@ -101,7 +100,6 @@ def test_states_gradients_and_products_are_those_of_the_cpu(pair, data):
     np.testing.assert_allclose(device.spectral_radius(X), cpu.spectral_radius(X), rtol=1e-7)
 
 
-@pytest.mark.julia
 def test_training_follows_that_of_the_cpu(pair, data):
     cpu, device = pair
     runs = [net.fit(*data, epochs=5, batch_size=16, seed=3, progress=False) for net in (cpu, device)]
@@ -111,7 +109,6 @@ def test_training_follows_that_of_the_cpu(pair, data):
         device.fit(*data, epochs=6, batch_size=16, seed=3, progress=False, resume=runs[0])
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("solver", ["picard", "anderson", "newton", "chord"])
 @pytest.mark.parametrize(
     "adjoint", [irnn.Implicit("lu"), irnn.Implicit("anderson"), irnn.JacobianFree(), irnn.Unrolled(4)]
@@ -124,7 +121,6 @@ def test_solvers_and_adjoints_are_those_of_the_cpu(pair, data, solver, adjoint):
     np.testing.assert_allclose(computed, gradient, atol=1e-8)
 
 
-@pytest.mark.julia
 def test_many_nets_are_trained_as_on_the_cpu(pair, data):
     results = []
     for net in pair:
@@ -136,7 +132,6 @@ def test_many_nets_are_trained_as_on_the_cpu(pair, data):
     np.testing.assert_allclose(results[1], results[0], atol=1e-8)
 
 
-@pytest.mark.julia
 def test_a_run_resumed_on_the_device_is_the_run_not_interrupted(pair, data):
     whole, parted = pair[1], irnn.Network.from_topology(pair[1].topology, "float64", "julia", pair[1].device)
     parted.parameters[:] = whole.parameters
@@ -147,7 +142,6 @@ def test_a_run_resumed_on_the_device_is_the_run_not_interrupted(pair, data):
     np.testing.assert_array_equal(parted.parameters, whole.parameters)
 
 
-@pytest.mark.julia
 def test_what_a_device_does_not_offer_is_refused_by_name(pair, data):
     X, Y = data
     device = pair[1]
@@ -188,7 +182,6 @@ def orbits(rng) -> tuple[np.ndarray, np.ndarray]:
     return rng.uniform(0, 6, 300), rng.uniform(0, 0.9, 300)
 
 
-@pytest.mark.julia
 def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_cpu(device_name, orbits, rng):
     M, _ = orbits
     here, there = (
@@ -207,7 +200,6 @@ def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_c
     assert shared.vjp(v)["e"] == pytest.approx(expected, rel=1e-8)
 
 
-@pytest.mark.julia
 def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(device_name):
     half = irnn.julia("z -> z ./ 2")
     with pytest.raises(irnn.EngineError, match=r"does not offer equations of more than 8 unknowns \(9 came\)"):
@@ -238,7 +230,6 @@ def test_an_equation_without_cuda_says_what_to_do():
 # --- the command, and what goes wrong --------------------------------------------------------------------------
 
 
-@pytest.mark.julia
 def test_the_self_test_of_a_device_compares_it_with_the_cpu(device_name):
     report = gpu.self_test(device_name, sizes=((8, 32),))
     assert report["ok"]

@@ -19,6 +19,7 @@ import implicit_rnn as irnn
 from implicit_rnn import device_arrays, dlpack
 from implicit_rnn.device_arrays import EVERYTHING, NOTHING, DeviceArray, as_device_array
 from implicit_rnn.runtime import start
+from implicit_rnn.runtime.environments import Environment
 
 STREAM = 7
 
@@ -168,7 +169,7 @@ def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
 
 
 @pytest.fixture
-def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+def reference(julia_environment: Environment, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference device arrays are a device, "jl", which reads and writes the memory that it is lent."""
     check_device("jl")
     monkeypatch.setattr("implicit_rnn.engines.DEVICES", ("cpu", "jl"))
@@ -190,7 +191,6 @@ def awaited() -> set[int]:
     return set(start.evaluate("copy(AWAITED)"))
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("producer", [OnCard, ByDLPack])
 def test_a_device_array_in_gives_a_device_array_out(nets, X, Y, producer):
     cpu, device = nets
@@ -214,7 +214,6 @@ def test_a_device_array_in_gives_a_device_array_out(nets, X, Y, producer):
     assert awaited() - {EVERYTHING} == ({STREAM} if producer is OnCard else set())
 
 
-@pytest.mark.julia
 def test_numpy_arrays_and_those_of_the_device_can_be_mixed(nets, X, Y):
     cpu, device = nets
     assert isinstance(device.predict(X), np.ndarray)
@@ -224,7 +223,6 @@ def test_numpy_arrays_and_those_of_the_device_can_be_mixed(nets, X, Y):
         np.testing.assert_allclose(dX if x is X else dX.numpy(), cpu.vjp(X, Y)[1], atol=1e-8)
 
 
-@pytest.mark.julia
 def test_nothing_is_written_to_what_is_lent(nets, X, Y):
     x, y, start_ = X.copy(), Y.copy(), np.zeros((12, 10))
     nets[1].vjp(OnCard(x), OnCard(y), z0=OnCard(start_))
@@ -234,7 +232,6 @@ def test_nothing_is_written_to_what_is_lent(nets, X, Y):
     assert not start_.any()
 
 
-@pytest.mark.julia
 def test_weights_and_validation_data_of_the_device_count_as_numpy_arrays_do(nets, X, Y):
     cpu, device = nets
     w = np.arange(1.0, 13)
@@ -251,7 +248,6 @@ def test_weights_and_validation_data_of_the_device_count_as_numpy_arrays_do(nets
     np.testing.assert_array_equal(run.validation_loss, same.validation_loss)
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("optimizer", ["adam", "lbfgs"])
 def test_training_on_arrays_of_the_device_is_that_on_numpy_arrays(nets, X, Y, optimizer):
     device = nets[1]
@@ -265,7 +261,6 @@ def test_training_on_arrays_of_the_device_is_that_on_numpy_arrays(nets, X, Y, op
     device.fit(X, OnCard(Y), **options | {"epochs": 6}, resume=run)  # the same data, wherever they are
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy"])
 def test_targets_on_the_device_are_checked_as_others_are(nets, X, Y, loss):
     cpu, device = nets
@@ -276,7 +271,6 @@ def test_targets_on_the_device_are_checked_as_others_are(nets, X, Y, loss):
         device.loss_and_gradient(OnCard(X), OnCard(Y), loss=loss)
 
 
-@pytest.mark.julia
 def test_bad_arrays_of_the_device_are_refused_as_others_are(nets, X, Y):
     device = nets[1]
     with pytest.raises(ValueError, match=r"X has shape \(12, 2\); expected \(samples, 3\)"):
@@ -308,7 +302,6 @@ def squared(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ((y - t) ** 2).mean(axis=1), (y - t) * 2 / y.shape[1]
 
 
-@pytest.mark.julia
 def test_a_loss_of_ones_own_is_given_copies_in_the_memory_of_the_machine(nets, X, Y):
     device, own = nets[1], irnn.CustomLoss(squared)
     again, expected = pickle.loads(pickle.dumps(device)), nets[0].loss_and_gradient(X, Y)
@@ -322,7 +315,6 @@ def test_a_loss_of_ones_own_is_given_copies_in_the_memory_of_the_machine(nets, X
     np.testing.assert_allclose(run.validation_loss, same.validation_loss, rtol=1e-7)
 
 
-@pytest.mark.julia
 def test_the_memory_of_results_is_returned(nets, X):
     device = nets[1]
     gc.collect()
@@ -337,13 +329,11 @@ def test_the_memory_of_results_is_returned(nets, X):
     assert EVERYTHING in awaited()  # before it is freed
 
 
-@pytest.mark.julia
 def test_an_array_of_the_device_is_not_pickled(nets, X):
     with pytest.raises(TypeError, match=r"cannot be pickled; its method numpy\(\) copies it"):
         pickle.dumps(nets[1].predict(OnCard(X)))
 
 
-@pytest.mark.julia
 def test_a_layer_of_torch_works_in_the_memory_of_its_tensors(nets, X):
     torch = pytest.importorskip("torch")
     from implicit_rnn.torch import ImplicitRNN
@@ -398,7 +388,6 @@ def agree(there: irnn.ImplicitSolution, here: irnn.ImplicitSolution, v: np.ndarr
             np.testing.assert_allclose(there.jacobian(name).numpy(), here.jacobian(name), atol=tol)
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("producer", [OnCard, ByDLPack])
 def test_an_equation_of_device_arrays_has_its_solution_and_derivatives_on_the_device(reference, orbits, rng, producer):
     M, e = orbits
@@ -412,7 +401,6 @@ def test_an_equation_of_device_arrays_has_its_solution_and_derivatives_on_the_de
     assert again.iterations.max() <= 2
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize(("dtype", "tol"), [("float64", 1e-8), ("float32", 1e-3)])
 def test_arguments_of_an_equation_may_be_on_the_device_or_not(reference, rng, dtype, tol):
     z0, a, v = (rng.uniform(1, 2, (30, 2)).astype(dtype) for _ in range(3))
@@ -427,7 +415,6 @@ def test_arguments_of_an_equation_may_be_on_the_device_or_not(reference, rng, dt
         np.testing.assert_allclose(numpy.vjp(cotangent)["s"], here.vjp(v)["s"], atol=tol)
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize("shape", [(), (2,)])
 def test_a_single_equation_of_device_arrays_keeps_its_shape(reference, shape):
     cosine, z0, a = irnn.julia("(z, a) -> cos.(a .* z)"), np.full(shape, 0.5), np.full(shape, 0.8)
@@ -436,7 +423,6 @@ def test_a_single_equation_of_device_arrays_keeps_its_shape(reference, shape):
     agree(there, here, np.ones(shape), 1e-9)
 
 
-@pytest.mark.julia
 def test_arguments_on_the_device_are_read_where_they_lie_as_long_as_there_is_the_solution(reference, orbits):
     M, e = (array.copy() for array in orbits)
     producer = OnCard(e)
@@ -454,7 +440,6 @@ def test_arguments_on_the_device_are_read_where_they_lie_as_long_as_there_is_the
     assert kept() is None
 
 
-@pytest.mark.julia
 def test_samples_of_device_arrays_without_a_solution_have_no_derivative(reference):
     square, a = irnn.julia("(z, a) -> z .^ 2 .- a"), np.array([1.0, 0.0, 4.0, -1.0])
     solution = irnn.root(
@@ -469,7 +454,6 @@ def test_samples_of_device_arrays_without_a_solution_have_no_derivative(referenc
         solution.vjp(OnCard(np.ones((4, 1)) - (np.arange(4) == 3)[:, None]))
 
 
-@pytest.mark.julia
 def test_bad_device_arrays_of_an_equation_are_refused_as_others_are(reference, orbits):
     M, e = orbits
     z0, options = M[:, None].copy(), {"batched": ("M", "e"), "device": "jl"}
@@ -504,7 +488,6 @@ def test_an_equation_on_an_engine_without_devices_says_so_rather_than_reading_th
         irnn.root(KEPLER, OnCard(np.ones((4, 1))), args=(1.0, 0.5), engine="numpy", device="cuda")
 
 
-@pytest.mark.julia
 def test_an_equation_of_torch_is_solved_and_differentiated_in_the_memory_of_its_tensors(reference, orbits):
     torch = pytest.importorskip("torch")
     from implicit_rnn.torch import root
@@ -521,7 +504,6 @@ def test_an_equation_of_torch_is_solved_and_differentiated_in_the_memory_of_its_
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.julia
 def test_an_equation_of_torch_takes_integers_numbers_and_one_problem_to_the_device(reference):
     torch = pytest.importorskip("torch")
     from implicit_rnn.torch import fixed_point
@@ -534,7 +516,6 @@ def test_an_equation_of_torch_takes_integers_numbers_and_one_problem_to_the_devi
     assert a.grad.item() == pytest.approx(-0.324205, rel=1e-4)
 
 
-@pytest.mark.julia
 def test_an_equation_of_jax_is_solved_on_the_device_by_way_of_the_machine(reference, orbits):
     jax = pytest.importorskip("jax", minversion="0.8")  # enable_x64
     from implicit_rnn.jax import root

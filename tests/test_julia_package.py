@@ -19,7 +19,6 @@ ON_THE_OLDEST = ("network", "solvers", "vjp")
 LINT = PACKAGE / "test" / "lint"
 
 
-@pytest.mark.julia
 @pytest.mark.timeout(900)
 def test_the_tests_of_the_julia_package_pass(julia_environment):
     missing = set(NEEDED) - set(environments.manifest_versions(julia_environment.project))
@@ -31,7 +30,6 @@ def test_the_tests_of_the_julia_package_pass(julia_environment):
     assert done.returncode == 0, str(done)
 
 
-@pytest.mark.julia
 @pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_environment, other_packages):
@@ -50,7 +48,6 @@ def test_oldest_packages_that_are_accepted_pass_the_tests_of_what_they_do(julia_
     assert done.returncode == 0, str(done)
 
 
-@pytest.mark.julia
 @pytest.mark.parametrize(("script", "tool"), [("format.jl", "runic"), ("errors.jl", "jet")])
 def test_linters_of_julia_find_nothing(julia_environment, other_environment, script, tool):
     """The linters of the project julia/test/lint where it has been instantiated, else of Julia's shared @runic and @jet."""

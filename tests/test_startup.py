@@ -254,7 +254,6 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
 # --- Julia starts --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.julia
 def test_given_julia_is_used_without_juliapkg_and_with_the_sources_of_this_package(
     run_python: RunPython, given_julia, julia_environment
 ):
@@ -287,7 +286,6 @@ def test_given_julia_is_used_without_juliapkg_and_with_the_sources_of_this_packa
 SOLVE = "irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine='julia').predict([[0, 1]])"
 
 
-@pytest.mark.julia
 @pytest.mark.timeout(600)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["lower", "newest"])
@@ -317,7 +315,6 @@ def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     assert done.stdout == f"{version} [True, True, True]\n", str(done)
 
 
-@pytest.mark.julia
 def test_julia_that_somebody_else_has_started_is_used(run_python: RunPython, given_julia):
     code = f"""
         import juliacall
@@ -355,7 +352,6 @@ FORK = """
 """
 
 
-@pytest.mark.julia
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 class TestFork:
     def test_after_the_start_is_a_clear_error_in_the_child_and_the_parent_goes_on(
@@ -378,7 +374,6 @@ class TestFork:
         assert child == "child 0"
 
 
-@pytest.mark.julia
 def test_read_only_project_works(run_python: RunPython, given_julia, julia_environment, tmp_path):
     project = tmp_path / "read-only"
     project.mkdir()

@@ -263,7 +263,6 @@ def test_running_julia_is_taken_as_it_is_where_nothing_was_asked_for(no_settings
     assert not recwarn.list
 
 
-@pytest.mark.julia
 def test_engine_works_in_a_julia_started_before(run_python: RunPython, given_julia):
     code = """
         import warnings
@@ -280,7 +279,6 @@ def test_engine_works_in_a_julia_started_before(run_python: RunPython, given_jul
     ), str(done)
 
 
-@pytest.mark.julia
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_library_that_resets_the_handlers_of_signals_does_not_make_julia_crash(run_python, given_julia):
     """As Ray does when it shuts down; collections stop a thread that computes."""
