@@ -400,16 +400,26 @@ def test_unknown_setting_of_fit_is_refused_with_the_valid_names(net, X, Y):
         net.fit(X, Y, epoch=3)
 
 
-@pytest.mark.parametrize("kappa", [0, 1, -0.5, 1.5, np.nan])
-def test_kappa_outside_of_0_to_1_is_refused(kappa):
-    with pytest.raises(ValueError, match=f"kappa must lie strictly between 0 and 1, got {kappa}"):
-        irnn.Perron(kappa)
-
-
-@pytest.mark.parametrize("damping", [0, -1, 1.1, np.nan])
-def test_damping_outside_of_0_to_1_is_refused(damping):
-    with pytest.raises(ValueError, match=r"damping must lie in \(0, 1\]"):
-        irnn.Picard(damping=damping)
+@pytest.mark.parametrize(
+    ("option", "name", "values", "message"),
+    [
+        (irnn.Perron, "kappa", (0, 1, -0.5, 1.5, np.nan), "kappa must lie strictly between 0 and 1, got {}"),
+        (irnn.Picard, "damping", (0, -1, 1.1, np.nan), r"damping must lie in \(0, 1\], got {}"),
+        (irnn.Huber, "delta", (0, -1, np.inf, np.nan), "delta must be positive and finite, got {}"),
+        (irnn.Adam, "learning_rate", (0, -1, np.nan), "learning_rate must be positive and finite, got {}"),
+        (irnn.Adam, "beta1", (1.0, -0.1), r"beta1 must lie in \[0, 1\), got {}"),
+        (irnn.Adam, "beta2", (1.0, np.nan), r"beta2 must lie in \[0, 1\), got {}"),
+        (irnn.Adam, "epsilon", (-1e-8,), "epsilon must be positive and finite, got {}"),
+        (irnn.Momentum, "momentum", (-0.1, 1.5, np.nan), r"momentum must lie in \[0, 1\), got {}"),
+        (irnn.Nesterov, "momentum", (-0.1, 1.5, np.nan), r"momentum must lie in \[0, 1\), got {}"),
+        (irnn.SGD, "weight_decay", (-1.0, np.inf, np.nan), "weight_decay must be finite and not negative, got {}"),
+        (irnn.AdamW, "weight_decay", (-1.0, np.inf, np.nan), "weight_decay must be finite and not negative, got {}"),
+    ],
+)
+def test_number_out_of_its_range_is_refused_by_name(option, name, values, message):
+    for value in values:
+        with pytest.raises(ValueError, match=message.format(value)):
+            option(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -430,27 +440,6 @@ def test_tolerance_that_anything_would_meet_is_refused(option, tol):
 def test_bad_tolerance_or_limit_is_refused_by_name(solver, name, value):
     with pytest.raises((TypeError, ValueError), match=name):
         solver(**{name: value})
-
-
-@pytest.mark.parametrize("rate", [0, -1, np.nan])
-def test_learning_rate_that_is_not_positive_is_refused(rate):
-    with pytest.raises(ValueError, match="learning_rate must be positive"):
-        irnn.Adam(rate)
-
-
-@pytest.mark.parametrize("optimizer", [irnn.Momentum, irnn.Nesterov])
-@pytest.mark.parametrize("momentum", [-0.1, 1.5, np.nan])
-def test_momentum_outside_of_0_to_1_is_refused(optimizer, momentum):
-    with pytest.raises(ValueError, match="momentum"):
-        optimizer(momentum=momentum)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("beta2", np.nan), ("epsilon", -1e-8)]
-)
-def test_bad_coefficient_of_adam_is_refused(name, value):
-    with pytest.raises(ValueError, match=name):
-        irnn.Adam(**{name: value})
 
 
 @pytest.mark.parametrize("name", ["epochs", "batch_size", "validation_every"])

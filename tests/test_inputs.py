@@ -157,12 +157,6 @@ def test_dtype_is_taken_as_numpy_takes_it(dtype):
     assert net(dtype=dtype).parameters.dtype == np.float32
 
 
-@pytest.mark.parametrize("dtype", ["float16", int, None, "number"])
-def test_dtype_that_no_engine_has_is_refused(dtype):
-    with pytest.raises(ValueError, match="expected 'float64' or 'float32'"):
-        net(dtype=dtype)
-
-
 def test_one_callback_need_not_be_a_list(X):
     epochs: list[int] = []
     net().fit(X, X[:, :1], epochs=3, callbacks=lambda progress: epochs.append(progress.epoch), progress=False)

@@ -168,12 +168,6 @@ def test_binary_targets_outside_of_0_to_1_are_refused(net, X, Y):
         net.loss_and_gradient(X, Y, loss="binary_cross_entropy")
 
 
-@pytest.mark.parametrize("delta", [0, -1, np.inf, np.nan])
-def test_huber_of_no_positive_delta_is_refused(delta):
-    with pytest.raises(ValueError, match="delta must be positive and finite"):
-        irnn.Huber(delta)
-
-
 # --- of one's own --------------------------------------------------------------------------------------------
 
 

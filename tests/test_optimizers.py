@@ -72,13 +72,6 @@ def test_rmsprop_follows_its_formula(net, X, Y):
     np.testing.assert_allclose(net.parameters, p, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("decay", [-1.0, np.inf, np.nan])
-@pytest.mark.parametrize("optimizer", [irnn.SGD, irnn.AdamW])
-def test_weight_decay_below_zero_is_refused(optimizer, decay):
-    with pytest.raises(ValueError, match="weight_decay must be finite and not negative"):
-        optimizer(weight_decay=decay)
-
-
 # --- L-BFGS --------------------------------------------------------------------------------------------------
 
 
