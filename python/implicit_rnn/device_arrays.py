@@ -152,29 +152,25 @@ def as_device_array(name: str, value: object, device: str) -> DeviceArray | None
 
     Raises ``TypeError`` and ``ValueError`` for an array that is there but cannot be read without a copy, or contradicts itself.
     """
+    if isinstance(value, DeviceArray):
+        return value if value.device == device else None
     read = _reader(value, device)
     return None if read is None else read(name, value, device)
 
 
 def is_on_device(value: object, device: str) -> bool:
     """Whether ``as_device_array`` would take it."""
-    return _reader(value, device) is not None
+    return value.device == device if isinstance(value, DeviceArray) else _reader(value, device) is not None
 
 
 def _reader(value: object, device: str) -> Callable[[str, Any, str], DeviceArray] | None:
-    """By what protocol an array on the device is read."""
+    """By what protocol an array of another library on the device is read."""
     if device == "cpu" or isinstance(value, np.ndarray):
         return None
-    if isinstance(value, DeviceArray):
-        return _of_engine if value.device == device else None
     place = _place(value)
     if place is None:
         return _of_interface if hasattr(value, "__cuda_array_interface__") else None
     return _of_dlpack if place[0] in KINDS[device] else None
-
-
-def _of_engine(_name: str, value: DeviceArray, _device: str) -> DeviceArray:
-    return value
 
 
 def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, what: str) -> Array:
