@@ -71,10 +71,11 @@ def perron_nets(draw: st.DrawFn) -> tuple[irnn.Network, np.random.Generator]:
     return net, rng
 
 
-def on(engine: str, net: irnn.Network) -> irnn.Network:
+def on(engine: str, drawn: tuple[irnn.Network, np.random.Generator]) -> tuple[irnn.Network, np.random.Generator]:
+    net, rng = drawn
     twin = irnn.Network.from_topology(net.topology, "float64", engine)
     twin.parameters = net.parameters
-    return twin
+    return twin, rng
 
 
 @often
@@ -99,8 +100,7 @@ def test_perron_leaves_rows_alone_that_keep_the_promise(drawn):
 @often
 @given(drawn=perron_nets())
 def test_certified_bound_really_bounds_the_error(engine, drawn):
-    net, rng = drawn
-    net = on(engine, net)
+    net, rng = on(engine, drawn)
     X = rng.standard_normal((5, 3))
     rough = net.equilibrium(X, solver=irnn.Picard(max_iterations=3), on_failure="ignore")
     fine = net.equilibrium(X, solver=irnn.Picard(tol=1e-14, max_iterations=3000), on_failure="ignore")
@@ -111,8 +111,7 @@ def test_certified_bound_really_bounds_the_error(engine, drawn):
 @often
 @given(drawn=perron_nets())
 def test_result_of_a_sample_does_not_depend_on_its_batch_mates(engine, drawn):
-    net, rng = drawn
-    net = on(engine, net)
+    net, rng = on(engine, drawn)
     X = rng.standard_normal((7, 3)) * 3
     together = net.equilibrium(X)
     alone = np.concatenate([net.equilibrium(x[None]).state for x in X])
@@ -122,8 +121,7 @@ def test_result_of_a_sample_does_not_depend_on_its_batch_mates(engine, drawn):
 @often
 @given(drawn=perron_nets())
 def test_picard_reaches_the_same_equilibrium_from_any_start_under_perron(engine, drawn):
-    net, rng = drawn
-    net = on(engine, net)
+    net, rng = on(engine, drawn)
     x = np.tile(rng.standard_normal((1, 3)), (16, 1))
     starts = rng.uniform(-10, 10, (16, net.topology.neurons))
     solution = net.equilibrium(x, z0=starts, solver=irnn.Picard(tol=1e-12))
@@ -134,8 +132,7 @@ def test_picard_reaches_the_same_equilibrium_from_any_start_under_perron(engine,
 @often
 @given(drawn=perron_nets())
 def test_equilibrium_satisfies_its_equation(engine, drawn):
-    net, rng = drawn
-    net = on(engine, net)
+    net, rng = on(engine, drawn)
     X = rng.standard_normal((4, 3))
     z = net.equilibrium(X, solver=irnn.Picard(tol=1e-12)).state
     f = ACTIVATIONS[net.topology.layers[0].activation].value
