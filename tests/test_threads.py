@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -116,17 +117,13 @@ class Scenarios:
     report: dict[str, Any]
 
 
-_done: dict[int, Scenarios] = {}
-
-
+@functools.cache
 def scenarios(threads: int) -> Scenarios:
     """What came of the scenarios above in a Julia with so many threads, run once."""
-    if threads not in _done:
-        env = ENVIRONMENT | {"IMPLICIT_RNN_THREADS": str(threads)}
-        process = run_process([sys.executable, "-X", "faulthandler", "-c", SCENARIOS], env, timeout=240)
-        lines = process.stdout.splitlines()
-        _done[threads] = Scenarios(process, json.loads(lines[-1]) if lines else {})
-    return _done[threads]
+    env = ENVIRONMENT | {"IMPLICIT_RNN_THREADS": str(threads)}
+    process = run_process([sys.executable, "-X", "faulthandler", "-c", SCENARIOS], env, timeout=240)
+    lines = process.stdout.splitlines()
+    return Scenarios(process, json.loads(lines[-1]) if lines else {})
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
