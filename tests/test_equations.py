@@ -7,6 +7,7 @@ import dataclasses
 import pickle
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import joblib
@@ -374,6 +375,27 @@ def test_a_solution_that_joblib_has_left_in_a_file_is_differentiated_as_before(g
     v = np.ones((20, 1))
     np.testing.assert_array_equal(again.vjp(v)["a"], solution.vjp(v)["a"])
     np.testing.assert_array_equal(again.jacobian("a"), solution.jacobian("a"))
+
+
+def test_threads_that_differentiate_one_solution_take_turns(given):
+    a = np.linspace(0.2, 0.8, 10)[:, None]
+
+    def differentiate(solution):
+        return [*solution.vjp(np.ones((10, 1))).values(), solution.jacobian("a")]
+
+    def solve():
+        return fixed_point(given("cosine"), np.zeros((10, 1)), args=(a,), batched="a")
+
+    expected, interval = differentiate(solve()), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(100):
+                for found in pool.map(differentiate, [solve()] * 4):
+                    np.testing.assert_array_equal(found[0], expected[0])
+                    np.testing.assert_array_equal(found[1], expected[1])
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @pytest.mark.julia

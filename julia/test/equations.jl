@@ -388,6 +388,17 @@ end
     end
 end
 
+@testset "tasks that differentiate one solution take turns" begin
+    count = Ref(0)
+    f = (z, a) -> (eltype(z) <: ForwardDiff.Dual && (count[] += 1); yield(); cos.(a .* z))
+    solution = fixed_point(f, fill(0.5, 1, 50), fill(0.8, 50); batched = (1,), solver = Picard())
+    alone = (vjp(solution, ones(1, 50)); count[])
+    count[], again = 0, fixed_point(f, fill(0.5, 1, 50), fill(0.8, 50); batched = (1,), solver = Picard())
+    at_once = fetch.([@async vjp(again, ones(1, 50)) for _ in 1:4])
+    @test all(==(vjp(solution, ones(1, 50))), at_once)
+    @test count[] == alone
+end
+
 @testset "few samples and many are solved alike" begin
     samples = ImplicitRNN.MANY
     f = (z, a, b) -> [tanh(a * z[1] - z[2]), sin(z[1] + b)]

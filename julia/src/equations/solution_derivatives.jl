@@ -12,16 +12,17 @@ Base.showerror(io::IO, e::SingularSolution) = print(
     Inverses(problem, Z, regular = zeros(Bool, samples))
 
 The inverses of ∂c/∂z at the solution `Z` (n × samples), and for which samples it is known to be `regular`. Where samples are taken
-one by one, each inverse is found when it is first needed, and kept if all of them have room.
+one by one, each inverse is found when it is first needed, and kept if all of them have room; tasks take turns, by the `lock`.
 """
 mutable struct Inverses{T}
     const Z::Matrix{T}
     const regular::Vector{Bool}
     kept::Array{T, 3}               # none before `make_room!`
     known::Vector{Bool}
+    const lock::ReentrantLock
 end
 Inverses(::EquationProblem{T}, Z::Matrix{T}, regular = zeros(Bool, size(Z, 2))) where {T} =
-    Inverses{T}(Z, regular, Array{T}(undef, 0, 0, 0), Bool[])
+    Inverses{T}(Z, regular, Array{T}(undef, 0, 0, 0), Bool[], ReentrantLock())
 
 "What derivatives of the solution `Z` begin with, wherever that is."
 inverses_at(problem::EquationProblem, Z::Matrix, regular = zeros(Bool, size(Z, 2))) = Inverses(problem, Z, regular)
@@ -190,7 +191,7 @@ c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`S
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
     p = suited(problem)
-    if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
+    @lock inverses.lock if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
         Base.invokelatest(find_inverses!, inverses, p)
         Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
     else
@@ -264,7 +265,7 @@ that are not wanted. Throws [`SingularSolution`](@ref).
 """
 function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Inverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}
     p = suited(problem)
-    if is_small(problem) && all(wanted)
+    @lock inverses.lock if is_small(problem) && all(wanted)
         Base.invokelatest(find_inverses!, inverses, p)
         Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
     else

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from math import inf
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class PythonEquation:
         self._state = equation.start
         self._inverses: Array | None = None
         self._operators: dict[int, Operator] = {}
+        self._differentiating = RLock()  # what is found for one derivative is kept for the next
 
     @cached_property
     def _f(self) -> PythonFunction:  # of which one problem of few unknowns needs nothing until it is differentiated
@@ -62,16 +64,17 @@ class PythonEquation:
         outcome.write(out)
 
     def vjp(self, v: Array) -> list[Array | None]:
-        rows = np.flatnonzero(v.any(axis=1))
-        if not self._f.is_large:
-            return self._products(-np.einsum("bki,bk->bi", self._inverse(rows), v[rows]), rows)
-        operators = [self._operator(int(row)) for row in rows]
-        if all(operator.has_transpose for operator in operators):
-            solutions = [
-                self._solved(o, v[row], int(row), transposed=True) for o, row in zip(operators, rows, strict=True)
-            ]
-            return self._products(-np.stack(solutions).astype(v.dtype) if len(rows) else v[rows], rows)
-        return self._products_forward(v, rows)
+        with self._differentiating:
+            rows = np.flatnonzero(v.any(axis=1))
+            if not self._f.is_large:
+                return self._products(-np.einsum("bki,bk->bi", self._inverse(rows), v[rows]), rows)
+            operators = [self._operator(int(row)) for row in rows]
+            if all(operator.has_transpose for operator in operators):
+                solutions = [
+                    self._solved(o, v[row], int(row), transposed=True) for o, row in zip(operators, rows, strict=True)
+                ]
+                return self._products(-np.stack(solutions).astype(v.dtype) if len(rows) else v[rows], rows)
+            return self._products_forward(v, rows)
 
     def _products(self, λ: Array, rows: Array) -> list[Array | None]:
         """The sums λᵀ ∂f/∂argument over the samples ``rows`` that share it."""
@@ -127,15 +130,16 @@ class PythonEquation:
         equation, f = self._equation, self._f
         J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, self._state.dtype)
         rows = np.flatnonzero(wanted)
-        for part in _parts(len(rows), equation.n * equation.entries(index)):
-            own = rows[part]
-            B = f.argument_jacobian(self._state[own], own, index)
-            if not f.is_large:
-                J[own] = -self._inverse(own) @ B
-                continue
-            for row, b in zip(own, B, strict=True):
-                operator = self._operator(int(row))
-                J[row] = -np.stack([self._solved(operator, column, int(row)) for column in b.T], axis=-1)
+        with self._differentiating:
+            for part in _parts(len(rows), equation.n * equation.entries(index)):
+                own = rows[part]
+                B = f.argument_jacobian(self._state[own], own, index)
+                if not f.is_large:
+                    J[own] = -self._inverse(own) @ B
+                    continue
+                for row, b in zip(own, B, strict=True):
+                    operator = self._operator(int(row))
+                    J[row] = -np.stack([self._solved(operator, column, int(row)) for column in b.T], axis=-1)
         return J
 
     def _operator(self, row: int) -> Operator:
