@@ -24,7 +24,7 @@ function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
         ImplicitFunction(solve, Conditions(net); linear_solver = BlockSolver(neurons(net), () -> jacobian_blocks(solve)))
     end
     z, _ = implicit(vcat(p, vec(X)), size(X, 2))
-    return reshape(z, neurons(net), size(X, 2))
+    return reshape(copy(z), neurons(net), size(X, 2))          # the pullback is taken at z, whatever is written to it
 end
 
 refuse_unusual(::Type) = nothing

@@ -34,3 +34,14 @@ end
     X, p = randn(2, 4), 0.3 .* randn(length(net))
     @test_throws "hessian_vector_product" ForwardDiff.hessian(q -> sum(abs2, Equilibrium(net)(q, X)), p)
 end
+
+@testset "what is written to the equilibrium or its arguments changes no pullback" begin
+    net = one_layer()
+    p, X = parameters(net), samples(net, 3)
+    V = randn(Xoshiro(1), neurons(net), 3)
+    expected = Zygote.pullback(Equilibrium(net), p, X)[2](V)
+    q, Y = copy(p), copy(X)
+    Z, back = Zygote.pullback(Equilibrium(net), q, Y)
+    foreach(A -> A .= 7, (Z, q, Y))
+    @test back(V) == expected
+end
