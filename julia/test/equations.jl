@@ -436,6 +436,16 @@ end
     @test_throws "has 3 samples, z has 2" fixed_point((z, a) -> z, ones(1, 2), ones(3); batched = (1,))
 end
 
+@testset "a function that writes to its arguments is told so" begin
+    increased(z, A) = (A[1] += 1; z .- sum(A))
+    for (A, samples, batched) in ((ones(2, 2), 1, ()), (ones(12), 2, ()), (ones(2, 2, 3), 3, (1,)))
+        @test_throws "f has written to its argument number 1" root(increased, zeros(1, samples), A; batched)
+    end
+    written(z, a) = (b = copy(a); b[1] += 1; z[1] += 0; z .- sum(b))
+    @test root(written, zeros(12), [NaN; ones(11)]).status == [ImplicitRNN.NON_FINITE]
+    @test root(written, zeros(12), ones(12)).value ≈ fill(13, 12)
+end
+
 @testset "a text is compiled once" begin
     f = compiled_function("(z, a) -> norm(z) .* cos.(a .* z)")          # LinearAlgebra is at hand
     @test f === compiled_function("(z, a) -> norm(z) .* cos.(a .* z)")
