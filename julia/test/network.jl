@@ -114,6 +114,16 @@ end
     end
 end
 
+@testset "layers and neurons are whole numbers" begin
+    two = [Layer(2), Layer(2)]
+    for input_skips in ([1.5], "a", (true,))
+        @test_throws "expected layers, such as [2]" Network(2, two; outputs = 1, input_skips)
+    end
+    for outputs in ([1.5], 1.5, "a")
+        @test_throws "expected a number of outputs, or neurons" Network(2, two; outputs)
+    end
+end
+
 @testset "what is no array of real numbers is refused" begin
     net = one_layer()
     p, X, Y = parameters(net), samples(net, 4), targets(net, 4)

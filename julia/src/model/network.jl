@@ -119,7 +119,7 @@ function connect(inputs, layers, rows, pairs_back, skips, input_skips)
         push!(connections, Connection(to, from, rows[to], cols, offset))
         offset += length(rows[to]) * length(cols)
     end
-    for to in sort!(unique!([1; collect(Int, input_skips)]))
+    for to in sort!(unique!([1; whole_numbers("input_skips", input_skips, "layers, such as [2]")]))
         checkindex(Bool, eachindex(layers), to) || throw(ArgumentError("no layer $to for an input skip"))
         add!(to, 0, 1:inputs)
     end
@@ -150,11 +150,17 @@ function read_neurons(outputs::Integer, last_layer)
     return collect(last_layer), Int(outputs)
 end
 function read_neurons(outputs, last_layer)
-    readout = collect(Int, outputs)
+    readout = whole_numbers("outputs", outputs, "a number of outputs, or neurons, such as [3, 4]")
     isempty(readout) && throw(ArgumentError("the list of output neurons is empty"))
     all(in(1:last(last_layer)), readout) ||
         throw(ArgumentError("output neurons $readout are not all among the $(last(last_layer)) neurons"))
     return readout, 0
+end
+
+function whole_numbers(name, values, expected)
+    listed = collect(values)
+    all(x -> x isa Integer && !(x isa Bool), listed) || throw(ArgumentError("$name is $(repr(values)); expected $expected"))
+    return collect(Int, listed)
 end
 
 function feedback_pairs(feedback, layers)
