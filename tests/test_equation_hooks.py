@@ -153,6 +153,17 @@ def test_vjp_that_contradicts_f_is_refused(place, name, rng):
         sol.vjp(np.ones(4))
 
 
+def test_products_of_a_wrong_vjp_are_looked_at_in_rows_of_small_scale_too():
+    solution = root(
+        lambda z, a: np.array([1e8 * (z[0] - a[0]), z[0] + z[1] - a[1]]),
+        [0.5, 0.5],
+        args=([1.0, 2.0],),
+        vjp=lambda v, z, a: (np.array([1e8 * v[0] + v[1], v[1]]), np.array([-1e8 * v[0], -7 * v[1]])),
+    )
+    with pytest.raises(ValueError, match="vjp contradicts f: with respect to a"):
+        solution.jacobian("a")
+
+
 def test_rows_of_a_wrong_jac_are_all_looked_at(rng):
     R, x = problem(rng)
 

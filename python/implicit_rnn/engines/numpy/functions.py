@@ -231,18 +231,19 @@ class PythonFunction:
 
     def _argument_jacobian_of_products(self, Z: Array, rows: Array, index: int) -> Array | None:
         """The same, a row at a time, by ``vjp``, if it has products for the argument."""
-        n, count = self.equation.n, len(self.equation.args)
+        n = self.equation.n
         B = np.empty((len(rows), n, self.equation.entries(index)), Z.dtype)
-        weights = np.random.default_rng(0).uniform(0.5, 1, (1, n)).astype(Z.dtype)
         for k, (z, row) in enumerate(zip(Z[:, None], rows[:, None], strict=True)):
             for i in range(n):
                 w = self.products(np.eye(1, n, i, Z.dtype), z, row)[index + 1]
                 if w is None:
                     return None
                 B[k, i] = w.reshape(-1)
-            products: list[Any] = [None] * (1 + count)
-            products[index + 1] = (weights @ B[k]).reshape(np.shape(w))
-            self.check_products(weights, products, z, row)
+            direction = self.differences.direction(z, row, index)
+            along = direction.reshape(-1)
+            self._compare_along(
+                "vjp", index, (B[k] @ along)[None], (np.abs(B[k]) @ along)[None], direction, z, row, True
+            )
         return B
 
     # --- hooks against the values of f -----------------------------------------------------------------------
@@ -259,18 +260,33 @@ class PythonFunction:
             return
         self._hook_checked[rows[new]] = True
         hook = "vjp" if self.equation.jac is None else "jac"
-        D, analytic, doubt = self.differences.directional(Z[new], rows[new], STATE, direction)
-        largest = sizes[new].max(axis=1, keepdims=True)
+        self._compare_along(hook, STATE, products[new], sizes[new], direction, Z[new], rows[new], certain)
+
+    def _compare_along(
+        self,
+        hook: str,
+        variable: int,
+        products: Array,
+        sizes: Array,
+        direction: Array,
+        Z: Array,
+        rows: Array,
+        certain: bool,
+    ) -> None:
+        D, analytic, doubt = self.differences.directional(Z, rows, variable, direction)
+        largest = sizes.max(axis=1, keepdims=True)
         floor = np.where(analytic[:, None], 30 * np.finfo(Z.dtype).eps, tolerance(Z.dtype)) * largest
-        allowed = tolerance(Z.dtype) * sizes[new] + floor
-        self._compare(hook, "z", products[new], D, allowed + 10 * doubt[:, None], rows[new], certain)
+        allowed = tolerance(Z.dtype) * sizes + floor + 10 * doubt[:, None]
+        self._compare(hook, self._name(variable), products, D, allowed, rows, certain)
+
+    def _name(self, variable: int) -> str:
+        return "z" if variable == STATE else self.equation.names[variable]
 
     def check_products(self, V: Array, products: list[Any], Z: Array, rows: Array) -> None:
         """``ValueError`` where what ``vjp`` gave, of z or an argument, is not what the values of f say along a direction."""
         for variable, w in enumerate(products, STATE):
             if w is None:
                 continue
-            name = "z" if variable == STATE else self.equation.names[variable]
             direction = self.differences.direction(Z, rows, variable)
             D, _, doubt = self.differences.directional(Z, rows, variable, direction)
             terms, expected = w * direction, V * D
@@ -281,7 +297,9 @@ class PythonFunction:
                 part.reshape(count, -1).sum(axis=1) for part in (expected, np.abs(expected), np.abs(V) * doubt[:, None])
             )
             allowed = tolerance(Z.dtype) * (size + 1e-6 * most) + 10 * doubts
-            self._compare("vjp", name, got[:, None], want[:, None], allowed[:, None], rows[:count], True)
+            self._compare(
+                "vjp", self._name(variable), got[:, None], want[:, None], allowed[:, None], rows[:count], True
+            )
 
     def _compare(
         self, hook: str, name: str, got: Array, expected: Array, allowed: Array, rows: Array, certain: bool
