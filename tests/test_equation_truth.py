@@ -419,6 +419,18 @@ def test_small_argument_of_which_f_drops_the_imaginary_part_is_not_taken_for_a_c
     np.testing.assert_allclose(value.vjp([1.0])["a"], -1 / (3 * value.value**2 + 1), rtol=1e-5)
 
 
+@pytest.mark.parametrize("a", [1e-12, 1e-16, 1e-100])
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_argument_that_is_lost_in_rounding_has_its_derivative_without_complex_steps_too(a, vectorized):
+    sizes = np.array([[1.0], [1e3], [1e6]])
+    solution = root(
+        lambda z, a, b: z - b * np.exp(np.real(a)), np.ones((3, 1)), args=(a, sizes), batched="b", vectorized=vectorized
+    )
+    np.testing.assert_allclose(solution.jacobian("a").ravel(), sizes.ravel(), rtol=1e-6)
+    flat = root(lambda z, a: z - 1 - max(np.real(a), 0) - np.floor(np.real(a) + 0.5), [1.0], args=(-a,))
+    assert flat.vjp([1.0])["a"] == 0
+
+
 # --- hard systems --------------------------------------------------------------------------------------------
 
 

@@ -253,6 +253,13 @@ class Differences:
             first = np.isnan(best[left]).all(axis=1)
             best[left[good | first]] = value[good | first]
             doubt[left[good]] = found.doubt[good]
+        # What is so small that f may lose it in rounding may be seen by a step as large as f allows.
+        lost = np.flatnonzero((size < eps**0.5 * terms) & (terms < np.inf))
+        if len(lost):
+            step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * terms[lost]))
+            found = self._quotients(Z[lost], rows[lost], variable, direction, step, center[lost], terms[lost])
+            good = found.good & ~found.flat & (always_flat[lost] | (found.doubt < doubt[lost]))
+            best[lost[good]], doubt[lost[good]] = found.extrapolated[good], found.doubt[good]
         return best.astype(Z.dtype), doubt
 
     def _sizes(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, bool]:
@@ -270,6 +277,7 @@ class Differences:
     ) -> _Quotients:
         """With steps h (m,), from the values (m, n) at Z and the size (m,) of the terms they are sums of."""
         x, per_row = self._f.variable(Z, rows, variable)
+        h = h if per_row else np.full_like(h, h.min())
         step = h.reshape(-1, *[1] * (x.ndim - 1)) if per_row else h[0]
 
         def values(part: float) -> Array:
