@@ -431,6 +431,8 @@ end
     @test_throws "f returned an array of shape (2,); expected a vector of 1 entry" fixed_point(z -> [1.0, 2.0], [0.5])
     @test_throws "f returned a Float64" fixed_point(z -> 1.0, [0.5, 0.5])
     @test_throws "f returned a tuple of 1; expected a vector of 1 entry, or a number" fixed_point(z -> (1.0,), [0.5])
+    @test_throws "f returned complex numbers" root(z -> sqrt.(complex.(z)), [0.5])
+    @test_throws "f returned complex numbers" root(z -> z + 1im, 0.5)
     @test_throws "f returned a tuple of 2" root(z -> (z[1], z[2]), [0.5, 0.5])
     @test_throws UndefVarError fixed_point(z -> undefined_function(z), [0.5])
     @test_throws "has 3 samples, z has 2" fixed_point((z, a) -> z, ones(1, 2), ones(3); batched = (1,))

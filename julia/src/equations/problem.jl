@@ -168,6 +168,7 @@ end
     throw(WrongShape(n, described(y)))
 end
 checked(y, n::Int) = throw(WrongShape(n, described(y)))
+checked(::Union{Complex, AbstractVector{<:Complex}}, n::Int) = throw(WrongShape(n, "complex numbers"))
 
 described(y::AbstractArray) = "an array of shape $(size(y))"
 described(y::Tuple) = "a tuple of $(length(y))"
