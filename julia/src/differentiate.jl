@@ -7,7 +7,8 @@
 A function `(p, X) -> Z`: the equilibria (neurons × samples) of `net` with parameters `p` for the samples `X`
 (features × samples). It can be differentiated in both arguments by ForwardDiff.jl, by Zygote.jl and by any AD
 system that understands ChainRules, once; no solver step is differentiated. Throws an `ErrorException` if a sample
-does not converge, since the implicit function theorem holds at an equilibrium only.
+does not converge, since the implicit function theorem holds at an equilibrium only, and as [`equilibrium`](@ref) does for arrays that
+do not fit.
 """
 struct Equilibrium{N <: Network, S <: Solver}
     net::N
@@ -15,8 +16,14 @@ struct Equilibrium{N <: Network, S <: Solver}
 end
 Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
 
-function (equilibrium::Equilibrium)(p::AbstractVector, X::AbstractMatrix)
+function (equilibrium::Equilibrium)(p, X)
     (; net, solver) = equilibrium
+    ignore_derivatives() do
+        check_shape("the parameters", p, 1)
+        check_shape("the samples", X, 2)
+        check_length(net, p)
+        check_features(net, X)
+    end
     foreach(refuse_unusual, (eltype(p), eltype(X)))
     # One per call, as its linear solver works at the solution that this call finds.
     implicit = ignore_derivatives() do

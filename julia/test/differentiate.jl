@@ -35,6 +35,15 @@ end
     @test_throws "hessian_vector_product" ForwardDiff.hessian(q -> sum(abs2, Equilibrium(net)(q, X)), p)
 end
 
+@testset "arrays that do not fit an Equilibrium are refused in words" begin
+    net = one_layer()
+    p, X = parameters(net), samples(net, 3)
+    @test_throws "the samples are an array of shape" Equilibrium(net)(p, X[:, 1])
+    @test_throws "the parameters are a " Equilibrium(net)(nothing, X)
+    @test_throws "parameters, the vector 3" Zygote.gradient(q -> sum(Equilibrium(net)(q, X)), p[1:3])
+    @test_throws "parameters, the vector" Equilibrium(net)([p; ones(3)], X[1:(end - 1), :])
+end
+
 @testset "what is written to the equilibrium or its arguments changes no pullback" begin
     net = one_layer()
     p, X = parameters(net), samples(net, 3)
