@@ -451,6 +451,20 @@ def test_one_problem_and_its_gradient_agree_with_implicit_rnn_fixed_point():
     assert a.grad.item() == pytest.approx(expected.vjp([1.0])["a"], rel=1e-8)
 
 
+def test_a_function_of_another_precision_than_its_start_has_derivatives():
+    two, a = torch.tensor([2.0], dtype=torch.float64), torch.tensor([8.0], requires_grad=True)
+    z = root(lambda z, a: two * z**2 - a, torch.ones(1), args=(a,))
+    z.backward()
+    assert (z.dtype, a.grad.dtype) == (torch.float32, torch.float32)
+    torch.testing.assert_close(a.grad, torch.tensor([0.125]))
+
+
+def test_a_negated_view_may_be_the_cotangent_of_a_solution():
+    a = torch.tensor([4.0], requires_grad=True)
+    root(lambda z, a: z**2 - a, torch.ones(1), args=(a,)).backward(torch._neg_view(torch.ones(1)))
+    torch.testing.assert_close(a.grad, torch.tensor([-0.25]))
+
+
 def test_unconverged_samples_raise_and_have_no_derivative():
     def f(z, a):
         return z**2 + a

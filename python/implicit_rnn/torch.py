@@ -455,8 +455,9 @@ class _Conditions:
         self.root = root
 
     def values(self, z: Tensor, *args: Tensor) -> Tensor:
-        """c (m, n)."""
-        return self.f(z, *args) if self.root else self.f(z, *args) - z
+        """c (m, n), in the precision of z, whatever that of numbers which f closes over."""
+        f = self.f(z, *args).to(z.dtype)
+        return f if self.root else f - z
 
     def jacobians(self, z: Tensor, *args: Tensor) -> Tensor:
         """∂f/∂z (m, n, n), as a function that can be differentiated."""
@@ -508,7 +509,7 @@ class _Solution(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         z, *args = ctx.saved_tensors
-        has_cotangent = v.detach().numpy().any(axis=1)
+        has_cotangent = _numpy(v).any(axis=1)
         failed = has_cotangent & ~ctx.solution.converged
         if failed.any():
             raise ConvergenceError(
