@@ -355,7 +355,12 @@ def test_derivatives_are_nan_where_the_jacobian_is_singular():
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, lambda f: lambda b: jax.vmap(f)(jnp.array([b, b]))[1]])
 @pytest.mark.parametrize(
-    "f", [lambda z, a, b: z**2 - a * b, pytest.param("(z, a, b) -> z .^ 2 .- a .* b", marks=pytest.mark.julia)]
+    "f",
+    [
+        lambda z, a, b: z**2 - a * b,
+        lambda z, a, b: z - jnp.sqrt(a * b),  # NaN
+        pytest.param("(z, a, b) -> z .^ 2 .- a .* b", marks=pytest.mark.julia),
+    ],
 )
 def test_sample_that_failed_does_not_spoil_what_it_shares_where_it_is_left_out(f, wrap):
     f = irnn.julia(f) if isinstance(f, str) else f
@@ -375,13 +380,25 @@ def test_sample_that_failed_does_not_spoil_what_it_shares_where_it_is_left_out(f
     close(jnp.isfinite(jax.jacrev(solutions)(b)), known)
 
 
-def test_sample_that_failed_does_not_spoil_second_derivatives_either():
+@pytest.mark.parametrize("f", [lambda z, a, b: z**2 - a * b, lambda z, a, b: z - jnp.sqrt(a * b)])
+def test_sample_that_failed_does_not_spoil_second_derivatives_either(f):
     def loss(b):
         a = jnp.array([1.0, -1.0])
-        z = door.root(lambda z, a, b: z**2 - a * b, jnp.ones((2, 1)), args=(a, b), batched="a", on_failure="ignore")
+        z = door.root(f, jnp.ones((2, 1)), args=(a, b), batched="a", on_failure="ignore")
         return jnp.where(jnp.isfinite(z), z, 0).sum()
 
     close(jax.grad(jax.grad(loss))(2.0), -1 / 4 / 2**1.5)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_an_equation_may_be_of_another_precision_than_its_start(wrap):
+    def z(a):
+        return door.root(lambda z, a: jnp.array([2.0]) * z**2 - a, jnp.ones(1, "float32"), args=(a,))[0]
+
+    for dtype in ("float64", "bfloat16"):
+        a = jnp.asarray(8, dtype)
+        assert (wrap(z)(a).dtype, wrap(jax.grad(z))(a).dtype) == (jnp.float32, dtype)
+        close(wrap(jax.grad(z))(a).astype("float64"), 0.125, rtol=1e-6)
 
 
 def test_bad_equations_are_refused_by_name():

@@ -401,7 +401,7 @@ def _solve(
     paths, tree = jax.tree_util.tree_flatten_with_path(given, lambda part: whole and part is not given)
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     arrays = [_argument(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
-    arrays = [array.astype(start.dtype) if array.dtype.kind == "f" else array for array in arrays]
+    arrays = [array.astype(start.dtype) if jnp.issubdtype(array.dtype, np.floating) else array for array in arrays]
     own = positions(f, len(given), batched)
     per_sample = {k for k, (path, _) in enumerate(paths) if path[0].idx in own}
     for k in per_sample:
@@ -413,9 +413,9 @@ def _solve(
         in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
-    f = _of_leaves(f, tree)
-    _check_value(f, sample)
-    f, held, traced = _hoist(f, sample)
+    equation = _of_leaves(f, tree)
+    _check_value(equation, sample)
+    f, held, traced = _hoist(lambda z, *leaves: equation(z, *leaves).astype(z.dtype), sample)
     axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
     F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
     problem = _Problem(pose, F, J, sorted(per_sample), chosen, on_failure, traced)
@@ -505,7 +505,7 @@ class _Problem:
         doubt = jnp.finfo(z.dtype).eps * self.terms_of_arguments(z, args, c)
         near = self.derivatives(z - _solved(A, c + jnp.copysign(doubt, c), left, right), args)
         change = jnp.linalg.solve(left * A * right, left * (near - A) * right)
-        regular = jnp.abs(change).sum(1).max(1)[:, None] <= LARGEST_CHANGE
+        regular = (jnp.abs(change).sum(1).max(1) <= LARGEST_CHANGE)[:, None] & jnp.isfinite(z).all(1, keepdims=True)
         left, right = (jnp.where(regular[..., None], x, 1) for x in (left, right))
         return left, right, regular
 
@@ -543,10 +543,17 @@ def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Arr
     start, args = primals
     z = _solution(problem, start, args)
     left, right, regular = problem.equilibrated(*jax.lax.stop_gradient((z, args)))
-    at = jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start))  # as what is NaN would make zero cotangents NaN
+    # What is NaN would make zero cotangents NaN: z, and what f makes of it and of the arguments of its sample.
+    at = _of_regular(jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start)), regular)
+    args = [_of_regular(x, regular) if k in problem.batched else x for k, x in enumerate(args)]
     _, c = jax.jvp(lambda args: problem.conditions(at, args), (args,), (tangents[1],))
     A = jnp.where(regular[..., None], problem.derivatives(at, args), jnp.eye(z.shape[1], dtype=z.dtype))
     return z, _where_regular(regular, -_solved(A, c, left, right))
+
+
+def _of_regular(x: jax.Array, regular: jax.Array) -> jax.Array:
+    """x (B, ...) with the first sample that is regular (B, 1) in place of those that are not."""
+    return jnp.where(regular.reshape(-1, *(1,) * (x.ndim - 1)), x, jax.lax.stop_gradient(x)[jnp.argmax(regular)])
 
 
 def _where_regular(regular: jax.Array, change: jax.Array) -> jax.Array:
