@@ -236,6 +236,21 @@ def test_balanced_classes_weigh_the_same(classifier, iris):
     assert_array_equal(balanced.loss_curve_, weighted.loss_curve_)
 
 
+def test_a_sample_that_is_there_twice_counts_twice_in_the_balance_of_classes(classifier, iris):
+    X, y = iris
+    weights = np.arange(len(X)) % 3
+    classifier.set_params(class_weight="balanced", batch_size=len(X))
+    weighted = clone(classifier).fit(X, y, sample_weight=weights)
+    repeated = classifier.fit(np.repeat(X, weights, axis=0), np.repeat(y, weights))
+    assert_allclose(weighted.predict_proba(X), repeated.predict_proba(X), rtol=1e-6)
+
+
+def test_a_class_of_weight_may_be_missing_from_a_piece_of_a_stream(classifier, iris):
+    X, y = iris
+    classifier.set_params(class_weight={"setosa": 3.0}).partial_fit(X, y, classes=np.unique(y))
+    assert classifier.partial_fit(X[y != "setosa"], y[y != "setosa"]).n_iter_ == 2
+
+
 # --- training ------------------------------------------------------------------------------------------------
 
 

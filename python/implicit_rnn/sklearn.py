@@ -36,7 +36,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.model_selection import train_test_split
     from sklearn.preprocessing import LabelEncoder, StandardScaler
-    from sklearn.utils import Tags, check_random_state, compute_sample_weight
+    from sklearn.utils import Tags, check_random_state, compute_class_weight
     from sklearn.utils.multiclass import _check_partial_fit_first_call, check_classification_targets
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
@@ -107,7 +107,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _chosen_loss(self) -> Loss:
         """What is minimised."""
 
-    def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+    def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         """The weights of samples with these targets, from those the caller gave; ``ValueError`` for targets that are none."""
         return weights
 
@@ -153,7 +153,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         if first:
             self._random = check_random_state(self.random_state)
         stopping = self._check_partial() if partial else self._early_stopping()
-        weights = self._weigh(y, weights)
+        weights = self._weigh(y, weights, known)
         held_out = None
         if stopping is not None:
             (X, y, weights), held_out = self._split(X, y, weights)
@@ -507,7 +507,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     ----------
     class_weight
         Weights of the classes, by which those of their samples are multiplied; "balanced" for the inverse of their
-        frequencies, ``None`` for all equal.
+        frequencies, in which samples count by their weights, ``None`` for all equal.
     layers, activation, ...
         All others are those of ``ImplicitRNNRegressor``.
 
@@ -640,18 +640,23 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         labels = self._label_encoder.transform(y)
         return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
 
-    def _weigh(self, y: Array, weights: Array | None) -> Array | None:
+    def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         check_classification_targets(y)
         if self.class_weight is None:
             return weights
-        of_class = compute_sample_weight(self.class_weight, y)
+        encoder = LabelEncoder().fit(y if known is None else known)
+        labels = encoder.transform(y)
+        of_class = compute_class_weight(self.class_weight, classes=encoder.classes_, y=y)
+        if self.class_weight == "balanced":
+            totals = np.bincount(labels, weights)
+            of_class = totals.sum() / (len(totals) * totals)
         if not (valid := np.isfinite(of_class) & (of_class >= 0)).all():
             bad = valid.argmin()
             raise ValueError(
-                f"class_weight gives class {y.tolist()[bad]!r} the weight {of_class[bad]}; expected finite numbers, none "
-                "below zero"
+                f"class_weight gives class {encoder.classes_.tolist()[bad]!r} the weight {of_class[bad]}; expected finite "
+                "numbers, none below zero"
             )
-        return np.asarray(of_class if weights is None else of_class * weights)
+        return np.asarray(of_class[labels] if weights is None else of_class[labels] * weights)
 
     def _check_partial(self) -> None:
         super()._check_partial()
