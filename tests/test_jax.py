@@ -380,6 +380,14 @@ def test_sample_that_failed_does_not_spoil_what_it_shares_where_it_is_left_out(f
     close(jnp.isfinite(jax.jacrev(solutions)(b)), known)
 
 
+def test_a_sample_that_failed_has_no_derivative_even_where_f_has():
+    def z(b):
+        return door.root(lambda z, b: z - jnp.sqrt(-1.0) - b, jnp.ones(1), args=(b,), on_failure="ignore")[0]
+
+    assert np.isnan(jax.grad(z)(2.0))
+    assert np.isnan(jax.jacfwd(z)(2.0))
+
+
 @pytest.mark.parametrize("f", [lambda z, a, b: z**2 - a * b, lambda z, a, b: z - jnp.sqrt(a * b)])
 def test_sample_that_failed_does_not_spoil_second_derivatives_either(f):
     def loss(b):
