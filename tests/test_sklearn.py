@@ -245,6 +245,12 @@ def test_a_sample_that_is_there_twice_counts_twice_in_the_balance_of_classes(cla
     assert_allclose(weighted.predict_proba(X), repeated.predict_proba(X), rtol=1e-6)
 
 
+def test_classes_are_balanced_where_one_has_no_weight(classifier, iris):
+    X, y = iris
+    classifier.set_params(class_weight="balanced").fit(X, y, sample_weight=y != "setosa")
+    assert np.isfinite(classifier.predict_proba(X)).all()
+
+
 def test_a_class_of_weight_may_be_missing_from_a_piece_of_a_stream(classifier, iris):
     X, y = iris
     classifier.set_params(class_weight={"setosa": 3.0}).partial_fit(X, y, classes=np.unique(y))

@@ -649,7 +649,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         of_class = compute_class_weight(self.class_weight, classes=encoder.classes_, y=y)
         if self.class_weight == "balanced":
             totals = np.bincount(labels, weights)
-            of_class = totals.sum() / (len(totals) * totals)
+            of_class = totals.sum() / (len(totals) * np.where(totals > 0, totals, np.inf))
         if not (valid := np.isfinite(of_class) & (of_class >= 0)).all():
             bad = valid.argmin()
             raise ValueError(
