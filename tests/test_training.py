@@ -386,3 +386,12 @@ def test_squares_beyond_single_precision_do_not_halt_a_training_in_single_precis
     run = net.fit(X, np.full((len(X), 2), 1e22), optimizer=irnn.Adam(0.01), clip=1.0, epochs=3, progress=False)
     assert run.stopped is None
     assert np.isfinite(run.loss).all()
+
+
+def test_squares_beyond_double_precision_do_not_halt_a_training_whose_gradient_is_clipped(engine, X):
+    net = make_net(engine)
+    net.weights["C"][...] = 1e200
+    settings = {"guard": irnn.Guard(parameter_norm=None), "epochs": 3, "progress": False}
+    run = net.fit(X, np.zeros((len(X), 2)), loss="mae", optimizer=irnn.SGD(0.1), clip=1.0, **settings)
+    assert run.stopped is None
+    assert np.isfinite(run.loss).all()

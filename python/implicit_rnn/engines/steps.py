@@ -105,8 +105,11 @@ class StepTrainer:
 
 
 def _norms(P: Array) -> Array:
-    """(S,) Euclidean, of squares in double precision; infinite without a warning where they overflow."""
-    return np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P, dtype=np.float64)))
+    """(S,) Euclidean, of squares in double precision, unless these overflow."""
+    size = np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P, dtype=np.float64)))
+    far = np.isinf(size)
+    size[far] = np.hypot.reduce(P[far], axis=1)
+    return size
 
 
 def _select(samples: Samples, chosen: Array | slice) -> Samples:
