@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ def count_and_cube(x: float, log: str) -> dict[str, float]:
 
 def count_only(x: float, log: str) -> None:
     count_and_square(x, log)
+
+
+def apply(function: Callable[[float], float], x: float) -> dict[str, float]:
+    return {"y": function(x)}
 
 
 def append_to(layers: list[int]) -> dict[str, list[int]]:

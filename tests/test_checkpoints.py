@@ -391,6 +391,11 @@ def test_what_is_neither_a_path_nor_a_run_is_refused(resume, X, Y):
         make_net("numpy").fit(X, Y, resume=resume)
 
 
+def test_path_without_a_name_is_refused(X, Y):
+    with pytest.raises(ValueError, match="path is ''; expected a name"):
+        make_net("numpy").fit(X, Y, resume="")
+
+
 # --- Ctrl-C --------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,13 @@ def test_folder_without_a_name_is_refused():
         run_many(runs.square, TASKS, folder="")
 
 
+def test_folder_that_is_a_file_is_refused_in_words(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/runs"):
+        with pytest.raises(OSError, match=f"no results can be written to .*{folder}: "):
+            run_many(runs.square, TASKS, folder=tmp_path / folder)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -182,6 +190,12 @@ def test_changed_arguments_are_not_mixed_with_kept_results(tmp_path, log, logged
 def test_another_function_is_not_mixed_with_kept_results(tmp_path, log, logged):
     run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
     assert values(run_many(runs.count_and_cube, logged, folder=tmp_path / "kept")) == {"x0": 0, "x1": 1, "x2": 8}
+
+
+@pytest.mark.parametrize("other", [partial(max, 1), partial(min, 2)], ids=["another function", "another argument"])
+def test_another_partial_is_not_mixed_with_kept_results(other, tmp_path):
+    for run in (partial(min, 1), other):
+        assert run_many(partial(runs.apply, run), {"x1": {"x": 3}}, folder=tmp_path) == {"x1": {"y": run(3)}}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -20,7 +20,8 @@ from typing import Any
 
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
-from implicit_rnn.files import as_path, write_atomically
+from implicit_rnn.files import as_path, prepare_folder, write_atomically
+from implicit_rnn.training.snapshot import describe_function
 
 Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold."""
@@ -60,7 +61,8 @@ def run_many(
     folder
         Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
         returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments, ``settings`` and function, by its name, are the same; others are computed again and replaced.
+        it whose arguments, ``settings`` and function, by its name and the numbers and words that it holds as does a
+        ``functools.partial``, are the same; others are computed again and replaced.
     settings
         All else that a result depends on, such as the version of the code.
     report
@@ -74,6 +76,8 @@ def run_many(
     ------
     ValueError, TypeError
         For jobs or names that are none.
+    OSError
+        If nothing can be written to ``folder``.
     RunError
         If runs failed, after all others are done, or as soon as a worker process died. It names them; what is done by then is
         kept in ``folder``, so that the same call goes on from there.
@@ -103,7 +107,7 @@ def run_many(
         _check_name(name)
         if not isinstance(arguments, Mapping):
             raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
-    store = None if folder is None else _Store(as_path(folder), _name(run), settings or {})
+    store = None if folder is None else _Store(as_path(folder), describe_function(run), settings or {})
     results: dict[str, Any] = {}
     for name, arguments in tasks.items():
         if store and (kept := store.find(name, arguments)) is not None:
@@ -254,10 +258,6 @@ def _check_name(name: object) -> None:
         )
 
 
-def _name(run: Callable[..., Result]) -> str:
-    return f"{run.__module__}.{getattr(run, '__qualname__', type(run).__qualname__)}"
-
-
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
@@ -273,9 +273,9 @@ class _Store:
     named after their runs, and written by this process, so that workers of a cluster need not share its disk.
     """
 
-    def __init__(self, folder: Path, run: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, run: Any, settings: Mapping[str, Any]) -> None:
         self.folder, self.run, self.settings = folder, run, settings
-        folder.mkdir(parents=True, exist_ok=True)
+        prepare_folder(folder)
 
     def find(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is kept under that name, with its ``result``, if it is whole and of the same arguments and settings."""

@@ -14,6 +14,7 @@ from implicit_rnn import options
 from implicit_rnn.device_arrays import to_host
 from implicit_rnn.engines.base import Samples
 from implicit_rnn.errors import CheckpointError
+from implicit_rnn.files import as_path
 from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import Adam, OptimizerLike
@@ -242,7 +243,7 @@ def _checkpoint(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | None
 def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> None:
     epochs = training.settings.epochs
     if isinstance(resume, str | Path):
-        read(Path(resume)).restore(training, str(resume), epochs)
+        read(as_path(resume)).restore(training, str(resume), epochs)
         return
     runs = [resume] if isinstance(resume, Run) else resume
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):

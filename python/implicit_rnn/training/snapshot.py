@@ -186,12 +186,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Option):
         return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if callable(value):
-        return _plain_function(value)
+        return describe_function(value)
     value = as_python(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
-def _plain_function(f: Any) -> Any:
+def describe_function(f: Any) -> Any:
     """The name of a function, whose repr has its address, and the numbers and words that it holds."""
     if isinstance(f, partial):
         held = [f.func, *f.args, *(part for item in sorted(f.keywords.items()) for part in item)]
