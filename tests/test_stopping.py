@@ -210,6 +210,14 @@ def test_exploding_parameters_halt_the_training_and_the_last_good_ones_are_kept(
     np.testing.assert_array_equal(net.parameters, before)
 
 
+def test_exploding_parameters_are_the_reason_even_if_samples_missed_their_equilibrium(net, X, Y):
+    few = irnn.Picard(max_iterations=1)
+    with pytest.warns(irnn.ConvergenceWarning, match="norm of the parameters exceeds 50 after epoch 1"):
+        run = net.fit(X, Y, optimizer=irnn.SGD(1e3), epochs=9, solver=few, guard=irnn.Guard(parameter_norm=50))
+    assert run.unconverged.all()
+    assert np.isfinite(run.loss).all()
+
+
 def test_parameters_of_the_last_good_epoch_are_those_it_began_with(engine, X, Y):
     net, other = make_net(engine), make_net(engine)
     limit = 1.2 * np.linalg.norm(net.parameters)

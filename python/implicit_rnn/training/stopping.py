@@ -145,7 +145,7 @@ def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: 
     if halt == Halt.BY_CALLBACK:
         return f"a callback ended the training after epoch {epoch}"
     kept = "the net has the parameters from which its last good epoch began"
-    if halt == Halt.TOO_MANY_UNCONVERGED or unconverged:
+    if halt == Halt.TOO_MANY_UNCONVERGED or (halt == Halt.NOT_FINITE and unconverged):
         limit = f", more than the share of {settings.guard.unconverged:g} that guard allows"
         return (
             f"training halted: {unconverged} of {settings.samples} samples did not reach an equilibrium in epoch "
