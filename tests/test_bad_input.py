@@ -581,6 +581,16 @@ def test_plane_is_not_drawn_of_a_net_without_two_inputs(net, X):
         plotting.decision_surface(net, None, X, np.zeros(12))
 
 
+def test_samples_labelled_0_are_drawn_on_the_plane():
+    from matplotlib.figure import Figure
+
+    ax = Figure().gca()
+    net = irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine="numpy")
+    plotting.decision_surface(net, ax, np.eye(2), [0, 1], points=3)
+    above, below = ax.collections[-2:]
+    assert (above.get_offsets().tolist(), below.get_offsets().tolist()) == ([[0, 1]], [[1, 0]])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -319,14 +319,14 @@ def test_run_draws_its_losses(overfitting):
     pyplot.close(ax.figure)
 
 
-@pytest.mark.parametrize(("shift", "scale"), [(0.0, "log"), (-9.0, "linear")])
-def test_losses_below_zero_are_drawn_too(shift, scale, X, Y):
+@pytest.mark.parametrize(("factor", "shift", "scale"), [(1, 0, "log"), (1, -9, "linear"), (0, 0, "linear")])
+def test_losses_below_and_at_zero_are_drawn_too(factor, shift, scale, X, Y):
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    loss = irnn.CustomLoss(lambda y, t: (((y - t) ** 2).mean(axis=1) + shift, 2 * (y - t) / y.shape[1]))
+    loss = irnn.CustomLoss(lambda y, t: (factor * ((y - t) ** 2).sum(axis=1) + shift, factor * 2 * (y - t)))
     ax = make_net("numpy").fit(X, Y, epochs=1, loss=loss).plot()
     assert ax.get_yscale() == scale
     assert ax.lines[0].get_marker() == "o"  # of one epoch there is no line

@@ -20,7 +20,7 @@ POSITIVE, NEGATIVE, NEUTRAL = "#c8442d", "#2b6cb0", "#4a5568"
 
 
 def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float = 1.5, points: int = 121) -> None:
-    """The first output of a net with two inputs over the plane, with samples marked by the sign of their targets.
+    """The first output of a net with two inputs over the plane, with samples marked by whether their targets are above zero.
 
     Parameters
     ----------
@@ -67,8 +67,8 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
         interpolation="bilinear",
     )
     ax.contour(grid, grid, surface, levels=[0], colors="black", linewidths=1, linestyles="--")
-    for sign, marker, label in ((1, "o", "target +"), (-1, "s", "target −")):
-        points_x, points_y = X[np.sign(Y) == sign].T
+    for above, marker, label in ((True, "o", "target +"), (False, "s", "target −")):
+        points_x, points_y = X[(Y > 0) == above].T
         ax.scatter(
             points_x,
             points_y,
@@ -88,7 +88,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 def loss_curve(run: Run, ax: Axes) -> None:
     """Training and validation loss against the epoch, with the best epoch marked.
 
-    The scale is logarithmic, but where a loss is negative, as one of one's own can be.
+    The scale is logarithmic, but where a loss is negative, as one of one's own can be, or all are zero.
 
     Parameters
     ----------
@@ -113,7 +113,8 @@ def loss_curve(run: Run, ax: Axes) -> None:
             best = run.validation_loss[run.validation_epochs == run.best_epoch]
             ax.plot(run.best_epoch, best, "o", color=POSITIVE, label=f"best, epoch {run.best_epoch}")
         ax.legend(frameon=False)
-    if not (np.append(run.loss, run.validation_loss) < 0).any():
+    losses = np.append(run.loss, run.validation_loss)
+    if (losses > 0).any() and not (losses < 0).any():
         ax.set_yscale("log")
     ax.set(xlabel="epoch", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
