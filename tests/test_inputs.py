@@ -152,7 +152,7 @@ def test_complex_numbers_are_refused_instead_of_losing_a_part(X):
         some.parameters = some.parameters + 1j
 
 
-@pytest.mark.parametrize("dtype", ["float32", np.float32, np.dtype("float32"), "f4"])
+@pytest.mark.parametrize("dtype", ["float32", np.float32, np.dtype("float32"), "f4", "<f4", ">f4"])
 def test_dtype_is_taken_as_numpy_takes_it(dtype):
     assert net(dtype=dtype).parameters.dtype == np.float32
 

@@ -119,7 +119,7 @@ class Network:
         check_engine(engine)
         check_device(device)
         self._topology = topology
-        self._dtype = np.dtype(dtype)
+        self._dtype = np.dtype(name)  # and not of another byte order
         self._engine_name = engine
         self._device = device
         check_memory_of_parameters(topology.parameters, self.dtype)
