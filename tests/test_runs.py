@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -69,6 +70,14 @@ def test_run_that_fails_is_named_with_its_reason_after_all_others_are_done(jobs,
 def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
     with pytest.raises(RunError, match=r"a worker process died .* [1-6] of 6 runs to do, among them x\d"):
         run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)
+
+
+def test_run_that_cannot_be_sent_to_workers_is_refused_in_words():
+    lock = threading.Lock()
+    with pytest.raises(
+        TypeError, match="cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"
+    ):
+        run_many(lambda x: {"y": lock.locked() + x}, TASKS, jobs=2)
 
 
 def test_call_after_the_death_of_a_worker_works_again(tmp_path):

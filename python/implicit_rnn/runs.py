@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 from implicit_rnn import options
@@ -192,6 +193,10 @@ def _in_workers(
         yield from results
     except GeneratorExit:
         raise
+    except PicklingError as error:
+        raise TypeError(
+            "run, or what it holds, cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"
+        ) from error
     except Exception as error:  # what a run raises was caught where it ran
         raise _WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
