@@ -69,6 +69,15 @@ Waiting(numbers) = Waiting(numbers, Base.Event(), Base.Event())
 Base.size(x::Waiting) = size(x.numbers)
 Base.getindex(x::Waiting, i::Int) = (notify(x.began); wait(x.go); x.numbers[i])
 
+@testset "every tile of a workspace holds the batch, whatever the batches before" begin
+    net = Network(3, [Layer(80)]; outputs = 2)
+    ws = ImplicitRNN.Workspace(net)
+    for (samples, pieces) in ((32, 1), (36, 2), (42, 2))     # of widths 32, 20 and 24
+        tiles = ImplicitRNN.buffers!(ws, samples, 2, pieces)
+        @test all(tile -> tile.width >= ImplicitRNN.tile_width(net, samples), tiles)
+    end
+end
+
 @testset "a workspace is for one task at a time" begin
     net = one_layer()
     p, X, Y = parameters(net), samples(net, 4), targets(net, 4)

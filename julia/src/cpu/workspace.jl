@@ -86,6 +86,7 @@ idle share its products.
 function buffers!(ws::CPUWorkspace, samples::Int, threads::Int, pieces::Int)
     width, workers = tile_width(ws.net, samples), min(threads, pieces)
     isempty(ws.tiles) || first(ws.tiles).width >= width || empty!(ws.tiles)
+    isempty(ws.tiles) || (width = first(ws.tiles).width)   # all are of one width, which the first tells
     while length(ws.tiles) < workers
         push!(ws.tiles, Tile(ws.net, width, ws.weights, ws.recurrences, ws.gradients[1]))
     end
