@@ -67,7 +67,7 @@ def test_first_step_with_momentum(net, optimizer, X, Y):
     before = net.parameters.copy()
     _, gradient = net.loss_and_gradient(X, Y)
     net.fit(X, Y, optimizer=optimizer, epochs=1)
-    factor = 0.05 if isinstance(optimizer, irnn.Momentum) else 1.8 * 0.05
+    factor = 1.8 * 0.05 if isinstance(optimizer, irnn.Nesterov) else 0.05
     np.testing.assert_allclose(before - net.parameters, factor * gradient, rtol=1e-10, atol=1e-14)
 
 
