@@ -74,7 +74,8 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         load!(w.U, c.U, first_sample, count)
         cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
         newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
-        relate_residuals!(w, p.floor)
+        relate_residuals!(w, p.floor^2)
+        find_rates!(w)
         for l in 1:count
             j = first_sample + l - 1
             used = unsafe_trunc(Int, w.iterations[l])
@@ -238,19 +239,25 @@ function prefer_picard!(w::Lanes, grown::Int, lanes)
     return
 end
 
-# The relative residual, and the quotient of the last two. `sqrt` looks for negative numbers first, which keeps loops out of vector
-# registers.
-function relate_residuals!(w::Lanes{T, L}, floor::T) where {T, L}
+# `sqrt` looks for negative numbers first, which keeps loops out of vector registers.
+function relate_residuals!(w::Lanes{T, L}, floor2::T) where {T, L}
     @inbounds @simd ivdep for l in 1:L
-        residual2, last2 = w.residual2[l], w.last2[l]
-        w.residual[l] = Base.sqrt_llvm(residual2) / max(Base.sqrt_llvm(w.size2[l]), floor)
-        w.rate[l] = ifelse(isfinite(last2), Base.sqrt_llvm(residual2 / last2), zero(T))
+        w.residual[l] = Base.sqrt_llvm(w.residual2[l] / max(w.size2[l], floor2))
+    end
+    return
+end
+
+# The quotients of the last two residuals.
+function find_rates!(w::Lanes{T, L}) where {T, L}
+    @inbounds @simd ivdep for l in 1:L
+        last2 = w.last2[l]
+        w.rate[l] = ifelse(isfinite(last2), Base.sqrt_llvm(w.residual2[l] / last2), zero(T))
     end
     return
 end
 
 function reach!(w::Lanes{T, L}) where {T, L}
-    relate_residuals!(w, one(T))
+    find_rates!(w)
     @inbounds for l in 1:L
         q = w.rate[l]
         w.reach2[l] = trust_radius(sqrt(w.residual2[l]), q)^2
@@ -462,7 +469,7 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
         count = min(L, samples - first_sample + 1)
         load!(w.U, G, first_sample, count)
         load!(w.D, D, first_sample, count)
-        adjoint_lanes!(w, p.M::Matrix{T}, p.floor)
+        adjoint_lanes!(w, p.M::Matrix{T})
         for l in 1:count
             j = first_sample + l - 1
             if w.residual[l] <= adjoint_tolerance(p.tol)
@@ -480,14 +487,14 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
     return left == 0
 end
 
-"Z = D λ with (I - M D) λ = U, and its residual, which is related to ‖Z‖ or the `floor`."
-function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}, floor::T) where {T, L}
+"Z = D λ with (I - M D) λ = U, and its residual relative to ‖Z‖."
+function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     multiply_lanes!(w.step, w.D, w.U, Val(L))
     direction_lanes!(w, M)
     copyto!(w.Z, w.step)
     affine_lanes!(w, M, false)
     residual_lanes!(w)
-    return relate_residuals!(w, floor)
+    return relate_residuals!(w, floatmin(T))
 end
 
 # Elimination does not come nearer.

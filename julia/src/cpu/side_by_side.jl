@@ -236,7 +236,7 @@ function add_sample!(sum::LaneWeights, s::SideBySide{T, L}, X, Y, sample::Int, w
     loss_gradient_lanes!(s, Y, sample, weight / size(Y, 1))
     read_out_adjoint_lanes!(sum, s, lanes)
     copyto!(w.U, s.G)
-    adjoint_lanes!(w, weights.transposed, floatmin(T))
+    adjoint_lanes!(w, weights.transposed)
     @inbounds for l in 1:L
         s.unsolved[l] |= !(w.residual[l] <= s.adjoint_tol)
     end

@@ -269,10 +269,10 @@ may_be_sided(::Solver, ::AbstractEquation) = false
 may_be_sided(::Newton, ::AbstractEquation) = true
 may_be_sided(::Auto, p::AbstractEquation) = p.root
 
-@inline solve_lanes!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
+@inline solve_sided!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
     attracting!(w, p, args, newton!(w, p, z, args, limit, tol, root), tol, root)
 
-@inline solve_lanes!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
+@inline solve_sided!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
     newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
 "Those of the fixed points found that attract and are where they were found, as far as the norm of ∂f/∂z proves."
@@ -287,7 +287,7 @@ end
 
 "Solve the samples of a block; those that do not converge side by side one by one."
 @inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, regular, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
-    ended = solve_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
+    ended = solve_sided!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
     converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
     if is_full(b) && all(converged)
         ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
