@@ -35,6 +35,14 @@ abstract type AbstractSolution end
 Base.getproperty(s::AbstractSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
 
+function Base.show(io::IO, s::AbstractSolution)
+    done, residual = count(converged(s)), round(maximum(s.residual; init = 0.0); sigdigits = 2)
+    return print(
+        io, nameof(typeof(s)), "($done of $(length(s.status)) samples converged, iterations up to $(maximum(s.iterations; init = 0)), \
+        residual up to $residual)"
+    )
+end
+
 "Which samples reached their solution."
 converged(s::AbstractSolution) = s.status .== CONVERGED
 

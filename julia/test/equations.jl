@@ -104,7 +104,9 @@ end
     @test abs(scaled.value[2] - 3.0e-9) < 1.0e-17 < abs(loose.value[2] - 3.0e-9)
     @test scaled.residual[1] <= 1.0e-10
     @test_throws "scale has 2 entries" root(z -> z, [1.0]; scale = [1.0, 2.0])
-    @test_throws "scale must be positive" root(z -> z, [1.0]; scale = 0)
+    @test_throws "scale is [0]; expected numbers, positive" root(z -> z, [1.0]; scale = 0)
+    @test_throws "expected numbers, positive" root(z -> z, [1.0]; scale = "1")
+    @test_throws "v has entries of type ComplexF64" vjp(root(z -> z .- 1, [0.5]), [1.0im])
 end
 
 @testset "max_iterations is kept, whatever the solver" begin

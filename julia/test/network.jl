@@ -69,6 +69,15 @@ Waiting(numbers) = Waiting(numbers, Base.Event(), Base.Event())
 Base.size(x::Waiting) = size(x.numbers)
 Base.getindex(x::Waiting, i::Int) = (notify(x.began); wait(x.go); x.numbers[i])
 
+@testset "networks and solutions are shown in a line" begin
+    net = Network(2, [Layer(3), Layer(2, :relu)]; outputs = 1, constraint = InfNorm(0.9))
+    p, X = initial_parameters(net), zeros(2, 4)
+    @test repr(net) == "Network{Float64}(2 inputs, layers [3 Tanh, 2 Relu], 1 outputs, InfNorm(0.9), $(length(net)) parameters)"
+    @test repr(equilibrium(net, p, X)) == "Solution(4 of 4 samples converged, iterations up to 1, residual up to 0.0)"
+    @test repr(equilibrium(net, p, X[:, 1:0])) == "Solution(0 of 0 samples converged, iterations up to 0, residual up to 0.0)"
+    @test startswith(repr(root((z, a) -> z - a, [1.0], [2.0])), "ImplicitSolution(1 of 1 samples converged, ")
+end
+
 @testset "every tile of a workspace holds the batch, whatever the batches before" begin
     net = Network(3, [Layer(80)]; outputs = 2)
     ws = ImplicitRNN.Workspace(net)

@@ -66,16 +66,7 @@ gemv!(t, α, A::Dense{T}, x::StridedVector{T}, β, y::StridedVector{T}) where {T
     isempty(y) ? y : BLAS.gemv!(t, T(α), A, x, T(β), y)
 gemv!(t, α, A, x, β, y) = mul!(y, t == 'N' ? A : transpose(A), x, α, β)
 
-"    add_columns!(g, A, m)\n\n`g += Σⱼ A[:, j]` over the first m columns."
-function add_columns!(g, A, m)
-    @inbounds for j in 1:m
-        @simd for i in eachindex(g)
-            g[i] += A[i, j]
-        end
-    end
-    return g
-end
-# In registers, in the same order.
+"    add_columns!(g, A, m)\n\n`g += Σⱼ A[:, j]` over the first m columns, one after the other."
 function add_columns!(g::Vector{T}, A::Contiguous{T}, m) where {T <: Hardware}
     n, L = length(g), register_lanes(T)
     check_product(g, g, A, (m, 1), m, 1)

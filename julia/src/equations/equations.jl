@@ -101,6 +101,7 @@ vjp(solution::ImplicitSolution, v::Real) = vjp(solution, fill(v))
 function vjp(solution::ImplicitSolution{T}, v::AbstractArray) where {T}
     size(v) == size(solution.value) ||
         throw(DimensionMismatch("v has size $(size(v)); expected that of the value, $(size(solution.value))"))
+    eltype(v) <: Real || all(x -> x isa Real, v) || throw(ArgumentError("v has entries of type $(eltype(v)); expected real numbers"))
     problem = solution.problem
     V = reshape(beside(solution.value, v), problem.n, :)
     failed = count(Array(vec(any(!iszero, V; dims = 1))) .& .!converged(solution))

@@ -76,10 +76,10 @@ refuse_start(z0) = throw(
 )
 
 inverse_scale(::Nothing, n) = Float64[]
-inverse_scale(scale::Number, n) = inverse_scale(fill(scale, n), n)
+inverse_scale(scale, n) = inverse_scale(fill(scale, n), n)
 function inverse_scale(scale::AbstractVector, n)
     length(scale) == n || throw(DimensionMismatch("scale has $(length(scale)) entries, z has $n"))
-    all(s -> 0 < s < Inf, scale) || throw(ArgumentError("scale must be positive and finite"))
+    all(s -> s isa Real && 0 < s < Inf, scale) || throw(ArgumentError("scale is $scale; expected numbers, positive and finite"))
     return inv.(Float64.(scale))
 end
 

@@ -74,6 +74,13 @@ struct Network{T <: AbstractFloat}
     parameters::Int
 end
 
+function Base.show(io::IO, net::Network)
+    layers = join(("$(layer.neurons) $(nameof(typeof(layer.activation)))" for layer in net.layers), ", ")
+    return print(
+        io, typeof(net), "($(net.inputs) inputs, layers [$layers], $(output_size(net)) outputs, $(net.constraint), $(length(net)) parameters)"
+    )
+end
+
 "The number of neurons of all layers, N."
 neurons(net::Network) = last(last(net.stages).rows)
 Base.length(net::Network) = net.parameters
@@ -158,7 +165,7 @@ function read_neurons(outputs, last_layer)
 end
 
 function whole_numbers(name, values, expected)
-    listed = collect(values)
+    listed = applicable(iterate, values) ? collect(values) : [values]
     all(x -> x isa Integer && !(x isa Bool), listed) || throw(ArgumentError("$name is $(repr(values)); expected $expected"))
     return collect(Int, listed)
 end
