@@ -331,6 +331,20 @@ def test_equilibrium_that_only_damping_reaches_is_found_and_marked_as_unstable(e
     assert solution.status[0] == irnn.Status.UNSTABLE
 
 
+@pytest.mark.parametrize("solver", ["newton", "anderson"])
+def test_what_attracts_is_told_by_the_spectral_radius_however_large_the_norm(engine, solver, rng):
+    net = irnn.Network(3, [20], outputs=1, constraint=irnn.Free(), engine=engine, seed=0)
+    X = rng.standard_normal((60, 3))
+    for gain in (1.0, 2.0):
+        net.weights["R"][...] = gain * rng.standard_normal((20, 20)) / 20**0.5
+        solution = net.equilibrium(X, solver=solver, on_failure="ignore")
+        found = np.isin(solution.status, (irnn.Status.CONVERGED, irnn.Status.UNSTABLE))
+        jacobians = (1 - solution.state[found] ** 2)[..., None] * net.recurrent_weights
+        attracts = np.abs(np.linalg.eigvals(jacobians)).max(axis=1) < 1
+        np.testing.assert_array_equal(solution.status[found] == irnn.Status.CONVERGED, attracts)
+        assert found.sum() > 10
+
+
 @pytest.mark.julia
 def test_equilibrium_that_picard_would_leave_is_found_by_newton_and_marked_as_unstable():
     solution = make_oscillating("julia").equilibrium([[0.5]], solver=irnn.NLsolve("newton"), on_failure="ignore")

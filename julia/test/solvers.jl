@@ -192,6 +192,16 @@ end
     @test found > 20
 end
 
+@testset "what repels is told by the spectral radius, however large the norm ($n rows, $T)" for n in (1, 3, 12, 40), T in (Float64, Float32)
+    rng = Xoshiro(n)
+    for radius in (0.3, 0.9, 0.999, 1.001, 1.3, 20), skew in (0, 1, 10)
+        R = triu(randn(rng, n, n), 1) .* skew .+ randn(rng, n, n)
+        R = T.(R .* (radius / maximum(abs, eigvals(R))))
+        @test ImplicitRNN.repels(R, ones(T, n, 1)) == (radius > 1)
+        @test ImplicitRNN.repels(2 .* R, fill(T(0.5), n, 1)) == (radius > 1)
+    end
+end
+
 @testset "the spectral radius is right on rotations and for large stages" begin
     rotation = 1.5 .* [0.0 -1.0; 1.0 0.0]
     @test ImplicitRNN.spectral_radius(rotation, ones(2)) ≈ 1.5

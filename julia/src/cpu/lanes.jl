@@ -164,9 +164,6 @@ function drop_doubtful!(w::Lanes{T, L}, done::Int, k::Int, picard_steps::Int) wh
     return
 end
 
-"Squarings of D M after which eigenvalues are cheaper: powers of a matrix have norms below 1 where its spectral radius is."
-const SQUARINGS = 4
-
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
 function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
     lanes = Val(L)

@@ -3,6 +3,9 @@
 "Up to this many rows all eigenvalues are computed."
 const DENSE_EIGEN = 256
 
+"Squarings of D R after which eigenvalues are cheaper: powers of a matrix have norms below 1 where its spectral radius is."
+const SQUARINGS = 4
+
 """
     spectral_radius(R, d)
 
@@ -30,10 +33,18 @@ repels(::Columns, ::ColumnEquation, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
     d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    # A norm of D R below 1 proves stability; only what that does not settle needs eigenvalues.
+    # A norm of D R or of one of its powers below 1 proves stability; only what that does not settle needs eigenvalues.
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
-repels(R::AbstractMatrix, d) = opnorm(d .* R, 1) >= 1 && spectral_radius(R, vec(d)) >= 1
+function repels(R::AbstractMatrix, d)
+    power = d .* R
+    next = similar(power)
+    for k in 0:(size(R, 1) <= DENSE_EIGEN ? SQUARINGS : 0)
+        k == 0 || ((power, next) = (gemm!('N', 'N', true, power, power, false, next), power))
+        min(opnorm(power, 1), norm(power)) < 1 && return false
+    end
+    return spectral_radius(R, vec(d)) >= 1
+end
 
 """
     is_spurious(c, p, j)

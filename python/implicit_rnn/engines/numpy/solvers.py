@@ -21,6 +21,7 @@ BLOCK = 8
 """Picard steps after which Auto looks at the rates."""
 PATIENCE = 128
 """Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
+_SQUARINGS = 4
 _DENSE = 64
 _SMALL = 16
 _SMALLEST_STEP = 2.0**-6
@@ -331,12 +332,21 @@ class Solve:
         return np.ones(len(rows.Z), bool)
 
     def repels(self, rows: Rows) -> Array:
-        """Whether the spectral radius of the Jacobian is 1 or more; a norm below 1 spares the eigenvalues."""
+        """Whether the spectral radius of the Jacobian is 1 or more; a norm of a power of it below 1 spares the eigenvalues."""
         J = self.jacobian(rows)
-        repels = np.abs(J).sum(axis=1).max(axis=-1, initial=0) >= 1
-        if repels.any():
-            repels[repels] = np.abs(np.linalg.eigvals(J[repels])).max(axis=-1) >= 1
-        return np.asarray(repels)
+        power, doubtful = J, np.arange(len(J))
+        with np.errstate(over="ignore", invalid="ignore"):
+            for k in range(_SQUARINGS + 1):
+                power = power @ power if k else power
+                largest_column = np.abs(power).sum(axis=1).max(axis=-1, initial=0)
+                left = ~(np.minimum(largest_column, np.linalg.norm(power, axis=(1, 2))) < 1)
+                power, doubtful = power[left], doubtful[left]
+                if not len(doubtful):
+                    break
+        repels = np.zeros(len(J), bool)
+        if len(doubtful):
+            repels[doubtful] = np.abs(np.linalg.eigvals(J[doubtful])).max(axis=-1) >= 1
+        return repels
 
     def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
