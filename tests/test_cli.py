@@ -272,6 +272,7 @@ def test_setup_prepares_an_environment_that_the_next_process_uses(run_cli, run_p
     code = """
         import sys, warnings
         warnings.simplefilter("error")
-                print(irnn.get_engine().name, "juliapkg" in sys.modules)
+        import implicit_rnn as irnn
+        print(irnn.get_engine().name, "juliapkg" in sys.modules)
     """
     assert run_python(code, env).stdout == "julia False\n"

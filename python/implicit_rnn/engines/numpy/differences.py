@@ -254,13 +254,20 @@ class Differences:
             best[left[good | first]] = value[good | first]
             doubt[left[good]] = found.doubt[good]
         # What is so small that f may lose it in rounding may be seen by a step as large as f allows.
-        lost = np.flatnonzero((size < eps**0.5 * terms) & (terms < np.inf))
+        doubtful = ~(doubt <= self._accuracy(Z) * np.abs(best).max(axis=1))
+        lost = np.flatnonzero(doubtful & (size < eps**0.5 * terms) & (terms < np.inf))
         if len(lost):
             step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * terms[lost]))
-            found = self._quotients(Z[lost], rows[lost], variable, direction, step, center[lost], terms[lost])
+            with np.errstate(all="ignore"):
+                found = self._quotients(Z[lost], rows[lost], variable, direction, step, center[lost], terms[lost])
             good = found.good & ~found.flat & (always_flat[lost] | (found.doubt < doubt[lost]))
             best[lost[good]], doubt[lost[good]] = found.extrapolated[good], found.doubt[good]
         return best.astype(Z.dtype), doubt
+
+    @staticmethod
+    def _accuracy(Z: Array) -> float:
+        """To which differences are good."""
+        return 2e-2 if Z.dtype == np.float32 else 1e-6
 
     def _sizes(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, bool]:
         """The size (m,) of what moves along a direction, or of the variable or 1 where that is zero, and whether any is."""
@@ -291,7 +298,7 @@ class Differences:
             noise = float(np.finfo(Z.dtype).eps) * np.fmax(np.abs(plus).max(axis=1), terms) / (h / 2)
         large, most_bent = np.abs(fine).max(axis=1), bend.max(axis=1)
         unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
-        tol = 2e-2 if Z.dtype == np.float32 else 1e-6
+        tol = self._accuracy(Z)
         near = 100 * tol * np.maximum(large, most_bent)
         return _Quotients(
             fine=fine,
