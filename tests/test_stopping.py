@@ -58,8 +58,6 @@ def test_best_weights_of_nets_trained_together_are_those_of_each(engine, X, Y):
 def test_best_weights_need_validation_data(net, settings, X, Y):
     with pytest.raises(ValueError, match="needs validation="):
         net.fit(X, Y, **settings)
-    with pytest.raises(ValueError, match="there is none with validation_every=5 in 4 epochs"):
-        net.fit(X, Y, validation=(X, Y), validation_every=5, epochs=4, **settings)
 
 
 def test_run_without_validation_has_no_best_epoch(net, X, Y):
@@ -197,15 +195,6 @@ def test_error_in_a_callback_reaches_the_caller(net, X, Y):
 
     with pytest.raises(KeyError, match="mine"):
         net.fit(X, Y, epochs=3, callbacks=[fail])
-
-
-def test_net_in_training_is_trained_by_no_other_call(net, X, Y):
-    def train_again(progress: irnn.Progress) -> None:
-        net.fit(X, Y, epochs=1)
-
-    with pytest.raises(RuntimeError, match="is being trained by another call of fit"):
-        net.fit(X, Y, epochs=3, callbacks=train_again)
-    assert len(net.fit(X, Y, epochs=2).loss) == 2
 
 
 # --- guards --------------------------------------------------------------------------------------------------

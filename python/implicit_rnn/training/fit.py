@@ -139,8 +139,6 @@ def fit_many(
         or of these nets in another order, or is a ``Run`` that has all its epochs.
     OSError
         If a checkpoint cannot be written; the one before and the parameters are kept.
-    RuntimeError
-        For a net that another call is training.
     ConvergenceError
         With ``on_failure="raise"``.
     KeyboardInterrupt
@@ -181,15 +179,9 @@ def fit_many(
         guard=guard,
         warm_start=warm_start,
     )
-    if settings.restore_best or settings.early_stopping is not None:
+    if held_out is None and (settings.restore_best or settings.early_stopping is not None):
         needs = "restore_best" if settings.restore_best else "early_stopping"
-        if held_out is None:
-            raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
-        if settings.validation_every > settings.epochs:
-            raise ValueError(
-                f"{needs} needs a validation loss, of which there is none with validation_every={settings.validation_every} "
-                f"in {settings.epochs} epochs"
-            )
+        raise ValueError(f"{needs} needs validation=(X, Y), whose loss says which parameters are best")
     watch = Watch(
         callbacks=_callbacks(callbacks),
         callback_every=options.check_count("callback_every", callback_every),

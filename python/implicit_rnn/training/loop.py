@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -102,27 +101,6 @@ class State:
         return np.asarray(self.nets.halted == Halt.RUNNING)
 
 
-_in_training: set[int] = set()
-_lock = threading.Lock()
-
-
-@contextmanager
-def _alone(nets: Sequence[Network]) -> Iterator[None]:
-    """``RuntimeError`` for nets that another call is training, whose parameters would be a mixture in the end."""
-    numbers = set(map(id, nets))
-    with _lock:
-        if numbers & _in_training:
-            raise RuntimeError(
-                "the network is being trained by another call of fit, in another thread or around this callback; "
-                "train a copy, copy.deepcopy(net)"
-            )
-        _in_training.update(numbers)
-    try:
-        yield
-    finally:
-        _in_training.difference_update(numbers)
-
-
 class Training:
     """The nets of one call in training."""
 
@@ -152,8 +130,7 @@ class Training:
         """Train to the end; the nets have their parameters then."""
         writer = None if watch.checkpoint is None else Writer(self, watch.checkpoint)
         try:
-            with _alone(self.nets):
-                self._train_to_the_end(watch, writer)
+            self._train_to_the_end(watch, writer)
         except BaseException:  # Ctrl-C, a callback's error, a signal's handler that exits
             if writer is not None and not writer.failed:
                 writer.save()
