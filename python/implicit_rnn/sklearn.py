@@ -646,10 +646,11 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return weights
         encoder = LabelEncoder().fit(y if known is None else known)
         labels = encoder.transform(y)
-        of_class = compute_class_weight(self.class_weight, classes=encoder.classes_, y=y)
         if self.class_weight == "balanced":
             totals = np.bincount(labels, weights)
             of_class = totals.sum() / (len(totals) * np.where(totals > 0, totals, np.inf))
+        else:
+            of_class = compute_class_weight(self.class_weight, classes=encoder.classes_, y=y)
         if not (valid := np.isfinite(of_class) & (of_class >= 0)).all():
             bad = valid.argmin()
             raise ValueError(

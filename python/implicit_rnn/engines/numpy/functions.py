@@ -273,6 +273,7 @@ class PythonFunction:
         rows: Array,
         certain: bool,
     ) -> None:
+        """Row by row: the ``products`` (m, n) of a hook with a direction, sums of terms of these ``sizes``, and differences."""
         D, analytic, doubt = self.differences.directional(Z, rows, variable, direction)
         largest = sizes.max(axis=1, keepdims=True)
         floor = np.where(analytic[:, None], 30 * np.finfo(Z.dtype).eps, tolerance(Z.dtype)) * largest
