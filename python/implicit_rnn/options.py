@@ -43,6 +43,11 @@ class _OptionType(ABCMeta):
 class Option(metaclass=_OptionType):
     """Base of all configuration objects: frozen, compared by value, and strict about the names of their options.
 
+    Raises
+    ------
+    ValueError, TypeError
+        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+
     Examples
     --------
     >>> irnn.Picard(damping=0.5).options()

@@ -57,11 +57,6 @@ class Auto(Solver):
     max_iterations
         Largest number of evaluations of f for each sample and stage.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -86,11 +81,6 @@ class Picard(Solver):
         Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
     max_iterations
         Largest number of evaluations of f for each sample and stage.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -127,11 +117,6 @@ class Anderson(Solver):
     max_iterations
         Largest number of evaluations of f for each sample and stage.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -167,11 +152,6 @@ class Newton(Solver):
     max_iterations
         Largest number of evaluations of f for each sample and stage.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -197,8 +177,6 @@ class Chord(Solver):
 
     Raises
     ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
     EngineError
         At its first use, on the NumPy engine.
 
@@ -228,8 +206,6 @@ class NLsolve(Solver):
 
     Raises
     ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
     EngineError
         At its first use, on the NumPy engine.
 
@@ -316,11 +292,6 @@ class Implicit(Adjoint):
     max_iterations
         Largest number of their iterations.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -369,11 +340,6 @@ class Unrolled(Adjoint):
     ----------
     steps
         Number of Picard iterations.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------

@@ -190,11 +190,6 @@ class Perron(Constraint):
     kappa
         Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Perron(0.9), seed=0)
@@ -242,11 +237,6 @@ class InfNorm(Constraint):
     ----------
     kappa
         Largest sum of a row, in (0, 1).
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -364,11 +354,6 @@ class Spectral(WholeMatrix):
     rho
         Largest singular value, in (0, 1).
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Spectral(0.9), seed=0)
@@ -407,11 +392,6 @@ class Monotone(WholeMatrix):
     ----------
     margin
         Smallest eigenvalue m of I - (L R + RᵀL)/2, in (0, 1).
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------

@@ -21,11 +21,6 @@ class Guard(Option):
     parameter_norm
         Largest Euclidean norm of the parameters after an epoch; None for any.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> X = np.linspace(-1, 1, 20)[:, None]

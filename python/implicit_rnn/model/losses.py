@@ -150,11 +150,6 @@ class Huber(Loss):
     delta
         The distance up to which the loss is quadratic.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> terms, slopes = irnn.Huber(delta=0.5).values_and_derivatives(np.array([[0.2], [3.0]]), np.zeros((2, 1)))

@@ -56,11 +56,6 @@ class GradientDescent(Optimizer):
     weight_decay
         λ >= 0, which adds λ p to the gradient of all parameters p, as if λ ‖p‖² / 2 were added to the loss.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> p, g = np.array([[1.0, 2.0]]), np.array([[0.5, -0.5]])  # one net of two parameters
@@ -154,11 +149,6 @@ class SGD(GradientDescent):
     weight_decay
         λ >= 0.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> X = np.linspace(-1, 1, 20)[:, None]
@@ -186,11 +176,6 @@ class Momentum(GradientDescent):
         λ >= 0.
     momentum
         ρ in [0, 1).
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -222,17 +207,8 @@ class Nesterov(Momentum):
 
     Parameters
     ----------
-    learning_rate
-        η; a schedule changes it in the course of a run.
-    weight_decay
-        λ >= 0.
-    momentum
-        ρ in [0, 1).
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+    learning_rate, weight_decay, momentum
+        η, λ and ρ, as for ``Momentum``.
 
     Examples
     --------
@@ -269,11 +245,6 @@ class Adam(GradientDescent):
         Decay rate of the mean of their squares, in [0, 1).
     epsilon
         ε > 0, which bounds the step where gradients vanish.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -317,21 +288,10 @@ class AdamW(Adam):
 
     Parameters
     ----------
-    learning_rate
-        η; a schedule changes it in the course of a run.
+    learning_rate, beta1, beta2, epsilon
+        η, β₁, β₂ and ε, as for ``Adam``.
     weight_decay
         λ >= 0; the parameters shrink by η λ p beside each step.
-    beta1
-        Decay rate of the mean of the gradients, in [0, 1).
-    beta2
-        Decay rate of the mean of their squares, in [0, 1).
-    epsilon
-        ε > 0, which bounds the step where gradients vanish.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -362,11 +322,6 @@ class RMSProp(GradientDescent):
         ρ in [0, 1).
     epsilon
         ε > 0, which bounds the step where gradients vanish.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -411,11 +366,6 @@ class LBFGS(Optimizer):
         Steps that the direction is made from.
     search_steps
         Largest number of lengthenings in a line search.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------

@@ -46,8 +46,6 @@ class Checkpoint(Option):
 
     Raises
     ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
     OSError
         During the run, if the file cannot be written.
 

@@ -81,11 +81,6 @@ class Cosine(Schedule):
     final
         The factor towards which it falls, from 0 to 1.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
@@ -115,11 +110,6 @@ class Step(Schedule):
         Epochs between two steps.
     factor
         The factor of each step, in (0, 1).
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------
@@ -159,11 +149,6 @@ class OneCycle(Schedule):
     final
         The factor at the end, from 0 to 1.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0)
@@ -200,11 +185,6 @@ class WarmUp(Schedule):
         Epochs of the rise.
     then
         The schedule behind it.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
 
     Examples
     --------

@@ -30,11 +30,6 @@ class EarlyStopping(Option):
     restore_best
         Whether the net ends with the parameters of its lowest validation loss rather than the last.
 
-    Raises
-    ------
-    ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
-
     Examples
     --------
     >>> X = np.linspace(-1, 1, 20)[:, None]
