@@ -16,6 +16,7 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +39,10 @@ class Killed(Exception):  # noqa: N818
     """Ends a run in the middle, without any good order."""
 
 
+def three_nets(engine: str = "numpy") -> list[irnn.Network]:
+    return [make_net(engine, seed=seed) for seed in range(3)]
+
+
 def stop_after(epoch: int):
     def stop(progress: irnn.Progress) -> None:
         if progress.epoch >= epoch:
@@ -47,16 +52,16 @@ def stop_after(epoch: int):
 
 
 def assert_equal_runs(run: irnn.Run, other: irnn.Run) -> None:
-    for name in (
-        "loss",
-        "unconverged",
-        "learning_rate",
-        "validation_epochs",
-        "validation_loss",
-        "validation_unconverged",
-    ):
+    curves = ("loss", "unconverged", "learning_rate", "validation_epochs", "validation_loss", "validation_unconverged")
+    for name in curves:
         np.testing.assert_array_equal(getattr(run, name), getattr(other, name), name)
     assert (run.best_epoch, run.stopped) == (other.best_epoch, other.stopped)
+
+
+def assert_equal_trainings(nets, runs, other_nets, other_runs) -> None:
+    for net, run, other, other_run in zip(nets, runs, other_nets, other_runs, strict=True):
+        np.testing.assert_array_equal(net.parameters, other.parameters)
+        assert_equal_runs(run, other_run)
 
 
 def interrupted(net: irnn.Network, X, Y, path: Path, epoch: int, **settings) -> None:
@@ -82,9 +87,8 @@ RUNS = {
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("name", list(RUNS))
 def test_resumed_run_is_the_run_that_never_stopped(engine, name, dtype, path, X, Y):
-    settings = {"epochs": 20, "batch_size": 5, "validation": (X[:4], Y[:4]), "validation_every": 2, "seed": 3} | RUNS[
-        name
-    ]
+    settings = {"epochs": 20, "batch_size": 5, "validation": (X[:4], Y[:4]), "validation_every": 2, "seed": 3}
+    settings |= RUNS[name]
     whole, resumed = make_net(engine, dtype=dtype), make_net(engine, dtype=dtype, seed=99)
     expected = whole.fit(X, Y, **settings)
     interrupted(make_net(engine, dtype=dtype), X, Y, path, 12, **settings)
@@ -99,36 +103,25 @@ def test_neither_the_length_of_chunks_nor_checkpoints_matter(engine, seconds, mo
     whole, resumed = make_net(engine), make_net(engine)
     whole.fit(X, Y, **settings)
     monkeypatch.setattr(loop, "CHUNK_SECONDS", seconds)
+    watch = {"checkpoint": irnn.Checkpoint(path, every_epochs=7), "callbacks": stop_after(25), "callback_every": 5}
     with pytest.raises(Killed):
-        resumed.fit(
-            X,
-            Y,
-            checkpoint=irnn.Checkpoint(path, every_epochs=7),
-            callbacks=[stop_after(25)],
-            callback_every=5,
-            **settings,
-        )
+        resumed.fit(X, Y, **watch, **settings)
     resumed.fit(X, Y, resume=path, checkpoint=irnn.Checkpoint(path, every_epochs=4), **settings)
     np.testing.assert_array_equal(resumed.parameters, whole.parameters)
 
 
 def test_many_nets_of_which_some_have_ended_are_resumed(engine, path, X, Y):
-    def nets():
-        return [make_net(engine, seed=seed) for seed in range(3)]
-
     settings = {"epochs": 30, "optimizer": irnn.Adam(0.2), "validation": (X[:4], -Y[:4]), "batch_size": 5}
     settings["early_stopping"] = irnn.EarlyStopping(4, min_delta=1e-3)
-    whole, resumed = nets(), nets()
+    whole, resumed = three_nets(engine), three_nets(engine)
     expected = irnn.fit_many(whole, X, Y, **settings)
     ends = sorted(len(run.loss) for run in expected)
     assert ends[0] < ends[-1]
     watched = {"checkpoint": irnn.Checkpoint(path, every_epochs=1), "callbacks": [stop_after(ends[0] + 2)]}
     with pytest.raises(Killed):
-        irnn.fit_many(nets(), X, Y, **watched, **settings)
+        irnn.fit_many(three_nets(engine), X, Y, **watched, **settings)
     runs = irnn.fit_many(resumed, X, Y, resume=path, **settings)
-    for net, other, run, other_run in zip(whole, resumed, runs, expected, strict=True):
-        np.testing.assert_array_equal(net.parameters, other.parameters)
-        assert_equal_runs(run, other_run)
+    assert_equal_trainings(resumed, runs, whole, expected)
 
 
 def test_finished_run_is_returned_as_it_was(engine, path, X, Y):
@@ -168,25 +161,20 @@ def end_one(progress: irnn.Progress) -> bool:
 
 @pytest.mark.parametrize("killed", [5, 7])  # with the checkpoint of the epoch of the callback, and of a later one
 def test_net_that_a_callback_ended_before_the_others_stays_ended(engine, killed, path, X, Y):
-    def nets():
-        return [make_net(engine, seed=seed) for seed in range(3)]
-
     settings = {"epochs": 9, "batch_size": 5}
-    whole, resumed = nets(), nets()
+    whole, resumed = three_nets(engine), three_nets(engine)
     expected = irnn.fit_many(whole, X, Y, callbacks=end_one, **settings)
     watched = {"checkpoint": irnn.Checkpoint(path, every_epochs=1), "callbacks": [end_one, stop_after(killed)]}
     with pytest.raises(Killed):
-        irnn.fit_many(nets(), X, Y, **watched, **settings)
+        irnn.fit_many(three_nets(engine), X, Y, **watched, **settings)
     runs = irnn.fit_many(resumed, X, Y, resume=path, **settings)
     assert [len(run.loss) for run in runs] == [9, 4, 9]
-    for net, other, run, other_run in zip(whole, resumed, runs, expected, strict=True):
-        np.testing.assert_array_equal(net.parameters, other.parameters)
-        assert_equal_runs(run, other_run)
+    assert_equal_trainings(resumed, runs, whole, expected)
 
 
 @pytest.mark.parametrize("begun", [4, 6])  # up to the epoch of the callback, and to a later one
 def test_more_epochs_leave_a_net_ended_that_a_callback_ended_before_the_others(engine, begun, X, Y):
-    nets = [make_net(engine, seed=seed) for seed in range(3)]
+    nets = three_nets(engine)
     runs = irnn.fit_many(nets, X, Y, epochs=begun, batch_size=5, callbacks=end_one)
     runs = irnn.fit_many(nets, X, Y, epochs=9, batch_size=5, resume=runs)
     assert [len(run.loss) for run in runs] == [9, 4, 9]
@@ -194,7 +182,7 @@ def test_more_epochs_leave_a_net_ended_that_a_callback_ended_before_the_others(e
 
 
 def test_run_that_callbacks_ended_goes_on_with_the_nets_that_were_in_it_to_the_end(X, Y):
-    nets = [make_net("numpy", seed=seed) for seed in range(3)]
+    nets = three_nets()
     ends = [6, 4, 6]
     runs = irnn.fit_many(nets, X, Y, epochs=9, callbacks=lambda progress: progress.epoch == ends[progress.index])
     assert [len(run.loss) for run in runs] == ends
@@ -271,21 +259,16 @@ def test_run_is_not_changed_by_what_goes_on_from_it(net, X, Y):
 
 
 def test_many_nets_go_on_from_their_runs(engine, X, Y):
-    def nets():
-        return [make_net(engine, seed=seed) for seed in range(3)]
-
     settings = {"optimizer": irnn.Adam(0.2), "validation": (X[:4], -Y[:4]), "batch_size": 5}
     settings["early_stopping"] = irnn.EarlyStopping(4, min_delta=1e-3)
-    whole, parts = nets(), nets()
+    whole, parts = three_nets(engine), three_nets(engine)
     expected = irnn.fit_many(whole, X, Y, epochs=30, **settings)
     ends = sorted(len(run.loss) for run in expected)
     assert ends[0] < ends[-1]
     begun = irnn.fit_many(parts, X, Y, epochs=ends[0] + 1, **settings)
     begun = [pickle.loads(pickle.dumps(run)) for run in begun]
     runs = irnn.fit_many(parts, X, Y, epochs=30, resume=begun, **settings)
-    for net, other, run, other_run in zip(whole, parts, runs, expected, strict=True):
-        np.testing.assert_array_equal(net.parameters, other.parameters)
-        assert_equal_runs(run, other_run)
+    assert_equal_trainings(parts, runs, whole, expected)
 
 
 def test_run_with_all_its_epochs_is_refused_rather_than_returned(X, Y):
@@ -297,32 +280,6 @@ def test_run_with_all_its_epochs_is_refused_rather_than_returned(X, Y):
     np.testing.assert_array_equal(net.parameters, before)
 
 
-@pytest.mark.parametrize(
-    ("net", "change", "message"),
-    [
-        ({"neurons": 4}, {}, r"resume is of another run: layers\[0\]\.neurons is 5 there and 4 here$"),
-        ({"dtype": "float32"}, {}, "dtype is 'float64' there and 'float32' here"),
-        ({}, {"batch_size": 4}, "resume is of another run: batch_size is 5 there and 4 here$"),
-        ({}, {"optimizer": irnn.Adam(0.02)}, r"optimizer\.learning_rate is 0\.01 there and 0\.02 here$"),
-        ({}, {"sample_weights": np.arange(1, 13)}, "resume is of another run: sample_weights is given here only$"),
-        ({}, {"schedule": "cosine"}, "schedule is Constant there and Cosine here"),
-    ],
-    ids=str,
-)
-def test_going_on_from_the_run_of_another_net_or_other_settings_is_refused(net, change, message, X, Y):
-    run = make_net("numpy").fit(X, Y, epochs=2, batch_size=5)
-    with pytest.raises(Failure, match=message):
-        make_net("numpy", **net).fit(X, Y, **({"epochs": 4, "batch_size": 5, "resume": run} | change))
-
-
-def test_going_on_with_other_data_is_refused(X, Y):
-    net = make_net("numpy")
-    run = net.fit(X, Y, epochs=2)
-    X[3, 1] += 1e-12
-    with pytest.raises(Failure, match=r"resume is of another run: X has other values$"):
-        net.fit(X, Y, epochs=4, resume=run)
-
-
 def test_runs_other_than_all_of_one_call_are_refused(X, Y):
     nets = [make_net("numpy", seed=seed) for seed in range(2)]
     runs, others = (irnn.fit_many(nets, X, Y, epochs=epochs) for epochs in (2, 3))
@@ -332,10 +289,6 @@ def test_runs_other_than_all_of_one_call_are_refused(X, Y):
         nets[0].fit(X, Y, epochs=4, resume=runs[0])
     with pytest.raises(Failure, match="nets is 2 there and 3 here"):
         irnn.fit_many([*nets, make_net("numpy")], X, Y, epochs=4, resume=runs)
-
-
-def three_nets() -> list[irnn.Network]:
-    return [make_net("numpy", seed=seed) for seed in range(3)]
 
 
 REORDERED = {
@@ -366,10 +319,7 @@ def test_nets_in_another_order_than_those_of_a_checkpoint_are_refused(path, X, Y
 
 
 def test_nets_and_their_runs_may_both_be_in_another_order(engine, X, Y):
-    def nets():
-        return [make_net(engine, seed=seed) for seed in range(3)]
-
-    whole, parts = nets(), nets()
+    whole, parts = three_nets(engine), three_nets(engine)
     irnn.fit_many(whole, X, Y, epochs=8, batch_size=5)
     runs = irnn.fit_many(parts, X, Y, epochs=3, batch_size=5)
     irnn.fit_many(parts[::-1], X, Y, epochs=8, batch_size=5, resume=runs[::-1])
@@ -447,9 +397,21 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_bit_by_bit(engine
 
 
 @pytest.fixture
-def checkpoint(path, X, Y) -> Path:
-    make_net("numpy").fit(X, Y, epochs=4, batch_size=5, validation=(X, Y), schedule="cosine", checkpoint=path)
+def settings(X, Y) -> dict[str, Any]:
+    return {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine"}
+
+
+@pytest.fixture
+def checkpoint(settings, path, X, Y) -> Path:
+    make_net("numpy").fit(X, Y, checkpoint=path, **settings)
     return path
+
+
+@pytest.fixture(params=["checkpoint", "run"])
+def resuming(request, settings, path, X, Y) -> dict[str, Any]:
+    """The settings of a finished run, and its checkpoint or itself to go on from."""
+    run = make_net("numpy").fit(X, Y, checkpoint=path, **settings)
+    return settings | {"resume": path if request.param == "checkpoint" else run}
 
 
 @pytest.mark.parametrize(
@@ -457,7 +419,8 @@ def checkpoint(path, X, Y) -> Path:
     [
         ({"optimizer": irnn.Adam(0.02)}, r"of another run: optimizer\.learning_rate is 0\.01 there and 0\.02 here$"),
         ({"optimizer": irnn.Adam(beta2=0.99)}, r"of another run: optimizer\.beta2 is 0\.999 there and 0\.99 here$"),
-        ({"batch_size": 4}, "batch_size is 5 there and 4 here"),
+        ({"batch_size": 4}, "of another run: batch_size is 5 there and 4 here$"),
+        ({"sample_weights": np.arange(1, 13)}, "of another run: sample_weights is given here only$"),
         ({"loss": "mae"}, "loss is MSE there and MAE here"),
         ({"schedule": irnn.Cosine(0.1)}, r"schedule\.final is 0\.0 there and 0\.1 here"),
         ({"clip": 1.0}, "clip is None there and 1.0 here"),
@@ -474,12 +437,11 @@ def checkpoint(path, X, Y) -> Path:
     ],
     ids=str,
 )
-def test_resuming_with_other_settings_is_refused_and_says_which(checkpoint, change, message, X, Y):
+def test_resuming_with_other_settings_is_refused_and_says_which(resuming, change, message, X, Y):
     net = make_net("numpy")
     before = net.parameters.copy()
-    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint} | change
     with pytest.raises(Failure, match=message):
-        net.fit(X, Y, **settings)
+        net.fit(X, Y, **(resuming | change))
     np.testing.assert_array_equal(net.parameters, before)
 
 
@@ -527,15 +489,14 @@ def test_numbers_of_numpy_are_as_good_as_those_of_python(path, X, Y):
     net.save(path.with_suffix(".safetensors"))
 
 
-def test_resuming_with_other_data_is_refused(checkpoint, X, Y):
-    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+def test_resuming_with_other_data_is_refused(resuming, X, Y):
     with pytest.raises(
         Failure,
         match=r"X has the shape \(12, 3\) there and \(11, 3\) here; Y has the shape \(12, 2\) there and \(11, 2\) here$",
     ):
-        make_net("numpy").fit(X[:11], Y[:11], **settings)
+        make_net("numpy").fit(X[:11], Y[:11], **resuming)
     with pytest.raises(Failure, match=r"of another run: X has other values$"):
-        make_net("numpy").fit(X + 1e-15, Y, **settings)
+        make_net("numpy").fit(X + 1e-15, Y, **resuming)
 
 
 @pytest.mark.parametrize(
@@ -549,16 +510,14 @@ def test_resuming_with_other_data_is_refused(checkpoint, X, Y):
     ],
     ids=str,
 )
-def test_resuming_another_net_is_refused(checkpoint, change, message, X, Y):
-    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+def test_resuming_another_net_is_refused(resuming, change, message, X, Y):
     with pytest.raises(Failure, match=message):
-        make_net("numpy", **change).fit(X, Y, **settings)
+        make_net("numpy", **change).fit(X, Y, **resuming)
 
 
-def test_resuming_other_numbers_of_nets_is_refused(checkpoint, X, Y):
-    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+def test_resuming_other_numbers_of_nets_is_refused(resuming, X, Y):
     with pytest.raises(Failure, match="nets is 1 there and 2 here"):
-        irnn.fit_many([make_net("numpy") for _ in range(2)], X, Y, **settings)
+        irnn.fit_many([make_net("numpy") for _ in range(2)], X, Y, **resuming)
 
 
 def test_resuming_one_run_as_two_is_refused(X, Y):
@@ -571,10 +530,9 @@ def test_resuming_one_run_as_two_is_refused(X, Y):
 
 
 @pytest.mark.julia
-def test_resuming_on_another_engine_is_refused(checkpoint, X, Y):
-    settings = {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine", "resume": checkpoint}
+def test_resuming_on_another_engine_is_refused(resuming, X, Y):
     with pytest.raises(Failure, match="engine is 'numpy' there and 'julia' here"):
-        make_net("julia").fit(X, Y, **settings)
+        make_net("julia").fit(X, Y, **resuming)
 
 
 def test_resuming_beyond_the_epochs_asked_for_is_refused(path, X, Y):
@@ -783,24 +741,17 @@ def test_bad_options_are_refused(options, error, message):
 
 def test_checkpoints_are_written_at_their_epochs_and_at_the_end(path, X, Y):
     seen = []
-    make_net("numpy").fit(
-        X,
-        Y,
-        epochs=8,
-        checkpoint=irnn.Checkpoint(path, every_epochs=3),
-        callbacks=[lambda progress: seen.append(epoch_of(path))],
-    )
+    watch = {"checkpoint": irnn.Checkpoint(path, every_epochs=3), "callbacks": lambda _: seen.append(epoch_of(path))}
+    make_net("numpy").fit(X, Y, epochs=8, **watch)
     assert seen == [0, 0, 0, 3, 3, 3, 6, 6]
     assert epoch_of(path) == 8
 
 
 def test_checkpoints_are_written_by_the_clock(path, X, Y):
     seen = []
-    make_net("numpy").fit(
-        X,
-        Y,
-        epochs=3,
-        checkpoint=irnn.Checkpoint(path, every_minutes=1e-9),
-        callbacks=[lambda progress: seen.append(epoch_of(path))],
-    )
+    watch = {
+        "checkpoint": irnn.Checkpoint(path, every_minutes=1e-9),
+        "callbacks": lambda _: seen.append(epoch_of(path)),
+    }
+    make_net("numpy").fit(X, Y, epochs=3, **watch)
     assert seen == [0, 1, 2]
