@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -41,7 +41,7 @@ class Root:
         start = self.f.equation.start
         samples = np.arange(len(start))
         first = newton_limit(self.solver) if self.hybrid else self.limit
-        Z, status, evaluations, residual, rate = self.newton(start, samples, np.zeros(len(start), np.int32), first)
+        Z, status, evaluations, residual, rate = _Newton(self, start, samples, np.zeros(len(start)), first).run()
         for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
             for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
                 if evaluations[k] >= self.limit:
@@ -49,7 +49,7 @@ class Root:
                 z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
                 evaluations[k] += used
                 one = slice(k, k + 1)
-                found = self.newton(z[None], samples[one], evaluations[one], self.limit, start[one] - z)
+                found = _Newton(self, z[None], samples[one], evaluations[one], self.limit, start[one] - z).run()
                 if found[1][0] == CONVERGED or factor == 0.1:
                     Z[one], status[one], evaluations[one], residual[one], rate[one] = found
                     if status[k] == CONVERGED:
@@ -58,120 +58,6 @@ class Root:
                     evaluations[one] = found[2]
         outcome.merge(samples, status, evaluations, residual, rate)
         return Z
-
-    def newton(
-        self, start: Array, rows: Array, used: Array, limit: int, back: Array | None = None
-    ) -> tuple[Array, ...]:
-        """Roots, statuses, evaluations (``used`` before), relative steps and rates of the samples ``rows``.
-
-        ``back`` leads to where the start has come from; without it a root that one starts at is believed.
-        """
-        f, sizes, count = self.f, self.sizes, len(rows)
-        Z, status = start.copy(), np.full(count, MAX_ITERATIONS)
-        evaluations, residual, rate = used.astype(np.int32), np.full(count, np.inf), np.zeros(count)
-        last, last_merit = np.full(count, np.inf), np.full(count, np.inf)
-        F, weights, first = np.full_like(Z, np.nan), np.ones(Z.shape), True
-        back = np.zeros_like(Z) if back is None else back
-        sizes.begin(rows)
-        going = np.flatnonzero(evaluations < limit)
-        if len(going):
-            F[going] = f.conditions(Z[going], rows[going])
-            evaluations[going] += 1
-        while len(going):
-            index, z, c = rows[going], Z[going], F[going]
-            merit = euclidean(c * weights[going])
-            step, terms = f.newton_steps(z, index, c)
-            exists = np.isfinite(step).all(axis=1)
-            if first:
-                weights[going] = _row_weights(terms, EQUAL_TERMS)
-                merit, first = euclidean(c * weights[going]), False
-            length = np.where(exists, sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
-            size = sizes(z)
-            sizes.pass_by(size, index)
-            reference = sizes.reference(size, index)
-            quotient = np.where(np.isfinite(last[going]), length / np.where(last[going] > 0, last[going], 1), 0)
-            spent = evaluations[going] >= limit
-            broken = ~(np.isfinite(merit) & np.isfinite(size))
-            done = sizes.near(length, size, index, quotient, spent) & ~broken
-            if (ended := ~exists & done & (evaluations[going] > 1)).any() and not f.is_large:
-                # A condition that has faded away, as exp(-z) does, is zero with all its derivatives.
-                done[ended] = (f.conditions_jacobian(z[ended], index[ended]) != 0).any(axis=2).all(axis=1)
-            proven = np.isfinite(last[going]) & (merit <= _LEFT_OF_CONDITIONS * last_merit[going])
-            last_merit[going] = merit
-            doubtful = done & exists & ~proven & (merit > 0)
-            if doubtful.any():
-                done[doubtful] = _is_steady(f, z[doubtful], index[doubtful], step[doubtful], c[doubtful])
-            far = (last[going] > far_step(sizes.tol) * np.fmax(sizes.largest[index], size)) & (last[going] < np.inf)
-            if (sudden := done & exists & (far | back[going].any(axis=1) & ~np.isfinite(last[going]))).any():
-                sudden[sudden] = ~self.answers(z[sudden], back[going[sudden]], index[sudden], c[sudden])
-                done, exists = done & ~sudden, exists & ~sudden
-            residual[going] = np.where(broken, np.nan, np.where(length == 0, 0, length / reference))
-            rate[going], last[going] = quotient, np.where(doubtful & ~done, np.inf, length)
-            # The last step is there, and as good as another iteration.
-            Z[going] = np.where((done & exists)[:, None], z + step, z)
-            status[going] = np.where(
-                done, CONVERGED, np.where(broken, NON_FINITE, np.where(exists, MAX_ITERATIONS, SINGULAR))
-            )
-            moving = ~(done | broken | ~exists | spent)
-            settled = (length <= sizes.rounding(size, index))[moving]
-            searched, step = going[moving], step[moving]
-            base = Z[searched]
-            search = partial(self.search, Z, F, weights, rows, evaluations, status, limit)
-            going = search(searched, step)
-            failed = status[searched] == SINGULAR
-            if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
-                found[found] = _is_steady(f, Z[searched[found]], rows[searched[found]], step[found], F[searched[found]])
-                status[searched[found]] = CONVERGED
-            if (stuck := failed & ~found & (Z.shape[1] > 1)).any():
-                once_more, step = searched[stuck], step[stuck]
-                status[once_more] = MAX_ITERATIONS
-                weights[once_more] = _row_weights(terms[moving][stuck])
-                last_merit[once_more] = euclidean(F[once_more] * weights[once_more])
-                going = np.sort(np.append(going, search(once_more, step)))
-            back[searched] = base - Z[searched]
-        return Z, status, evaluations, residual, rate
-
-    def search(
-        self,
-        Z: Array,
-        F: Array,
-        weights: Array,
-        rows: Array,
-        evaluations: Array,
-        status: Array,
-        limit: int,
-        going: Array,
-        step: Array,
-    ) -> Array:
-        """z + t step with t halved until ‖f‖, weighted, decreases; returns those of ``going`` where it did."""
-        base, t, better = Z[going].copy(), 1.0, np.zeros(len(going), bool)
-        merit = euclidean(F[going] * weights[going])
-        while t >= SMALLEST_STEP:
-            trying = np.flatnonzero(~better & (evaluations[going] < limit))
-            if not len(trying):
-                break
-            z = base[trying] + base.dtype.type(t) * step[trying]
-            c = self.f.conditions(z, rows[going[trying]])
-            evaluations[going[trying]] += 1
-            good = decreases(euclidean(c * weights[going[trying]]), merit[trying], t) & np.isfinite(z).all(axis=1)
-            Z[going[trying[good]]], F[going[trying[good]]] = z[good], c[good]
-            better[trying[good]] = True
-            t /= 2
-        status[going[~better & (evaluations[going] < limit)]] = SINGULAR
-        return going[better]
-
-    def answers(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:
-        """Whether f changes about as its derivatives say on the way ``back`` from roots that were suddenly there.
-
-        If it does not, it is rounding that makes the conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is
-        anywhere.
-        """
-        if self.f.is_large:
-            return np.ones(len(Z), bool)
-        there = Z + Z.dtype.type(PROBE) * back
-        found, expected = self.f.newton_steps(Z, rows, C - self.f.conditions(there, rows))[0], there - Z
-        each = ~(ANSWER * np.abs(found) < np.abs(expected)).any(axis=1)
-        return np.asarray(each & ~(self.sizes(found) > ANSWER * self.sizes(expected)))
 
     def powell(self, start: Array, sample: int, budget: int, factor: float, scaled: bool) -> tuple[Array, int]:
         """MINPACK's hybrid method by SciPy, on unknowns and conditions of the size 1; the best iterate, and evaluations."""
@@ -224,6 +110,170 @@ class Root:
 
 class _SpentError(Exception):
     pass
+
+
+@dataclass
+class _Steps:
+    """Newton's steps from z, one a row, of the samples ``going``, which are ``rows`` of the equation; which of them are done.
+
+    ``terms`` are those of the linear models of the conditions c, and ``merit`` is ‖c‖.
+    """
+
+    going: Array
+    rows: Array
+    z: Array
+    c: Array
+    step: Array
+    terms: Array
+    exists: Array
+    merit: Array
+    length: Array
+    size: Array
+    rate: Array
+    spent: Array
+    broken: Array
+    done: Array
+
+
+class _Newton:
+    """Newton's method on the samples ``rows`` of an equation, which have ``used`` some evaluations before.
+
+    ``back`` leads to where the start has come from; without it a root that one starts at is believed.
+    """
+
+    def __init__(
+        self, root: Root, start: Array, rows: Array, used: Array, limit: int, back: Array | None = None
+    ) -> None:
+        count = len(rows)
+        self.f, self.sizes, self.rows, self.limit = root.f, root.sizes, rows, limit
+        self.Z, self.F = start.copy(), np.full_like(start, np.nan)
+        self.weights = np.ones(start.shape)
+        self.back = np.zeros_like(start) if back is None else back
+        self.status, self.evaluations = np.full(count, MAX_ITERATIONS), used.astype(np.int32)
+        self.residual, self.rate = np.full(count, np.inf), np.zeros(count)
+        self.last, self.last_merit = np.full(count, np.inf), np.full(count, np.inf)
+
+    def run(self) -> tuple[Array, ...]:
+        """Roots, statuses, evaluations, relative steps and rates."""
+        self.sizes.begin(self.rows)
+        going = np.flatnonzero(self.evaluations < self.limit)
+        if len(going):
+            self.F[going] = self.f.conditions(self.Z[going], self.rows[going])
+            self.evaluations[going] += 1
+        first = True
+        while len(going):
+            steps = self.steps(going, first)
+            self.judge(steps)
+            self.note(steps)
+            going, first = self.advance(steps), False
+        return self.Z, self.status, self.evaluations, self.residual, self.rate
+
+    # --- one step ----------------------------------------------------------------------------------------
+
+    def steps(self, going: Array, first: bool) -> _Steps:
+        rows, z, c, last = self.rows[going], self.Z[going], self.F[going], self.last[going]
+        step, terms = self.f.newton_steps(z, rows, c)
+        exists = np.isfinite(step).all(axis=1)
+        if first:
+            self.weights[going] = _row_weights(terms, EQUAL_TERMS)
+        merit, size = euclidean(c * self.weights[going]), self.sizes(z)
+        self.sizes.pass_by(size, rows)
+        length = np.where(exists, self.sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
+        rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
+        spent = self.evaluations[going] >= self.limit
+        broken = ~(np.isfinite(merit) & np.isfinite(size))
+        done = self.sizes.near(length, size, rows, rate, spent) & ~broken
+        return _Steps(going, rows, z, c, step, terms, exists, merit, length, size, rate, spent, broken, done)
+
+    def judge(self, s: _Steps) -> None:
+        """Take back that samples are done where their steps are short without a root."""
+        self.doubt_faded(s)
+        doubtful = self.doubt_poles(s)
+        self.doubt_sudden(s)
+        self.last[s.going] = np.where(doubtful & ~s.done, np.inf, s.length)
+
+    def doubt_faded(self, s: _Steps) -> None:
+        """A condition that has faded away, as exp(-z) does, is zero with all its derivatives."""
+        if (ended := ~s.exists & s.done & (self.evaluations[s.going] > 1)).any() and not self.f.is_large:
+            s.done[ended] = (self.f.conditions_jacobian(s.z[ended], s.rows[ended]) != 0).any(axis=2).all(axis=1)
+
+    def doubt_poles(self, s: _Steps) -> Array:
+        """Poles, from which steps lead away: ‖c‖ has not shrunk on the way there. Returns which were doubted."""
+        proven = np.isfinite(self.last[s.going]) & (s.merit <= _LEFT_OF_CONDITIONS * self.last_merit[s.going])
+        self.last_merit[s.going] = s.merit
+        if (doubtful := s.done & s.exists & ~proven & (s.merit > 0)).any():
+            s.done[doubtful] = _is_steady(self.f, s.z[doubtful], s.rows[doubtful], s.step[doubtful], s.c[doubtful])
+        return doubtful
+
+    def doubt_sudden(self, s: _Steps) -> None:
+        """Conditions that only rounding makes zero: the root is suddenly there, behind a long step or the way to the start."""
+        last, largest = self.last[s.going], np.fmax(self.sizes.largest[s.rows], s.size)
+        far = (last > far_step(self.sizes.tol) * largest) & (last < np.inf)
+        at_start = self.back[s.going].any(axis=1) & ~np.isfinite(last)
+        if (sudden := s.done & s.exists & (far | at_start)).any():
+            sudden[sudden] = ~self.answers(s.z[sudden], self.back[s.going[sudden]], s.rows[sudden], s.c[sudden])
+            s.done, s.exists = s.done & ~sudden, s.exists & ~sudden
+
+    def note(self, s: _Steps) -> None:
+        relative = np.where(s.length == 0, 0, s.length / self.sizes.reference(s.size, s.rows))
+        self.residual[s.going], self.rate[s.going] = np.where(s.broken, np.nan, relative), s.rate
+        # The last step is there, and as good as another iteration.
+        self.Z[s.going] = np.where((s.done & s.exists)[:, None], s.z + s.step, s.z)
+        failed = np.where(s.broken, NON_FINITE, np.where(s.exists, MAX_ITERATIONS, SINGULAR))
+        self.status[s.going] = np.where(s.done, CONVERGED, failed)
+
+    def advance(self, s: _Steps) -> Array:
+        """Take the steps of the samples that have not ended; returns those that go on."""
+        moving = ~(s.done | s.broken | ~s.exists | s.spent)
+        settled = (s.length <= self.sizes.rounding(s.size, s.rows))[moving]
+        searched, step = s.going[moving], s.step[moving]
+        base = self.Z[searched]
+        going = self.search(searched, step)
+        failed = self.status[searched] == SINGULAR
+        if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
+            at = searched[found]
+            found[found] = _is_steady(self.f, self.Z[at], self.rows[at], step[found], self.F[at])
+            self.status[searched[found]] = CONVERGED
+        if (stuck := failed & ~found & (base.shape[1] > 1)).any():
+            at = searched[stuck]
+            self.status[at] = MAX_ITERATIONS
+            self.weights[at] = _row_weights(s.terms[moving][stuck])
+            self.last_merit[at] = euclidean(self.F[at] * self.weights[at])
+            going = np.sort(np.append(going, self.search(at, step[stuck])))
+        self.back[searched] = base - self.Z[searched]
+        return going
+
+    def search(self, going: Array, step: Array) -> Array:
+        """z + t step with t halved until ‖f‖, weighted, decreases; returns those of ``going`` where it did."""
+        base, t, better = self.Z[going].copy(), 1.0, np.zeros(len(going), bool)
+        merit = euclidean(self.F[going] * self.weights[going])
+        while t >= SMALLEST_STEP:
+            trying = np.flatnonzero(~better & (self.evaluations[going] < self.limit))
+            if not len(trying):
+                break
+            at = going[trying]
+            z = base[trying] + base.dtype.type(t) * step[trying]
+            c = self.f.conditions(z, self.rows[at])
+            self.evaluations[at] += 1
+            good = decreases(euclidean(c * self.weights[at]), merit[trying], t) & np.isfinite(z).all(axis=1)
+            self.Z[at[good]], self.F[at[good]] = z[good], c[good]
+            better[trying[good]] = True
+            t /= 2
+        self.status[going[~better & (self.evaluations[going] < self.limit)]] = SINGULAR
+        return going[better]
+
+    def answers(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:
+        """Whether f changes about as its derivatives say on the way ``back`` from roots that were suddenly there.
+
+        If it does not, it is rounding that makes the conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is
+        anywhere.
+        """
+        if self.f.is_large:
+            return np.ones(len(Z), bool)
+        there = Z + Z.dtype.type(PROBE) * back
+        found, expected = self.f.newton_steps(Z, rows, C - self.f.conditions(there, rows))[0], there - Z
+        each = ~(ANSWER * np.abs(found) < np.abs(expected)).any(axis=1)
+        return np.asarray(each & ~(self.sizes(found) > ANSWER * self.sizes(expected)))
 
 
 def _row_weights(terms: Array, equal: float = 1.0) -> Array:
