@@ -82,10 +82,7 @@ def test_hooks_serve_functions_that_take_no_complex_numbers(rng):
         return np.array([float(a[0] * z[1] ** 2 - 1), float(z[0] - a[1] * z[1])])
 
     def vjp(v, z, a):
-        return (
-            np.array([v[1], 2 * a[0] * z[1] * v[0] - a[1] * v[1]]),
-            np.array([z[1] ** 2 * v[0], -z[1] * v[1]]),
-        )
+        return (np.array([v[1], 2 * a[0] * z[1] * v[0] - a[1] * v[1]]), np.array([z[1] ** 2 * v[0], -z[1] * v[1]]))
 
     sol = root(f, [1.0, 1.0], args=([4.0, 3.0],), vjp=vjp)
     np.testing.assert_allclose(sol.value, [1.5, 0.5])

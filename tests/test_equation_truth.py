@@ -14,6 +14,8 @@ from implicit_rnn import Anderson, Auto, Newton, NLsolve, Picard, Status, fixed_
 from implicit_rnn.errors import DerivativeWarning
 
 KINDS = ["python", pytest.param("julia", marks=pytest.mark.julia)]
+MANY = {"python": {"vectorized": True}, "julia": {}}
+"""How a function of many samples is given."""
 
 
 def either(kind: str, function: Callable[..., Any], code: str) -> Any:
@@ -77,9 +79,7 @@ def test_solution_of_exactly_zero_converges(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_entries_of_very_different_sizes_are_found_each_with_its_scale(kind):
     f = either(
-        kind,
-        lambda z: np.array([0.9 * z[0] + 1e-13, 0.1 * z[1] + 9e5]),
-        "z -> [0.9 * z[1] + 1e-13, 0.1 * z[2] + 9e5]",
+        kind, lambda z: np.array([0.9 * z[0] + 1e-13, 0.1 * z[1] + 9e5]), "z -> [0.9 * z[1] + 1e-13, 0.1 * z[2] + 9e5]"
     )
     sol = fixed_point(f, [0.0, 0.0], scale=[1e-12, 1e6], solver=Picard())
     np.testing.assert_allclose(sol.value, [1e-12, 1e6], rtol=1e-8)
@@ -305,9 +305,7 @@ def test_no_more_evaluations_than_allowed(kind, allowed):
         sol = fixed_point(slow, np.linspace(0.1, 1, 16), solver=limited, on_failure="ignore")
         assert sol.iterations.max() <= allowed, limited
     hard = either(
-        kind,
-        lambda z: np.array([10 * (z[1] - z[0] ** 2), 1 - z[0]]),
-        "z -> [10 * (z[2] - z[1]^2), 1 - z[1]]",
+        kind, lambda z: np.array([10 * (z[1] - z[0] ** 2), 1 - z[0]]), "z -> [10 * (z[2] - z[1]^2), 1 - z[1]]"
     )
     for solver in ROOT_SOLVERS:
         sol = root(hard, [-1.2, 1.0], solver=type(solver)(max_iterations=allowed), on_failure="ignore")
@@ -365,10 +363,7 @@ def test_pole_is_never_taken_for_a_root(kind, name, distance):
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("hook", ["jac", "vjp"])
 def test_pole_is_never_taken_for_a_root_by_a_derivative_that_was_given(distance, vectorized, hook):
-    hooks = {
-        "jac": lambda z: (-1 / (z - 1) ** 2)[..., None],
-        "vjp": lambda v, z: (-v / (z - 1) ** 2,),
-    }
+    hooks = {"jac": lambda z: (-1 / (z - 1) ** 2)[..., None], "vjp": lambda v, z: (-v / (z - 1) ** 2,)}
     given = {hook: hooks[hook], "vectorized": vectorized}
     assert not root(lambda z: 1 / (z - 1), [1 + distance], on_failure="ignore", **given).converged.any()
     assert root(
@@ -502,11 +497,7 @@ def test_equation_without_solution_is_not_converged_because_iterates_exploded_on
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fixed_point_is_sought_from_its_start_again_after_iteration_has_exploded(kind):
-    f = either(
-        kind,
-        lambda z: 8 * np.log(z) ** 3 + z**2 - 3,
-        "z -> 8 .* log.(z) .^ 3 .+ z .^ 2 .- 3",
-    )
+    f = either(kind, lambda z: 8 * np.log(z) ** 3 + z**2 - 3, "z -> 8 .* log.(z) .^ 3 .+ z .^ 2 .- 3")
     sol = fixed_point(f, [[9.0], [9.5]], solver=Auto(), on_failure="ignore")
     assert (sol.value > 1).all()  # of zero there is no logarithm
     assert (sol.status != Status.NON_FINITE).all()
@@ -608,8 +599,7 @@ def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
 
     def solve(distance):
         a = np.full((samples, 1), 1.0 + side * distance)
-        many = {"vectorized": True} if kind == "python" else {}
-        return root(either(kind, f, code), start, args=(a,), batched="a", on_failure="ignore", **many)
+        return root(either(kind, f, code), start, args=(a,), batched="a", on_failure="ignore", **MANY[kind])
 
     with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
         solve(0).jacobian("a")
@@ -688,20 +678,18 @@ SATURATED = {
 def test_conditions_that_only_rounding_makes_zero_have_no_root(kind, name, samples):
     f, code = SATURATED[name]
     start = np.linspace(0.5, 2, samples)[:, None].repeat(2 if name == "two" else 1, axis=1)
-    many = {"vectorized": True} if kind == "python" else {}
-    assert not root(either(kind, f, code), start, on_failure="ignore", **many).converged.any()
+    assert not root(either(kind, f, code), start, on_failure="ignore", **MANY[kind]).converged.any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("solver", FIXED_POINT_SOLVERS)
 @pytest.mark.parametrize(
-    ("f", "code"),
-    [(lambda z: z + 1 / z, "z -> z .+ 1 ./ z"), (lambda z: z + np.exp(-z), "z -> z .+ exp.(-z)")],
+    ("f", "code"), [(lambda z: z + 1 / z, "z -> z .+ 1 ./ z"), (lambda z: z + np.exp(-z), "z -> z .+ exp.(-z)")]
 )
 @pytest.mark.parametrize(("start", "samples"), [(1.0, 1), (1e6, 1), (1.0, 5000)])
 def test_residual_that_becomes_small_everywhere_makes_no_fixed_point(kind, solver, f, code, start, samples):
-    many = {"vectorized": True} if kind == "python" and samples > 1 else {}
     z0 = np.full((samples, 1) if samples > 1 else 1, start)
+    many = MANY[kind] if samples > 1 else {}
     sol = fixed_point(either(kind, f, code), z0, solver=solver, on_failure="ignore", **many)
     assert not sol.converged.any()
 
@@ -717,14 +705,9 @@ def test_fixed_point_of_a_slope_of_nearly_one_is_found(kind):
 @pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
 @pytest.mark.parametrize("samples", [1, 20])
 def test_root_that_one_long_step_leads_to_is_believed(kind, start, samples):
-    kinked = either(
-        kind,
-        lambda z, a: np.maximum(z, z / 10) - a,
-        "(z, a) -> max.(z, z ./ 10) .- a",
-    )
+    kinked = either(kind, lambda z, a: np.maximum(z, z / 10) - a, "(z, a) -> max.(z, z ./ 10) .- a")
     a = np.linspace(-3, 3, samples)[:, None]
-    many = {"vectorized": True} if kind == "python" else {}
-    sol = root(kinked, np.full((samples, 1), start), args=(a,), batched="a", **many)
+    sol = root(kinked, np.full((samples, 1), start), args=(a,), batched="a", **MANY[kind])
     np.testing.assert_allclose(sol.value, np.where(a > 0, a, 10 * a), rtol=1e-12)
 
 

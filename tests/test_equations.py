@@ -58,10 +58,6 @@ def given(request: pytest.FixtureRequest) -> Callable[[str], Any]:
     return f
 
 
-def with_julia(*solvers: irnn.solvers.Solver) -> list[Any]:
-    return [pytest.param(s, id=str(s)) for s in solvers]
-
-
 # --- solutions -----------------------------------------------------------------------------------------------
 
 
@@ -74,7 +70,7 @@ def test_the_example_of_the_docs(given):
     assert sol.jacobian("a") == pytest.approx(np.array([[slope]]), abs=1e-9)
 
 
-@pytest.mark.parametrize("solver", with_julia(Auto(), Picard(), Picard(damping=0.5), Anderson(), Newton()))
+@pytest.mark.parametrize("solver", [Auto(), Picard(), Picard(damping=0.5), Anderson(), Newton()], ids=str)
 def test_every_solver_finds_the_same_fixed_point(given, solver, rng):
     R, x = 0.2 * rng.standard_normal((4, 4)), rng.standard_normal((7, 4))
     sol = fixed_point(given("net"), np.zeros((7, 4)), args=(R, x), batched="x", solver=solver)
@@ -84,7 +80,7 @@ def test_every_solver_finds_the_same_fixed_point(given, solver, rng):
     assert (sol.iterations >= 1).all()
 
 
-@pytest.mark.parametrize("solver", with_julia(Auto(), Newton()))
+@pytest.mark.parametrize("solver", [Auto(), Newton()], ids=str)
 def test_every_solver_finds_the_same_root(given, solver):
     sol = root(given("power"), np.ones((3, 1)), args=([2.0, 3.0, 4.0], 2), batched=["a"], solver=solver)
     np.testing.assert_allclose(sol.value[:, 0], np.sqrt([2, 3, 4]), rtol=1e-12)
@@ -547,8 +543,7 @@ def test_a_wrong_shape_from_a_vectorized_function_is_refused():
 
 @pytest.mark.julia
 @pytest.mark.parametrize(
-    ("text", "came"),
-    [("z -> [1.0, 2.0]", r"shape \(2,\)"), ("z -> ones(1, 1)", r"shape \(1, 1\)")],
+    ("text", "came"), [("z -> [1.0, 2.0]", r"shape \(2,\)"), ("z -> ones(1, 1)", r"shape \(1, 1\)")]
 )
 def test_a_wrong_shape_from_julia_is_refused(text, came):
     with pytest.raises(ValueError, match=f"f returned .*{came}; expected a vector of 1 entry, or a number, like z"):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import io
-import sys
 
 import numpy as np
 import pytest
@@ -609,15 +607,6 @@ def test_julia_code_has_first_derivatives_only():
 def test_a_function_of_pytorch_cannot_run_on_a_device():
     with pytest.raises(ValueError, match="a Python function cannot run on device='cuda'; write it as Julia code"):
         root(lambda z: z, torch.ones(2), device="cuda")
-
-
-# --- the documentation ---------------------------------------------------------------------------------------
-
-
-def test_examples_of_the_docstrings_give_what_they_say():
-    finished = doctest.testmod(sys.modules["implicit_rnn.torch"], extraglobs={"irnn": irnn})
-    assert finished.attempted > 5
-    assert not finished.failed
 
 
 def test_derivatives_of_an_equation_of_every_order():

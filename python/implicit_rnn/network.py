@@ -76,9 +76,13 @@ class Network:
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range or of the wrong kind; the message says what was expected.
+        For arguments out of range or of the wrong kind, here and in all calls; the message says what was expected.
     EngineError
-        At the first use, where the engine or the device cannot be had.
+        At the first use, where the engine or the device cannot be had; in a call, for what the engine lacks.
+    ConvergenceError
+        In a call, for samples that do not reach their equilibrium, as its ``on_failure`` says.
+    MemoryError
+        For more than the machine can hold.
 
     Examples
     --------
@@ -340,12 +344,7 @@ class Network:
         return self
 
     def equilibrium(
-        self,
-        X: ArrayLike,
-        *,
-        solver: SolverLike = Auto(),
-        z0: ArrayLike | None = None,
-        on_failure: OnFailure = "raise",
+        self, X: ArrayLike, *, solver: SolverLike = Auto(), z0: ArrayLike | None = None, on_failure: OnFailure = "raise"
     ) -> Solution:
         """The equilibria of samples, with a status and an error for each.
 
@@ -364,15 +363,6 @@ class Network:
         Returns
         -------
         A ``Solution``, whose ``state`` is (B, N).
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad input.
-        ConvergenceError
-            See ``on_failure``.
-        MemoryError
-            For more than the machine can hold.
 
         Examples
         --------
@@ -393,12 +383,7 @@ class Network:
         return solution
 
     def predict(
-        self,
-        X: ArrayLike,
-        *,
-        solver: SolverLike = Auto(),
-        z0: ArrayLike | None = None,
-        on_failure: OnFailure = "raise",
+        self, X: ArrayLike, *, solver: SolverLike = Auto(), z0: ArrayLike | None = None, on_failure: OnFailure = "raise"
     ) -> Array:
         """The outputs for samples, at their equilibria.
 
@@ -410,11 +395,6 @@ class Network:
         Returns
         -------
         The outputs (B, outputs).
-
-        Raises
-        ------
-        ValueError, TypeError, ConvergenceError, MemoryError
-            As ``equilibrium``.
 
         Examples
         --------
@@ -496,7 +476,7 @@ class Network:
             Adds that much of mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and
             Kolter 2021), estimated with one random vector per sample.
         probe
-            The number of that random vector.
+            The number of that random vector, from 0 to below 2**63; any other raises ``ValueError``.
         on_failure
             What happens if a sample has no equilibrium, which makes the gradient meaningless: "raise" a
             ``ConvergenceError``, "warn", or "ignore".
@@ -506,13 +486,6 @@ class Network:
         Returns
         -------
         The loss, and its gradient (P,) in the layout of ``parameters``; ``named`` views it by name.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad input.
-        ConvergenceError
-            See ``on_failure``.
 
         Examples
         --------
@@ -559,7 +532,7 @@ class Network:
             The start (B, N) of the solver, by default zero. A caller who has the equilibria already, as
             ``equilibrium(X).state`` at the same parameters, passes them here: one evaluation of f confirms each, and nothing
             is solved twice. A state that is no equilibrium is a start like any other, from which the solver goes on to
-            ``tol``.
+            ``tol``. Not for ``Unrolled``, whose steps begin at zero.
         solver, adjoint, on_failure, report
             As for ``loss_and_gradient``.
 
@@ -567,13 +540,6 @@ class Network:
         -------
         The derivatives with respect to the parameters (P,), laid out like ``parameters``, and to the samples (B, inputs), of
         which row b belongs to sample b alone.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad input, and for a ``z0`` with ``Unrolled``, whose steps begin at zero.
-        ConvergenceError
-            See ``on_failure``.
 
         Examples
         --------
@@ -619,20 +585,14 @@ class Network:
         X
             Samples (B, inputs).
         dX, dparameters
-            The direction: (B, inputs) in the samples and (P,) in the parameters, each zero where it is not given.
+            The direction: (B, inputs) in the samples and (P,) in the parameters, each zero where it is not given; without
+            either, jvp raises ``TypeError``.
         of, z0, solver, adjoint, on_failure, report
             As for ``vjp``, with the start (B, N).
 
         Returns
         -------
         The derivative (B, outputs), with ``of="state"`` (B, N).
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad input, and without a direction.
-        ConvergenceError
-            See ``on_failure``.
 
         Examples
         --------
@@ -684,8 +644,6 @@ class Network:
         ------
         EngineError
             On the NumPy engine, and where a sample does not reach its equilibrium.
-        ValueError, TypeError
-            For bad input.
 
         Examples
         --------
@@ -718,11 +676,6 @@ class Network:
         Returns
         -------
         The radii (B,).
-
-        Raises
-        ------
-        ValueError, TypeError, ConvergenceError, MemoryError
-            As ``equilibrium``.
 
         Examples
         --------
@@ -772,11 +725,6 @@ class Network:
         solver, adjoint, loss, jacobian_penalty
             As for ``loss_and_gradient``.
 
-        Raises
-        ------
-        EngineError
-            If the engine lacks one of them.
-
         Examples
         --------
         >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
@@ -808,11 +756,6 @@ class Network:
         ----------
         X, Y, loss, sample_weights
             As for ``loss_and_gradient``: samples (B, inputs), targets (B, outputs) and weights (B,).
-
-        Raises
-        ------
-        ValueError, TypeError
-            For bad input.
 
         Examples
         --------

@@ -436,12 +436,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         Parameters
         ----------
         X, y, sample_weight
-            As in ``fit``.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For data or parameters out of range or of the wrong kind.
+            As in ``fit``, as are the errors.
         """
         return self._fit(X, y, sample_weight, partial=True, multi_output=True, y_numeric=True)
 
@@ -548,11 +543,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return self._fit(X, y, sample_weight, partial=False)
 
     def partial_fit(
-        self,
-        X: ArrayLike,
-        y: ArrayLike,
-        classes: ArrayLike | None = None,
-        sample_weight: ArrayLike | None = None,
+        self, X: ArrayLike, y: ArrayLike, classes: ArrayLike | None = None, sample_weight: ArrayLike | None = None
     ) -> ImplicitRNNClassifier:
         """Train for one epoch on these samples, from where the last call of ``fit`` or ``partial_fit`` ended.
 
@@ -561,14 +552,9 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         Parameters
         ----------
         X, y, sample_weight
-            As in ``fit``.
+            As in ``fit``, as are the errors.
         classes
             All labels there can be, which the first call has to name.
-
-        Raises
-        ------
-        ValueError, TypeError
-            For data or parameters out of range or of the wrong kind.
         """
         with self._undone_if_it_fails():
             _check_partial_fit_first_call(self, classes)

@@ -52,10 +52,8 @@ class Auto(Solver):
 
     Parameters
     ----------
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Examples
     --------
@@ -77,10 +75,8 @@ class Picard(Solver):
     ----------
     damping
         Share of each step that is taken, in (0, 1].
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Examples
     --------
@@ -112,10 +108,8 @@ class Anderson(Solver):
         Share of each step that is taken, in (0, 1].
     ridge
         Regularisation of the least-squares problem, relative to its size.
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Examples
     --------
@@ -147,10 +141,8 @@ class Newton(Solver):
 
     Parameters
     ----------
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Examples
     --------
@@ -170,10 +162,8 @@ class Chord(Solver):
 
     Parameters
     ----------
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Raises
     ------
@@ -199,10 +189,8 @@ class NLsolve(Solver):
     ----------
     method
         "trust_region", "newton" or "anderson".
-    tol
-        Tolerance of the relative residual; None is 1e-10 in float64, 1e-6 in float32.
-    max_iterations
-        Largest number of evaluations of f for each sample and stage.
+    tol, max_iterations
+        Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
     Raises
     ------
