@@ -50,10 +50,9 @@ class PackageServer(ThreadingHTTPServer):
         index: dict[str, Path],
         healthy: int | None = None,
         then: str = "dies",
-        port: int = 0,
         certificate: tuple[Path, Path] | None = None,
     ) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.index, self.healthy, self.then = index, healthy, then
         self.scheme = "http" if certificate is None else "https"
         if certificate is not None:

@@ -89,10 +89,3 @@ def test_schedule_may_be_named(name, X, Y):
 def test_bad_options_are_refused(make, message):
     with pytest.raises((ValueError, TypeError), match=message):
         make()
-
-
-def test_unknown_schedule_is_refused_with_the_valid_names(net, X, Y):
-    with pytest.raises(
-        ValueError, match="schedule is 'linear'; expected one of Constant, Cosine, Step, OneCycle, WarmUp"
-    ):
-        net.fit(X, Y, schedule="linear")

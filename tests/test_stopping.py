@@ -114,16 +114,8 @@ def test_net_that_stops_early_leaves_the_others_to_train_on(engine, X, Y):
 
 def test_callback_is_told_what_the_run_records(net, X, Y):
     seen: list[irnn.Progress] = []
-    run = net.fit(
-        X,
-        Y,
-        epochs=6,
-        schedule="cosine",
-        validation=(X, Y),
-        validation_every=2,
-        callbacks=[seen.append],
-        callback_every=2,
-    )
+    watch = {"validation": (X, Y), "validation_every": 2, "callbacks": [seen.append], "callback_every": 2}
+    run = net.fit(X, Y, epochs=6, schedule="cosine", **watch)
     assert [progress.epoch for progress in seen] == [2, 4, 6]
     assert [progress.loss for progress in seen] == run.loss[1::2].tolist()
     assert [progress.validation_loss for progress in seen] == run.validation_loss.tolist()
@@ -300,12 +292,19 @@ def test_bad_guards_are_refused(options):
 # --- the picture ---------------------------------------------------------------------------------------------
 
 
-def test_run_draws_its_losses(overfitting):
+@pytest.fixture
+def pyplot():
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
+    yield pyplot
+    pyplot.close("all")
+
+
+@pytest.mark.usefixtures("pyplot")
+def test_run_draws_its_losses(overfitting):
     net, X, Y, settings = overfitting
     run = net.fit(X, Y, **settings)
     ax = run.plot()
@@ -316,18 +315,12 @@ def test_run_draws_its_losses(overfitting):
         f"best, epoch {run.best_epoch}",
     ]
     assert run.plot(ax) is ax
-    pyplot.close(ax.figure)
 
 
+@pytest.mark.usefixtures("pyplot")
 @pytest.mark.parametrize(("factor", "shift", "scale"), [(1, 0, "log"), (1, -9, "linear"), (0, 0, "linear")])
 def test_losses_below_and_at_zero_are_drawn_too(factor, shift, scale, X, Y):
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     loss = irnn.CustomLoss(lambda y, t: (factor * ((y - t) ** 2).sum(axis=1) + shift, factor * 2 * (y - t)))
     ax = make_net("numpy").fit(X, Y, epochs=1, loss=loss).plot()
     assert ax.get_yscale() == scale
     assert ax.lines[0].get_marker() == "o"  # of one epoch there is no line
-    pyplot.close(ax.figure)

@@ -1,4 +1,4 @@
-"""TrainerOptions: what a run records, minibatches, validation, clipping, many nets, Ctrl-C, and runs that fail."""
+"""Training: what a run records, minibatches, validation, clipping, many nets, Ctrl-C, and runs that fail."""
 
 from __future__ import annotations
 
@@ -311,19 +311,15 @@ def test_training_without_equilibrium_is_silent_if_failures_are_ignored(engine):
 # --- progress and Ctrl-C -------------------------------------------------------------------------------------
 
 
-def test_progress_bar_is_silent_where_there_is_no_terminal(net, X, Y, capfd):
-    net.fit(X, Y, epochs=3)
+@pytest.mark.parametrize("progress", [None, False])
+def test_progress_bar_is_silent_where_there_is_no_terminal_or_none_is_wanted(net, X, Y, capfd, progress):
+    net.fit(X, Y, epochs=3, progress=progress)
     assert capfd.readouterr() == ("", "")
 
 
 def test_progress_bar_can_be_asked_for(net, X, Y, capfd):
     net.fit(X, Y, epochs=3, progress=True)
     assert "3/3" in capfd.readouterr().err
-
-
-def test_progress_bar_can_be_turned_off(net, X, Y, capfd):
-    net.fit(X, Y, epochs=3, progress=False)
-    assert capfd.readouterr() == ("", "")
 
 
 INTERRUPTED = """

@@ -51,17 +51,17 @@ CASES = [
 ]
 
 
-def away_from_kinks(net: irnn.Network, rng: np.random.Generator, samples: int = 6) -> np.ndarray:
-    """The samples whose neurons are farthest from s = 0, where relu and elu are not smooth."""
+def away_from_kinks(net: irnn.Network, rng: np.random.Generator) -> np.ndarray:
+    """The six samples whose neurons are farthest from s = 0, where relu and elu are not smooth."""
     X = rng.standard_normal((300, 3))
     z = net.equilibrium(X, solver=EXACT).state
     s = X @ net.input_weights.T + z @ net.recurrent_weights.T + net.weights["b"]
-    return X[np.argsort(-np.abs(s).min(axis=1))[:samples]]
+    return X[np.argsort(-np.abs(s).min(axis=1))[:6]]
 
 
-def derivative_of(net: irnn.Network, X: np.ndarray, dX: np.ndarray, dp: np.ndarray, h: float = 1e-3) -> np.ndarray:
+def derivative_of(net: irnn.Network, X: np.ndarray, dX: np.ndarray, dp: np.ndarray) -> np.ndarray:
     """The derivative of ``predict`` along a direction, by differences."""
-    return derivative_along(net, dp, lambda step: net.predict(X + step * dX, solver=EXACT), h)
+    return derivative_along(net, dp, lambda step: net.predict(X + step * dX, solver=EXACT), 1e-3)
 
 
 # --- against differences -------------------------------------------------------------------------------------

@@ -116,8 +116,10 @@ def run_many(
             report(name, True)
     missing = {name: arguments for name, arguments in tasks.items() if name not in results}
     failures: dict[str, str] = {}
+    in_series = (_attempt(run, name, arguments) for name, arguments in missing.items())
+    attempts: Iterator[tuple[str, Any, Any]] = in_series if jobs == 1 else _in_workers(run, missing, jobs)
     try:
-        for name, result, failure in _in_series(run, missing) if jobs == 1 else _in_workers(run, missing, jobs):
+        for name, result, failure in attempts:
             if failure is not None:
                 failures[name] = failure
                 continue
@@ -168,11 +170,6 @@ def prepare_worker(engine: str | None = None) -> str:
 
     os.environ.update(dict.fromkeys(THREADS, "1"))
     return get_engine(engine).name
-
-
-def _in_series(run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any, Any]]:
-    for name, arguments in tasks.items():
-        yield _attempt(run, name, arguments)
 
 
 def _in_workers(

@@ -40,10 +40,10 @@ class Ratio:
 RESAMPLES = 10_000
 
 
-def paired_ratio(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Ratio:
+def paired_ratio(a: Sequence[float], b: Sequence[float]) -> Ratio:
     """The geometric mean of a / b over pairs, with the percentile bootstrap interval (Efron, Ann. Stat. 7, 1979)."""
     logs = _log_ratios(a, b)
-    drawn = np.random.default_rng(seed).integers(len(logs), size=(RESAMPLES, len(logs)))
+    drawn = np.random.default_rng(0).integers(len(logs), size=(RESAMPLES, len(logs)))
     low, high = np.exp(np.quantile(logs[drawn].mean(axis=1), (0.025, 0.975)))
     return Ratio(float(np.exp(logs.mean())), float(low), float(high), int((logs < 0).sum()), len(logs))
 

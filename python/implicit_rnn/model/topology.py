@@ -374,8 +374,8 @@ def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, 
     return chosen
 
 
-def _some(entries: Iterable[object], most: int = 8) -> str:
-    """The entries, or the first of many and the number of the rest."""
+def _some(entries: Iterable[object]) -> str:
+    """The entries, or the first eight of many and the number of the rest."""
     texts = [str(entry) for entry in entries]
-    rest = [f"and {len(texts) - most} more"] if len(texts) > most else []
-    return ", ".join([*texts[:most], *rest])
+    rest = [f"and {len(texts) - 8} more"] if len(texts) > 8 else []
+    return ", ".join([*texts[:8], *rest])
