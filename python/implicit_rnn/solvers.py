@@ -165,11 +165,6 @@ class Chord(Solver):
     tol, max_iterations
         Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
 
-    Raises
-    ------
-    EngineError
-        At its first use, on the NumPy engine.
-
     Examples
     --------
     >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0, engine="julia")
@@ -191,11 +186,6 @@ class NLsolve(Solver):
         "trust_region", "newton" or "anderson".
     tol, max_iterations
         Where it ends: at this relative residual, None for 1e-10 in float64 and 1e-6 in float32, or at so many evaluations of f.
-
-    Raises
-    ------
-    EngineError
-        At its first use, on the NumPy engine.
 
     Examples
     --------

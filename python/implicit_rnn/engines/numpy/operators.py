@@ -24,10 +24,6 @@ class UnsolvedError(ArithmeticError):
     """A system was not solved, since it is singular or GMRES does not converge."""
 
 
-class TransposeError(ArithmeticError):
-    """Products with the transposed matrix are not to be had."""
-
-
 class Operator:
     """A = J - shift · I by products J d and, where they are known, vᵀJ; or by J as a sparse, or a dense, ``matrix``.
 
@@ -68,8 +64,7 @@ class Operator:
             return self.jacobian_product(d) - self.shift * d
         if self.matrix is not None:
             return self.matrix.T @ d - self.shift * d
-        if self._transposed is None:
-            raise TransposeError
+        assert self._transposed is not None
         return np.asarray(self._transposed(d), np.float64) - self.shift * d
 
     def solve(self, b: Array, transposed: bool = False) -> Array:
