@@ -138,7 +138,8 @@ class _Steps:
 class _Newton:
     """Newton's method on the samples ``rows`` of an equation, which have ``used`` some evaluations before.
 
-    ``back`` leads to where the start has come from; without it a root that one starts at is believed.
+    ``back`` leads to where the start has come from; without it a root that one starts at is believed. ``last`` is the length of
+    the step before and ``last_merit`` is ‖c‖ where it began, infinite where there was none.
     """
 
     def __init__(
@@ -215,6 +216,7 @@ class _Newton:
             s.done, s.exists = s.done & ~sudden, s.exists & ~sudden
 
     def note(self, s: _Steps) -> None:
+        """Keep how the samples stand, with the last step of those that are done."""
         relative = np.where(s.length == 0, 0, s.length / self.sizes.reference(s.size, s.rows))
         self.residual[s.going], self.rate[s.going] = np.where(s.broken, np.nan, relative), s.rate
         # The last step is there, and as good as another iteration.
