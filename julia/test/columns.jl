@@ -120,8 +120,8 @@ end
     @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
 end
 
-@testset "the step of few neurons, found in registers, is that of many to the last bit ($T, $n, $(ndims(M)) axes)" for
-    T in (Float32, Float64), n in 1:4, M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n))
+@testset "the step of lanes solves their systems, that of few neurons to the last bit as that of many ($T, $n, $(ndims(M)) axes)" for
+    T in (Float32, Float64), n in (1:5..., 8, 13), M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n))
 
     L = 16
     few, many = Lanes{T, L}(n), Lanes{T, L}(n)

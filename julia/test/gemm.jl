@@ -80,7 +80,7 @@ end
     end
 
     @testset "panels multiply like the matrix they hold ($T, $n x $n, $threads threads)" for T in (Float32, Float64),
-            n in (25, 33, 40, 300), threads in (1, 2)
+            n in (LANE_NEURONS + 1, 33, 40, 300), threads in (1, 2)
 
         rng = Xoshiro(4)
         A, B, U = randn(rng, T, n, n), randn(rng, T, n, 30), randn(rng, T, n, 30)

@@ -1,8 +1,8 @@
 # Small stages: many samples side by side, one in each lane of the vector registers. Every operation of Newton's method, the
 # elimination included, is then a vector operation, which no layout with one sample per column gives for a few neurons.
 
-"Samples side by side: a vector register of the widest kind."
-lane_count(::Type{T}) where {T} = 64 ÷ sizeof(T)
+"Samples side by side: those of a vector register of the widest kind, or of two, of which one need not wait for the other."
+lane_count(::Type{T}, registers::Int) where {T} = registers * 64 ÷ sizeof(T)
 
 """
     Lanes{T, L}(n)
@@ -51,7 +51,10 @@ struct LaneCriterion{T, F <: Activation}
 end
 LaneCriterion(p::Stationary) = LaneCriterion(p.f, p.tol, p.floor, p.unique)
 
-lanes_of(c::Columns{T}) where {T} = buffer!(() -> Lanes{T, lane_count(T)}(size(c.U, 1)), c, Lanes{T, lane_count(T)})
+# As many as the columns, which are few or many, will ever need.
+@inline lanes_of(c::Columns{T}) where {T} =
+    size(c.U, 2) <= lane_count(T, 1) ? lanes_of(c, Val(lane_count(T, 1))) : lanes_of(c, Val(lane_count(T, 2)))
+lanes_of(c::Columns{T}, ::Val{L}) where {T, L} = buffer!(() -> Lanes{T, L}(size(c.U, 1)), c, Lanes{T, L})
 
 "Evaluations before a lane is given to the general solver."
 const LANE_ITERATIONS = 12
@@ -76,6 +79,12 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
         relate_residuals!(w, p.floor^2)
         find_rates!(w)
+        if w.failed & bits_up_to(count) == 0
+            store!(p.Z, first_sample, count, p.latest ? w.F : w.Z)
+            store!(p.S, first_sample, count, w.S)
+            record!(p.outcome, first_sample, count, w)
+            continue
+        end
         for l in 1:count
             j = first_sample + l - 1
             used = unsafe_trunc(Int, w.iterations[l])
@@ -87,8 +96,8 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
                 c.sample[left], c.iterations[left] = j, used
             else
                 status = failed ? status_of_failed!(c, j, w, p, l) : CONVERGED
-                store!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
-                store!(p.S, j, w.S, l)
+                store_lane!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
+                store_lane!(p.S, j, w.S, l)
                 record!(p.outcome, j, status, used, w.residual[l], w.rate[l])
             end
         end
@@ -101,7 +110,7 @@ end
 function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
     isfinite(w.residual2[l]) || return NON_FINITE
     w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
-    foreach((A, B) -> store!(A, j, B, l), (c.S, c.F), (w.S, w.F))
+    foreach((A, B) -> store_lane!(A, j, B, l), (c.S, c.F), (w.S, w.F))
     return repels(c, p, j) ? UNSTABLE : is_spurious(c, p, j) ? SINGULAR : CONVERGED
 end
 
@@ -279,10 +288,6 @@ end
 @inline vector(A::Array{T}, k::Int, ::Val{L}) where {T, L} = unsafe_load(Ptr{LaneVector{L, T}}(pointer(A)), k)
 @inline put_vector!(A::Array{T}, k::Int, v::LaneVector{L, T}) where {T, L} =
     unsafe_store!(Ptr{LaneVector{L, T}}(pointer(A)), v, k)
-@inline times_lanes(a::V, b::V) where {V <: LaneVector} = muladd_lanes(a, b, map(x -> VecElement(zero(x.value)), a))
-@inline minus_lanes(a::V, b::V) where {V <: LaneVector} = muladd_lanes(b, map(x -> VecElement(-one(x.value)), b), a)
-@inline negative(v::LaneVector) = map(x -> VecElement(-x.value), v)
-@inline negative_inverse(v::LaneVector) = map(x -> VecElement(-inv(x.value)), v)
 
 # Entry (i, k) of the matrix of all lanes, or of each.
 @inline matrix_entry(M::Matrix, i::Int, k::Int, lanes) = same_in_all(@inbounds(M[i, k]), lanes)
@@ -382,28 +387,25 @@ end
 @inline plus_products(b, ::Tuple{}, ::Tuple{}) = b
 @inline plus_products(b, a::Tuple, x::Tuple) = muladd_lanes(first(a), first(x), plus_products(b, tail(a), tail(x)))
 
+# Two rows and two columns at a time: of what the four entries are sums of, each is read once for two. The factors by which rows are added
+# to those below lie below the diagonal of A, the negative inverses of the pivots on it.
 function direction_of_many!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     n, lanes = size(w.Z, 2), Val(L)
-    zero_lanes = same_in_all(zero(T), lanes)
     (; A, D, step) = w
     GC.@preserve A D step M begin
-        for j in 1:n, i in 1:n
-            m = matrix_entry(M, i, j, lanes)
-            put_vector!(A, (j - 1) * n + i, muladd_lanes(negative(m), vector(D, i, lanes), same_in_all(T(i == j), lanes)))
-        end
-        # Two columns at a time: what is left of the matrix is read and written half as often.
-        for k in 1:2:n
-            eliminate_lanes!(A, step, n, k, lanes)
-            k == n && break
-            subtract_lanes!(A, n, k, k + 1, lanes)
-            eliminate_lanes!(A, step, n, k + 1, lanes)
-            for j in (k + 2):n
-                subtract_two_lanes!(A, n, k, j, lanes)
+        isodd(n) && eliminate_first!(A, step, M, D, n, lanes)
+        for j in (1 + isodd(n)):2:n
+            for i in (1 + isodd(n)):2:(j - 2)
+                eliminate_above!(A, M, D, n, i, j, lanes)
+            end
+            eliminate_diagonal!(A, step, M, D, n, j, lanes)
+            for i in (j + 2):2:n
+                eliminate_below!(A, step, M, D, n, i, j, lanes)
             end
         end
         for k in n:-1:1
             column = (k - 1) * n
-            negative = muladd_lanes(vector(step, k, lanes), vector(A, column + k, lanes), zero_lanes)
+            negative = times_lanes(vector(step, k, lanes), vector(A, column + k, lanes))
             put_vector!(step, k, negative)
             for i in 1:(k - 1)
                 put_vector!(step, i, muladd_lanes(vector(A, column + i, lanes), negative, vector(step, i, lanes)))
@@ -416,41 +418,69 @@ function direction_of_many!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     return
 end
 
-# Column k of A becomes -1 / pivot and, below it, the factors by which row k is added to the rows below; they act on `step`.
-@inline function eliminate_lanes!(A::Array{T}, step, n::Int, k::Int, lanes) where {T}
-    column = (k - 1) * n
-    pivot = negative_inverse(vector(A, column + k, lanes))
-    put_vector!(A, column + k, pivot)
-    right, zero_lanes = vector(step, k, lanes), same_in_all(zero(T), lanes)
-    for i in (k + 1):n
-        factor = muladd_lanes(vector(A, column + i, lanes), pivot, zero_lanes)
-        put_vector!(A, column + i, factor)
+# Entry (i, j) of I - D M
+@inline residual_entry(M, D::Array{T}, i::Int, j::Int, lanes) where {T} =
+    muladd_lanes(negative(matrix_entry(M, i, j, lanes)), vector(D, i, lanes), same_in_all(T(i == j), lanes))
+
+# The first of an odd number of rows and columns.
+function eliminate_first!(A, step, M, D, n::Int, lanes)
+    pivot, right = negative_inverse(residual_entry(M, D, 1, 1, lanes)), vector(step, 1, lanes)
+    put_vector!(A, 1, pivot)
+    for i in 2:n
+        factor = times_lanes(residual_entry(M, D, i, 1, lanes), pivot)
+        put_vector!(A, i, factor)
+        put_vector!(A, (i - 1) * n + 1, residual_entry(M, D, 1, i, lanes))
         put_vector!(step, i, muladd_lanes(factor, right, vector(step, i, lanes)))
     end
     return
 end
 
-# The factors in column k act on column j.
-@inline function subtract_lanes!(A, n::Int, k::Int, j::Int, lanes)
-    column, target = (k - 1) * n, (j - 1) * n
-    top = vector(A, target + k, lanes)
-    for i in (k + 1):n
-        put_vector!(A, target + i, muladd_lanes(vector(A, column + i, lanes), top, vector(A, target + i, lanes)))
+# The entries (i, j), (i + 1, j), (i, j + 1), (i + 1, j + 1) after the elimination of the first `steps` unknowns.
+@inline function entries_after(steps::Int, A, M, D, n::Int, i::Int, j::Int, lanes)
+    a, b = residual_entry(M, D, i, j, lanes), residual_entry(M, D, i + 1, j, lanes)
+    c, d = residual_entry(M, D, i, j + 1, lanes), residual_entry(M, D, i + 1, j + 1, lanes)
+    for k in 1:steps
+        column = (k - 1) * n + i
+        first_factor, second_factor = vector(A, column, lanes), vector(A, column + 1, lanes)
+        first_top, second_top = vector(A, (j - 1) * n + k, lanes), vector(A, j * n + k, lanes)
+        a, b = muladd_lanes(first_factor, first_top, a), muladd_lanes(second_factor, first_top, b)
+        c, d = muladd_lanes(first_factor, second_top, c), muladd_lanes(second_factor, second_top, d)
     end
+    return a, b, c, d
+end
+
+@inline function put_entries!(A, n::Int, i::Int, j::Int, a, b, c, d)
+    put_vector!(A, (j - 1) * n + i, a)
+    put_vector!(A, (j - 1) * n + i + 1, b)
+    put_vector!(A, j * n + i, c)
+    put_vector!(A, j * n + i + 1, d)
     return
 end
 
-# Those in the columns k and k + 1 act on column j.
-@inline function subtract_two_lanes!(A, n::Int, k::Int, j::Int, lanes)
-    first_column, second_column, target = (k - 1) * n, k * n, (j - 1) * n
-    first_top = vector(A, target + k, lanes)
-    second_top = muladd_lanes(vector(A, first_column + k + 1, lanes), first_top, vector(A, target + k + 1, lanes))
-    put_vector!(A, target + k + 1, second_top)
-    for i in (k + 2):n
-        entry = muladd_lanes(vector(A, first_column + i, lanes), first_top, vector(A, target + i, lanes))
-        put_vector!(A, target + i, muladd_lanes(vector(A, second_column + i, lanes), second_top, entry))
-    end
-    return
+@inline function eliminate_above!(A, M, D, n::Int, i::Int, j::Int, lanes)
+    a, b, c, d = entries_after(i - 1, A, M, D, n, i, j, lanes)
+    factor = vector(A, (i - 1) * n + i + 1, lanes)
+    return put_entries!(A, n, i, j, a, muladd_lanes(factor, a, b), c, muladd_lanes(factor, c, d))
+end
+
+@inline function eliminate_diagonal!(A, step, M, D, n::Int, j::Int, lanes)
+    a, b, c, d = entries_after(j - 1, A, M, D, n, j, j, lanes)
+    pivot = negative_inverse(a)
+    factor = times_lanes(b, pivot)
+    put_vector!(step, j + 1, muladd_lanes(factor, vector(step, j, lanes), vector(step, j + 1, lanes)))
+    return put_entries!(A, n, j, j, pivot, factor, c, negative_inverse(muladd_lanes(factor, c, d)))
+end
+
+@inline function eliminate_below!(A, step, M, D, n::Int, i::Int, j::Int, lanes)
+    a, b, c, d = entries_after(j - 1, A, M, D, n, i, j, lanes)
+    diagonal = (j - 1) * n + j
+    pivot, top, next_pivot = vector(A, diagonal, lanes), vector(A, diagonal + n, lanes), vector(A, diagonal + n + 1, lanes)
+    a, b = times_lanes(a, pivot), times_lanes(b, pivot)
+    c, d = times_lanes(muladd_lanes(a, top, c), next_pivot), times_lanes(muladd_lanes(b, top, d), next_pivot)
+    right, next_right = vector(step, j, lanes), vector(step, j + 1, lanes)
+    put_vector!(step, i, muladd_lanes(c, next_right, muladd_lanes(a, right, vector(step, i, lanes))))
+    put_vector!(step, i + 1, muladd_lanes(d, next_right, muladd_lanes(b, right, vector(step, i + 1, lanes))))
+    return put_entries!(A, n, i, j, a, b, c, d)
 end
 
 """
@@ -466,11 +496,16 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
         count = min(L, samples - first_sample + 1)
         load!(w.U, G, first_sample, count)
         load!(w.D, D, first_sample, count)
-        adjoint_lanes!(w, p.M::Matrix{T})
+        adjoint_lanes!(w, p.M::Matrix{T}, adjoint_tolerance(p.tol))
+        if w.failed & bits_up_to(count) == 0
+            store!(p.Z, first_sample, count, w.Z)
+            record!(p.outcome, first_sample, count, w)
+            continue
+        end
         for l in 1:count
             j = first_sample + l - 1
-            if w.residual[l] <= adjoint_tolerance(p.tol)
-                store!(p.Z, j, w.Z, l)
+            if !has_bit(w.failed, l)
+                store_lane!(p.Z, j, w.Z, l)
                 record!(p.outcome, j, CONVERGED, 1, w.residual[l], zero(T))
             else
                 left += 1
@@ -484,14 +519,17 @@ function solve_adjoint_lanes!(w::Lanes{T, L}, c::Columns{T}, p::AdjointSystem{T}
     return left == 0
 end
 
-"Z = D λ with (I - M D) λ = U, and its residual relative to ‖Z‖."
-function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+"Z = D λ with (I - M D) λ = U, and its residual relative to ‖Z‖; `failed` where that is above `tol`."
+function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}, tol::T) where {T, L}
     multiply_lanes!(w.step, w.D, w.U, Val(L))
     direction_lanes!(w, M)
     copyto!(w.Z, w.step)
     affine_lanes!(w, M, false)
     residual_lanes!(w)
-    return relate_residuals!(w, floatmin(T))
+    relate_residuals!(w, floatmin(T))
+    w.failed = ~at_most(vector(w.residual, 1, Val(L)), same_in_all(tol, Val(L)))
+    foreach((x, value) -> put_vector!(x, 1, same_in_all(value, Val(L))), (w.iterations, w.rate), (one(T), zero(T)))
+    return
 end
 
 # Elimination does not come nearer.
@@ -532,9 +570,29 @@ function load!(lanes::Matrix{T}, A, first_column::Int, count::Int) where {T}
     return
 end
 
-function store!(A, j::Int, lanes, l::Int)
+# The first lanes to columns.
+function store!(A, first_column::Int, count::Int, lanes)
+    for l in 1:count
+        store_lane!(A, first_column + l - 1, lanes, l)
+    end
+    return
+end
+
+@inline function store_lane!(A, j::Int, lanes, l::Int)
     @inbounds for i in axes(lanes, 2)
         A[i, j] = lanes[l, i]
+    end
+    return
+end
+
+# What `record!` does for the samples of the first lanes, which have converged.
+function record!(o::Outcome, first_sample::Int, count::Int, w::Lanes)
+    (; iterations, residual, rate) = o
+    @inbounds @simd ivdep for l in 1:count
+        j = first_sample + l - 1
+        iterations[j] = max(iterations[j], unsafe_trunc(Int32, w.iterations[l]))
+        residual[j] = worse(Float64(w.residual[l]), residual[j])
+        rate[j] = worse(Float64(w.rate[l]), rate[j])
     end
     return
 end

@@ -20,10 +20,21 @@ end
 const WhichLanes{L} = Union{Val{L}, FirstLanes{L}}
 bits_up_to(n::Int) = (1 << n) - 1
 
-for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (2, 4, 8, 16)
+for (T, name, type) in ((Float32, "f32", "float"), (Float64, "f64", "double")), L in (2, 4, 8, 16, 32)
     V, vector = LaneVector{L, T}, "<$L x $type>"
     @eval @inline muladd_lanes(a::$V, b::$V, c::$V) = ccall($("llvm.fmuladd.v$L$name"), llvmcall, $V, ($V, $V, $V), a, b, c)
     @eval @inline abs_lanes(a::$V) = ccall($("llvm.fabs.v$L$name"), llvmcall, $V, ($V,), a)
+    for (f, operation) in ((:times_lanes, "fmul"), (:minus_lanes, "fsub"), (:over_lanes, "fdiv"))
+        text = "%r = $operation $vector %0, %1\nret $vector %r"
+        @eval @inline $f(a::$V, b::$V) = Base.llvmcall($text, $V, Tuple{$V, $V}, a, b)
+    end
+    text = "%r = fneg $vector %0\nret $vector %r"
+    @eval @inline negative(a::$V) = Base.llvmcall($text, $V, Tuple{$V}, a)
+    @eval @inline negative_inverse(a::$V) = over_lanes(same_in_all(-one($T), Val($L)), a)
+    # Of a tuple of so many the compiler makes no vector, and of a shorter one a better one than this.
+    text = "%one = insertelement $vector undef, $type %0, i32 0\n" *
+        "%r = shufflevector $vector %one, $vector undef, <$L x i32> zeroinitializer\nret $vector %r"
+    L == 32 && @eval @inline same_in_all(x::$T, ::Val{$L}) = Base.llvmcall($text, $V, Tuple{$T}, x)
     # Truth of something for each lane, in a bit each.
     for (f, condition) in ((:below, "olt"), (:at_most, "ole"))
         compare = """

@@ -236,9 +236,9 @@ function add_sample!(sum::LaneWeights, s::SideBySide{T, L}, X, Y, sample::Int, w
     loss_gradient_lanes!(s, Y, sample, weight / size(Y, 1))
     read_out_adjoint_lanes!(sum, s, lanes)
     copyto!(w.U, s.G)
-    adjoint_lanes!(w, weights.transposed)
+    adjoint_lanes!(w, weights.transposed, s.adjoint_tol)
     @inbounds for l in 1:L
-        s.unsolved[l] |= !(w.residual[l] <= s.adjoint_tol)
+        s.unsolved[l] |= has_bit(w.failed, l)
     end
     add_pullback_lanes!(sum, s, X, sample, lanes)
     return

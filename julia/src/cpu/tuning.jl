@@ -19,7 +19,7 @@ const SMALL_LU = 24
 const RIGHT_HAND_SIDES = 32
 
 "Stages of up to so many neurons are solved side by side."
-const LANE_NEURONS = 24
+const LANE_NEURONS = 31
 
 """
     pays(saved, n, B)
