@@ -14,7 +14,7 @@ import implicit_rnn as irnn
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import nn  # noqa: E402
-from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
+from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 from implicit_rnn.torch import ImplicitRNN, fixed_point, root  # noqa: E402
@@ -114,6 +114,8 @@ def test_transforms_of_functions_map_and_differentiate_the_layer_in_reverse_mode
     torch.testing.assert_close(torch.func.vmap(one, (None, 0))(weights, x)["W"][1], one(weights, x[1])["W"])
     with pytest.raises(RuntimeError, match=r"reverse mode only.*Network\.jvp"):
         torch.func.jacfwd(layer)(x)
+    with pytest.raises(RuntimeError, match="one cotangent at a time: leave out vectorize=True"):
+        torch.autograd.functional.jacobian(layer, x, vectorize=True)
 
 
 def test_no_samples_give_no_outputs_and_gradients_of_zero(layer, x):
@@ -539,6 +541,31 @@ def test_transforms_of_functions_of_a_solution_are_refused_with_the_remedy():
             )
 
 
+@pytest.mark.parametrize(
+    "f", [pytest.param(irnn.julia("(z, a) -> z .^ 2 .- a"), marks=pytest.mark.julia), lambda z, a: z**2 - a]
+)
+def test_forward_mode_and_batches_of_cotangents_of_a_solution_are_refused_with_the_remedy(f):
+    def solve(a):
+        return root(f, torch.ones_like(a), args=(a,))
+
+    a = torch.tensor([4.0], dtype=torch.float64)
+    assert torch.autograd.functional.jacobian(solve, a).item() == pytest.approx(1 / 4)
+    with pytest.raises(RuntimeError, match="one cotangent at a time: leave out vectorize=True"):
+        torch.autograd.functional.jacobian(solve, a, vectorize=True)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="reverse mode only"):
+        solve(forward_ad.make_dual(a, a))
+
+
+def test_a_function_that_pytorch_cannot_map_is_told_so_in_the_words_of_pytorch():
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            return z**3
+
+    with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
+        root(lambda z: Cube.apply(z) - 8, torch.ones(1), vectorized=True)
+
+
 def test_a_compiled_function_may_solve():
     a = torch.tensor([2.0], dtype=torch.float64)
     solve = torch.compile(lambda a: root(lambda z, a: z**2 - a, torch.ones_like(a), args=(a,)), backend="eager")
@@ -565,6 +592,8 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z: z, z0, scale="small")
     with pytest.raises(TypeError, match=r"args\[0\] is on meta"):
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
+    with pytest.raises(TypeError, match=r"args\[0\] has the layout torch.sparse_coo; .* args\[0\].to_dense\(\)"):
+        root(lambda z, a: z - a, z0, args=(torch.zeros(2).to_sparse(),))
 
 
 @pytest.mark.julia

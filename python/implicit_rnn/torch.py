@@ -268,7 +268,35 @@ def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *give
     return outputs, (0,) * len(outputs)
 
 
-class _Equilibrium(torch.autograd.Function):
+def _of_one_cotangent(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The backward pass; ``RuntimeError`` with the remedy where PyTorch gives it a batch of cotangents."""
+
+    def checked(ctx: Any, *cotangents: Tensor) -> Any:
+        try:
+            return backward(ctx, *cotangents)
+        except RuntimeError as error:
+            if "Batching rule not implemented" not in str(error):
+                raise
+            raise RuntimeError(
+                "a layer or an equation of implicit_rnn is differentiated with one cotangent at a time: leave out vectorize=True "
+                "or is_grads_batched=True"
+            ) from error
+
+    return checked
+
+
+class _InReverseMode(torch.autograd.Function):
+    """What an engine solves, which has no derivatives in forward mode."""
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> None:
+        raise RuntimeError(
+            "a layer or an equation of implicit_rnn has derivatives in reverse mode only, such as by torch.autograd.grad, or "
+            "torch.func.jacrev of a layer; Network.jvp has products with the Jacobian of a network"
+        )
+
+
+class _Equilibrium(_InReverseMode):
     """(layer, x (B, inputs), *parameters) -> outputs, and the states for the backward pass."""
 
     @staticmethod
@@ -289,17 +317,11 @@ class _Equilibrium(torch.autograd.Function):
         ctx.save_for_backward(output[1], *tensors)
 
     @staticmethod
-    def jvp(ctx: Any, *_: Any) -> None:
-        raise RuntimeError(
-            "an ImplicitRNN layer has derivatives in reverse mode only, such as torch.func.jacrev; Network.jvp has products with "
-            "its Jacobian"
-        )
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
         return _one_by_one(_Equilibrium, info, in_dims, *given)
 
     @staticmethod
+    @_of_one_cotangent
     def backward(ctx: Any, v: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         return None, *_Pullback.apply(ctx.layer, v, *ctx.saved_tensors)
 
@@ -495,7 +517,7 @@ class _Conditions:
         return left, right, (info == 0) & (change.abs().sum(1).amax(1) <= LARGEST_CHANGE)
 
 
-class _Solution(torch.autograd.Function):
+class _Solution(_InReverseMode):
     """(solve, conditions, start, *arguments) -> the solutions (B, n)."""
 
     @staticmethod
@@ -507,6 +529,7 @@ class _Solution(torch.autograd.Function):
         return z
 
     @staticmethod
+    @_of_one_cotangent
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         z, *args = ctx.saved_tensors
         has_cotangent = _numpy(v).any(axis=1)
@@ -545,7 +568,7 @@ class _Solution(torch.autograd.Function):
         return None, None, None, *(found.get(k) for k in range(len(args)))
 
 
-class _JuliaSolution(torch.autograd.Function):
+class _JuliaSolution(_InReverseMode):
     """(solve, device, start, *arguments) -> the solution of an equation in Julia code."""
 
     @staticmethod
@@ -556,6 +579,7 @@ class _JuliaSolution(torch.autograd.Function):
         return z
 
     @staticmethod
+    @_of_one_cotangent
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
         _, *args = ctx.saved_tensors  # the first says whether the solution is what it was
         return None, None, None, *_JuliaPullback.apply(ctx.solution, ctx.device, v, *args)
@@ -596,6 +620,11 @@ def _solve(
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
     check_device_for(f, device)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a "
+            "batch with batched=, and differentiate by backward() or torch.autograd.grad"
+        )
     _check_start(z0)
     tensors = [_argument(f"args[{k}]", arg) for k, arg in enumerate(check_arguments(args))]
     _check_place("z0", z0, device)
@@ -621,7 +650,7 @@ def _solve(
                 **settings,
             )
 
-        return _applied(_JuliaSolution, solve_julia, device, z0, *floats)
+        return _JuliaSolution.apply(solve_julia, device, z0, *floats)
 
     per_sample = positions(f, len(tensors), batched)
     conditions = _Conditions(f, [k in per_sample for k in range(len(tensors))], vectorized, pose is equations.root)
@@ -639,7 +668,7 @@ def _solve(
 
     start = z0.reshape(-1, z0.shape[-1])
     _warn_of_lost_gradients(conditions, start, floats)
-    return _applied(_Solution, solve, conditions, start, *floats).reshape(z0.shape)
+    return _Solution.apply(solve, conditions, start, *floats).reshape(z0.shape)
 
 
 def _check_start(z0: Tensor) -> None:
@@ -655,25 +684,13 @@ def _check_start(z0: Tensor) -> None:
 
 
 def _check_place(name: str, tensor: Tensor, device: str) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has the layout {tensor.layout}; expected a dense tensor: pass {name}.to_dense()")
     if tensor.device.type != "cpu" and not is_on_device(tensor, device):
         raise TypeError(
             f"{name} is on {tensor.device}, and the equation is solved on {device!r}: pass {name}.cpu(); or, on an "
             "NVIDIA card, Julia code for f with device='cuda'"
         )
-
-
-def _applied(function: type[torch.autograd.Function], *given: Any) -> Tensor:
-    """What the function gives; ``RuntimeError`` with the remedy under a transform of torch.func."""
-    try:
-        found: Tensor = function.apply(*given)
-    except RuntimeError as error:
-        if "functorch" not in str(error):
-            raise
-        raise RuntimeError(
-            "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a "
-            "batch with batched=, and differentiate by backward() or torch.autograd.grad"
-        ) from error
-    return found
 
 
 def _warn_of_lost_gradients(conditions: _Conditions, start: Tensor, args: Sequence[Tensor]) -> None:
