@@ -379,6 +379,22 @@ def test_sample_that_failed_does_not_spoil_what_it_shares_where_it_is_left_out(f
     close(jnp.isfinite(jax.jacrev(solutions)(b)), known)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+def test_sample_that_failed_does_not_spoil_what_it_shares_where_each_is_mapped_for_itself(wrap):
+    def solutions(a, b):
+        return jax.vmap(lambda a: door.root(lambda z, a: z - jnp.sqrt(a * b), jnp.ones(1), args=(a,))[0])(a)
+
+    def loss(b):
+        z = solutions(jnp.array([1.0, -1.0, 4.0]), b)
+        return jnp.where(jnp.isfinite(z), z, 0).sum()
+
+    close(wrap(jax.grad(loss))(2.0), (1 + 2) / 2 / 2**0.5)
+    close(wrap(jax.grad(jax.grad(loss)))(2.0), -(1 + 2) / 4 / 2**1.5)
+    own, shared = wrap(jax.grad(lambda a, b: solutions(a, b).sum(), (0, 1)))(jnp.array([1.0, -1.0]), 2.0)
+    close(own, [2**0.5 / 2, np.nan])
+    assert np.isnan(shared)
+
+
 def test_a_sample_that_failed_has_no_derivative_even_where_f_has():
     def z(b):
         return door.root(lambda z, b: z - jnp.sqrt(-1.0) - b, jnp.ones(1), args=(b,), on_failure="ignore")[0]

@@ -546,8 +546,17 @@ def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Arr
     # What is NaN would make zero cotangents NaN: z, and what f makes of it and of the arguments of its sample.
     at = _of_regular(jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start)), regular)
     args = [_of_regular(x, regular) if k in problem.batched else x for k, x in enumerate(args)]
-    _, c = jax.jvp(lambda args: problem.conditions(at, args), (args,), (tangents[1],))
-    A = jnp.where(regular[..., None], problem.derivatives(at, args), jnp.eye(z.shape[1], dtype=z.dtype))
+    # Where no sample is regular, a sum hands on what is NaN in place of f.
+    some = jnp.any(regular)
+
+    def known(args: Sequence[jax.Array]) -> list[jax.Array]:
+        return [jnp.where(some, x, jax.lax.stop_gradient(x)) for x in args]
+
+    def conditions(args: Sequence[jax.Array]) -> jax.Array:
+        return jnp.where(some, problem.conditions(at, known(args)), sum(x.real.sum() for x in args)).astype(z.dtype)
+
+    _, c = jax.jvp(conditions, (args,), (tangents[1],))
+    A = jnp.where(regular[..., None], problem.derivatives(at, known(args)), jnp.eye(z.shape[1], dtype=z.dtype))
     return z, _where_regular(regular, -_solved(A, c, left, right))
 
 
