@@ -517,6 +517,13 @@ def test_a_solution_does_not_depend_on_its_start_even_if_that_asks_for_a_gradien
     assert start.grad.item() == 1
 
 
+def test_cotangents_that_are_all_zero_give_gradients_of_zero_whatever_f_makes_of_no_samples():
+    a = torch.tensor([8.0], dtype=torch.float64, requires_grad=True)
+    z = root(lambda z, a: z.reshape(-1) ** 3 - a, torch.ones(2, 1).double(), args=(a,))
+    (0 * z).sum().backward()
+    assert a.grad.item() == 0
+
+
 def test_gradients_that_a_function_keeps_to_itself_are_told():
     module = nn.Linear(2, 2, dtype=torch.float64)
     with pytest.warns(UserWarning, match=r"uses tensors that require gradients and are not among args.*Pass them"):

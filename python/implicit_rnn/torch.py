@@ -541,10 +541,10 @@ class _Solution(_InReverseMode):
                 ctx.solution,
             )
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        if not wanted:  # but the start, on which a solution does not depend
-            return None, None, None, *(None for _ in args)
         # Differentiated again, by the saved z and by v, which may then be of use where it is zero.
         rows = torch.from_numpy(ctx.solution.converged if torch.is_grad_enabled() else has_cotangent)
+        if not wanted or not rows.any():  # f need not take no samples
+            return None, None, None, *(torch.zeros_like(arg) if k in wanted else None for k, arg in enumerate(args))
         z = z[rows]
 
         def given(*changed: Tensor) -> list[Tensor]:
