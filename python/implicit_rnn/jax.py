@@ -540,7 +540,7 @@ def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) ->
 
 @_solution.defjvp
 def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    start, args = primals
+    start, args = jax.tree.map(jnp.asarray, primals)  # in which old JAX leaves Python's numbers
     z = _solution(problem, start, args)
     left, right, regular = problem.equilibrated(*jax.lax.stop_gradient((z, args)))
     # What is NaN would make zero cotangents NaN: z, and what f makes of it and of the arguments of its sample.
