@@ -635,8 +635,22 @@ def test_file_size_limit_of_the_system_keeps_the_last_checkpoint(tmp_path, run_p
 def test_leftovers_of_a_killed_process_are_removed(path, X, Y):
     leftover = path.parent / f".{path.name}.abc123.tmp"
     leftover.write_bytes(b"half a check")
+    os.utime(leftover, (0, 0))
     make_net("numpy").fit(X, Y, epochs=2, checkpoint=path)
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_checkpoint_that_another_process_writes_is_not_taken_for_a_leftover(monkeypatch, path, X, Y):
+    synchronise = os.fsync
+
+    def start_another_run(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", synchronise)
+        make_net("numpy").fit(X, Y, epochs=1, checkpoint=path)
+        synchronise(descriptor)
+
+    monkeypatch.setattr(os, "fsync", start_another_run)
+    make_net("numpy").fit(X, Y, epochs=2, checkpoint=path)
+    assert irnn.training.checkpoints.read(path).epoch == 2
 
 
 WORKER = """

@@ -7,19 +7,23 @@ import errno
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+QUIET_SECONDS = 600
+"""How long a temporary file is left alone: a disk may take its time with what is still being written."""
+
 
 def as_path(path: object) -> Path:
-    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for no text."""
-    if path == "":
-        raise ValueError("path is ''; expected a name, as text or a pathlib.Path")
+    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for no name."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise TypeError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
+    if path == "" or "\0" in os.fspath(path):
+        raise ValueError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
     return Path(path)
 
 
@@ -77,10 +81,12 @@ def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it wrote ``path`` has left behind."""
+    """Remove what a process that was killed while it wrote ``path`` has left behind; one that writes now keeps its file."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
-        leftover.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process was faster, or has it open
+            if time.time() - leftover.stat().st_mtime > QUIET_SECONDS:
+                leftover.unlink()
 
 
 def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
