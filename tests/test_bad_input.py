@@ -361,6 +361,12 @@ def test_unknown_word_is_refused_with_the_valid_ones(net, X, Y, call, given, val
         call(net, X, Y)
 
 
+@pytest.mark.parametrize("constraint", [None, "none"])
+def test_no_constraint_is_told_to_be_free(constraint):
+    with pytest.raises(ValueError, match=r"constraint is .*; no constraint is Free\(\)"):
+        make_net("numpy", constraint=constraint)
+
+
 def test_class_in_place_of_an_object_is_refused_and_told_how_to_write_it(net, X):
     with pytest.raises(TypeError, match=r"solver is the class Picard; pass an object: Picard\(\)"):
         net.equilibrium(X, solver=irnn.Picard)
@@ -452,6 +458,11 @@ def test_clip_that_is_not_positive_is_refused(net, X, Y, clip):
         net.fit(X, Y, clip=clip)
 
 
+def test_clip_that_is_zero_in_the_dtype_of_the_net_is_refused(engine, X, Y):
+    with pytest.raises(ValueError, match="clip must be positive, got 1e-50, which is 0 as a float32"):
+        make_net(engine, dtype="float32").fit(X, Y, clip=1e-50)
+
+
 @pytest.mark.parametrize("clip", ["1", [1.0], np.array([1.0]), True])
 def test_clip_that_is_no_number_is_refused(net, X, Y, clip):
     with pytest.raises(TypeError, match="clip must be a number"):
@@ -524,7 +535,10 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
         ({"progress": np.zeros(2)}, TypeError, r"progress must be True or False, got array\(\[0., 0.\]\)"),
         ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
-        ({"checkpoint": ""}, ValueError, "path must be the name of a file, got ''"),
+        ({"checkpoint": ""}, ValueError, "path is ''; expected a name"),
+        ({"checkpoint": "a\0b"}, ValueError, r"path is 'a\\x00b'; expected a name"),
+        ({"clip": 10**400}, ValueError, r"clip must be a number below 1.8e\+308"),
+        ({"sample_weights": [10**400] * 12}, ValueError, "sample_weights has whole numbers beyond"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
         ({"epochs": 2**31}, ValueError, r"epochs must be a whole number below 2\*\*31, got 2147483648"),
     ],

@@ -109,6 +109,8 @@ class Network:
         device: str = "cpu",
     ) -> None:
         constraint = options.choose(Constraint, constraint, "constraint")
+        if str(constraint).lower() == "none":
+            raise ValueError(f"constraint is {constraint!r}; no constraint is Free(), and the default is Perron()")
         topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
         self._set_up(topology, dtype, engine, device)
         self._initialise(as_generator(seed))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import sys
 from abc import ABCMeta
 from collections.abc import Collection, Iterable
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -158,9 +159,13 @@ def check_flag(name: str, value: object) -> bool:
 
 
 def check_number(name: str, value: object) -> None:
-    """``TypeError`` unless it is a real number."""
+    """``TypeError`` unless it is a real number, ``ValueError`` for whole ones beyond those of the machine."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number below {sys.float_info.max:.2g}, got a larger one") from None
 
 
 def check_fraction(name: str, value: float) -> None:

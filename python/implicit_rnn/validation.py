@@ -181,7 +181,10 @@ def _numbers(name: str, array: np.ndarray) -> np.ndarray:
         raise TypeError(
             f"{name} has dtype object with entries of type {', '.join(sorted(kinds))}; expected real numbers in all of them"
         )
-    return array.astype(np.float64)
+    try:
+        return array.astype(np.float64)
+    except OverflowError:
+        raise ValueError(f"{name} has whole numbers beyond the range of float64; scale it") from None
 
 
 def refuse_masked_or_sparse(name: str, value: object) -> None:

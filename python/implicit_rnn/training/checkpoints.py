@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from implicit_rnn.errors import CheckpointError, warn
-from implicit_rnn.files import read_tensors, remove_leftovers, write_atomically
+from implicit_rnn.files import as_path, read_tensors, remove_leftovers, write_atomically
 from implicit_rnn.options import Option, check_count, check_positive
 from implicit_rnn.training.snapshot import Snapshot
 
@@ -66,10 +66,7 @@ class Checkpoint(Option):
     every_minutes: float | None = 5.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.path, str | Path):
-            raise TypeError(f"path must be a path, got {self.path!r}")
-        if self.path == "":
-            raise ValueError("path must be the name of a file, got ''")
+        as_path(self.path)
         if self.every_epochs is not None:
             check_count("every_epochs", self.every_epochs)
         if self.every_minutes is not None:

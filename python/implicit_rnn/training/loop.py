@@ -122,6 +122,8 @@ class Training:
             self.trainer = program.trainer(options)
 
     @cached_property
+            if first.dtype.type(clip) == 0:
+                raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {first.dtype}")
     def description(self) -> dict[str, Any]:
         """What must be equal for another run to go on from this one."""
         return describe(self)
