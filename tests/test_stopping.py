@@ -61,6 +61,12 @@ def test_best_weights_need_validation_data(net, settings, X, Y):
 
 
 def test_run_without_validation_has_no_best_epoch(net, X, Y):
+@pytest.mark.parametrize("settings", [{"restore_best": True}, {"early_stopping": irnn.EarlyStopping(3)}], ids=str)
+def test_fit_too_short_for_a_validation_loss_warns_that_the_last_weights_are_left(net, settings, X, Y):
+    with pytest.warns(UserWarning, match="no validation loss .* the first is that of epoch 5, and training ended at 4"):
+        net.fit(X, Y, validation=(X, Y), validation_every=5, epochs=4, **settings)
+
+
     assert net.fit(X, Y, epochs=2).best_epoch is None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.console import progress_bar
 from implicit_rnn.engines.base import Halt, Replicas, Samples, Trainer, TrainerOptions
-from implicit_rnn.errors import report_failure
+from implicit_rnn.errors import report_failure, warn
 from implicit_rnn.model.losses import CustomLoss
 from implicit_rnn.model.optimizers import LBFGS
 from implicit_rnn.solution import Solution, remedy
@@ -164,6 +164,13 @@ class Training:
                 self._call_back(watch)
                 if writer is not None:
                     writer()
+            if not state.validation_epochs:
+                warn(
+                    f"there is no validation loss by which to stop or to choose parameters: with validation_every="
+                    f"{settings.validation_every} the first is that of epoch {settings.validation_every}, and training ended "
+                    f"at {state.epoch}; the net has the last parameters",
+                    UserWarning,
+                )
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
 
     def _quiet(self) -> AbstractContextManager[object]:
