@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 import pytest
@@ -60,13 +61,13 @@ def test_best_weights_need_validation_data(net, settings, X, Y):
         net.fit(X, Y, **settings)
 
 
-def test_run_without_validation_has_no_best_epoch(net, X, Y):
 @pytest.mark.parametrize("settings", [{"restore_best": True}, {"early_stopping": irnn.EarlyStopping(3)}], ids=str)
 def test_fit_too_short_for_a_validation_loss_warns_that_the_last_weights_are_left(net, settings, X, Y):
     with pytest.warns(UserWarning, match="no validation loss .* the first is that of epoch 5, and training ended at 4"):
         net.fit(X, Y, validation=(X, Y), validation_every=5, epochs=4, **settings)
 
 
+def test_run_without_validation_has_no_best_epoch(net, X, Y):
     assert net.fit(X, Y, epochs=2).best_epoch is None
 
 
@@ -193,6 +194,35 @@ def test_error_in_a_callback_reaches_the_caller(net, X, Y):
 
     with pytest.raises(KeyError, match="mine"):
         net.fit(X, Y, epochs=3, callbacks=[fail])
+
+
+def test_net_in_training_is_trained_by_no_other_call(net, X, Y):
+    def train_again(progress: irnn.Progress) -> None:
+        net.fit(X, Y, epochs=1)
+
+    with pytest.raises(RuntimeError, match="is being trained by another call of fit") as refused:
+        net.fit(X, Y, epochs=3, callbacks=train_again)
+    assert len(net.fit(X, Y, epochs=2).loss) == 2, refused  # though the traceback keeps the first call's frames
+
+
+def test_net_in_training_in_another_thread_keeps_its_parameters_from_what_is_resumed(net, X, Y):
+    begun, refused = threading.Event(), threading.Event()
+    first = net.fit(X, Y, epochs=1)
+
+    def wait(progress: irnn.Progress) -> None:
+        begun.set()
+        assert refused.wait(60)
+
+    thread = threading.Thread(target=net.fit, args=(X, Y), kwargs={"epochs": 2, "callbacks": wait})
+    thread.start()
+    assert begun.wait(60)
+    before = net.parameters.copy()
+    with pytest.raises(RuntimeError, match="is being trained by another call of fit"):
+        net.fit(X, Y, epochs=2, resume=first)
+    np.testing.assert_array_equal(net.parameters, before)
+    refused.set()
+    thread.join()
+    net.fit(X, Y, epochs=1)
 
 
 # --- guards --------------------------------------------------------------------------------------------------

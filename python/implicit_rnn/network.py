@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from implicit_rnn.model.topology import INPUT, Layer, Topology
 from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import MAX_ITERATIONS, NON_FINITE, GradientReport, Solution, check_report, remedy
 from implicit_rnn.solvers import Adjoint, AdjointLike, Auto, Implicit, Solver, SolverLike, check_penalty
+from implicit_rnn.training.loop import Training
 from implicit_rnn.validation import (
     all_finite,
     as_generator,
@@ -108,9 +109,9 @@ class Network:
         engine: str | None = None,
         device: str = "cpu",
     ) -> None:
-        constraint = options.choose(Constraint, constraint, "constraint")
         if str(constraint).lower() == "none":
             raise ValueError(f"constraint is {constraint!r}; no constraint is Free(), and the default is Perron()")
+        constraint = options.choose(Constraint, constraint, "constraint")
         topology = Topology.build(inputs, layers, feedback, skips, input_skips, outputs, constraint)
         self._set_up(topology, dtype, engine, device)
         self._initialise(as_generator(seed))
@@ -138,6 +139,7 @@ class Network:
         self._engine: Engine | None = None
         self._compiled: CompiledNetwork | None = None
         self._programs: dict[tuple[SolverLike, AdjointLike, LossLike, float], Program] = {}
+        self._training: Callable[[], Training | None] = lambda: None  # the last, weakly
 
     @classmethod
     def from_topology(cls, topology: Topology, dtype: str, engine: str | None = None, device: str = "cpu") -> Network:
@@ -840,7 +842,7 @@ class Network:
         return self.topology.facts() | {"dtype": dtype}
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_weights", "_engine", "_compiled", "_programs")
+        made_again = ("_weights", "_engine", "_compiled", "_programs", "_training")
         return {name: value for name, value in self.__dict__.items() if name not in made_again}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -22,7 +22,7 @@ from implicit_rnn.options import OnFailure
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike
 from implicit_rnn.training.checkpoints import Checkpoint, read
 from implicit_rnn.training.history import Run
-from implicit_rnn.training.loop import Training, Watch
+from implicit_rnn.training.loop import Training, Watch, refuse_nets_in_training
 from implicit_rnn.training.schedules import ScheduleLike
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.snapshot import Snapshot
@@ -139,6 +139,8 @@ def fit_many(
         or of these nets in another order, or is a ``Run`` that has all its epochs.
     OSError
         If a checkpoint cannot be written; the one before and the parameters are kept.
+    RuntimeError
+        For a net that another call is training.
     ConvergenceError
         With ``on_failure="raise"``.
     KeyboardInterrupt
@@ -207,6 +209,7 @@ def _check_nets(nets: Sequence[Network]) -> None:
     kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
+    refuse_nets_in_training(nets)  # here, as what is resumed is put into them before they are trained
     if not all(net.parameters.flags.writeable for net in nets):
         raise ValueError(
             "the parameters of a net cannot be written to; set net.parameters.flags.writeable = True to train it"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ Array = np.ndarray
 
 CHUNK_SECONDS = 0.25
 """Aimed-at length of a chunk: the delay of Ctrl-C and of the progress bar."""
+
+_taking = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,8 @@ class State:
 class Training:
     """The nets of one call in training."""
 
+    runs = False
+
     def __init__(self, nets: Sequence[Network], samples: Samples, held_out: Samples | None, settings: Settings) -> None:
         self.nets, self.samples, self.held_out, self.settings = nets, samples, held_out, settings
         first = nets[0]
@@ -116,20 +122,35 @@ class Training:
             )
         else:
             clip = np.inf if settings.clip is None else settings.clip
+            if first.dtype.type(clip) == 0:
+                raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {first.dtype}")
             options = TrainerOptions(
                 settings.optimizer, len(nets), settings.batch_size, clip, settings.guard, settings.warm_start
             )
             self.trainer = program.trainer(options)
 
     @cached_property
-            if first.dtype.type(clip) == 0:
-                raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {first.dtype}")
     def description(self) -> dict[str, Any]:
         """What must be equal for another run to go on from this one."""
         return describe(self)
 
     def run(self, watch: Watch) -> list[Run]:
         """Train to the end; the nets have their parameters then."""
+        self._take_nets()
+        try:
+            return self._run(watch)
+        finally:
+            self.runs = False
+
+    def _take_nets(self) -> None:
+        with _taking:
+            refuse_nets_in_training(self.nets)
+            self.runs = True
+            # Weak: an interrupt before the call can say that it no longer runs must not leave a net taken.
+            for net in self.nets:
+                net._training = weakref.ref(self)
+
+    def _run(self, watch: Watch) -> list[Run]:
         writer = None if watch.checkpoint is None else Writer(self, watch.checkpoint)
         try:
             self._train_to_the_end(watch, writer)
@@ -143,6 +164,13 @@ class Training:
             for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
                 if epoch:
                     net.parameters = best
+            if not state.validation_epochs:
+                warn(
+                    f"there is no validation loss by which to stop or to choose parameters: with validation_every="
+                    f"{settings.validation_every} the first is that of epoch {settings.validation_every}, and training ended "
+                    f"at {state.epoch}; the net has the last parameters",
+                    UserWarning,
+                )
         return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]
 
     def _train_to_the_end(self, watch: Watch, writer: Writer | None) -> None:
@@ -164,13 +192,6 @@ class Training:
                 self._call_back(watch)
                 if writer is not None:
                     writer()
-            if not state.validation_epochs:
-                warn(
-                    f"there is no validation loss by which to stop or to choose parameters: with validation_every="
-                    f"{settings.validation_every} the first is that of epoch {settings.validation_every}, and training ended "
-                    f"at {state.epoch}; the net has the last parameters",
-                    UserWarning,
-                )
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
 
     def _quiet(self) -> AbstractContextManager[object]:
@@ -314,6 +335,15 @@ class Training:
     def remedy(self) -> str:
         """What to do about samples without equilibrium."""
         return remedy(self.nets[0].topology.constraint.unique)
+
+
+def refuse_nets_in_training(nets: Sequence[Network]) -> None:
+    """``RuntimeError`` for nets that a call trains at this moment, whose parameters would be a mixture in the end."""
+    if any((training := net._training()) is not None and training.runs for net in nets):
+        raise RuntimeError(
+            "the network is being trained by another call of fit, in another thread or around this callback; "
+            "train a copy, copy.deepcopy(net)"
+        )
 
 
 class _Report:
