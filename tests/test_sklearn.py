@@ -456,6 +456,16 @@ def test_a_stream_that_begins_with_an_unknown_label_can_begin_again(classifier, 
     assert len(classifier.partial_fit(X, y, classes=np.unique(y)).classes_) == 3
 
 
+@pytest.mark.parametrize(
+    ("classes", "label"), [(["no", "yes"], "yesterday"), (np.array([0, 1], np.uint8), 257), ([False, True], 2)]
+)
+def test_label_that_would_be_another_in_the_dtype_of_the_classes_is_refused(classifier, data, classes, label):
+    X, y = data
+    classifier.partial_fit(X, np.asarray(classes)[(y > 0).astype(int)], classes=classes)
+    with pytest.raises(ValueError, match=f"previously unseen labels: .{label!r}."):
+        classifier.partial_fit(X, [label] * len(X))
+
+
 @pytest.mark.parametrize("kind", ["timedelta64[s]", "datetime64[s]"])
 def test_times_are_no_targets_without_a_unit(regressor, friedman, kind):
     X, y = friedman

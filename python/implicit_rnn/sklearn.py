@@ -623,6 +623,10 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             )
 
     def _encode(self, y: Array) -> Array:
+        if len(unseen := np.setdiff1d(y, self.classes_)):  # the encoder would cut them to the dtype of those it knows
+            raise ValueError(
+                f"y contains previously unseen labels: {unseen.tolist()}; expected some of {self.classes_.tolist()}"
+            )
         labels = self._label_encoder.transform(y)
         return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
 
