@@ -447,6 +447,12 @@ def broken_off(monkeypatch):
     return breaking_off
 
 
+def test_an_estimator_in_training_is_trained_by_no_other_call(estimator, data, monkeypatch):
+    monkeypatch.setattr(Training, "_train", lambda self, count: estimator.fit(*data))
+    with pytest.raises(RuntimeError, match="is being trained by another call of fit"):
+        estimator.fit(*data)
+
+
 def test_a_stream_that_begins_with_an_unknown_label_can_begin_again(classifier, iris):
     X, y = iris
     with pytest.raises(ValueError, match="previously unseen labels"):

@@ -26,7 +26,7 @@ from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
 from implicit_rnn.solvers import Adjoint, AdjointLike, Solver, SolverLike
 from implicit_rnn.training.history import Run
-from implicit_rnn.training.loop import Training, Watch
+from implicit_rnn.training.loop import Training, Watch, refuse_nets_in_training
 from implicit_rnn.training.schedules import Constant, Schedule, ScheduleLike
 from implicit_rnn.training.settings import Settings
 from implicit_rnn.training.stopping import EarlyStopping
@@ -122,6 +122,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _undone_if_it_fails(self) -> Iterator[None]:
         before, fitted = dict(self.__dict__), hasattr(self, "network_")
         if fitted:  # which training changes in place
+            refuse_nets_in_training([self.network_])
             parameters, random = self.network_.parameters.copy(), self._random.get_state()
         try:
             yield
