@@ -18,7 +18,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, all_finite, amplifica
     check_size, check_start, check_supervised, COARSE_ROUNDING, Connection, connection_weights, CONVERGED,
     copy_outcome!, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE, ElementwiseLoss, EquationProblem,
     equilibrium!, evaluation_contracts, exclusively, far_step, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable, is_whole,
-    is_singular, jacobian!, JacobianPenalty, LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE,
+    is_singular, jacobian!, JacobianPenalty, LARGEST_CHANGE, LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE,
     loss_and_gradient!, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, NON_FINITE, norm_of, Outcome, output_size,
     OutputSeed, Owner, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS, predicted_iterations, Quality,
     rademacher, readout_bias, readout_weights, repels, report!, scale_floor, Short, SINGULAR, slope, SMALLEST_ROOT_STEP,

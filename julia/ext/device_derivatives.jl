@@ -15,7 +15,7 @@ solution that no solution need be there; see `invert!`.
     c = in_doubt(R ? value : minus(value, z), largest_terms(f, value, z, args, Val(length(args))))
     corrected = Short(unroll(i -> z[i] - reduce(+, unroll(k -> @inbounds(A[t, i, K + k]) * c[k], Val(K))), Val(K)))
     evaluate!(A, t, 0, f, corrected, args, root)
-    return deviation(A, t, Val(K)) <= T(0.25)
+    return deviation(A, t, Val(K)) <= T(LARGEST_CHANGE)
 end
 
 "As `ImplicitRNN.terms_of_arguments!`, of the arguments 1:I."

@@ -147,13 +147,12 @@ end
 # Takes out the lanes that are done or failed after the evaluation k; returns those where Newton's method has made the residual larger.
 function check_convergence!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_steps::Int) where {T, L}
     (; active, residual2, last2, iterations) = w
-    lanes, zero_lanes = Val(L), same_in_all(zero(T), Val(L))
+    lanes = Val(L)
     now2, before2, size2 = vector(w.change2, 1, lanes), vector(residual2, 1, lanes), vector(w.size2, 1, lanes)
     put_vector!(last2, 1, select(active, before2, vector(last2, 1, lanes)))
     put_vector!(residual2, 1, select(active, now2, before2))
     put_vector!(iterations, 1, select(active, same_in_all(T(k), lanes), vector(iterations, 1, lanes)))
-    tol2 = same_in_all(p.tol^2, lanes)
-    done = at_most(now2, muladd_lanes(tol2, size2, zero_lanes)) | at_most(now2, same_in_all(p.tol^2 * p.floor^2, lanes))
+    done = at_most(now2, times_lanes(same_in_all(p.tol^2, lanes), size2)) | at_most(now2, same_in_all(p.tol^2 * p.floor^2, lanes))
     grown = k > picard_steps + 1 ? below(before2, now2) : 0
     broken = ~below(now2, same_in_all(T(Inf), lanes)) | (p.unique ? 0 : grown)
     w.active &= ~(done | broken)
@@ -196,10 +195,10 @@ matrix_of(M::Matrix, l::Int) = M
 matrix_of(M::Array{<:Any, 3}, l::Int) = M[l, :, :]
 
 # D M
-function jacobian_lanes!(J::Array{T, 3}, D, M, lanes) where {T}
-    n, zero_lanes = size(J, 2), same_in_all(zero(T), lanes)
+function jacobian_lanes!(J::Array{<:Any, 3}, D, M, lanes)
+    n = size(J, 2)
     GC.@preserve J D M for k in 1:n, i in 1:n
-        put_vector!(J, (k - 1) * n + i, muladd_lanes(matrix_entry(M, i, k, lanes), vector(D, i, lanes), zero_lanes))
+        put_vector!(J, (k - 1) * n + i, times_lanes(matrix_entry(M, i, k, lanes), vector(D, i, lanes)))
     end
     return J
 end

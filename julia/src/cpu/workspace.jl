@@ -84,9 +84,8 @@ A [`Tile`](@ref) for each of the threads that can work at once on a batch of so 
 idle share its products.
 """
 function buffers!(ws::CPUWorkspace, samples::Int, threads::Int, pieces::Int)
-    width, workers = tile_width(ws.net, samples), min(threads, pieces)
-    isempty(ws.tiles) || first(ws.tiles).width >= width || empty!(ws.tiles)
-    isempty(ws.tiles) || (width = first(ws.tiles).width)   # all are of one width, which the first tells
+    width, workers = maximum(tile -> tile.width, ws.tiles; init = tile_width(ws.net, samples)), min(threads, pieces)
+    all(tile -> tile.width == width, ws.tiles) || empty!(ws.tiles)
     while length(ws.tiles) < workers
         push!(ws.tiles, Tile(ws.net, width, ws.weights, ws.recurrences, ws.gradients[1]))
     end

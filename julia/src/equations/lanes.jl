@@ -161,7 +161,7 @@ end
         z = choose(active, plus(z, step), z)
         evaluations = ifelse(near, Vec(k), evaluations)
         if K == 1
-            steady = (abs(derivative - last_derivative) <= 0.25 * abs(last_derivative)) & (4.0 * now <= last_distance)
+            steady = (abs(derivative - last_derivative) <= LARGEST_CHANGE * abs(last_derivative)) & (4.0 * now <= last_distance)
             steady &= regular | (last_distance >= sqrt(Float64(eps(T))) * here)
             regular = ifelse(active, steady, regular)
         end

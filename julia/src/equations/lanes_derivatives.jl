@@ -16,13 +16,13 @@ variables(::AbstractArray{<:AbstractFloat}) = -1
 @inline as_variables(x, ::Val, ::Val) = x
 @inline all_as_variables(::Tuple{}, ::Val, ::Val) = ()
 @inline all_as_variables(args::Tuple, ::Val{O}, N::Val) where {O} = (
-    as_variables(args[1], Val(O), N), all_as_variables(Base.tail(args), Val(O + variables(args[1])), N)...,
+    as_variables(args[1], Val(O), N), all_as_variables(tail(args), Val(O + variables(args[1])), N)...,
 )
 @inline count_variables(args::Tuple) = sum(map(variables, args); init = 0)
 
 "Where the variables of each argument begin."
 @inline offsets(n::Int, ::Tuple{}) = ()
-@inline offsets(n::Int, args::Tuple) = (n, offsets(n + variables(args[1]), Base.tail(args))...)
+@inline offsets(n::Int, args::Tuple) = (n, offsets(n + variables(args[1]), tail(args))...)
 
 differentiates_side_by_side(::AbstractEquation, inverses) = false
 differentiates_side_by_side(::Equation{T, -1}, inverses) where {T} = false
@@ -58,7 +58,7 @@ end
     c = ntuple(i -> in_doubt(value_of(y[i]) - (R ? zero(Vec) : z[i]), Float64(eps(T)) * largest_term(y[i], args, Val(K))), Val(K))
     corrected = Short(ntuple(i -> z[i] - sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K)))
     evaluate!(w.J, p, corrected, args, root)
-    regular &= deviation(w.B, w.J, Val(K)) <= 0.25
+    regular &= deviation(w.B, w.J, Val(K)) <= LARGEST_CHANGE
     for (l, j) in enumerate(samples(b))
         @inbounds inverses.regular[j] = lane(regular, l)
     end
@@ -68,7 +68,7 @@ end
 # As `terms_of_arguments!`, by the derivatives that are there.
 @inline largest_term(y, ::Tuple{}, ::Val) = zero(Vec)
 @inline largest_term(y, args::Tuple, ::Val{O}) where {O} =
-    max(term(y, args[1], O), largest_term(y, Base.tail(args), Val(O + variables(args[1]))))
+    max(term(y, args[1], O), largest_term(y, tail(args), Val(O + variables(args[1]))))
 @inline term(y, x::Union{AbstractFloat, Vec}, o::Int) = abs(partial_of(y, o + 1) * x)
 @inline term(y, x::Short{M, <:Union{AbstractFloat, Vec}}, o::Int) where {M} = reduce(max, ntuple(i -> abs(partial_of(y, o + i) * x[i]), Val(M)))
 @inline term(y, x, o::Int) = zero(Vec)

@@ -25,8 +25,8 @@ end
 @inline of_argument(p::Equation, z, args, index::Val) = y -> p.f(as_point(p, z), replaced(args, y, index)...)
 
 "The tuple with entry I replaced by x."
-@inline replaced(args::Tuple, x, ::Val{1}) = (x, Base.tail(args)...)
-@inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(Base.tail(args), x, Val(I - 1))...)
+@inline replaced(args::Tuple, x, ::Val{1}) = (x, tail(args)...)
+@inline replaced(args::Tuple, x, ::Val{I}) where {I} = (first(args), replaced(tail(args), x, Val(I - 1))...)
 
 """
     terms_of_arguments!(terms, equation, y, z, sample)

@@ -55,13 +55,15 @@ function InverseBuffers{T}(n::Int) where {T}
     return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), ones(T, m), ones(T, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
 end
 
+"Largest ‖A(z)⁻¹A(z - δ) - I‖ at a solution that has a derivative: at a double root it is 1/2 (the test of Newton and Kantorovich)."
+const LARGEST_CHANGE = 0.25
+
 """
     inverse!(inverses, w, p, sample)
 
 A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
 within the error δ = A⁻¹c of the solution, c no better than the rounding of the arguments, that no solution need exist or be isolated:
-‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double root is 1/2 (the test of Newton and Kantorovich). All of it is done to A with
-equilibrated rows and columns: unknowns and conditions may have any unit.
+by more than [`LARGEST_CHANGE`](@ref). All of it is done to A with equilibrated rows and columns: unknowns and conditions may have any unit.
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     kept = !isempty(inverses.known)
@@ -106,7 +108,7 @@ end
         @inbounds A[i, i] -= one(T)
     end
     n == 1 || scale!(A, w.rows .= inv.(w.columns), w.columns)
-    largest_column_sum(A) <= T(0.25) || throw(SingularSolution(sample))
+    largest_column_sum(A) <= LARGEST_CHANGE || throw(SingularSolution(sample))
     return
 end
 

@@ -109,7 +109,7 @@ end
 function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     w = Dogleg(p.n)
     unfinished = nothing
-    for (way, share) in zip(TRUST_REGIONS, Base.tail(ATTEMPT_SHARES))
+    for (way, share) in zip(TRUST_REGIONS, tail(ATTEMPT_SHARES))
         s.evaluations < s.limit || return MAX_ITERATIONS
         restart!(s, p)
         status = with_share!(() -> trust_region!(s, l, w, p, tol, way), s, share)
