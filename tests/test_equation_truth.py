@@ -556,6 +556,17 @@ def test_infinite_slope_is_no_root(kind, function, code, starts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 5000])
+@pytest.mark.parametrize("start", [-7.3, -1.5, 0.0, 3.0])
+def test_leap_over_zero_is_no_root(kind, start, samples):
+    f = either(kind, lambda z: np.floor(z.real) + z + 3, "z -> floor.(z) .+ z .+ 3")
+    vectorized = {"vectorized": kind == "python"}
+    solution = root(f, np.full((samples, 1), start), solver=Newton(), on_failure="ignore", **vectorized)
+    z = solution.value[solution.converged]
+    assert (np.abs(np.floor(z) + z + 3) < 1e-9).all()  # the number below -1 is one, where f is zero; -1 is not
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_root_of_infinite_slope_is_found(kind):
     f = either(kind, lambda z: np.sqrt(z) - 1, "z -> sqrt.(z) .- 1")
     np.testing.assert_allclose(root(f, [[3.0], [0.2]]).value, 1)

@@ -63,7 +63,7 @@ end
     residual = R ? value : minus(value, z)
     merit = measure(residual, R ? r.plain : r.weights)
     isfinite(merit) || return SampleEnd(z, false, c)
-    before = oftype(merit, Inf)
+    before, part = oftype(merit, Inf), one(T)
     while true
         if !R
             converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1, limit)
@@ -75,9 +75,9 @@ end
             converged, after = near(c, r, measure(step, r.weights), measure(z, r.weights), limit)
             doubtful = converged && merit > 0 && (isinf(c.distance) || merit > oftype(merit, LEFT_OF_CONDITIONS) * before)
             steady = !doubtful || is_steady!(A, t, f, z, step, args)
-            # Whether f answers to a step back is seen on the CPU.
-            sudden = far_step(r.tol) * after.largest < c.distance < Inf
-            converged && steady && return SampleEnd(plus(z, step, one(T)), !sudden, after)
+            # Whether f answers to a step back, and leaps behind part of one, is seen on the CPU.
+            doubtful = far_step(r.tol) * after.largest < c.distance < Inf || part < 1
+            converged && steady && return SampleEnd(plus(z, step, one(T)), !doubtful, after)
             c = steady ? after : Course(after.largest, after.outset, Inf, after.rate, after.relative, after.evaluations)
         end
         base, before, part = z, merit, one(T)
@@ -90,7 +90,7 @@ end
             residual = R ? value : minus(value, z)
             merit = measure(residual, R ? r.plain : r.weights)
             moved = decreases(merit, before, part)
-            part /= 2
+            moved || (part /= 2)
         end
     end
     return

@@ -201,6 +201,7 @@ end
         stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
         near = valid & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
         if R
+            near &= t == 1.0          # behind part of a step f may leap, see `leaps!`
             doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
             if any(doubtful)
                 doubtful &= !is_steady!(w, p, z, new_step, args)

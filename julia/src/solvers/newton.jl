@@ -172,8 +172,10 @@ end
     proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.last_merit
     s.last_merit = s.merit
     if solvable
-        is_sudden = far_step(tol) * max(size, s.largest) < s.distance < Inf
+        last = s.distance
+        is_sudden = far_step(tol) * max(size, s.largest) < last < Inf
         near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
+        is_part(s, p, last) && leaps!(s, l, p) && return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf
             return nothing
@@ -221,7 +223,8 @@ function found!(s::Iteration, l::Linearization, p::AbstractEquation)
     settled(s) || return false
     p.root || return true
     conditions_jacobian!(l.J, p, s.z, s.sample)
-    return is_steady!(s, l, p)
+    call!(s.c, p, s.z, s.sample)
+    return is_steady!(s, l, p) && !leaps!(s, l, p)
 end
 
 # Whether the Jacobian is about the same two steps further, as at a root at which one may have started; in any units of the unknowns.
@@ -234,6 +237,24 @@ end
     units = abs.(s.z) .+ abs.(l.step)
     units .= max.(units, eps(T) * maximum(units), floatmin(T))
     return largest_column_sum(change .* units' ./ units) <= T(0.5)
+end
+
+# Whether f leaps a little further on or back, as floor(z) does at whole numbers: only parts of Newton steps lead to there.
+@noinline function leaps!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
+    way, change = 2 .* l.step .+ copysign.(8eps(T) .* s.z, l.step), similar(s.c)
+    return any((way, -way)) do d
+        s.picard .= s.z .+ d
+        call!(change, p, s.picard, s.sample)
+        change .-= s.c
+        lu_solve!(change, l.LU, l.pivots)
+        2 * measure(d, p.weights) + sqrt(default_tolerance(T)) * s.largest < measure(change, p.weights) < Inf
+    end
+end
+
+"Whether the last step was part of a Newton step of that size."
+function is_part(s::Iteration, p::AbstractEquation, size::Float64)
+    s.picard .= s.z .- s.base
+    return measure(s.picard, p.weights) < 0.9 * size < Inf
 end
 
 # Move along the step, halved while ‖c‖ does not decrease. Where that does not help, a fixed point moves by a Picard step, and the

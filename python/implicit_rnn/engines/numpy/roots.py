@@ -11,6 +11,7 @@ from implicit_rnn.engines.numpy.functions import PythonFunction
 from implicit_rnn.engines.numpy.single import ANSWER, PROBE, SMALLEST_STEP, far_step
 from implicit_rnn.engines.numpy.sizes import Sizes, euclidean
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
+from implicit_rnn.engines.numpy.values import tolerance
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR
 from implicit_rnn.solvers import Auto, Solver
 
@@ -190,6 +191,7 @@ class _Newton:
         """Take back that samples are done where their steps are short without a root."""
         self.doubt_faded(s)
         doubtful = self.doubt_poles(s)
+        self.doubt_leaps(s)
         self.doubt_sudden(s)
         self.last[s.going] = np.where(doubtful & ~s.done, np.inf, s.length)
 
@@ -205,6 +207,12 @@ class _Newton:
         if (doubtful := s.done & s.exists & ~proven & (s.merit > 0)).any():
             s.done[doubtful] = _is_steady(self.f, s.z[doubtful], s.rows[doubtful], s.step[doubtful], s.c[doubtful])
         return doubtful
+
+    def doubt_leaps(self, s: _Steps) -> None:
+        """Leaps of f over zero: only parts of Newton steps lead to there."""
+        moved = self.sizes(self.back[s.going])
+        if (part := s.done & s.exists & (moved > 0) & ~(moved >= 0.9 * self.last[s.going])).any():
+            s.done[part] = ~_leaps(self.f, s.z[part], s.rows[part], s.step[part], s.c[part], s.terms[part])
 
     def doubt_sudden(self, s: _Steps) -> None:
         """Conditions that only rounding makes zero: the root is suddenly there, behind a long step or the way to the start."""
@@ -234,7 +242,8 @@ class _Newton:
         failed = self.status[searched] == SINGULAR
         if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
             at = searched[found]
-            found[found] = _is_steady(self.f, self.Z[at], self.rows[at], step[found], self.F[at])
+            there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
+            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
             self.status[searched[found]] = CONVERGED
         if (stuck := failed & ~found & (base.shape[1] > 1)).any():
             at = searched[stuck]
@@ -305,3 +314,10 @@ def _is_steady(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array)
     else:
         products = (f.conditions_jacobian(further, rows) @ steps[..., None])[..., 0]
     return np.asarray(euclidean(products + C) <= 0.5 * euclidean(C))
+
+
+def _leaps(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array, terms: Array) -> Array:
+    """Whether f, a sum of these ``terms``, leaps a little further on or back, as floor(z) does at whole numbers."""
+    way = 2 * steps + np.copysign(8 * np.finfo(Z.dtype).eps * Z, steps)
+    there = np.maximum(*(euclidean(f.conditions(Z + d, rows)) for d in (way, -way)))
+    return (3 * euclidean(C) + tolerance(Z.dtype) * euclidean(terms) < there) & (there < np.inf)

@@ -119,7 +119,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
     c = calls.value(z)
     merit, seen = hypot(*c), [c]
     start = z
-    evaluations, largest, last, before, looked = 1, 0.0, inf, inf, False
+    evaluations, largest, last, before, looked, t = 1, 0.0, inf, inf, False, 1.0
     while True:
         step = calls.newton_step(z, c)
         here, length = size(z), size(step)
@@ -134,7 +134,7 @@ def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found 
                 c, looked = calls.real(z), True
                 merit = hypot(*c)
                 continue
-            if merit > _LAST * before or not _has_vanished(c, seen):
+            if t < 1 or merit > _LAST * before or not _has_vanished(c, seen):
                 return None
             if far_step(tol) * largest < last < inf and not _answers(calls, z, start, c):
                 return None
