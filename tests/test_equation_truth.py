@@ -618,6 +618,18 @@ def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
     np.testing.assert_allclose(np.abs(solve(1e-8).jacobian("a")), slope * 1e4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 50, 5000])
+def test_rounding_of_constants_does_not_give_a_double_root_a_derivative(kind, samples):
+    f = either(kind, lambda z, a: z**2 - 2 * z + 1 + a, "(z, a) -> z .^ 2 .- 2 .* z .+ 1 .+ a")
+    many = {"vectorized": True} if kind == "python" else {}
+    start = np.linspace(0.3, 2.5, samples)[:, None]
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
+        root(f, start, args=(0.0,), on_failure="ignore", **many).jacobian("a")
+    slope = root(f, start + 2, args=(-1e-12,), **many).jacobian("a")
+    np.testing.assert_allclose(slope, -0.5e6, rtol=1e-2)
+
+
 # --- memory, sizes and ends -------------------------------------------------------------------------------------
 
 

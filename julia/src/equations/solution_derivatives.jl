@@ -97,18 +97,50 @@ end
     @inbounds for i in 1:n
         p.root || (w.r[i] -= z[i])
         w.r[i] += copysign(eps(T) * w.z[i], w.r[i])
-        w.z[i] = z[i]
     end
-    for k in 1:n, i in 1:n
+    correct!(w, inverse)
+    w.z .-= beyond.(z, z .- w.z)
+    n == 1 || (w.rows .= inv.(w.columns))
+    change!(w, inverse, p, sample) <= LARGEST_CHANGE && return
+    doubt_rounding!(w, p, sample)
+    correct!(w, inverse)
+    change!(w, inverse, p, sample) <= LARGEST_CHANGE || throw(SingularSolution(sample))
+    return
+end
+
+"What z is moved by beyond its error, in the same direction, to find solutions that may be double roots to the rounding of f."
+@inline beyond(z::T, error) where {T} = copysign(T(8) * sqrt(eps(T)) * z, error)
+
+# w.z = z - A⁻¹ w.r
+@inline function correct!(w::InverseBuffers, inverse)
+    copyto!(w.z, w.at)
+    for k in eachindex(w.z), i in eachindex(w.z)
         @inbounds w.z[i] -= inverse[i, k] * w.r[k]
     end
+    return
+end
+
+# ‖A⁻¹A(w.z) - I‖ with the rows and columns in the units of `equilibrate!`.
+@inline function change!(w::InverseBuffers{T}, inverse, p::AbstractEquation{T}, sample::Int) where {T}
+    A, n = w.A, p.n
     conditions_jacobian!(w.corrected, p, w.z, sample)
     n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : gemm!('N', 'N', true, inverse, w.corrected, false, A)
     for i in 1:n
         @inbounds A[i, i] -= one(T)
     end
-    n == 1 || scale!(A, w.rows .= inv.(w.columns), w.columns)
-    largest_column_sum(A) <= LARGEST_CHANGE || throw(SingularSolution(sample))
+    n == 1 || scale!(A, w.rows, w.columns)
+    return largest_column_sum(A)
+end
+
+# Constants in f have a rounding that no argument tells of: what the conditions at w.z are off the trapezoidal rule by, which is
+# exact where A is linear.
+@noinline function doubt_rounding!(w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
+    way, change, here = w.z .- w.at, similar(w.r), similar(w.r)
+    call!(change, p, w.z, sample)
+    call!(here, p, w.at, sample)
+    conditions_jacobian!(w.A, p, w.at, sample)
+    change .-= here .+ (p.root ? zero(way) : way) .+ (w.A .+ w.corrected) * way ./ 2
+    w.r .+= copysign.(8 .* ifelse.(isfinite.(change), change, zero(T)), w.r)
     return
 end
 

@@ -191,9 +191,24 @@ class PythonEquation:
             singular = finite & ~(_column_sums(B) * _column_sums(scaled) * np.finfo(B.dtype).eps * n < 1)
             inverse = transposed(right) * scaled * transposed(left)
             if not singular.any():
-                δ = np.einsum("bij,bj->bi", inverse, f.conditions_in_doubt(Z, new))
-                corrected = left * f.conditions_jacobian(np.where(finite[:, None], Z - δ, Z), new) * right
-                singular = finite & ~(_column_sums(scaled @ corrected - identity) <= LARGEST_CHANGE)
+                C = f.conditions_in_doubt(Z, new)
+                δ = np.einsum("bij,bj->bi", inverse, C)
+                beyond = Z - δ - np.copysign(8 * np.sqrt(np.finfo(Z.dtype).eps) * Z, δ)
+
+                def changes(rows: Array, there: Array) -> tuple[Array, Array]:
+                    J = f.conditions_jacobian(there, new[rows])
+                    return J, ~(
+                        _column_sums(scaled[rows] @ (left[rows] * J * right[rows]) - identity) <= LARGEST_CHANGE
+                    )
+
+                left_over = np.flatnonzero(finite)
+                J, changed = changes(left_over, beyond[left_over])
+                left_over, J = left_over[changed], J[changed]
+                if len(left_over):
+                    rounding = f.rounding(Z[left_over], beyond[left_over], A[left_over], J, new[left_over])
+                    C = C[left_over] + np.copysign(8 * rounding, C[left_over])
+                    corrected = Z[left_over] - np.einsum("bij,bj->bi", inverse[left_over], C)
+                    singular[left_over] = changes(left_over, corrected)[1]
             if singular.any():
                 raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
             self._inverses[new], self._known[new] = inverse, True
