@@ -87,7 +87,7 @@ struct Conditions{N}
     net::N
 end
 function (c::Conditions)(θ, z, _, samples)
-    Z = reshape(z, :, samples)
+    Z = reshape(z, neurons(c.net), samples)
     F, _, _ = sweep(c.net, θ, Z, samples)
     return vec(F .- Z)
 end
@@ -112,10 +112,10 @@ function sweep(net, θ, Z, samples)
 end
 
 function ChainRulesCore.rrule(c::Conditions, θ, z, byproduct, samples)
-    net, Z = c.net, reshape(z, :, samples)
+    net, Z = c.net, reshape(z, neurons(c.net), samples)
     F, S, w = sweep(net, θ, Z, samples)
     function conditions_pullback(dc)
-        C = reshape(unthunk(dc), :, samples)
+        C = reshape(unthunk(dc), size(Z))
         dZ, dX = Matrix(-C), zeros(eltype(S), net.inputs, samples)
         X = split_arguments(net, θ, samples)[2]
         G = Weights(net, eltype(S))

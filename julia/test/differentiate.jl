@@ -35,6 +35,12 @@ end
     @test_throws "hessian_vector_product" ForwardDiff.hessian(q -> sum(abs2, Equilibrium(net)(q, X)), p)
 end
 
+@testset "no samples have no equilibria, and a gradient of zero" begin
+    net = one_layer()
+    p, X = parameters(net), zeros(3, 0)
+    @test ForwardDiff.gradient(q -> sum(Equilibrium(net)(q, X)), p) == Zygote.gradient(q -> sum(Equilibrium(net)(q, X)), p)[1] == zero(p)
+end
+
 @testset "arrays that do not fit an Equilibrium are refused in words" begin
     net = one_layer()
     p, X = parameters(net), samples(net, 3)

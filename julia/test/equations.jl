@@ -34,6 +34,8 @@ end
         @test solution.value ≈ [2.0, 1.0]
     end
     @test_throws "does not solve f(z) = 0" root(f, [1.0, 1.0], 5.0; solver = Picard())
+    @test root((z, a) -> z .^ 2 .- a, [1.0], 2.0; solver = NLsolver(method = :anderson)).value ≈ [sqrt(2)]
+    @test converged(root(z -> cos.(z) .- z, [1.0]; solver = NLsolver(method = :anderson))) == [true]
 end
 
 const ROOT_SOLVERS = (Auto(), Newton(), NLsolver(), NLsolver(method = :newton))
@@ -518,6 +520,16 @@ end
     end
     @test_throws "argument 2 is a number, which all samples share" fixed_point(f, Z, a, 0.5; batched = (1, 2))
     @test_throws "argument 2 is a number" fixed_point(f, Z, a, fill(0.5); batched = (1, 2))
+end
+
+@testset "functions that take no dual numbers are told what to do" begin
+    f(z::Vector{Float64}) = z .- 1
+    g(z, a::Vector{Float64}) = z .- a
+    for work in (() -> root(f, zeros(12)), () -> root(z -> setindex!(zeros(2), z[1], 1), ones(2)), () -> vjp(root(g, zeros(12), ones(12)), ones(12)))
+        @test_throws "f takes no dual numbers of ForwardDiff.jl" work()
+    end
+    @test fixed_point(f, fill(1.0, 12); solver = Picard(max_iterations = 3)).iterations == [3]          # which needs no derivatives
+    @test_throws MethodError root(z -> sin(z), ones(12))          # not what is wrong
 end
 
 @testset "starts and arguments of another kind are refused" begin

@@ -102,6 +102,26 @@ end
 @inline call!(y::Vector{T}, ::Matrix{T}, p::Equation{T, -1}, z, sample::Int) where {T} = (call!(y, p, z, sample); false)
 call!(y, J, p::ErasedEquation, z, sample::Int) = call!(y, J, p.equation, z, sample)::Bool
 
+"""
+    explaining_duals(work, problem, Z)
+
+`work()`; where f takes numbers, but not those that derivatives are found with, the `ArgumentError` says what to do.
+"""
+function explaining_duals(work, problem::EquationProblem{T}, Z) where {T}
+    try
+        return work()
+    catch error
+        error isa MethodError && any(x -> x isa Union{Dual, AbstractArray{<:Dual}}, error.args) || rethrow()
+        Base.invokelatest(call!, zeros(T, problem.n), Equation(problem), Z[:, 1], 1)          # which says what else is wrong
+        throw(
+            ArgumentError(
+                "f takes no dual numbers of ForwardDiff.jl, by which it is differentiated: declare its parameters for any numbers, as \
+                z::AbstractVector{<:Real}, and make arrays by zeros(eltype(z), n); $(first(eachline(IOBuffer(sprint(showerror, error)))))"
+            )
+        )
+    end
+end
+
 "J = ∂c/∂z for the conditions `c = f(z, ...) - z`, or `c = f(z, ...)` of a root; NaN outside the domain of f."
 @inline function conditions_jacobian!(J::Matrix{T}, p::Equation{T}, z, sample::Int) where {T}
     args = arguments(p, sample)

@@ -225,11 +225,13 @@ c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`S
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
     p = suited(problem)
-    @lock inverses.lock if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
-        Base.invokelatest(find_inverses!, inverses, p)
-        Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
-    else
-        Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
+    @lock inverses.lock explaining_duals(problem, inverses.Z) do
+        if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
+            Base.invokelatest(find_inverses!, inverses, p)
+            Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
+        else
+            Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
+        end
     end
     return gradients
 end
@@ -299,11 +301,13 @@ that are not wanted. Throws [`SingularSolution`](@ref).
 """
 function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Inverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}
     p = suited(problem)
-    @lock inverses.lock if is_small(problem) && all(wanted)
-        Base.invokelatest(find_inverses!, inverses, p)
-        Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
-    else
-        Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
+    @lock inverses.lock explaining_duals(problem, inverses.Z) do
+        if is_small(problem) && all(wanted)
+            Base.invokelatest(find_inverses!, inverses, p)
+            Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
+        else
+            Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
+        end
     end
     return J
 end

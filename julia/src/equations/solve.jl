@@ -16,7 +16,9 @@ function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, sol
     # `f` may be newer than this code.
     regular = zeros(Bool, problem.samples)
     given = [k => copy(x) for (k, x) in enumerate(problem.args) if can_be_written_to(x, problem.batched[k])]
-    Base.invokelatest(solve_samples!, Z, outcome, regular, suited(problem), solver, Float64(tolerance(solver, T)))
+    explaining_duals(problem, Z) do
+        Base.invokelatest(solve_samples!, Z, outcome, regular, suited(problem), solver, Float64(tolerance(solver, T)))
+    end
     for (k, x) in given
         isequal(x, problem.args[k]) || throw(
             ArgumentError("f has written to its argument number $k; it may write to z and to arrays of its own: let it copy the argument first")

@@ -48,7 +48,7 @@ function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol
         end
         evaluate!(s, l, p) || (copyto!(s.z, s.base); throw(Stop(MAX_ITERATIONS)))
         known = true
-        p.root || assessed(assess!(s, p, tol))
+        p.root ? solver.method === :anderson && assessed(assess_root!(s, l, newton_step!(s, l, p), p, tol)) : assessed(assess!(s, p, tol))
         return
     end
     assessed(status) = status === CONVERGED && throw(Stop(CONVERGED))
