@@ -2,19 +2,10 @@
 # were a fifth of the compiled package.
 
 "    add!(A, B)\n\n`A += B`"
-function add!(A::Array, B::Array)
+function add!(A::AbstractArray, B::AbstractArray)
     axes(A) == axes(B) || throw(DimensionMismatch("an array of size $(size(B)) was added to one of size $(size(A))"))
-    @inbounds @simd for i in eachindex(A)
+    @inbounds @simd for i in eachindex(A, B)
         A[i] += B[i]
-    end
-    return A
-end
-function add!(A::AbstractMatrix, B::AbstractMatrix)
-    axes(A) == axes(B) || throw(DimensionMismatch("a matrix of size $(size(B)) was added to one of size $(size(A))"))
-    for j in axes(A, 2)
-        @inbounds @simd for i in axes(A, 1)
-            A[i, j] += B[i, j]
-        end
     end
     return A
 end
@@ -23,10 +14,8 @@ end
 function multiply_each!(C::AbstractMatrix, A::AbstractMatrix, B::AbstractMatrix)
     axes(A) == axes(B) == axes(C) ||
         throw(DimensionMismatch("entries were multiplied of matrices of the sizes $(size(A)) and $(size(B)) for one of $(size(C))"))
-    for j in axes(C, 2)
-        @inbounds @simd for i in axes(C, 1)
-            C[i, j] = A[i, j] * B[i, j]
-        end
+    @inbounds @simd for i in eachindex(A, B, C)
+        C[i] = A[i] * B[i]
     end
     return C
 end
