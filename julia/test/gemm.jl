@@ -1,6 +1,6 @@
 # Products of matrices, and work shared among threads.
 
-using ImplicitRNN: add!, in_parallel, @late, multiply_each!
+using ImplicitRNN: add!, in_parallel, @late, LANE_NEURONS, multiply_each!
 
 "The products as they are on a processor with registers of another size."
 module OtherRegisters
