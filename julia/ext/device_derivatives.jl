@@ -14,7 +14,7 @@ solution that no solution need be there; see `invert!`.
     size_of_A * column_sum(A, t, K, Val(K)) * eps(T) * K < T(0.01) || return false          # the CPU equilibrates A
     c = in_doubt(R ? value : minus(value, z), largest_terms(f, value, z, args, Val(length(args))))
     errors = unroll(i -> reduce(+, unroll(k -> @inbounds(A[t, i, K + k]) * c[k], Val(K))), Val(K))
-    evaluate!(A, t, 0, f, Short(unroll(i -> z[i] - errors[i] - beyond(z[i], errors[i]), Val(K))), args, root)
+    evaluate!(A, t, 0, f, Short(unroll(i -> z[i] - errors[i] - beyond(z[i], errors[i], eps(T)), Val(K))), args, root)
     return deviation(A, t, Val(K)) <= T(LARGEST_CHANGE)
 end
 

@@ -230,8 +230,8 @@ function train_net!(trainer::Trainer, b::StepBuffers, nets::Replicas, s::Int, ba
 end
 
 function end_losses!(losses, unconverged, epoch::Int)
-    losses[epoch:end] .= NaN
-    unconverged[epoch:end] .= 0
+    fill!(view(losses, epoch:length(losses)), NaN)
+    fill!(view(unconverged, epoch:length(unconverged)), 0)
     return
 end
 
@@ -241,14 +241,6 @@ function halt_of(guard::Guard, loss, unconverged, p)
     unconverged > guard.unconverged && return TOO_MANY_UNCONVERGED
     size_of_p = euclidean_norm(p)
     return isfinite(size_of_p) && size_of_p <= guard.parameter_norm ? RUNNING : TOO_LARGE
-end
-
-# ‖x‖ of few numbers from their squares, unless these overflow or vanish, against which `norm` takes care at several times the cost.
-euclidean_norm(x::AbstractVector) = norm(x)
-function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
-    length(x) < SMALL_NORM || return norm(x)
-    squares = foldl((sum, entry) -> muladd(entry, entry, sum), x; init = zero(T))
-    return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : norm(x)
 end
 
 # The mean loss, NaN as soon as a loss or gradient is not finite, and the number of unconverged samples.
@@ -261,7 +253,7 @@ function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batc
         failed += quality.unconverged
         gradient_norm = euclidean_norm(b.gradient)
         isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
-        gradient_norm > trainer.clip && (b.gradient .*= trainer.clip / gradient_norm)
+        gradient_norm > trainer.clip && rmul!(b.gradient, trainer.clip / gradient_norm)
         trainer.states[s] = descend!(rule_at!(b, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
     end
     return total / samples_of(batches), failed
@@ -326,8 +318,8 @@ end
 gather!(buffer, ::Nothing, selected) = nothing
 gather!(buffer, x::AbstractVector, selected) = (y = view(buffer, eachindex(selected)); y .= view(x, selected); y)
 function gather!(buffer, A::AbstractMatrix, selected)
-    copy_columns!(buffer, eachindex(selected), A, selected)
-    return view(buffer, :, eachindex(selected))
+    copy_columns!(buffer, 1:length(selected), A, selected)
+    return view(buffer, :, 1:length(selected))
 end
 
 "Columns `here` of `from` become the columns `there` of `to`."

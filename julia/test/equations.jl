@@ -522,14 +522,18 @@ end
     @test_throws "argument 2 is a number" fixed_point(f, Z, a, fill(0.5); batched = (1, 2))
 end
 
-@testset "functions that take no dual numbers are told what to do" begin
+@testset "functions that take Arrays or plain numbers only are told what to do" begin
     f(z::Vector{Float64}) = z .- 1
     g(z, a::Vector{Float64}) = z .- a
     for work in (() -> root(f, zeros(12)), () -> root(z -> setindex!(zeros(2), z[1], 1), ones(2)), () -> vjp(root(g, zeros(12), ones(12)), ones(12)))
         @test_throws "f takes no dual numbers of ForwardDiff.jl" work()
     end
     @test fixed_point(f, fill(1.0, 12); solver = Picard(max_iterations = 3)).iterations == [3]          # which needs no derivatives
-    @test_throws MethodError root(z -> sin(z), ones(12))          # not what is wrong
+    for work in (() -> fixed_point(f, [1.0]), () -> root(g, zeros(3), ones(3)), () -> root((z, a) -> [sum(f(z)) - a], [1.0], 2.0))
+        @test_throws "f takes no vectors of another type than Array" work()
+    end
+    @test_throws "f takes no dual numbers" root((z::Float64, a) -> z - a, 1.0, 2.0)
+    foreach(n -> (@test_throws MethodError root(z -> sin(z), ones(n))), (2, 12))          # not what is wrong
 end
 
 @testset "starts and arguments of another kind are refused" begin

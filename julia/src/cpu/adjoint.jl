@@ -152,7 +152,7 @@ function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where 
         for j in 1:c.active
             sample = c.sample[j]
             correction = view(c.S, :, j)
-            correction .-= view(λ, :, j)
+            subtract!(correction, view(λ, :, j))
             lu_solve_transposed!(correction, view(factors.LU, :, :, sample), view(factors.pivots, :, sample))
             @inbounds @simd for i in axes(λ, 1)
                 λ[i, j] += correction[i]
@@ -174,13 +174,13 @@ function factorize_each!(c::Columns{T}, p::AdjointSystem{T}) where {T}
         copy_column!(d, 1, c.coefficients, j)
         copy_column!(λ, 1, c.U, j)
         residual_jacobian!(A, d, p.recurrence.R)
-        p.tangent && (λ .*= d)
+        p.tangent && multiply_each!(λ, λ, d)
         if lu_factor!(A, pivots)
             p.tangent ? lu_solve!(λ, A, pivots) : lu_solve_transposed!(λ, A, pivots)
         else
             fill!(λ, T(NaN))
         end
-        p.tangent || (λ .*= d)
+        p.tangent || multiply_each!(λ, λ, d)
         copy_column!(c.Z, j, λ, 1)
     end
     c.cold = false

@@ -89,8 +89,10 @@ function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     c.cold = cold
     cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.deferred)
-    view(c.sample, 1:samples) .= 1:samples
-    foreach(((A, x),) -> fill!(view(A, 1:samples), x), ((c.residual, T(Inf)), (c.rate, zero(T)), (c.iterations, 0), (c.singular, false)))
+    copyto!(c.sample, 1:samples)
+    for j in 1:samples
+        c.residual[j], c.rate[j], c.iterations[j], c.singular[j] = T(Inf), zero(T), 0, false
+    end
     return c
 end
 
@@ -133,7 +135,7 @@ end
 const BLOW_UP = 1.0e6
 
 # Looked at where the residual is large for a u of usual size only: that of a large u is large, too, on the way to its equilibrium.
-@noinline has_blown_up(c::Columns{T}, j::Int, residual) where {T} = residual > T(BLOW_UP) * norm(view(c.U, :, j))
+@noinline has_blown_up(c::Columns{T}, j::Int, residual) where {T} = residual > T(BLOW_UP) * euclidean_norm(view(c.U, :, j))
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
@@ -154,7 +156,7 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 end
 
 "Write column j out as finished and let the last active column take its place."
-function finish!(c::Columns, p::ColumnEquation, j::Int, status::Status, residual)
+@noinline function finish!(c::Columns, p::ColumnEquation, j::Int, status::Status, residual)
     sample = c.sample[j]
     store_result!(p, sample, c, j, status)
     record!(p.outcome, sample, status, c.iterations[j], residual, c.rate[j])
@@ -210,7 +212,7 @@ each_array(change!::F, s::SolverState) where {F} = (map(change!, per_column(s));
 
 @inline entries_per_column(A::Array) = prod(Base.front(size(A)))
 
-@inline function move_entries!(A::Array, j::Int, k::Int)
+@noinline function move_entries!(A::Array, j::Int, k::Int)
     count = entries_per_column(A)
     to, from = (j - 1) * count, (k - 1) * count
     @inbounds @simd for i in 1:count
@@ -219,7 +221,7 @@ each_array(change!::F, s::SolverState) where {F} = (map(change!, per_column(s));
     return
 end
 
-@inline function swap_entries!(A::Array, j::Int, k::Int)
+@noinline function swap_entries!(A::Array, j::Int, k::Int)
     count = entries_per_column(A)
     a, b = (j - 1) * count, (k - 1) * count
     @inbounds for i in 1:count
@@ -286,7 +288,7 @@ end
 give_up!(c::Columns, p::ColumnEquation) = foreach(j -> give_up!(c, p, j), c.active:-1:1)
 
 function give_up!(c::Columns, p::ColumnEquation, j::Int)
-    scale = max(norm(view(c.F, :, j)), p.floor)
+    scale = max(euclidean_norm(view(c.F, :, j)), p.floor)
     return finish!(c, p, j, c.singular[j] ? SINGULAR : MAX_ITERATIONS, c.residual[j] / scale)
 end
 

@@ -1,21 +1,36 @@
-# Elementwise operations as loops. Broadcasts say the same, but compile some twenty methods for each combination of array types: they
-# were a fifth of the compiled package.
+# Elementwise operations as loops. Broadcasts say the same, but compile some twenty methods for each combination of functions and array
+# types: they were a fifth of the compiled package.
 
-"    add!(A, B)\n\n`A += B`"
-function add!(A::AbstractArray, B::AbstractArray)
-    axes(A) == axes(B) || throw(DimensionMismatch("an array of size $(size(B)) was added to one of size $(size(A))"))
-    @inbounds @simd for i in eachindex(A, B)
-        A[i] += B[i]
-    end
-    return A
-end
-
-"    multiply_each!(C, A, B)\n\n`C = A ∘ B`, entry by entry."
-function multiply_each!(C::AbstractMatrix, A::AbstractMatrix, B::AbstractMatrix)
-    axes(A) == axes(B) == axes(C) ||
-        throw(DimensionMismatch("entries were multiplied of matrices of the sizes $(size(A)) and $(size(B)) for one of $(size(C))"))
-    @inbounds @simd for i in eachindex(A, B, C)
-        C[i] = A[i] * B[i]
+"    map_each!(f, C, arrays...)\n\n`C[i] = f(A[i], B[i], …)` for all entries of the arrays."
+@inline function map_each!(f::F, C::AbstractArray, arrays::Vararg{AbstractArray, N}) where {F, N}
+    all(A -> axes(A) == axes(C), arrays) ||
+        throw(DimensionMismatch("entries of arrays of the sizes $(map(size, arrays)) were taken together for one of $(size(C))"))
+    @inbounds @simd for i in eachindex(C, arrays...)
+        C[i] = f(map(A -> A[i], arrays)...)
     end
     return C
+end
+
+"    add!(A, B)\n\n`A += B`"
+add!(A::AbstractArray, B::AbstractArray) = map_each!(+, A, A, B)
+
+"    subtract!(A, B)\n\n`A -= B`"
+subtract!(A::AbstractArray, B::AbstractArray) = map_each!(-, A, A, B)
+
+"    multiply_each!(C, A, B)\n\n`C = A ∘ B`, entry by entry."
+multiply_each!(C::AbstractArray, A::AbstractArray, B::AbstractArray) = map_each!(*, C, A, B)
+
+"""
+    euclidean_norm(x)
+
+‖x‖. Of few numbers from their squares, unless these overflow or vanish, against which BLAS takes care at several times the cost.
+"""
+euclidean_norm(x::AbstractVector) = norm(x)
+function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
+    length(x) < SMALL_NORM || return BLAS.nrm2(x)
+    squares = zero(T)
+    for entry in x
+        squares = muladd(entry, entry, squares)
+    end
+    return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : BLAS.nrm2(x)
 end

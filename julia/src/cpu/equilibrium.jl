@@ -210,14 +210,17 @@ function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     net, B = problem.net, size(X, 2)
     asked = problem.solver isa Chord
     asked || B >= 2 * PILOTS && any(stage -> stage.recurrent && may_pay(length(stage.rows), B), net.stages) || return
-    pilots = 1:cld(B, PILOTS):B
-    tile = first(buffers!(ws, length(pilots), 1, 1))
+    return linearize_around!(ws, problem, X[:, 1:cld(B, PILOTS):B], B, asked)
+end
+
+function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::Int, asked::Bool) where {T}
+    net, m = problem.net, size(pilots, 2)
+    tile = first(buffers!(ws, m, 1, 1))
     tile.latest = tile.factorised = false
-    x = X[:, pilots]
-    forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), x)
+    forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), pilots)
     for (stage, r) in zip(net.stages, ws.recurrences)
         stage.recurrent && (asked || may_pay(length(stage.rows), B)) || continue
-        m, n = length(pilots), length(stage.rows)
+        n = length(stage.rows)
         D = view(tile.D, stage.rows, 1:m)
         slopes!(D, stage.activation, view(tile.S, stage.rows, 1:m), view(tile.Z, stage.rows, 1:m))
         fill!(r.slope, 0)

@@ -110,7 +110,8 @@ end
 function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
     isfinite(w.residual2[l]) || return NON_FINITE
     w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
-    foreach((A, B) -> store_lane!(A, j, B, l), (c.S, c.F), (w.S, w.F))
+    store_lane!(c.S, j, w.S, l)
+    store_lane!(c.F, j, w.F, l)
     return repels(c, p, j) ? UNSTABLE : is_spurious(c, p, j) ? SINGULAR : CONVERGED
 end
 
@@ -123,7 +124,8 @@ index, one for each.
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps, lanes = p.unique ? 1 : 3, Val(L)
     w.active, w.failed = bits_up_to(L), 0
-    foreach(x -> put_vector!(x, 1, same_in_all(T(Inf), lanes)), (w.residual2, w.last2))
+    put_vector!(w.residual2, 1, same_in_all(T(Inf), lanes))
+    put_vector!(w.last2, 1, same_in_all(T(Inf), lanes))
     for k in 1:evaluations
         affine_lanes!(w, M, cold && k == 1)
         activate_lanes!(w, p.f)
@@ -527,7 +529,8 @@ function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}, tol::T) where {T, L}
     residual_lanes!(w)
     relate_residuals!(w, floatmin(T))
     w.failed = ~at_most(vector(w.residual, 1, Val(L)), same_in_all(tol, Val(L)))
-    foreach((x, value) -> put_vector!(x, 1, same_in_all(value, Val(L))), (w.iterations, w.rate), (one(T), zero(T)))
+    put_vector!(w.iterations, 1, same_in_all(one(T), Val(L)))
+    put_vector!(w.rate, 1, same_in_all(zero(T), Val(L)))
     return
 end
 

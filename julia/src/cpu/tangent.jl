@@ -50,7 +50,7 @@ function push_forward_stage!(ws::Tile, problem, stage::Stage, f::Activation, k::
     U = drive!(ws.columns[k].U, t, ws.Z, X, m, ws.threads)       # which the forward pass needs no more
     multiply_add!(U, w.input, dX, m, ws.threads)
     multiply_add!(U, w.feed, ws.E, m, ws.threads)
-    G = view(U, :, 1:m)
+    G = view(U, 1:length(rows), 1:m)           # a view like E
     if stage.recurrent && problem.adjoint isa Unrolled
         @late unroll_tangent!(E, ws.adjoints[k], ws.chains[k], problem.adjoint.steps, f, w.recurrent, t.recurrent, G)
         return

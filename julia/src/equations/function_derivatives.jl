@@ -103,20 +103,23 @@ end
 call!(y, J, p::ErasedEquation, z, sample::Int) = call!(y, J, p.equation, z, sample)::Bool
 
 """
-    explaining_duals(work, problem, Z)
+    explaining_types(work, problem, Z)
 
-`work()`; where f takes numbers, but not those that derivatives are found with, the `ArgumentError` says what to do.
+`work()`; where f takes numbers, but not the types that it is given here, the `ArgumentError` says what to do.
 """
-function explaining_duals(work, problem::EquationProblem{T}, Z) where {T}
+function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
     try
         return work()
     catch error
-        error isa MethodError && any(x -> x isa Union{Dual, AbstractArray{<:Dual}}, error.args) || rethrow()
-        Base.invokelatest(call!, zeros(T, problem.n), Equation(problem), Z[:, 1], 1)          # which says what else is wrong
+        error isa MethodError && any(x -> x isa Union{Dual, Short, AbstractArray{<:Dual}}, error.args) || rethrow()
+        # Which says what else is wrong.
+        checked(Base.invokelatest(problem.f, Z[:, 1], as_arrays(problem.args, problem.batched, 1)...), problem.n)
+        what = any(x -> x isa Short, error.args) ? "vectors of another type than Array, which it is given up to $(MAX_SHORT) entries" :
+            "dual numbers of ForwardDiff.jl, by which it is differentiated"
         throw(
             ArgumentError(
-                "f takes no dual numbers of ForwardDiff.jl, by which it is differentiated: declare its parameters for any numbers, as \
-                z::AbstractVector{<:Real}, and make arrays by zeros(eltype(z), n); $(first(eachline(IOBuffer(sprint(showerror, error)))))"
+                "f takes no $what: declare its parameters for any numbers, as z::AbstractVector{<:Real}, and make arrays by \
+                zeros(eltype(z), n); $(first(eachline(IOBuffer(sprint(showerror, error)))))"
             )
         )
     end

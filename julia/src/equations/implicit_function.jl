@@ -14,15 +14,13 @@ function (c::EquationConditions)(θ, z, _)
     args = unstack(problem, θ)
     Z, C = reshape(z, problem.n, :), reshape(out, problem.n, :)
     for j in 1:problem.samples
-        own = Any[b ? sample_of(x, j) : x for (x, b) in zip(args, problem.batched)]
-        C[:, j] .= checked(problem.f(Z[:, j], map(number_or_array, own)...), problem.n)
-        problem.root || (C[:, j] .-= view(Z, :, j))
+        y = checked(problem.f(Z[:, j], as_arrays(args, problem.batched, j)...), problem.n)
+        for i in 1:problem.n
+            C[i, j] = problem.root ? y[i] : y[i] - Z[i, j]
+        end
     end
     return out
 end
-
-sample_of(x, j) = copy(selectdim(x, ndims(x), j))
-number_or_array(x) = ndims(x) == 0 ? x[] : x
 
 stacked(problem::EquationProblem{T}) where {T} = reduce(vcat, (vec(x) for x in problem.args if is_differentiable(x)); init = T[])
 
@@ -85,7 +83,7 @@ function jacobian_by_implicit_function!(J, problem::EquationProblem{T}, inverses
     entries = size(J, 2)
     for j in 1:problem.samples
         begins = offset + (problem.batched[index] ? (j - 1) * entries : 0)
-        J[:, :, j] = full[:, j, begins .+ (1:entries)]
+        J[:, :, j] = full[:, j, (begins + 1):(begins + entries)]
     end
     return J
 end

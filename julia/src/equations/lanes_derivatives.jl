@@ -57,8 +57,7 @@ end
     regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 0.01
     c = ntuple(i -> in_doubt(value_of(y[i]) - (R ? zero(Vec) : z[i]), Float64(eps(T)) * largest_term(y[i], args, Val(K))), Val(K))
     errors = ntuple(i -> sum(ntuple(k -> @inbounds(w.B[i, k]) * c[k], Val(K))), Val(K))
-    beyond = 8 * sqrt(Float64(eps(T)))
-    evaluate!(w.J, p, Short(ntuple(i -> z[i] - errors[i] - copysign(beyond * z[i], errors[i]), Val(K))), args, root)
+    evaluate!(w.J, p, Short(ntuple(i -> z[i] - errors[i] - beyond(z[i], errors[i], Float64(eps(T))), Val(K))), args, root)
     regular &= deviation(w.B, w.J, Val(K)) <= LARGEST_CHANGE
     for (l, j) in enumerate(samples(b))
         @inbounds inverses.regular[j] = lane(regular, l)

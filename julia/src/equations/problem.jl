@@ -106,6 +106,11 @@ per_sample(x::AbstractMatrix) = PerSample{size(x, 1) <= MAX_SHORT ? size(x, 1) :
 @inline at(x::PerSample{K}, j) where {K} = Short(ntuple(i -> (@inbounds x.array[i, j]), Val(K)))
 @inline at(x::PerSample{-1}, j) = view(x.array, ntuple(_ -> :, Val(ndims(x.array) - 1))..., j)
 
+"The arguments of a sample as arrays, and numbers for those without dimensions."
+as_arrays(args, batched, sample::Int) =
+    Any[number_or_array(b ? copy(selectdim(x, ndims(x), sample)) : x) for (x, b) in zip(args, batched)]
+number_or_array(x) = ndims(x) == 0 ? x[] : x
+
 """
     Equation{T, K}(problem)
 

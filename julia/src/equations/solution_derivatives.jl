@@ -99,8 +99,8 @@ end
         w.r[i] += copysign(eps(T) * w.z[i], w.r[i])
     end
     correct!(w, inverse)
-    w.z .-= beyond.(z, z .- w.z)
-    n == 1 || (w.rows .= inv.(w.columns))
+    map_each!((moved, z) -> moved - beyond(z, z - moved, eps(T)), w.z, w.z, z)
+    n == 1 || map_each!(inv, w.rows, w.columns)
     change!(w, inverse, p, sample) <= LARGEST_CHANGE && return
     doubt_rounding!(w, p, sample)
     correct!(w, inverse)
@@ -108,8 +108,8 @@ end
     return
 end
 
-"What z is moved by beyond its error, in the same direction, to find solutions that may be double roots to the rounding of f."
-@inline beyond(z::T, error) where {T} = copysign(T(8) * sqrt(eps(T)) * z, error)
+"What z is moved by beyond its error, in the same direction, to find solutions that may be double roots to the rounding ε of f."
+@inline beyond(z, error, ε) = copysign(8 * sqrt(ε) * z, error)
 
 # w.z = z - A⁻¹ w.r
 @inline function correct!(w::InverseBuffers, inverse)
@@ -135,12 +135,17 @@ end
 # Constants in f have a rounding that no argument tells of: what the conditions at w.z are off the trapezoidal rule by, which is
 # exact where A is linear.
 @noinline function doubt_rounding!(w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
-    way, change, here = w.z .- w.at, similar(w.r), similar(w.r)
+    way, change, here = map_each!(-, similar(w.z), w.z, w.at), similar(w.r), similar(w.r)
     call!(change, p, w.z, sample)
     call!(here, p, w.at, sample)
     conditions_jacobian!(w.A, p, w.at, sample)
-    change .-= here .+ (p.root ? zero(way) : way) .+ (w.A .+ w.corrected) * way ./ 2
-    w.r .+= copysign.(8 .* ifelse.(isfinite.(change), change, zero(T)), w.r)
+    for i in eachindex(change)
+        off = change[i] - here[i] - (p.root ? zero(T) : way[i])
+        for k in eachindex(way)
+            off -= (w.A[i, k] + w.corrected[i, k]) / 2 * way[k]
+        end
+        isfinite(off) && (w.r[i] += copysign(8off, w.r[i]))
+    end
     return
 end
 
@@ -159,17 +164,21 @@ function equilibrate!(rows::Vector{T}, columns::Vector{T}, A::Matrix{T}) where {
     for _ in 1:SWEEPS
         balance!(rows, columns, A) & balance!(columns, rows, transpose(A)) && break
     end
-    rows .= power_of_two.(rows)
-    columns .= power_of_two.(columns)
+    map_each!(power_of_two, rows, rows)
+    map_each!(power_of_two, columns, columns)
     scale!(A, rows, columns)
     return
 end
 
 # Halve the exponents of the largest entries of the rows of A, for the scales of its columns; whether they were small before.
-function balance!(rows, columns, A)
+function balance!(rows, columns, A::AbstractMatrix{T}) where {T}
     balanced = true
     for i in eachindex(rows)
-        largest = rows[i] + maximum(j -> size_exponent(A[i, j]) + columns[j], eachindex(columns))
+        largest = T(-Inf)
+        for j in eachindex(columns)
+            largest = max(largest, size_exponent(A[i, j]) + columns[j])
+        end
+        largest += rows[i]
         isfinite(largest) || continue
         balanced &= abs(largest) <= 2
         rows[i] -= largest / 2
@@ -225,7 +234,7 @@ c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`S
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
     p = suited(problem)
-    @lock inverses.lock explaining_duals(problem, inverses.Z) do
+    @lock inverses.lock explaining_types(problem, inverses.Z) do
         if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
             Base.invokelatest(find_inverses!, inverses, p)
             Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
@@ -301,7 +310,7 @@ that are not wanted. Throws [`SingularSolution`](@ref).
 """
 function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Inverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}
     p = suited(problem)
-    @lock inverses.lock explaining_duals(problem, inverses.Z) do
+    @lock inverses.lock explaining_types(problem, inverses.Z) do
         if is_small(problem) && all(wanted)
             Base.invokelatest(find_inverses!, inverses, p)
             Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)

@@ -16,7 +16,7 @@ function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, sol
     # `f` may be newer than this code.
     regular = zeros(Bool, problem.samples)
     given = [k => copy(x) for (k, x) in enumerate(problem.args) if can_be_written_to(x, problem.batched[k])]
-    explaining_duals(problem, Z) do
+    explaining_types(problem, Z) do
         Base.invokelatest(solve_samples!, Z, outcome, regular, suited(problem), solver, Float64(tolerance(solver, T)))
     end
     for (k, x) in given
@@ -47,10 +47,5 @@ function solve_sample!(s::Iteration{T}, Z::Matrix{T}, outcome::Outcome, p::Abstr
     status = iterate!(solver, s, p, tol)
     copy_column!(Z, sample, s.z, 1)
     set_outcome!(outcome, sample, status, s.evaluations, s.relative, s.rate)
-    return
-end
-
-@inline function set_outcome!(o::Outcome, sample::Int, status::Status, evaluations::Int, residual::Float64, rate::Float64)
-    @inbounds o.status[sample], o.iterations[sample], o.residual[sample], o.rate[sample] = status, evaluations % Int32, residual, rate
     return
 end

@@ -10,15 +10,15 @@ function unpack_tangent(net::Network{T}, w::Weights{T}, v) where {T}
     for (stage, ws, ts) in zip(net.stages, w.stages, tangent.stages)
         stage.recurrent || continue
         dual = dual_stage(stage, net, ws, ts)
-        ts.recurrent .= only.(partials.(constrain!(dual, net.constraint, stage.slopes).recurrent))
+        map_each!(only ∘ partials, ts.recurrent, constrain!(dual, net.constraint, stage.slopes).recurrent)
     end
     return tangent
 end
 
 function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T}
     dual = StageWeights{Dual{Nothing, T, 1}}(stage, net.inputs)
-    dual.raw .= Dual{Nothing}.(w.raw, t.raw)
-    dual.scales .= Dual{Nothing}.(w.scales, t.scales)
+    map_each!((x, dx) -> Dual{Nothing}(x, dx), dual.raw, w.raw, t.raw)
+    map_each!((x, dx) -> Dual{Nothing}(x, dx), dual.scales, w.scales, t.scales)
     return dual
 end
 

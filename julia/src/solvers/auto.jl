@@ -62,7 +62,7 @@ function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
 end
 
 predicted_iterations(c::Columns, p, j) =
-    predicted_iterations(p.tol * max(norm(view(c.F, :, j)), p.floor), c.residual[j], c.rate[j])
+    predicted_iterations(p.tol * max(euclidean_norm(view(c.F, :, j)), p.floor), c.residual[j], c.rate[j])
 
 "Iterations until a residual that shrinks at the present rate is as small as the goal."
 predicted_iterations(goal::T, residual::T, rate::T) where {T <: AbstractFloat} = log(goal / residual) / log(min(rate, T(0.9999)))

@@ -208,10 +208,10 @@ const PROBE, ANSWER = 2.0^-10, 32.0
 # conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is anywhere.
 @noinline function answers!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     expected, found = similar(s.z), similar(s.c)
-    s.picard .= s.z .+ T(PROBE) .* (s.base .- s.z)
-    expected .= s.picard .- s.z
+    map_each!((z, before) -> z + T(PROBE) * (before - z), s.picard, s.z, s.base)
+    map_each!(-, expected, s.picard, s.z)
     call!(found, p, s.picard, s.sample)
-    found .-= s.c
+    subtract!(found, s.c)
     lu_solve!(found, l.LU, l.pivots)
     return all(i -> is_answer(found[i], expected[i]), eachindex(found)) &&
         !(measure(found, p.weights) > ANSWER * measure(expected, p.weights))
@@ -229,31 +229,35 @@ end
 
 # Whether the Jacobian is about the same two steps further, as at a root at which one may have started; in any units of the unknowns.
 @noinline function is_steady!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
-    s.picard .= s.z .+ 2 .* l.step .+ 8eps(T) .* s.z
+    map_each!((z, step) -> z + 2step + 8eps(T) * z, s.picard, s.z, l.step)
     change = similar(l.J)
     conditions_jacobian!(change, p, s.picard, s.sample)
-    change .-= l.J
+    subtract!(change, l.J)
     foreach(k -> lu_solve!(view(change, :, k), l.LU, l.pivots), axes(change, 2))
-    units = abs.(s.z) .+ abs.(l.step)
-    units .= max.(units, eps(T) * maximum(units), floatmin(T))
-    return largest_column_sum(change .* units' ./ units) <= T(0.5)
+    units = map_each!((z, step) -> abs(z) + abs(step), similar(s.z), s.z, l.step)
+    smallest = max(eps(T) * maximum(units), floatmin(T))
+    map_each!(unit -> max(unit, smallest), units, units)
+    for j in axes(change, 2), i in axes(change, 1)
+        change[i, j] = change[i, j] * units[j] / units[i]
+    end
+    return largest_column_sum(change) <= T(0.5)
 end
 
 # Whether f leaps a little further on or back, as floor(z) does at whole numbers: only parts of Newton steps lead to there.
 @noinline function leaps!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
-    way, change = 2 .* l.step .+ copysign.(8eps(T) .* s.z, l.step), similar(s.c)
-    return any((way, -way)) do d
-        s.picard .= s.z .+ d
+    way, change = map_each!((step, z) -> 2step + copysign(8eps(T) * z, step), similar(s.z), l.step, s.z), similar(s.c)
+    return any((1, -1)) do sign
+        map_each!((z, d) -> z + sign * d, s.picard, s.z, way)
         call!(change, p, s.picard, s.sample)
-        change .-= s.c
+        subtract!(change, s.c)
         lu_solve!(change, l.LU, l.pivots)
-        2 * measure(d, p.weights) + sqrt(default_tolerance(T)) * s.largest < measure(change, p.weights) < Inf
+        2 * measure(way, p.weights) + sqrt(default_tolerance(T)) * s.largest < measure(change, p.weights) < Inf
     end
 end
 
 "Whether the last step was part of a Newton step of that size."
 function is_part(s::Iteration, p::AbstractEquation, size::Float64)
-    s.picard .= s.z .- s.base
+    map_each!(-, s.picard, s.z, s.base)
     return measure(s.picard, p.weights) < 0.9 * size < Inf
 end
 

@@ -55,10 +55,15 @@ end
 
 "Take over the outcome of the first samples of `from` for those with these numbers."
 function copy_outcome!(to::Outcome, samples, from::Outcome)
-    for name in fieldnames(Outcome)
-        copyto!(view(getfield(to, name), samples), view(getfield(from, name), eachindex(samples)))
+    for (k, j) in enumerate(samples)
+        set_outcome!(to, j, from.status[k], from.iterations[k], from.residual[k], from.rate[k])
     end
     return to
+end
+
+@inline function set_outcome!(o::Outcome, sample::Int, status::Status, iterations, residual, rate)
+    @inbounds o.status[sample], o.iterations[sample], o.residual[sample], o.rate[sample] = status, iterations % Int32, residual, rate
+    return
 end
 
 worse(a, b) = ifelse((a > b) | isnan(a), a, b)

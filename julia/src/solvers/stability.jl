@@ -16,11 +16,20 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     check_interrupt()
     n = size(R, 1)
     all(isfinite, d) && all(isfinite, R) || return NaN
-    n <= DENSE_EIGEN && return maximum(abs, eigvals(d .* R); init = zero(T))
-    start = ones(T, n) ./ T(sqrt(n))
+    n <= DENSE_EIGEN && return maximum(abs, eigvals(rows_times(d, R)); init = zero(T))
+    start = fill(1 / T(sqrt(n)), n)
     values, _, info = @late eigsolve(v -> d .* (R * v), start, 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
-    info.converged > 0 || return maximum(abs, eigvals(d .* R))
+    info.converged > 0 || return maximum(abs, eigvals(rows_times(d, R)))
     return abs(first(values))
+end
+
+"    rows_times(d, R)\n\n`diag(d) R`"
+function rows_times(d, R::AbstractMatrix)
+    A = similar(R)
+    @inbounds for j in axes(R, 2), i in axes(R, 1)
+        A[i, j] = d[i] * R[i, j]
+    end
+    return A
 end
 
 """
@@ -37,11 +46,11 @@ function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
 function repels(R::AbstractMatrix, d)
-    power = d .* R
+    power = rows_times(d, R)
     next = similar(power)
     for k in 0:(size(R, 1) <= DENSE_EIGEN ? SQUARINGS : 0)
         k == 0 || ((power, next) = (gemm!('N', 'N', true, power, power, false, next), power))
-        min(opnorm(power, 1), norm(power)) < 1 && return false
+        min(opnorm(power, 1), euclidean_norm(vec(power))) < 1 && return false
     end
     return spectral_radius(R, vec(d)) >= 1
 end
@@ -95,11 +104,11 @@ function norm_estimate(R::Matrix{T}) where {T}
     estimate = zero(T)
     for _ in 1:50
         gemv!('N', true, R, v, false, w)
-        estimate = norm(w) / norm(v)
+        estimate = euclidean_norm(w) / euclidean_norm(v)
         gemv!('T', true, R, w, false, v)
-        size = norm(v)
+        size = euclidean_norm(v)
         size > 0 || return ceiling
-        v ./= size
+        map_each!(x -> x / size, v, v)
     end
     return min(ceiling, T(1.02) * estimate)
 end
