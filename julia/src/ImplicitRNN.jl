@@ -74,6 +74,7 @@ include("cpu/lanes.jl")
 include("cpu/workspace.jl")
 include("cpu/equilibrium.jl")
 include("model/regularization.jl")
+include("cpu/tiny.jl")
 include("cpu/gradient.jl")
 include("cpu/tangent.jl")
 

@@ -1,6 +1,7 @@
-# Tiny nets side by side in vector registers: the same as one by one, to the last bit.
+# Tiny nets in vector registers, alone or side by side: the same as by tiles and one by one, to the last bit.
 
-using ImplicitRNN: Batches, descend!, goes_side_by_side, is_tiny, optimizer_state, Optimisers, train_each!, train_side_by_side!
+using ImplicitRNN: Batches, descend!, goes_side_by_side, gradient_in_lanes!, is_tiny, loss_and_gradient!, optimizer_state, Optimisers,
+    train_each!, train_side_by_side!, Workspace
 
 # Parameters, losses, unconverged samples, states of the optimiser and what halted the nets, each way.
 function both_ways(
@@ -23,6 +24,45 @@ function both_ways(
 end
 
 same_bits(a, b) = all(name -> isequal(a[name], b[name]), keys(a))
+
+@testset "few samples in lanes: $(nameof(typeof(constraint))), $(nameof(typeof(loss))), $T" for
+    (T, constraint, loss) in (
+        (Float64, Perron(0.9), MSE()), (Float64, Free(), Huber(0.3)), (Float32, InfNorm(0.8), BinaryCrossEntropy()), (Float32, Perron(0.9), MAE()),
+    )
+    rng = MersenneTwister(2)
+    for (inputs, n, outputs) in ((2, 1, 1), (1, 2, 3), (12, 5, [1, 5]), (3, 12, 2)), samples in (1, 4, 8), activation in (:tanh, :softplus)
+        net = Network{T}(inputs, [Layer(n, activation)]; outputs, constraint)
+        p, X, Y = randn(rng, T, length(net)), randn(rng, T, inputs, samples), rand(rng, T, ImplicitRNN.output_size(net), samples)
+        ws, problem, weights = Workspace(net), Problem(net; loss), samples == 4 ? rand(rng, T, samples) : nothing
+        by_lanes, by_tiles = zeros(T, length(net)), zeros(T, length(net))
+        report = (fill(ImplicitRNN.CONVERGED, samples), zeros(samples), zeros(samples))          # for which tiles are needed
+        @test isequal(
+            loss_and_gradient!(by_lanes, ws, problem, p, X, Y; weights), loss_and_gradient!(by_tiles, ws, problem, p, X, Y; weights, report)
+        )
+        @test isequal(by_lanes, by_tiles)
+        seed = ImplicitRNN.LossSeed(loss, Y, weights, T(1 / samples))
+        by_lanes .= NaN
+        @test gradient_in_lanes!(by_lanes, ws, problem, X, seed) !== nothing || constraint isa Free
+        constraint isa Free || @test isequal(by_lanes, by_tiles)
+    end
+end
+
+@testset "few samples that lanes do not solve" begin
+    net = Network(2, [Layer(3)]; outputs = 1, constraint = Free())
+    rng, X, Y, ws = MersenneTwister(1), [-1.0 -1 1 1; -1 1 -1 1], ones(1, 4), Workspace(net)
+    unsolved = 0
+    for _ in 1:50
+        p, g = 3 .* randn(rng, length(net)), zeros(length(net))
+        loss_and_gradient!(g, ws, Problem(net), p, X, Y)
+        seed = ImplicitRNN.LossSeed(MSE(), Y, nothing, 0.25)
+        unsolved += gradient_in_lanes!(zero(g), ws, Problem(net), X, seed) === nothing
+        report = (fill(ImplicitRNN.CONVERGED, 4), zeros(4), zeros(4))
+        h = zero(g)
+        loss_and_gradient!(h, ws, Problem(net), p, X, Y; report)
+        @test isequal(g, h)
+    end
+    @test 0 < unsolved < 50
+end
 
 @testset "side by side: $(nameof(typeof(constraint))), $(nameof(typeof(loss))), $T" for
     (T, constraint, loss) in (
@@ -72,13 +112,13 @@ end
 
 @testset "nets that do not fit side by side" begin
     tiny = Network(2, [Layer(2)]; outputs = 1)
-    @test is_tiny(Problem(tiny), 4)
-    @test !is_tiny(Problem(Network(2, [Layer(13)]; outputs = 1)), 4)
-    @test !is_tiny(Problem(Network(2, [Layer(2), Layer(2)]; outputs = 1)), 4)
-    @test !is_tiny(Problem(tiny; solver = Newton()), 4)
-    @test !is_tiny(Problem(tiny; adjoint = JacobianFree()), 4)
-    @test !is_tiny(Problem(tiny; jacobian_penalty = 0.1), 4)
-    @test !is_tiny(Problem(tiny; loss = CrossEntropy()), 4)
+    @test is_tiny(Problem(tiny))
+    @test !is_tiny(Problem(Network(2, [Layer(13)]; outputs = 1)))
+    @test !is_tiny(Problem(Network(2, [Layer(2), Layer(2)]; outputs = 1)))
+    @test !is_tiny(Problem(tiny; solver = Newton()))
+    @test !is_tiny(Problem(tiny; adjoint = JacobianFree()))
+    @test !is_tiny(Problem(tiny; jacobian_penalty = 0.1))
+    @test !is_tiny(Problem(tiny; loss = CrossEntropy()))
     batches = Batches(zeros(2, 4), zeros(1, 4), nothing, [1 2 3 4]', 4, [0.1])
     nets(count) = Replicas(zeros(length(tiny), count))
     @test goes_side_by_side(Trainer(Problem(tiny), Optimisers.Adam(); nets = 40), nets(40), batches)

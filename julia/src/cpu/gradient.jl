@@ -9,7 +9,8 @@ function loss_and_gradient!(
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
     summary = exclusively(ws) do
         unpack!(ws, p)
-        pull_back!(g, ws, problem, X, seed; start = states, probe, report, states)
+        in_lanes = report === states === nothing ? gradient_in_lanes!(g, ws, problem, X, seed) : nothing
+        in_lanes === nothing ? pull_back!(g, ws, problem, X, seed; start = states, probe, report, states) : in_lanes
     end
     return summary.loss, summary.quality
 end

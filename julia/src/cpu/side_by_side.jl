@@ -55,8 +55,6 @@ struct SideBySide{T, L, F <: Activation, C <: Constraint, E <: Loss}
     total::LaneWeights{T}          # of the gradient
     partial::LaneWeights{T}        # of a tile
     lanes::Lanes{T, L}
-    Z::Matrix{T}                   # nets × neurons
-    G::Matrix{T}
     Y::Matrix{T}                   # nets × outputs
     GY::Matrix{T}
     loss::Vector{Float64}
@@ -72,29 +70,14 @@ function SideBySide(problem::Problem{T}) where {T}
     return SideBySide{T, L, typeof(f), typeof(net.constraint), typeof(loss)}(
         net, f, net.constraint, loss, criterion, adjoint_tolerance(tolerance(adjoint, T)),
         zeros(T, L, length(net)), zeros(T, L, length(net)), (LaneWeights(net) for _ in 1:3)..., Lanes{T, L}(n),
-        zeros(T, L, n), zeros(T, L, n), zeros(T, L, k), zeros(T, L, k), zeros(L), zeros(L), zeros(Bool, L),
+        zeros(T, L, k), zeros(T, L, k), zeros(L), zeros(L), zeros(Bool, L),
     )
-end
-
-"""
-    is_tiny(problem, samples)
-
-Whether nets can be trained side by side in batches of so many samples: one recurrent stage whose products are summed term by term, a method
-that the lanes have, and no more tiles than there are shares of the sum over the batch.
-"""
-function is_tiny(problem::Problem, samples::Int)
-    (; net, solver, adjoint, loss, jacobian_penalty) = problem
-    length(net.stages) == 1 && only(net.stages).recurrent || return false
-    return max(neurons(net), net.inputs, net.outputs) <= SMALL && net.constraint isa Union{Free, Perron, InfNorm} &&
-        solver isa Auto && solver.max_iterations >= LANE_ITERATIONS && adjoint isa Implicit && adjoint.linear_solver === :auto &&
-        loss isa ElementwiseLoss && jacobian_penalty == 0 && cld(samples, tile_width(net, samples)) <= shares_of(net)
 end
 
 # --- vectors of nets ------------------------------------------------------------------------------------------
 
 # A[:, i] = B[:, k], in the order of memory
 @inline copy_vector!(A::Array, i::Int, B::Array, k::Int, lanes) = put_vector!(A, i, vector(B, k, lanes))
-@inline add_product!(A::Array, i::Int, x, y, lanes) = put_vector!(A, i, muladd_lanes(x, y, vector(A, i, lanes)))
 
 function add!(a::LaneWeights, b::LaneWeights)
     map(add!, sums(a), sums(b))
@@ -179,7 +162,7 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
             scaled && (g.scales[l, j] += flow)
         end
     end
-    scaled && (g.scales .-= inner)
+    scaled && subtract!(g.scales, inner)
     @inbounds for i in 1:n
         @simd ivdep for l in 1:L
             inner[l, i] = ifelse(row_factor[l, i] < 1, inner[l, i] / row_sum[l, i], zero(T))
@@ -224,52 +207,23 @@ end
 
 function add_sample!(sum::LaneWeights, s::SideBySide{T, L}, X, Y, sample::Int, weight) where {T, L}
     w, net, weights, lanes = s.lanes, s.net, s.weights, Val(L)
-    drive_lanes!(w.U, weights, X, sample, lanes)
-    fill!(w.Z, 0)
+    x = view(X, :, sample)
+    drive_lanes!(w.U, weights.input, weights.bias, x, lanes)
     newton_lanes!(w, weights.recurrent, s.forward, true, LANE_ITERATIONS)
-    @inbounds for l in 1:L
-        s.unsolved[l] |= has_bit(w.failed, l)
-    end
-    copyto!(s.Z, w.F)
+    note_unsolved!(s)
     slopes_lanes!(w, s.f)
-    read_out_lanes!(s, lanes)
+    read_out_lanes!(s.Y, w.F, net, weights.C, weights.d, lanes)
     loss_gradient_lanes!(s, Y, sample, weight / size(Y, 1))
-    read_out_adjoint_lanes!(sum, s, lanes)
-    copyto!(w.U, s.G)
+    read_out_adjoint_lanes!(w.U, s.GY, net, weights.C, lanes)
     adjoint_lanes!(w, weights.transposed, s.adjoint_tol)
+    note_unsolved!(s)
+    add_pullback_lanes!(sum, w, x, s.GY, net, lanes)
+    return
+end
+
+function note_unsolved!(s::SideBySide{T, L}) where {T, L}
     @inbounds for l in 1:L
-        s.unsolved[l] |= has_bit(w.failed, l)
-    end
-    add_pullback_lanes!(sum, s, X, sample, lanes)
-    return
-end
-
-function drive_lanes!(U, w::LaneWeights{T}, X, sample::Int, lanes) where {T}
-    n, (; input, bias) = size(U, 2), w
-    for i in 1:n
-        drive = vector(bias, i, lanes)
-        for k in axes(X, 1)
-            drive = muladd_lanes(vector(input, (k - 1) * n + i, lanes), same_in_all(@inbounds(X[k, sample]), lanes), drive)
-        end
-        put_vector!(U, i, drive)
-    end
-    return
-end
-
-function read_out_lanes!(s::SideBySide, lanes)
-    (; net, Y, Z) = s
-    (; C, d) = s.weights
-    offset, k = first(net.readout) - 1, size(Y, 2)
-    for i in 1:k
-        if net.outputs == 0
-            copy_vector!(Y, i, Z, net.readout[i], lanes)
-        else
-            y = vector(d, i, lanes)
-            for q in axes(C, 3)
-                y = muladd_lanes(vector(C, (q - 1) * k + i, lanes), vector(Z, offset + q, lanes), y)
-            end
-            put_vector!(Y, i, y)
-        end
+        s.unsolved[l] |= has_bit(s.lanes.failed, l)
     end
     return
 end
@@ -286,44 +240,6 @@ function loss_gradient_lanes!(s::SideBySide, T, sample::Int, w)
     return
 end
 
-function read_out_adjoint_lanes!(sum::LaneWeights, s::SideBySide{T}, lanes) where {T}
-    (; net, G, GY, Z) = s
-    C, offset, k = s.weights.C, first(net.readout) - 1, size(GY, 2)
-    fill!(G, 0)
-    if net.outputs == 0
-        for i in 1:k, l in axes(G, 1)
-            @inbounds G[l, net.readout[i]] += GY[l, i]
-        end
-        return
-    end
-    for q in axes(C, 3)
-        z, g = vector(Z, offset + q, lanes), same_in_all(zero(T), lanes)
-        for i in 1:k
-            e, entry = vector(GY, i, lanes), (q - 1) * k + i
-            g = muladd_lanes(vector(C, entry, lanes), e, g)
-            add_product!(sum.C, entry, e, z, lanes)
-        end
-        put_vector!(G, offset + q, g)
-    end
-    add!(sum.d, GY)
-    return
-end
-
-function add_pullback_lanes!(sum::LaneWeights, s::SideBySide, X, sample::Int, lanes)
-    E, Z, n = s.lanes.Z, s.Z, size(s.Z, 2)
-    for i in 1:n
-        e = vector(E, i, lanes)
-        for q in 1:n
-            add_product!(sum.recurrent, (q - 1) * n + i, e, vector(Z, q, lanes), lanes)
-        end
-        for k in axes(X, 1)
-            add_product!(sum.input, (k - 1) * n + i, e, same_in_all(@inbounds(X[k, sample]), lanes), lanes)
-        end
-    end
-    add!(sum.bias, E)
-    return
-end
-
 # --- training -----------------------------------------------------------------------------------------------------
 
 "Whether what a rule of Optimisers.jl does to a parameter depends on that parameter only."
@@ -336,11 +252,12 @@ is_elementwise(
 ) = true
 is_elementwise(chain::Optimisers.OptimiserChain) = all(is_elementwise, chain.opts)
 
-# Lanes without a net compute as well.
+# Lanes without a net compute as well. The sum over a batch has as many shares as tiles.
 function goes_side_by_side(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
     problem, samples, count = trainer.problem, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
     first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} && !trainer.warm_start &&
-        is_tiny(problem, samples) && is_elementwise(trainer.rule) || return false
+        is_tiny(problem) && is_elementwise(trainer.rule) || return false
+    cld(samples, tile_width(problem.net, samples)) <= shares_of(problem.net) || return false
     threads = Threads.nthreads()
     return cld(cld(count, NETS), threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
 end
@@ -414,7 +331,7 @@ function train_group!(
             selected = batch(batches, epoch, step)
             loss_and_gradient!(s, X, Y, weights, is_whole(batches) ? whole(batches) : selected)
             any(s.unsolved) && solve_alone!(g, s, b, trainer.problem, batches, epoch, step)
-            g.total .+= s.loss .* length(selected)
+            map_each!((total, loss) -> total + loss * length(selected), g.total, g.total, s.loss)
             check_gradients!(g, s, trainer)
             g.state = descend!(rule_at!(b, rate_of(batches, epoch, step)), g.state, p, gradient)
         end
@@ -451,7 +368,7 @@ function check_gradients!(g::NetGroup, s::SideBySide, trainer::Trainer)
         size = euclidean_norm(gradient)
         g.finite[l] = isfinite(s.loss[l]) && isfinite(size)
         g.finite[l] || keep_state!(trainer, g, l)
-        size > trainer.clip && (view(s.gradient, l, :) .*= trainer.clip / size)
+        size > trainer.clip && rmul!(view(s.gradient, l, :), trainer.clip / size)
     end
     return
 end

@@ -58,13 +58,14 @@ mutable struct CPUWorkspace{T} <: AbstractWorkspace{T}
     const tiles::Vector{Tile{T}}              # per thread, made when first needed
     const gradients::Vector{Weights{T}}       # per share of the batch
     const summaries::Vector{Summary}
+    const sample_lanes::Vector{Any}           # of a tiny net, made when first needed
     const owner::Owner
 end
 
 function CPUWorkspace(net::Network{T}) where {T}
     weights = Weights(net)
     return CPUWorkspace{T}(
-        net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(net)], [Summary()], Owner(),
+        net, weights, [Recurrence(w.recurrent) for w in weights.stages], Tile{T}[], [Weights(net)], [Summary()], Any[], Owner(),
     )
 end
 
