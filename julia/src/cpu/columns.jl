@@ -273,13 +273,12 @@ function defer!(c::Columns, j::Int)
     return
 end
 
-"Make the columns set aside active as well; returns the number of active columns."
+"Make the columns set aside, which lie behind the active ones from right to left, active as well; returns the number of active columns."
 function reclaim!(c::Columns)
-    isempty(c.deferred) && return c.active
-    for (j, k) in enumerate(sort!(append!(c.deferred, 1:c.active)))
-        j == k || move_column!(c, j, k)
+    for k in Iterators.reverse(c.deferred)
+        c.active += 1
+        c.active == k || move_column!(c, c.active, k)
     end
-    c.active = length(c.deferred)
     empty!(c.deferred)
     return c.active
 end

@@ -12,8 +12,14 @@ function in_parallel(work::F, pieces::Int, threads::Int) where {F}
     helpers = min(threads, pieces) - 1
     if helpers < 1 || Threads.atomic_xchg!(CREW_BUSY, true)
         foreach(piece -> work(1, piece), 1:pieces)
-        return
+    else
+        with_helpers(work, pieces, helpers)
     end
+    return
+end
+
+# Compiled once for all work.
+function with_helpers(@nospecialize(work), pieces::Int, helpers::Int)
     try
         job = Job(work, pieces, helpers)
         foreach(k -> hand_out!(helper!(k), job), 1:helpers)

@@ -37,7 +37,7 @@ The gradient of a loss and its [`Summary`](@ref) by the weights in force, or not
 the lanes do not do for a sample.
 """
 function gradient_in_lanes!(g, ws::CPUWorkspace{T}, problem::Problem{T}, X, seed) where {T}
-    size(X, 2) <= lane_count(T, 1) && is_tiny(problem) || return nothing
+    1 <= size(X, 2) <= lane_count(T, 1) && is_tiny(problem) || return nothing
     isempty(ws.sample_lanes) && push!(ws.sample_lanes, SampleLanes{T, lane_count(T, 1)}(problem.net))
     s, f = ws.sample_lanes[1]::SampleLanes{T, lane_count(T, 1)}, only(problem.net.stages).activation
     return @usual f Tanh gradient_in_lanes!(g, ws, s, problem, f, X, seed)

@@ -16,16 +16,23 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     check_interrupt()
     n = size(R, 1)
     all(isfinite, d) && all(isfinite, R) || return NaN
-    n <= DENSE_EIGEN && return maximum(abs, eigvals(rows_times(d, R)); init = zero(T))
+    n <= DENSE_EIGEN && return largest_eigenvalue!(rows_times(d, R))
     start = fill(1 / T(sqrt(n)), n)
     values, _, info = @late eigsolve(v -> d .* (R * v), start, 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
-    info.converged > 0 || return maximum(abs, eigvals(rows_times(d, R)))
+    info.converged > 0 || return largest_eigenvalue!(rows_times(d, R))
     return abs(first(values))
+end
+
+# `eigvals` looks for symmetry and sorts, which is more to compile than all else here.
+function largest_eigenvalue!(A::Matrix{T}) where {T}
+    isempty(A) && return zero(T)
+    _, real, imag = LAPACK.geevx!('B', 'N', 'N', 'N', A)
+    return maximum(i -> hypot(real[i], imag[i]), eachindex(real))
 end
 
 "    rows_times(d, R)\n\n`diag(d) R`"
 function rows_times(d, R::AbstractMatrix)
-    A = similar(R)
+    A = Matrix{eltype(R)}(undef, size(R))
     @inbounds for j in axes(R, 2), i in axes(R, 1)
         A[i, j] = d[i] * R[i, j]
     end
