@@ -130,9 +130,7 @@ def _load() -> dict[str, EntryPoint]:
     if _evaluate(known) != "true":
         say("precompiling the Julia sources (once)")
     begin = time.perf_counter()
-    # Of two cores Julia itself would use one.
-    cores = f'"JULIA_IMAGE_THREADS" => get(ENV, "JULIA_IMAGE_THREADS", "{threads.usable_cores()}")'
-    loaded = _evaluate(f"withenv(() -> string(pkgdir(Base.require(Main, :ImplicitRNN))), {cores})")
+    loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
     if time.perf_counter() - begin > 15:
         say(f"precompiled in {time.perf_counter() - begin:.0f} s")
     if not os.path.samefile(loaded, source):
