@@ -30,7 +30,7 @@ spread(rng, count) = [randn(rng, count); 30 .* randn(rng, count); 1000 .* randn(
     x = [EDGES; spread(Xoshiro(1), 500)]
     for (f, bound) in (
             (exp, 1), (exp2, 1), (expm1, 2), (log, 1), (log1p, 1), (sin, 1), (cos, 1.2), (tan, 2), (tanh, 2), (sinh, 2), (cosh, 1.5), (sqrt, 0.5),
-            (abs, 0), (inv, 0.5), (floor, 0), (round, 0), (asin, 1), (atan, 1), (cbrt, 1), (sinpi, 1), (x -> x^2, 0.5), (x -> x^3, 1.5), (x -> x^-1, 0.5),
+            (abs, 0), (inv, 0.5), (floor, 0), (round, 0), (asin, 1), (atan, 1), (cbrt, 1), (sinpi, 1.3), (x -> x^2, 0.5), (x -> x^3, 1.5), (x -> x^-1, 0.5),
             (x -> x^5, 0.6), (x -> x^-3, 0.6), (x -> x^10, 0.6), (x -> x^0, 0), (x -> abs(x)^oftype(x, 1.5), 1.2), (x -> abs(x)^oftype(x, -0.375), 1.2),
         )
         @test worst_error(f, x) <= bound
