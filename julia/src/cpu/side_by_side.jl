@@ -63,12 +63,12 @@ struct SideBySide{T, L, F <: Activation, C <: Constraint, E <: Loss}
 end
 
 function SideBySide(problem::Problem{T}) where {T}
-    (; net, solver, adjoint, loss) = problem
+    (; net, loss) = problem
     L, stage = NETS, only(net.stages)
     n, f, k = length(stage.rows), stage.activation, output_size(net)
-    criterion = LaneCriterion(f, tolerance(solver, T), scale_floor(T, n), guarantees_uniqueness(net.constraint))
+    criterion, adjoint_tol = lane_criteria(problem, f)
     return SideBySide{T, L, typeof(f), typeof(net.constraint), typeof(loss)}(
-        net, f, net.constraint, loss, criterion, adjoint_tolerance(tolerance(adjoint, T)),
+        net, f, net.constraint, loss, criterion, adjoint_tol,
         zeros(T, L, length(net)), zeros(T, L, length(net)), (LaneWeights(net) for _ in 1:3)..., Lanes{T, L}(n),
         zeros(T, L, k), zeros(T, L, k), zeros(L), zeros(L), zeros(Bool, L),
     )

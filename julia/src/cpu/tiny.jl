@@ -16,6 +16,14 @@ function is_tiny(problem::Problem)
         loss isa ElementwiseLoss && jacobian_penalty == 0
 end
 
+"When the lanes are done with a tiny problem whose activation is f: their criterion forward, and the tolerance of the adjoint."
+function lane_criteria(problem::Problem{T}, f::Activation) where {T}
+    (; net, solver, adjoint) = problem
+    tol, adjoint_tol = (@usual solver Auto tolerance(solver, T))::T, (@usual adjoint Implicit tolerance(adjoint, T))::T
+    forward = LaneCriterion(f, tol, scale_floor(T, neurons(net)), guarantees_uniqueness(net.constraint)::Bool)
+    return forward, adjoint_tolerance(adjoint_tol)
+end
+
 # --- one net, a sample in each lane -------------------------------------------------------------------------------
 
 "The buffers for the gradient of a tiny net on up to L samples."
@@ -44,11 +52,10 @@ function gradient_in_lanes!(g, ws::CPUWorkspace{T}, problem::Problem{T}, X, seed
 end
 
 function gradient_in_lanes!(g, ws, s::SampleLanes{T, L}, problem::Problem{T}, f::Activation, X, seed) where {T, L}
-    (; net, solver, adjoint, loss) = problem
+    (; net, loss) = problem
     w, lanes, B = s.lanes, Val(L), size(X, 2)
     weights, C, d, G = only(ws.weights.stages), ws.weights.C, ws.weights.d, clear!(ws.gradients[1])
-    tol = (@usual solver Auto tolerance(solver, T))::T
-    criterion = LaneCriterion(f, tol, scale_floor(T, neurons(net)), guarantees_uniqueness(net.constraint)::Bool)
+    criterion, adjoint_tol = lane_criteria(problem, f)
     load!(s.X, X, 1, B)
     drive_lanes!(w.U, weights.input, weights.bias, s.X, lanes)
     newton_lanes!(w, weights.recurrent, criterion, true, LANE_ITERATIONS)
@@ -59,7 +66,7 @@ function gradient_in_lanes!(g, ws, s::SampleLanes{T, L}, problem::Problem{T}, f:
     read_out_lanes!(s.Y, w.F, net, C, d, lanes)
     total = (@usual loss MSE loss_gradient!(transpose(s.GY), loss, transpose(s.Y), seed.targets, seed.weights, seed.scale))::Float64
     read_out_adjoint_lanes!(w.U, s.GY, net, C, lanes)
-    adjoint_lanes!(w, only(ws.recurrences).backward::Matrix{T}, adjoint_tolerance((@usual adjoint Implicit tolerance(adjoint, T))::T))
+    adjoint_lanes!(w, only(ws.recurrences).backward::Matrix{T}, adjoint_tol)
     w.failed & bits_up_to(B) == 0 || return nothing
     (; input, recurrent, bias) = only(G.stages)
     add_pullback_lanes!((; input, recurrent, bias, G.C, G.d), w, s.X, s.GY, net, B)

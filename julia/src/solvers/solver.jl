@@ -55,6 +55,7 @@ end
 
 "Take over the outcome of the first samples of `from` for those with these numbers."
 function copy_outcome!(to::Outcome, samples, from::Outcome)
+    checkbounds(to.status, samples)
     for (k, j) in enumerate(samples)
         set_outcome!(to, j, from.status[k], from.iterations[k], from.residual[k], from.rate[k])
     end

@@ -32,6 +32,7 @@ end
 
 "    rows_times(d, R)\n\n`diag(d) R`"
 function rows_times(d, R::AbstractMatrix)
+    length(d) == size(R, 1) || throw(DimensionMismatch("a matrix of the size $(size(R)) cannot have its rows scaled by $(length(d)) numbers"))
     A = Matrix{eltype(R)}(undef, size(R))
     @inbounds for j in axes(R, 2), i in axes(R, 1)
         A[i, j] = d[i] * R[i, j]
