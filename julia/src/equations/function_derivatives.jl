@@ -114,11 +114,11 @@ function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
         error isa MethodError && any(x -> x isa Union{Dual, Short, AbstractArray{<:Dual}}, error.args) || rethrow()
         # Which says what else is wrong.
         checked(Base.invokelatest(problem.f, Z[:, 1], as_arrays(problem.args, problem.batched, 1)...), problem.n)
-        what = any(x -> x isa Short, error.args) ? "vectors of another type than Array, which it is given up to $(MAX_SHORT) entries" :
-            "dual numbers of ForwardDiff.jl, by which it is differentiated"
+        what = any(x -> x isa Short, error.args) ? "is given vectors of up to $(MAX_SHORT) entries that are no Arrays" :
+            "is differentiated by dual numbers of ForwardDiff.jl"
         throw(
             ArgumentError(
-                "f takes no $what: declare its parameters for any numbers, as z::AbstractVector{<:Real}, and make arrays by \
+                "f $what, and takes none: declare its parameters for any numbers, as z::AbstractVector{<:Real}, and make arrays by \
                 zeros(eltype(z), n); $(first(eachline(IOBuffer(sprint(showerror, error)))))"
             )
         )
