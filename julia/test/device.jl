@@ -5,10 +5,10 @@ const DEVICE_PACKAGES = ("GPUArraysCore", "JLArrays", "KernelAbstractions")
 if !all(name -> Base.find_package(name) !== nothing, DEVICE_PACKAGES)
     @info "Skipped: the tests on device arrays need $(join(DEVICE_PACKAGES, ", ")) in the environment"
     @test_skip "device arrays"
-elseif Base.JLOptions().opt_level > 1
-    # Kernels take long to compile for the CPU, which the reference device is: with less optimisation half as long. In a process of its
+elseif Base.JLOptions().opt_level > 0
+    # Kernels take long to compile for the CPU, which the reference device is: without optimisation half as long. In a process of its
     # own, also since exceptions take long to be thrown where much has been compiled.
-    command = `$(Base.julia_cmd()) -O1 -t$(Threads.nthreads()) --project=$(Base.active_project()) runtests.jl device`
+    command = `$(Base.julia_cmd()) -O0 -t$(Threads.nthreads()) --project=$(Base.active_project()) runtests.jl device`
     @test success(pipeline(Cmd(command; dir = @__DIR__); stdout, stderr))
 else
     @eval using JLArrays: JLArray, JLArrays, JLBackend
