@@ -537,6 +537,7 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
         ({"checkpoint": ""}, ValueError, "path is ''; expected a name"),
         ({"checkpoint": "a\0b"}, ValueError, r"path is 'a\\x00b'; expected a name"),
+        ({"checkpoint": "a\ud800b"}, ValueError, r"path is 'a\\ud800b'; expected a name"),
         ({"clip": 10**400}, ValueError, r"clip must be a number below 1.8e\+308"),
         ({"sample_weights": [10**400] * 12}, ValueError, "sample_weights has whole numbers beyond"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
@@ -588,6 +589,19 @@ def test_samples_labelled_0_are_drawn_on_the_plane():
     plotting.decision_surface(net, ax, np.eye(2), [0, 1], points=3)
     above, below = ax.collections[-2:]
     assert (above.get_offsets().tolist(), below.get_offsets().tolist()) == ([[0, 1]], [[1, 0]])
+
+
+def test_weights_that_are_not_finite_are_not_drawn_and_small_ones_have_no_minus():
+    from matplotlib.figure import Figure
+
+    ax = Figure().gca()
+    net = irnn.Network(1, [irnn.Layer(1, lateral=False)], outputs=1, engine="numpy")
+    net.weights["W"][...] = -0.001
+    plotting.topology(net, ax)
+    assert "0.00" in [text.get_text() for text in ax.texts]
+    net.weights["W"][...] = np.nan
+    with pytest.raises(ValueError, match="weights with NaN or infinity"):
+        plotting.topology(net, ax)
 
 
 @pytest.mark.parametrize(

@@ -22,9 +22,10 @@ def as_path(path: object) -> Path:
     """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for no name."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
         raise TypeError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
-    if path == "" or "\0" in os.fspath(path):
-        raise ValueError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
-    return Path(path)
+    with contextlib.suppress(UnicodeEncodeError):  # half of a pair of surrogates
+        if os.fsencode(path) and "\0" not in os.fspath(path):
+            return Path(path)
+    raise ValueError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from implicit_rnn import options
+from implicit_rnn.validation import all_finite
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -134,6 +135,11 @@ def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
     labels
         Whether the numbers are written beside the arrows; by default in nets of up to four neurons.
 
+    Raises
+    ------
+    ValueError
+        For weights that are not finite.
+
     Examples
     --------
     >>> from matplotlib import pyplot
@@ -143,6 +149,8 @@ def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
     places = _places(net)
     labels = net.topology.neurons <= 4 if labels is None else labels
     W, R = net.input_weights, net.recurrent_weights
+    if not (all_finite(W) and all_finite(R)):
+        raise ValueError("the net has weights with NaN or infinity, which no arrow shows; look at net.weights")
     largest = max(np.abs(W).max(), np.abs(R).max(), 1e-12)
     for to, source in zip(*np.nonzero(W), strict=True):
         _arrow(ax, places[("x", source)], places[("z", to)], W[to, source], largest, labels, 0.0)
@@ -233,7 +241,7 @@ def _label(ax: Axes, x: float, y: float, weight: float) -> None:
     ax.text(
         x,
         y,
-        f"{weight:.2f}",
+        f"{round(weight, 2) + 0.0:.2f}",  # no -0.00
         fontsize=8,
         ha="center",
         va="center",
