@@ -146,6 +146,7 @@ def test_binary_labels_may_be_of_any_kind(engine, kind, X):
     [
         (LABELS + 1, ValueError, "labels from 1 to 2; with 2 outputs they must lie from 0 to 1"),
         (LABELS - 1, ValueError, "labels from -1 to 0"),
+        (np.full(12, 10**30), ValueError, f"labels from {10**30} to {10**30}"),
         (LABELS.astype(float), TypeError, r"whole numbers from 0: pass Y\.astype\(int\)"),
         (LABELS[:5], ValueError, "Y has 5 samples, X has 12"),
         (np.full((12, 2), 0.6), ValueError, "sum to 1"),

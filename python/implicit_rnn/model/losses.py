@@ -390,13 +390,11 @@ def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype
 
 
 def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dtype) -> Array:
-    if labels.dtype.kind == "O" and all(isinstance(label, int | np.integer) for label in labels):
-        labels = labels.astype(np.int64)
     if labels.dtype.kind == "f" and (labels == np.round(labels)).all():
         raise TypeError(
             f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: pass {name}.astype(int)"
         )
-    if labels.dtype.kind not in "biu":
+    if not (labels.dtype.kind in "biu" or all(isinstance(label, int | np.integer) for label in labels)):
         raise TypeError(
             f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: "
             f"classes, labels = np.unique({name}, return_inverse=True) makes such labels, and classes[k] is the name of label k"
