@@ -137,6 +137,12 @@ def test_no_figure_is_written_if_no_net_solved_it(feed_forward, tmp_path):
     assert [path.name for path in xor.save(feed_forward, tmp_path / "new" / "folder")] == ["xor.json"]
 
 
+def test_figure_of_an_earlier_result_does_not_stay_beside_one_without(feed_forward, tmp_path):
+    (tmp_path / "xor.png").touch()
+    xor.save(feed_forward, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["xor.json"]
+
+
 @pytest.mark.julia
 class TestClaim:
     """The paper's first claim, with seeds enough to tell."""

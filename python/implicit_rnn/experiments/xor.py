@@ -196,13 +196,16 @@ def table(result: Result) -> str:
 
 
 def save(result: Result, folder: Path) -> list[Path]:
-    """Write xor.json and, if a net was found that solves XOR, xor.png; returns what was written."""
+    """Write xor.json and, if a net was found that solves XOR, xor.png, else remove an older one; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / FILES[0]]
     written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
+    figure = folder / FILES[1]
     if result.net is not None and result.run is not None:
-        written.append(folder / FILES[1])
-        _figure(result.net, result.run, written[1])
+        written.append(figure)
+        _figure(result.net, result.run, figure)
+    else:
+        figure.unlink(missing_ok=True)
     return written
 
 
