@@ -226,6 +226,7 @@ def test_number_of_threads_does_not_change_a_run_resumed_or_not(tmp_path):
 # --- runs in memory ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:there is no validation loss")
 @pytest.mark.parametrize("name", list(RUNS))
 def test_fits_of_one_epoch_each_are_one_fit(engine, name, X, Y):
     epochs = 150 if name == "adamw" else 12
