@@ -61,6 +61,20 @@ def test_ragged_list_is_refused_by_name(net, call):
         call(net, [[1.0, 2.0, 3.0], [1.0, 2.0]])
 
 
+def test_what_is_no_array_is_named_by_its_kind(net, call):
+    with pytest.raises(TypeError, match="X is a generator; expected numbers, as an array or in lists"):
+        call(net, (row for row in np.eye(3)))
+
+
+def test_what_says_why_it_is_no_array_is_heard(net, call):
+    class Tensor:
+        def __array__(self, *how, **more):
+            raise RuntimeError("it requires grad")
+
+    with pytest.raises(TypeError, match="X is no array of numbers: it requires grad"):
+        call(net, Tensor())
+
+
 @pytest.mark.parametrize(
     ("dtype", "shown"), [("complex128", "complex128"), ("U3", "<U3"), ("S3", r"\|S3"), ("datetime64[s]", "datetime64")]
 )

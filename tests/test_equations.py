@@ -578,7 +578,7 @@ BAD = {
     "args not a tuple": ({"args": 0.8}, TypeError, "args is a float; expected a tuple"),
     "args an array": ({"args": np.ones(1)}, TypeError, "args is a ndarray; expected a tuple"),
     "arg of text": ({"args": ("b",)}, TypeError, "a has dtype <U1"),
-    "arg an object": ({"args": ({},)}, TypeError, "a has dtype object"),
+    "arg an object": ({"args": ({},)}, TypeError, "a is a dict; expected numbers"),
     "arg empty": ({"args": ([],)}, ValueError, r"a has shape \(0,\) and no entries"),
     "arg too large": ({"args": (2**64 - 1,)}, ValueError, "a has integers beyond"),
     "batched unknown": (

@@ -472,6 +472,15 @@ def test_label_that_would_be_another_in_the_dtype_of_the_classes_is_refused(clas
         classifier.partial_fit(X, [label] * len(X))
 
 
+def test_whole_numbers_that_are_one_as_floats_are_no_labels(classifier, friedman):
+    pandas = pytest.importorskip("pandas")
+    X, y = friedman
+    labels = pandas.Series(2**60 + (y > 14), dtype="Int64")
+    with pytest.raises(ValueError, match=r"y has labels up to 1152921504606846976 .*; pass y\.astype\('int64'\)"):
+        classifier.fit(X, labels)
+    assert classifier.fit(X, labels.astype("int64")).classes_.tolist() == [2**60, 2**60 + 1]
+
+
 @pytest.mark.parametrize("kind", ["timedelta64[s]", "datetime64[s]"])
 def test_times_are_no_targets_without_a_unit(regressor, friedman, kind):
     X, y = friedman

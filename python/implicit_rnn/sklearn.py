@@ -620,7 +620,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         self.classes_ = self._label_encoder.classes_
         if len(self.classes_) < 2:
             raise ValueError(
-                f"y has 1 class, {self.classes_[0]!r}, where weights are above zero; expected 2 or more classes"
+                f"y has 1 class, {self.classes_.tolist()[0]!r}, where weights are above zero; expected 2 or more classes"
             )
 
     def _encode(self, y: Array) -> Array:
@@ -633,6 +633,11 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
 
     def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         check_classification_targets(y)
+        if y.dtype == np.float64 and np.abs(y).max() >= 2**53:  # of whole numbers, as those of a nullable column
+            raise ValueError(
+                f"y has labels up to {np.abs(y).max():.20g} in floating point, where whole numbers from 2**53 on are one; pass "
+                "y.astype('int64')"
+            )
         if self.class_weight is None:
             return weights
         encoder = LabelEncoder().fit(y if known is None else known)

@@ -209,12 +209,16 @@ def as_array(name: str, value: ArrayLike) -> np.ndarray:
         return _from_pandas(name, value)
     try:
         array = np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array of numbers: {error}") from error
-    if array.ndim == 0 and array.dtype == object and hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(
-            f"{name} is a {type(value).__name__} in the memory of a GPU, which is not taken here; copy it to a NumPy array first"
+    except (ValueError, TypeError, RuntimeError) as error:  # those of tensors of PyTorch
+        kind = ValueError if isinstance(error, ValueError) else TypeError
+        raise kind(f"{name} is no array of numbers: {error}") from error
+    if array.ndim == 0 and array.dtype == object and not isinstance(value, Real):
+        what = (
+            " in the memory of a GPU, which is not taken here; copy it to a NumPy array first"
+            if hasattr(value, "__cuda_array_interface__")
+            else "; expected numbers, as an array or in lists"
         )
+        raise TypeError(f"{name} is a {type(value).__name__}{what}")
     return array
 
 
