@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -444,6 +445,14 @@ def test_resuming_with_other_settings_is_refused_and_says_which(resuming, change
     with pytest.raises(Failure, match=message):
         net.fit(X, Y, **(resuming | change))
     np.testing.assert_array_equal(net.parameters, before)
+
+
+@pytest.mark.parametrize("later", [{"novel": 3}, {"optimizer": {"name": "Adam", **irnn.Adam().options(), "novel": 3}}])
+def test_run_with_settings_that_this_version_does_not_know_is_refused(net, later, X, Y):
+    run = net.fit(X, Y, optimizer=irnn.Adam(), epochs=2)
+    other = replace(run, snapshot=replace(run.snapshot, run=run.snapshot.run | later))
+    with pytest.raises(Failure, match=r"of another run: .*novel is 3 there and None here$"):
+        net.fit(X, Y, optimizer=irnn.Adam(), epochs=4, resume=other)
 
 
 class Quantile:

@@ -97,7 +97,9 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return tensors, file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
-        raise error(f"{path} is no safetensors file, or a truncated one: {reason}") from reason
+        raise error(
+            f"{path} is no safetensors file, or a truncated one, or of dtypes that NumPy lacks: {reason}"
+        ) from reason
 
 
 def _check_working_folder(path: Path) -> None:

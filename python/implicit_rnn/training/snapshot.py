@@ -221,18 +221,18 @@ def _fingerprint(array: Array | None) -> dict[str, Any] | None:
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     """What differs between two descriptions, field by field, but for the epochs."""
-    for name in here:
+    for name in {**here, **there}:  # a later version may have settings of which this one knows nothing
         if name == "data":
             for array in here[name]:
                 yield from _data_difference(array, there[name][array], here[name][array])
         elif name not in ("epochs", "samples"):  # the shape of X tells of the samples
-            yield from _field_differences(name, there.get(name), here[name])
+            yield from _field_differences(name, there.get(name), here.get(name))
 
 
 def _field_differences(name: str, there: Any, here: Any) -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict) and there.get("name") == here.get("name"):
-        for key in here:
-            yield from _field_differences(f"{name}.{key}", there.get(key), here[key])
+        for key in {**here, **there}:
+            yield from _field_differences(f"{name}.{key}", there.get(key), here.get(key))
     elif name == "layers" and len(there) == len(here):
         for k, layers in enumerate(zip(there, here, strict=True)):
             yield from _field_differences(f"{name}[{k}]", *layers)
