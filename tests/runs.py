@@ -41,7 +41,7 @@ def append_to(layers: list[int]) -> dict[str, list[int]]:
 
 def fail_for_3(x: float) -> dict[str, float]:
     if x == 3:
-        raise ValueError("3 is no number to be squared")
+        raise ValueError("3 is no number to be squared\nby this function")
     return {"y": x * x}
 
 

@@ -167,12 +167,12 @@ def logged(log: Path) -> dict:
     return {f"x{x}": {"x": x, "log": str(log)} for x in range(3)}
 
 
-def test_finished_runs_are_not_run_again(tmp_path, log, logged):
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_finished_runs_are_not_run_again(jobs, tmp_path, log, logged):
     first = run_many(runs.count_and_square, logged, folder=tmp_path / "kept")
     reported: list[tuple[str, bool]] = []
-    second = run_many(
-        runs.count_and_square, logged, folder=tmp_path / "kept", report=lambda *done: reported.append(done)
-    )
+    report = {"report": lambda *done: reported.append(done)}
+    second = run_many(runs.count_and_square, logged, folder=tmp_path / "kept", jobs=jobs, **report)
     assert second == first
     assert log.read_text() == "0\n1\n2\n"
     assert reported == [("x0", True), ("x1", True), ("x2", True)]
@@ -205,6 +205,17 @@ def test_another_function_is_not_mixed_with_kept_results(tmp_path, log, logged):
 def test_another_partial_is_not_mixed_with_kept_results(other, tmp_path):
     for run in (partial(min, 1), other):
         assert run_many(partial(runs.apply, run), {"x1": {"x": 3}}, folder=tmp_path) == {"x1": {"y": run(3)}}
+
+
+def test_another_array_in_a_function_is_not_mixed_with_kept_results(tmp_path):
+    def default(*, of=None):
+        return {"y": float(of.sum())}
+
+    for a in (np.zeros(2001), np.eye(1, 2001, 1000)[0]):  # whose repr is the same
+        default.__kwdefaults__["of"] = a
+        for run in (partial(default, of=a), lambda: default(of=a), default):  # noqa: B023
+            folder = tmp_path / type(run).__name__ / getattr(run, "__name__", "")
+            assert run_many(run, {"x": {}}, folder=folder) == {"x": {"y": a.sum()}}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

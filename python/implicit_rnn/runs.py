@@ -62,8 +62,8 @@ def run_many(
     folder
         Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
         returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments, ``settings`` and function, by its name and the numbers and words that it holds as does a
-        ``functools.partial``, are the same; others are computed again and replaced.
+        it whose arguments, ``settings`` and function, by its name and the numbers, words and arrays that it holds as does
+        a ``functools.partial``, are the same; others are computed again and replaced.
     settings
         All else that a result depends on, such as the version of the code.
     report
@@ -115,9 +115,11 @@ def run_many(
             results[name] = kept["result"]
             report(name, True)
     missing = {name: arguments for name, arguments in tasks.items() if name not in results}
-    failures: dict[str, str] = {}
+    failures: dict[str, tuple[str, str]] = {}
     in_series = (_attempt(run, name, arguments) for name, arguments in missing.items())
-    attempts: Iterator[tuple[str, Any, Any]] = in_series if jobs == 1 else _in_workers(run, missing, jobs)
+    attempts: Iterator[tuple[str, Any, Any]] = (
+        in_series if jobs == 1 or not missing else _in_workers(run, missing, jobs)
+    )
     try:
         for name, result, failure in attempts:
             if failure is not None:
@@ -135,10 +137,10 @@ def run_many(
             + (f"What was done is kept in {folder}" if store else "Nothing was kept, as no folder was given")
         ) from error
     if failures:
-        name, text = next(iter(failures.items()))
+        name, (reason, _) = next(iter(failures.items()))
         raise RunError(
-            f"{len(failures)} of {len(tasks)} runs failed: {_some(list(failures))}. {name}: {text.strip().splitlines()[-1]}",
-            failures,
+            f"{len(failures)} of {len(tasks)} runs failed: {_some(list(failures))}. {name}: {reason}",
+            {name: text for name, (_, text) in failures.items()},
         )
     return {name: results[name] for name in tasks}
 
@@ -231,17 +233,18 @@ def _on_dask(
 
 def _attempt(
     run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
-) -> tuple[str, Result | None, str | None]:
+) -> tuple[str, Result | None, tuple[str, str] | None]:
     try:
         own = copy.deepcopy(arguments)  # as in a process of its own: what the run does to them is nobody else's
         return name, json.loads(json.dumps(run(**own))), None  # the same whether kept or not
-    except Exception:
-        return name, None, traceback.format_exc()
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
+        return name, None, (reason, traceback.format_exc())
 
 
 def _attempt_in_worker(
     run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
-) -> tuple[str, Result | None, str | None]:
+) -> tuple[str, Result | None, tuple[str, str] | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
     return _attempt(run, name, arguments)
 

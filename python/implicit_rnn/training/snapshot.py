@@ -187,12 +187,14 @@ def _plain(value: Any) -> Any:
         return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if callable(value):
         return describe_function(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # whose repr would be abridged
+        return _fingerprint(value)
     value = as_python(value)
     return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def describe_function(f: Any) -> Any:
-    """The name of a function, whose repr has its address, and the numbers and words that it holds."""
+    """The name of a function, whose repr has its address, and the numbers, words and arrays that it holds."""
     if isinstance(f, partial):
         held = [f.func, *f.args, *(part for item in sorted(f.keywords.items()) for part in item)]
         return {"name": "functools.partial", "holds": [_plain(part) for part in held]}
@@ -201,8 +203,9 @@ def describe_function(f: Any) -> Any:
     cells = (cell.cell_contents for cell in getattr(f, "__closure__", None) or ())
     owner = f.__self__ if isinstance(f, MethodType) else f
     named = (part for item in sorted(getattr(owner, "__dict__", {}).items()) for part in item)
-    held = [*(getattr(f, "__defaults__", None) or ()), *cells, *named]
-    holds = [part for part in map(as_python, held) if isinstance(part, bool | int | float | str)]
+    defaults = [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
+    parts = map(as_python, [*defaults, *cells, *named])
+    holds = [_plain(part) for part in parts if isinstance(part, bool | int | float | str | np.ndarray)]
     return {"name": name, "holds": holds} if holds else name
 
 
