@@ -605,6 +605,15 @@ def test_samples_labelled_0_are_drawn_on_the_plane():
     assert (above.get_offsets().tolist(), below.get_offsets().tolist()) == ([[0, 1]], [[1, 0]])
 
 
+def test_small_plane_fills_its_axes():
+    from matplotlib.figure import Figure
+
+    ax = Figure().gca()
+    net = irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=0, engine="numpy")
+    plotting.decision_surface(net, ax, np.zeros((1, 2)), [1], reach=0.01, points=3)
+    assert ax.get_xlim() == ax.get_ylim() == (-0.01, 0.01)
+
+
 def test_weights_that_are_not_finite_are_not_drawn_and_small_ones_have_no_minus():
     from matplotlib.figure import Figure
 

@@ -82,7 +82,8 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
             zorder=3,
         )
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.04, label="output")
-    ax.set(xlabel="$x_1$", ylabel="$x_2$", xticks=(-1, 0, 1), yticks=(-1, 0, 1))
+    ax.set(xlabel="$x_1$", ylabel="$x_2$")
+    ax.locator_params(nbins=3)
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False)
 
 
