@@ -315,10 +315,12 @@ def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     assert done.stdout == f"{version} [True, True, True]\n", str(done)
 
 
-def test_julia_that_somebody_else_has_started_is_used(run_python: RunPython, given_julia):
+def test_julia_that_somebody_else_has_started_is_used_whatever_names_are_in_its_main_module(
+    run_python: RunPython, given_julia
+):
     code = f"""
         import juliacall
-        juliacall.Main.seval("somebody_else = 42")
+        juliacall.Main.seval("somebody_else = string = sprint = join = pkgdir = 42; *(a, b) = 0")
         import implicit_rnn as irnn
         from implicit_rnn.runtime import start
         {SOLVE}

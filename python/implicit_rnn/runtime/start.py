@@ -167,6 +167,7 @@ def _taking(list_of_arguments: list[Any], point: EntryPoint) -> EntryPoint:
 def _evaluate(code: str) -> str:
     """The string that a Julia expression gives; EngineError with Julia's message where it throws.
 
+    It is evaluated in Base, as the names in Main are the user's.
     This asks libjulia itself: what juliacall converts, Julia compiles at the first use, for seconds. The extension comes with
     what its own conversions need.
     """
@@ -175,7 +176,9 @@ def _evaluate(code: str) -> str:
     evaluate, text = api.jl_eval_string, api.jl_string_ptr
     evaluate.argtypes, evaluate.restype = [ctypes.c_char_p], ctypes.c_void_p
     text.argtypes, text.restype = [ctypes.c_void_p], ctypes.c_char_p
-    value = evaluate(f'try; "+" * ({code}); catch error; "-" * sprint(showerror, error); end'.encode())
+    value = evaluate(
+        f'Core.eval(Base, :(try; "+" * ({code}); catch thrown; "-" * sprint(showerror, thrown); end))'.encode()
+    )
     if not value:
         raise EngineError(f"Julia cannot read {code!r}")
     sign, answer = text(value)[:1], text(value)[1:].decode()
