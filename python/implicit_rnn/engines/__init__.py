@@ -70,7 +70,7 @@ def _make(name: str) -> Engine:
         return _engines.get("julia") or JuliaEngine()
     # A contradiction or a bad value is an error, not a reason to fall back.
     environments.explicit_environment()
-    threads.requested()
+    threads.setting()
     try:
         return _engines.setdefault("julia", JuliaEngine())
     except EngineError as error:

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import faulthandler
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,12 +40,22 @@ def usable_cores() -> int:
 
 
 def setting() -> str:
-    """The number of threads Julia is to have and where it comes from, for reports; ``ValueError`` as in ``requested``."""
+    """The number of threads Julia is to have and where it comes from, for reports; ``ValueError`` as in ``_choice``."""
     threads, origin = _choice()
     return f"{threads} ({origin})"
 
 
 def _choice() -> tuple[str, str]:
+    """The threads and where they come from; ``ValueError`` for what would make Julia end the process."""
+    threads, origin = _given()
+    if not re.fullmatch("(auto|[1-9][0-9]{0,3})(,(auto|[1-9][0-9]{0,3}))?", threads.strip()):
+        raise ValueError(
+            f"{origin} is {threads!r}; expected a whole number from 1 to 9999 or 'auto', or two of them as in '4,1'"
+        )
+    return threads, origin
+
+
+def _given() -> tuple[str, str]:
     wanted = requested()
     if (given := _juliacall_option("threads")) is not None:
         return given, "PYTHON_JULIACALL_THREADS"
