@@ -184,6 +184,25 @@ net.equilibrium([[0.1]], solver=irnn.Picard(max_iterations=2**31 - 1), on_failur
             process.kill()
 
 
+@pytest.mark.julia
+def test_signals_reach_the_handlers_of_the_user(run_python: RunPython):
+    code = """
+        import os, signal, time
+        import implicit_rnn as irnn
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # which the tests' own process, where Julia runs, has handed down
+        seen, numbers = [], [signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM]
+        for number in numbers:
+            signal.signal(number, lambda number, frame: seen.append(number))
+        irnn.get_engine("julia")
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            time.sleep(0.1)
+        print(seen == numbers)
+    """
+    done = run_python(code, ENVIRONMENT | {"IMPLICIT_RNN_THREADS": "2"})
+    assert done.stdout == "True\n", str(done)
+
+
 # --- settings ------------------------------------------------------------------------------------------------
 
 

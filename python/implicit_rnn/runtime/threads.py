@@ -1,7 +1,7 @@
 """How many threads Julia gets, and what several threads take: Julia's signal handlers, without the loss of Python's.
 
 Julia stops its threads for a garbage collection by a segmentation fault that its own handler answers. With several threads
-it therefore has to handle signals; it would then take SIGINT and SIGTERM as well, which Python gets back here.
+it therefore has to handle signals; it would then take others as well, which Python gets back here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from typing import Any
 from implicit_rnn.errors import EngineError, EngineWarning, warn
 
 VARIABLE = "IMPLICIT_RNN_THREADS"
-OURS = (signal.SIGINT, signal.SIGTERM)
+OURS = {signal.SIGINT, signal.SIGTERM}
+OTHERS = {getattr(signal, name) for name in ("SIGQUIT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)}
+"""Signals that Julia takes, and needs for its profiler: they are Python's where somebody has given them a handler there."""
 
 
 def requested() -> int | None:
@@ -155,9 +157,10 @@ def _blocked() -> set[int]:
 
 
 def _take_back_signals(blocked_before: set[int]) -> None:
-    for number in OURS:
+    ours = OURS | {number for number in OTHERS if signal.getsignal(number) != signal.SIG_DFL}
+    for number in ours:
         handler = signal.getsignal(number)
         if handler is not None:  # None: it was not installed by Python
             signal.signal(number, handler)
     if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(OURS) - blocked_before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ours - blocked_before)
