@@ -375,6 +375,20 @@ class TestFork:
         assert "forked after Julia had started" in message, str(done)
         assert child == "child 0"
 
+    def test_child_that_exits_keeps_its_status_and_what_it_has_printed(self, run_python: RunPython, given_julia):
+        code = f"""
+            import os, sys
+            import implicit_rnn as irnn
+            {SOLVE}
+            child = os.fork()
+            if child == 0:
+                print("printed")
+                sys.exit(5)
+            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        """
+        done = run_python(code, given_julia)
+        assert done.stdout == "printed\n5\n", str(done)
+
 
 def test_read_only_project_works(run_python: RunPython, given_julia, julia_environment, tmp_path):
     project = tmp_path / "read-only"

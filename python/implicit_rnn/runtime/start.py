@@ -35,7 +35,13 @@ _forked = False
 def _after_fork_in_child() -> None:
     global _forked
     module = sys.modules.get("juliacall")
-    _forked = module is not None and bool(module.CONFIG.get("inited", False))
+    if module is not None and module.CONFIG.get("inited", False):
+        _forked = True
+        # What Julia has compiled is not in the child: juliacall's hook at the exit would be a crash, before what was printed
+        # is written, and so would the end of each of its objects, which stay (``tp_dealloc`` is a function without effect).
+        module.CONFIG["lib"].jl_atexit_hook = lambda status: None
+        end = id(module.ValueBase) + object.__basicsize__ + 4 * ctypes.sizeof(ctypes.c_void_p)
+        ctypes.c_void_p.from_address(end).value = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
 
 
 if hasattr(os, "register_at_fork"):
@@ -199,7 +205,8 @@ def _allow_collection_from_other_threads() -> None:
     except (AttributeError, TypeError):  # another Julia, or a platform without one name space for all libraries
         return
     enter.restype, leave.argtypes, leave.restype = ctypes.c_int8, [ctypes.c_int8], None
-    atexit.register(leave, enter())  # runs before juliacall's own hook, which was registered earlier
+    state = enter()
+    atexit.register(lambda: _forked or leave(state))  # runs before juliacall's own hook, which was registered earlier
 
 
 def first_line(error: BaseException) -> str:
