@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -249,6 +250,18 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
         fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
     )
     assert done.stdout.startswith("Julia did not start: "), str(done)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("JULIA_LOAD_PATH", "@", "did not start: .* perhaps by what is set in the environment: .*JULIA_LOAD_PATH"),
+        ("PYTHON_JULIACALL_INIT", "no", "PYTHON_JULIACALL_INIT .* forbids it; unset that"),
+    ],
+)
+def test_setting_with_which_julia_does_not_start_is_named(run_python: RunPython, given_julia, name, value, expected):
+    assert re.search(expected, run_python(WHY_NO_ENGINE.format("julia"), given_julia | {name: value}).stdout)
 
 
 # --- Julia starts --------------------------------------------------------------------------------------------

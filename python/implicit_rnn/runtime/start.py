@@ -125,7 +125,13 @@ def _import_juliacall() -> Any:
         with install.stdout_kept_clean():
             import juliacall
     except Exception as error:
-        raise EngineError(f"Julia did not start: {error}") from error
+        settings = [name for name in os.environ if name.startswith("JULIA_")]
+        hint = f"; perhaps by what is set in the environment: {', '.join(settings)}" if settings else ""
+        raise EngineError(f"Julia did not start: {error}{hint}") from error
+    if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
+        raise EngineError(
+            "juliacall did not start Julia, as PYTHON_JULIACALL_INIT or -X juliacall-init forbids it; unset that"
+        )
     return juliacall
 
 
