@@ -10,6 +10,7 @@ import socket
 import sys
 from importlib import metadata
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from conftest import ENVIRONMENT, Finished, RunPython, run_process
@@ -180,6 +181,13 @@ def test_damaged_record_of_the_prepared_environment_is_reported_with_its_path(no
     with pytest.raises(
         irnn.EngineError, match=rf"{path.name} is damaged .*; run `implicit-rnn setup` again or delete it"
     ):
+        environments.find_environment()
+
+
+def test_record_that_may_not_be_read_is_an_engine_error(no_prepared_julia, monkeypatch):
+    environments.remember(Environment("julia", "/project", "a test"))
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(irnn.EngineError, match=r"environment\.json cannot be read: Permission denied; make it yours"):
         environments.find_environment()
 
 

@@ -117,8 +117,11 @@ def remember(environment: Environment) -> None:
 def prepared_environment() -> Environment | None:
     """The environment that `implicit-rnn setup` installed for this installation, or else the one that was named to it."""
     for path in (installed_path(), named_path()):
-        if path.is_file():
-            return _recorded(path)
+        try:
+            if path.is_file():
+                return _recorded(path)
+        except OSError as error:  # as after a `sudo`
+            raise EngineError(f"{path} cannot be read: {error.strerror}; make it yours, or delete it") from error
     return None
 
 
