@@ -160,6 +160,12 @@ def test_doctor_exits_with_1_where_the_engine_that_is_asked_for_cannot_be_had(ru
     assert run_cli("doctor", env=fresh_machine | {"IMPLICIT_RNN_ENGINE": "julia"}).returncode == 1
 
 
+def test_doctor_tells_of_an_unknown_engine_setting(run_cli: RunPython, fresh_machine):
+    done = run_cli("doctor", env=fresh_machine | {"IMPLICIT_RNN_ENGINE": "torch"})
+    assert done.returncode == 1
+    assert "IMPLICIT_RNN_ENGINE is 'torch'; expected one of 'auto', 'julia', 'numpy'" in done.stdout
+
+
 def test_doctor_tells_of_exe_without_project(run_cli: RunPython, fresh_machine, fake_julia):
     exe, _ = fake_julia()
     done = run_cli("doctor", env=fresh_machine | {"PYTHON_JULIACALL_EXE": exe})

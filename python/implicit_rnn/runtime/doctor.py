@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.engines import check_engine
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import environments, start, threads
 from implicit_rnn.runtime import gpu as devices
@@ -31,6 +32,7 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
     if hint := _depot_hint():
         report["hint"] = hint
     try:
+        check_engine(None)
         report["threads setting"] = threads.setting()
         explicit = environments.explicit_environment()
     except (EngineError, ValueError) as error:  # a contradiction, which stops every engine but the one that is named
