@@ -125,7 +125,7 @@ def _import_juliacall() -> Any:
         with install.stdout_kept_clean():
             import juliacall
     except Exception as error:
-        settings = [name for name in os.environ if name.startswith("JULIA_")]
+        settings = [name for name in ("JULIA_LOAD_PATH", "JULIA_DEPOT_PATH", "JULIA_BINDIR") if name in os.environ]
         hint = f"; perhaps by what is set in the environment: {', '.join(settings)}" if settings else ""
         raise EngineError(f"Julia did not start: {error}{hint}") from error
     if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
