@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from torch import nn  # noqa: E402
 from torch.autograd import forward_ad, gradcheck, gradgradcheck  # noqa: E402
+from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
 from torch.utils.data import DataLoader, Dataset, TensorDataset  # noqa: E402
 
 from implicit_rnn.torch import ImplicitRNN, fixed_point, root  # noqa: E402
@@ -411,9 +412,11 @@ def test_half_precision_is_refused_and_can_be_taken_back(layer, x):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_tracing_which_would_keep_one_answer_for_all_inputs_is_refused(layer, x):
-    with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit"):
-        torch.jit.trace(layer, x)
+@pytest.mark.parametrize("trace", [lambda f, x: torch.jit.trace(f, x), lambda f, x: make_fx(f)(x)], ids=["jit", "fx"])
+def test_tracing_which_would_keep_one_answer_for_all_inputs_is_refused(layer, x, trace):
+    for f in (layer, lambda a: root(lambda z, a: z**2 - a, torch.ones_like(x), args=(a,), batched="a")):
+        with pytest.raises(RuntimeError, match=r"cannot be traced by torch\.jit or make_fx, nor exported"):
+            trace(f, x.abs())
 
 
 # --- equations -----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike
 try:
     import torch
     from torch import Tensor, nn
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 except ImportError as error:
     raise ImportError(
         f"implicit_rnn.torch needs PyTorch ({error}): pip install 'implicit-rnn[torch]', or see pytorch.org"
@@ -127,8 +128,7 @@ class ImplicitRNN(nn.Module):
                 "keep this layer on the CPU, layer.cpu(), and call layer(x.cpu()).to(x.device); or, on an NVIDIA card, "
                 "layer.net.to('cuda') and layer.to(x.device)"
             )
-        if torch.jit.is_tracing():
-            raise RuntimeError("an ImplicitRNN layer runs outside PyTorch, and cannot be traced by torch.jit")
+        _refuse_tracing()
         if x.layout != torch.strided:
             raise TypeError(f"x has the layout {x.layout}; expected a dense tensor: pass x.to_dense()")
         if x.dtype != tensor.dtype:
@@ -237,6 +237,16 @@ def _common_dtype(tensors: dict[str, Tensor]) -> str:
 def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
     strides = tuple(stride * tensor.element_size() for stride in tensor.stride())
     return tensor.data_ptr() == view.ctypes.data and strides == view.strides
+
+
+def _refuse_tracing() -> None:
+    """``RuntimeError`` where PyTorch records what is done, in which the answer for these tensors would be a constant."""
+    modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+    if torch.jit.is_tracing() or modes & {"ProxyTorchDispatchMode", "FakeTensorMode"}:
+        raise RuntimeError(
+            "a layer or an equation of implicit_rnn runs outside PyTorch, and cannot be traced by torch.jit or make_fx, nor "
+            "exported; torch.compile leaves it out by itself"
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
@@ -620,6 +630,7 @@ def _solve(
     if not isinstance(f, JuliaFunction) and not callable(f):
         raise TypeError(f"f is {f!r}; expected a function of tensors, or irnn.julia(text)")
     check_device_for(f, device)
+    _refuse_tracing()
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             "a solution cannot be taken through the transforms of torch.func (vmap, grad, jacrev): solve many problems as a "
