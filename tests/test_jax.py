@@ -75,8 +75,8 @@ def test_function_is_pure(net, f, p, X):
 @pytest.mark.parametrize("of", ["outputs", "state"])
 def test_check_grads_passes_for_parameters_and_inputs(net, p, X, of):
     f = door.function(net, of=of, solver=irnn.Auto(tol=1e-13))
-    check_grads(f, (p, X[:3]), order=1, modes=["rev"])
-    check_grads(jax.jit(f), (p, X[:3]), order=1, modes=["rev"])
+    check_grads(f, (p, X[:3]), order=1)
+    check_grads(jax.jit(f), (p, X[:3]), order=1)
 
 
 def test_value_and_gradient_are_those_of_the_network(net, f, p, X, Y):
@@ -154,10 +154,31 @@ def test_second_derivatives_are_refused_in_so_many_words(f, p, X):
         jax.hessian(lambda x: f(p, x).sum())(X[0])
 
 
-@pytest.mark.parametrize("derive", [lambda g, X: jax.jvp(g, (X,), (X,)), lambda g, X: jax.jacfwd(g)(X)])
-def test_forward_mode_is_refused_in_so_many_words(f, p, X, derive):
-    with pytest.raises(TypeError, match=r"in reverse mode only in JAX .* Network\.jvp gives the derivative along"):
-        derive(lambda X: f(p, X), jnp.asarray(X))
+@pytest.mark.parametrize("wrap", [lambda g: g, jax.jit])
+@pytest.mark.parametrize("map_samples", [lambda g: g, lambda g: lambda p, X: jax.vmap(lambda x: g(p, x))(X)])
+def test_jacobians_in_forward_mode_are_those_in_reverse_mode(f, p, X, wrap, map_samples):
+    g = map_samples(f)
+    expected = jax.jacrev(f, (0, 1))(p, X[:2])
+    for derive in (lambda g: wrap(jax.jacfwd(g, (0, 1))), lambda g: jax.jacfwd(wrap(g), (0, 1))):
+        jax.tree.map(lambda a, b: close(a, b, rtol=1e-7, atol=1e-9), derive(g)(p, X[:2]), expected)
+    assert jax.jacfwd(wrap(f))(p, X[:0])["W"].shape == (0, 2, *p["W"].shape)
+
+
+def test_a_network_may_be_part_of_an_equation(engine):
+    net = irnn.Network(inputs=1, layers=[4], outputs=1, seed=0, dtype="float32", engine=engine)
+    f, p, a = door.function(net), door.parameters(net), jnp.array([[0.5], [2.0]], "float32")
+
+    @jax.jit
+    def solve(p, a):
+        return door.root(lambda z, p, a: z + z**3 - f(p, z) - a, 0 * a, args=(p, a), batched="a")
+
+    z = np.asarray(solve(p, a))
+    close(z + z**3 - net.predict(z), a, rtol=1e-5)
+    slope = 1 + 3 * z**2 - net.jvp(z, np.ones_like(z))
+    dp, da = jax.grad(lambda p, a: solve(p, a).sum(), (0, 1))(p, a)
+    close(da, 1 / slope, rtol=1e-4)
+    for name, part in net.named(net.vjp(z, 1 / slope)[0]).items():
+        close(dp[name], part, rtol=1e-3, atol=1e-5)
 
 
 def test_bad_input_is_refused_by_name(X):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
@@ -78,9 +79,8 @@ def function(
 ) -> Callable[[Parameters, Any], jax.Array]:
     """The network as a pure function ``(parameters, X) -> outputs``.
 
-    It has a derivative by the implicit function theorem with respect to both, in reverse mode and of first order, and works
-    under ``jit``, ``grad``, ``value_and_grad`` and ``vmap``, over parameters, over X or over both: samples that share their
-    parameters are solved in one call.
+    It has a derivative by the implicit function theorem with respect to both, of first order, and works under ``jit``, ``grad``,
+    ``jvp`` and ``vmap``, over parameters, over X or over both: samples that share their parameters are solved in one call.
 
     Parameters
     ----------
@@ -122,21 +122,16 @@ def function(
     check_on_failure(on_failure)
     host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
 
-    solve, pull_back = (_of_first_order(part, _OF_A_NETWORK) for part in (host.solve, host.pull_back))
+    solve = _of_first_order(host.solve, _OF_A_NETWORK)
 
-    @jax.custom_vjp
+    @jax.custom_jvp
     def call(p: jax.Array, x: jax.Array) -> jax.Array:
         return solve(p, x)[0]
 
-    def forward(p: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        y, state = solve(p, x)
-        return y, (p, x, state)
-
-    def backward(kept: tuple[jax.Array, ...], v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        p, x, state = kept
-        return pull_back(p, x, state, v)
-
-    call.defvjp(forward, backward)
+    @call.defjvp
+    def derivative(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        y, state = solve(*primals)
+        return y, host.push((*primals, state), *tangents)
 
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
@@ -159,29 +154,16 @@ def function(
             raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
         flat = jnp.concatenate([jnp.ravel(each.T) for each in weights.values()])  # blocks are stored column by column
         rows = x.reshape(-1, x.shape[-1])
-        y = _in_reverse_mode(call, flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
+        y = call(flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return apply
 
 
 _OF_A_NETWORK = (
-    "a network has first derivatives only in JAX, in reverse mode, and this differentiates them again; "
-    "Network.hessian_vector_product gives exact products with the Hessian of a loss"
+    "a network has first derivatives only in JAX, and this differentiates them again; Network.hessian_vector_product gives "
+    "exact products with the Hessian of a loss"
 )
-
-
-def _in_reverse_mode(call: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """The call; ``TypeError`` in words of ours where JAX differentiates it in forward mode and finds so at once."""
-    try:
-        return call(*arrays)
-    except TypeError as error:
-        if "forward-mode" not in str(error):
-            raise
-        raise TypeError(
-            "a network has derivatives in reverse mode only in JAX (grad, vjp, jacrev), and this is forward mode (jvp, jacfwd); "
-            "Network.jvp gives the derivative along a direction"
-        ) from None
 
 
 def _of_first_order(function: Callable[..., Any], message: str) -> Callable[..., Any]:
@@ -211,17 +193,38 @@ class _Host:
         y, state = jax.pure_callback(self._solve, shapes, p, x, vmap_method="expand_dims")
         return y, state
 
-    def pull_back(self, p: jax.Array, x: jax.Array, state: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The cotangents of p and x for v, that of the outputs."""
-        shapes = tuple(jax.ShapeDtypeStruct(array.shape, self._net.dtype) for array in (p, x))
-        gradient, dx = jax.pure_callback(self._pull_back, shapes, p, x, state, v, vmap_method="expand_dims")
-        return gradient, dx
+    def push(self, kept: tuple[jax.Array, ...], dp: jax.Array, dx: jax.Array) -> jax.Array:
+        """The tangent (B, outputs) at p, x and the states, as a linear function of dp and dx whose transpose JAX knows.
+
+        It is the last part of the solution of ``dp = a, dx = b, dy - J (dp, dx) = 0``, as there is no other linear function in
+        JAX that brings its own transpose and can be mapped. The matrix counts in second derivatives only, which are refused.
+        """
+        like = partial(jax.ShapeDtypeStruct, dtype=self._net.dtype)
+        p, x, _ = kept
+        ends, rows = [p.size, p.size + x.size], (len(x), self._sizes[0])
+
+        def solve(_: Any, u: jax.Array) -> jax.Array:
+            dp, dx, _ = jnp.split(u, ends)
+            dy = jax.pure_callback(self._push, like(rows), *kept, dp, dx.reshape(x.shape), vmap_method="expand_dims")
+            return u.at[ends[1] :].add(dy.ravel())
+
+        def solve_transposed(_: Any, u: jax.Array) -> jax.Array:
+            v, shapes = u[ends[1] :].reshape(rows), (like(p.shape), like(x.shape))
+            parts = jax.pure_callback(self._pull_back, shapes, *kept, v, vmap_method="expand_dims")
+            return u.at[: ends[1]].add(jnp.concatenate([part.ravel() for part in parts]))
+
+        u = jnp.concatenate([dp, dx.ravel(), jnp.zeros(rows, dp.dtype).ravel()])
+        solution: jax.Array = jax.lax.custom_linear_solve(lambda u: u, u, solve, solve_transposed)
+        return solution[ends[1] :].reshape(rows)
 
     def _solve(self, p: Array, x: Array) -> tuple[Array, ...]:
         if p.size == p.shape[-1]:  # vmap over x alone: one network for all samples
             y, state = self._solve_one(np.reshape(p, -1), np.reshape(x, (-1, x.shape[-1])))
             return tuple(array.reshape(*x.shape[:-1], -1) for array in (y, state))
         return _each(self._solve_one, (p, 1), (x, 2))
+
+    def _push(self, p: Array, x: Array, state: Array, dp: Array, dx: Array) -> Array:
+        return _each(self._push_one, (p, 1), (x, 2), (state, 2), (dp, 1), (dx, 2))[0]
 
     def _pull_back(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, ...]:
         return _each(self._pull_back_one, (p, 1), (x, 2), (state, 2), (v, 2))
@@ -239,6 +242,12 @@ class _Host:
             state = self._net.equilibrium(x, solver=self._solver, on_failure=self._on_failure).state
             return (state if self._of == "state" else self._net.read_out(state)), state
 
+    def _push_one(self, p: Array, x: Array, state: Array, dp: Array, dx: Array) -> tuple[Array]:
+        if not len(x):
+            return (np.empty((0, self._sizes[0]), self._net.dtype),)
+        with self._at(p, state) as settings:
+            return (self._net.jvp(x, dx, dp, **settings),)
+
     def _pull_back_one(self, p: Array, x: Array, state: Array, v: Array) -> tuple[Array, Array]:
         if not len(x):
             return np.zeros_like(p), np.zeros_like(x)
@@ -247,12 +256,21 @@ class _Host:
             dx = np.zeros_like(x)
             dx[counts] = part
             return gradient, dx
-        start = np.nan_to_num(state, nan=0, posinf=0, neginf=0)
+        with self._at(p, state) as settings:
+            return self._net.vjp(x, v, **settings)
+
+    @contextmanager
+    def _at(self, p: Array, state: Array) -> Iterator[dict[str, Any]]:
+        """The network with the parameters p, and the settings of its derivatives at the states."""
         with self._lock:
             self._net.parameters = p
-            return self._net.vjp(
-                x, v, of=self._of, solver=self._solver, adjoint=self._adjoint, z0=start, on_failure=self._on_failure
-            )
+            yield {
+                "of": self._of,
+                "z0": np.nan_to_num(state, nan=0, posinf=0, neginf=0),
+                "solver": self._solver,
+                "adjoint": self._adjoint,
+                "on_failure": self._on_failure,
+            }
 
 
 def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) -> tuple[Array, ...]:
