@@ -19,7 +19,7 @@ function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE
     check_option("solver", solver, Solver, "Auto() or Newton()")
     check_option("adjoint", adjoint, Adjoint, "Implicit()")
     check_option("loss", loss, Loss, "MSE()")
-    jacobian_penalty >= 0 || throw(ArgumentError("jacobian_penalty must not be negative, got $jacobian_penalty"))
+    check_number("jacobian_penalty", jacobian_penalty, >=(0), "not be negative")
     jacobian_penalty > 0 && adjoint isa Unrolled &&
         throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
     return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
@@ -27,6 +27,7 @@ end
 
 check_option(name, option, kind, examples) = option isa kind ||
     throw(ArgumentError("$name is $(repr(option)); expected one made by its constructor, such as $examples"))
+check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
 
 # --- how it went ----------------------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ end
 end
 
 @testset "bad topologies are refused" begin
-    @test_throws "at least one neuron" Layer(0)
+    @test_throws "neurons must be a positive whole number, got 0" Layer(0)
     @test_throws "at least one layer" Network(2, Layer[]; outputs = 1)
     @test_throws "from a later to an earlier" Network(2, [Layer(2), Layer(2)]; outputs = 1, feedback = [1 => 2])
     @test_throws "output neurons" Network(2, [Layer(2)]; outputs = [3])
@@ -130,6 +130,24 @@ end
     for feedback in ([(3, 1)], 3 => 1, 1)
         @test_throws "feedback is" net(; feedback)
     end
+end
+
+@testset "options of another kind are refused by name" begin
+    for kind in (Auto, Newton, Picard, Anderson, Chord, NLsolver, Implicit)
+        @test_throws "tol must lie strictly between 0 and 1, got \"a\"" kind(tol = "a")
+        @test_throws "max_iterations must be a positive whole number, got 2.5" kind(max_iterations = 2.5)
+    end
+    for kind in (Picard, Anderson)
+        @test_throws "damping must lie in (0, 1], got nothing" kind(damping = nothing)
+    end
+    @test_throws "memory must be a whole number in 1:10, got 2.5" Anderson(memory = 2.5)
+    @test_throws "ridge must not be negative, got :a" Anderson(ridge = :a)
+    @test_throws "steps must be a positive whole number, got \"a\"" Unrolled("a")
+    @test_throws "neurons must be a positive whole number, got \"x\"" Layer("x")
+    @test_throws "layers is 3; expected a vector of layers" Network(2, 3; outputs = 1)
+    @test_throws "layers is [3]; expected a vector of layers" Network(2, [3]; outputs = 1)
+    @test_throws "inputs must be a positive whole number, got 2.0" Network(2.0, [Layer(3)]; outputs = 1)
+    @test_throws "constraint is Perron; expected one made by its constructor" Network(2, [Layer(3)]; outputs = 1, constraint = Perron)
 end
 
 @testset "layers and neurons are whole numbers" begin

@@ -10,8 +10,8 @@ struct Layer
     neurons::Int
     activation::Activation
     lateral::Bool
-    function Layer(neurons::Integer, f = :tanh; lateral::Bool = true)
-        neurons > 0 || throw(ArgumentError("a layer needs at least one neuron, got $neurons"))
+    function Layer(neurons, f = :tanh; lateral::Bool = true)
+        check_number("neurons", neurons, >(0), "be a positive whole number", Integer)
         return new(neurons, activation(f), lateral)
     end
 end
@@ -93,11 +93,13 @@ check_length(net::Network, p, what = "vector") = length(p) == length(net) ||
 Network(args...; kwargs...) = Network{Float64}(args...; kwargs...)
 
 function Network{T}(
-        inputs::Integer, layers::AbstractVector{Layer}; feedback = false, skips = [], input_skips = [],
-        outputs, constraint::Constraint = Perron(),
+        inputs, layers; feedback = false, skips = [], input_skips = [],
+        outputs, constraint = Perron(),
     ) where {T}
     T <: Hardware || throw(ArgumentError("a network computes in Float32 or Float64, not in $T"))
-    inputs > 0 || throw(ArgumentError("a network needs at least one input, got $inputs"))
+    check_number("inputs", inputs, >(0), "be a positive whole number", Integer)
+    layers isa AbstractVector{Layer} || throw(ArgumentError("layers is $(repr(layers)); expected a vector of layers, such as [Layer(16)]"))
+    check_option("constraint", constraint, Constraint, "Perron()")
     isempty(layers) && throw(ArgumentError("a network needs at least one layer"))
     constraint isa Monotone && !all(layer -> is_monotone(layer.activation), layers) &&
         throw(ArgumentError("the constraint Monotone needs activations whose slope is never negative, unlike gelu and silu"))

@@ -52,7 +52,7 @@ or not they reach an equilibrium; the forward solver is not used, and memory gro
 struct Unrolled <: Adjoint
     steps::Int
     function Unrolled(steps)
-        steps > 0 || throw(ArgumentError("steps must be positive, got $steps"))
+        check_number("steps", steps, >(0), "be a positive whole number", Integer)
         return new(steps)
     end
 end

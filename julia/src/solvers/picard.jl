@@ -11,7 +11,7 @@ struct Picard <: Solver
     tol::Union{Nothing, Float64}
     max_iterations::Int
     function Picard(; damping = 1.0, tol = nothing, max_iterations = 1000)
-        0 < damping <= 1 || throw(ArgumentError("damping must lie in (0, 1], got $damping"))
+        check_number("damping", damping, x -> 0 < x <= 1, "lie in (0, 1]")
         check_options(tol, max_iterations)
         return new(damping, tol, max_iterations)
     end

@@ -20,8 +20,8 @@ default_tolerance(::Type{T}) where {T} = T === Float32 ? 1.0e-6 : 1.0e-10
 tolerance(s, ::Type{T}) where {T} = T(something(s.tol, default_tolerance(T)))
 
 function check_options(tol, max_iterations)
-    tol === nothing || 0 < tol < 1 || throw(ArgumentError("tol must lie strictly between 0 and 1, got $tol"))
-    max_iterations > 0 || throw(ArgumentError("max_iterations must be positive, got $max_iterations"))
+    tol === nothing || check_number("tol", tol, x -> 0 < x < 1, "lie strictly between 0 and 1")
+    check_number("max_iterations", max_iterations, >(0), "be a positive whole number", Integer)
     return
 end
 
