@@ -630,6 +630,33 @@ def test_rounding_of_constants_does_not_give_a_double_root_a_derivative(kind, sa
     np.testing.assert_allclose(slope, -0.5e6, rtol=1e-2)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 50, 5000])
+@pytest.mark.parametrize("start", [1e-9, 1e-6, 0.1, 1.0])
+def test_double_root_at_zero_that_rounding_hides_has_no_derivative(kind, samples, start):
+    f = either(kind, lambda z, a: np.exp(z) - z - 1 - a, "(z, a) -> exp.(z) .- z .- 1 .- a")
+    Z = np.full((samples, 1), start)
+    solution = root(f, Z, args=(0.0,), on_failure="ignore", **MANY[kind])
+    if solution.converged.all():
+        with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
+            solution.jacobian("a")
+    plain = root(f, Z, args=(1e-6,), on_failure="ignore", **MANY[kind])
+    np.testing.assert_allclose(plain.jacobian("a")[:, 0, 0], 1 / np.expm1(plain.value[:, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 5000])
+@pytest.mark.parametrize("start", [-0.5, 0.1, 3.0])
+def test_root_at_zero_among_constants_has_its_derivative(kind, samples, start):
+    for function, code in (
+        (lambda z, a: np.exp(z) - 1 - a, "(z, a) -> exp.(z) .- 1 .- a"),
+        (lambda z, a: np.log(1 + z) - a, "(z, a) -> log.(1 .+ z) .- a"),
+    ):
+        f = either(kind, function, code)
+        solution = root(f, np.full((samples, 1), start), args=(0.0,), **MANY[kind])
+        np.testing.assert_allclose(solution.jacobian("a"), 1, rtol=1e-6)
+
+
 # --- memory, sizes and ends -------------------------------------------------------------------------------------
 
 

@@ -273,6 +273,13 @@ end
     @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, [1.0], 0.0), [1.0])          # found to 1e-13 only
     @test_throws SingularSolution vjp(root((z, a) -> [z[1] + z[2] - a, 2z[1] + 2z[2] - 2a], [1.0, 1.0], 2.0), [1.0, 0.0])
     @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, ones(1, 50), zeros(50); batched = (1,)), ones(1, 50))
+    # Found at zero, where rounding hides that the Jacobian changes; but exp(z) - 1 has a root there.
+    for f in (z -> cosh.(z) .- 1, z -> exp.(z) .- z .- 1), z0 in (1.0e-9, 0.1, 1.0), n in (1, 50, 5000)
+        hidden = root((z, a) -> f(z) .- a, fill(z0, 1, n), 0.0)
+        all(converged(hidden)) && @test_throws SingularSolution vjp(hidden, ones(1, n))
+        @test vjp(root((z, a) -> exp.(z) .- 1 .- a, fill(z0, 1, n), 0.0), ones(1, n))[1] ≈ n
+    end
+    @test_throws SingularSolution vjp(root((z, a) -> [cosh(z[1]) - 1 - a, z[2] - 1], [0.1, 0.1], 0.0), [1.0, 0.0])
     # What is solved side by side, where the solver may know that the derivative is regular.
     a = repeat([0.0, 1.0e-3, 0.25, 4.0], 2048)
     many = root((z, a) -> z .^ 2 .- a, fill(3.0, 1, 8192), a; batched = (1,))

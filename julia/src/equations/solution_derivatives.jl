@@ -101,7 +101,10 @@ end
     correct!(w, inverse)
     map_each!((moved, z) -> moved - beyond(z, z - moved, eps(T)), w.z, w.z, z)
     n == 1 || map_each!(inv, w.rows, w.columns)
-    change!(w, inverse, p, sample) <= LARGEST_CHANGE && return
+    if change!(w, inverse, p, sample) <= LARGEST_CHANGE
+        is_hidden!(w, inverse, p, sample) && throw(SingularSolution(sample))
+        return
+    end
     doubt_rounding!(w, p, sample)
     correct!(w, inverse)
     change!(w, inverse, p, sample) <= LARGEST_CHANGE || throw(SingularSolution(sample))
@@ -130,6 +133,27 @@ end
     end
     n == 1 || scale!(A, w.rows, w.columns)
     return largest_column_sum(A)
+end
+
+# Whether the change of A is hidden from f: its rounding leaves nothing of ways to w.z on which A changes, as of cosh(z) - 1 near zero.
+@noinline function is_hidden!(w::InverseBuffers{T}, inverse, p::AbstractEquation{T}, sample::Int) where {T}
+    way, here, change = map_each!(-, similar(w.z), w.z, w.at), similar(w.r), similar(w.r)
+    call!(here, p, w.at, sample)
+    while true
+        call!(change, p, w.z, sample)
+        map_each!((there, here, way) -> there - here - (p.root ? zero(T) : way), change, change, here, way)
+        answered = true
+        for k in eachindex(way)
+            off = abs(sum(i -> inverse[k, i] * change[i], eachindex(change)) - way[k])
+            0 < abs(way[k]) < 2off || continue
+            way[k] = copysign(max(8abs(way[k]), 2off), way[k])
+            answered = false
+        end
+        answered && return false
+        map_each!(+, w.z, w.at, way)
+        change!(w, inverse, p, sample) > LARGEST_CHANGE && return true
+    end
+    return
 end
 
 # Constants in f have a rounding that no argument tells of: what the conditions at w.z are off the trapezoidal rule by, which is

@@ -203,6 +203,17 @@ class PythonEquation:
 
                 left_over = np.flatnonzero(finite)
                 J, changed = changes(left_over, beyond[left_over])
+                answering = left_over[~changed]
+                way, here = beyond[answering] - Z[answering], f.conditions(Z[answering], new[answering])
+                # Rounding of f may leave nothing of ways on which A changes, as of cosh(z) - 1 near zero.
+                while len(answering):
+                    change = f.conditions(Z[answering] + way, new[answering]) - here
+                    off = np.abs(np.einsum("bij,bj->bi", inverse[answering], change) - way)
+                    short = (way != 0) & (np.abs(way) < 2 * off)
+                    kept = short.any(axis=1) & ~singular[answering]
+                    way = np.where(short, np.copysign(np.fmax(8 * np.abs(way), 2 * off), way), way)[kept]
+                    answering, here = answering[kept], here[kept]
+                    singular[answering] = changes(answering, Z[answering] + way)[1]
                 left_over, J = left_over[changed], J[changed]
                 if len(left_over):
                     rounding = f.rounding(Z[left_over], beyond[left_over], A[left_over], J, new[left_over])
