@@ -60,3 +60,9 @@ end
     foreach(A -> A .= 7, (Z, q, Y))
     @test back(V) == expected
 end
+
+@testset "the solution of an equation is not differentiated through the solver" begin
+    for solve in (root, fixed_point)
+        @test_throws "differentiated by vjp(solution, v)" Zygote.gradient(a -> sum(solve((z, a) -> cos.(z) .- a, [0.5], a).value), 0.2)
+    end
+end

@@ -63,6 +63,9 @@ inverse and no step leads on: at a local minimum of ‖f‖, for one.
 """
 root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
 
+ChainRulesCore.rrule(::Union{typeof(root), typeof(fixed_point)}, args...; options...) =
+    throw(ArgumentError("a solution is differentiated by vjp(solution, v), not through the solver"))
+
 solve_equation(f, z0, args; options...) = refuse_start(z0)
 solve_equation(f, z0::AbstractVecOrMat, args; options...) = solve_from!(as_start(z0), f, args; options...)
 function solve_from!(value::AbstractVecOrMat{T}, f, args; root, solver = Auto(), batched = (), scale = nothing) where {T}

@@ -11,7 +11,7 @@ A map from the raw recurrent weights of a stage to those in force: [`Free`](@ref
 abstract type Constraint end
 
 function fraction(name, value)
-    0 < value < 1 || throw(ArgumentError("$name must lie in (0, 1), got $value"))
+    check_number(name, value, x -> 0 < x < 1, "lie in (0, 1)")
     return Float64(value)
 end
 

@@ -21,7 +21,7 @@ struct MAE <: ElementwiseLoss end
 struct Huber <: ElementwiseLoss
     delta::Float64
     function Huber(delta)
-        0 < delta < Inf || throw(ArgumentError("delta must be positive and finite, got $delta"))
+        check_number("delta", delta, x -> 0 < x < Inf, "be positive and finite")
         return new(delta)
     end
 end
