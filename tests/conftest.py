@@ -268,18 +268,21 @@ def make_net(engine: str | None, activation: str = "tanh", neurons: int = 5, **s
     return net
 
 
-def make_bistable(engine: str | None) -> irnn.Network:
-    """One free neuron z = tanh(x + r z) that has equilibria on both sides of zero."""
-    net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
-    net.weights["W"][...], net.weights["R"][...] = 1.0, 2.0
+def make_neuron(engine: str | None, r: float, activation: str = "tanh", w: float = 1.0) -> irnn.Network:
+    """One free neuron z = f(w x + r z)."""
+    net = irnn.Network(1, [irnn.Layer(1, activation)], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.weights["W"][...], net.weights["R"][...] = w, r
     return net
+
+
+def make_bistable(engine: str | None) -> irnn.Network:
+    """One neuron z = tanh(x + 2 z), which has equilibria on both sides of zero."""
+    return make_neuron(engine, 2.0)
 
 
 def make_oscillating(engine: str | None) -> irnn.Network:
-    """One free neuron z = tanh(x - 3 z): Picard iteration oscillates for ever for small x, and converges for x = 5."""
-    net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
-    net.weights["W"][...], net.weights["R"][...] = 1.0, -3.0
-    return net
+    """One neuron z = tanh(x - 3 z): Picard iteration oscillates for ever for small x, and converges for x = 5."""
+    return make_neuron(engine, -3.0)
 
 
 def make_overflowing(engine: str | None) -> irnn.Network:

@@ -160,7 +160,7 @@ LAYOUTS = {
     "every other row": lambda X: np.repeat(X, 2, axis=0)[::2],
     "every other column": lambda X: np.repeat(X, 2, axis=1)[:, ::2],
     "reversed": lambda X: X[::-1].copy()[::-1],
-    "slice of a wider array": lambda X: np.hstack([X, X])[:, :3],
+    "slice of a wider array": lambda X: np.hstack([X, X])[:, : X.shape[1]],
     "transposed": lambda X: X.T.copy().T,
     "misaligned": lambda X: misaligned(X),
     "list": lambda X: X.tolist(),
@@ -195,9 +195,7 @@ def test_samples_and_targets_of_any_layout_give_the_same_gradient(engine, layout
 def test_starts_of_any_layout_give_the_same_equilibria(engine, layout, X, rng):
     net = make_net(engine)
     z0 = rng.standard_normal((12, 3)) @ np.ones((3, 5))
-    expected = net.equilibrium(X, z0=z0).state
-    wide = np.repeat(z0, 2, axis=1)[:, ::2]
-    np.testing.assert_array_equal(net.equilibrium(X, z0=wide).state, expected)
+    np.testing.assert_array_equal(net.equilibrium(X, z0=layout(z0)).state, net.equilibrium(X, z0=z0).state)
 
 
 def test_broadcast_samples_are_accepted(engine, X):
@@ -223,11 +221,6 @@ def test_data_are_never_written_to(engine, X, Y):
     net.fit(X, Y, epochs=3, batch_size=5)
     for array, old in zip((X, Y, z0), before, strict=True):
         np.testing.assert_array_equal(array, old)
-
-
-def test_single_sample_is_accepted(engine, X):
-    net = make_net(engine)
-    np.testing.assert_allclose(net.predict(X[:1]), net.predict(X)[:1], rtol=1e-13)
 
 
 # --- structure -----------------------------------------------------------------------------------------------

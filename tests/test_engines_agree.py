@@ -41,11 +41,6 @@ class TestSolveAndGradient:
         ours, theirs = (n.equilibrium(X, solver=solver).state for n in both(activation, constraint=constraint))
         assert np.abs(ours - theirs).max() <= 1e-12
 
-    def test_losses_agree_to_1e_12(self, activation, constraint, X, Y):
-        solver = irnn.Picard(tol=1e-14)
-        ours, theirs = (n.loss_and_gradient(X, Y, solver=solver)[0] for n in both(activation, constraint=constraint))
-        assert theirs == pytest.approx(ours, rel=1e-12)
-
     def test_gradients_agree_to_1e_9(self, activation, constraint, X, Y):
         ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in both(activation, constraint=constraint))
         assert np.abs(ours - theirs).max() <= 1e-9 * np.abs(ours).max()
@@ -83,26 +78,11 @@ def test_gradients_agree_for_other_shapes(settings, X, rng):
     np.testing.assert_allclose(theirs.loss_and_gradient(X, Y)[1], ours.loss_and_gradient(X, Y)[1], rtol=0, atol=1e-9)
 
 
-def test_gradients_agree_without_lateral_connections(X, Y):
-    ours, theirs = (
-        irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2, seed=0, engine=e) for e in ("numpy", "julia")
-    )
-    np.testing.assert_allclose(theirs.loss_and_gradient(X, Y)[1], ours.loss_and_gradient(X, Y)[1], rtol=0, atol=1e-12)
-
-
 def test_julia_solves_the_large_batch_that_spans_several_tiles(rng):
     ours, theirs = both()
     X = rng.standard_normal((5000, 3))
     solver = irnn.Picard(tol=1e-13)
     assert np.abs(ours.predict(X, solver=solver) - theirs.predict(X, solver=solver)).max() <= 1e-11
-
-
-@pytest.mark.parametrize("method", ["trust_region", "newton", "anderson"])
-def test_nlsolve_and_picard_find_the_same_equilibria_to_1e_10(method, X):
-    net = make_net("julia")
-    picard = net.equilibrium(X, solver=irnn.Picard(tol=1e-13)).state
-    nlsolve = net.equilibrium(X, solver=irnn.NLsolve(method, tol=1e-13)).state
-    assert np.abs(picard - nlsolve).max() <= 1e-10
 
 
 @pytest.mark.parametrize("linear_solver", ["auto", "lu", "neumann", "anderson", "gmres"])

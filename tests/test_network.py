@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from conftest import make_bistable, make_net, make_oscillating
+from conftest import make_bistable, make_net, make_neuron, make_oscillating
 
 import implicit_rnn as irnn
 
@@ -267,18 +267,14 @@ def test_gradient_where_the_equilibrium_ceases_to_exist_raises(engine):
 
 
 def test_diverging_sample_is_marked_as_diverged(engine):
-    net = irnn.Network(1, [irnn.Layer(1, "identity")], outputs=[0], constraint=irnn.Free(), engine=engine)
-    net.weights["W"][...], net.weights["R"][...] = 1, 2
-    solution = net.equilibrium([[1.0]], solver=irnn.Picard(), on_failure="ignore")
+    solution = make_neuron(engine, 2.0, "identity").equilibrium([[1.0]], solver=irnn.Picard(), on_failure="ignore")
     assert solution.status[0] == irnn.Status.DIVERGED
     assert np.isfinite(solution.state).all()
 
 
 def test_sample_whose_state_overflows_is_never_marked_as_converged(engine):
-    net = irnn.Network(1, [irnn.Layer(1, "identity")], outputs=[0], constraint=irnn.Free(), engine=engine)
-    net.weights["W"][...], net.weights["R"][...] = 1e200, 0.5
     with np.errstate(all="ignore"):
-        solution = net.equilibrium([[1e200]], on_failure="ignore")
+        solution = make_neuron(engine, 0.5, "identity", 1e200).equilibrium([[1e200]], on_failure="ignore")
     assert solution.status[0] in (irnn.Status.NON_FINITE, irnn.Status.DIVERGED)
 
 
@@ -343,19 +339,6 @@ def test_what_attracts_is_told_by_the_spectral_radius_however_large_the_norm(eng
         attracts = np.abs(np.linalg.eigvals(jacobians)).max(axis=1) < 1
         np.testing.assert_array_equal(solution.status[found] == irnn.Status.CONVERGED, attracts)
         assert found.sum() > 10
-
-
-@pytest.mark.julia
-def test_equilibrium_that_picard_would_leave_is_found_by_newton_and_marked_as_unstable():
-    solution = make_oscillating("julia").equilibrium([[0.5]], solver=irnn.NLsolve("newton"), on_failure="ignore")
-    z = solution.state[0, 0]
-    assert z == pytest.approx(np.tanh(0.5 - 3 * z), abs=1e-9)
-    assert solution.status[0] == irnn.Status.UNSTABLE
-
-
-def test_nlsolve_on_the_numpy_engine_is_refused_with_the_remedy(X):
-    with pytest.raises(irnn.EngineError, match=r'NLsolve is not available on the NumPy engine; use engine="julia"'):
-        make_net("numpy").equilibrium(X, solver=irnn.NLsolve())
 
 
 # --- copies and texts ----------------------------------------------------------------------------------------

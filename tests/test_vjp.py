@@ -7,6 +7,7 @@ import pytest
 from conftest import derivative_along, make_bistable, make_net, make_oscillating
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_gradients import away_from_kinks
 
 import implicit_rnn as irnn
 from implicit_rnn.model.activations import ACTIVATIONS
@@ -51,14 +52,6 @@ CASES = [
 ]
 
 
-def away_from_kinks(net: irnn.Network, rng: np.random.Generator) -> np.ndarray:
-    """The six samples whose neurons are farthest from s = 0, where relu and elu are not smooth."""
-    X = rng.standard_normal((300, 3))
-    z = net.equilibrium(X, solver=EXACT).state
-    s = X @ net.input_weights.T + z @ net.recurrent_weights.T + net.weights["b"]
-    return X[np.argsort(-np.abs(s).min(axis=1))[:6]]
-
-
 def derivative_of(net: irnn.Network, X: np.ndarray, dX: np.ndarray, dp: np.ndarray) -> np.ndarray:
     """The derivative of ``predict`` along a direction, by differences."""
     return derivative_along(net, dp, lambda step: net.predict(X + step * dX, solver=EXACT), 1e-3)
@@ -70,7 +63,7 @@ def derivative_of(net: irnn.Network, X: np.ndarray, dX: np.ndarray, dp: np.ndarr
 @pytest.mark.parametrize(("activation", "constraint", "topology"), CASES)
 def test_products_are_those_of_fourth_order_central_differences_to_1e_8(engine, activation, constraint, topology, rng):
     net = build(engine, activation, constraint, topology)
-    X = away_from_kinks(net, rng)
+    X = away_from_kinks(net, rng, 6)
     V = rng.standard_normal((len(X), net.topology.output_size))
     gradient, dX = net.vjp(X, V, solver=EXACT)
     for _ in range(3):

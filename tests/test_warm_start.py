@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import make_net
+from conftest import make_net, make_neuron
+from test_losses import squared
 
 import implicit_rnn as irnn
 from implicit_rnn.engines.base import Replicas, Samples, TrainerOptions
@@ -15,18 +16,7 @@ STILL = irnn.SGD(1e-300)
 """An optimiser that leaves the parameters as they are."""
 
 
-def squares(y: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return ((y - t) ** 2).mean(axis=1), 2 * (y - t) / y.shape[1]
-
-
-OWN_LOSS = irnn.CustomLoss(squares)
-
-
-def make_linear(engine: str, r: float) -> irnn.Network:
-    """One free neuron z = x + r z, to which Picard iteration converges at the rate r."""
-    net = irnn.Network(1, [irnn.Layer(1, "identity")], outputs=[0], constraint=irnn.Free(), engine=engine)
-    net.weights["W"][...], net.weights["R"][...] = 1.0, r
-    return net
+OWN_LOSS = irnn.CustomLoss(squared)
 
 
 def fit(net: irnn.Network, X: np.ndarray, Y: np.ndarray, **settings: object) -> irnn.Run:
@@ -43,7 +33,7 @@ def test_samples_that_change_little_need_fewer_iterations(engine, loss, batch_si
     X = np.array([[-30.0], [-1.0], [0.1], [2.0], [50.0]])
 
     def unconverged(warm_start: bool) -> np.ndarray:
-        net = make_linear(engine, 0.7)
+        net = make_neuron(engine, 0.7, "identity")
 
         def raise_r(progress: irnn.Progress) -> None:
             net.weights["R"][...] += 0.001
@@ -68,7 +58,7 @@ def test_samples_that_change_little_need_fewer_iterations(engine, loss, batch_si
 @pytest.mark.parametrize("loss", [irnn.MSE(), OWN_LOSS], ids=["mse", "own loss"])
 def test_nets_trained_together_have_equilibria_of_their_own(engine, loss):
     X, order = np.array([[1.0], [-20.0], [3.0]]), np.array([[2, 0, 1]])
-    net = make_linear(engine, 0.7)
+    net = make_neuron(engine, 0.7, "identity")
     program = net.program(irnn.Picard(tol=1e-6, max_iterations=40), loss=loss)
     nets = Replicas.start(np.stack([net.parameters * scale for scale in ([1, 1, 1], [-30, 1, 1])]))
     trainer = program.trainer(TrainerOptions(STILL, 2, 2, np.inf, irnn.Guard(), warm_start=True))
@@ -82,7 +72,7 @@ def test_nets_trained_together_have_equilibria_of_their_own(engine, loss):
 def test_samples_that_do_not_converge_start_from_zero_at_their_next_visit(engine):
     """z = x + 3 z runs away, and from there 30 iterations would not lead back to the equilibrium of z = x + 0.5 z."""
     X, Y = np.array([[1.0], [2.0], [-1.0]]), np.zeros((3, 1))
-    net = make_linear(engine, 3.0)
+    net = make_neuron(engine, 3.0, "identity")
 
     def lower_r(progress: irnn.Progress) -> None:
         net.weights["R"][...] = 0.5
@@ -92,7 +82,7 @@ def test_samples_that_do_not_converge_start_from_zero_at_their_next_visit(engine
         X, Y, solver=solver, optimizer=STILL, epochs=3, callbacks=lower_r, warm_start=True, on_failure="ignore"
     )
     assert run.unconverged.tolist() == [3, 0, 0]
-    assert run.loss[1] == make_linear(engine, 0.5).loss_and_gradient(X, Y, solver=solver)[0]
+    assert run.loss[1] == make_neuron(engine, 0.5, "identity").loss_and_gradient(X, Y, solver=solver)[0]
 
 
 # --- what they leave as it is --------------------------------------------------------------------------------
