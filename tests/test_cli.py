@@ -184,23 +184,12 @@ def test_doctor_tells_of_a_damaged_record_of_the_prepared_environment(run_cli: R
 
 
 @pytest.mark.julia
-class TestDoctorWithJulia:
-    @pytest.fixture(scope="class")
-    @classmethod
-    def done(cls, tmp_path_factory) -> Finished:
-        command = [sys.executable, "-m", "implicit_rnn", "doctor", "--json"]
-        return run_process(command, ENVIRONMENT, 60, tmp_path_factory.mktemp("doctor"))
-
-    def test_exits_with_0(self, done):
-        assert done.returncode == 0, str(done)
-
-    def test_tells_the_versions_threads_and_gpu(self, done):
-        julia = json.loads(done.stdout)["julia"]
-        assert set(julia) >= {"version", "exe", "project", "threads", "BLAS"}
-
-    def test_tells_that_the_engine_is_ready(self, done):
-        report = json.loads(done.stdout)
-        assert (report["ok"], report["julia engine"]) == (True, "ready")
+def test_doctor_tells_that_the_julia_engine_is_ready_its_versions_and_threads(run_cli: RunPython):
+    done = run_cli("doctor", "--json", env=ENVIRONMENT | {"IMPLICIT_RNN_THREADS": "2"})
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"], report["julia engine"]) == (0, True, "ready"), str(done)
+    assert set(report["julia"]) >= {"version", "exe", "project", "threads", "BLAS"}
+    assert (report["threads setting"], report["julia"]["threads"]) == ("2 (IMPLICIT_RNN_THREADS)", 2)
 
 
 # --- setup ---------------------------------------------------------------------------------------------------

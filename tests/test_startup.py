@@ -24,31 +24,21 @@ from implicit_rnn.runtime.environments import Environment
 HEAVY = ("juliacall", "juliapkg", "matplotlib")
 
 
-def test_import_starts_nothing(run_python: RunPython):
-    code = f"import implicit_rnn, sys, threading; print([m for m in {HEAVY} if m in sys.modules], threading.active_count())"
-    assert run_python(code).stdout == "[] 1\n"
-
-
-def test_making_a_network_starts_nothing(run_python: RunPython):
+def test_import_a_network_and_the_numpy_engine_start_nothing(run_python: RunPython):
     code = f"""
-        import sys
+        import sys, threading
         import implicit_rnn as irnn
+        def told():
+            print([m for m in {HEAVY} if m in sys.modules])
+        print(threading.active_count())
+        told()
         net = irnn.Network(2, [irnn.Layer(2)], outputs=1)
         repr(net), net.summary(), net.recurrent_weights
-        print([m for m in {HEAVY} if m in sys.modules])
+        told()
+        irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="numpy").fit([[0, 1]], [[0]], epochs=2)
+        told()
     """
-    assert run_python(code).stdout == "[]\n"
-
-
-def test_numpy_engine_starts_nothing_of_julia(run_python: RunPython):
-    code = f"""
-        import sys
-        import implicit_rnn as irnn
-        net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="numpy")
-        net.fit([[0, 1]], [[0]], epochs=2)
-        print([m for m in {HEAVY} if m in sys.modules])
-    """
-    assert run_python(code).stdout == "[]\n"
+    assert run_python(code).stdout == "1\n[]\n[]\n[]\n"
 
 
 # --- no Julia can be had -------------------------------------------------------------------------------------
@@ -111,29 +101,19 @@ def test_network_that_swallows_every_packet_delays_the_start_by_less_than_10_sec
     assert done.seconds < 10
 
 
-def test_julia_engine_that_cannot_be_had_raises(run_python: RunPython, fresh_machine):
-    code = """
+@pytest.mark.parametrize(("engine", "settings"), [("julia", {}), (None, {"IMPLICIT_RNN_ENGINE": "julia"})])
+def test_julia_engine_that_cannot_be_had_raises(run_python: RunPython, fresh_machine, engine, settings):
+    code = f"""
         import implicit_rnn as irnn
-        net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine="julia")
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=1, engine={engine!r})
         try:
             net.predict([[0, 1]])
         except irnn.EngineError as error:
             print(error)
     """
-    done = run_python(code, fresh_machine)
+    done = run_python(code, fresh_machine | settings)
     assert "the Julia package server cannot be reached; run `implicit-rnn setup`" in done.stdout, str(done)
     assert done.seconds < 10
-
-
-def test_setting_of_the_environment_asks_for_julia_and_raises_too(run_python: RunPython, fresh_machine):
-    code = """
-        import implicit_rnn as irnn
-        try:
-            irnn.Network(2, [irnn.Layer(2)], outputs=1).predict([[0, 1]])
-        except irnn.EngineError as error:
-            print("raised")
-    """
-    assert run_python(code, fresh_machine | {"IMPLICIT_RNN_ENGINE": "julia"}).stdout == "raised\n"
 
 
 def test_numpy_engine_by_the_setting_of_the_environment_gives_no_warning(run_python: RunPython, fresh_machine):
@@ -377,10 +357,11 @@ FORK = """
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 class TestFork:
+    @pytest.mark.parametrize(("before", "start"), [("", SOLVE), ("import juliacall", "")], ids=["ours", "another's"])
     def test_after_the_start_is_a_clear_error_in_the_child_and_the_parent_goes_on(
-        self, run_python: RunPython, given_julia
+        self, run_python: RunPython, given_julia, before, start
     ):
-        done = run_python(FORK.format(before="", start=SOLVE, solve=SOLVE), given_julia)
+        done = run_python(FORK.format(before=before, start=start, solve=SOLVE), given_julia)
         message, child, parent = done.stdout.splitlines()
         assert "forked after Julia had started" in message, str(done)
         assert 'get_context("spawn") or "forkserver"' in message
@@ -389,12 +370,6 @@ class TestFork:
     def test_before_the_start_is_no_problem(self, run_python: RunPython, given_julia):
         done = run_python(FORK.format(before="", start="", solve=SOLVE), given_julia)
         assert done.stdout.splitlines() == ["solved", "child 0", "parent solves"], str(done)
-
-    def test_after_somebody_else_started_julia_is_a_clear_error_in_the_child(self, run_python: RunPython, given_julia):
-        done = run_python(FORK.format(before="import juliacall", start="", solve=SOLVE), given_julia)
-        message, child, *_ = done.stdout.splitlines()
-        assert "forked after Julia had started" in message, str(done)
-        assert child == "child 0"
 
     def test_child_that_exits_keeps_its_status_and_what_it_has_printed(self, run_python: RunPython, given_julia):
         code = f"""
