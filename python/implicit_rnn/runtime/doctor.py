@@ -39,18 +39,13 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
         return report | {"julia engine": f"not available: {error}", "ok": report["engine setting"] == "numpy"}
     without_julia = report["engine setting"] != "julia"
     try:
-        environment = explicit or environments.prepared_environment()
-    except EngineError as error:
-        return report | {"julia engine": f"not available: {error}", "ok": without_julia}
-    if environment is not None:
-        needed = environments.manifest_versions(environment.project).get("PythonCall")
-        report["julia environment"] = {
-            "from": environment.source,
-            "exe": environment.exe,
-            "project": environment.project,
-            "needs juliacall": needed,
-        }
-    try:
+        if (environment := explicit or environments.prepared_environment()) is not None:
+            report["julia environment"] = {
+                "from": environment.source,
+                "exe": environment.exe,
+                "project": environment.project,
+                "needs juliacall": environments.manifest_versions(environment.project).get("PythonCall"),
+            }
         environments.find_environment(may_install=install)
         report |= {"julia engine": "ready", "julia": _running_julia(), "gpu": devices.describe()}
         return report | (_self_test() if gpu else {"ok": True})

@@ -67,7 +67,7 @@ def entry_points() -> dict[str, EntryPoint]:
             if _entry_points is None:
                 points = _start()
                 _interrupter = Interrupter(points["interrupt_address"]())
-                _fault_handler = threads.FaultHandler.of_running_julia()
+                _fault_handler = threads.FaultHandler() if os.name == "posix" else None
                 _entry_points = points
     if _fault_handler is not None:
         _fault_handler.restore()

@@ -126,11 +126,6 @@ class FaultHandler:
         if self._found.value != self._handler.value:
             self._sigaction(signal.SIGSEGV, self._julias, None)
 
-    @classmethod
-    def of_running_julia(cls) -> FaultHandler | None:
-        """That of the Julia that has just started; None where there are no such handlers."""
-        return cls() if os.name == "posix" else None
-
 
 def check_running(config: dict[str, Any], threads: int) -> None:
     """Judge a Julia that something else has started in this process with so many threads.
