@@ -178,7 +178,8 @@ function compile(d::Py)
         outputs = pyisinstance(d["outputs"], pybuiltins.int) ? pyconvert(Int, d["outputs"]) : integers(d["outputs"]),
         constraint = named(ImplicitRNN.CONSTRAINTS, d["constraint"]["name"])(numbers(d["constraint"]["values"])...),
     )
-    return keep(workspace_on(net, pyconvert(String, d["device"]))), length(net)
+    device = pyconvert(String, d["device"])
+    return keep(device == "cpu" ? Workspace(net) : on_backend(backend -> Workspace(net, backend), device)), length(net)
 end
 
 "The package of a device, and its backend. The reference device arrays, which are in the machine's memory, are for tests."
@@ -186,10 +187,6 @@ const DEVICES = Dict(
     "cuda" => (Base.PkgId(Base.UUID("052768ef-5323-5732-b1bb-66c8b64840ba"), "CUDA"), :CUDABackend),
     "jl" => (Base.PkgId(Base.UUID("27aeb0d3-9eb9-45fb-866b-73c2ecf80fcb"), "JLArrays"), :JLBackend),
 )
-
-function workspace_on(net::Network, device::String)
-    return device == "cpu" ? Workspace(net) : on_backend(backend -> Workspace(net, backend), device)
-end
 
 "`describe_device(device)`: the device in words, an error where there is none that works."
 function describe_device(device::Py)
@@ -200,15 +197,8 @@ function describe_device(device::Py)
     end
 end
 
-"`f` of the backend of a device."
+"`f` of the backend of a device, whose package is loaded."
 function on_backend(f, device::String)
-    library, name = library_of(device)
-    # Late, as the methods of the package are younger than this call.
-    return Base.invokelatest(() -> f(getproperty(library, name)()))
-end
-
-"The package of a device, loaded, and the name of its backend."
-function library_of(device::String)
     package, backend = DEVICES[device]
     Base.locate_package(package) === nothing && throw(
         ArgumentError(
@@ -216,7 +206,9 @@ function library_of(device::String)
             add it by `implicit-rnn setup --cuda`, or there by `import Pkg; Pkg.add(\"$(package.name)\")`, or use device = \"cpu\""
         )
     )
-    return Base.require(package), backend
+    library = Base.require(package)
+    # Late, as the methods of the package are younger than this call.
+    return Base.invokelatest(() -> f(getproperty(library, backend)()))
 end
 
 "`program(handle, options) -> handle`: the network with the options that a Python dictionary describes, in the same workspace."

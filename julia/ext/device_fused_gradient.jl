@@ -19,7 +19,7 @@ is_iterated(s::Implicit) = s.linear_solver in (:auto, :neumann)
 "The gradient of the columns that are solved is added to `total`; returns their [`Summary`](@ref ImplicitRNN.Summary), and the others."
 function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, seed::LossSeed, columns; start, report, states) where {T}
     samples, w, stage, a = length(columns), only(ws.stages), only(ws.net.stages), only(arrays!(ws, length(columns)))
-    here(array) = array === nothing ? nothing : on_device(ws, columns_of(array, columns))
+    here(array) = on_device(ws, columns_of(array, columns))
     x, targets, z = here(X), here(seed.targets), here(start)
     drive!(ws, 1, x)
     z === nothing ? fill!(a.Z, 0) : copyto!(a.Z, z)

@@ -143,7 +143,7 @@ end
 
 "Bring the samples to their equilibrium with the parameters in force, with the slopes there."
 function settle!(ws::DeviceWorkspace, problem, X, start)
-    found = forward!(ws, problem, X, start === nothing ? nothing : on_device(ws, start))
+    found = forward!(ws, problem, X, on_device(ws, start))
     status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
     for (k, stage) in enumerate(ws.net.stages)
         # Unrolled steps have slopes of their own.
@@ -170,12 +170,12 @@ end
 
 "Set ∂L/∂z of all stages and the gradient of the readout, for some columns of the batch; returns their loss."
 function begin_back!(ws::DeviceWorkspace, seed::LossSeed, columns)
-    targets, weights = on_device(ws, columns_of(seed.targets, columns)), columns_of(seed.weights, columns)
+    targets, weights = (on_device(ws, columns_of(A, columns)) for A in (seed.targets, seed.weights))
     outputs = fill!(similar(targets), 0)
     ws.net.outputs > 0 && (outputs .= ws.offset)
     foreach((w, a) -> isempty(w.readout) || mul!(outputs, w.readout, a.Z, true, true), ws.stages, ws.arrays)
     GY = similar(outputs)
-    loss = loss_gradient!(GY, seed.loss, outputs, targets, weights === nothing ? nothing : on_device(ws, weights), seed.scale)
+    loss = loss_gradient!(GY, seed.loss, outputs, targets, weights, seed.scale)
     read_out_adjoint!(ws, GY)
     return loss
 end

@@ -10,8 +10,7 @@ function ImplicitRNN.train!(
     ws = first(trainer.buffers).workspace
     there = Replicas(on_device(ws, nets.parameters), on_device(ws, nets.good), nets.halted)
     places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), order)
-    x, y, w = on_device(ws, X), on_device(ws, Y), weights === nothing ? nothing : on_device(ws, weights)
-    train!(trainer, there, Batches(x, y, w, places, batch_size, rates, whole), losses, unconverged)
+    train!(trainer, there, Batches(on_device(ws, X), on_device(ws, Y), on_device(ws, weights), places, batch_size, rates, whole), losses, unconverged)
     copyto!(nets.parameters, there.parameters)
     copyto!(nets.good, there.good)
     return losses

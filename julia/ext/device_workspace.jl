@@ -60,7 +60,8 @@ ImplicitRNN.device_vector(backend::Backend, ::Type{T}, n::Int) where {T} = Kerne
 on_host(A::Array) = A
 on_host(A::AbstractArray) = Array(A)
 
-"An array on the device, itself where it is there."
+"An array on the device, itself where it is there; nothing where there is none."
+on_device(::DeviceWorkspace, ::Nothing) = nothing
 on_device(::DeviceWorkspace, A::AbstractGPUArray) = A
 on_device(ws::DeviceWorkspace{T}, A::AbstractArray) where {T} =
     copyto!(KernelAbstractions.allocate(ws.backend, T, size(A)...), convert(Array{T}, A))
