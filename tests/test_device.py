@@ -59,12 +59,19 @@ def test_an_unknown_device_is_no_fault_of_a_file(tmp_path):
         irnn.load(tmp_path / "net.safetensors", device="gpu")
 
 
-@pytest.mark.julia
-def test_without_cuda_the_error_says_what_to_do(data):
+@pytest.fixture
+def without_cuda(julia_environment: Environment) -> None:
     if has_julia_package("CUDA"):
         pytest.skip("CUDA.jl is in Julia's environment")
-    with pytest.raises(irnn.EngineError, match=r'needs CUDA.jl, which is not in .*Pkg.add\("CUDA"\)'):
-        network(device="cuda", engine="julia").predict(data[0])
+
+
+def test_without_cuda_the_error_says_what_to_do(without_cuda, data):
+    for use in (
+        lambda: network(device="cuda", engine="julia").predict(data[0]),
+        lambda: irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="cuda"),
+    ):
+        with pytest.raises(irnn.EngineError, match=r'needs CUDA.jl, which is not in .*Pkg.add\("CUDA"\)'):
+            use()
 
 
 # --- the engine on device arrays -------------------------------------------------------------------------------
@@ -145,14 +152,8 @@ def test_a_run_resumed_on_the_device_is_the_run_not_interrupted(pair, data):
 def test_what_a_device_does_not_offer_is_refused_by_name(pair, data):
     X, Y = data
     device = pair[1]
-    with pytest.raises(
-        irnn.EngineError, match="does not offer the solver NLsolve; choose Auto, Picard, Anderson, Newton or Chord"
-    ):
+    with pytest.raises(irnn.EngineError, match="does not offer the solver NLsolve; choose Auto, Picard"):
         device.predict(X, solver="nlsolve")
-    with pytest.raises(
-        irnn.EngineError, match=r"does not offer the linear solver :gmres .* choose :auto, :lu, :neumann or :anderson"
-    ):
-        device.loss_and_gradient(X, Y, adjoint=irnn.Implicit("gmres"))
     with pytest.raises(irnn.EngineError, match="does not offer Hessian-vector products"):
         device.hessian_vector_product(X, Y, device.parameters)
 
@@ -202,12 +203,8 @@ def test_an_equation_on_the_device_has_the_solution_and_the_derivatives_of_the_c
 
 def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(device_name):
     half = irnn.julia("z -> z ./ 2")
-    with pytest.raises(irnn.EngineError, match=r"does not offer equations of more than 8 unknowns \(9 came\)"):
-        irnn.fixed_point(half, np.ones((5, 9)), device=device_name)
     with pytest.raises(irnn.EngineError, match="does not offer the solver Anderson for equations; choose Auto, Picard"):
         irnn.fixed_point(half, np.ones((5, 2)), solver="anderson", device=device_name)
-    with pytest.raises(irnn.EngineError, match="does not offer this function, which gives values of type Array"):
-        irnn.fixed_point(irnn.julia("z -> sort(z) ./ 2"), np.ones((5, 2)), device=device_name)
     with pytest.raises(ValueError, match=r"f returned .*\(3,\)"):
         irnn.fixed_point(irnn.julia("z -> [z[1], z[2], z[1]]"), np.ones((5, 2)), device=device_name)
 
@@ -217,14 +214,6 @@ def test_a_python_function_cannot_run_on_a_device():
         irnn.root(lambda z: z, [[1.0]], device="cuda")
     with pytest.raises(ValueError, match="device is 'gpu'; expected one of 'cpu', 'cuda'"):
         irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="gpu")
-
-
-@pytest.mark.julia
-def test_an_equation_without_cuda_says_what_to_do():
-    if has_julia_package("CUDA"):
-        pytest.skip("CUDA.jl is in Julia's environment")
-    with pytest.raises(irnn.EngineError, match=r"needs CUDA.jl, which is not in"):
-        irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="cuda")
 
 
 # --- the command, and what goes wrong --------------------------------------------------------------------------
@@ -240,10 +229,7 @@ def test_the_self_test_of_a_device_compares_it_with_the_cpu(device_name):
     assert library in gpu.describe(device_name)
 
 
-@pytest.mark.julia
-def test_doctor_says_why_there_is_no_gpu():
-    if has_julia_package("CUDA"):
-        pytest.skip("CUDA.jl is in Julia's environment")
+def test_doctor_says_why_there_is_no_gpu(without_cuda):
     report = doctor.diagnose(gpu=True)
     assert "needs CUDA.jl" in report["gpu"]
     assert "implicit-rnn setup --cuda" in report["gpu self-test"]

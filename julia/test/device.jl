@@ -16,19 +16,14 @@ else
 
     on_device(net) = ImplicitRNN.Workspace(net, JLBackend())
 
-    function solved(ws, p, X; solver = Auto(), start = nothing)
-        return ImplicitRNN.equilibrium!(Solution(ws.net, size(X, 2)), ws, Problem(ws.net; solver), p, X, start)
+    function solved(ws, p, X; start = nothing, options...)
+        return ImplicitRNN.equilibrium!(Solution(ws.net, size(X, 2)), ws, Problem(ws.net; options...), p, X, start)
     end
 
     function gradient(ws, p, X, Y; weights = nothing, options...)
         g = zero(p)
         loss, quality = ImplicitRNN.loss_and_gradient!(g, ws, Problem(ws.net; options...), p, X, Y; weights)
         return (; loss, g, quality)
-    end
-
-    function solved_unrolled(ws, adjoint)
-        net = ws.net
-        return ImplicitRNN.equilibrium!(Solution(net, 20), ws, Problem(net; adjoint), parameters(net), samples(net, 20))
     end
 
     "More samples than a workgroup takes, and few for large nets, whose products are slow on the reference device."
@@ -96,44 +91,6 @@ else
         end
     end
 
-    @testset "vector-Jacobian products of $of" for of in (:outputs, :state)
-        for net in (one_layer(), layered(), layered(; feedback = false))
-            p, X = parameters(net), samples(net, 20)
-            V = randn(Xoshiro(6), ImplicitRNN.rows_of(net, of), 20)
-            cpu, device, problem = ImplicitRNN.Workspace(net), on_device(net), Problem(net)
-            for start in (nothing, equilibrium(net, p, X).state)
-                (g, dX), (h, dZ) = ((zero(p), zero(X)) for _ in 1:2)
-                ImplicitRNN.vjp!(g, dX, cpu, problem, p, X, V; of, start)
-                ImplicitRNN.vjp!(h, dZ, device, problem, p, X, V; of, start)
-                @test relative_error(h, g) < 1.0e-9
-                @test relative_error(dZ, dX) < 1.0e-9
-            end
-        end
-    end
-
-    @testset "Jacobian-vector products of $of" for of in (:outputs, :state)
-        for net in (one_layer(), layered(), layered(; feedback = false), Network(3, [Layer(4), Layer(3)]; outputs = [1, 6, 1]))
-            p, X, dp, dX = parameters(net), samples(net, 20), parameters(net; seed = 5), samples(net, 20; seed = 6)
-            for adjoint in (Implicit(), JacobianFree())
-                here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
-                    tangent = zeros(ImplicitRNN.rows_of(net, of), 20)
-                    ImplicitRNN.jvp!(tangent, ws, Problem(net; adjoint), p, X, dp, dX; of)
-                    tangent
-                end
-                @test relative_error(there, here) < 1.0e-8
-            end
-        end
-    end
-
-    @testset "the Jacobian-free gradient, and Neumann's series by name" begin
-        net = one_layer()
-        p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
-        for adjoint in (JacobianFree(), Implicit(linear_solver = :neumann))
-            here, there = (gradient(ws, p, X, Y; adjoint) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
-            @test relative_error(there.g, here.g) < 1.0e-9
-        end
-    end
-
     @testset "samples that Picard iteration leaves are those of the CPU" begin
         # At this gain some samples have no equilibrium that attracts, and some approach theirs slowly.
         net = one_layer(; constraint = Free(), neurons = 6)
@@ -187,19 +144,6 @@ else
         net = layered()
         p, X, Y = parameters(net), samples(net, 100), targets(net, 100)
         @test gradient(on_device(net), p, X, Y).g == gradient(on_device(net), p, X, Y).g
-    end
-
-    @testset "training" begin
-        net = one_layer()
-        p, X, Y = parameters(net), samples(net, 30), targets(net, 30)
-        trained = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
-            nets, order = Replicas(reshape(copy(p), :, 1)), repeat(1:30, 1, 5)
-            trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); workspace, batch_size = 8)
-            losses = train!(trainer, nets, X, Y, order, 8, fill(0.01, 4 * 5), zeros(5, 1), zeros(Int, 5, 1))
-            vec(nets.parameters), losses
-        end
-        @test relative_error(trained[2][1], trained[1][1]) < 1.0e-8
-        @test trained[2][2] ≈ trained[1][2] rtol = 1.0e-8
     end
 
     @testset "the states found are kept for a warm start, zero where there is no equilibrium" begin
@@ -301,7 +245,9 @@ else
         @test there.status == solved(ImplicitRNN.Workspace(net), [1.0, 1.0, 0.0], [1.0 -0.5]; solver = Newton()).status
     end
 
-    @testset "every adjoint: $adjoint" for adjoint in (Implicit(linear_solver = :lu), Implicit(linear_solver = :anderson), Unrolled(1), Unrolled(7))
+    @testset "every adjoint: $adjoint" for
+        adjoint in (map(linear_solver -> Implicit(; linear_solver), (:lu, :neumann, :anderson))..., JacobianFree(), Unrolled(1), Unrolled(7))
+
         for net in (one_layer(), layered(), layered(; feedback = false), one_layer(; T = Float32))
             p, X, Y = parameters(net), samples(net, 20), targets(net, 20)
             cpu, device, tol = ImplicitRNN.Workspace(net), on_device(net), 10 * agreement(eltype(net))
@@ -317,7 +263,8 @@ else
             @test relative_error(products[2], products[1]) < tol
         end
         adjoint isa Unrolled || continue
-        here, there = (solved_unrolled(ws, adjoint) for ws in (ImplicitRNN.Workspace(one_layer()), on_device(one_layer())))
+        net = one_layer()
+        here, there = (solved(ws, parameters(net), samples(net, 20); adjoint) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
         @test there.iterations == here.iterations
         @test there.status == here.status
         @test there.residual ≈ here.residual rtol = 1.0e-6

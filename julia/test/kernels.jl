@@ -2,12 +2,13 @@
 
 include("ptx.jl")
 
+of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
+per_column(types::NamedTuple) = of(map(S -> PTX.Global{S, 1}, types))
+
 "The kernels with their launches and the types of their arguments, for entries of type T."
 function kernels_of(::Type{T}) where {T}
     E = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt)
     M, V, f = PTX.Global{T, 2}, PTX.Global{T, 1}, typeof(ImplicitRNN.Piecewise((1:4, 5:9), (ImplicitRNN.Gelu(), ImplicitRNN.Softplus())))
-    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
-    per_column(types::NamedTuple) = of(map(S -> PTX.Global{S, 1}, types))
     flags = PTX.Global{Bool, 1}
     progress = per_column((; running = Bool, started = Bool, abandoned = Bool, count = Int32, change = T, rate = T))
     record = per_column((; status = Status, iterations = Int32, residual = T, rate = T))
@@ -48,7 +49,6 @@ end
 
 function gradient_kernel(E, ::Type{T}, n, activation, loss, weights, progress, record) where {T}
     M, V, tiling = PTX.Global{T, 2}, PTX.Global{T, 1}, E.Tiling(n, T)
-    of(types::NamedTuple) = NamedTuple{keys(types), Tuple{values(types)...}}
     solves = of((; progress, record, adjoint_progress = progress, adjoint_record = record, results = PTX.Global{Float64, 2}))
     outputs = of((; Y = M, targets = M, weights, loss, scale = T))
     types = (M, M, M, solves, outputs, M, M, M, M, M, V, E.Activated{activation}, E.Rule{T}, E.Rule{T}, typeof(tiling))
@@ -64,8 +64,7 @@ const FUNCTIONS = (
 
 function equation_kernels(E, ::Type{T}, K, f) where {T}
     M, V, group = PTX.Global{T, 2}, PTX.Global{T, 1}, E.group_of(K)
-    per_sample(types::NamedTuple) = NamedTuple{keys(types), Tuple{(PTX.Global{S, 1} for S in types)...}}
-    ends = per_sample((; solved = Bool, iterations = Int32, residual = Float64, rate = Float64))
+    ends = per_column((; solved = Bool, iterations = Int32, residual = Float64, rate = Float64))
     args = Tuple{ImplicitRNN.PerSample{0, V}, ImplicitRNN.PerSample{K, M}}
     solve(solver, root) = (E.gpu_solve_samples!, (group,), (M, ends, typeof(f), args, E.SampleRule{K}, Val{solver}, Val{root}, Val{group}))
     found = (;
