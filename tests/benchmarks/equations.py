@@ -125,7 +125,8 @@ CASES = (
 
 def run(peers_python: str, rounds: int) -> dict[str, Any]:
     """Time all cases; plain data for JSON."""
-    print(header(), flush=True)
+    columns = "".join(f"{name + ' ms':>17} {'error':>8}" for name in SCRIPTS)
+    print(f"{'':<44}{columns} {'jax/ours':>9} {'goal':>6}", flush=True)
     protocol = {"tolerance": TOL, "rounds": rounds}
     return compete(SCRIPTS, peers_python, CASES, partial(measure, rounds=rounds), line, protocol)
 
@@ -154,11 +155,6 @@ def measure(case: Case, workers: dict[str, Worker], rounds: int) -> Iterator[dic
             "ratio": median_ratio(seconds[JAX], seconds[OURS]) if JAX in seconds else None,
             "goal": case.goals[what],
         }
-
-
-def header() -> str:
-    columns = "".join(f"{name + ' ms':>17} {'error':>8}" for name in SCRIPTS)
-    return f"{'':<44}{columns} {'jax/ours':>9} {'goal':>6}"
 
 
 def line(row: dict[str, Any]) -> str:
