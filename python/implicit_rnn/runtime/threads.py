@@ -64,7 +64,8 @@ def _given() -> tuple[str, str]:
     if wanted is not None:
         return str(wanted), VARIABLE
     if given := os.environ.get("JULIA_NUM_THREADS"):
-        return given, "JULIA_NUM_THREADS"
+        # No interactive threads is what an option without them means, which takes no 0.
+        return re.sub("^([^,]+),0$", r"\1", given), "JULIA_NUM_THREADS"
     return str(usable_cores()), "usable cores"
 
 
