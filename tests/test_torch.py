@@ -566,6 +566,12 @@ def test_forward_mode_and_batches_of_cotangents_of_a_solution_are_refused_with_t
         solve(forward_ad.make_dual(a, a))
 
 
+def test_hooks_of_saved_tensors_around_an_equation_are_refused_with_the_remedy():
+    a = torch.tensor([4.0], requires_grad=True)
+    with torch.autograd.graph.save_on_cpu(), pytest.raises(RuntimeError, match="have use_reentrant=True"):
+        root(lambda z, a: z**2 - a, torch.ones(1), args=(a,))
+
+
 def test_a_function_that_pytorch_cannot_map_is_told_so_in_the_words_of_pytorch():
     class Cube(torch.autograd.Function):
         @staticmethod

@@ -493,7 +493,15 @@ class _Conditions:
 
     def jacobians(self, z: Tensor, *args: Tensor) -> Tensor:
         """∂f/∂z (m, n, n), as a function that can be differentiated."""
-        values, pull = torch.func.vjp(lambda z: self.f(z, *args), z)
+        try:
+            values, pull = torch.func.vjp(lambda z: self.f(z, *args), z)
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise RuntimeError(
+                "an equation cannot be solved within saved_tensors_hooks or save_on_cpu, with which torch.func does not work: "
+                "leave it outside them, and let torch.utils.checkpoint have use_reentrant=True"
+            ) from error
         units = torch.eye(z.shape[1], dtype=z.dtype)
         return torch.func.vmap(lambda unit: pull(unit.expand_as(values))[0], out_dims=1)(units)
 
