@@ -27,9 +27,10 @@ except ImportError:  # before JAX 0.8
 
 @pytest.fixture(autouse=True)
 def double():
-    """64-bit numbers."""
-    with enable_x64(True):
-        yield
+    """64-bit numbers, in the threads of compiled code, too, which a context of ``enable_x64`` does not reach."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
 
 
 @pytest.fixture(name="p")
