@@ -69,8 +69,8 @@ function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol
     end
     both!(c, J, x) = (conditions!(c, x); jacobian!(J, x))
     p.root || assess!(s, p, tol) !== CONVERGED || return CONVERGED
-    # Each takes an evaluation, but where the trust region has become too small for a step, of which there may be no end.
-    iterations = s.limit - s.evaluations + 1
+    # It also counts the trials of one point while its trust region shrinks, which are not evaluated; there may be no end to them.
+    iterations = 4 * (s.limit - s.evaluations) + 200
     return call_nlsolve(Opaque(conditions!), Opaque(jacobian!), Opaque(both!), Float64.(s.z) ./ unit, solver.method, iterations)
 end
 
