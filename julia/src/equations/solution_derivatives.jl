@@ -47,12 +47,15 @@ struct InverseBuffers{T}
     pivots::Vector{Int}
     z::Vector{T}
     at::Vector{T}
+    here::Vector{T}                # f at w.at
+    way::Vector{T}                 # from w.at to w.z
+    change::Vector{T}              # of the conditions on it
     r::Vector{T}
     λ::Vector{T}
 end
 function InverseBuffers{T}(n::Int) where {T}
     m = n <= DENSE ? n : 0
-    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), ones(T, m), ones(T, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:4)...)
+    return InverseBuffers{T}(zeros(T, m, m), zeros(T, m, m), ones(T, m), ones(T, m), zeros(T, m, m, 1), zeros(Int, m), (zeros(T, n) for _ in 1:7)...)
 end
 
 "Largest ‖A(z)⁻¹A(z - δ) - I‖ at a solution that has a derivative: at a double root it is 1/2 (the test of Newton and Kantorovich)."
@@ -92,7 +95,8 @@ end
     end
     size_of_A * largest_column_sum(inverse) * eps(T) * n < 1 || throw(SingularSolution(sample))
     n == 1 || scale!(inverse, w.columns, w.rows)
-    call!(w.r, p, z, sample)
+    call!(w.here, p, z, sample)
+    copyto!(w.r, w.here)
     terms_of_arguments!(w.z, p, w.r, z, sample)
     @inbounds for i in 1:n
         p.root || (w.r[i] -= z[i])
@@ -100,6 +104,7 @@ end
     end
     correct!(w, inverse)
     map_each!((moved, z) -> moved - beyond(z, z - moved, eps(T)), w.z, w.z, z)
+    map_each!(-, w.way, w.z, z)
     n == 1 || map_each!(inv, w.rows, w.columns)
     if change!(w, inverse, p, sample) <= LARGEST_CHANGE
         is_hidden!(w, inverse, p, sample) && throw(SingularSolution(sample))
@@ -137,11 +142,9 @@ end
 
 # Whether the change of A is hidden from f: its rounding leaves nothing of ways to w.z on which A changes, as of cosh(z) - 1 near zero.
 @noinline function is_hidden!(w::InverseBuffers{T}, inverse, p::AbstractEquation{T}, sample::Int) where {T}
-    way, here, change = map_each!(-, similar(w.z), w.z, w.at), similar(w.r), similar(w.r)
-    call!(here, p, w.at, sample)
+    (; way, change) = w
     while true
-        call!(change, p, w.z, sample)
-        map_each!((there, here, way) -> there - here - (p.root ? zero(T) : way), change, change, here, way)
+        change_of_conditions!(w, p, sample)
         answered = true
         for k in eachindex(way)
             off = abs(sum(i -> inverse[k, i] * change[i], eachindex(change)) - way[k])
@@ -156,15 +159,22 @@ end
     return
 end
 
+# w.change = c(w.z) - c(w.at)
+function change_of_conditions!(w::InverseBuffers, p::AbstractEquation, sample::Int)
+    call!(w.change, p, w.z, sample)
+    subtract!(w.change, w.here)
+    p.root || subtract!(w.change, w.way)
+    return
+end
+
 # Constants in f have a rounding that no argument tells of: what the conditions at w.z are off the trapezoidal rule by, which is
 # exact where A is linear.
 @noinline function doubt_rounding!(w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
-    way, change, here = map_each!(-, similar(w.z), w.z, w.at), similar(w.r), similar(w.r)
-    call!(change, p, w.z, sample)
-    call!(here, p, w.at, sample)
+    (; way, change) = w
+    change_of_conditions!(w, p, sample)
     conditions_jacobian!(w.A, p, w.at, sample)
     for i in eachindex(change)
-        off = change[i] - here[i] - (p.root ? zero(T) : way[i])
+        off = change[i]
         for k in eachindex(way)
             off -= (w.A[i, k] + w.corrected[i, k]) / 2 * way[k]
         end

@@ -15,8 +15,7 @@ struct Anderson <: Solver
     tol::Union{Nothing, Float64}
     max_iterations::Int
     function Anderson(; memory = 5, damping = 1.0, ridge = 1.0e-10, tol = nothing, max_iterations = 500)
-        memory isa Integer && 1 <= memory <= MAX_MEMORY ||
-            throw(ArgumentError("memory must be a whole number in 1:$MAX_MEMORY, got $(repr(memory))"))
+        check_number("memory", memory, in(1:MAX_MEMORY), "be a whole number in 1:$MAX_MEMORY", Integer)
         check_number("damping", damping, x -> 0 < x <= 1, "lie in (0, 1]")
         check_number("ridge", ridge, >=(0), "not be negative")
         check_options(tol, max_iterations)
