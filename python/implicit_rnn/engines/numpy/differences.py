@@ -98,18 +98,19 @@ class Differences:
 
         analytic = agree(D, doubt, found)
         lost = np.flatnonzero(~analytic & np.isfinite(found).all(axis=1) & found.any(axis=1))
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # of f where it was not to be looked at
-            warnings.simplefilter("ignore")
-            distance = self._distances(Z[lost], rows[lost], found[lost])
-            distance = np.fmax(distance, self._sizes(Z[lost], rows[lost], variable, direction)[0])
-            was_flat = np.full(len(lost), True)
-            # What is zero to rounding moves by too little to tell: farther, until f has changed and once more.
-            while len(lost):
-                again = self._difference(Z[lost], rows[lost], variable, direction, distance)
-                analytic[lost] = agree(*again, found[lost])
-                flat = (again[0] == 0).all(axis=1)
-                going = ~analytic[lost] & (flat | was_flat) & (distance < np.inf)
-                lost, distance, was_flat = lost[going], distance[going] * 1e8, flat[going]
+        if len(lost):
+            with contextlib.suppress(Exception), warnings.catch_warnings():  # of f where it was not to be looked at
+                warnings.simplefilter("ignore")
+                distance = self._distances(Z[lost], rows[lost], found[lost])
+                distance = np.fmax(distance, self._sizes(Z[lost], rows[lost], variable, direction)[0])
+                was_flat = np.full(len(lost), True)
+                # What is zero to rounding moves by too little to tell: farther, until f has changed and once more.
+                while len(lost):
+                    again = self._difference(Z[lost], rows[lost], variable, direction, distance)
+                    analytic[lost] = agree(*again, found[lost])
+                    flat = (again[0] == 0).all(axis=1)
+                    going = ~analytic[lost] & (flat | was_flat) & (distance < np.inf)
+                    lost, distance, was_flat = lost[going], distance[going] * 1e8, flat[going]
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
 
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
