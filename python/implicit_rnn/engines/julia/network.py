@@ -73,8 +73,7 @@ class JuliaProgram:
         loss, V = self._problem.loss.value_and_gradient(Y, samples.Y, samples.weights)
         back = GradientReport.empty(len(X)) if report is None else report
         start = found.state if self._problem.adjoint.needs_equilibrium else None
-        arrays = (p, X.reshape(-1), _start(start, X), V.reshape(-1), g, np.empty(X.size, X.dtype), *_per_sample(back))
-        penalty, *_ = call("vjp", self._handle.number, arrays, False, probe)
+        penalty, _ = self._vjp(p, X, start, V, "outputs", g, np.empty_like(X), back, probe)
         # A sample that has not converged goes on in the second solve, while the loss is that of the first.
         unsolved = found.status != CONVERGED
         back.status[unsolved], back.residual[unsolved] = found.status[unsolved], found.residual[unsolved]
@@ -95,8 +94,24 @@ class JuliaProgram:
         dX: Array,
         report: GradientReport | None = None,
     ) -> Quality:
+        return self._vjp(p, X, z0, V, of, g, dX, report, 0)[1]
+
+    def _vjp(
+        self,
+        p: Array,
+        X: Array,
+        z0: Array | None,
+        V: Array,
+        of: Of,
+        g: Array,
+        dX: Array,
+        report: GradientReport | None,
+        probe: int,
+    ) -> tuple[float, Quality]:
+        """The Jacobian penalty of the problem, which is part of the gradient, and how the solves went."""
         arrays = (p, X.reshape(-1), _start(z0, X), V.reshape(-1), g, dX.reshape(-1), *_per_sample(report))
-        return Quality(*call("vjp", self._handle.number, arrays, of == "state", 0)[1:])
+        penalty, *quality = call("vjp", self._handle.number, arrays, of == "state", probe)
+        return penalty, Quality(*quality)
 
     def jvp(
         self,
