@@ -122,7 +122,7 @@ def function(
     check_on_failure(on_failure)
     host = _Host(net, of, choose(Solver, solver, "solver"), at_equilibrium(adjoint), on_failure)
 
-    solve = _of_first_order(host.solve, _OF_A_NETWORK)
+    solve, push = _of_first_order(host.solve, _OF_A_NETWORK), jax.jit(host.push)
 
     @jax.custom_jvp
     def call(p: jax.Array, x: jax.Array) -> jax.Array:
@@ -131,7 +131,7 @@ def function(
     @call.defjvp
     def derivative(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         y, state = solve(*primals)
-        return y, host.push((*primals, state), *tangents)
+        return y, push((*primals, state), *tangents)
 
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
