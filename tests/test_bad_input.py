@@ -470,6 +470,12 @@ def test_clip_that_is_zero_in_the_dtype_of_the_net_is_refused(engine, X, Y):
         make_net(engine, dtype="float32").fit(X, Y, clip=1e-50)
 
 
+def test_decay_rate_that_rounds_to_one_in_the_precision_of_the_net(engine):
+    net = irnn.Network(3, [irnn.Layer(5)], outputs=2, engine=engine, dtype="float32")
+    with pytest.raises(ValueError, match="decay rate 0.999999999, which is 1 as a float32"):
+        net.fit(np.zeros((2, 3)), np.zeros((2, 2)), epochs=1, optimizer=irnn.Adam(beta2=1 - 1e-9))
+
+
 @pytest.mark.parametrize("clip", ["1", [1.0], np.array([1.0]), True])
 def test_clip_that_is_no_number_is_refused(net, X, Y, clip):
     with pytest.raises(TypeError, match="clip must be a number"):

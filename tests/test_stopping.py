@@ -67,6 +67,13 @@ def test_fit_too_short_for_a_validation_loss_warns_that_the_last_weights_are_lef
         net.fit(X, Y, validation=(X, Y), validation_every=5, epochs=4, **settings)
 
 
+def test_validation_losses_that_are_never_finite_warn_that_the_last_weights_are_left(net, X, Y):
+    with pytest.warns(UserWarning, match=r"no validation loss was finite, .* they are the last"):
+        run = net.fit(X, Y, validation=(X, Y + 1e200), epochs=3, restore_best=True)
+    assert run.best_epoch is None
+    assert np.isinf(run.validation_loss).all()
+
+
 def test_run_without_validation_has_no_best_epoch(net, X, Y):
     assert net.fit(X, Y, epochs=2).best_epoch is None
 

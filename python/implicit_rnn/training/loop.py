@@ -124,6 +124,12 @@ class Training:
             clip = np.inf if settings.clip is None else settings.clip
             if first.dtype.type(clip) == 0:
                 raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {first.dtype}")
+            for rate in settings.optimizer.decay_rates:
+                if first.dtype.type(rate) == 1:
+                    raise ValueError(
+                        f"{settings.optimizer} has the decay rate {rate!r}, which is 1 as a {first.dtype}, so that its average "
+                        f"would never move; expected less than 1 there, too"
+                    )
             options = TrainerOptions(
                 settings.optimizer, len(nets), settings.batch_size, clip, settings.guard, settings.warm_start
             )
@@ -169,6 +175,14 @@ class Training:
                     f"there is no validation loss by which to stop or to choose parameters: with validation_every="
                     f"{settings.validation_every} the first is that of epoch {settings.validation_every}, and training ended "
                     f"at {state.epoch}; the net has the last parameters",
+                    UserWarning,
+                )
+            elif not state.best_epoch.all():
+                without = np.flatnonzero(state.best_epoch == 0)
+                which = "" if len(self.nets) == 1 else f" of {len(without)} of {len(self.nets)} nets"
+                warn(
+                    f"no validation loss{which} was finite, so there are no best parameters: they are the last; look at "
+                    f"the validation data and at Run.validation_loss",
                     UserWarning,
                 )
         return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]
