@@ -472,7 +472,7 @@ def test_clip_that_is_zero_in_the_dtype_of_the_net_is_refused(engine, X, Y):
 
 def test_decay_rate_that_rounds_to_one_in_the_precision_of_the_net(engine):
     net = irnn.Network(3, [irnn.Layer(5)], outputs=2, engine=engine, dtype="float32")
-    with pytest.raises(ValueError, match="decay rate 0.999999999, which is 1 as a float32"):
+    with pytest.raises(ValueError, match=r"decay rate 0\.999999999, which is 1 as a float32"):
         net.fit(np.zeros((2, 3)), np.zeros((2, 2)), epochs=1, optimizer=irnn.Adam(beta2=1 - 1e-9))
 
 

@@ -17,7 +17,7 @@ from implicit_rnn.console import progress_bar
 from implicit_rnn.engines.base import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import report_failure, warn
 from implicit_rnn.model.losses import CustomLoss
-from implicit_rnn.model.optimizers import LBFGS
+from implicit_rnn.model.optimizers import LBFGS, Adam, Optimizer
 from implicit_rnn.solution import Solution, remedy
 from implicit_rnn.training.checkpoints import Checkpoint, Writer
 from implicit_rnn.training.history import Run
@@ -122,14 +122,7 @@ class Training:
             )
         else:
             clip = np.inf if settings.clip is None else settings.clip
-            if first.dtype.type(clip) == 0:
-                raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {first.dtype}")
-            for rate in settings.optimizer.decay_rates:
-                if first.dtype.type(rate) == 1:
-                    raise ValueError(
-                        f"{settings.optimizer} has the decay rate {rate!r}, which is 1 as a {first.dtype}, so that its average "
-                        f"would never move; expected less than 1 there, too"
-                    )
+            _check_rounded(clip, settings.optimizer, first.dtype)
             options = TrainerOptions(
                 settings.optimizer, len(nets), settings.batch_size, clip, settings.guard, settings.warm_start
             )
@@ -388,6 +381,18 @@ class _Report:
     def _tell(self, what: str, message: str) -> None:
         self.warned.add(what)
         report_failure(message, self.on_failure)
+
+
+def _check_rounded(clip: float, optimizer: Optimizer, dtype: np.dtype) -> None:
+    """Raise ``ValueError`` for settings that the precision of the nets rounds to what they must not be."""
+    if dtype.type(clip) == 0:
+        raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {dtype}")
+    for rate in optimizer.decay_rates if isinstance(optimizer, Adam) else ():
+        if dtype.type(rate) == 1:
+            raise ValueError(
+                f"{optimizer} has the decay rate {rate!r}, which is 1 as a {dtype}: its average would never move; expected less "
+                "than 1 there, too"
+            )
 
 
 def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:

@@ -23,7 +23,6 @@ PATIENCE = 128
 """Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
 _SQUARINGS = 4
 _DENSE = 64
-_SMALL = 16
 _SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
 """Evaluations of a sample by the later methods of Auto."""
@@ -131,6 +130,7 @@ class Solve:
         self.rate = np.zeros(rows)
         self.limit = np.zeros(rows, np.int32)
         self.singular = np.zeros(rows, bool)
+        self.Rt = np.ascontiguousarray(equation.R[0].T)  # by which few samples multiply faster
         if nets > 1:
             self.rows.R = np.repeat(equation.R, samples, axis=0)
 
@@ -145,7 +145,7 @@ class Solve:
     def product(self, rows: Rows, V: Array) -> Array:
         """R v for each row."""
         if rows.R is None:
-            return V @ self.equation.R[0].T
+            return V @ self.Rt
         return np.matmul(rows.R, V[..., None])[..., 0]
 
     def scale(self, rows: Rows) -> Array:
@@ -229,7 +229,7 @@ class Solve:
     def picard(self, limit: int, damping: float = 1.0) -> None:
         """``limit`` evaluations of all rows, which have had equally many."""
         # The overhead of a look at the residual exceeds a few evaluations of a small f.
-        steps = 4 if self.shape[-1] <= _SMALL else 2 if self.shape[-1] <= _DENSE else 1
+        steps = 4 if self.shape[-1] <= _DENSE else 2
         first, at_start = 0, not self.rows.iterations.any()
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
