@@ -50,7 +50,7 @@ class Values:
     def arguments(self, rows: Array, variable: int = STATE, value: Array | None = None) -> list[Array]:
         """The arguments of the samples, batched ones row by row."""
         equation = self.equation
-        args = [a[rows] if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
+        args = [a.take(rows, 0) if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
         if value is not None:
             args[variable] = value
         return args
@@ -69,7 +69,7 @@ class Values:
         if variable == STATE:
             return Z, True
         argument = self.equation.args[variable]
-        return (argument[rows], True) if self.equation.batched[variable] else (argument, False)
+        return (argument.take(rows, 0), True) if self.equation.batched[variable] else (argument, False)
 
     def entry_shape(self, variable: int) -> tuple[int, ...]:
         """The shape of a variable as one sample sees it."""
