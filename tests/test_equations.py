@@ -213,6 +213,16 @@ def test_what_does_not_converge_raises(given):
     np.testing.assert_allclose(caught.value.solution.value[0], 1)
 
 
+def test_a_root_whose_step_is_the_rounding_of_large_terms_is_told_of_tol_and_scale():
+    def worth(rate):  # an internal rate of return of 7e-7 on a million
+        return -1e6 + 5e5 / (1 + rate) + 5e5 / (1 + rate) ** 2 + 1 / (1 + rate) ** 3
+
+    with pytest.raises(ConvergenceError, match=r"1 singular.*a larger tol or scale= where z is small"):
+        root(worth, [0.1])
+    for found in (root(worth, [0.1], scale=1), root(worth, [0.1], solver=Auto(tol=1e-8))):
+        assert found.value[0] == pytest.approx(1 / 1.5e6, rel=1e-5)
+
+
 def test_what_does_not_converge_warns_if_asked_to(given):
     with pytest.warns(irnn.ConvergenceWarning, match="did not converge"):
         fixed_point(given("cosine"), [0.5], args=(0.9,), solver=Picard(max_iterations=3), on_failure="warn")
