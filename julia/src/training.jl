@@ -283,8 +283,8 @@ function descend!(rule::Optimisers.AbstractRule, state, p, g)
     return state
 end
 
-# The same to the last bit for Adam. `sqrt` looks for negative numbers first, which keeps the loops of Optimisers.jl out of vector
-# registers.
+# The same to the last bit for Adam, but for subnormal averages, which are zero here. `sqrt` looks for negative numbers first, which
+# keeps the loops of Optimisers.jl out of vector registers.
 const AdamState{T} = Tuple{Vector{T}, Vector{T}, NTuple{2, T}}
 
 descend!(rule::Optimisers.Adam, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat} =
@@ -307,12 +307,15 @@ end
 function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
     η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
-        m[i] = β1 * m[i] + (1 - β1) * g[i]
-        v[i] = β2 * v[i] + (1 - β2) * abs2(g[i])
+        m[i] = without_subnormals(β1 * m[i] + (1 - β1) * g[i])
+        v[i] = without_subnormals(β2 * v[i] + (1 - β2) * abs2(g[i]))
         p[i] = step(p[i], m[i] / c1 / (Base.sqrt_llvm(v[i] / c2) + ε), η)
     end
-    return m, v, powers .* (β1, β2)
+    return m, v, without_subnormals.(powers .* (β1, β2))
 end
+
+# To such numbers the averages of a net that has learnt all it can come, and some processors take a hundred times as long for them.
+@inline without_subnormals(x::T) where {T} = ifelse(abs(x) < floatmin(T), zero(T), x)
 
 "The `selected` samples of an array, in the `buffer`."
 gather!(buffer, ::Nothing, selected) = nothing

@@ -142,3 +142,16 @@ end
     @test p == q
     @test ours == theirs
 end
+
+@testset "the averages of Adam without gradients end at zero, not at subnormal numbers, $T" for T in (Float64, Float32)
+    rule, p = Optimisers.Adam(0.01), ones(T, 5)
+    state = descend!(rule, Optimisers.init(rule, p), p, T[1, -1, floatmin(T), 1.0e-15, 0])
+    for _ in 1:8000
+        state = descend!(rule, state, p, zeros(T, 5))
+    end
+    after = copy(p)
+    m, v, powers = descend!(rule, state, p, zeros(T, 5))
+    @test all(iszero, m) && iszero(first(powers))
+    @test all(x -> iszero(x) || x >= floatmin(T), v)
+    @test p == after
+end
