@@ -107,8 +107,8 @@ function vjp(solution::ImplicitSolution{T}, v::AbstractArray) where {T}
     eltype(v) <: Real || all(x -> x isa Real, v) || throw(ArgumentError("v has entries of type $(eltype(v)); expected real numbers"))
     problem = solution.problem
     V = reshape(beside(solution.value, v), problem.n, :)
-    wanted = Array(vec(any(!iszero, V; dims = 1)))
-    failed = count(j -> wanted[j] && solution.status[j] !== CONVERGED, eachindex(wanted))
+    unsolved = findall(!=(CONVERGED), solution.status)
+    failed = isempty(unsolved) ? 0 : count(Array(any(!iszero, V[:, unsolved]; dims = 1)))
     failed == 0 || error("$failed samples did not converge and have no derivative; v must be zero for them")
     gradients = [is_differentiable(x) ? zero(x) : x for x in problem.args]
     vjp!(gradients, problem, solution.inverses, V)
