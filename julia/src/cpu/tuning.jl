@@ -39,11 +39,13 @@ const MOST_SAVED = 10
     tile_width(net, samples)
 
 Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
-few tiles of the same width for the threads to share if there is work for them.
+few tiles of the same width for the threads to share if there is work for them. Where the recurrent weights take that cache
+for themselves, more samples share each pass over them.
 """
 function tile_width(net::Network{T}, samples::Int) where {T}
     N = neurons(net)
-    widest = clamp(2^16 ÷ (N * sizeof(T)), 64, 1024)
+    least = N^2 * sizeof(T) > 2^19 ? 128 : 64
+    widest = clamp(2^16 ÷ (N * sizeof(T)), least, 1024)
     narrowest = clamp(2^11 ÷ N, 32, 128)
     tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
     return clamp(cld(cld(samples, max(tiles, 1)), 4) * 4, 1, max(samples, 1))
