@@ -230,10 +230,6 @@ def _engine(f: Function, engine: str) -> Engine:
     return get_engine("julia")
 
 
-ROUNDING_PERHAPS = 1e-6
-"""A relative residual that the rounding of f, more than a singular Jacobian, may have kept from getting smaller."""
-
-
 def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: Solver) -> None:
     remedies = ["another z0", "a larger max_iterations", "another solver"]
     if not solution.equation.root:
@@ -243,9 +239,10 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     if (solution.status == SINGULAR).any():
-        remedies = ["another z0, since the Jacobian has no inverse where the iteration came to"]
-        if (solution.residual[solution.status == SINGULAR] < ROUNDING_PERHAPS).any():
-            remedies.append("a larger tol or scale= where z is small beside the terms of f, whose rounding it has")
+        remedies = [
+            "another z0, since the Jacobian has no inverse where the iteration came to",
+            "a larger tol or scale= where z is small beside the terms of f, whose rounding it has",
+        ]
         if not isinstance(solver, Auto):
             remedies.append("Auto(), which tries more ways")
     equation = solution.equation
