@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -221,6 +222,17 @@ def test_a_root_whose_step_is_the_rounding_of_large_terms_is_told_of_tol_and_sca
         root(worth, [0.1])
     for found in (root(worth, [0.1], scale=1), root(worth, [0.1], solver=Auto(tol=1e-8))):
         assert found.value[0] == pytest.approx(1 / 1.5e6, rel=1e-5)
+
+
+def test_many_samples_one_by_one_in_python_are_told_of_quicker_ways(monkeypatch):
+    monkeypatch.setattr("implicit_rnn.equations.solving.LONG", 0.0)
+    a = np.array([[1.0], [2.0]])
+    with pytest.warns(UserWarning, match=r"2 samples took .* vectorized=True, .* irnn\.julia"):
+        root(lambda z, a: z**2 - a, np.ones((2, 1)), args=(a,), batched="a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        root(lambda z, a: z**2 - a, np.ones((2, 1)), args=(a,), batched="a", vectorized=True)
+        root(lambda z, a: z**2 - a, [1.0], args=(2.0,))
 
 
 def test_what_does_not_converge_warns_if_asked_to(given):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from implicit_rnn.engines.base import LARGE, Engine, JuliaFunction
 from implicit_rnn.equations.functions import Function
 from implicit_rnn.equations.posing import pose
 from implicit_rnn.equations.solution import ImplicitSolution
-from implicit_rnn.errors import EngineError, report_failure
+from implicit_rnn.errors import EngineError, report_failure, warn
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 
@@ -177,10 +178,23 @@ def _solve(
     engine = check_engine(engine)
     check_device_for(f, device, engine)
     equation = pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
+    begin = time.perf_counter()
     solution = ImplicitSolution.found_by(chosen, equation, _engine(f, engine).compile_equation(equation))
+    seconds = time.perf_counter() - begin
+    if seconds > LONG and not (vectorized or equation.single or isinstance(f, JuliaFunction)):
+        warn(
+            f"{equation.samples} samples took {seconds:.1f} s, since f is a Python function that is called for each of them "
+            "alone; many times as fast are vectorized=True, for an f that takes all of them at once, and Julia code, "
+            "irnn.julia(text)",
+            UserWarning,
+        )
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution, chosen)
     return solution
+
+
+LONG = 2.0
+"""Seconds of calls sample by sample after which quicker ways are named."""
 
 
 def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> None:
