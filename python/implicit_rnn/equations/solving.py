@@ -19,6 +19,9 @@ from implicit_rnn.errors import EngineError, report_failure, warn
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
 
+LONG = 2.0
+"""Seconds of calls sample by sample after which quicker ways are named."""
+
 
 def fixed_point(
     f: Function,
@@ -183,18 +186,14 @@ def _solve(
     seconds = time.perf_counter() - begin
     if seconds > LONG and not (vectorized or equation.single or isinstance(f, JuliaFunction)):
         warn(
-            f"{equation.samples} samples took {seconds:.1f} s, since f is a Python function that is called for each of them "
-            "alone; many times as fast are vectorized=True, for an f that takes all of them at once, and Julia code, "
-            "irnn.julia(text)",
+            f"{equation.samples} samples took {seconds:.1f} s, and f is a Python function that is called for each of them alone; "
+            "if it is plain arithmetic, many times as fast are vectorized=True, for an f that takes all of them at once, and "
+            "Julia code, irnn.julia(text)",
             UserWarning,
         )
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
         _report(on_failure, failure, solution, chosen)
     return solution
-
-
-LONG = 2.0
-"""Seconds of calls sample by sample after which quicker ways are named."""
 
 
 def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> None:

@@ -175,7 +175,7 @@ class Training:
                 which = "" if len(self.nets) == 1 else f" of {len(without)} of {len(self.nets)} nets"
                 warn(
                     f"no validation loss{which} was finite, so there are no best parameters: they are the last; look at "
-                    f"the validation data and at Run.validation_loss",
+                    "the validation data and at Run.validation_loss",
                     UserWarning,
                 )
         return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]

@@ -406,7 +406,8 @@ def decreases(norm: Any, before: Any, t: Any) -> Any:
 def solve_each(A: Array, b: Array) -> Array:
     """x with A x = b for a stack of systems (..., n, n) and (..., n, 1); NaN for a singular one, which harms no other."""
     if A.shape[-1] == 1:
-        return np.divide(b, A, out=np.full_like(b, np.nan), where=A != 0)
+        with np.errstate(all="ignore"):  # as LAPACK is silent
+            return np.divide(b, A, out=np.full_like(b, np.nan), where=A != 0)
     try:
         return np.linalg.solve(A, b)
     except np.linalg.LinAlgError:
