@@ -52,6 +52,8 @@ include("model/tangent.jl")
 # How an equilibrium is found: the stages of a network in columns, any equation one sample at a time.
 include("solvers/solver.jl")
 include("cpu/lu.jl")
+include("cpu/coarse.jl")
+include("cpu/amx.jl")
 include("cpu/recurrence.jl")
 include("cpu/columns.jl")
 include("solvers/iteration.jl")

@@ -117,7 +117,8 @@ end
 @testset "every equation of the columns has what evaluate_all! asks for ($(nameof(P)))" for P in
     [fixed_points(); filter(!isabstracttype, subtypes(ImplicitRNN.ColumnEquation))]
 
-    @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
+    tolerance = P === ImplicitRNN.Linearized ? :tols : :tol
+    @test issubset((:M, tolerance, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
 end
 
 @testset "the step of lanes solves their systems, that of few neurons to the last bit as that of many ($T, $n, $(ndims(M)) axes)" for

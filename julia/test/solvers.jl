@@ -208,3 +208,20 @@ end
     R = randn(Xoshiro(1), 300, 300) ./ sqrt(300)
     @test ImplicitRNN.spectral_radius(R, ones(300)) ≈ maximum(abs, eigvals(R)) rtol = 1.0e-4
 end
+
+@testset "no samples at all, by any solver ($(nameof(Solver)))" for Solver in EVERY_SOLVER
+    net = one_layer()
+    p, none = parameters(net), zeros(3, 0)
+    @test size(predict(net, p, none; solver = Solver())) == (2, 0)
+    @test iszero(vjp(net, p, none, zeros(2, 0); solver = Solver())[1])
+end
+
+@testset "a sample that is no number does not keep the chord method from the others ($activation)" for activation in (:softplus, :tanh)
+    net = one_layer(; neurons = 20, activation, constraint = Monotone(0.2))
+    p, X = parameters(net; gain = 1.0), samples(net, 64)
+    clean = equilibrium(net, p, X; solver = Chord())
+    X[:, 1] .= NaN
+    spoilt = equilibrium(net, p, X; solver = Chord())
+    @test all(converged(clean)) && findall(.!converged(spoilt)) == [1]
+    @test spoilt.state[:, 2:end] ≈ clean.state[:, 2:end]
+end

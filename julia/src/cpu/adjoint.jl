@@ -42,8 +42,7 @@ store_result!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     end
 end
 
-linearized(p::AdjointSystem, outcome) =
-    Linearized(p, p.tangent ? p.recurrence.Q : p.recurrence.Q_transposed, outcome)
+linearized(p::AdjointSystem, buffers) = Linearized(p, !p.tangent, buffers)
 
 """
     solve_adjoint!(E, adjoint, c, recurrence, D, G; outcome, factors = nothing, latest = false, threads = 1, tangent = false)

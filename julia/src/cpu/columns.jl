@@ -5,8 +5,9 @@
 
 An equation for each of many samples that [`evaluate_all!`](@ref) evaluates for all columns at once. A subtype has
 
-- the fields `tol` and `floor`, the relative tolerance and the smallest size that residuals are related to; `Z`, where the results
-  go (n × samples); `outcome`, how each sample ended; and `threads`, among which products may be shared;
+- the field `tol`, the relative tolerance, or a method `tolerance_of(p, sample)`;
+- the fields `floor`, the smallest size that residuals are related to; `Z`, where the results go (n × samples); `outcome`, how each
+  sample ended; and `threads`, among which products may be shared;
 - the methods [`affine!`](@ref)`(c, p)` for all columns, [`activate!`](@ref)`(c, p, j)` and
   [`store_result!`](@ref)`(p, sample, c, j, status)` for one of them.
 """
@@ -139,6 +140,8 @@ const BLOW_UP = 1.0e6
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
+tolerance_of(p::ColumnEquation, sample::Int) = p.tol
+
 # One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
 @inline function evaluate!(c::Columns{T}, p::ColumnEquation{T}, j::Int) where {T}
     change2, size2 = activate!(c, p, j)
@@ -150,7 +153,7 @@ scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
         c.residual[j] = residual
     end
     status = !isfinite(residual) ? NON_FINITE :
-        residual <= p.tol * scale ? CONVERGED :
+        residual <= tolerance_of(p, c.sample[j]) * scale ? CONVERGED :
         residual > T(BLOW_UP) * (1 + p.floor) && has_blown_up(c, j, residual) ? DIVERGED : nothing
     return status, iszero(scale) ? zero(T) : residual / scale
 end
@@ -273,13 +276,16 @@ function defer!(c::Columns, j::Int)
     return
 end
 
-"Make the columns set aside, which lie behind the active ones from right to left, active as well; returns the number of active columns."
-function reclaim!(c::Columns)
-    for k in Iterators.reverse(c.deferred)
+"""
+Make the columns set aside, which lie behind the active ones from right to left, active as well, but for the first so many; returns the
+number of active columns.
+"""
+function reclaim!(c::Columns, kept::Int = 0)
+    while length(c.deferred) > kept
+        k = pop!(c.deferred)
         c.active += 1
         c.active == k || move_column!(c, c.active, k)
     end
-    empty!(c.deferred)
     return c.active
 end
 

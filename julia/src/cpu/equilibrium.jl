@@ -203,14 +203,22 @@ const PILOTS, PILOT_ITERATIONS = 16, 3
     linearize!(ws, problem, X)
 
 Prepare the linearised equations ([`Linearized`](@ref)) of the recurrent stages where they pay: always for [`Chord`](@ref), else
-where the products saved outweigh the factorisation. Mean slopes and contraction rates come from a few samples spread over
-the batch.
+where the products saved outweigh the factorisation, or with coarse products. Mean slopes and contraction rates come from a few
+samples spread over the batch.
 """
 function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
-    net, B = problem.net, size(X, 2)
+    B = size(X, 2)
+    (B == 0 || problem.adjoint isa Unrolled) && return
     asked = problem.solver isa Chord
-    asked || B >= 2 * PILOTS && any(stage -> stage.recurrent && may_pay(length(stage.rows), B), net.stages) || return
-    return linearize_around!(ws, problem, X[:, 1:cld(B, PILOTS):B], B, asked)
+    if asked || B >= 2 * PILOTS && any(r -> may_pay(r, B), ws.recurrences)
+        linearize_around!(ws, problem, X[:, 1:cld(B, PILOTS):B], B, asked)
+    end
+    if !asked && B >= COARSE_SAMPLES
+        for r in ws.recurrences
+            r.linearized || !has_coarse_products(r) || iterate_coarsely!(r, Threads.nthreads())
+        end
+    end
+    return
 end
 
 function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::Int, asked::Bool) where {T}
@@ -218,21 +226,22 @@ function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::
     tile = first(buffers!(ws, m, 1, 1))
     tile.latest = tile.factorised = false
     forward!(tile, Problem(net, Picard(max_iterations = PILOT_ITERATIONS), Implicit(), problem.loss, 0.0), pilots)
+    finite = filter(j -> tile.outcome.status[j] !== NON_FINITE, 1:m)
+    isempty(finite) && return
     for (stage, r) in zip(net.stages, ws.recurrences)
-        stage.recurrent && (asked || may_pay(length(stage.rows), B)) || continue
-        n = length(stage.rows)
-        D = view(tile.D, stage.rows, 1:m)
-        slopes!(D, stage.activation, view(tile.S, stage.rows, 1:m), view(tile.Z, stage.rows, 1:m))
+        stage.recurrent && (asked || may_pay(r, B)) || continue
+        n, coarse = length(stage.rows), !asked && has_coarse_products(r)
+        D = slopes!(zeros(T, n, length(finite)), stage.activation, tile.S[stage.rows, finite], tile.Z[stage.rows, finite])
         fill!(r.slope, 0)
-        add_columns!(r.slope, D, m)
-        rmul!(r.slope, T(1 / m))
+        add_columns!(r.slope, D, length(finite))
+        rmul!(r.slope, T(1 / length(finite)))
         all(isfinite, r.slope) || continue
-        rate = mean_rate(tile.outcome, m)
+        rate = mean_rate(view(tile.outcome.rate, finite))
         spread = deviation(D, r.slope)
         tol = Float64(tolerance(problem.solver, T))
         saved = 2 * (products(rate, tol) - products(rate * spread, tol) - 2)
-        asked || pays(saved, n, B) || continue
-        linearize!(r, Threads.nthreads())
+        asked || pays(coarse ? COARSE_SHARE * saved : saved, n, B) || continue
+        linearize!(r, Threads.nthreads(); coarse)
     end
     return
 end
@@ -248,9 +257,12 @@ function deviation(D, mean)
 end
 
 # Whether any number of products saved could pay.
-may_pay(n, B) = n > LANE_NEURONS && pays(MOST_SAVED, n, B)
+function may_pay(r::Recurrence, B)
+    n = size(r.R, 1)
+    return n > LANE_NEURONS && pays(has_coarse_products(r) ? COARSE_SHARE * MOST_SAVED : MOST_SAVED, n, B)
+end
 
-mean_rate(outcome::Outcome, m) = sum(rate -> clamp(rate, 0.05, 0.98), view(outcome.rate, 1:m)) / m
+mean_rate(rates) = sum(rate -> clamp(rate, 0.05, 0.98), rates) / length(rates)
 
 "Iterations to the tolerance at a rate."
 products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))

@@ -10,6 +10,9 @@ const SMALL = 12
 "Where threads share a product, large matrices are divided into blocks of so many rows or columns."
 const BLOCK = 256
 
+"Neurons from which on coarse products are used, samples in a batch, and the time that an iteration with them takes, of that of one without."
+const COARSE_NEURONS, COARSE_SAMPLES, COARSE_SHARE = 128, 64, 0.4
+
 # --- factorisations ---------------------------------------------------------------------------------------------
 
 "Up to this many rows the LU factorisation is our own; LAPACK's above (`tune`)."

@@ -43,15 +43,16 @@ end
 
 """
 Where an equilibrium may be one of several, the linearised equation may lead to another than Picard iteration from the start
-does. It is then used only once that iteration is seen to contract.
+does, unless it is that iteration. It is then used only once that iteration is seen to contract.
 """
 function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
-    steps = p.unique ? 1 : 3
+    sure = p.unique || p.recurrence.plain
+    steps = sure ? 1 : 3
     for k in 1:steps
         evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
         k < steps && advance!(c, one(T))
     end
-    if !p.unique
+    if !sure
         for j in c.active:-1:1
             contracts(c.rate[j]) || defer!(c, j)
         end
