@@ -171,3 +171,17 @@ end
     @test length(elsewhere.calls) == 9
     @test there.values ≈ here rtol = 1.0e-12
 end
+
+@testset "products are as exact for tiny cotangents ($T, $size, $neurons neurons, $linear_solver)" for (T, sizes) in
+        ((Float32, (1.0f-12, 1.0f-18, 1.0f-25, 1.0f-33)), (Float64, (1.0e-150, 1.0e-170, 1.0e-290))), size in sizes, neurons in (5, 40, 130),
+        linear_solver in (:auto, :lu, :neumann, :anderson, :gmres)
+
+    net = one_layer(; T, neurons, constraint = Perron(0.9))
+    p, X = parameters(net), samples(net, 70)
+    V = seeded(net, 70)
+    scale = fill(one(T), 1, 70)
+    scale[1, 5:9] .= T(2)^exponent(size)
+    adjoint = Implicit(; linear_solver)
+    dX, dx = vjp(net, p, X, V; adjoint)[2], vjp(net, p, X, V .* scale; adjoint)[2]
+    @test relative_error(dx[:, 5:9] ./ scale[:, 5:9], dX[:, 5:9]) < 1000 * ImplicitRNN.default_tolerance(T)
+end

@@ -66,21 +66,41 @@ function solve_adjoint!(
         M = tangent ? r.forward : r.backward, recurrence = r, tol, floor = floatmin(T), Z = E, outcome, latest, threads, tangent
     )
     p = system(; tol = tolerance(s, T), latest)
-    method = s.linear_solver
-    side_by_side = method === :auto && factors === nothing && n <= LANE_NEURONS
-    if side_by_side
-        solve_adjoint_lanes!(lanes_of(c), c, p, D, G) && return E
-    else
-        for j in 1:samples
-            copy_column!(c.U, j, G, j)
-            copy_column!(c.coefficients, j, D, j)
+    if s.linear_solver === :auto && factors === nothing && n <= LANE_NEURONS
+        solve_adjoint_lanes!(lanes_of(c), c, p, D, G) || solve_columns!(c, p, s, false)
+        return E
+    end
+    for j in 1:samples
+        copy_column!(c.U, j, G, j)
+        copy_column!(c.coefficients, j, D, j)
+    end
+    enlarged = enlarge_tiny!(c, p.tol)
+    refined = factors !== nothing && s.linear_solver in (:auto, :lu) && refine!(c, system(; tol = 100 * eps(T), latest = false), factors)
+    refined || solve_columns!(c, p, s, r.linearized)
+    foreach(((j, factor),) -> rmul!(view(E, :, j), inv(factor)), enlarged)
+    return E
+end
+
+# Squares of tiny numbers vanish, and residuals with them: such columns are solved for a multiple. Returns the samples and factors.
+function enlarge_tiny!(c::Columns{T}, tol::T) where {T}
+    enlarged = ()
+    for j in 1:c.active
+        largest = zero(T)
+        @inbounds @simd for i in axes(c.U, 1)
+            largest = ifelse(abs(c.U[i, j]) > largest, abs(c.U[i, j]), largest)
         end
+        0 < largest < 16 * sqrt(floatmin(T)) / tol || continue
+        factor = ldexp(one(T), min(-exponent(largest), -exponent(floatmin(T))))
+        rmul!(view(c.U, :, j), factor)
+        enlarged = push!(enlarged === () ? Tuple{Int, T}[] : enlarged, (j, factor))
     end
-    if factors !== nothing && method in (:auto, :lu)
-        refine!(c, system(; tol = 100 * eps(T), latest = false), factors) && return E
-    end
+    return enlarged
+end
+
+function solve_columns!(c::Columns{T}, p::AdjointSystem{T}, s::Implicit, linearized::Bool) where {T}
+    n, method = size(c.Z, 1), s.linear_solver
     if method === :auto
-        if r.linearized && !side_by_side
+        if linearized
             evaluate_all!(c, p) || iterate_linearized!(c, p, LINEARIZED_PATIENCE) ||
                 (advance!(c, one(T)); iterate!(Picard(), c, p, AUTO_BLOCK))
         end
@@ -97,7 +117,7 @@ function solve_adjoint!(
     end
     reclaim!(c)
     factorize_each!(c, p)
-    return E
+    return
 end
 
 # What blows up, as Neumann's series where the spectral radius of D R is above 1, is left to the factorisation.
