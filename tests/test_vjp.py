@@ -284,3 +284,21 @@ def test_derivative_at_a_fold_is_told_and_not_returned_silently(engine):
 def test_bad_argument_is_refused_by_name(engine, call, error, message, X):
     with pytest.raises(error, match=message):
         call(make_net(engine), X)
+
+
+@pytest.mark.parametrize("neurons", [12, 40])
+@pytest.mark.parametrize(("dtype", "sizes"), [("float32", [2.0**-50, 2.0**-83, 2.0**-110]), ("float64", [2.0**-600])])
+def test_products_are_as_exact_for_tiny_cotangents(engine, neurons, dtype, sizes):
+    net = irnn.Network(3, [irnn.Layer(neurons)], outputs=2, dtype=dtype, engine=engine, seed=0)
+    net.weights["R"][...] *= 3
+    rng = np.random.default_rng(0)
+    X, V = rng.standard_normal((70, 3)).astype(dtype), rng.standard_normal((70, 2)).astype(dtype)
+    _, dX = net.vjp(X, V)
+    for size in sizes:
+        scale = np.full((70, 1), size, dtype)
+        for chosen in (slice(None), slice(5, 9)):
+            mixed = np.ones((70, 1), dtype)
+            mixed[chosen] = scale[chosen]
+            np.testing.assert_allclose(
+                net.vjp(X, V * mixed)[1] / mixed, dX, rtol=1e-3 if dtype == "float32" else 1e-8, atol=1e-6
+            )

@@ -15,6 +15,8 @@ _FEW_SAMPLES, _TINY = 32, 8
 """Samples and neurons up to which LU is faster than the Neumann series."""
 _SERIES, _STEPS = 60, 4
 """Terms of the series that cost no more than LU, at least, and terms between two looks at the residual."""
+_TINY_SIZE = {name: 1e6 * float(np.sqrt(np.finfo(name).tiny)) for name in ("float32", "float64")}
+"""The norm below which a right-hand side is tiny."""
 _TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary array of the adjoint."""
 
@@ -28,6 +30,14 @@ def solve_systems(
     into ``residual`` (S, B).
     """
     n, dtype = b.shape[-1], b.dtype
+    # Squares of tiny numbers vanish, and residuals with them: such systems are solved for a multiple.
+    tiny = norm(b) < _TINY_SIZE[dtype.name]
+    if tiny.any():
+        largest = np.abs(b).max(axis=-1)
+        tiny &= largest > 0
+        if tiny.any():
+            scale = np.ldexp(dtype.type(1), np.where(tiny, np.frexp(largest)[1], 0))[..., None]
+            return solve_systems(product, matrix, b / scale, residual, adjoint) * scale
     x, size = np.empty_like(b), np.full(residual.shape, np.inf)
     series = residual.size >= _FEW_SAMPLES and n > _TINY
     if series and isinstance(adjoint, Implicit) and adjoint.linear_solver == "auto":
