@@ -475,7 +475,33 @@ def closure(q):
     return lambda Y, T: quantile(Y, T, q)
 
 
-@pytest.mark.parametrize("make", [lambda q: partial(quantile, q=q), Quantile, lambda q: Quantile(q).loss, closure])
+def around_a_list(q):
+    held = [q]
+    return lambda Y, T: quantile(Y, T, *held)
+
+
+def around_a_dict(q):
+    held = {"q": q}
+    return lambda Y, T: quantile(Y, T, **held)
+
+
+def around_a_function(q):
+    inner = closure(q)
+    return lambda Y, T: inner(Y, T)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda q: partial(quantile, q=q),
+        Quantile,
+        lambda q: Quantile(q).loss,
+        closure,
+        around_a_list,
+        around_a_dict,
+        around_a_function,
+    ],
+)
 def test_loss_of_ones_own_is_known_again_by_its_name_and_what_it_holds(make, path, X, Y):
     def train(q, epochs, resume=None):
         net = make_net("numpy")
@@ -486,6 +512,13 @@ def test_loss_of_ones_own_is_known_again_by_its_name_and_what_it_holds(make, pat
     assert len(train(np.float64(0.9), 4, path).loss) == 4
     with pytest.raises(Failure, match=r"loss\.function.* is .*0\.9.* there and .*0\.1.* here"):
         train(0.1, 6, path)
+
+
+def test_another_lambda_of_that_name_is_another_loss(path, X, Y):
+    losses = [irnn.CustomLoss(lambda Y, T: quantile(Y, T, 0.9)), irnn.CustomLoss(lambda Y, T: quantile(Y, T, 0.1))]
+    make_net("numpy").fit(X, Y, loss=losses[0], epochs=2, checkpoint=path)
+    with pytest.raises(Failure, match=r"loss\.function\.code is .* there and .* here$"):
+        make_net("numpy").fit(X, Y, loss=losses[1], epochs=4, resume=path)
 
 
 def test_numbers_of_numpy_are_as_good_as_those_of_python(path, X, Y):

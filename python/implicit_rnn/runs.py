@@ -62,8 +62,11 @@ def run_many(
     folder
         Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
         returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments, ``settings`` and function, by its name and the numbers, words and arrays that it holds as does
-        a ``functools.partial``, are the same; others are computed again and replaced.
+        it whose arguments, ``settings`` and function are the same; others are computed again and replaced. A function is the
+        same by its name and what it holds, as defaults, as variables around it or as does a ``functools.partial``: numbers,
+        words, arrays, lists, dicts and functions, and all else by its repr. A lambda and a function in a function are so by
+        their code, too, which another version of Python compiles to another; what is changed in the code of others, or in what
+        a function reads of its module, belongs in ``settings``.
     settings
         All else that a result depends on, such as the version of the code.
     report
