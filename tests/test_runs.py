@@ -84,13 +84,30 @@ def test_run_that_cannot_be_sent_to_workers_is_refused_in_words():
         run_many(lambda x: {"y": lock.locked() + x}, TASKS, jobs=2)
 
 
-def test_result_that_json_cannot_hold_is_a_failure_of_its_run():
-    with pytest.raises(RunError, match="TypeError: Object of type Network is not JSON serializable"):
-        run_many(runs_a_net, {"net": {}})
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (irnn.Adam(), r"run\(\.\.\.\) is a Adam; expected numbers, words"),
+        ({"a": 1, "nets": [0, {"b": irnn.Adam()}]}, r"run\(\.\.\.\)\['nets'\]\[1\]\['b'\] is a Adam"),
+        ({"a": np.zeros(2)}, r"run\(\.\.\.\)\['a'\] is a ndarray; .*; pass an array as array\.tolist\(\)"),
+        ({"a": np.complex128(1)}, r"\['a'\] is a complex"),
+    ],
+    ids=["whole", "part", "array", "scalar"],
+)
+def test_result_that_json_cannot_hold_is_a_failure_of_its_run(result, message):
+    with pytest.raises(RunError, match=f"TypeError: .*{message}"):
+        run_many(lambda: result, {"x": {}})
 
 
-def runs_a_net() -> dict:
-    return {"net": irnn.Network(1, [irnn.Layer(1)], outputs=1, engine="numpy")}
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(np.arange(3).sum(), 3), (np.float32(0.5), 0.5), (np.longdouble(0.5), 0.5), (np.True_, True), (np.str_("a"), "a")],
+)
+def test_scalars_of_numpy_are_numbers_of_results_arguments_and_settings(given, expected, tmp_path):
+    for x in (given, expected):
+        results = run_many(lambda x: {"y": [x]}, {"x": {"x": x}}, folder=tmp_path, settings={"s": x})
+        assert results == {"x": {"y": [expected]}}
+        assert type(results["x"]["y"][0]) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +155,10 @@ def test_what_is_no_run_or_task_is_refused_by_name(given, message):
 def test_arguments_that_cannot_be_kept_are_refused_before_anything_runs(tmp_path):
     ran = []
     with pytest.raises(
-        TypeError, match=r"must be data that JSON can hold, where results are kept in a folder: .*int64"
+        TypeError,
+        match=r"must be data that JSON can hold, where results are kept in a folder: arguments\['x'\] is a ndarray",
     ):
-        run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.int64(2)}}, folder=tmp_path)
+        run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.zeros(2)}}, folder=tmp_path)
     assert not ran
 
 
