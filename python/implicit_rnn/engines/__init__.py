@@ -57,7 +57,8 @@ def check_engine(name: str | None) -> str:
 
 def check_device(name: str) -> None:
     """``ValueError`` unless it is the name of a device."""
-    check_choice("device", name, DEVICES)
+    if not isinstance(name, str) or name not in DEVICES:
+        raise ValueError(f"device is {name!r}; expected one of 'cpu', 'cuda', which is an NVIDIA card")
 
 
 def _make(name: str) -> Engine:
