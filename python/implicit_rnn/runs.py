@@ -252,7 +252,7 @@ def _as_json(name: str, value: Any, **options: Any) -> str:
     """``value`` as JSON, scalars of NumPy as numbers; ``TypeError`` that says where in it is what JSON cannot hold."""
 
     def convert(part: Any) -> Any:
-        number = float(part) if isinstance(part, np.floating) else as_python(part)
+        number = as_python(part)
         if isinstance(part, np.generic) and isinstance(number, bool | int | float | str):
             return number
         hint = "; pass an array as array.tolist()" if isinstance(part, np.ndarray) else ""
