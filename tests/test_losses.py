@@ -141,6 +141,13 @@ def test_binary_labels_may_be_of_any_kind(engine, kind, X):
     assert value == net.loss_and_gradient(X, LABELS[:, None].astype(float), loss="binary_cross_entropy")[0]
 
 
+class NoArray:
+    """As a tensor of PyTorch that requires a gradient."""
+
+    def __array__(self, *how, **more):
+        raise RuntimeError("it requires grad")
+
+
 @pytest.mark.parametrize(
     ("targets", "error", "message"),
     [
@@ -152,6 +159,11 @@ def test_binary_labels_may_be_of_any_kind(engine, kind, X):
         (np.full((12, 2), 0.6), ValueError, "sum to 1"),
         (np.tile([1.5, -0.5], (12, 1)), ValueError, "smallest value is -0.5"),
         (np.zeros((12, 3)), ValueError, r"expected \(samples, 2\)"),
+        ([[0], [0, 1]], ValueError, "Y is no array of numbers: setting an array element"),
+        (NoArray(), TypeError, "Y is no array of numbers: it requires grad"),
+        ({"a": 1}, TypeError, "Y is a dict; expected numbers"),
+        (["a", "b"] * 6, TypeError, r"Y has dtype <U1; class labels .* np\.unique\(Y"),
+        (np.array(["a", 1] * 6, object), TypeError, "Y has dtype object; class labels must be whole numbers"),
     ],
 )
 def test_targets_that_are_no_classes_are_refused(net, targets, error, message, X):
