@@ -395,6 +395,23 @@ def test_ctrl_c_at_any_moment_leaves_a_checkpoint_that_goes_on_bit_by_bit(engine
     np.testing.assert_array_equal(resumed.parameters, whole.parameters)
 
 
+class Named:
+    """A path, though none of pathlib."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+@pytest.mark.parametrize("kind", [str, Named, lambda path: irnn.Checkpoint(Named(path))])
+def test_path_of_a_checkpoint_may_be_of_any_kind(kind, net, path, X, Y):
+    net.fit(X, Y, epochs=2, checkpoint=kind(path))
+    resume = path if kind not in (str, Named) else kind(path)
+    assert len(net.fit(X, Y, epochs=3, resume=resume).loss) == 3
+
+
 # --- what is refused -----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Checkpoint(Option):
     20
     """
 
-    path: str | Path
+    path: str | os.PathLike[str]
     every_epochs: int | None = None
     every_minutes: float | None = 5.0
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 from numpy.typing import ArrayLike
@@ -56,8 +56,8 @@ def fit_many(
     guard: Guard = Guard(),
     callbacks: Sequence[Callback] | Callback = (),
     callback_every: int = 1,
-    checkpoint: Checkpoint | str | Path | None = None,
-    resume: str | Path | Run | Sequence[Run] | None = None,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | Run | Sequence[Run] | None = None,
     seed: int = 0,
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
@@ -235,18 +235,19 @@ def _callbacks(callbacks: Sequence[Callback] | Callback) -> tuple[Callback, ...]
     return tuple(listed)
 
 
-def _checkpoint(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | None:
+def _checkpoint(checkpoint: Checkpoint | str | os.PathLike[str] | None) -> Checkpoint | None:
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
-    if isinstance(checkpoint, str | Path):
+    if isinstance(checkpoint, str | os.PathLike):
         return Checkpoint(checkpoint)
     raise TypeError(f"checkpoint must be a path or a Checkpoint, got {checkpoint!r}")
 
 
-def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> None:
+def _resume(training: Training, resume: str | os.PathLike[str] | Run | Sequence[Run]) -> None:
     epochs = training.settings.epochs
-    if isinstance(resume, str | Path):
-        read(as_path(resume)).restore(training, str(resume), epochs)
+    if isinstance(resume, str | os.PathLike):
+        path = as_path(resume)
+        read(path).restore(training, str(path), epochs)
         return
     runs = [resume] if isinstance(resume, Run) else resume
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):
