@@ -166,7 +166,7 @@ def test_weights_that_do_not_fit_the_topology_are_refused(saved):
 
 
 def test_folder_is_no_model(tmp_path):
-    with pytest.raises((FileNotFoundError, irnn.ModelFileError)):
+    with pytest.raises(FileNotFoundError, match="no model file"):
         irnn.load(tmp_path)
 
 
@@ -195,3 +195,11 @@ def test_saved_file_has_the_permissions_of_any_new_file(saved):
     other = saved.parent / "other"
     other.write_text("")
     assert oct(saved.stat().st_mode) == oct(other.stat().st_mode)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_saved_file_keeps_its_permissions_and_those_of_other_threads_are_left_alone(saved, monkeypatch):
+    monkeypatch.setattr(files.os, "umask", None)  # it is that of the whole process
+    saved.chmod(0o600)
+    make_net("numpy", seed=99).save(saved)
+    assert saved.stat().st_mode & 0o777 == 0o600
