@@ -57,7 +57,7 @@ def test_sample_that_is_not_finite_is_refused(net, call, X, value):
 
 
 def test_ragged_list_is_refused_by_name(net, call):
-    with pytest.raises((TypeError, ValueError), match="X"):
+    with pytest.raises(ValueError, match="X is no array of numbers: setting an array element"):
         call(net, [[1.0, 2.0, 3.0], [1.0, 2.0]])
 
 
@@ -491,6 +491,15 @@ def test_what_is_no_list_of_nets_is_refused(net, X, Y, make):
 def test_report_of_another_kind_is_refused(net, X, Y):
     with pytest.raises(TypeError, match=r"report is True; expected GradientReport\.empty\(12\)"):
         net.loss_and_gradient(X, Y, report=True)
+
+
+@pytest.mark.parametrize(
+    ("probe", "error"),
+    [(True, TypeError), (1.0, TypeError), ("1", TypeError), (None, TypeError), (-1, ValueError), (2**63, ValueError)],
+)
+def test_probe_that_is_no_whole_number_from_0_is_refused(net, X, Y, probe, error):
+    with pytest.raises(error, match=rf"probe must be a whole number from 0 below 2\*\*63, got {probe!r}$"):
+        net.loss_and_gradient(X, Y, jacobian_penalty=0.1, probe=probe)
 
 
 @pytest.mark.parametrize("state", [np.zeros((2, 99)), np.zeros(5), np.zeros((1, 2, 5)), [], 1.0])

@@ -93,9 +93,29 @@ def test_named_views_a_gradient_by_name_without_copying(net, X, Y):
     assert all(np.shares_memory(part, gradient) for part in named.values())
 
 
-def test_named_refuses_a_vector_of_another_length():
-    with pytest.raises(ValueError, match=r"shape \(4,\)"):
-        make_net("numpy").named(np.zeros(4))
+@pytest.mark.parametrize(
+    ("flat", "error", "message"),
+    [
+        (np.zeros(4), ValueError, r"has shape \(4,\); expected \(62,\)"),
+        (["a"] * 62, TypeError, "has dtype <U1; expected real numbers"),
+        (np.full(62, None), TypeError, "has dtype object with entries of type NoneType"),
+    ],
+)
+def test_named_refuses_what_is_no_vector_of_the_parameters(flat, error, message):
+    with pytest.raises(error, match=f"flat {message}"):
+        make_net("numpy").named(flat)
+
+
+def test_program_that_another_thread_has_dropped_is_no_matter(net):
+    class Raced(dict):
+        def pop(self, key, *default):
+            super().pop(key, None)
+            return super().pop(key, *default)
+
+    net._programs = Raced()
+    for k in range(20):
+        net.program(irnn.Picard(max_iterations=k + 1))
+    assert len(net._programs) == 16
 
 
 def test_same_seed_gives_the_same_parameters():
