@@ -94,13 +94,13 @@ def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
 def device_or_host_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
     """An array on the device as it lies there, any other value as a NumPy array."""
     there = as_device_array(name, value, device)
-    return _as_array(name, value) if there is None else there
+    return as_array(name, value) if there is None else there
 
 
 def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
     if scale is None:
         return None
-    sizes = as_real("scale", _as_array("scale", scale), start.dtype)
+    sizes = as_real("scale", scale, start.dtype)
     n = start.shape[1]
     if sizes.shape not in ((), (n,)):
         raise ValueError(f"scale has shape {sizes.shape}; expected a number or ({n},), a size for each entry of z")
@@ -113,7 +113,8 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
     array = device_or_host_array("z0", z0, device)
     if array.ndim > 2 or array.size == 0:
         raise ValueError(
-            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
+            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, with at least one "
+            "entry"
         )
     if isinstance(array, DeviceArray):
         if array.dtype not in (np.float32, np.float64):
@@ -140,13 +141,6 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Arra
     array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)), order="C")
     array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
     return array
-
-
-def _as_array(name: str, value: ArrayLike) -> Array:
-    try:
-        return as_array(name, value)
-    except ValueError as error:
-        raise TypeError(f"{name} cannot be read as an array: {error}") from None
 
 
 def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:

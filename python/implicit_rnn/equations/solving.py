@@ -52,7 +52,7 @@ def fixed_point(
         done in float64.
     args
         The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
-        differentiated; integers and booleans remain what they are.
+        differentiated; integers and booleans remain what they are. A Python f cannot write to them, while its z is a copy.
     batched
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
