@@ -76,6 +76,10 @@ def test_schedule_may_be_named(name, X, Y):
     assert np.isfinite(make_net("numpy").fit(X, Y, schedule=name, epochs=3).learning_rate).all()
 
 
+def test_schedule_after_a_warm_up_may_be_named():
+    assert irnn.WarmUp(3, "one_cycle") == irnn.WarmUp(3, irnn.OneCycle())
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -83,7 +87,8 @@ def test_schedule_may_be_named(name, X, Y):
         (lambda: irnn.Step(0), "every must be a whole number from 1"),
         (lambda: irnn.Step(3, 1.0), "factor must lie strictly between 0 and 1"),
         (lambda: irnn.OneCycle(rise=1.0), "rise must lie strictly between 0 and 1"),
-        (lambda: irnn.WarmUp(3, "cosine"), r"then must be a schedule such as Cosine\(\)"),
+        (lambda: irnn.WarmUp(3, "cosin"), r"then is 'cosin'; expected one of Constant, .*; did you mean Cosine\?"),
+        (lambda: irnn.WarmUp(3, 3), "then is 3; expected one of Constant, Cosine"),
     ],
 )
 def test_bad_options_are_refused(make, message):
