@@ -149,6 +149,13 @@ def test_seed_decides_the_order_of_the_minibatches(engine, X, Y):
     assert np.abs(nets[0].parameters - nets[1].parameters).max() > 1e-9
 
 
+def test_without_a_seed_no_other_run_has_the_order_of_the_minibatches(X, Y):
+    nets = [make_net("numpy") for _ in range(2)]
+    for net in nets:
+        net.fit(X, Y, epochs=5, batch_size=5, seed=None)
+    assert (nets[0].parameters != nets[1].parameters).any()
+
+
 # --- validation ----------------------------------------------------------------------------------------------
 
 

@@ -58,7 +58,7 @@ def fit_many(
     callback_every: int = 1,
     checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | Run | Sequence[Run] | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
 ) -> list[Run]:
@@ -119,7 +119,7 @@ def fit_many(
         and ``WarmUp`` to one of these). The parameters of the nets at the call do not count, but that nets in another order
         than their runs are told by them. A run that a callback ended goes on; of several nets, those that were in it to its end.
     seed
-        Of the order of the minibatches, the same on every engine.
+        Of the order of the minibatches, the same on every engine; None draws one, so that no other run has that order.
     progress
         A progress bar on stderr; ``None`` shows it on a terminal and in a notebook.
     on_failure
