@@ -61,7 +61,7 @@ def test_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out.strip() == metadata.version("implicit-rnn")
 
 
-@pytest.mark.parametrize("command", ["xor", "pendulum", "doctor", "setup"])
+@pytest.mark.parametrize("command", ["xor", "cost", "pendulum", "doctor", "setup"])
 def test_help_lists_every_command(command, capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
