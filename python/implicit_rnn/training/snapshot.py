@@ -111,8 +111,7 @@ class Snapshot:
         state.nets.good[...] = arrays["good"]
         state.nets.halted[...] = arrays["halted"]
         for name in PER_NET:
-            if name in arrays:  # the first checkpoints have no origin
-                getattr(state, name)[...] = arrays[name]
+            getattr(state, name)[...] = arrays[name]
         state.validation_epochs = arrays[COMMON].tolist()
         state.validation_losses = list(arrays["validation_losses"].T)
         state.validation_unconverged = list(arrays["validation_unconverged"].T)
@@ -122,7 +121,7 @@ class Snapshot:
 
     def _check(self, training: Training, origin: str, last: int) -> None:
         here, settings = training.description, training.settings
-        differ = list(_differences({**LATER, **self.run}, here))
+        differ = list(_differences(self.run, here))
         if self.run["epochs"] != here["epochs"] and settings.schedule.needs_end:
             differ.append(
                 f"epochs is {self.run['epochs']} there and {here['epochs']} here, and the learning rates of "
@@ -139,9 +138,11 @@ class Snapshot:
         """``CheckpointError`` for a net with the parameters with which another began or ended, in whose place it is not found."""
         places: dict[bytes, set[int]] = {}
         for k in range(len(training.nets)):
-            known = [digest(self.arrays[name][k]) for name in ("parameters", "best")]
-            known += list(self.arrays.get("origin", ())[k : k + 1])
-            for each in known:
+            for each in (
+                digest(self.arrays["parameters"][k]),
+                digest(self.arrays["best"][k]),
+                self.arrays["origin"][k],
+            ):
                 places.setdefault(each.tobytes(), set()).add(k)
         found = [places.get(digest(net.parameters).tobytes(), set()) for net in training.nets]
         for k, others in enumerate(found):
@@ -159,9 +160,6 @@ def digest(parameters: Array) -> Array:
 
 
 # --- what must be equal --------------------------------------------------------------------------------------
-
-LATER: Mapping[str, Any] = {"warm_start": False}
-"""Settings that snapshots of before there were these lack, and what they were."""
 
 
 def describe(training: Training) -> dict[str, Any]:
