@@ -481,7 +481,7 @@ class Network:
             Adds that much of mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and
             Kolter 2021), estimated with one random vector per sample.
         probe
-            The number of that random vector, from 0 to below 2**63.
+            The number of that random vector, from 0 to below 2**63; all else raises ``ValueError`` or ``TypeError``.
         on_failure
             What happens if a sample has no equilibrium, which makes the gradient meaningless: "raise" a
             ``ConvergenceError``, "warn", or "ignore".
