@@ -49,9 +49,7 @@ def get_engine(name: str | None = None) -> Engine:
 def check_engine(name: str | None) -> str:
     """The name of an engine, checked; ``None`` stands for IMPLICIT_RNN_ENGINE, else "auto"."""
     chosen = os.environ.get("IMPLICIT_RNN_ENGINE", "auto") if name is None else name
-    if not isinstance(chosen, str) or chosen not in ENGINES:
-        origin = "IMPLICIT_RNN_ENGINE" if name is None else "engine"
-        check_choice(origin, chosen, ENGINES)
+    check_choice("IMPLICIT_RNN_ENGINE" if name is None else "engine", chosen, ENGINES)
     return chosen
 
 

@@ -37,7 +37,7 @@ def pose(
     """The equation of these arguments of ``fixed_point`` and ``root``, checked."""
     start, shape = _start(z0, device)
     names = argument_names(f, len(check_arguments(args)))
-    per_sample = _positions(batched, names)
+    per_sample = positions(batched, names)
     arrays = tuple([_argument(name, value, start.dtype, device) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
@@ -70,11 +70,6 @@ def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
     if type(args) is not tuple and (isinstance(args, (str, bytes)) or not isinstance(args, Sequence)):
         raise TypeError(f"args is a {type(args).__name__}; expected a tuple of arguments, such as args=(a,)")
     return args
-
-
-def positions(f: Function, count: int, batched: str | int | Iterable[str | int]) -> set[int]:
-    """The positions of the arguments named in ``batched``, of ``count`` arguments of f; ``ValueError`` for others."""
-    return _positions(batched, argument_names(f, count))
 
 
 def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
@@ -143,7 +138,8 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Arra
     return array
 
 
-def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+def positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+    """The positions of the arguments named in ``batched``, of those with these names; ``ValueError`` for others."""
     if type(batched) is tuple and not batched:  # the usual case of one problem, without the checks of any iterable
         return set()
     listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from math import inf
 from threading import RLock
@@ -234,13 +235,17 @@ class PythonEquation:
 
 
 def _find_single(equation: Equation, tol: float, solver: Solver) -> single.Found | None:
+    """The solution of one problem, or None where the methods for batches have to find it, or to tell what is wrong."""
+    if equation.samples > 1 or equation.n > single.MOST or equation.start.dtype != np.float64:
+        return None
     limit = int(solver.max_iterations)
-    if equation.root:
-        return single.find_root(equation, tol, newton_limit(solver))
-    if isinstance(solver, Auto):
-        return single.find_fixed_point(equation, tol, limit, BLOCK, PATIENCE)
-    if isinstance(solver, Picard) and solver.damping == 1:
-        return single.find_fixed_point(equation, tol, limit, limit, inf)
+    with suppress(single.UncertainError):
+        if equation.root:
+            return single.newton(equation, tol, newton_limit(solver))
+        if isinstance(solver, Auto):
+            return single.picard(equation, tol, limit, BLOCK, PATIENCE)
+        if isinstance(solver, Picard) and solver.damping == 1:
+            return single.picard(equation, tol, limit, limit, inf)
     return None
 
 
