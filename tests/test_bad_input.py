@@ -589,11 +589,11 @@ def test_recurrent_weights_that_are_not_finite_end_as_non_finite_and_are_named(e
     net = irnn.Network(3, [irnn.Layer(4)], outputs=2, constraint=constraint, engine=engine, seed=0)
     net.weights["R"][1, 2] = value
     with np.errstate(all="ignore"):
-        with pytest.raises(irnn.ConvergenceError, match=r"non_finite.*look whether net.parameters are finite"):
+        with pytest.raises(irnn.ConvergenceError, match=r"non_finite.*check that net.parameters are finite"):
             net.predict(X)
-        with pytest.raises(irnn.ConvergenceError, match=r"nan forward.*look whether net.parameters are finite"):
+        with pytest.raises(irnn.ConvergenceError, match=r"nan forward.*check that net.parameters are finite"):
             net.loss_and_gradient(X, np.zeros((12, 2)))
-        with pytest.raises(irnn.ConvergenceError, match=r"nan forward.*look whether net.parameters are finite"):
+        with pytest.raises(irnn.ConvergenceError, match=r"nan forward.*check that net.parameters are finite"):
             net.jvp(X, X)
         assert np.isnan(net.spectral_radius(X, on_failure="ignore")).all()
 

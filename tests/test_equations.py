@@ -117,7 +117,7 @@ def test_float32_of_either_byte_order_stays_float32():
 
 
 def test_argument_that_is_not_finite_is_where_the_error_says_to_look():
-    with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*look whether args are finite"):
+    with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*check that args and f.z0. are finite"):
         fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(np.nan,))
 
 

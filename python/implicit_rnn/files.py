@@ -101,7 +101,7 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
             return tensors, file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
         raise error(
-            f"{path} is no safetensors file, or a truncated one, or of dtypes that NumPy lacks: {reason}"
+            f"{path} is not a valid safetensors file (truncated?), or has dtypes that NumPy lacks: {reason}"
         ) from reason
 
 

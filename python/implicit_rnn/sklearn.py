@@ -277,8 +277,8 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
             if not known.all():
                 k = int(known.argmin())
                 raise ValueError(
-                    f"column {k} of {name}, with entries up to {np.abs(array[:, k]).max():.3g}, has a variance beyond the "
-                    "numbers there are and cannot be scaled; give it, or its sample_weight, in other units"
+                    f"column {k} of {name}, with entries up to {np.abs(array[:, k]).max():.3g}, has a variance that "
+                    "overflows or underflows and cannot be scaled; give it, or its sample_weight, in other units"
                 )
         return scaler
 

@@ -127,7 +127,7 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
     failed = np.array([MAX_ITERATIONS]) if status is None else status[status != CONVERGED]
     ways = []
     if (failed == NON_FINITE).any():
-        ways.append("where NaN or infinity came up, look whether net.parameters are finite, and for very large ones")
+        ways.append("if NaN or infinity occurred, check that net.parameters are finite and not very large")
     if not np.isin(failed, (NON_FINITE, SINGULAR)).all():
         ways.append("raise max_iterations, loosen tol or damp the solver")
     if (failed == SINGULAR).any():

@@ -249,7 +249,7 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
     if (solution.status == NON_FINITE).any():
-        remedies.insert(0, "where NaN or infinity came up, look whether args are finite and f is at z0")
+        remedies.insert(0, "if NaN or infinity occurred, check that args and f(z0) are finite")
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     if (solution.status == SINGULAR).any():

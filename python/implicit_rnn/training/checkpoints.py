@@ -115,7 +115,7 @@ def read(path: Path) -> Snapshot:
     remark = f"has parameters that are not finite ({', '.join(broken)})" if broken else ""
     if texts.pop("checksum") != _checksum(arrays, texts):
         raise CheckpointError(
-            f"{path} is damaged: what it holds is not what was written, by its checksum{remark and f'; it {remark}'}"
+            f"{path} is damaged: its checksum does not match its contents{remark and f'; it {remark}'}"
         )
     if remark:
         warn(f"{path} {remark}; such a net has no equilibrium", UserWarning)

@@ -105,7 +105,7 @@ def fit_many(
     guard
         Halts the training of a net that goes wrong, which keeps its last good parameters.
     callbacks, callback_every
-        Functions that are called with a ``Progress`` for each net in training after every so many epochs, behind the
+        Functions that are called with a ``Progress`` for each net in training after every so many epochs, after the
         validation of that epoch. One that returns True, rather than False or None, ends the training of the net, one
         that raises ``StopTraining`` that of all nets.
     checkpoint
