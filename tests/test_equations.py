@@ -94,11 +94,6 @@ def test_nlsolve_solves_julia_code(method):
     np.testing.assert_allclose(sol.value, np.cos(0.8 * sol.value), atol=1e-10)
 
 
-@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
-def test_a_root_is_found_whatever_the_unit_of_f(unit):
-    assert root(lambda z: unit * (z**3 - 2), [1.0]).value[0] == pytest.approx(np.cbrt(2))
-
-
 def test_large_values_are_not_taken_for_divergence(given):
     sol = fixed_point(given("linear"), [0.0, 1.0], args=(0.5, 1e9))
     np.testing.assert_allclose(sol.value, 2e9)
@@ -111,18 +106,14 @@ def test_matrices_have_the_same_indices_in_both_languages(given, rng):
     np.testing.assert_allclose(sol.value, expected, atol=1e-8)
 
 
-def test_float32_of_either_byte_order_stays_float32():
-    sol = fixed_point(np.cos, np.array([0.5], np.float32).astype(">f4"))
-    assert sol.value.dtype == np.float32
-
-
 def test_argument_that_is_not_finite_is_where_the_error_says_to_look():
     with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*check that args and f.z0. are finite"):
         fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(np.nan,))
 
 
-def test_float32_stays_float32(given):
-    sol = fixed_point(given("cosine"), np.array([0.5], np.float32), args=(0.8,))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_float32_stays_float32(given, order):
+    sol = fixed_point(given("cosine"), np.array([0.5], f"{order}f4"), args=(0.8,))
     assert sol.value.dtype == sol.vjp([1.0])["a"].dtype == np.float32
     assert sol.vjp([1.0])["a"] == pytest.approx(-0.324205, rel=1e-3)
 

@@ -16,19 +16,6 @@ from implicit_rnn.model.activations import ACTIVATIONS
 EXACT = irnn.Picard(tol=1e-14)
 
 
-@pytest.mark.parametrize("constraint", [irnn.Free(), irnn.Perron(0.9)], ids=lambda c: c.name)
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_gradient_is_that_of_differences(engine, activation, constraint, rng, Y):
-    net = make_net(engine, activation, 4, constraint=constraint)
-    check_gradient(net, away_from_kinks(net, rng, len(Y)), Y)
-
-
-def test_gradient_is_exact_where_perron_scales_rows_down(engine, X, Y):
-    net = make_net(engine, "tanh", 4, constraint=irnn.Perron(0.5))
-    net.weights["R"][...] *= 10
-    check_gradient(net, X, Y)
-
-
 def test_gradient_is_exact_for_outputs_read_from_neurons(engine, X, Y):
     check_gradient(make_net(engine, outputs=[3, 0]), X, Y)
 

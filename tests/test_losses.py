@@ -95,14 +95,6 @@ class TestEveryLoss:
         np.testing.assert_allclose(runs[0].loss, runs[1].loss, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["mse", "mae", "huber", "cross_entropy", "binary_cross_entropy"])
-def test_loss_may_be_named(net, name, X, Y):
-    loss = next(loss for loss in LOSSES if loss.name.lower() == name.replace("_", ""))
-    T = targets_for(loss, Y)
-    named, given = (net.loss_and_gradient(X, T, loss=choice)[0] for choice in (name, type(loss)()))
-    assert named == given
-
-
 def test_huber_is_half_the_squared_error_near_and_linear_far(net, X, Y):
     near = net.loss_and_gradient(X, Y, loss=irnn.Huber(1e6))[0]
     assert near == pytest.approx(net.loss_and_gradient(X, Y)[0] / 2, rel=1e-12)
@@ -349,7 +341,7 @@ def test_hessian_of_a_loss_of_ones_own_is_refused_by_name(X, Y):
 def test_only_the_proportions_of_weights_count(net, rng, X, Y):
     w = rng.uniform(1, 2, 12)
     value, gradient = net.loss_and_gradient(X, Y, sample_weights=w)
-    other, other_gradient = net.loss_and_gradient(X, Y, sample_weights=1e6 * w)
+    other, other_gradient = net.loss_and_gradient(X, Y, sample_weights=5e307 * w)  # whose sum overflows
     assert value == pytest.approx(other, rel=1e-12)
     np.testing.assert_allclose(gradient, other_gradient, rtol=1e-10)
 
