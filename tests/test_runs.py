@@ -262,6 +262,8 @@ def calling_itself(k):
         (holding({"a": 1}), holding({"a": 10})),
         (holding({1: 1}), holding({"1": 1})),
         (holding({1}), holding({10})),
+        (holding(np.array(["a", "b"])), holding(np.array(["a", "bc"]))),
+        (holding(np.array([[1], None], object)), holding(np.array([[10], None], object))),
         (holding(None), holding("")),
         (holding(Path("a")), holding(Path("bc"))),
         (holding(lambda: 1), holding(lambda: 10)),

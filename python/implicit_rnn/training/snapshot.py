@@ -188,14 +188,15 @@ def _plain(value: Any, outer: tuple[Any, ...] = ()) -> Any:
         return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # whose repr would be abridged
         return _fingerprint(value)
-    value = value.tolist() if isinstance(value, np.ndarray) else as_python(value)
+    value = as_python(value)
     if value is None or isinstance(value, bool | int | float | str):
         return "nan" if value != value else value  # which is not equal to itself
     if any(value is each for each in outer):
         return "..."
     outer = (*outer, value)
-    if isinstance(value, list | tuple):
-        return [_plain(part, outer) for part in value]
+    if isinstance(value, list | tuple | np.ndarray):
+        parts = (value.shape, *value.ravel()) if isinstance(value, np.ndarray) else value
+        return [_plain(part, outer) for part in parts]
     if isinstance(value, dict):
         return sorted(([_plain(key, outer), _plain(part, outer)] for key, part in value.items()), key=str)
     if isinstance(value, set | frozenset):
