@@ -187,10 +187,10 @@ def test_device_is_written_and_never_replaced_by_a_file():
 
 
 def test_file_that_cannot_be_written_is_named_as_it_was_written(tmp_path: Path, monkeypatch):
-    def refuse(prefix, suffix, dir):
-        raise PermissionError(13, "Permission denied", f"{dir}/{prefix}x{suffix}")
+    def refuse(path, mode):
+        raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("implicit_rnn.files.tempfile.mkstemp", refuse)
+    monkeypatch.setattr("implicit_rnn.files.Path.open", refuse)
     with pytest.raises(PermissionError, match=r"Permission denied: 'net\.safetensors'"):
         net().save("net.safetensors")

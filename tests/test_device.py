@@ -49,7 +49,7 @@ def test_to_changes_the_device_from_the_next_call_on(data):
 
 @pytest.mark.parametrize("act", [lambda: network(device="gpu"), lambda: network().to("gpu")])
 def test_an_unknown_device_is_refused_with_those_there_are(act):
-    with pytest.raises(ValueError, match="device is 'gpu'; expected one of 'cpu', 'cuda'"):
+    with pytest.raises(ValueError, match=r"device is 'gpu'; expected one of 'cpu', 'cuda', which is an NVIDIA card$"):
         act()
 
 
@@ -212,7 +212,7 @@ def test_what_a_device_does_not_offer_of_equations_is_refused_by_name(device_nam
 def test_a_python_function_cannot_run_on_a_device():
     with pytest.raises(ValueError, match="a Python function cannot run on device='cuda'; write it as Julia code"):
         irnn.root(lambda z: z, [[1.0]], device="cuda")
-    with pytest.raises(ValueError, match="device is 'gpu'; expected one of 'cpu', 'cuda'"):
+    with pytest.raises(ValueError, match=r"device is 'gpu'; expected one of 'cpu', 'cuda', which is an NVIDIA card$"):
         irnn.root(KEPLER, [[1.0]], args=(1.0, 0.5), device="gpu")
 
 

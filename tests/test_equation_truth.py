@@ -288,14 +288,6 @@ def test_smooth_functions_do_not_warn():
 # --- evaluations, statuses, forms ----------------------------------------------------------------------------
 
 
-class Counted:
-    def __init__(self, f: Callable[..., Any]) -> None:
-        self.f, self.real_calls = f, 0
-
-    def __call__(self, z: Any) -> Any:
-        return self.f(z)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("allowed", [1, 2, 3, 7, 20])
 def test_no_more_evaluations_than_allowed(kind, allowed):
@@ -622,7 +614,7 @@ def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
 @pytest.mark.parametrize("samples", [1, 50, 5000])
 def test_rounding_of_constants_does_not_give_a_double_root_a_derivative(kind, samples):
     f = either(kind, lambda z, a: z**2 - 2 * z + 1 + a, "(z, a) -> z .^ 2 .- 2 .* z .+ 1 .+ a")
-    many = {"vectorized": True} if kind == "python" else {}
+    many = MANY[kind]
     start = np.linspace(0.3, 2.5, samples)[:, None]
     with pytest.raises(irnn.ConvergenceError, match="singular at the solution"):
         root(f, start, args=(0.0,), on_failure="ignore", **many).jacobian("a")

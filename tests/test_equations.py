@@ -94,11 +94,6 @@ def test_nlsolve_solves_julia_code(method):
     np.testing.assert_allclose(sol.value, np.cos(0.8 * sol.value), atol=1e-10)
 
 
-@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
-def test_a_root_is_found_whatever_the_unit_of_f(unit):
-    assert root(lambda z: unit * (z**3 - 2), [1.0]).value[0] == pytest.approx(np.cbrt(2))
-
-
 def test_large_values_are_not_taken_for_divergence(given):
     sol = fixed_point(given("linear"), [0.0, 1.0], args=(0.5, 1e9))
     np.testing.assert_allclose(sol.value, 2e9)
@@ -111,18 +106,14 @@ def test_matrices_have_the_same_indices_in_both_languages(given, rng):
     np.testing.assert_allclose(sol.value, expected, atol=1e-8)
 
 
-def test_float32_of_either_byte_order_stays_float32():
-    sol = fixed_point(np.cos, np.array([0.5], np.float32).astype(">f4"))
-    assert sol.value.dtype == np.float32
-
-
 def test_argument_that_is_not_finite_is_where_the_error_says_to_look():
-    with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*look whether args are finite"):
+    with pytest.raises(irnn.ConvergenceError, match=r"1 non_finite.*check that args and f.z0. are finite"):
         fixed_point(lambda z, a: np.cos(a * z), [0.5], args=(np.nan,))
 
 
-def test_float32_stays_float32(given):
-    sol = fixed_point(given("cosine"), np.array([0.5], np.float32), args=(0.8,))
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_float32_stays_float32(given, order):
+    sol = fixed_point(given("cosine"), np.array([0.5], f"{order}f4"), args=(0.8,))
     assert sol.value.dtype == sol.vjp([1.0])["a"].dtype == np.float32
     assert sol.vjp([1.0])["a"] == pytest.approx(-0.324205, rel=1e-3)
 
@@ -395,6 +386,25 @@ def test_a_solution_that_joblib_has_left_in_a_file_is_differentiated_as_before(g
     np.testing.assert_array_equal(again.jacobian("a"), solution.jacobian("a"))
 
 
+@pytest.mark.parametrize("vectorized", [False, True])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "batched"])
+def test_a_function_may_write_to_its_state_and_not_to_its_arguments(samples, own, vectorized):
+    def to_state(z, a):
+        z *= a
+        return np.cos(z)
+
+    def to_argument(z, a):
+        a *= 0.5
+        return np.cos(a * z)
+
+    args = (np.full((samples, 1) if own else (1,), 0.8),)
+    pose = {"z0": np.full((samples, 1), 0.5), "args": args, "vectorized": vectorized, "batched": "a" if own else ()}
+    np.testing.assert_allclose(fixed_point(to_state, **pose).value, 0.801418, atol=1e-6)
+    with pytest.raises(ValueError, match="read-only"):
+        fixed_point(to_argument, **pose)
+
+
 def test_threads_that_differentiate_one_solution_take_turns(given):
     a = np.linspace(0.2, 0.8, 10)[:, None]
 
@@ -584,9 +594,10 @@ BAD = {
         ValueError,
         r"scale has shape \(2,\); expected a number or \(1,\)",
     ),
+    "scale ragged": ({"scale": [[1.0], [1.0, 2.0]]}, ValueError, "^scale is no array of numbers: setting"),
     "scale of zero": ({"scale": 0.0}, ValueError, "scale must be positive and finite, got 0.0"),
     "z0 of three axes": ({"z0": np.ones((1, 1, 1))}, ValueError, r"z0 has shape \(1, 1, 1\)"),
-    "no samples": ({"z0": np.ones((0, 2))}, ValueError, r"z0 has shape \(0, 2\)"),
+    "no samples": ({"z0": np.ones((0, 2))}, ValueError, r"z0 has shape \(0, 2\).*, with at least one entry$"),
     "z0 not finite": (
         {"z0": [[1.0], [np.nan]]},
         ValueError,
@@ -594,7 +605,7 @@ BAD = {
     ),
     "z0 of text": ({"z0": ["a"]}, TypeError, "z0 has dtype <U1"),
     "z0 complex": ({"z0": [1j]}, TypeError, "z0 has dtype complex128"),
-    "z0 ragged": ({"z0": [[1.0], [1.0, 2.0]]}, TypeError, "z0 cannot be read as an array"),
+    "z0 ragged": ({"z0": [[1.0], [1.0, 2.0]]}, ValueError, "^z0 is no array of numbers: setting"),
     "too few args": ({"args": ()}, ValueError, r"f takes z and 1 argument \(a\); args has 0"),
     "too many args": ({"args": (1.0, 2.0)}, ValueError, r"f takes z and 1 argument \(a\); args has 2"),
     "args not a tuple": ({"args": 0.8}, TypeError, "args is a float; expected a tuple"),

@@ -45,7 +45,12 @@ def test_script_runs_and_draws_its_figure(name, tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_size_of_a_script_is_set_by_the_environment(name):
-    assert "IMPLICIT_RNN_EXAMPLES" in (EXAMPLES / f"{name}.py").read_text("utf-8")
+    text = (EXAMPLES / f"{name}.py").read_text("utf-8")
+    setting = re.search(r"SMALL = .*\n(.*) = (.*) if SMALL else (.*)\n", text)
+    assert setting is not None
+    assert 'SMALL = os.environ.get("IMPLICIT_RNN_EXAMPLES") == "small"\n' in text
+    assert np.all(np.array(eval(setting[2])) < np.array(eval(setting[3])))
+    assert all(text.count(size) > 1 for size in setting[1].split(", "))  # which is used
 
 
 # --- notebooks, on the NumPy engine --------------------------------------------------------------------------

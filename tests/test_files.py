@@ -70,11 +70,6 @@ def test_net_trained_and_saved_on_one_engine_can_be_trained_on_after_loading(eng
     assert loss == pytest.approx(net.loss_and_gradient(X, Y)[0], rel=1e-9)  # each solved to 1e-10
 
 
-def test_path_may_be_a_string(path):
-    make_net("numpy").save(str(path))
-    assert irnn.load(str(path)).topology == make_net("numpy").topology
-
-
 def test_unknown_engine_is_refused(saved):
     with pytest.raises(ValueError, match="engine is 'torch'"):
         irnn.load(saved, engine="torch")
@@ -92,16 +87,8 @@ def test_missing_file_is_reported_as_such(path):
 def test_file_that_is_no_model_is_refused(path, content):
     path.write_bytes(content)
     assert issubclass(irnn.ModelFileError, ValueError)
-    with pytest.raises(irnn.ModelFileError, match=r"net\.safetensors is no safetensors file, or a truncated one"):
+    with pytest.raises(irnn.ModelFileError, match=r"net\.safetensors is not a valid safetensors file \(truncated\?\)"):
         irnn.load(path)
-
-
-@pytest.mark.parametrize("kept", [0.05, 0.5, 0.99])
-def test_truncated_file_is_refused(saved, kept):
-    data = saved.read_bytes()
-    saved.write_bytes(data[: int(kept * len(data))])
-    with pytest.raises(irnn.ModelFileError, match="truncated"):
-        irnn.load(saved)
 
 
 def test_safetensors_file_of_somebody_else_is_refused(path):
@@ -166,7 +153,7 @@ def test_weights_that_do_not_fit_the_topology_are_refused(saved):
 
 
 def test_folder_is_no_model(tmp_path):
-    with pytest.raises((FileNotFoundError, irnn.ModelFileError)):
+    with pytest.raises(FileNotFoundError, match="no model file"):
         irnn.load(tmp_path)
 
 
@@ -195,3 +182,11 @@ def test_saved_file_has_the_permissions_of_any_new_file(saved):
     other = saved.parent / "other"
     other.write_text("")
     assert oct(saved.stat().st_mode) == oct(other.stat().st_mode)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_saved_file_keeps_its_permissions_and_those_of_other_threads_are_left_alone(saved, monkeypatch):
+    monkeypatch.setattr(files.os, "umask", None)  # it is that of the whole process
+    saved.chmod(0o600)
+    make_net("numpy", seed=99).save(saved)
+    assert saved.stat().st_mode & 0o777 == 0o600

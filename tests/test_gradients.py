@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import derivative_along, make_net
@@ -12,19 +14,6 @@ import implicit_rnn as irnn
 from implicit_rnn.model.activations import ACTIVATIONS
 
 EXACT = irnn.Picard(tol=1e-14)
-
-
-@pytest.mark.parametrize("constraint", [irnn.Free(), irnn.Perron(0.9)], ids=lambda c: c.name)
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
-def test_gradient_is_that_of_differences(engine, activation, constraint, rng, Y):
-    net = make_net(engine, activation, 4, constraint=constraint)
-    check_gradient(net, away_from_kinks(net, rng, len(Y)), Y)
-
-
-def test_gradient_is_exact_where_perron_scales_rows_down(engine, X, Y):
-    net = make_net(engine, "tanh", 4, constraint=irnn.Perron(0.5))
-    net.weights["R"][...] *= 10
-    check_gradient(net, X, Y)
 
 
 def test_gradient_is_exact_for_outputs_read_from_neurons(engine, X, Y):
@@ -173,10 +162,26 @@ def test_report_of_another_size_is_refused(engine, X, Y):
         make_net(engine).loss_and_gradient(X, Y, report=irnn.GradientReport.empty(len(X) + 1))
 
 
-def test_report_whose_arrays_are_of_different_sizes_is_refused(engine, X, Y):
-    report = irnn.GradientReport(np.empty(12, np.int8), np.empty(12), np.empty(1))
-    with pytest.raises(ValueError, match=r"report.adjoint_residual is for 1 samples, X has 12"):
+@pytest.mark.parametrize(
+    ("array", "wrong", "error", "message"),
+    [
+        ("adjoint_residual", np.empty(1), ValueError, r"has shape \(1,\), X has 12 samples"),
+        ("residual", np.empty((12, 1)), ValueError, r"has shape \(12, 1\), X has 12 samples"),
+        ("status", [0] * 12, TypeError, "is a list; expected an array of whole numbers"),
+        ("status", np.empty(12), TypeError, "has dtype float64; expected an array of whole numbers"),
+        ("residual", np.empty(12, np.int64), TypeError, "has dtype int64; expected an array of floats"),
+    ],
+)
+def test_report_of_other_arrays_is_refused(engine, array, wrong, error, message, X, Y):
+    report = dataclasses.replace(irnn.GradientReport.empty(12), **{array: wrong})
+    with pytest.raises(error, match=rf"report\.{array} {message}.*use GradientReport\.empty\(12\)$"):
         make_net(engine).loss_and_gradient(X, Y, report=report)
+
+
+@pytest.mark.parametrize(("samples", "error"), [(-1, ValueError), (0, ValueError), (2.5, TypeError), (True, TypeError)])
+def test_report_of_no_number_of_samples_is_refused(samples, error):
+    with pytest.raises(error, match=f"samples must be a whole number from 1, got {samples}"):
+        irnn.GradientReport.empty(samples)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

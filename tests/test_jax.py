@@ -205,7 +205,6 @@ def test_bad_input_is_refused_by_name(X):
         door.function(net, solver="newtom")
     with pytest.raises(ValueError, match="on_failure is 'stop'"):
         door.function(net, on_failure="stop")
-    f, p = door.function(net), door.parameters(net)
     with enable_x64(False):
         for call in (lambda: door.parameters(net), lambda: f(p, X), lambda: jax.jit(f)(p, X)):
             with pytest.raises(TypeError, match="jax_enable_x64"):

@@ -93,9 +93,29 @@ def test_named_views_a_gradient_by_name_without_copying(net, X, Y):
     assert all(np.shares_memory(part, gradient) for part in named.values())
 
 
-def test_named_refuses_a_vector_of_another_length():
-    with pytest.raises(ValueError, match=r"shape \(4,\)"):
-        make_net("numpy").named(np.zeros(4))
+@pytest.mark.parametrize(
+    ("flat", "error", "message"),
+    [
+        (np.zeros(4), ValueError, r"has shape \(4,\); expected \(62,\)"),
+        (["a"] * 62, TypeError, "has dtype <U1; expected real numbers"),
+        (np.full(62, None), TypeError, "has dtype object with entries of type NoneType"),
+    ],
+)
+def test_named_refuses_what_is_no_vector_of_the_parameters(flat, error, message):
+    with pytest.raises(error, match=f"flat {message}"):
+        make_net("numpy").named(flat)
+
+
+def test_program_that_another_thread_has_dropped_is_no_matter(net):
+    class Raced(dict):
+        def pop(self, key, *default):
+            super().pop(key, None)
+            return super().pop(key, *default)
+
+    net._programs = Raced()
+    for k in range(20):
+        net.program(irnn.Picard(max_iterations=k + 1))
+    assert len(net._programs) == 16
 
 
 def test_same_seed_gives_the_same_parameters():
@@ -134,15 +154,6 @@ def test_recurrent_weights_under_perron_are_the_scaled_and_stretched_ones():
     K, a = net.weights["R"].copy(), net.weights["a"]
     K *= np.minimum(1, 0.5 / np.abs(K).sum(axis=1))[:, None]
     np.testing.assert_allclose(net.recurrent_weights, np.exp(-a)[:, None] * K * np.exp(a), rtol=1e-13)
-
-
-def test_perron_is_the_default():
-    assert irnn.Network(1, [2], outputs=1).topology.constraint == irnn.Perron(0.95)
-
-
-def test_numbers_of_neurons_may_be_numpy_integers():
-    net = irnn.Network(np.int64(3), [irnn.Layer(np.int32(5))], outputs=np.int64(2))
-    assert len(net.parameters) == 62
 
 
 # --- results -------------------------------------------------------------------------------------------------
@@ -213,10 +224,6 @@ def test_result_of_one_net_does_not_depend_on_other_nets_and_batch_sizes(engine,
     np.testing.assert_array_equal(net.predict(X), expected)
 
 
-def test_options_may_be_given_by_name(net, X):
-    np.testing.assert_array_equal(net.predict(X, solver="picard"), net.predict(X, solver=irnn.Picard()))
-
-
 # --- samples without an equilibrium --------------------------------------------------------------------------
 
 
@@ -239,9 +246,18 @@ def test_unconverged_sample_warns_if_asked_to(engine):
     assert caught[0].filename == __file__
 
 
-def test_predict_warns_at_the_line_of_its_caller(engine):
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda net, **how: net.predict([[0.5]], **how),
+        lambda net, **how: net.fit([[0.5]], [[0.0]], epochs=1, **how),
+        lambda net, **how: irnn.fit_many([net], [[0.5]], [[0.0]], epochs=1, **how),
+    ],
+    ids=["predict", "fit", "fit_many"],
+)
+def test_every_call_warns_at_the_line_of_its_caller(engine, call):
     with pytest.warns(irnn.ConvergenceWarning) as caught:
-        make_oscillating(engine).predict([[0.5]], solver=irnn.Picard(), on_failure="warn")
+        call(make_oscillating(engine), solver=irnn.Picard(), on_failure="warn")
     assert caught[0].filename == __file__
 
 
@@ -421,7 +437,3 @@ def test_summary_lists_every_block_and_the_total():
 
 def test_repr_of_a_solution_counts_the_converged_samples(net, X):
     assert repr(net.equilibrium(X)).startswith("Solution(12 samples of 5 neurons, 12 converged")
-
-
-def test_package_exports_what_it_promises():
-    assert all(hasattr(irnn, name) for name in irnn.__all__)

@@ -39,7 +39,7 @@ def test_weight_decay_adds_its_share_of_the_parameters_to_the_gradient(engine, o
     gradient = net.loss_and_gradient(X, Y)[1]
     net.fit(X, Y, optimizer=decaying, epochs=1)
     np.testing.assert_allclose(
-        start - net.parameters, first_step(optimizer, gradient + 0.3 * start), rtol=1e-6, atol=1e-12
+        start - net.parameters, first_step(optimizer, gradient + 0.3 * start), rtol=1e-10, atol=1e-14
     )
 
 

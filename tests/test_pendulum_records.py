@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -581,6 +582,43 @@ def test_command_refuses_a_bad_record_with_1_and_the_reason_before_it_trains(tmp
 def test_options_of_a_record_without_one_are_refused(option, capsys):
     assert main(["pendulum", option, "1", "--engine", "numpy"]) == 1
     assert f"{option} goes with --data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "option"),
+    [
+        (["--data", "mine.csv"], "--models"),
+        (["--data", "mine.csv"], "--seeds"),
+        (["--data", "mine.csv"], "--jobs"),
+        (["--tune"], "--seeds"),
+    ],
+)
+def test_options_that_a_mode_takes_no_notice_of_are_refused(mode, option, capsys):
+    assert main(["pendulum", *mode, option, "1", "--engine", "numpy"]) == 1
+    assert f"{option} does not go with {mode[0]}, which takes no notice of it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"input_mean": [0.0] * 31}, "does not read 32 angles to 2 parameters"),
+        ({"input_mean": [np.nan] * 32}, r"input_mean of shape \(32,\) .*expected finite numbers of shape \(32,\)"),
+        ({"input_scale": 0.0}, r"input_scale of shape \(\) .*expected finite numbers above 0 of shape \(\)"),
+        ({"target_mean": [1.0]}, r"target_mean of shape \(1,\) .*expected finite numbers of shape \(2,\)"),
+        (
+            {"target_scale": [1.0, -1.0]},
+            r"target_scale of shape \(2,\) .*expected finite numbers above 0 of shape \(2,\)",
+        ),
+        ({"target_scale": [1.0, np.inf]}, "target_scale .*expected finite numbers above 0"),
+    ],
+)
+def test_model_file_with_a_scaling_that_makes_no_sense_is_refused(reader, tmp_path, wrong, message):
+    arrays = {name: np.asarray(value) for name, value in wrong.items()}
+    dataclasses.replace(reader, scaling=dataclasses.replace(reader.scaling, **arrays)).save(
+        tmp_path / "net.safetensors"
+    )
+    with pytest.raises(irnn.ModelFileError, match=message):
+        pendulum.Reader.load(tmp_path / "net.safetensors")
 
 
 def test_model_file_of_another_network_is_refused(tmp_path):

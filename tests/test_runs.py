@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import textwrap
 import threading
 import warnings
 from functools import partial
@@ -81,13 +84,30 @@ def test_run_that_cannot_be_sent_to_workers_is_refused_in_words():
         run_many(lambda x: {"y": lock.locked() + x}, TASKS, jobs=2)
 
 
-def test_result_that_json_cannot_hold_is_a_failure_of_its_run():
-    with pytest.raises(RunError, match="TypeError: Object of type Network is not JSON serializable"):
-        run_many(runs_a_net, {"net": {}})
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (irnn.Adam(), r"run\(\.\.\.\) is a Adam; expected numbers, words"),
+        ({"a": 1, "nets": [0, {"b": irnn.Adam()}]}, r"run\(\.\.\.\)\['nets'\]\[1\]\['b'\] is a Adam"),
+        ({"a": np.zeros(2)}, r"run\(\.\.\.\)\['a'\] is a ndarray; .*; pass an array as array\.tolist\(\)"),
+        ({"a": np.complex128(1)}, r"\['a'\] is a complex"),
+    ],
+    ids=["whole", "part", "array", "scalar"],
+)
+def test_result_that_json_cannot_hold_is_a_failure_of_its_run(result, message):
+    with pytest.raises(RunError, match=f"TypeError: .*{message}"):
+        run_many(lambda: result, {"x": {}})
 
 
-def runs_a_net() -> dict:
-    return {"net": irnn.Network(1, [irnn.Layer(1)], outputs=1, engine="numpy")}
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(np.arange(3).sum(), 3), (np.float32(0.5), 0.5), (np.longdouble(0.5), 0.5), (np.True_, True), (np.str_("a"), "a")],
+)
+def test_scalars_of_numpy_are_numbers_of_results_arguments_and_settings(given, expected, tmp_path):
+    for x in (given, expected):
+        results = run_many(lambda x: {"y": [x]}, {"x": {"x": x}}, folder=tmp_path, settings={"s": x})
+        assert results == {"x": {"y": [expected]}}
+        assert type(results["x"]["y"][0]) is type(expected)
 
 
 @pytest.mark.parametrize(
@@ -135,9 +155,10 @@ def test_what_is_no_run_or_task_is_refused_by_name(given, message):
 def test_arguments_that_cannot_be_kept_are_refused_before_anything_runs(tmp_path):
     ran = []
     with pytest.raises(
-        TypeError, match=r"must be data that JSON can hold, where results are kept in a folder: .*int64"
+        TypeError,
+        match=r"must be data that JSON can hold, where results are kept in a folder: arguments\['x'\] is a ndarray",
     ):
-        run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.int64(2)}}, folder=tmp_path)
+        run_many(lambda x: ran.append(x), {"a": {"x": 1}, "b": {"x": np.zeros(2)}}, folder=tmp_path)
     assert not ran
 
 
@@ -211,6 +232,77 @@ def test_another_array_in_a_function_is_not_mixed_with_kept_results(tmp_path):
         for run in (partial(default, of=a), lambda: default(of=a), default):  # noqa: B023
             folder = tmp_path / type(run).__name__ / getattr(run, "__name__", "")
             assert run_many(run, {"x": {}}, folder=folder) == {"x": {"y": a.sum()}}
+
+
+def holding(held):
+    return lambda x: {"y": x + len(str(held() if callable(held) else held))}
+
+
+def in_itself(k):
+    held = [k]
+    held.append(held)
+    return held
+
+
+def calling_itself(k):
+    def run(x):
+        return {"y": k if x else run(1)}
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "other"),
+    [
+        (lambda x: {"y": x}, lambda x: {"y": 10 * x}),
+        (lambda x, z=2: {"y": x - z}, lambda z=2, x=2: {"y": x - z}),
+        (lambda x: {"y": (lambda: x)()}, lambda x: {"y": (lambda: x + 1)()}),
+        (holding([1]), holding([10])),
+        (holding((1, [2])), holding((1, [20]))),
+        (holding({"a": 1}), holding({"a": 10})),
+        (holding({1: 1}), holding({"1": 1})),
+        (holding({1}), holding({10})),
+        (holding(np.array(["a", "b"])), holding(np.array(["a", "bc"]))),
+        (holding(np.array([[1], None], object)), holding(np.array([[10], None], object))),
+        (holding(None), holding("")),
+        (holding(Path("a")), holding(Path("bc"))),
+        (holding(lambda: 1), holding(lambda: 10)),
+        (holding(partial(str, [1])), holding(partial(str, [10]))),
+        (holding(in_itself(1)), holding(in_itself(10))),
+        (calling_itself(1), calling_itself(2)),
+    ],
+)
+def test_another_lambda_or_another_held_value_is_not_mixed_with_kept_results(run, other, tmp_path):
+    tasks = {"x": {"x": 3}}
+    for each in (run, other):
+        assert run_many(each, tasks, folder=tmp_path) == run_many(each, tasks)
+    assert kept(other, tasks, tmp_path) == [True]
+    assert kept(run, tasks, tmp_path) == [False]
+
+
+def kept(run, tasks, folder) -> list[bool]:
+    found: list[bool] = []
+    run_many(run, tasks, folder=folder, report=lambda _, kept: found.append(kept))
+    return found
+
+
+def test_a_lambda_is_known_again_in_another_process_and_elsewhere_in_its_file(tmp_path):
+    code = """
+    from implicit_rnn.runs import run_many
+    def make(k, words):
+        return lambda x: {"y": [k, x in {"a", "b", "c"}, words and sorted(words), str(other)]}
+    def other(): pass
+    found = []
+    run_many(make(2, {"p", "q", "r"}), {"x": {"x": 3}}, folder=r"FOLDER", report=lambda *done: found.append(done))
+    print(found)
+    """
+    found = []
+    for seed, lines in (("1", 0), ("2", 5)):
+        text = "\n" * lines + textwrap.dedent(code).replace("FOLDER", str(tmp_path))
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())
+    assert found == ["[('x', False)]", "[('x', True)]"]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

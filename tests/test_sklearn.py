@@ -192,8 +192,12 @@ def test_the_logits_of_one_two_and_three_classes(classifier, iris):
     assert_array_equal(two.predict(X) == "versicolor", logits > 0)
     assert_allclose(two.predict_proba(X)[:, 1], 1 / (1 + np.exp(-logits)), rtol=1e-12)
     assert_allclose(np.log(two.predict_proba(X)), two.predict_log_proba(X), rtol=1e-9)
-    with pytest.raises(ValueError, match=r"y has 1 class, .*setosa.*; expected 2 or more classes"):
+    with pytest.raises(ValueError, match=r"y has 1 class, 'setosa'; expected 2 or more classes"):
         classifier.fit(X[:50], y[:50])
+    with pytest.raises(ValueError, match=r"y has 1 class, 'setosa', where weights are above zero; expected 2 or more"):
+        classifier.fit(X, y, sample_weight=y == "setosa")
+    with pytest.raises(ValueError, match="classes has 1 class, 'setosa'; expected all there can be, 2 or more"):
+        clone(classifier).partial_fit(X[:50], y[:50], classes=["setosa"])
 
 
 # --- weights -------------------------------------------------------------------------------------------------

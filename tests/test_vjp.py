@@ -79,19 +79,6 @@ def test_products_are_those_of_fourth_order_central_differences_to_1e_8(engine, 
         np.testing.assert_allclose(tangent, expected, rtol=0, atol=1e-8 * np.linalg.norm(expected))
 
 
-def test_derivative_by_every_parameter_and_every_input_is_that_of_differences(engine, rng, X):
-    net = build(engine, "tanh", irnn.Perron(0.9), "feedback")
-    V = rng.standard_normal((len(X), 2))
-    gradient, dX = net.vjp(X, V, solver=EXACT)
-    zero_p, zero_x = np.zeros_like(gradient), np.zeros_like(X)
-    by_hand = [(V * derivative_of(net, X, zero_x, dp)).sum() for dp in np.eye(len(gradient))]
-    np.testing.assert_allclose(gradient, by_hand, rtol=0, atol=1e-8 * np.linalg.norm(by_hand))
-    for k in range(3):
-        dx = zero_x + np.eye(3)[k]
-        expected = (V * derivative_of(net, X, dx, zero_p)).sum(axis=1)
-        np.testing.assert_allclose(dX[:, k], expected, rtol=0, atol=1e-8 * np.linalg.norm(expected))
-
-
 def test_steps_that_are_unrolled_are_differentiated_exactly(engine, rng, X):
     net = build(engine, "tanh", irnn.Perron(0.9), "feedback")
     steps = irnn.Unrolled(5).reader(irnn.Auto())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 from conftest import make_net, make_neuron
@@ -162,18 +160,6 @@ def test_a_resumed_run_is_the_whole_one_to_the_tolerance(engine, X, Y, tmp_path)
     np.testing.assert_array_equal(run.loss[:7], expected.loss[:7])
     np.testing.assert_allclose(run.loss, expected.loss, rtol=1e-7)
     np.testing.assert_allclose(resumed.parameters, whole.parameters, rtol=0, atol=1e-6)
-
-
-def test_a_run_from_before_there_were_warm_starts_goes_on_without(net, engine, X, Y):
-    run = fit(net, X, Y, epochs=7)
-    described = {name: value for name, value in run.snapshot.run.items() if name != "warm_start"}
-    old = dataclasses.replace(run, snapshot=dataclasses.replace(run.snapshot, run=described))
-    with pytest.raises(irnn.CheckpointError, match=r"warm_start is False there and True here$"):
-        fit(net, X, Y, resume=old, warm_start=True)
-    fit(net, X, Y, resume=old)
-    whole = make_net(engine)
-    fit(whole, X, Y)
-    np.testing.assert_array_equal(net.parameters, whole.parameters)
 
 
 # --- what is refused -----------------------------------------------------------------------------------------

@@ -90,14 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+_SEEDS = 30
+
+
 def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
-    pendulum.add_argument(
-        "--seeds", type=_positive, default=30, help="training sets and nets per model (default: %(default)s)"
-    )
+    pendulum.add_argument("--seeds", type=_positive, help=f"training sets and nets per model (default: {_SEEDS})")
     pendulum.add_argument(
         "--models", nargs="+", metavar="NAME", help="some of the models only; an unknown name lists them all"
     )
-    pendulum.add_argument("--jobs", type=_positive, default=1, help="worker processes (default: %(default)s)")
+    pendulum.add_argument("--jobs", type=_positive, help="worker processes (default: 1)")
     mode = pendulum.add_mutually_exclusive_group()
     mode.add_argument("--quick", action="store_true", help="a minute's trial: 3 seeds, little data, few epochs")
     mode.add_argument(
@@ -190,14 +191,21 @@ def _pendulum(options: argparse.Namespace) -> int:
     for name in ("model", "columns", "units", "fps"):
         if getattr(options, name) is not None and not options.data:
             raise ValueError(f"--{name} goes with --data")
+    for mode, names in (("data", ("models", "seeds", "jobs")), ("tune", ("seeds",))):
+        for name in names:
+            if getattr(options, mode) and getattr(options, name) is not None:
+                raise ValueError(
+                    f"--{name} does not go with --{mode}, which takes no notice of it; leave one of them out"
+                )
     prepare_folder(options.out)
     engine = get_engine(options.engine).name
     say(f"{engine} engine")
     if options.data:
         return _pendulum_of_ones_own(options, engine)
-    protocol, seeds = (pendulum.QUICK, min(options.seeds, 3)) if options.quick else (pendulum.FULL, options.seeds)
+    seeds, jobs = options.seeds or _SEEDS, options.jobs or 1
+    protocol, seeds = (pendulum.QUICK, min(seeds, 3)) if options.quick else (pendulum.FULL, seeds)
     models = options.models or list(pendulum.MODELS)
-    work = {"engine": engine, "jobs": options.jobs, "folder": options.out / "runs"}
+    work = {"engine": engine, "jobs": jobs, "folder": options.out / "runs"}
     runs = len(models) * (len(pendulum.TUNING_SEEDS) * len(pendulum.RATES) if options.tune else seeds)
     with progress_bar(total=runs, unit="run") as bar:
         if options.tune:
@@ -210,7 +218,7 @@ def _pendulum(options: argparse.Namespace) -> int:
     else:
         _publish(options, pendulum.as_dict(study), pendulum.table(study), lambda: pendulum.save(study, options.out))
         kept = f", {study.kept} of {runs} runs kept from an earlier call" if study.kept else ""
-        say(f"{study.seconds:.0f} s with {options.jobs} jobs{kept}")
+        say(f"{study.seconds:.0f} s with {jobs} jobs{kept}")
     return 0
 
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import secrets
 import tempfile
 import time
 from collections.abc import Iterable
@@ -31,8 +32,8 @@ def as_path(path: object) -> Path:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
 
-    Whatever happens on the way, ``path`` holds what it held before or all of ``data``. Of a symbolic link the target is
-    written; a device or a pipe is written as it is. Raises ``OSError``.
+    Whatever happens on the way, ``path`` holds what it held before or all of ``data``. A file that is replaced keeps its
+    permissions. Of a symbolic link the target is written; a device or a pipe is written as it is. Raises ``OSError``.
     """
     _check_working_folder(path)
     if not path.parent.is_dir():
@@ -44,19 +45,21 @@ def write_atomically(path: Path, data: bytes) -> None:
         path.write_bytes(data)
         return
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=_prefix(path), suffix=".tmp", dir=path.parent)
+        file = temporary.open("xb")
     except OSError as error:  # which names the temporary file
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
+            if path.exists():  # whose permissions stay, before there is anything to read
+                temporary.chmod(path.stat().st_mode & 0o777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -98,7 +101,7 @@ def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndar
             return tensors, file.metadata() or {}
     except (SafetensorError, TypeError, ValueError, KeyError, OverflowError, UnicodeError, AttributeError) as reason:
         raise error(
-            f"{path} is no safetensors file, or a truncated one, or of dtypes that NumPy lacks: {reason}"
+            f"{path} is not a valid safetensors file (truncated?), or has dtypes that NumPy lacks: {reason}"
         ) from reason
 
 
@@ -123,9 +126,3 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -23,6 +23,7 @@ from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
 from implicit_rnn.engines.numpy.single import STILL_SHRINKS
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
+from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for, choose_solver
 from implicit_rnn.network import Network
@@ -420,7 +421,7 @@ def _solve(
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     arrays = [_argument(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
     arrays = [array.astype(start.dtype) if jnp.issubdtype(array.dtype, np.floating) else array for array in arrays]
-    own = positions(f, len(given), batched)
+    own = positions(batched, argument_names(f, len(given)))
     per_sample = {k for k, (path, _) in enumerate(paths) if path[0].idx in own}
     for k in per_sample:
         if not arrays[k].ndim or len(arrays[k]) != len(batch):

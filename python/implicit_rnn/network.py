@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, get_args
@@ -240,8 +241,8 @@ class Network:
 
         Raises
         ------
-        ValueError
-            For an array of another shape.
+        ValueError, TypeError
+            For anything but real numbers (P,).
 
         Examples
         --------
@@ -250,9 +251,9 @@ class Network:
         >>> net.named(gradient)["C"].shape
         (1, 8)
         """
-        array = np.asarray(flat)
+        array = as_real("flat", flat, self.dtype)
         if array.shape != self._parameters.shape:
-            raise ValueError(f"the vector has shape {array.shape}; expected {self._parameters.shape}")
+            raise ValueError(f"flat has shape {array.shape}; expected {self._parameters.shape}")
         return self.topology.views(array)
 
     @property
@@ -480,7 +481,7 @@ class Network:
             Adds that much of mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and
             Kolter 2021), estimated with one random vector per sample.
         probe
-            The number of that random vector, from 0 to below 2**63; any other raises ``ValueError``.
+            The number of that random vector, from 0 to below 2**63; all else raises ``ValueError`` or ``TypeError``.
         on_failure
             What happens if a sample has no equilibrium, which makes the gradient meaningless: "raise" a
             ``ConvergenceError``, "warn", or "ignore".
@@ -502,8 +503,10 @@ class Network:
         x = samples.X
         options.check_on_failure(on_failure)
         gradient = np.empty_like(self._parameters)
-        if not isinstance(probe, int | np.integer) or not 0 <= probe < 2**63:
-            raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
+        if isinstance(probe, bool) or not isinstance(probe, Integral):
+            raise TypeError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
+        if not 0 <= probe < 2**63:
+            raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe}")
         check_report(report, len(x))
         program = self.program(solver, adjoint, loss, jacobian_penalty)
         value, quality = program.gradient(self._parameters, samples, gradient, int(probe), report)
@@ -749,8 +752,8 @@ class Network:
                 check_penalty(jacobian_penalty, adjoint),
             )
             program = self._programs[choice] = self._compile().program(problem)
-            while len(self._programs) > _PROGRAMS:
-                self._programs.pop(next(iter(self._programs)))
+            for oldest in list(self._programs)[:-_PROGRAMS]:
+                self._programs.pop(oldest, None)  # another thread may have been faster
         return program
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:

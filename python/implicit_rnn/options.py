@@ -7,6 +7,7 @@ import inspect
 import sys
 from abc import ABCMeta
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
@@ -19,8 +20,12 @@ Kind = TypeVar("Kind", bound="Option")
 
 
 def as_python(value: Any) -> Any:
-    """A scalar of NumPy as a number of Python, which JSON knows and which is equal to one given as such."""
-    return value.item() if isinstance(value, np.generic) else value
+    """A scalar of NumPy, or another number, as a number of Python, which JSON knows and which is equal to one given as such."""
+    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, Real) and not isinstance(value, int | float):
+        with suppress(OverflowError):  # of which the checks tell
+            return int(value) if isinstance(value, Integral) else float(value)
+    return value
 
 
 class _OptionType(ABCMeta):

@@ -19,13 +19,16 @@ from pathlib import Path
 from pickle import PicklingError
 from typing import Any
 
+import numpy as np
+
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
 from implicit_rnn.files import as_path, prepare_folder, write_atomically
+from implicit_rnn.options import as_python
 from implicit_rnn.training.snapshot import describe_function
 
 Result = Mapping[str, Any]
-"""What a run returns: plain data that JSON can hold."""
+"""What a run returns: plain data that JSON can hold, scalars of NumPy among it."""
 
 THREADS = (
     "IMPLICIT_RNN_THREADS",
@@ -62,8 +65,11 @@ def run_many(
     folder
         Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
         returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments, ``settings`` and function, by its name and the numbers, words and arrays that it holds as does
-        a ``functools.partial``, are the same; others are computed again and replaced.
+        it whose arguments, ``settings`` and function are the same; others are computed again and replaced. A function is the
+        same by its name and what it holds, as defaults, as variables around it or as does a ``functools.partial``: numbers,
+        words, arrays, lists, dicts and functions, and all else by its repr. A lambda and a function in a function are so by
+        their code, too, which another version of Python compiles to another; what is changed in the code of others, or in what
+        a function reads of its module, belongs in ``settings``.
     settings
         All else that a result depends on, such as the version of the code.
     report
@@ -236,10 +242,35 @@ def _attempt(
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     try:
         own = copy.deepcopy(arguments)  # as in a process of its own: what the run does to them is nobody else's
-        return name, json.loads(json.dumps(run(**own))), None  # the same whether kept or not
+        return name, json.loads(_as_json("run(...)", run(**own))), None  # the same whether kept or not
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
         return name, None, (reason, traceback.format_exc())
+
+
+def _as_json(name: str, value: Any, **options: Any) -> str:
+    """``value`` as JSON, scalars of NumPy as numbers; ``TypeError`` that says where in it is what JSON cannot hold."""
+
+    def convert(part: Any) -> Any:
+        number = as_python(part)
+        if isinstance(part, np.generic) and isinstance(number, bool | int | float | str):
+            return number
+        hint = "; pass an array as array.tolist()" if isinstance(part, np.ndarray) else ""
+        raise TypeError(
+            f"{name}{_place(part, value) or ''} is a {type(part).__name__}; expected numbers, words, True, False, None, lists "
+            f"and dicts, which JSON can hold{hint}"
+        )
+
+    return json.dumps(value, default=convert, **options)
+
+
+def _place(part: Any, whole: Any) -> str | None:
+    """The keys under which a whole has a part."""
+    if part is whole:
+        return ""
+    inner = whole.items() if isinstance(whole, dict) else enumerate(whole) if isinstance(whole, list | tuple) else ()
+    found = ((key, _place(part, value)) for key, value in inner)
+    return next((f"[{key!r}]{place}" for key, place in found if place is not None), None)
 
 
 def _attempt_in_worker(
@@ -299,7 +330,7 @@ class _Store:
     def _fingerprint(self, arguments: Mapping[str, Any]) -> str:
         try:
             all_of_it = {"run": self.run, "settings": self.settings, "arguments": arguments}
-            described = json.dumps(all_of_it, sort_keys=True)
+            described = "".join(_as_json(what, part, sort_keys=True) for what, part in all_of_it.items())
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"settings and the arguments of tasks must be data that JSON can hold, where results are kept in a folder: "

@@ -277,8 +277,8 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
             if not known.all():
                 k = int(known.argmin())
                 raise ValueError(
-                    f"column {k} of {name}, with entries up to {np.abs(array[:, k]).max():.3g}, has a variance beyond the "
-                    "numbers there are and cannot be scaled; give it, or its sample_weight, in other units"
+                    f"column {k} of {name}, with entries up to {np.abs(array[:, k]).max():.3g}, has a variance that "
+                    "overflows or underflows and cannot be scaled; give it, or its sample_weight, in other units"
                 )
         return scaler
 
@@ -559,6 +559,10 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         """
         with self._undone_if_it_fails():
             _check_partial_fit_first_call(self, classes)
+            if len(self.classes_) < 2:
+                raise ValueError(
+                    f"classes has 1 class, {self.classes_.tolist()[0]!r}; expected all there can be, 2 or more"
+                )
             return self._learn(X, y, sample_weight, partial=True, known=self.classes_)
 
     def predict(self, X: ArrayLike) -> Array:
@@ -619,9 +623,8 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         self._label_encoder = LabelEncoder().fit(y)
         self.classes_ = self._label_encoder.classes_
         if len(self.classes_) < 2:
-            raise ValueError(
-                f"y has 1 class, {self.classes_.tolist()[0]!r}, where weights are above zero; expected 2 or more classes"
-            )
+            where = "" if weights is None else ", where weights are above zero"
+            raise ValueError(f"y has 1 class, {self.classes_.tolist()[0]!r}{where}; expected 2 or more classes")
 
     def _encode(self, y: Array) -> Array:
         if len(unseen := np.setdiff1d(y, self.classes_)):  # the encoder would cut them to the dtype of those it knows

@@ -7,6 +7,8 @@ from enum import IntEnum
 
 import numpy as np
 
+from implicit_rnn import options
+
 
 class Status(IntEnum):
     """How the solve of one sample ended; a solution's ``status`` holds the numbers.
@@ -125,7 +127,7 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
     failed = np.array([MAX_ITERATIONS]) if status is None else status[status != CONVERGED]
     ways = []
     if (failed == NON_FINITE).any():
-        ways.append("where NaN or infinity came up, look whether net.parameters are finite, and for very large ones")
+        ways.append("if NaN or infinity occurred, check that net.parameters are finite and not very large")
     if not np.isin(failed, (NON_FINITE, SINGULAR)).all():
         ways.append("raise max_iterations, loosen tol or damp the solver")
     if (failed == SINGULAR).any():
@@ -170,7 +172,13 @@ class GradientReport:
         ----------
         samples
             B, the number of samples of the gradient.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For anything but a whole number from 1.
         """
+        options.check_count("samples", samples)
         return cls(np.empty(samples, np.int8), np.empty(samples), np.empty(samples))
 
 
@@ -181,7 +189,11 @@ def check_report(report: GradientReport | None, samples: int) -> None:
     if not isinstance(report, GradientReport):
         raise TypeError(f"report is {report!r}; expected GradientReport.empty({samples})")
     for name, array in vars(report).items():
-        if len(array) != samples:
+        what, kind = ("whole numbers", "i") if name == "status" else ("floats", "f")
+        if not isinstance(array, np.ndarray) or array.dtype.kind != kind:
+            came = f"has dtype {array.dtype}" if isinstance(array, np.ndarray) else f"is a {type(array).__name__}"
+            raise TypeError(f"report.{name} {came}; expected an array of {what}: use GradientReport.empty({samples})")
+        if array.shape != (samples,):
             raise ValueError(
-                f"report.{name} is for {len(array)} samples, X has {samples}; use GradientReport.empty({samples})"
+                f"report.{name} has shape {array.shape}, X has {samples} samples; use GradientReport.empty({samples})"
             )

@@ -17,6 +17,7 @@ from implicit_rnn.device_arrays import DeviceArray, is_on_device
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.engines.numpy.operators import equilibration
 from implicit_rnn.equations import Function, JuliaFunction
+from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
 from implicit_rnn.equations.solving import check_device_for
 from implicit_rnn.errors import ConvergenceError, warn
@@ -671,7 +672,7 @@ def _solve(
 
         return _JuliaSolution.apply(solve_julia, device, z0, *floats)
 
-    per_sample = positions(f, len(tensors), batched)
+    per_sample = positions(batched, argument_names(f, len(tensors)))
     conditions = _Conditions(f, [k in per_sample for k in range(len(tensors))], vectorized, pose is equations.root)
 
     def solve(start: np.ndarray, *arrays: np.ndarray) -> equations.ImplicitSolution:

@@ -49,15 +49,14 @@ def get_engine(name: str | None = None) -> Engine:
 def check_engine(name: str | None) -> str:
     """The name of an engine, checked; ``None`` stands for IMPLICIT_RNN_ENGINE, else "auto"."""
     chosen = os.environ.get("IMPLICIT_RNN_ENGINE", "auto") if name is None else name
-    if not isinstance(chosen, str) or chosen not in ENGINES:
-        origin = "IMPLICIT_RNN_ENGINE" if name is None else "engine"
-        check_choice(origin, chosen, ENGINES)
+    check_choice("IMPLICIT_RNN_ENGINE" if name is None else "engine", chosen, ENGINES)
     return chosen
 
 
 def check_device(name: str) -> None:
     """``ValueError`` unless it is the name of a device."""
-    check_choice("device", name, DEVICES)
+    if not isinstance(name, str) or name not in DEVICES:
+        raise ValueError(f"device is {name!r}; expected one of 'cpu', 'cuda', which is an NVIDIA card")
 
 
 def _make(name: str) -> Engine:

@@ -314,14 +314,14 @@ class CompiledEquation(Protocol):
     def vjp(self, v: np.ndarray) -> list[np.ndarray | None]:
         """vᵀ ∂z/∂argument at the solution for v (B, n), per argument, None for those without gradient.
 
-        Samples whose row of v is zero are left out. Raises ``SingularSolution``, like ``jacobian``.
+        Samples whose row of v is zero are left out. Raises ``SingularSolutionError``, like ``jacobian``.
         """
 
     def jacobian(self, index: int, wanted: np.ndarray) -> np.ndarray:
         """(B, n, size) ∂z/∂argument at the solution, NaN for samples that are not ``wanted`` (B,)."""
 
 
-class SingularSolution(Exception):  # noqa: N818
+class SingularSolutionError(Exception):
     """The Jacobian of the equation is singular at the solution of ``sample``."""
 
     def __init__(self, sample: int) -> None:

@@ -37,7 +37,7 @@ def pose(
     """The equation of these arguments of ``fixed_point`` and ``root``, checked."""
     start, shape = _start(z0, device)
     names = argument_names(f, len(check_arguments(args)))
-    per_sample = _positions(batched, names)
+    per_sample = positions(batched, names)
     arrays = tuple([_argument(name, value, start.dtype, device) for name, value in zip(names, args, strict=True)])
     for index in sorted(per_sample):
         own = arrays[index].shape
@@ -72,11 +72,6 @@ def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
     return args
 
 
-def positions(f: Function, count: int, batched: str | int | Iterable[str | int]) -> set[int]:
-    """The positions of the arguments named in ``batched``, of ``count`` arguments of f; ``ValueError`` for others."""
-    return _positions(batched, argument_names(f, count))
-
-
 def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
     """The position of the argument of that name or position; errors, which begin with the subject, for others."""
     known = f"the arguments are {', '.join(map(repr, names))}" if names else "f has no arguments besides z"
@@ -94,13 +89,13 @@ def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
 def device_or_host_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
     """An array on the device as it lies there, any other value as a NumPy array."""
     there = as_device_array(name, value, device)
-    return _as_array(name, value) if there is None else there
+    return as_array(name, value) if there is None else there
 
 
 def _sizes(scale: ArrayLike | None, start: Array) -> Array | None:
     if scale is None:
         return None
-    sizes = as_real("scale", _as_array("scale", scale), start.dtype)
+    sizes = as_real("scale", scale, start.dtype)
     n = start.shape[1]
     if sizes.shape not in ((), (n,)):
         raise ValueError(f"scale has shape {sizes.shape}; expected a number or ({n},), a size for each entry of z")
@@ -113,7 +108,8 @@ def _start(z0: ArrayLike, device: str) -> tuple[Array, tuple[int, ...]]:
     array = device_or_host_array("z0", z0, device)
     if array.ndim > 2 or array.size == 0:
         raise ValueError(
-            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, none of them 0"
+            f"z0 has shape {array.shape}; expected a number or (n,) for one problem, or (B, n) for a batch, with at least one "
+            "entry"
         )
     if isinstance(array, DeviceArray):
         if array.dtype not in (np.float32, np.float64):
@@ -142,14 +138,8 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Arra
     return array
 
 
-def _as_array(name: str, value: ArrayLike) -> Array:
-    try:
-        return as_array(name, value)
-    except ValueError as error:
-        raise TypeError(f"{name} cannot be read as an array: {error}") from None
-
-
-def _positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+def positions(batched: Any, names: tuple[str, ...]) -> set[int]:
+    """The positions of the arguments named in ``batched``, of those with these names; ``ValueError`` for others."""
     if type(batched) is tuple and not batched:  # the usual case of one problem, without the checks of any iterable
         return set()
     listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import device_arrays
 from implicit_rnn.device_arrays import DeviceArray, check_dtype
-from implicit_rnn.engines.base import CompiledEquation, Equation, SingularSolution
+from implicit_rnn.engines.base import CompiledEquation, Equation, SingularSolutionError
 from implicit_rnn.equations.posing import device_or_host_array, position_of
 from implicit_rnn.errors import ConvergenceError
 from implicit_rnn.solution import Solution
@@ -202,7 +202,7 @@ class ImplicitSolution(Solution):
     def _differentiate(self, work: Callable[[], Any]) -> Any:
         try:
             return work()
-        except SingularSolution as error:
+        except SingularSolutionError as error:
             where = "the solution" if self.equation.single else f"the solution of sample {error.sample}"
             raise ConvergenceError(
                 f"the Jacobian of the equation is singular at {where}, or so nearly that its error decides: there the solution "

@@ -16,8 +16,9 @@ from implicit_rnn.equations.functions import Function
 from implicit_rnn.equations.posing import pose
 from implicit_rnn.equations.solution import ImplicitSolution
 from implicit_rnn.errors import EngineError, report_failure, warn
+from implicit_rnn.options import OnFailure
 from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE
-from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver
+from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver, SolverLike
 
 LONG = 2.0
 """Seconds of calls sample by sample after which quicker ways are named."""
@@ -29,12 +30,12 @@ def fixed_point(
     *,
     args: Sequence[ArrayLike] = (),
     batched: str | int | Iterable[str | int] = (),
-    solver: Solver | str = Auto(),
+    solver: SolverLike = Auto(),
     vectorized: bool = False,
     jac: Callable[..., Any] | None = None,
     vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     engine: str | None = None,
     device: str = "cpu",
 ) -> ImplicitSolution:
@@ -52,7 +53,7 @@ def fixed_point(
         done in float64.
     args
         The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
-        differentiated; integers and booleans remain what they are.
+        differentiated; integers and booleans remain what they are. A Python f cannot write to them, while its z is a copy.
     batched
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
@@ -122,12 +123,12 @@ def root(
     *,
     args: Sequence[ArrayLike] = (),
     batched: str | int | Iterable[str | int] = (),
-    solver: Solver | str = Auto(),
+    solver: SolverLike = Auto(),
     vectorized: bool = False,
     jac: Callable[..., Any] | None = None,
     vjp: Callable[..., Any] | None = None,
     scale: ArrayLike | None = None,
-    on_failure: str = "raise",
+    on_failure: OnFailure = "raise",
     engine: str | None = None,
     device: str = "cpu",
 ) -> ImplicitSolution:
@@ -141,8 +142,8 @@ def root(
     f, z0, args, batched, vectorized, jac, vjp, scale, on_failure, engine, device
         As for ``fixed_point``, but that f returns what is to be zero, (n,).
     solver
-        ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and, for Julia code,
-        the second on samples that the first gave up.
+        ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and then, on samples
+        that it gave up, the second for Julia code, and MINPACK's hybrid method for Python functions with a dense Jacobian.
 
     Raises
     ------
@@ -165,12 +166,12 @@ def _solve(
     z0: ArrayLike,
     args: Sequence[ArrayLike],
     batched: str | int | Iterable[str | int],
-    solver: Solver | str,
+    solver: SolverLike,
     vectorized: bool,
     jac: Callable[..., Any] | None,
     vjp: Callable[..., Any] | None,
     scale: ArrayLike | None,
-    on_failure: str,
+    on_failure: OnFailure,
     engine: str | None,
     device: str,
     root: bool,
@@ -220,7 +221,7 @@ def check_device_for(f: Function, device: str, engine: str | None = None) -> Non
     _engine(f, check_engine(engine))  # where it cannot be had, that is what is to be said of arrays on the device
 
 
-def choose_solver(solver: Solver | str, root: bool) -> Solver:
+def choose_solver(solver: SolverLike, root: bool) -> Solver:
     """The solver, or that of this name; ``ValueError`` for one that solves no such equations."""
     solver = options.choose(Solver, solver, "solver")
     if isinstance(solver, Chord):
@@ -248,7 +249,7 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     if not solution.equation.root:
         remedies.insert(2, "Picard(damping)")
     if (solution.status == NON_FINITE).any():
-        remedies.insert(0, "where NaN or infinity came up, look whether args are finite and f is at z0")
+        remedies.insert(0, "if NaN or infinity occurred, check that args and f(z0) are finite")
     if (solution.status == UNSTABLE).any():
         remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
     if (solution.status == SINGULAR).any():

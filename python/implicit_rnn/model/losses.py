@@ -234,7 +234,7 @@ class CrossEntropy(Loss):
                 "cross-entropy needs an output per class, at least 2; for one output use BinaryCrossEntropy"
             )
         refuse_masked_or_sparse(name, Y)
-        array = np.asarray(Y)
+        array = np.asarray(Y) if hasattr(Y, "iloc") else as_array(name, Y)  # of pandas, labels may be of any dtype
         if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
             return _one_hot(name, array.reshape(-1), samples, outputs, dtype)
         targets = super().targets(name, array, samples, outputs, dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Checkpoint(Option):
     20
     """
 
-    path: str | Path
+    path: str | os.PathLike[str]
     every_epochs: int | None = None
     every_minutes: float | None = 5.0
 
@@ -114,7 +115,7 @@ def read(path: Path) -> Snapshot:
     remark = f"has parameters that are not finite ({', '.join(broken)})" if broken else ""
     if texts.pop("checksum") != _checksum(arrays, texts):
         raise CheckpointError(
-            f"{path} is damaged: what it holds is not what was written, by its checksum{remark and f'; it {remark}'}"
+            f"{path} is damaged: its checksum does not match its contents{remark and f'; it {remark}'}"
         )
     if remark:
         warn(f"{path} {remark}; such a net has no equilibrium", UserWarning)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, cast
 
 from numpy.typing import ArrayLike
@@ -56,9 +56,9 @@ def fit_many(
     guard: Guard = Guard(),
     callbacks: Sequence[Callback] | Callback = (),
     callback_every: int = 1,
-    checkpoint: Checkpoint | str | Path | None = None,
-    resume: str | Path | Run | Sequence[Run] | None = None,
-    seed: int = 0,
+    checkpoint: Checkpoint | str | os.PathLike[str] | None = None,
+    resume: str | os.PathLike[str] | Run | Sequence[Run] | None = None,
+    seed: int | None = 0,
     progress: bool | None = None,
     on_failure: OnFailure = "warn",
 ) -> list[Run]:
@@ -105,7 +105,7 @@ def fit_many(
     guard
         Halts the training of a net that goes wrong, which keeps its last good parameters.
     callbacks, callback_every
-        Functions that are called with a ``Progress`` for each net in training after every so many epochs, behind the
+        Functions that are called with a ``Progress`` for each net in training after every so many epochs, after the
         validation of that epoch. One that returns True, rather than False or None, ends the training of the net, one
         that raises ``StopTraining`` that of all nets.
     checkpoint
@@ -119,7 +119,7 @@ def fit_many(
         and ``WarmUp`` to one of these). The parameters of the nets at the call do not count, but that nets in another order
         than their runs are told by them. A run that a callback ended goes on; of several nets, those that were in it to its end.
     seed
-        Of the order of the minibatches, the same on every engine.
+        Of the order of the minibatches, the same on every engine; None draws one, so that no other run has that order.
     progress
         A progress bar on stderr; ``None`` shows it on a terminal and in a notebook.
     on_failure
@@ -235,18 +235,19 @@ def _callbacks(callbacks: Sequence[Callback] | Callback) -> tuple[Callback, ...]
     return tuple(listed)
 
 
-def _checkpoint(checkpoint: Checkpoint | str | Path | None) -> Checkpoint | None:
+def _checkpoint(checkpoint: Checkpoint | str | os.PathLike[str] | None) -> Checkpoint | None:
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
-    if isinstance(checkpoint, str | Path):
+    if isinstance(checkpoint, str | os.PathLike):
         return Checkpoint(checkpoint)
     raise TypeError(f"checkpoint must be a path or a Checkpoint, got {checkpoint!r}")
 
 
-def _resume(training: Training, resume: str | Path | Run | Sequence[Run]) -> None:
+def _resume(training: Training, resume: str | os.PathLike[str] | Run | Sequence[Run]) -> None:
     epochs = training.settings.epochs
-    if isinstance(resume, str | Path):
-        read(as_path(resume)).restore(training, str(resume), epochs)
+    if isinstance(resume, str | os.PathLike):
+        path = as_path(resume)
+        read(path).restore(training, str(path), epochs)
         return
     runs = [resume] if isinstance(resume, Run) else resume
     if not isinstance(runs, list | tuple) or not runs or not all(isinstance(run, Run) for run in runs):

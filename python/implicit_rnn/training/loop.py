@@ -82,7 +82,7 @@ class State:
     seconds: float = 0.0
 
     @classmethod
-    def start(cls, parameters: Array, epochs: int, seed: int) -> State:
+    def start(cls, parameters: Array, epochs: int, seed: int | None) -> State:
         """The state of nets with these parameters (S, parameters) before the first epoch."""
         S = len(parameters)
         return cls(

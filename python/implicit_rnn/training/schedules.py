@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from implicit_rnn.options import Option, check_count, check_fraction, check_share
+from implicit_rnn.options import Option, check_count, check_fraction, check_share, choose
 
 Array = np.ndarray
 
@@ -184,7 +184,7 @@ class WarmUp(Schedule):
     epochs
         Epochs of the rise.
     then
-        The schedule behind it.
+        The schedule after it, or the name of one.
 
     Examples
     --------
@@ -196,22 +196,21 @@ class WarmUp(Schedule):
     """
 
     epochs: int = 5
-    then: Schedule = Constant()
+    then: ScheduleLike = Constant()
 
     def __post_init__(self) -> None:
         check_count("epochs", self.epochs)
-        if not isinstance(self.then, Schedule):
-            raise TypeError(f"then must be a schedule such as Cosine(), got {self.then!r}")
+        object.__setattr__(self, "then", choose(Schedule, self.then, "then"))
 
     @property
     def needs_end(self) -> bool:
         """Whether ``then`` does."""
-        return self.then.needs_end
+        return cast("Schedule", self.then).needs_end
 
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:
         """``(t + 1) / (steps of the warm-up)`` at first."""
         steps = self.epochs * steps_per_epoch
-        rest = self.then.factors(np.maximum(t - steps, 0), steps_per_epoch, max(total - steps, 1))
+        rest = cast("Schedule", self.then).factors(np.maximum(t - steps, 0), steps_per_epoch, max(total - steps, 1))
         return np.where(t < steps, (t + 1) / steps, rest)
 
 

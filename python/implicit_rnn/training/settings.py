@@ -35,7 +35,7 @@ class Settings:
     early_stopping: EarlyStopping | None
     restore_best: bool
     guard: Guard
-    seed: int
+    seed: int | None
     warm_start: bool = False
 
     @classmethod
@@ -52,7 +52,7 @@ class Settings:
         adjoint: AdjointLike,
         clip: float | None,
         jacobian_penalty: float,
-        seed: int,
+        seed: int | None,
         validation_every: int = 1,
         early_stopping: EarlyStopping | None = None,
         restore_best: bool = False,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from types import MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,8 +111,7 @@ class Snapshot:
         state.nets.good[...] = arrays["good"]
         state.nets.halted[...] = arrays["halted"]
         for name in PER_NET:
-            if name in arrays:  # the first checkpoints have no origin
-                getattr(state, name)[...] = arrays[name]
+            getattr(state, name)[...] = arrays[name]
         state.validation_epochs = arrays[COMMON].tolist()
         state.validation_losses = list(arrays["validation_losses"].T)
         state.validation_unconverged = list(arrays["validation_unconverged"].T)
@@ -120,7 +121,7 @@ class Snapshot:
 
     def _check(self, training: Training, origin: str, last: int) -> None:
         here, settings = training.description, training.settings
-        differ = list(_differences({**LATER, **self.run}, here))
+        differ = list(_differences(self.run, here))
         if self.run["epochs"] != here["epochs"] and settings.schedule.needs_end:
             differ.append(
                 f"epochs is {self.run['epochs']} there and {here['epochs']} here, and the learning rates of "
@@ -137,9 +138,11 @@ class Snapshot:
         """``CheckpointError`` for a net with the parameters with which another began or ended, in whose place it is not found."""
         places: dict[bytes, set[int]] = {}
         for k in range(len(training.nets)):
-            known = [digest(self.arrays[name][k]) for name in ("parameters", "best")]
-            known += list(self.arrays.get("origin", ())[k : k + 1])
-            for each in known:
+            for each in (
+                digest(self.arrays["parameters"][k]),
+                digest(self.arrays["best"][k]),
+                self.arrays["origin"][k],
+            ):
                 places.setdefault(each.tobytes(), set()).add(k)
         found = [places.get(digest(net.parameters).tobytes(), set()) for net in training.nets]
         for k, others in enumerate(found):
@@ -157,9 +160,6 @@ def digest(parameters: Array) -> Array:
 
 
 # --- what must be equal --------------------------------------------------------------------------------------
-
-LATER: Mapping[str, Any] = {"warm_start": False}
-"""Settings that snapshots of before there were these lack, and what they were."""
 
 
 def describe(training: Training) -> dict[str, Any]:
@@ -182,31 +182,76 @@ def describe(training: Training) -> dict[str, Any]:
     return described
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, outer: tuple[Any, ...] = ()) -> Any:
+    """A value as JSON knows it, the same in every process; ``outer`` is what holds it, which it may hold in turn."""
     if isinstance(value, Option):
         return {"name": value.name} | {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if callable(value):
-        return describe_function(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # whose repr would be abridged
         return _fingerprint(value)
     value = as_python(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return "nan" if value != value else value  # which is not equal to itself
+    if any(value is each for each in outer):
+        return "..."
+    outer = (*outer, value)
+    if isinstance(value, list | tuple | np.ndarray):
+        parts = (value.shape, *value.ravel()) if isinstance(value, np.ndarray) else value
+        return [_plain(part, outer) for part in parts]
+    if isinstance(value, dict):
+        return sorted(([_plain(key, outer), _plain(part, outer)] for key, part in value.items()), key=str)
+    if isinstance(value, set | frozenset):
+        return sorted((_plain(part, outer) for part in value), key=str)
+    if callable(value):
+        return describe_function(value, outer)
+    return re.sub(" at 0x[0-9a-fA-F]+", "", repr(value))
 
 
-def describe_function(f: Any) -> Any:
-    """The name of a function, whose repr has its address, and the numbers, words and arrays that it holds."""
+def describe_function(f: Any, outer: tuple[Any, ...] = ()) -> Any:
+    """The name of a function, whose repr has its address, and what it holds: defaults, variables around it, attributes.
+
+    Of lambdas and of functions in functions, whose name others may have, it has a digest of the code as well, which depends on
+    the version of Python. Not told apart are functions at the top of a module by their code, and any by what they read of their
+    module.
+    """
     if isinstance(f, partial):
-        held = [f.func, *f.args, *(part for item in sorted(f.keywords.items()) for part in item)]
-        return {"name": "functools.partial", "holds": [_plain(part) for part in held]}
+        return {"name": "functools.partial", "holds": _plain([f.func, *f.args, f.keywords], outer)}
     kind = f if hasattr(f, "__qualname__") else type(f)
-    name = f"{kind.__module__}.{kind.__qualname__}"
-    cells = (cell.cell_contents for cell in getattr(f, "__closure__", None) or ())
+    name, local = f"{kind.__module__}.{kind.__qualname__}", "<" in kind.__qualname__
+    code = getattr(f if kind is f else kind.__call__, "__code__", None) if local else None
     owner = f.__self__ if isinstance(f, MethodType) else f
-    named = (part for item in sorted(getattr(owner, "__dict__", {}).items()) for part in item)
-    defaults = [*(getattr(f, "__defaults__", None) or ()), *(getattr(f, "__kwdefaults__", None) or {}).values()]
-    parts = map(as_python, [*defaults, *cells, *named])
-    holds = [_plain(part) for part in parts if isinstance(part, bool | int | float | str | np.ndarray)]
-    return {"name": name, "holds": holds} if holds else name
+    named = getattr(owner, "__dict__", {})
+    if isinstance(owner, type):
+        named = {key: part for key, part in named.items() if local and _is_of_class(key, part)}
+    holds = [*(getattr(f, "__defaults__", None) or ()), *_cells(f)]
+    holds += [part for part in (getattr(f, "__kwdefaults__", None), dict(named)) if part]
+    described = {"name": name}
+    if code is not None:
+        described["code"] = hashlib.blake2b(repr(_code(code)).encode(), digest_size=16).hexdigest()
+    if holds:
+        described["holds"] = _plain(holds, outer)
+    return described if len(described) > 1 else name
+
+
+def _is_of_class(name: str, part: Any) -> bool:
+    """Whether an attribute of a class is one that its author wrote."""
+    return not name.startswith("__") or isinstance(part, FunctionType)
+
+
+def _cells(f: Any) -> Iterator[Any]:
+    for cell in getattr(f, "__closure__", None) or ():
+        with suppress(ValueError):  # a variable that has no value yet
+            yield cell.cell_contents
+
+
+def _code(part: Any) -> Any:
+    """What code, or a constant in it, does, without its place in a file; the same in every process."""
+    if isinstance(part, CodeType):
+        arguments = (part.co_argcount, part.co_posonlyargcount, part.co_kwonlyargcount, part.co_flags)
+        constants = tuple(map(_code, part.co_consts))
+        return part.co_code, part.co_varnames, part.co_names, arguments, constants
+    if isinstance(part, tuple):
+        return tuple(map(_code, part))
+    return sorted(map(repr, part)) if isinstance(part, frozenset) else repr(part)
 
 
 def _fingerprints(samples: Samples | None, names: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import numpy as np
 
 from implicit_rnn.device_arrays import DeviceArray
-from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolution
+from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolutionError
 from implicit_rnn.engines.julia.calls import Handle, call
 from implicit_rnn.solution import Solution
 from implicit_rnn.solvers import Solver
@@ -78,7 +78,7 @@ def _ask(name: str, *arguments: Any) -> Any:
         return answer
     kind, text = answer
     if kind == "singular":
-        raise SingularSolution(int(text))
+        raise SingularSolutionError(int(text))
     raise ValueError(str(text))
 
 

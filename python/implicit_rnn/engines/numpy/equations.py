@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cached_property
 from math import inf
 from threading import RLock
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from implicit_rnn.engines.base import LARGEST_CHANGE, Equation, SingularSolution
+from implicit_rnn.engines.base import LARGEST_CHANGE, Equation, SingularSolutionError
 from implicit_rnn.engines.numpy import single
 from implicit_rnn.engines.numpy.fixed_points import FixedPoint
 from implicit_rnn.engines.numpy.functions import PythonFunction
@@ -143,7 +144,7 @@ class PythonEquation:
         return J
 
     def _operator(self, row: int) -> Operator:
-        """∂c/∂z at the solution of one sample with many unknowns, found once; ``SingularSolution`` as ``_inverse``."""
+        """∂c/∂z at the solution of one sample with many unknowns, found once; ``SingularSolutionError`` as ``_inverse``."""
         if row not in self._operators:
             f, z, own = self._f, self._state[row], np.array([row])
             operator = f.operator(z, row, certain=True)
@@ -151,9 +152,9 @@ class PythonEquation:
             nearby = f.operator((z - δ).astype(z.dtype), row)
             try:
                 if not is_isolated(operator, nearby, δ):
-                    raise SingularSolution(row)
+                    raise SingularSolutionError(row)
             except UnsolvedError:
-                raise SingularSolution(row) from None
+                raise SingularSolutionError(row) from None
             self._operators[row] = operator
         return self._operators[row]
 
@@ -162,7 +163,7 @@ class PythonEquation:
             return operator.solve(b, transposed)
         except UnsolvedError:
             if operator.matrix is not None:
-                raise SingularSolution(row) from None
+                raise SingularSolutionError(row) from None
             raise ConvergenceError(
                 f"GMRES did not solve the linear system of {operator.n} unknowns at the solution, which has no derivative if the "
                 "Jacobian of f is singular there; if it is not, give jac= as a sparse matrix, which is then factorised"
@@ -171,8 +172,8 @@ class PythonEquation:
     def _inverse(self, rows: Array) -> Array:
         """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
 
-        ``SingularSolution`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution, c no
-        better than the rounding of the arguments, that none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double
+        ``SingularSolutionError`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution,
+        c no better than the rounding of the arguments, that none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double
         root is 1/2 (Newton and Kantorovich). All of it is done to B, which is A with equilibrated rows and columns: unknowns and
         conditions may have any unit.
         """
@@ -221,7 +222,7 @@ class PythonEquation:
                     corrected = Z[left_over] - np.einsum("bij,bj->bi", inverse[left_over], C)
                     singular[left_over] = changes(left_over, corrected)[1]
             if singular.any():
-                raise SingularSolution(int(new[np.flatnonzero(singular)[0]]))
+                raise SingularSolutionError(int(new[np.flatnonzero(singular)[0]]))
             self._inverses[new], self._known[new] = inverse, True
         return self._inverses[rows]
 
@@ -234,13 +235,17 @@ class PythonEquation:
 
 
 def _find_single(equation: Equation, tol: float, solver: Solver) -> single.Found | None:
+    """The solution of one problem, or None where the methods for batches have to find it, or to tell what is wrong."""
+    if equation.samples > 1 or equation.n > single.MOST or equation.start.dtype != np.float64:
+        return None
     limit = int(solver.max_iterations)
-    if equation.root:
-        return single.find_root(equation, tol, newton_limit(solver))
-    if isinstance(solver, Auto):
-        return single.find_fixed_point(equation, tol, limit, BLOCK, PATIENCE)
-    if isinstance(solver, Picard) and solver.damping == 1:
-        return single.find_fixed_point(equation, tol, limit, limit, inf)
+    with suppress(single.UncertainError):
+        if equation.root:
+            return single.newton(equation, tol, newton_limit(solver))
+        if isinstance(solver, Auto):
+            return single.picard(equation, tol, limit, BLOCK, PATIENCE)
+        if isinstance(solver, Picard) and solver.damping == 1:
+            return single.picard(equation, tol, limit, limit, inf)
     return None
 
 

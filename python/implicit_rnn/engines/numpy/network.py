@@ -9,8 +9,8 @@ from typing import Any, cast
 import numpy as np
 
 from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Samples, TrainerOptions
-from implicit_rnn.engines.numpy import solvers, unrolled
-from implicit_rnn.engines.numpy.solvers import Outcome, StageEquation, transposed
+from implicit_rnn.engines.numpy import unrolled
+from implicit_rnn.engines.numpy.solvers import METHODS, Outcome, Solve, StageEquation, transposed
 from implicit_rnn.engines.numpy.systems import solve_systems
 from implicit_rnn.engines.numpy.weights import StageWeights, Weights, shift
 from implicit_rnn.engines.steps import StepTrainer
@@ -34,7 +34,7 @@ class NumpyNetwork:
     dtype: str
 
     def program(self, problem: Problem) -> NumpyProgram:
-        if not solvers.is_supported(problem.solver):
+        if type(problem.solver) not in METHODS:
             raise _unsupported(f"the solver {problem.solver.name}")
         if type(problem.adjoint) not in ADJOINTS:
             raise _unsupported(f"the adjoint {problem.adjoint.name}")
@@ -208,7 +208,7 @@ class NumpyProgram:
                     _, s, z = chain[-1]
                     f = z
                 else:
-                    z, s, f = solvers.solve(self.solver, equation, U, start, outcome)
+                    z, s, f = Solve(equation, U, start, outcome).run(self.solver)
             Z[..., stage.rows], S[..., stage.rows], F[..., stage.rows] = z, s, f
             chains.append(chain)
         return Equilibria(Z, S, F, outcome, chains)
@@ -305,7 +305,15 @@ class NumpyProgram:
             if stage.recurrent and self.penalty > 0:
                 amount, direct = self._add_penalty(stage, w, S, Z, dZ, g, probe)
                 penalty += amount
-            E = self._backward_stage(stage, w, S, Z, dZ, chain, g, residual) + direct
+            λ, slope = dZ[..., stage.rows], self._elementwise(stage, "slope")
+            if chain:
+                E = unrolled.pull_back(slope, chain, w.recurrent, λ, g)
+            else:
+                D = slope(S[..., stage.rows], Z[..., stage.rows])
+                if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
+                    λ = self._solve_adjoint(w.recurrent, D, λ, residual)
+                E = D * λ
+            E = E + direct  # ∂L/∂s
             if stage.recurrent and not chain:
                 g.recurrent += transposed(E) @ Z[..., stage.rows]
             Et = transposed(E)
@@ -319,30 +327,6 @@ class NumpyProgram:
             g.bias = E.sum(axis=1)
             self.weights.pullback(stage, bounds, w, g, G)
         return penalty, residual
-
-    def _backward_stage(
-        self,
-        stage: Stage,
-        w: StageWeights,
-        S: Array,
-        Z: Array,
-        dZ: Array,
-        chain: unrolled.Chain,
-        g: StageWeights,
-        residual: Array,
-    ) -> Array:
-        """∂L/∂s = D λ for the stage; the adjoint's residual is merged into ``residual``.
-
-        Of an unrolled stage, ∂L/∂R is added to g.recurrent.
-        """
-        z, λ = Z[..., stage.rows], dZ[..., stage.rows]
-        slope = self._elementwise(stage, "slope")
-        if chain:
-            return unrolled.pull_back(slope, chain, w.recurrent, λ, g)
-        D = slope(S[..., stage.rows], z)
-        if stage.recurrent and not isinstance(self.adjoint, JacobianFree):
-            λ = self._solve_adjoint(w.recurrent, D, λ, residual)
-        return D * λ
 
     def _add_penalty(
         self, stage: Stage, w: StageWeights, S: Array, Z: Array, dZ: Array, g: StageWeights, probe: int

@@ -55,33 +55,16 @@ class Found(NamedTuple):
     rate: float
 
 
-class _UncertainError(Exception):
-    pass
+class UncertainError(Exception):
+    """What f returns is to be looked at with more care than here."""
 
 
-def find_root(equation: Equation, tol: float, limit: int) -> Found | None:
-    """The root of one problem, or None where the method for batches has to find it, or to tell what is wrong."""
-    return _try(_newton, equation, tol, limit)
+def picard(equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
+    """A fixed point, looked for after 1, 5 and so on of ``block`` evaluations; None where it is not found.
 
-
-def find_fixed_point(equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
-    """Likewise a fixed point by Picard iteration, looked at after 1, 5 and so on of ``block`` evaluations.
-
-    After each block it is given up if at its rate it would take more than ``patience`` evaluations.
+    After each block it is given up if at its rate it would take more than ``patience`` evaluations. Raises ``UncertainError``.
     """
-    return _try(_picard, equation, tol, limit, block, patience)
-
-
-def _try(method: Callable[..., Found | None], equation: Equation, *options: float) -> Found | None:
-    if equation.samples > 1 or equation.n > MOST or equation.start.dtype != np.float64:
-        return None
-    try:
-        return method(_Calls(equation), equation, *options)
-    except _UncertainError:
-        return None
-
-
-def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
+    calls = _Calls(equation)
     size, floor = _size(equation)
     z = equation.start[0].tolist()
     largest, before, evaluations, in_block = 0.0, inf, 0, 0
@@ -111,7 +94,9 @@ def _picard(calls: _Calls, equation: Equation, tol: float, limit: int, block: in
         z, before = F, residual
 
 
-def _newton(calls: _Calls, equation: Equation, tol: float, limit: int) -> Found | None:
+def newton(equation: Equation, tol: float, limit: int) -> Found | None:
+    """A root, or None where it is not found. Raises ``UncertainError``."""
+    calls = _Calls(equation)
     size, floor = _size(equation)
     if calls.jac is None:
         calls.prepare_slopes(equation.start[0])
@@ -182,7 +167,7 @@ def _has_vanished(c: Numbers, seen: list[Numbers]) -> bool:
 
 
 class _Calls:
-    """f and its Jacobian at plain numbers; ``_UncertainError`` for what has to be named with care.
+    """f and its Jacobian at plain numbers; ``UncertainError`` for what has to be named with care.
 
     A single unknown has the value of f and its slope from one complex number, ``complex_only`` until f is seen to be as small
     for the real one.
@@ -236,9 +221,9 @@ class _Calls:
             try:
                 y = np.asarray(None if isinstance(y, (tuple, np.ma.MaskedArray)) else y)
             except ValueError:
-                raise _UncertainError from None
+                raise UncertainError from None
         if y.dtype.kind not in "fiu" or not self._fits(y):
-            raise _UncertainError
+            raise UncertainError
         return [float(y.item())] if self.n == 1 else y.reshape(-1).tolist()
 
     def _moved(self, z: list[Any]) -> Array:
@@ -246,29 +231,29 @@ class _Calls:
         try:
             y = self.f(self.posed(np.array(z)), *self.args)
         except Exception:
-            raise _UncertainError from None
+            raise UncertainError from None
         if type(y) is not np.ndarray:
             y = np.asarray(y)
         if y.dtype.kind != "c" or not self._fits(y):
-            raise _UncertainError
+            raise UncertainError
         return y
 
     def _fits(self, y: Array) -> bool:
         return y.shape == self.shape or (not y.shape and self.shape == (1,))
 
     def newton_step(self, z: Numbers, c: Numbers) -> Numbers:
-        """-J⁻¹ c; ``_UncertainError`` where it does not exist."""
+        """-J⁻¹ c; ``UncertainError`` where it does not exist."""
         if self.n == 1:
             if not self.complex_only:
                 self.slope = self._column(z, 0)[0] if self.jac is None else float(self._given(z)[0, 0])
             if self.slope == 0:
-                raise _UncertainError
+                raise UncertainError
             return [-c[0] / self.slope]
         J = np.array([self._column(z, k) for k in range(self.n)]).T if self.jac is None else self._given(z)
         try:
             return np.linalg.solve(J, -np.array(c)).tolist()
         except np.linalg.LinAlgError:
-            raise _UncertainError from None
+            raise UncertainError from None
 
     def _column(self, z: Numbers, k: int) -> Numbers:
         """∂f/∂z_k by the complex step, else by a central difference."""
@@ -285,7 +270,7 @@ class _Calls:
         assert self.jac is not None
         J = np.asarray(self.jac(self.posed(np.array(z)), *self.args))
         if J.size != self.n**2 or J.dtype.kind not in "fiub" or (self.n > 1 and J.shape[-2:] != (self.n, self.n)):
-            raise _UncertainError
+            raise UncertainError
         return J.reshape(self.n, self.n)
 
 

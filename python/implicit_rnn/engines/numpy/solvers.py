@@ -100,21 +100,10 @@ class Rows:
         )
 
 
-def solve(solver: Solver, equation: StageEquation, U: Array, Z0: Array, outcome: Outcome) -> tuple[Array, Array, Array]:
-    """The equilibria Z, their arguments S = u + R Z and f(S), all (S, B, n), for the drive U (S, B, n), from Z0.
-
-    Merges into ``outcome``. f is evaluated at most ``solver.max_iterations`` times for each sample.
-    """
-    return Solve(equation, U, Z0, outcome).run(solver)
-
-
-def is_supported(solver: Solver) -> bool:
-    """Whether this engine has a method for it."""
-    return type(solver) in _METHODS
-
-
 class Solve:
-    """One solve of an equation: the rows still at work, and where those that are done are written."""
+    """One solve of an equation for the drive U (S, B, n), from Z0: the rows still at work, and where those that are done are
+    written.
+    """
 
     def __init__(self, equation: StageEquation, U: Array, Z0: Array, outcome: Outcome) -> None:
         self.equation = equation
@@ -135,9 +124,13 @@ class Solve:
             self.rows.R = np.repeat(equation.R, samples, axis=0)
 
     def run(self, solver: Solver) -> tuple[Array, Array, Array]:
+        """The equilibria Z, their arguments S = u + R Z and f(S), all (S, B, n).
+
+        Merges into ``outcome``. f is evaluated at most ``solver.max_iterations`` times for each sample.
+        """
         self.limit[...] = solver.max_iterations
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            _METHODS[type(solver)](self, solver)
+            METHODS[type(solver)](self, solver)
         return self.Z.reshape(self.shape), self.S.reshape(self.shape), self.F.reshape(self.shape)
 
     # --- one evaluation ----------------------------------------------------------------------------------
@@ -379,7 +372,7 @@ class Solve:
         self.newton()
 
 
-_METHODS: dict[type[Solver], Callable[[Solve, Any], None]] = {
+METHODS: dict[type[Solver], Callable[[Solve, Any], None]] = {
     Auto: Solve.auto,
     Picard: lambda solve, solver: solve.picard(solver.max_iterations, solver.damping),
     Anderson: lambda solve, solver: solve.anderson(solver, solver.max_iterations),

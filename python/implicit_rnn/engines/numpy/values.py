@@ -16,7 +16,8 @@ STATE = -1
 
 
 class Values:
-    """The function of an equation: it is given copies and what it returns is copied, so that it may reuse its memory.
+    """The function of an equation: it is given a copy of z, and arguments that cannot be written to; what it returns is copied,
+    so that it may reuse its memory.
 
     Z (m, n) are iterates of the samples ``rows`` (m,).
     """
@@ -50,7 +51,7 @@ class Values:
     def arguments(self, rows: Array, variable: int = STATE, value: Array | None = None) -> list[Array]:
         """The arguments of the samples, batched ones row by row."""
         equation = self.equation
-        args = [a.take(rows, 0) if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
+        args = [_rows(a, rows) if batched else a for a, batched in zip(equation.args, equation.batched, strict=True)]
         if value is not None:
             args[variable] = value
         return args
@@ -69,7 +70,7 @@ class Values:
         if variable == STATE:
             return Z, True
         argument = self.equation.args[variable]
-        return (argument.take(rows, 0), True) if self.equation.batched[variable] else (argument, False)
+        return (_rows(argument, rows), True) if self.equation.batched[variable] else (argument, False)
 
     def entry_shape(self, variable: int) -> tuple[int, ...]:
         """The shape of a variable as one sample sees it."""
@@ -150,6 +151,12 @@ class Values:
         if array.dtype.kind not in "iufc":
             raise TypeError(f"f returned an array of dtype {array.dtype}; expected real numbers")
         return np.array(array, None if array.dtype.kind == "c" else self.equation.start.dtype)
+
+
+def _rows(argument: Array, rows: Array) -> Array:
+    own = argument.take(rows, 0)
+    own.flags.writeable = False  # as those are that samples share
+    return own
 
 
 def tolerance(dtype: np.dtype) -> float:

@@ -60,4 +60,13 @@ class Reader:
             raise ModelFileError(f"{path} is a network, but not one that the pendulum experiment has saved") from error
         if (net.topology.inputs, net.topology.output_size, scaling.input_mean.shape) != (len(TIMES), 2, TIMES.shape):
             raise ModelFileError(f"{path} does not read {len(TIMES)} angles to 2 parameters")
+        shapes = {"input_mean": TIMES.shape, "input_scale": (), "target_mean": (2,), "target_scale": (2,)}
+        for name, shape in shapes.items():
+            array, least = np.asarray(getattr(scaling, name)), 0 if name.endswith("scale") else -np.inf
+            if array.shape != shape or not (np.isfinite(array) & (array > least)).all():
+                above = " above 0" if least == 0 else ""
+                raise ModelFileError(
+                    f"{path} has {name} of shape {array.shape} with entries {array.tolist()}; expected finite numbers{above} "
+                    f"of shape {shape}: save the model again"
+                )
         return cls(net, scaling, solver)
