@@ -202,6 +202,19 @@ end
     end
 end
 
+@testset "no matrix hides its spectral radius or norm from where their estimates begin" begin
+    @test ImplicitRNN.spectral_radius(2 .* (I - fill(1 / 300, 300, 300)), ones(300)) ≈ 2
+    cycle = circshift(Matrix(1.0I, 300, 300), 1)                          # a circulant matrix, as is this polynomial of it
+    @test ImplicitRNN.spectral_radius(cycle + cycle' - 2I, ones(300)) ≈ 4
+    u = [1.0, -2.0, 1.0] ./ sqrt(6)
+    R = 0.9I + 0.15 .* u .* u'
+    @test ImplicitRNN.norm_estimate(R) >= 1.05
+    net = Network(1, [Layer(3)]; outputs = [1], constraint = Free())
+    for solver in EVERY_SOLVER                                            # zero rests where it is, and repels
+        @test equilibrium(net, [zeros(3); vec(R); zeros(3)], zeros(1, 1); solver = solver()).status == [ImplicitRNN.UNSTABLE]
+    end
+end
+
 @testset "the spectral radius is right on rotations and for large stages" begin
     rotation = 1.5 .* [0.0 -1.0; 1.0 0.0]
     @test ImplicitRNN.spectral_radius(rotation, ones(2)) ≈ 1.5

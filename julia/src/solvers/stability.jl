@@ -15,10 +15,9 @@ The spectral radius of `diag(d) R`, from all eigenvalues up to $(DENSE_EIGEN) ro
 function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     check_interrupt()
     n = size(R, 1)
-    all(isfinite, d) && all(isfinite, R) || return NaN
+    all(isfinite, d) && all(isfinite, R) || return T(NaN)
     n <= DENSE_EIGEN && return largest_eigenvalue!(rows_times(d, R))
-    start = fill(1 / T(sqrt(n)), n)
-    values, _, info = @late eigsolve(v -> d .* (R * v), start, 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
+    values, _, info = @late eigsolve(v -> d .* (R * v), direction(view(R, :, 1)), 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
     info.converged > 0 || return largest_eigenvalue!(rows_times(d, R))
     return abs(first(values))
 end
@@ -108,7 +107,7 @@ function norm_estimate(R::Matrix{T}) where {T}
     n = size(R, 1)
     ceiling = sqrt(opnorm(R, 1) * opnorm(R, Inf))
     isfinite(ceiling) && n > 1 || return ceiling
-    v, w = [one(T) + T(i) / n for i in 1:n], zeros(T, n)
+    v, w = direction(view(R, :, 1)), zeros(T, n)
     estimate = zero(T)
     for _ in 1:50
         gemv!('N', true, R, v, false, w)
