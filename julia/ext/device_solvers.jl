@@ -235,11 +235,13 @@ function iterate!(::Newton, ws::DeviceWorkspace, q::BatchEquation, progress, rec
         fresh = findall(on_host(line.fresh))
         isempty(fresh) && continue
         slopes_at!(ws.backend)(D, q.S, F, q.g.f; ndrange = (n, samples))
-        line.direction .= F .- line.base
-        solve_each!(line.direction, ws, line.singular, q.M, D, nothing, F .- line.base, fresh)
-        # Where the matrix is singular, the direction is that of the Picard step.
-        line.direction .= ifelse.(isfinite.(line.direction) .& .!reshape(line.singular, 1, :), line.direction, F .- line.base)
-        q.Z .= ifelse.(reshape(line.fresh, 1, :), line.base .+ line.direction, q.Z)
+        picard = F .- line.base
+        step = copy(picard)
+        solve_each!(step, ws, line.singular, q.M, D, nothing, picard, fresh)
+        # Where the matrix is singular, the direction is that of the Picard step; columns that search along theirs keep it.
+        mine, solved = reshape(line.fresh, 1, :), all(isfinite, step; dims = 1) .& .!reshape(line.singular, 1, :)
+        line.direction .= ifelse.(mine, ifelse.(solved, step, picard), line.direction)
+        q.Z .= ifelse.(mine, line.base .+ line.direction, q.Z)
     end
     record.status .= ifelse.(progress.started .& (record.status .== MAX_ITERATIONS) .& line.singular, SINGULAR, record.status)
     return
