@@ -295,7 +295,7 @@ which is a fixed point in t. What it finds is taken up by Picard iteration, for 
 """
 function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, record, rule) where {T}
     slope = mean_slopes(ws, q)
-    Q = chord_matrix(ws, q, slope)
+    Q = rule.limit > 1 ? chord_matrix(ws, q, slope) : nothing
     if Q !== nothing
         samples = size(q.Z, 2)
         value(S) = (F = similar(S); activate!(ws.backend)(F, S, q.g.f; ndrange = size(F)); F)
@@ -303,7 +303,7 @@ function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, 
         linear = BatchEquation(F .- slope .* q.S, similar(F), q.U .+ Q * (slope .* q.U), Q, Deviating(q.g.f), slope)
         found, on = record_of(ws, samples), progress_of(ws, samples)
         on.running .= progress.running
-        limit = min(rule.limit, Int32(LINEARIZED_PATIENCE))
+        limit = min(rule.limit - 1, LINEARIZED_PATIENCE)          # one evaluation at least is that of the equation itself
         iterate!(Picard(), ws, linear, on, found, Rule{T}(; rule.tol, rule.floor, limit))
         solution = value(affine!(linear))
         # A solution that is far away may be another than the one that attracts.
