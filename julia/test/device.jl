@@ -432,6 +432,8 @@ else
         @test_throws DimensionMismatch solved(device, p[2:end], X)
         @test_throws DimensionMismatch gradient(device, p, X, Y[:, 1:4])
         @test_throws DimensionMismatch gradient(device, p, X, Y; weights = ones(4))
+        @test_throws "the gradient 2" ImplicitRNN.loss_and_gradient!(zeros(2), device, Problem(net), p, X, Y)
+        @test_throws "the gradient 2" ImplicitRNN.vjp!(zeros(2), zero(X), device, Problem(net), p, X, Y)
     end
 
     include("device_equations.jl")

@@ -87,7 +87,7 @@ function pull_back!(
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     width = tile_width(net, B)
     tiles = cld(B, width)
-    shares = min(tiles, shares_of(net))
+    shares = clamp(tiles, 1, shares_of(net))
     threads = threads_for(net, B)
     buffers = buffers!(ws, B, threads, shares)
     while length(ws.gradients) < shares
