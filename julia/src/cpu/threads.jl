@@ -127,6 +127,11 @@ function wait_for(job::Job)
     return
 end
 
+"What was thrown where tasks failed, else the exception itself."
+cause(error) = error
+cause(error::TaskFailedException) = cause(error.task.exception)
+cause(error::CompositeException) = cause(first(error))
+
 # A moment in a loop that waits: lets the other thread of the core work, and a garbage collection begin.
 function rest()
     ccall(:jl_cpu_pause, Cvoid, ())
