@@ -160,6 +160,15 @@ end
     @test_throws "a is large" root((z, a) -> (any(a .> 0.99) && error("a is large"); z .^ 2 .- a), ones(1, MANY), a; batched = (1,))
 end
 
+@testset "an interrupt is no failure of f" begin
+    calls = Ref(0)
+    for at in (1, 20)
+        f(z, a) = (eltype(z) <: ImplicitRNN.Sided && (calls[] += 1) == at && throw(InterruptException()); z .^ 2 .- a)
+        calls[] = 0
+        @test_throws InterruptException root(f, ones(1, MANY), rand(Xoshiro(1), MANY); batched = (1,))
+    end
+end
+
 @testset "a singular solution among many is named" begin
     a = fill(2.0, MANY)
     a[[777, 3000]] .= 0

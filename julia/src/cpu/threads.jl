@@ -91,7 +91,8 @@ call_off!(helper::Helper, job::Job) = (@atomicreplace helper.job job => :waiting
 function help(helper::Helper)
     while (job = next_job(helper)) !== nothing
         take_pieces!(job, helper.thread)
-        @atomic helper.job = :waiting
+        # A caller that was interrupted may have made room for another, whose job is there.
+        @atomicreplace helper.job :working => :waiting
         leave!(job)
     end
     return
