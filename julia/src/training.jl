@@ -56,10 +56,10 @@ function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, bat
     )
 end
 
-"The rule at a learning rate, NaN for its own."
-function rule_at!(b::StepBuffers, rate)
-    if b.rate != rate && !isnan(rate)
-        b.rule = Optimisers.adjust(b.rule, rate)
+"The `rule` at a learning rate, NaN for its own."
+function rule_at!(b::StepBuffers, rule, rate)
+    if !isequal(b.rate, rate)
+        b.rule = isnan(rate) ? rule : Optimisers.adjust(rule, Float64(rate))
         b.rate = rate
     end
     return b.rule
@@ -254,7 +254,7 @@ function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batc
         gradient_norm = euclidean_norm(b.gradient)
         isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
         gradient_norm > trainer.clip && rmul!(b.gradient, trainer.clip / gradient_norm)
-        trainer.states[s] = descend!(rule_at!(b, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
+        trainer.states[s] = descend!(rule_at!(b, trainer.rule, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
     end
     return total / samples_of(batches), failed
 end

@@ -18,6 +18,19 @@ end
     @test all(>(0.3), losses[end, :])
 end
 
+@testset "a rate that is not a number is the rule's own, also after another" begin
+    net = one_layer(; neurons = 40)
+    X, Y = samples(net, 20), targets(net, 20)
+    function trained(rates)
+        P = reshape(parameters(net; gain = 0.05), :, 1)
+        trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(0.02))
+        train!(trainer, Replicas(P), X, Y, repeat(1:20, 1, length(rates)), 20, rates, zeros(length(rates), 1), zeros(Int, length(rates), 1))
+        return P
+    end
+    @test trained([0.1, NaN, NaN]) == trained([0.1, 0.02, 0.02])
+    @test trained([NaN, 1, NaN]) == trained([0.02, 1.0, 0.02])
+end
+
 @testset "nets trained side by side are the nets trained alone" begin
     _, together, _, _ = train_xor(2, true; epochs = 50, seeds = 1:3)
     _, alone, _, _ = train_xor(2, true; epochs = 50, seeds = 3:3)
