@@ -14,7 +14,7 @@ using GPUArraysCore: AbstractGPUArray
 using ImplicitRNN.ForwardDiff: Dual, ForwardDiff, Partials, partials, Tag
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, all_finite, amplification, at, ATTEMPT_SHARES, AUTO_BLOCK,
-    Batches, beyond, BLOW_UP, call!, check_device, checked_batches, check_features, check_interrupt, check_length, check_pullback, check_pushforward,
+    Batches, beyond, BLOW_UP, call!, cause, check_device, checked_batches, check_features, check_interrupt, check_length, check_pullback, check_pushforward,
     check_size, check_start, check_supervised, COARSE_ROUNDING, Connection, connection_weights, CONVERGED,
     copy_outcome!, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE, ElementwiseLoss, EquationProblem,
     equilibrium!, evaluation_contracts, exclusively, far_step, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable, is_whole,

@@ -110,6 +110,9 @@ function solve_left!(Z, outcome, problem, solver, left)
     return
 end
 
+# That a function cannot be compiled for the device; on one that is the CPU, it finds no method instead.
+is_of_compilation(error) = error isa MethodError || nameof(typeof(error)) in (:InvalidIRError, :KernelError)
+
 "`launch(range, group)` for all columns of Z. What the function cannot do on the device is refused."
 function each_sample(launch, Z)
     check_interrupt()
@@ -119,8 +122,8 @@ function each_sample(launch, Z)
         ImplicitRNN.finish_work(get_backend(Z))
     catch error
         # Only where the device is the CPU; elsewhere what is outside a domain is NaN.
-        error isa DomainError && return
-        error isa InterruptException && rethrow()
+        cause(error) isa DomainError && return
+        is_of_compilation(cause(error)) || rethrow()
         refused("this function: $(first(eachline(IOBuffer(sprint(showerror, error)))))")
     end
     return
