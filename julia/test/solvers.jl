@@ -139,6 +139,13 @@ end
     end
 end
 
+@testset "a sample is not called singular for another that is" begin
+    net = Network(2, [Layer(2, :identity)]; outputs = [1], constraint = Free())
+    p = [1.0, 0, 0, 1, 0.5, 0, 0, prevfloat(1.0), 0, 0]                # z₁ = z₁ / 2 + x₁, z₂ = z₂ + x₂ to rounding
+    solution = equilibrium(net, p, [1.0e8 0; 0 1]; solver = Auto(max_iterations = 5))
+    @test solution.status == [ImplicitRNN.SINGULAR, ImplicitRNN.MAX_ITERATIONS]
+end
+
 @testset "where the Jacobian is singular a Picard step may lead on" begin
     net = Network(1, [Layer(1, :relu)]; outputs = [1], constraint = Free())
     p = [1.0, 1.0, 0.0]                                                # z = max(z + x, 0), at x = -1 from z = 5

@@ -93,7 +93,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
                 left += 1
                 copy_column!(c.U, left, c.U, j)
                 copy_column!(c.Z, left, c.Z, j)
-                c.sample[left], c.iterations[left] = j, used
+                c.sample[left], c.iterations[left], c.singular[left] = j, used, false
             else
                 status = failed ? status_of_failed!(c, j, w, p, l) : CONVERGED
                 store_lane!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
