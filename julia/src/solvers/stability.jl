@@ -48,7 +48,8 @@ only where the constraint does not guarantee a unique equilibrium.
 repels(::Columns, ::ColumnEquation, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
-    d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
+    slopes = buffer!(() -> zeros(T, size(c.F, 1), 1), c, Matrix{T})
+    d = slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     # A norm of D R or of one of its powers below 1 proves stability; only what that does not settle needs eigenvalues.
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
