@@ -183,7 +183,7 @@ end
     net = one_layer()
     X, Y, P = samples(net, 8), targets(net, 8), repeat(parameters(net), 1, 2)
     nets, losses = Replicas(copy(P)), zeros(3, 2)
-    nets.halted[1] = 4
+    nets.halted[1] = Int8(ImplicitRNN.TOO_LARGE)
     train!(Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); nets = 2), nets, X, Y, repeat(1:8, 1, 3), 8, fill(0.01, 3), losses, zeros(Int, 3, 2))
     @test nets.parameters[:, 1] == P[:, 1]
     @test nets.parameters[:, 2] != P[:, 2]
