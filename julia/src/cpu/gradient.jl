@@ -130,7 +130,7 @@ function sum_tiles!(tile::Tile, problem::Problem, X, seed, penalty, width::Int, 
     return summary
 end
 
-"The columns of an array, or the entries of a vector, for these samples; nothing of nothing."
+"The columns of an array, or the entries of a vector, for these samples; `nothing` if given `nothing`."
 columns_of(::Nothing, samples) = nothing
 columns_of(x::AbstractVector, samples) = view(x, samples)
 columns_of(A::AbstractMatrix, samples) = view(A, :, samples)

@@ -118,8 +118,8 @@ end
 """
     newton_lanes!(w, M, p, cold, evaluations)
 
-The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `failed`. `M` is that of all lanes or, with the lane as its first
-index, one for each.
+The equilibria of z = f(U + M z) from Z, or from zero if `cold`. The result is in `F`; lanes that did not converge are marked in
+`failed`. `M` is that of all lanes or, with the lane as its first index, one for each.
 """
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps, lanes = p.unique ? 1 : 3, Val(L)

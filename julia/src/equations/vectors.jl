@@ -50,8 +50,8 @@ end
     Base.llvmcall($("%a = bitcast i$(64LANES) %0 to <$LANES x double>\n%r = extractelement <$LANES x double> %a, i64 %1\nret double %r"), Float64, Tuple{Vec, Int64}, x, l - 1)
 @inline lane(m::Mask, l::Int) = isodd(bits(m) >> (l - 1))
 const Register = NTuple{LANES, VecElement{Float64}}
-# As what LLVM keeps in registers from one round of a loop to the next, and where two branches meet; a `Vec` is an integer to it, of
-# which it knows only as long as it sees all that is done with it, and which else it keeps in as many registers of other kind.
+# As what LLVM keeps in registers from one round of a loop to the next, and where two branches meet. To LLVM a `Vec` is one wide
+# integer; where it loses sight of the bitcasts, it keeps that in general-purpose registers.
 @eval @inline in_registers(x::Vec) = Base.llvmcall($("%r = bitcast i$(64LANES) %0 to <$LANES x double>\nret <$LANES x double> %r"), Register, Tuple{Vec}, x)
 @eval @inline Vec(x::Register) = Base.llvmcall($("%r = bitcast <$LANES x double> %0 to i$(64LANES)\nret i$(64LANES) %r"), Vec, Tuple{Register}, x)
 "The lanes f(1), f(2), …"
