@@ -38,8 +38,6 @@ end
 
 Traced(x::Traced) = x
 Traced(x::Real) = Traced(Float64(x), 0)
-Base.convert(::Type{Traced}, x::Traced) = x
-Base.convert(::Type{Traced}, x::Real) = Traced(x)
 Base.promote_rule(::Type{Traced}, ::Type{<:Real}) = Traced
 Base.promote_rule(::Type{Traced}, ::Type{ForwardDiff.Dual{T, V, N}}) where {T, V, N} = ForwardDiff.Dual{T, promote_type(Traced, V), N}
 Base.float(x::Traced) = x
@@ -56,11 +54,9 @@ Base.:-(x::Traced, y::Traced) = record(x.value - y.value, x.place, 1.0, y.place,
 Base.:*(x::Traced, y::Traced) = record(x.value * y.value, x.place, y.value, y.place, x.value)
 Base.:/(x::Traced, y::Traced) = record(x.value / y.value, x.place, 1 / y.value, y.place, -x.value / y.value^2)
 Base.:-(x::Traced) = record(-x.value, x.place, -1.0)
-Base.:+(x::Traced) = x
 # Constants of another type need not become Traced first.
 Base.:*(x::Traced, y::Union{Float64, Float32, Int}) = record(x.value * y, x.place, y)
 Base.:*(x::Union{Float64, Float32, Int}, y::Traced) = y * x
-Base.muladd(x::Traced, y::Traced, z::Traced) = x * y + z
 Base.fma(x::Traced, y::Traced, z::Traced) = x * y + z
 
 # What else has a derivative has it by ForwardDiff's rules.
