@@ -313,17 +313,15 @@ end
 function activate_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
     fill!(w.change2, 0)
     fill!(w.size2, 0)
-    foreach(piece -> activate_lane_rows!(w, piece[2], piece[1]), pieces(f, size(w.S, 2)))
-    return
-end
-function activate_lane_rows!(w::Lanes{T, L}, f::Activation, rows) where {T, L}
-    @inbounds for i in rows
-        @simd ivdep for l in 1:L
-            z = value(f, w.S[l, i])
-            w.F[l, i] = z
-            d = z - w.Z[l, i]
-            w.change2[l] = muladd(d, d, w.change2[l])
-            w.size2[l] = muladd(z, z, w.size2[l])
+    foreach(pieces(f, size(w.S, 2))) do (rows, g)
+        @inbounds for i in rows
+            @simd ivdep for l in 1:L
+                z = value(g, w.S[l, i])
+                w.F[l, i] = z
+                d = z - w.Z[l, i]
+                w.change2[l] = muladd(d, d, w.change2[l])
+                w.size2[l] = muladd(z, z, w.size2[l])
+            end
         end
     end
     return

@@ -80,13 +80,7 @@ end
 "States beyond this size are looked at."
 const SUSPICIOUS_SIZE = 1.0e6
 
-function is_large(z)
-    largest = zero(eltype(z))
-    @inbounds @simd for i in eachindex(z)
-        largest = max(largest, abs(z[i]))
-    end
-    return largest > SUSPICIOUS_SIZE
-end
+is_large(z) = any(x -> abs(x) > SUSPICIOUS_SIZE, z)
 
 # Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
 # contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
