@@ -26,11 +26,9 @@ ImplicitRNN.solve_equation(f, z0::AbstractGPUArray{<:Real}, args; options...) = 
 
 "The equation of some of the samples, on the host."
 function part_of(problem::EquationProblem{T}, columns) where {T}
-    args = map((x, own) -> own ? on_host(selectdim_copy(x, columns)) : x, problem.args, problem.batched)
+    args = map((x, own) -> own ? on_host(columns_of(x, columns)) : x, problem.args, problem.batched)
     return EquationProblem{T}(problem.f, problem.root, problem.n, length(columns), args, problem.batched, problem.weights)
 end
-selectdim_copy(x::AbstractVector, columns) = x[columns]
-selectdim_copy(x::AbstractMatrix, columns) = x[:, columns]
 
 # What f is given: an argument of each sample, or one that they share.
 argument_of(x::AbstractArray, own::Bool) = own ? ImplicitRNN.per_sample(x) : ImplicitRNN.shared(x)

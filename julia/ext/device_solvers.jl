@@ -22,8 +22,8 @@ affine!(q::BatchEquation) = mul!(copyto!(q.S, q.U), q.M, q.Z, true, true)
 "One evaluation for all columns that are running, see [`step!`](@ref)."
 function step!(ws::DeviceWorkspace, q::BatchEquation, progress, record, rule, F = nothing)
     affine!(q)
-    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
-    step!(ws.backend, (LANES, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
+    range = (WORK_ITEMS, cld(size(q.Z, 2), GROUP) * GROUP)
+    step!(ws.backend, (WORK_ITEMS, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
     return
 end
 
@@ -122,12 +122,12 @@ end
 
 function iterate!(s::Anderson, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     history, F, newest = history_of(q.Z, s.memory), similar(q.Z), 0
-    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
+    range = (WORK_ITEMS, cld(size(q.Z, 2), GROUP) * GROUP)
     for k in 1:rule.limit
         step!(ws, q, progress, record, rule, F)
         look(progress, k) || break
         newest = k == 1 ? 0 : mod1(newest + 1, s.memory)
-        accelerate!(ws.backend, (LANES, GROUP))(
+        accelerate!(ws.backend, (WORK_ITEMS, GROUP))(
             q.Z, F, history, progress.running, progress.change, Int32(newest), eltype(F)(s.damping), max(eltype(F)(s.ridge), eps(eltype(F))),
             Val(s.memory); ndrange = range
         )
@@ -141,7 +141,7 @@ end
     _, j = @index(Global, NTuple)
     @uniform n = size(Z, 1)
     @uniform samples = size(Z, 2)
-    sums = @localmem eltype(Z) (2, m, LANES, GROUP)
+    sums = @localmem eltype(Z) (2, m, WORK_ITEMS, GROUP)
 
     if j <= samples && @inbounds(running[j])
         i = lane
@@ -154,7 +154,7 @@ end
                 end
                 history.R[i, j], history.F[i, j] = r, F[i, j]
             end
-            i += LANES
+            i += WORK_ITEMS
         end
         for place in 1:m
             inner, side = zero(eltype(Z)), zero(eltype(Z))
@@ -162,7 +162,7 @@ end
             while i <= n && newest > 0
                 @inbounds inner = muladd(history.ΔR[i, place, j], history.ΔR[i, newest, j], inner)
                 @inbounds side = muladd(history.ΔR[i, place, j], history.R[i, j], side)
-                i += LANES
+                i += WORK_ITEMS
             end
             @inbounds sums[1, place, lane, column], sums[2, place, lane, column] = inner, side
         end
@@ -173,7 +173,7 @@ end
         newest > 0 && (count = @inbounds change[j] > 2 * history.change[j] ? zero(count) : min(count + one(count), oftype(count, m)))
         for place in 1:(count > 0 ? m : 0)
             inner, side = zero(eltype(Z)), zero(eltype(Z))
-            for l in 1:LANES
+            for l in 1:WORK_ITEMS
                 @inbounds inner += sums[1, place, l, column]
                 @inbounds side += sums[2, place, l, column]
             end
@@ -194,7 +194,7 @@ end
                 @inbounds z -= history.γ[l, j] * (history.ΔF[i, place, j] - (1 - damping) * history.ΔR[i, place, j])
             end
             @inbounds Z[i, j] = z
-            i += LANES
+            i += WORK_ITEMS
         end
     end
 end
@@ -226,12 +226,12 @@ end
 function iterate!(::Newton, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     line, F, D = line_search_of(q.Z), similar(q.Z), similar(q.Z)
     n, samples = size(q.Z)
-    range = (LANES, cld(samples, GROUP) * GROUP)
+    range = (WORK_ITEMS, cld(samples, GROUP) * GROUP)
     for _ in 1:rule.limit
         check_interrupt()
         step!(ws, q, progress, record, rule, F)
         any(progress.running) || break
-        search!(ws.backend, (LANES, GROUP))(q.Z, F, line, progress.running, progress.change; ndrange = range)
+        search!(ws.backend, (WORK_ITEMS, GROUP))(q.Z, F, line, progress.running, progress.change; ndrange = range)
         fresh = findall(on_host(line.fresh))
         isempty(fresh) && continue
         slopes_at!(ws.backend)(D, q.S, F, q.g.f; ndrange = (n, samples))
@@ -263,7 +263,7 @@ end
             else
                 line.base[i, j], line.picard[i, j] = Z[i, j], F[i, j]
             end
-            i += LANES
+            i += WORK_ITEMS
         end
     end
     @synchronize

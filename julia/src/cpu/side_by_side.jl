@@ -329,7 +329,7 @@ function train_group!(
         for step in 1:steps_of(batches)
             check_interrupt()
             selected = batch(batches, epoch, step)
-            loss_and_gradient!(s, X, Y, weights, is_whole(batches) ? whole(batches) : selected)
+            loss_and_gradient!(s, X, Y, weights, batches.whole ? (1:samples_of(batches)) : selected)
             any(s.unsolved) && solve_alone!(g, s, b, trainer.problem, batches, epoch, step)
             map_each!((total, loss) -> total + loss * length(selected), g.total, g.total, s.loss)
             check_gradients!(g, s, trainer)
