@@ -1,6 +1,6 @@
 # Equations on device arrays: the same solutions, statuses and derivatives as on the CPU.
 
-using ImplicitRNN: EquationProblem, SingularSolution, UNSTABLE, jacobian!
+using ImplicitRNN: SingularSolution, UNSTABLE, jacobian!
 
 "What `solve` and `vjp` give on the CPU and on the device, for arguments of which those `batched` are each sample's own."
 function on_both(pose, f, z0, args...; batched = (), options...)

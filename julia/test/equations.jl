@@ -168,11 +168,12 @@ end
     end
 end
 
-@testset "one unknown may be a number" begin
+@testset "one unknown may be a number, and has a number as its value" begin
     solution = root((z, a) -> z^2 - a, 1.0, 2.0)
-    @test solution.value[] ≈ sqrt(2)
-    @test vjp(solution, 1.0)[1] ≈ 1 / sqrt(8)
-    @test fixed_point(cos, 1).value[] ≈ 0.7390851332151607
+    @test solution.value isa Float64 && solution.value ≈ sqrt(2)
+    @test vjp(solution, 1)[1] ≈ vjp(solution, 1.0)[1] ≈ vjp(solution, fill(1.0))[1] ≈ 1 / sqrt(8)
+    @test fixed_point(cos, 1).value ≈ 0.7390851332151607
+    @test fixed_point(cos, 1.0f0).value isa Float32
     @test root((z, a) -> z[1]^2 - a, [1.0], 2.0).value ≈ [sqrt(2)]
     @test vjp(fixed_point((z, a) -> only(cos.(a .* z)), [0.5], 0.8), [1.0])[1] ≈ -0.324205030031247
 end
@@ -524,13 +525,6 @@ end
         solution.value .= 7
         @test vjp(solution, ones(1, samples))[1] ≈ expected
     end
-end
-
-@testset "a start that is a number has a number as its value" begin
-    solution = fixed_point((z, a) -> cos(a * z), 0.5, 0.8)
-    @test solution.value isa Float64 && solution.value ≈ cos(0.8 * solution.value)
-    @test vjp(solution, 1)[1] ≈ vjp(solution, 1.0)[1] ≈ vjp(solution, fill(1.0))[1] ≈ -0.324205030031247
-    @test fixed_point(cos, 1.0f0).value isa Float32
 end
 
 @testset "batched is checked" begin

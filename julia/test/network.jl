@@ -134,7 +134,9 @@ end
 
 @testset "options of another kind are refused by name" begin
     for kind in (Auto, Newton, Picard, Anderson, Chord, NLsolver, Implicit)
-        @test_throws "tol must lie strictly between 0 and 1, got \"a\"" kind(tol = "a")
+        for tol in (0, -1.0e-3, 1, Inf, NaN, "a")          # the others of which anything would meet
+            @test_throws "tol must lie strictly between 0 and 1, got $(repr(tol))" kind(; tol)
+        end
         @test_throws "max_iterations must be a positive whole number, got 2.5" kind(max_iterations = 2.5)
     end
     for kind in (Picard, Anderson)
