@@ -212,6 +212,7 @@ end
     @test_throws DimensionMismatch train(X, Y; rates = [0.1, 0.1])
     @test_throws DimensionMismatch train(X, Y; losses = zeros(2, 1))
     @test_throws DimensionMismatch train(X, Y; nets = 2)
+    @test_throws DimensionMismatch loss_and_gradient(net, p, X, Y; weights = ones(5))
     @test_throws DimensionMismatch hessian_vector_product(net, p, X, randn(5, 7), p)
     @test_throws DimensionMismatch ImplicitRNN.loss_and_gradient!(zeros(2), ImplicitRNN.Workspace(net), Problem(net), p, X, Y)
 end
