@@ -4,7 +4,7 @@ module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, backend_of, equilibrium!, hessian_vector_product!,
-    interrupt_address, jvp!, loss_and_gradient!, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
+    interrupt_address, jvp!, loss_and_gradient!, on_host, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
     pylist, pybuiltins
 

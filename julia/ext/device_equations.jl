@@ -26,11 +26,9 @@ ImplicitRNN.solve_equation(f, z0::AbstractGPUArray{<:Real}, args; options...) = 
 
 "The equation of some of the samples, on the host."
 function part_of(problem::EquationProblem{T}, columns) where {T}
-    args = map((x, own) -> own ? on_host(selectdim_copy(x, columns)) : x, problem.args, problem.batched)
+    args = map((x, own) -> own ? on_host(columns_of(x, columns)) : x, problem.args, problem.batched)
     return EquationProblem{T}(problem.f, problem.root, problem.n, length(columns), args, problem.batched, problem.weights)
 end
-selectdim_copy(x::AbstractVector, columns) = x[columns]
-selectdim_copy(x::AbstractMatrix, columns) = x[:, columns]
 
 # What f is given: an argument of each sample, or one that they share.
 argument_of(x::AbstractArray, own::Bool) = own ? ImplicitRNN.per_sample(x) : ImplicitRNN.shared(x)
@@ -110,6 +108,9 @@ function solve_left!(Z, outcome, problem, solver, left)
     return
 end
 
+# That a function cannot be compiled for the device; on one that is the CPU, it finds no method instead.
+is_of_compilation(error) = error isa MethodError || nameof(typeof(error)) in (:InvalidIRError, :KernelError)
+
 "`launch(range, group)` for all columns of Z. What the function cannot do on the device is refused."
 function each_sample(launch, Z)
     check_interrupt()
@@ -119,8 +120,8 @@ function each_sample(launch, Z)
         ImplicitRNN.finish_work(get_backend(Z))
     catch error
         # Only where the device is the CPU; elsewhere what is outside a domain is NaN.
-        error isa DomainError && return
-        error isa InterruptException && rethrow()
+        cause(error) isa DomainError && return
+        is_of_compilation(cause(error)) || rethrow()
         refused("this function: $(first(eachline(IOBuffer(sprint(showerror, error)))))")
     end
     return

@@ -119,18 +119,6 @@ end
 end
 @inline square(x) = muladd(x[1], x[1], muladd(x[2], x[2], muladd(x[3], x[3], x[4] * x[4])))
 
-# The decision on column t of the group, of which j is the sample.
-@inline function conclude_column!(progress, record, rule, sums, t, j, samples, ::Tiling{P}) where {P}
-    j <= samples && @inbounds(progress.running[j]) || return REST
-    change2 = size2 = largest = zero(eltype(sums))
-    for lane in 1:(P ÷ BLOCK)
-        @inbounds change2 += sums[1, lane, t]
-        @inbounds size2 += sums[2, lane, t]
-        @inbounds largest = max(largest, sums[3, lane, t])
-    end
-    return conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
-end
-
 @inline function change_block!(z, f, decisions, damping, t, ::Tiling{P}) where {P}
     block() do r, c
         i, column = row_of(t, r, P), column_of(t, c, P)
@@ -189,7 +177,7 @@ picard_loop(progress, record, M, g, D, rule) = quote
         sum_columns!(sums, $g, $D, s, @inbounds(f[1]), z, t, n, tiling)
         @synchronize
         if t <= C
-            @inbounds decisions[t] = Int32(conclude_column!($progress, $record, $rule, sums, t, first[1] + t, samples, tiling))
+            @inbounds decisions[t] = Int32(conclude_column!($progress, $record, $rule, sums, t, first[1] + t, samples))
         end
         @synchronize
         change_block!(z, @inbounds(f[1]), decisions, $rule.damping, t, tiling)

@@ -4,6 +4,7 @@ function ImplicitRNN.loss_and_gradient!(
         g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
     check_supervised(problem.net, X, Y, weights)
+    check_length(problem.net, g, "gradient")
     check_start(problem.net, X, states)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
     return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states), ws)
@@ -13,6 +14,7 @@ function ImplicitRNN.vjp!(
         g, dX, ws::DeviceWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
     )
     check_pullback(problem.net, dX, X, V, of, start)
+    check_length(problem.net, g, "gradient")
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report), ws)
 end

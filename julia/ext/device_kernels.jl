@@ -1,7 +1,7 @@
 # What is done element by element, each in one pass over the arrays. A sample is a column; its sums are taken in a fixed order.
 
 "Work-items to a column, and columns to a workgroup."
-const LANES, GROUP = 32, 8
+const WORK_ITEMS, GROUP = 32, 8
 
 # --- activations by their row -------------------------------------------------------------------------------------
 
@@ -93,6 +93,18 @@ end
     return decision == ADVANCE || (rule.latest && decision == FINISH && status == CONVERGED) ? decision : REST
 end
 
+# The same for a column of a group, of which j is the sample, by the sums of its work-items.
+@inline function conclude_column!(progress, record, rule, sums, column, j, samples)
+    j <= samples && @inbounds(progress.running[j]) || return REST
+    change2 = size2 = largest = zero(eltype(sums))
+    for lane in axes(sums, 2)
+        @inbounds change2 += sums[1, lane, column]
+        @inbounds size2 += sums[2, lane, column]
+        @inbounds largest = max(largest, sums[3, lane, column])
+    end
+    return conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
+end
+
 """
 F = g(S) for the columns that are `running`, and what becomes of each: the next iterate in `Z`, or its end in `record`.
 `progress` holds per column whether it is running, abandoned to the host, its evaluations, last ‖F - Z‖ and contraction rate.
@@ -103,7 +115,7 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
     _, j = @index(Global, NTuple)
     @uniform n = size(Z, 1)
     @uniform samples = size(Z, 2)
-    sums = @localmem eltype(Z) (3, LANES, GROUP)
+    sums = @localmem eltype(Z) (3, WORK_ITEMS, GROUP)
     decisions = @localmem Int32 (GROUP,)
 
     if j <= samples && @inbounds(progress.running[j])
@@ -116,7 +128,7 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
             change2 = muladd(d, d, change2)
             size2 = muladd(z, z, size2)
             largest = max(largest, abs(z))
-            i += LANES
+            i += WORK_ITEMS
         end
         @inbounds sums[1, lane, column] = change2
         @inbounds sums[2, lane, column] = size2
@@ -124,17 +136,7 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
     end
     @synchronize
     if lane == 1
-        decision = REST
-        if j <= samples && @inbounds(progress.running[j])
-            change2, size2, largest = zero(eltype(Z)), zero(eltype(Z)), zero(eltype(Z))
-            for l in 1:LANES
-                @inbounds change2 += sums[1, l, column]
-                @inbounds size2 += sums[2, l, column]
-                @inbounds largest = max(largest, sums[3, l, column])
-            end
-            decision = conclude!(progress, record, j, rule, sqrt(change2), sqrt(size2), largest)
-        end
-        @inbounds decisions[column] = Int32(decision)
+        @inbounds decisions[column] = Int32(conclude_column!(progress, record, rule, sums, column, j, samples))
     end
     @synchronize
     @inbounds decision = decisions[column]
@@ -144,7 +146,7 @@ Where there is an array `F`, it takes the values of the columns that go on, whos
         while i <= n
             @inbounds z = row_value(g, D, i, j, S[i, j])
             advance!(Z, decision == Int32(ADVANCE) ? F : nothing, i, j, z, damping)
-            i += LANES
+            i += WORK_ITEMS
         end
     end
 end

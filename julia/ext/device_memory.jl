@@ -33,9 +33,6 @@ function vector_of(backend, v::OnDevice{T}) where {T}
 end
 vector_of(backend, v::Vector) = v
 
-on_host(A::Array) = A
-on_host(A::AbstractArray) = Array(A)
-
 "Memory that a result is in, which Python and who it gave it to may read until it is released."
 struct Memory{B, V}
     backend::B

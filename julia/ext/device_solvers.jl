@@ -22,8 +22,8 @@ affine!(q::BatchEquation) = mul!(copyto!(q.S, q.U), q.M, q.Z, true, true)
 "One evaluation for all columns that are running, see [`step!`](@ref)."
 function step!(ws::DeviceWorkspace, q::BatchEquation, progress, record, rule, F = nothing)
     affine!(q)
-    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
-    step!(ws.backend, (LANES, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
+    range = (WORK_ITEMS, cld(size(q.Z, 2), GROUP) * GROUP)
+    step!(ws.backend, (WORK_ITEMS, GROUP))(q.Z, F, progress, record, q.S, q.g, q.D, rule; ndrange = range)
     return
 end
 
@@ -122,12 +122,12 @@ end
 
 function iterate!(s::Anderson, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     history, F, newest = history_of(q.Z, s.memory), similar(q.Z), 0
-    range = (LANES, cld(size(q.Z, 2), GROUP) * GROUP)
+    range = (WORK_ITEMS, cld(size(q.Z, 2), GROUP) * GROUP)
     for k in 1:rule.limit
         step!(ws, q, progress, record, rule, F)
         look(progress, k) || break
         newest = k == 1 ? 0 : mod1(newest + 1, s.memory)
-        accelerate!(ws.backend, (LANES, GROUP))(
+        accelerate!(ws.backend, (WORK_ITEMS, GROUP))(
             q.Z, F, history, progress.running, progress.change, Int32(newest), eltype(F)(s.damping), max(eltype(F)(s.ridge), eps(eltype(F))),
             Val(s.memory); ndrange = range
         )
@@ -141,7 +141,7 @@ end
     _, j = @index(Global, NTuple)
     @uniform n = size(Z, 1)
     @uniform samples = size(Z, 2)
-    sums = @localmem eltype(Z) (2, m, LANES, GROUP)
+    sums = @localmem eltype(Z) (2, m, WORK_ITEMS, GROUP)
 
     if j <= samples && @inbounds(running[j])
         i = lane
@@ -154,7 +154,7 @@ end
                 end
                 history.R[i, j], history.F[i, j] = r, F[i, j]
             end
-            i += LANES
+            i += WORK_ITEMS
         end
         for place in 1:m
             inner, side = zero(eltype(Z)), zero(eltype(Z))
@@ -162,7 +162,7 @@ end
             while i <= n && newest > 0
                 @inbounds inner = muladd(history.ΔR[i, place, j], history.ΔR[i, newest, j], inner)
                 @inbounds side = muladd(history.ΔR[i, place, j], history.R[i, j], side)
-                i += LANES
+                i += WORK_ITEMS
             end
             @inbounds sums[1, place, lane, column], sums[2, place, lane, column] = inner, side
         end
@@ -173,7 +173,7 @@ end
         newest > 0 && (count = @inbounds change[j] > 2 * history.change[j] ? zero(count) : min(count + one(count), oftype(count, m)))
         for place in 1:(count > 0 ? m : 0)
             inner, side = zero(eltype(Z)), zero(eltype(Z))
-            for l in 1:LANES
+            for l in 1:WORK_ITEMS
                 @inbounds inner += sums[1, place, l, column]
                 @inbounds side += sums[2, place, l, column]
             end
@@ -194,7 +194,7 @@ end
                 @inbounds z -= history.γ[l, j] * (history.ΔF[i, place, j] - (1 - damping) * history.ΔR[i, place, j])
             end
             @inbounds Z[i, j] = z
-            i += LANES
+            i += WORK_ITEMS
         end
     end
 end
@@ -226,20 +226,22 @@ end
 function iterate!(::Newton, ws::DeviceWorkspace, q::BatchEquation, progress, record, rule)
     line, F, D = line_search_of(q.Z), similar(q.Z), similar(q.Z)
     n, samples = size(q.Z)
-    range = (LANES, cld(samples, GROUP) * GROUP)
+    range = (WORK_ITEMS, cld(samples, GROUP) * GROUP)
     for _ in 1:rule.limit
         check_interrupt()
         step!(ws, q, progress, record, rule, F)
         any(progress.running) || break
-        search!(ws.backend, (LANES, GROUP))(q.Z, F, line, progress.running, progress.change; ndrange = range)
+        search!(ws.backend, (WORK_ITEMS, GROUP))(q.Z, F, line, progress.running, progress.change; ndrange = range)
         fresh = findall(on_host(line.fresh))
         isempty(fresh) && continue
         slopes_at!(ws.backend)(D, q.S, F, q.g.f; ndrange = (n, samples))
-        line.direction .= F .- line.base
-        solve_each!(line.direction, ws, line.singular, q.M, D, nothing, F .- line.base, fresh)
-        # Where the matrix is singular, the direction is that of the Picard step.
-        line.direction .= ifelse.(isfinite.(line.direction) .& .!reshape(line.singular, 1, :), line.direction, F .- line.base)
-        q.Z .= ifelse.(reshape(line.fresh, 1, :), line.base .+ line.direction, q.Z)
+        picard = F .- line.base
+        step = copy(picard)
+        solve_each!(step, ws, line.singular, q.M, D, nothing, picard, fresh)
+        # Where the matrix is singular, the direction is that of the Picard step; columns that search along theirs keep it.
+        mine, solved = reshape(line.fresh, 1, :), all(isfinite, step; dims = 1) .& .!reshape(line.singular, 1, :)
+        line.direction .= ifelse.(mine, ifelse.(solved, step, picard), line.direction)
+        q.Z .= ifelse.(mine, line.base .+ line.direction, q.Z)
     end
     record.status .= ifelse.(progress.started .& (record.status .== MAX_ITERATIONS) .& line.singular, SINGULAR, record.status)
     return
@@ -261,7 +263,7 @@ end
             else
                 line.base[i, j], line.picard[i, j] = Z[i, j], F[i, j]
             end
-            i += LANES
+            i += WORK_ITEMS
         end
     end
     @synchronize
@@ -293,7 +295,7 @@ which is a fixed point in t. What it finds is taken up by Picard iteration, for 
 """
 function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, record, rule) where {T}
     slope = mean_slopes(ws, q)
-    Q = chord_matrix(ws, q, slope)
+    Q = rule.limit > 1 ? chord_matrix(ws, q, slope) : nothing
     if Q !== nothing
         samples = size(q.Z, 2)
         value(S) = (F = similar(S); activate!(ws.backend)(F, S, q.g.f; ndrange = size(F)); F)
@@ -301,7 +303,7 @@ function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, 
         linear = BatchEquation(F .- slope .* q.S, similar(F), q.U .+ Q * (slope .* q.U), Q, Deviating(q.g.f), slope)
         found, on = record_of(ws, samples), progress_of(ws, samples)
         on.running .= progress.running
-        limit = min(rule.limit, Int32(LINEARIZED_PATIENCE))
+        limit = min(rule.limit - 1, LINEARIZED_PATIENCE)          # one evaluation at least is that of the equation itself
         iterate!(Picard(), ws, linear, on, found, Rule{T}(; rule.tol, rule.floor, limit))
         solution = value(affine!(linear))
         # A solution that is far away may be another than the one that attracts.

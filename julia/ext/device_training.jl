@@ -6,7 +6,7 @@ const DeviceTrainer{T, R, O} = Trainer{T, R, O, <:StepBuffers{T, <:Any, <:Device
 function ImplicitRNN.train!(
         trainer::DeviceTrainer, nets::Replicas{<:Array}, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing
     )
-    whole = is_whole(checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged))
+    (; whole) = checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged)
     ws = first(trainer.buffers).workspace
     there = Replicas(on_device(ws, nets.parameters), on_device(ws, nets.good), nets.halted)
     places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), order)

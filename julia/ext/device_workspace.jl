@@ -57,9 +57,6 @@ ImplicitRNN.device_vector(backend::Backend, ::Type{T}, n::Int) where {T} = Kerne
 
 # --- between host and device ------------------------------------------------------------------------------------------
 
-on_host(A::Array) = A
-on_host(A::AbstractArray) = Array(A)
-
 "An array on the device, itself where it is there; nothing where there is none."
 on_device(::DeviceWorkspace, ::Nothing) = nothing
 on_device(::DeviceWorkspace, A::AbstractGPUArray) = A

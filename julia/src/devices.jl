@@ -50,6 +50,10 @@ function on_device end
 "    read_out!(outputs, workspace, p, Z)\n\nThe outputs (outputs × samples) of the states `Z` (neurons × samples) on the device of a workspace."
 function read_out! end
 
+"    on_host(A)\n\nAn array as one of the CPU, itself where it is one."
+on_host(A::Array) = A
+on_host(A::AbstractArray) = Array(A)
+
 "    find_nonfinite(X) -> (count, first)\n\nHow many columns of `X` have an entry that is not finite, and the first of them, 0 if there is none."
 function find_nonfinite(X::AbstractMatrix)
     bad = findall(Array(.!vec(all(isfinite, X; dims = 1))))

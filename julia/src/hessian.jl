@@ -21,12 +21,14 @@ end
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     check_supervised(problem.net, X, Y, weights)
     check_length(problem.net, v)
+    check_length(problem.net, h, "product")
     return exclusively(() -> second_derivative!(h, ws, problem, p, X, Y, v, weights), ws)
 end
 
 function second_derivative!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights) where {T}
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
+    problem.solver isa Chord && linearize!(ws, problem, X)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])
     tile.latest = tile.factorised = false

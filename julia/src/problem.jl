@@ -31,7 +31,7 @@ check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || thro
 
 # --- how it went ----------------------------------------------------------------------------------------------
 
-"What was found for the samples of a problem; the fields of its `outcome` are had from it as well."
+"What was found for the samples of a problem; the fields of `outcome` can be read from it directly."
 abstract type AbstractSolution end
 Base.getproperty(s::AbstractSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
@@ -51,8 +51,8 @@ converged(s::AbstractSolution) = s.status .== CONVERGED
     Solution
 
 The equilibria of a batch: `state` (neurons × samples) and, per sample, `status`, `iterations`, the relative
-`residual`, the contraction `rate` observed and `bound`, a certified bound on max |z - z*| (NaN where the
-constraint gives none).
+`residual`, the contraction `rate` observed and `bound`, a bound on max |z - z*| that is certified but for the rounding of one
+evaluation (NaN where the constraint gives none).
 """
 struct Solution{T, A <: AbstractMatrix{T}} <: AbstractSolution
     state::A
@@ -144,6 +144,7 @@ its field `owner` if its methods are to work [`exclusively`](@ref), and the meth
 - [`loss_and_gradient!`](@ref)`(g, ws, problem, p, X, Y; probe, weights, report, states)`
 - [`vjp!`](@ref)`(g, dX, ws, problem, p, X, V; of, start, probe, report)`
 - [`jvp!`](@ref)`(tangent, ws, problem, p, X, dp, dX; of, start, report)`
+- `hessian_vector_product!(h, ws, problem, p, X, Y, v, weights = nothing)`
 - [`allocate`](@ref)`(ws, dimensions...)`
 
 All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
@@ -203,8 +204,8 @@ function loss_and_gradient! end
     vjp!(g, dX, ws, problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing)
 
 The derivative of Σ ⟨V, outputs⟩, or with `of = :state` of Σ ⟨V, state⟩, with respect to the parameters goes to `g`, that with
-respect to the samples to `dX` (features × samples). Where `start` (neurons × samples) holds the equilibria, one evaluation of f says
-so. The loss of the problem plays no part; its Jacobian penalty is added. Returns the penalty and the [`Quality`](@ref); the
+respect to the samples to `dX` (features × samples). Where `start` (neurons × samples) holds the equilibria, one evaluation of f confirms
+it. The loss of the problem plays no part; its Jacobian penalty is added. Returns the penalty and the [`Quality`](@ref); the
 `report` is that of [`loss_and_gradient!`](@ref).
 """
 function vjp! end

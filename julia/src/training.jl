@@ -56,10 +56,10 @@ function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, bat
     )
 end
 
-"The rule at a learning rate, NaN for its own."
-function rule_at!(b::StepBuffers, rate)
-    if b.rate != rate && !isnan(rate)
-        b.rule = Optimisers.adjust(b.rule, rate)
+"The `rule` at a learning rate, NaN for its own."
+function rule_at!(b::StepBuffers, rule, rate)
+    if !isequal(b.rate, rate)
+        b.rule = isnan(rate) ? rule : Optimisers.adjust(rule, Float64(rate))
         b.rate = rate
     end
     return b.rule
@@ -127,12 +127,10 @@ end
 samples_of(b::Batches) = size(b.order, 1)
 epochs_of(b::Batches) = size(b.order, 2)
 steps_of(b::Batches) = cld(samples_of(b), b.size)
-is_whole(b::Batches) = b.whole
 rate_of(b::Batches, epoch, step) = b.rates[(epoch - 1) * steps_of(b) + step]
 
-"The samples of a step; those of the whole, in their own order."
+"The samples of a step."
 batch(b::Batches, epoch, step) = view(b.order, piece(step, b.size, samples_of(b)), epoch)
-whole(b::Batches) = 1:samples_of(b)
 
 """
     train!(trainer, nets, X, Y, order, batch_size, rates, losses, unconverged; weights = nothing)
@@ -167,7 +165,7 @@ function checked_batches(trainer::Trainer, nets::Replicas, X, Y, weights, order,
     samples, count, epochs = size(X, 2), size(nets.parameters, 2), size(order, 2)
     all(in(1:samples), order) || throw(ArgumentError("order has numbers from $(minimum(order)) to $(maximum(order)) for $samples samples"))
     b = Batches(X, Y, weights, order, batch_size, rates)
-    is_whole(b) || min(batch_size, samples_of(b)) <= trainer.batch_size ||
+    b.whole || min(batch_size, samples_of(b)) <= trainer.batch_size ||
         throw(ArgumentError("batches of $(min(batch_size, samples_of(b))) samples need a Trainer of that batch_size; it has $(trainer.batch_size)"))
     count <= length(trainer.states) ||
         throw(DimensionMismatch("there are $count nets for a trainer of $(length(trainer.states))"))
@@ -254,7 +252,7 @@ function train_epoch!(trainer::Trainer, b::StepBuffers, p, s::Int, batches::Batc
         gradient_norm = euclidean_norm(b.gradient)
         isfinite(loss) && isfinite(gradient_norm) || return NaN, failed
         gradient_norm > trainer.clip && rmul!(b.gradient, trainer.clip / gradient_norm)
-        trainer.states[s] = descend!(rule_at!(b, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
+        trainer.states[s] = descend!(rule_at!(b, trainer.rule, rate_of(batches, epoch, step)), trainer.states[s], p, b.gradient)
     end
     return total / samples_of(batches), failed
 end
@@ -267,7 +265,7 @@ function batch_gradient!(
         b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
     )
     (; X, Y, weights) = batches
-    is_whole(batches) && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y; probe, weights, states = equilibria)
+    batches.whole && return loss_and_gradient!(b.gradient, b.workspace, problem, p, X, Y; probe, weights, states = equilibria)
     selected = batch(batches, epoch, step)
     x, y, states = gather!(b.batch_X, X, selected), gather!(b.batch_Y, Y, selected), gather!(b.batch_states, equilibria, selected)
     w = gather!(b.batch_weights, weights, selected)

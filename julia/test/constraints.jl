@@ -1,5 +1,3 @@
-slopes_of(stage) = stage.slopes
-
 for T in (Float64, Float32), (constraint, holds) in (
             Perron(0.9) => (R, L) -> maximum(abs, eigvals(L .* abs.(R))) <= 0.9 + 1.0e-5,
             InfNorm(0.9) => (R, L) -> opnorm(L .* R, Inf) <= 0.9 + 1.0e-5,

@@ -1,6 +1,6 @@
 # Equations on device arrays: the same solutions, statuses and derivatives as on the CPU.
 
-using ImplicitRNN: EquationProblem, SingularSolution, UNSTABLE, jacobian!
+using ImplicitRNN: SingularSolution, UNSTABLE, jacobian!
 
 "What `solve` and `vjp` give on the CPU and on the device, for arguments of which those `batched` are each sample's own."
 function on_both(pose, f, z0, args...; batched = (), options...)
@@ -120,6 +120,7 @@ end
         @test_throws "which gives values of type Array" root(z -> reshape([z[1] 1.0; 1.0 z[2]], 4)[1:2], ones_of(2))
         @test_throws "f returned an array of shape (3,); expected a vector of 2 entries" root(z -> [z[1], z[2], z[1]], ones_of(2))
         @test_throws ArgumentError root(z -> z, ones_of(2); solver = Picard())
+        @test_throws ErrorException root((z, a) -> z[1] > 3 ? error("z is large") : z .- a, ones_of(1), 5.0)       # is f's own affair
         @test_throws DimensionMismatch root((z, a) -> z .- a, ones_of(2), ones(4); batched = (1,))
     end
 end

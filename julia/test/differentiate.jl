@@ -24,6 +24,14 @@ for net in (one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.
     end
 end
 
+@testset "parameters of another type have gradients of that type" begin
+    net = one_layer(; constraint = Perron(0.9))
+    p, X = big.(parameters(net)), samples(net, 3)
+    g = only(Zygote.gradient(p -> sum(Equilibrium(net)(p, X)), p))
+    @test g isa Vector{BigFloat}
+    @test g ≈ only(Zygote.gradient(p -> sum(Equilibrium(net)(p, X)), Float64.(p))) rtol = 1.0e-8
+end
+
 @testset "an unconverged equilibrium is not differentiated" begin
     net = one_layer()
     @test_throws "did not reach an equilibrium" Equilibrium(net; solver = Picard(max_iterations = 1))(parameters(net), samples(net, 2))

@@ -155,6 +155,17 @@ end
         @test total[] == 4 * 20 * 10 * 10
     end
 
+    @testset "a thread that is still at work when its caller was interrupted takes up the next job" begin
+        helper, begun, go_on = ImplicitRNN.Helper(2, :absent), Base.Event(), Base.Event()
+        first_job = ImplicitRNN.Job((_, _) -> (notify(begun); wait(go_on)), 1, 1)
+        next_job = ImplicitRNN.Job((_, _) -> nothing, 1, 1)
+        ImplicitRNN.hand_out!(helper, first_job)
+        wait(begun)
+        ImplicitRNN.hand_out!(helper, next_job)
+        notify(go_on)
+        @test timedwait(() -> (@atomic next_job.helpers) == 0, 20) === :ok
+    end
+
     @testset "threads that are looking out take up functions younger than they" begin
         total = Threads.Atomic{Int}(0)
         for k in 1:20

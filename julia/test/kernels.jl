@@ -15,7 +15,7 @@ function kernels_of(::Type{T}) where {T}
     A = PTX.Global{T, 3}
     history = of((; ΔR = A, ΔF = A, R = M, F = M, gram = A, G = A, γ = M, b = M, change = V, differences = PTX.Global{Int32, 1}))
     line = of((; base = M, picard = M, direction = M, step = V, residual = V, fresh = flags, singular = flags))
-    group = (E.LANES, E.GROUP)
+    group = (E.WORK_ITEMS, E.GROUP)
     fused = map((fused_16 = 16, fused_64 = 64, fused_128 = 128)) do n
         tiling = E.Tiling(n, T)
         (E.gpu_picard!, (E.work_items(tiling),), (M, progress, record, M, M, E.Activated{ImplicitRNN.Tanh}, Nothing, E.Rule{T}, typeof(tiling)))

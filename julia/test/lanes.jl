@@ -144,7 +144,6 @@ end
     a = rand(Xoshiro(1), MANY)
     branch(z, a) = z[1] > 0 ? [z[1]^2 - a] : [z[1]^2 + a - 1]
     library(z, a) = (LinearAlgebra.qr([1.0 0; 0 2]); [Float64(ForwardDiff.value(z[1])) * 0 + z[1]^2 - a])
-    buffer = zeros(1)
     for f in (branch, library, (z, a) -> (x = zeros(eltype(z), 1); x[1] = z[1]; z[1] === 1.0; (z[1] > 3 || true) ? x .^ 2 .- a : x))
         solution = root(f, ones(1, MANY), a; batched = (1,))
         @test !side_by_side(solution)
@@ -154,10 +153,18 @@ end
     liar(z::AbstractVector{T}, a) where {T} = T <: Jet ? z .^ 2 .- 2 .* a : z .^ 2 .- a
     @test root(liar, ones(1, MANY), a; batched = (1,)).value ≈ sqrt.(a')
     # What fails for some of the samples only.
-    partly(z, a) = (any(a > 0.99) && (a > 0.99 || error("a is large")); z .^ 2 .- a)
     a[MANY] = 0.999
     a[1:100] .= 0.5
     @test_throws "a is large" root((z, a) -> (any(a .> 0.99) && error("a is large"); z .^ 2 .- a), ones(1, MANY), a; batched = (1,))
+end
+
+@testset "an interrupt is no failure of f" begin
+    calls = Ref(0)
+    for at in (1, 20)
+        f(z, a) = (eltype(z) <: ImplicitRNN.Sided && (calls[] += 1) == at && throw(InterruptException()); z .^ 2 .- a)
+        calls[] = 0
+        @test_throws InterruptException root(f, ones(1, MANY), rand(Xoshiro(1), MANY); batched = (1,))
+    end
 end
 
 @testset "a singular solution among many is named" begin

@@ -134,7 +134,9 @@ end
 
 @testset "options of another kind are refused by name" begin
     for kind in (Auto, Newton, Picard, Anderson, Chord, NLsolver, Implicit)
-        @test_throws "tol must lie strictly between 0 and 1, got \"a\"" kind(tol = "a")
+        for tol in (0, -1.0e-3, 1, Inf, NaN, "a")          # the others of which anything would meet
+            @test_throws "tol must lie strictly between 0 and 1, got $(repr(tol))" kind(; tol)
+        end
         @test_throws "max_iterations must be a positive whole number, got 2.5" kind(max_iterations = 2.5)
     end
     for kind in (Picard, Anderson)
@@ -146,7 +148,9 @@ end
     @test_throws "neurons must be a positive whole number, got \"x\"" Layer("x")
     @test_throws "an activation is tanh; expected its name, such as :tanh" Layer(3, tanh)
     @test_throws "kappa must lie in (0, 1), got \"a\"" Perron("a")
-    @test_throws "delta must be positive and finite, got \"a\"" Huber("a")
+    for delta in (0, "a")
+        @test_throws "delta must be positive and finite, got $(repr(delta))" Huber(delta)
+    end
     net = one_layer()
     @test_throws "rule is :adam; expected one made by its constructor" fit!(parameters(net), net, samples(net, 4), targets(net, 4); rule = :adam)
     @test_throws "layers is 3; expected a vector of layers" Network(2, 3; outputs = 1)

@@ -1,7 +1,7 @@
 # All tests, or those of the files that are named: Pkg.test("ImplicitRNN"; test_args = ["gemm", "losses"])
 
 using ForwardDiff, ImplicitRNN, InteractiveUtils, LinearAlgebra, Random, Test
-using ImplicitRNN: ACTIVATIONS, CONVERGED, LOSSES, Weights, curvature, slope, slope_bound, unpack!, value
+using ImplicitRNN: ACTIVATIONS, CONVERGED, Weights, curvature, slope, slope_bound, unpack!, value
 
 include("fixtures.jl")
 

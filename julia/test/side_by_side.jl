@@ -123,6 +123,20 @@ end
     nets(count) = Replicas(zeros(length(tiny), count))
     @test goes_side_by_side(Trainer(Problem(tiny), Optimisers.Adam(); nets = 40), nets(40), batches)
     @test !goes_side_by_side(Trainer(Problem(tiny), Optimisers.ClipNorm(1.0); nets = 40), nets(40), batches)
+    single = Network{Float32}(2, [Layer(3)]; outputs = 1)
+    @test !goes_side_by_side(Trainer(Problem(single), Optimisers.Adam(); nets = 40), Replicas(zeros(Float32, length(single), 40)), batches)
+end
+
+@testset "samples and targets of another type than the nets': $T" for T in (Float64, Int)
+    net = Network{Float32}(2, [Layer(3)]; outputs = 1)
+    X, Y, p = T[-1 -1 1 1; -1 1 -1 1], T[-1 1 1 -1], Float32.(sin.(1:length(net)))
+    trained = map((Float32, T)) do S
+        P = repeat(p, 1, 40)
+        trainer = Trainer(Problem(net), Optimisers.Adam(0.1f0); nets = 40)
+        train!(trainer, Replicas(P), S.(X), S.(Y), repeat(1:4, 1, 3), 4, fill(0.1, 3), zeros(3, 40), zeros(Int, 3, 40))
+        P
+    end
+    @test trained[2] ≈ trained[1] rtol = 1.0e-5
 end
 
 @testset "$name is that of Optimisers.jl, $T" for (name, rule) in (

@@ -24,12 +24,6 @@ end
     end
 end
 
-@testset "a tolerance that anything would meet is refused" begin
-    for solver in (Auto, Picard, Anderson, Newton, Chord, NLsolver), tol in (0, -1.0e-3, 1, Inf, NaN)
-        @test_throws "tol must lie strictly between 0 and 1" solver(; tol)
-    end
-end
-
 @testset "no bound is claimed for free weights" begin
     net = one_layer(; constraint = Free())
     @test all(isnan, equilibrium(net, parameters(net), samples(net, 3)).bound)
@@ -139,6 +133,13 @@ end
     end
 end
 
+@testset "a sample is not called singular for another that is" begin
+    net = Network(2, [Layer(2, :identity)]; outputs = [1], constraint = Free())
+    p = [1.0, 0, 0, 1, 0.5, 0, 0, prevfloat(1.0), 0, 0]                # z₁ = z₁ / 2 + x₁, z₂ = z₂ + x₂ to rounding
+    solution = equilibrium(net, p, [1.0e8 0; 0 1]; solver = Auto(max_iterations = 5))
+    @test solution.status == [ImplicitRNN.SINGULAR, ImplicitRNN.MAX_ITERATIONS]
+end
+
 @testset "where the Jacobian is singular a Picard step may lead on" begin
     net = Network(1, [Layer(1, :relu)]; outputs = [1], constraint = Free())
     p = [1.0, 1.0, 0.0]                                                # z = max(z + x, 0), at x = -1 from z = 5
@@ -199,6 +200,19 @@ end
         R = T.(R .* (radius / maximum(abs, eigvals(R))))
         @test ImplicitRNN.repels(R, ones(T, n, 1)) == (radius > 1)
         @test ImplicitRNN.repels(2 .* R, fill(T(0.5), n, 1)) == (radius > 1)
+    end
+end
+
+@testset "no matrix hides its spectral radius or norm from where their estimates begin" begin
+    @test ImplicitRNN.spectral_radius(2 .* (I - fill(1 / 300, 300, 300)), ones(300)) ≈ 2
+    cycle = circshift(Matrix(1.0I, 300, 300), 1)                          # a circulant matrix, as is this polynomial of it
+    @test ImplicitRNN.spectral_radius(cycle + cycle' - 2I, ones(300)) ≈ 4
+    u = [1.0, -2.0, 1.0] ./ sqrt(6)
+    R = 0.9I + 0.15 .* u .* u'
+    @test ImplicitRNN.norm_estimate(R) >= 1.05
+    net = Network(1, [Layer(3)]; outputs = [1], constraint = Free())
+    for solver in EVERY_SOLVER                                            # zero rests where it is, and repels
+        @test equilibrium(net, [zeros(3); vec(R); zeros(3)], zeros(1, 1); solver = solver()).status == [ImplicitRNN.UNSTABLE]
     end
 end
 

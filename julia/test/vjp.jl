@@ -106,6 +106,23 @@ end
     end
 end
 
+@testset "no samples have a loss and a gradient of zero, whatever the workspace has done before" begin
+    net = one_layer()
+    p, g, ws = parameters(net), fill(NaN, length(one_layer())), ImplicitRNN.Workspace(net)
+    ImplicitRNN.loss_and_gradient!(g, ws, Problem(net), p, samples(net, 40), targets(net, 40))
+    loss, _ = ImplicitRNN.loss_and_gradient!(g, ws, Problem(net), p, samples(net, 0), targets(net, 0))
+    @test iszero(loss) && iszero(g)
+end
+
+@testset "products with the Hessian are those by another solver, of which Picard iteration is none" begin
+    net = Network(1, [Layer(3)]; outputs = [1], constraint = Monotone(0.05))
+    p = [ones(3); vec(-3.0I(3)); zeros(3)]
+    X, Y, v = 0.1 .* samples(net, 40), targets(net, 40), parameters(net)
+    @test_throws "did not" hessian_vector_product(net, p, X, Y, v; solver = Picard())
+    @test hessian_vector_product(net, p, X, Y, v; solver = Chord()) ≈ hessian_vector_product(net, p, X, Y, v; solver = Newton()) rtol = 1.0e-6
+    @test_throws "the product 2" ImplicitRNN.hessian_vector_product!(zeros(2), ImplicitRNN.Workspace(net), Problem(net), p, X, Y, v)
+end
+
 @testset "what a product allocates does not depend on the samples" begin
     net = one_layer(; neurons = 4)
     p = parameters(net)

@@ -34,3 +34,6 @@ function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
     end
     return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : BLAS.nrm2(x)
 end
+
+"    direction(x)\n\nA vector of as many entries as `x` that no formula would single out."
+direction(x::AbstractArray{T}) where {T} = T[sinpi(0.618034k) + 0.1 for k in 1:length(x)]

@@ -81,6 +81,10 @@ function add_columns!(g::Vector{T}, A::Contiguous{T}, m) where {T <: Hardware}
     end
     return g
 end
+function add_columns!(g::AbstractVector, A, m)
+    foreach(j -> add!(g, view(A, :, j)), 1:m)
+    return g
+end
 
 "    transpose_into!(B, A)\n\n`B = Aᵀ`, block by block."
 function transpose_into!(B::Dense, A::Dense)

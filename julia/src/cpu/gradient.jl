@@ -87,7 +87,7 @@ function pull_back!(
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     width = tile_width(net, B)
     tiles = cld(B, width)
-    shares = min(tiles, shares_of(net))
+    shares = clamp(tiles, 1, shares_of(net))
     threads = threads_for(net, B)
     buffers = buffers!(ws, B, threads, shares)
     while length(ws.gradients) < shares
@@ -130,7 +130,7 @@ function sum_tiles!(tile::Tile, problem::Problem, X, seed, penalty, width::Int, 
     return summary
 end
 
-"The columns of an array, or the entries of a vector, for these samples; nothing of nothing."
+"The columns of an array, or the entries of a vector, for these samples; `nothing` if given `nothing`."
 columns_of(::Nothing, samples) = nothing
 columns_of(x::AbstractVector, samples) = view(x, samples)
 columns_of(A::AbstractMatrix, samples) = view(A, :, samples)

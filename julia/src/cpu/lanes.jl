@@ -93,7 +93,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
                 left += 1
                 copy_column!(c.U, left, c.U, j)
                 copy_column!(c.Z, left, c.Z, j)
-                c.sample[left], c.iterations[left] = j, used
+                c.sample[left], c.iterations[left], c.singular[left] = j, used, false
             else
                 status = failed ? status_of_failed!(c, j, w, p, l) : CONVERGED
                 store_lane!(p.Z, j, p.latest && status === CONVERGED ? w.F : w.Z, l)
@@ -118,8 +118,8 @@ end
 """
     newton_lanes!(w, M, p, cold, evaluations)
 
-The equilibria of z = f(U + M z) from Z, or from zero if `cold`: in F, or `failed`. `M` is that of all lanes or, with the lane as its first
-index, one for each.
+The equilibria of z = f(U + M z) from Z, or from zero if `cold`. The result is in `F`; lanes that did not converge are marked in
+`failed`. `M` is that of all lanes or, with the lane as its first index, one for each.
 """
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps, lanes = p.unique ? 1 : 3, Val(L)
@@ -313,17 +313,15 @@ end
 function activate_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
     fill!(w.change2, 0)
     fill!(w.size2, 0)
-    foreach(piece -> activate_lane_rows!(w, piece[2], piece[1]), pieces(f, size(w.S, 2)))
-    return
-end
-function activate_lane_rows!(w::Lanes{T, L}, f::Activation, rows) where {T, L}
-    @inbounds for i in rows
-        @simd ivdep for l in 1:L
-            z = value(f, w.S[l, i])
-            w.F[l, i] = z
-            d = z - w.Z[l, i]
-            w.change2[l] = muladd(d, d, w.change2[l])
-            w.size2[l] = muladd(z, z, w.size2[l])
+    foreach(pieces(f, size(w.S, 2))) do (rows, g)
+        @inbounds for i in rows
+            @simd ivdep for l in 1:L
+                z = value(g, w.S[l, i])
+                w.F[l, i] = z
+                d = z - w.Z[l, i]
+                w.change2[l] = muladd(d, d, w.change2[l])
+                w.size2[l] = muladd(z, z, w.size2[l])
+            end
         end
     end
     return

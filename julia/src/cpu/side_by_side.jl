@@ -255,8 +255,8 @@ is_elementwise(chain::Optimisers.OptimiserChain) = all(is_elementwise, chain.opt
 # Lanes without a net compute as well. The sum over a batch has as many shares as tiles.
 function goes_side_by_side(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
     problem, samples, count = trainer.problem, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
-    first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} && !trainer.warm_start &&
-        is_tiny(problem) && is_elementwise(trainer.rule) || return false
+    first(trainer.buffers).workspace isa CPUWorkspace && !trainer.warm_start &&
+        all(A -> A === nothing || eltype(A) == T, (batches.X, batches.Y, batches.weights)) && nets.parameters isa Matrix{T} && is_tiny(problem) && is_elementwise(trainer.rule) || return false
     cld(samples, tile_width(problem.net, samples)) <= shares_of(problem.net) || return false
     threads = Threads.nthreads()
     return cld(cld(count, NETS), threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
@@ -329,11 +329,11 @@ function train_group!(
         for step in 1:steps_of(batches)
             check_interrupt()
             selected = batch(batches, epoch, step)
-            loss_and_gradient!(s, X, Y, weights, is_whole(batches) ? whole(batches) : selected)
+            loss_and_gradient!(s, X, Y, weights, batches.whole ? (1:samples_of(batches)) : selected)
             any(s.unsolved) && solve_alone!(g, s, b, trainer.problem, batches, epoch, step)
             map_each!((total, loss) -> total + loss * length(selected), g.total, g.total, s.loss)
             check_gradients!(g, s, trainer)
-            g.state = descend!(rule_at!(b, rate_of(batches, epoch, step)), g.state, p, gradient)
+            g.state = descend!(rule_at!(b, trainer.rule, rate_of(batches, epoch, step)), g.state, p, gradient)
         end
         end_epoch!(g, s, trainer, nets, epoch, samples_of(batches), losses, unconverged)
         any(g.running) || break

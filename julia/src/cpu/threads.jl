@@ -91,7 +91,8 @@ call_off!(helper::Helper, job::Job) = (@atomicreplace helper.job job => :waiting
 function help(helper::Helper)
     while (job = next_job(helper)) !== nothing
         take_pieces!(job, helper.thread)
-        @atomic helper.job = :waiting
+        # A caller that was interrupted may have made room for another, whose job is there.
+        @atomicreplace helper.job :working => :waiting
         leave!(job)
     end
     return
@@ -126,6 +127,11 @@ function wait_for(job::Job)
     end
     return
 end
+
+"What was thrown where tasks failed, else the exception itself."
+cause(error) = error
+cause(error::TaskFailedException) = cause(error.task.exception)
+cause(error::CompositeException) = cause(first(error))
 
 # A moment in a loop that waits: lets the other thread of the core work, and a garbage collection begin.
 function rest()

@@ -1,14 +1,14 @@
 # Elementary functions of numbers side by side. Polynomials are the best approximations in the sense of Chebyshev, by Remez'
 # algorithm in 300 bits, of what the text beside them says; arguments are reduced as by Cody and Waite, Software manual for the
-# elementary functions (1980). Arguments for which that does not do go to Julia's own functions, lane by lane.
+# elementary functions (1980). Arguments for which that is not accurate enough go to Julia's own functions, lane by lane.
 
 "Adding it rounds to an integer, which is then in the lowest bits."
 const MAGIC = 6755399441055744.0
 
 # What has no kernel.
 for f in (
-        :cbrt, :exp10, :sec, :csc, :cot, :asin, :acos, :sech, :csch, :coth, :asinh, :acosh, :atanh, :sind, :cosd, :tand, :sinpi,
-        :cospi, :sinc, :cosc, :deg2rad, :rad2deg,
+        :cbrt, :exp10, :log2, :log10, :sec, :csc, :cot, :asin, :acos, :atan, :sech, :csch, :coth, :asinh, :acosh, :atanh, :sind, :cosd,
+        :tand, :sinpi, :cospi, :sinc, :cosc, :deg2rad, :rad2deg,
     )
     @eval Base.$f(x::Vec) = each_lane($f, x)
 end
@@ -129,8 +129,6 @@ end
     y = log_of(k, f, rounding / u)
     return replaced_lanes(log1p, ifelse(abs(x) < 0x1p-54, x, y), !((u > 0.0) & (x < 0x1p1000)), x)
 end
-@inline Base.log2(x::Vec) = each_lane(log2, x)
-@inline Base.log10(x::Vec) = each_lane(log10, x)
 
 # --- circular functions ----------------------------------------------------------------------------------------
 
@@ -191,7 +189,6 @@ end
     s, c = sincos_usual(x)
     return replaced_lanes(tan, s / c, abs(x) > CIRCULAR_LIMIT, x)
 end
-@inline Base.atan(x::Vec) = each_lane(atan, x)
 
 # --- powers ----------------------------------------------------------------------------------------------------
 

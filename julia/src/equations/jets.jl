@@ -11,11 +11,7 @@ struct Jet{N} <: Sided
 end
 
 @inline Jet{N}(x::Union{Vec, Plain}) where {N} = Jet{N}(Vec(x), ntuple(_ -> zero(Vec), Val(N)))
-@inline Jet{N}(x::Jet{N}) where {N} = x
 Base.promote_rule(::Type{Jet{N}}, ::Type{Vec}) where {N} = Jet{N}
-for f in (:zero, :one, :eps, :floatmin, :floatmax, :typemin, :typemax)
-    @eval @inline Base.$f(::Type{Jet{N}}) where {N} = Jet{N}($f(Vec))
-end
 
 "Variable number k of N."
 @inline variable(x::Vec, k::Int, ::Val{N}) where {N} = Jet{N}(x, ntuple(i -> Vec(i == k), Val(N)))

@@ -332,7 +332,7 @@ function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, r
         try
             solve_blocks!(w, s, Z, outcome, regular, p, solver, tol, at, last(range), root)
         catch error
-            error isa Interrupted && rethrow()
+            error isa Union{Interrupted, InterruptException} && rethrow()
             foreach(j -> (@late solve_sample!(s, Z, outcome, p, solver, tol, j)), samples(Block(at[], last(range))))
             at[] += LANES
         end
@@ -412,7 +412,7 @@ function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
         value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
         return agrees(p, Z, value, w.J, b)
     catch error
-        error isa Interrupted && rethrow()
+        error isa Union{Interrupted, InterruptException} && rethrow()
         return false
     end
 end

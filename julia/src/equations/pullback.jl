@@ -131,7 +131,4 @@ function reverse_jacobian!(J, g::Opaque, x::AbstractArray)
     return all(agree.(J * d, along(g, x, d, n), abs.(J) * abs.(d), Ref(x)))
 end
 
-# No direction that a formula would single out.
-direction(x::AbstractArray{T}) where {T} = T[sinpi(0.618034k) + 0.1 for k in 1:length(x)]
-
 agree(a, b, size, ::AbstractArray{T}) where {T} = !(abs(a - b) > sqrt(eps(T)) * size)

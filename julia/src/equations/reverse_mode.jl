@@ -10,9 +10,12 @@ struct Operation
     by_second::Float64
 end
 
-"What is being recorded. One thing at a time, which `RECORDING` sees to."
+"What is being recorded. Guarded by `RECORDING`."
 const TAPE = Operation[]
 const RECORDING = ReentrantLock()
+
+"The task that records, if any."
+const RECORDER = Ref{Union{Nothing, Task}}(nothing)
 
 "Operations that a tape has room for: 512 MiB."
 const LONGEST_TAPE = 2^24
@@ -28,15 +31,13 @@ end
 
 function record(value, first::Int, by_first, second::Int = 0, by_second = 0.0)
     first == second == 0 && return Traced(value, 0)
-    length(TAPE) < LONGEST_TAPE || throw(NotRecorded())
+    RECORDER[] === current_task() && length(TAPE) < LONGEST_TAPE || throw(NotRecorded())
     push!(TAPE, Operation(first, second, by_first, by_second))
     return Traced(value, length(TAPE))
 end
 
 Traced(x::Traced) = x
 Traced(x::Real) = Traced(Float64(x), 0)
-Base.convert(::Type{Traced}, x::Traced) = x
-Base.convert(::Type{Traced}, x::Real) = Traced(x)
 Base.promote_rule(::Type{Traced}, ::Type{<:Real}) = Traced
 Base.promote_rule(::Type{Traced}, ::Type{ForwardDiff.Dual{T, V, N}}) where {T, V, N} = ForwardDiff.Dual{T, promote_type(Traced, V), N}
 Base.float(x::Traced) = x
@@ -53,11 +54,9 @@ Base.:-(x::Traced, y::Traced) = record(x.value - y.value, x.place, 1.0, y.place,
 Base.:*(x::Traced, y::Traced) = record(x.value * y.value, x.place, y.value, y.place, x.value)
 Base.:/(x::Traced, y::Traced) = record(x.value / y.value, x.place, 1 / y.value, y.place, -x.value / y.value^2)
 Base.:-(x::Traced) = record(-x.value, x.place, -1.0)
-Base.:+(x::Traced) = x
 # Constants of another type need not become Traced first.
 Base.:*(x::Traced, y::Union{Float64, Float32, Int}) = record(x.value * y, x.place, y)
 Base.:*(x::Union{Float64, Float32, Int}, y::Traced) = y * x
-Base.muladd(x::Traced, y::Traced, z::Traced) = x * y + z
 Base.fma(x::Traced, y::Traced, z::Traced) = x * y + z
 
 # What else has a derivative has it by ForwardDiff's rules.
@@ -114,18 +113,22 @@ end
 """
     recorded(g, x, n)
 
-`y = g(x)` of n entries, recorded for the array x: a function that takes λ to λᵀ ∂g/∂x. `nothing` where g cannot be recorded.
+`y = g(x)` of n entries, recorded for the array x: a function that takes λ to λᵀ ∂g/∂x. `nothing` where g cannot be recorded, as
+where it computes in several tasks, or is called in what is being recorded.
 """
 function recorded(g, x::AbstractArray, n::Int)
+    RECORDER[] === current_task() && return nothing
     @lock RECORDING try
+        RECORDER[] = current_task()
         empty!(TAPE)
         append!(TAPE, Iterators.repeated(Operation(0, 0, 0.0, 0.0), length(x)))
         y = checked(g(reshape([Traced(value, place) for (place, value) in enumerate(x)], size(x))), n)
         return Recorded(copy(TAPE), length(x), Int[place(y[i]) for i in 1:n])
     catch error
-        error isa Union{MethodError, NotRecorded, InexactError} || rethrow()
+        cause(error) isa Union{MethodError, NotRecorded, InexactError} || rethrow()
         return nothing
     finally
+        RECORDER[] = nothing
         length(TAPE) > 2^20 && sizehint!(empty!(TAPE), 2^16)
     end
 end

@@ -50,8 +50,8 @@ end
     Base.llvmcall($("%a = bitcast i$(64LANES) %0 to <$LANES x double>\n%r = extractelement <$LANES x double> %a, i64 %1\nret double %r"), Float64, Tuple{Vec, Int64}, x, l - 1)
 @inline lane(m::Mask, l::Int) = isodd(bits(m) >> (l - 1))
 const Register = NTuple{LANES, VecElement{Float64}}
-# As what LLVM keeps in registers from one round of a loop to the next, and where two branches meet; a `Vec` is an integer to it, of
-# which it knows only as long as it sees all that is done with it, and which else it keeps in as many registers of other kind.
+# As what LLVM keeps in registers from one round of a loop to the next, and where two branches meet. To LLVM a `Vec` is one wide
+# integer; where it loses sight of the bitcasts, it keeps that in general-purpose registers.
 @eval @inline in_registers(x::Vec) = Base.llvmcall($("%r = bitcast i$(64LANES) %0 to <$LANES x double>\nret <$LANES x double> %r"), Register, Tuple{Vec}, x)
 @eval @inline Vec(x::Register) = Base.llvmcall($("%r = bitcast <$LANES x double> %0 to i$(64LANES)\nret i$(64LANES) %r"), Vec, Tuple{Register}, x)
 "The lanes f(1), f(2), …"
@@ -65,16 +65,13 @@ const Register = NTuple{LANES, VecElement{Float64}}
 end
 
 @inline Vec(x::Plain) = Vec(Float64(x))
-@inline Vec(x::Vec) = x
 Base.promote_rule(::Type{S}, ::Type{<:Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}}) where {S <: Sided} = S
 Base.float(x::Sided) = x
 Base.float(::Type{S}) where {S <: Sided} = S
 Base.broadcastable(m::Mask) = Ref(m)
 for f in (:zero, :one, :eps, :floatmin, :floatmax, :typemin, :typemax)
-    @eval @inline Base.$f(::Type{Vec}) = Vec($f(Float64))
+    @eval @inline Base.$f(::Type{S}) where {S <: Sided} = S($f(Float64))
 end
-@inline Base.zero(::S) where {S <: Sided} = zero(S)
-@inline Base.one(::S) where {S <: Sided} = one(S)
 Base.show(io::IO, x::Vec) = print(io, "Vec(", join((lane(x, l) for l in 1:LANES), ", "), ")")
 
 # --- masks -----------------------------------------------------------------------------------------------------
@@ -117,7 +114,6 @@ for (f, op) in ((:+, "add"), (:-, "sub"), (:&, "and"), (:xor, "xor"), (:<<, "shl
     @eval @inline Base.$f(a::Integers, b::Int64) = $f(a, Integers(b))
 end
 @eval @inline Base.:-(x::Vec) = Base.llvmcall($(instruction("%r = fneg <$LANES x double> %a", Vec, Vec => "a")), Vec, Tuple{Vec}, x)
-@inline Base.:+(x::Sided) = x
 @inline Base.inv(x::Vec) = 1.0 / x
 @inline Base.abs2(x::Vec) = x * x
 

@@ -241,16 +241,14 @@ end
 
 "    slopes!(D, f, S, Z)\n\n`D = f′(S)` for all columns, given `Z = f(S)`."
 function slopes!(D, f::Activation, S, Z)
-    foreach(piece -> slope_rows!(D, piece[2], S, Z, piece[1]), pieces(f, size(S, 1)))
-    return D
-end
-function slope_rows!(D, f::Activation, S, Z, rows)
-    for j in axes(D, 2)
-        @inbounds @simd for i in rows
-            D[i, j] = slope(f, S[i, j], Z[i, j])
+    foreach(pieces(f, size(S, 1))) do (rows, g)
+        for j in axes(D, 2)
+            @inbounds @simd for i in rows
+                D[i, j] = slope(g, S[i, j], Z[i, j])
+            end
         end
     end
-    return
+    return D
 end
 
 "    curvatures(f, S, Z)\n\n`f″(S)` for all columns, given `Z = f(S)`."

@@ -65,7 +65,9 @@ function unpack!(w::Weights, net::Network, p::AbstractVector)
             matrix, rows, cols = target(ws, stage, c)
             offset = c.offset
             for j in cols
-                copyto_column!(matrix, rows, j, p, offset)
+                @inbounds @simd for i in eachindex(rows)
+                    matrix[rows[i], j] = p[offset + i]
+                end
                 offset += length(rows)
             end
         end
@@ -76,13 +78,6 @@ function unpack!(w::Weights, net::Network, p::AbstractVector)
     copyto!(w.C, 1, p, net.weights_out + 1, length(w.C))
     copyto!(w.d, 1, p, net.weights_out + length(w.C) + 1, length(w.d))
     return w
-end
-
-@inline function copyto_column!(matrix, rows, j, p, offset)
-    @inbounds @simd for i in eachindex(rows)
-        matrix[rows[i], j] = p[offset + i]
-    end
-    return
 end
 
 """

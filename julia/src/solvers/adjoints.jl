@@ -17,8 +17,9 @@ The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a r
 - `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
-- `:auto`: the linear part that is common to the batch first, as in [`Chord`](@ref), where the batch is large enough for that to
-  pay. Else `:lu` up to $(SMALL_LU) neurons a stage, above it `:neumann` as long as that is fast, then `:anderson`.
+- `:auto`: up to $(LANE_NEURONS) neurons a stage elimination for many samples side by side. Above, the linear part that is common to
+  the batch first, as in [`Chord`](@ref), where the batch is large enough for that to pay; else `:lu` up to $(SMALL_LU) neurons, above
+  it `:neumann` as long as that is fast, then `:anderson`.
 
 Samples which an iterative method leaves unsolved are solved by LU.
 """
@@ -46,7 +47,7 @@ struct JacobianFree <: Adjoint end
 """
     Unrolled(steps)
 
-Backpropagation through `steps` Picard iterations from zero (BPTT). It is the exact gradient of that many steps, whether
+Backpropagation through `steps` Picard iterations (BPTT) from zero, or from `start` where that is given. It is the exact gradient of that many steps, whether
 or not they reach an equilibrium; the forward solver is not used, and memory grows with the steps.
 """
 struct Unrolled <: Adjoint

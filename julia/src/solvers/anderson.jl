@@ -67,7 +67,7 @@ function iterate!(s::Anderson, c::Columns{T}, p::FixedPoint{T}, iterations::Int)
 end
 
 function accelerate!(s::Anderson, state::AndersonState{T}, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
-    equations = NormalEquations{T}(s.memory)
+    equations = buffer!(() -> NormalEquations{T}(s.memory), c, NormalEquations{T}, e -> length(e.γ) == s.memory)
     newest = 0                       # place of the newest difference
     for k in 1:iterations
         evaluate_all!(c, p; check = true) && return true

@@ -40,7 +40,7 @@ mutable struct Iteration{T}
     evaluations::Int
     limit::Int                # of evaluations
     merit::Float64            # ‖c‖, which steps are to reduce
-    largest::Float64          # size on the way, that of f(z) for a fixed point: a far start leaves no trace
+    largest::Float64          # size on the way, that of f(z) for a fixed point: so that a distant start does not loosen the criterion
     outset::Float64           # size of z and f(z) at the start
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
     rate::Float64             # its quotient with the one before

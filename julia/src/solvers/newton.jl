@@ -94,9 +94,7 @@ end
 # direction = (I - D R)⁻¹ (F - Z) for column j; the Picard step F - Z where the matrix is singular.
 function newton_direction!(direction, buffers::FactorBuffers, c::Columns, p::Stationary, j::Int)
     check_interrupt()
-    @inbounds @simd for i in eachindex(direction)
-        direction[i] = c.F[i, j] - c.Z[i, j]
-    end
+    picard_step!(direction, c, j)
     if p.factors === nothing
         solved = factorize!(buffers.A, buffers.pivots, buffers.slopes, c, p, j) && lu_solve_finite!(direction, buffers.A, buffers.pivots)
     else
@@ -105,10 +103,13 @@ function newton_direction!(direction, buffers::FactorBuffers, c::Columns, p::Sta
         solved = factorize!(A, pivots, buffers.slopes, c, p, j) && lu_solve_finite!(direction, A, pivots)
         p.factors.known[sample] = solved
     end
-    if !solved
-        @inbounds @simd for i in eachindex(direction)
-            direction[i] = c.F[i, j] - c.Z[i, j]
-        end
+    solved || picard_step!(direction, c, j)
+    return
+end
+
+@inline function picard_step!(direction, c::Columns, j::Int)
+    @inbounds @simd for i in eachindex(direction)
+        direction[i] = c.F[i, j] - c.Z[i, j]
     end
     return
 end

@@ -15,10 +15,9 @@ The spectral radius of `diag(d) R`, from all eigenvalues up to $(DENSE_EIGEN) ro
 function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     check_interrupt()
     n = size(R, 1)
-    all(isfinite, d) && all(isfinite, R) || return NaN
+    all(isfinite, d) && all(isfinite, R) || return T(NaN)
     n <= DENSE_EIGEN && return largest_eigenvalue!(rows_times(d, R))
-    start = fill(1 / T(sqrt(n)), n)
-    values, _, info = @late eigsolve(v -> d .* (R * v), start, 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
+    values, _, info = @late eigsolve(v -> d .* (R * v), direction(view(R, :, 1)), 1, :LM; krylovdim = 40, maxiter = 100, tol = 1.0e-6)
     info.converged > 0 || return largest_eigenvalue!(rows_times(d, R))
     return abs(first(values))
 end
@@ -49,7 +48,8 @@ only where the constraint does not guarantee a unique equilibrium.
 repels(::Columns, ::ColumnEquation, ::Int) = false
 function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
-    d = slopes!(Matrix{T}(undef, size(c.F, 1), 1), p.f, view(c.S, :, j:j), view(c.F, :, j:j))
+    slopes = buffer!(() -> zeros(T, size(c.F, 1), 1), c, Matrix{T})
+    d = slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
     # A norm of D R or of one of its powers below 1 proves stability; only what that does not settle needs eigenvalues.
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
@@ -80,13 +80,7 @@ end
 "States beyond this size are looked at."
 const SUSPICIOUS_SIZE = 1.0e6
 
-function is_large(z)
-    largest = zero(eltype(z))
-    @inbounds @simd for i in eachindex(z)
-        largest = max(largest, abs(z[i]))
-    end
-    return largest > SUSPICIOUS_SIZE
-end
+is_large(z) = any(x -> abs(x) > SUSPICIOUS_SIZE, z)
 
 # Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
 # contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
@@ -108,7 +102,7 @@ function norm_estimate(R::Matrix{T}) where {T}
     n = size(R, 1)
     ceiling = sqrt(opnorm(R, 1) * opnorm(R, Inf))
     isfinite(ceiling) && n > 1 || return ceiling
-    v, w = [one(T) + T(i) / n for i in 1:n], zeros(T, n)
+    v, w = direction(view(R, :, 1)), zeros(T, n)
     estimate = zero(T)
     for _ in 1:50
         gemv!('N', true, R, v, false, w)
