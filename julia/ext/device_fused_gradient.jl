@@ -35,7 +35,7 @@ function pull_back_fused!(total, ws::DeviceWorkspace{T}, problem, X, seed::LossS
     outputs = (; Y = similar(targets), targets, weights = here(seed.weights), seed.loss, seed.scale)
     differentiate!(ws.backend, work_items(tiling))(
         A, B, a.D, solves, outputs, a.Z, a.U, w.recurrent, w.transposed, w.readout, ws.offset, Activated(stage.activation),
-        rule_of(ws, 1, problem.solver), adjoint_rule(ws, problem.adjoint), tiling;
+        rule_of(ws, 1, problem.solver), adjoint_rule(ws, problem.adjoint; least = tiny_size(ws, problem.adjoint)), tiling;
         ndrange = work_items(tiling) * cld(samples, samples_of(tiling))
     )
     pack_products!(ws, A * B', n, inputs)

@@ -287,6 +287,9 @@ function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = fa
     q = BatchEquation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
     record = record_of(ws, samples)
     left = collect(1:samples)
+    # Squares of tiny numbers vanish, and residuals with them: such columns are solved for a multiple.
+    multiples = multiple_of.(maximum(abs, a.G; dims = 1), tiny_size(ws, s))
+    a.G .*= multiples
     fill!(a.E, 0)
     if s.linear_solver !== :lu
         progress = progress_of(ws, samples)
@@ -296,12 +299,18 @@ function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = fa
     residual = Float64.(on_host(record.residual))
     isempty(left) || (residual[left] .= eliminate_columns!(ws, q, left, tangent, adjoint_rule(ws, s, 1; rescue = false)))
     merged .= worse.(residual, merged)
+    a.E ./= multiples
     return
 end
 
+"The largest number of a column below which its square, to the tolerance, would vanish."
+tiny_size(::DeviceWorkspace{T}, s::Implicit) where {T} = 16 * sqrt(floatmin(T)) / T(tolerance(s, T))
+
+@inline multiple_of(largest::T, tiny) where {T} = 0 < largest < tiny ? inv(max(largest, floatmin(T))) : one(T)
+
 "The [`Rule`](@ref) by which adjoint systems are iterated."
-adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true) where {T} =
-    Rule{T}(; tol = tolerance(s, T), floor = floatmin(T), limit, rescue, latest = evaluation_contracts(ws.net.constraint))
+adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true, least = 0) where {T} =
+    Rule{T}(; tol = tolerance(s, T), floor = floatmin(T), limit, rescue, least, latest = evaluation_contracts(ws.net.constraint))
 
 "Solve the systems of some columns by LU; returns their residuals, NaN for a singular system."
 function eliminate_columns!(ws::DeviceWorkspace, q::BatchEquation, left, tangent, rule)

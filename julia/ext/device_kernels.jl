@@ -44,7 +44,8 @@ end
 
 When the iteration of a column ends. `settled` says that what Picard iteration converges to is beyond doubt; else an iterate that
 converges to a huge size is left to the host, and, unless all solutions are `checked` afterwards, one that converges at once or by
-damped steps; as are columns that blow up (where `rescue`), and, with a finite `patience`, those that need more iterations than that.
+damped steps; as are columns that blow up (where `rescue`), with a finite `patience` those that need more iterations than that, and
+columns smaller than `least`, whose squares vanish.
 """
 @kwdef struct Rule{T}
     tol::T
@@ -55,6 +56,7 @@ damped steps; as are columns that blow up (where `rescue`), and, with a finite `
     settled::Bool = true
     checked::Bool = true
     rescue::Bool = false
+    least::T = 0
     latest::Bool = false         # take the value of the last evaluation for the solution
 end
 
@@ -69,7 +71,7 @@ end
         return (r.rescue ? ABANDON : FINISH), NON_FINITE, residual
     elseif change <= r.tol * scale
         doubtful = !r.settled && (largest > T(SUSPICIOUS_SIZE) || !r.checked && (count == 1 || r.damping < 1))
-        return (doubtful ? ABANDON : FINISH), CONVERGED, residual
+        return (doubtful || size < r.least && largest > 0 ? ABANDON : FINISH), CONVERGED, residual
     elseif change > T(BLOW_UP) * (1 + r.floor)
         return (r.rescue ? ABANDON : FINISH), DIVERGED, residual
     elseif count >= r.limit
