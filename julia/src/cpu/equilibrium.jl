@@ -213,10 +213,15 @@ function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     if asked || B >= 2 * PILOTS && any(r -> may_pay(r, B), ws.recurrences)
         linearize_around!(ws, problem, X[:, 1:cld(B, PILOTS):B], B, asked)
     end
-    if !asked && B >= COARSE_SAMPLES
-        for r in ws.recurrences
-            r.linearized || !has_coarse_products(r) || iterate_coarsely!(r, Threads.nthreads())
-        end
+    asked || iterate_coarsely!(ws, B)
+    return
+end
+
+"Coarse products for the recurrent stages that are not linearised, for batches of B samples that are worth it."
+function iterate_coarsely!(ws::CPUWorkspace, B::Int)
+    B >= COARSE_SAMPLES || return
+    for r in ws.recurrences
+        r.linearized || !has_coarse_products(r) || iterate_coarsely!(r, Threads.nthreads())
     end
     return
 end
@@ -279,6 +284,7 @@ function settle!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, s
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     problem.solver isa Chord && linearize!(ws, problem, X)
+    problem.solver isa Auto && iterate_coarsely!(ws, B)
     amplifications = Float64[
         stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)
     ]

@@ -11,7 +11,7 @@ const SMALL = 12
 const BLOCK = 256
 
 "Neurons from which on coarse products are used, samples in a batch, and the time that an iteration with them takes, of that of one without."
-const COARSE_NEURONS, COARSE_SAMPLES, COARSE_SHARE = 128, 64, 0.4
+const COARSE_NEURONS, COARSE_SAMPLES, COARSE_SHARE = 128, 128, 0.4
 
 # --- factorisations ---------------------------------------------------------------------------------------------
 
