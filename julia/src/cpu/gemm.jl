@@ -327,10 +327,10 @@ function fill_panels!(value::F, P::Panels{T}, threads::Int) where {F, T}
     in_parallel(cld(registers, 2), rows > BLOCK ? threads : 1) do _, pair
         numbers = (2 * pair - 1):min(2 * pair, registers)
         across = L * length(numbers)
-        for (r, number) in enumerate(numbers), first in 1:8:columns, i in 1:L       # by 8 columns, as in `transpose_into!`
-            row, place = min((number - 1) * L, rows - L) + i, 2L * (pair - 1) * columns + (r - 1) * L + i
-            for l in first:min(first + 7, columns)
-                @inbounds data[place + (l - 1) * across] = value(row, l)
+        for (r, number) in enumerate(numbers), l in 1:columns
+            above, place = min((number - 1) * L, rows - L), 2L * (pair - 1) * columns + (r - 1) * L + (l - 1) * across
+            @inbounds @simd ivdep for i in 1:L
+                data[place + i] = value(above + i, l)
             end
         end
     end
