@@ -113,7 +113,7 @@ rounding_of(::BFloats) = 2.0^-8
 "The nearest bfloat16 number, in the lower half of the bits; of two as near the one whose last digit is 0."
 @inline function bfloat(x::Hardware)
     bits = reinterpret(UInt32, Float32(x))
-    return (bits + 0x7fff + ((bits >> 16) & 0x1)) >> 16
+    return (bits + 0x7fff + ((bits >> 16) & 0x01)) >> 16
 end
 
 function fill_coarse!(value::F, A::BFloats, threads::Int) where {F}
