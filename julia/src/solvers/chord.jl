@@ -151,9 +151,9 @@ end
 
 # The tolerance of the equation itself, if coarse products come near it.
 function tolerance_of_pass(p::Linearized{T}, residual) where {T}
-    (; tol, recurrence) = p.equation
-    recurrence.coarse || return tol
-    least = T(rounding_of(p.M)) * residual
+    Q, tol = p.M, p.equation.tol
+    Q isa CoarseFactor || return tol
+    least = T(rounding_of(Q)) * residual
     return least > 4 * tol ? least : tol / 2
 end
 
