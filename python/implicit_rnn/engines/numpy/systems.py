@@ -15,8 +15,8 @@ _FEW_SAMPLES, _TINY = 32, 8
 """Samples and neurons up to which LU is faster than the Neumann series."""
 _SERIES, _STEPS = 60, 4
 """Terms of the series that cost no more than LU, at least, and terms between two looks at the residual."""
-_TINY_SIZE = {name: 1e6 * float(np.sqrt(np.finfo(name).tiny)) for name in ("float32", "float64")}
-"""The norm below which a right-hand side is tiny."""
+_TINY_SIZE = {name: 16 * float(np.sqrt(np.finfo(name).tiny) / np.finfo(name).eps) for name in ("float32", "float64")}
+"""The norm of a right-hand side below which the square of a residual may vanish, whatever the tolerance."""
 _TILE_NUMBERS = 1 << 22
 """Numbers in the largest temporary array of the adjoint."""
 
