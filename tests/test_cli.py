@@ -135,6 +135,7 @@ def test_doctor_where_no_julia_can_be_had_says_why_and_exits_with_0_as_the_numpy
     assert done.returncode == 0
     assert "julia engine:        not available: no Julia environment is prepared" in done.stdout, str(done)
     assert "numpy engine:        ready" in done.stdout
+    assert run_cli("doctor", "--gpu", env=fresh_machine).returncode == 1
 
 
 def test_doctor_with_json_prints_nothing_else_on_stdout(run_cli: RunPython, fresh_machine):

@@ -37,7 +37,7 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
         explicit = environments.explicit_environment()
     except (EngineError, ValueError) as error:  # a contradiction, which stops every engine but the one that is named
         return report | {"julia engine": f"not available: {error}", "ok": report["engine setting"] == "numpy"}
-    without_julia = report["engine setting"] != "julia"
+    without_julia = report["engine setting"] != "julia" and not gpu
     try:
         if (environment := explicit or environments.prepared_environment()) is not None:
             report["julia environment"] = {
