@@ -687,8 +687,9 @@ def _solve(
         )
 
     start = z0.reshape(-1, z0.shape[-1])
+    solution = _Solution.apply(solve, conditions, start, *floats)
     _warn_of_lost_gradients(conditions, start, floats)
-    return _Solution.apply(solve, conditions, start, *floats).reshape(z0.shape)
+    return solution.reshape(z0.shape)
 
 
 def _check_start(z0: Tensor) -> None:
