@@ -903,10 +903,10 @@ class Network:
 
     def _vector(self, name: str, value: ArrayLike) -> Array:
         """A vector (P,) of a number for each parameter, checked."""
-        vector = np.ascontiguousarray(as_real(name, value, self.dtype))
+        vector = as_real(name, value, self.dtype)
         if vector.shape != self._parameters.shape:
             raise ValueError(f"{name} has shape {vector.shape}; expected {self._parameters.shape}")
-        return vector
+        return np.ascontiguousarray(vector)
 
     def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
         """Tell of samples without equilibrium or adjoint, as ``on_failure`` says."""
