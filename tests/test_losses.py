@@ -147,6 +147,7 @@ class NoArray:
         (LABELS - 1, ValueError, "labels from -1 to 0"),
         (np.full(12, 10**30), ValueError, f"labels from {10**30} to {10**30}"),
         (LABELS.astype(float), TypeError, r"whole numbers from 0: pass Y\.astype\(int\)"),
+        (np.where(LABELS, np.nan, 0), ValueError, "Y has NaN or infinity in"),
         (LABELS[:5], ValueError, "Y has 5 samples, X has 12"),
         (np.full((12, 2), 0.6), ValueError, "sum to 1"),
         (np.tile([1.5, -0.5], (12, 1)), ValueError, "smallest value is -0.5"),

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn.options import Option, check_positive
-from implicit_rnn.validation import as_array, as_real, as_targets, check_samples, refuse_masked_or_sparse
+from implicit_rnn.validation import as_array, as_real, as_targets, check_finite, check_samples, refuse_masked_or_sparse
 
 Array = np.ndarray
 
@@ -390,10 +390,12 @@ def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype
 
 
 def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dtype) -> Array:
-    if labels.dtype.kind == "f" and (labels == np.round(labels)).all():
-        raise TypeError(
-            f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: pass {name}.astype(int)"
-        )
+    if labels.dtype.kind == "f":
+        check_finite(name, labels[:, None])
+        if (labels == np.round(labels)).all():
+            raise TypeError(
+                f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: pass {name}.astype(int)"
+            )
     if not (labels.dtype.kind in "biu" or all(isinstance(label, int | np.integer) for label in labels)):
         raise TypeError(
             f"{name} has dtype {labels.dtype}; class labels must be whole numbers from 0: "
