@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from conftest import make_net
@@ -122,6 +125,16 @@ def test_lbfgs_trains_many_nets_each_as_if_alone(engine, X, Y):
         alone = make_net(engine, seed=seed)
         alone.fit(X, Y, optimizer="lbfgs", epochs=8)
         np.testing.assert_array_equal(net.parameters, alone.parameters)
+
+
+def test_lbfgs_in_threads_leaves_the_filters_of_warnings_as_they_were(engine, X, Y):
+    def train(seed):
+        make_net(engine, seed=seed).fit(X, Y, optimizer="lbfgs", epochs=60)
+
+    before = [*warnings.filters]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(train, range(8)))
+    assert warnings.filters == before
 
 
 def test_lbfgs_trains_in_float32(engine, X):

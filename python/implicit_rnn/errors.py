@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -191,3 +194,27 @@ def report_failure(message: str, on_failure: str, solution: Solution | None = No
         raise ConvergenceError(message, solution)
     if on_failure == "warn":
         warn(message, ConvergenceWarning)
+
+
+_counting, _filters, _silent = threading.Lock(), ExitStack(), 0
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Without a ``RuntimeWarning``, such as those of NumPy and SciPy.
+
+    Filters of warnings are those of the process: the first thread that comes here sets them, the last to leave sets them back.
+    """
+    global _silent
+    with _counting:
+        if _silent == 0:
+            _filters.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore", RuntimeWarning)
+        _silent += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _silent -= 1
+            if _silent == 0:
+                _filters.close()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from implicit_rnn.engines.base import Halt, Program, Replicas, Samples
+from implicit_rnn.errors import silenced
 from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.optimizers import LBFGS
 
@@ -158,7 +157,6 @@ class _Objective:
         def slope(x: Array) -> Array:
             return self.at(x)[1]
 
-        with warnings.catch_warnings(), np.errstate(all="ignore"):
-            warnings.simplefilter("ignore")  # a search that fails says so by its result
+        with silenced(), np.errstate(all="ignore"):  # a search that fails says so by its result
             step, *_, after, _, _ = line_search(value, slope, start, direction, gfk=g, old_fval=loss, maxiter=steps)
         return float(step) if step is not None and after is not None and np.isfinite(after) and after < loss else None

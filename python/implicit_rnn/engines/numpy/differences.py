@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from implicit_rnn.engines.numpy.sparsity import Group, find_groups
 from implicit_rnn.engines.numpy.values import STATE, Values, tolerance
-from implicit_rnn.errors import DerivativeWarning, warn
+from implicit_rnn.errors import DerivativeWarning, silenced, warn
 
 Array = np.ndarray
 Block = tuple[Array, Array, Array]
@@ -85,8 +84,7 @@ class Differences:
         """
         D, doubt = self._difference(Z, rows, variable, direction)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with silenced():
                 found = self.complex_step(Z, rows, variable, direction)
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
@@ -99,8 +97,7 @@ class Differences:
         analytic = agree(D, doubt, found)
         lost = np.flatnonzero(~analytic & np.isfinite(found).all(axis=1) & found.any(axis=1))
         if len(lost):
-            with contextlib.suppress(Exception), warnings.catch_warnings():  # of f where it was not to be looked at
-                warnings.simplefilter("ignore")
+            with contextlib.suppress(Exception), silenced():  # of f where it was not to be looked at
                 distance = self._distances(Z[lost], rows[lost], found[lost])
                 distance = np.fmax(distance, self._sizes(Z[lost], rows[lost], variable, direction)[0])
                 was_flat = np.full(len(lost), True)
@@ -210,8 +207,7 @@ class Differences:
             return np.isnan(self._f(y, rows) if variable == STATE else self._f(Z, rows, variable, y)).any(axis=0)
 
         try:
-            with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-                warnings.simplefilter("ignore")
+            with silenced(), np.errstate(invalid="ignore"):
                 return find_groups(probe, entries, self._f.equation.n, max(FEW, entries // 8))
         except Exception:  # f may not take NaN
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from implicit_rnn.engines.numpy.single import ANSWER, PROBE, SMALLEST_STEP, far_
 from implicit_rnn.engines.numpy.sizes import Sizes, euclidean
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
 from implicit_rnn.engines.numpy.values import tolerance
+from implicit_rnn.errors import silenced
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR
 from implicit_rnn.solvers import Auto, Solver
 
@@ -99,8 +99,7 @@ class Root:
             {} if scaled else {"diag": np.ones(len(start))}
         )
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with silenced():
                 optimize.root(
                     conditions, start.astype(np.float64) / units, jac=jacobian, method="hybr", options=options
                 )

@@ -18,6 +18,7 @@ import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, decreases
+from implicit_rnn.errors import silenced
 
 Array = np.ndarray
 Numbers = list[float]
@@ -200,7 +201,7 @@ class _Calls:
 
     def _try_complex(self, start: Array) -> bool:
         try:
-            with warnings.catch_warnings():
+            with silenced(), warnings.catch_warnings():
                 warnings.simplefilter("error")
                 return np.asarray(self.f(self.posed(start + 1j * _STEP), *self.args)).dtype.kind == "c"
         except Exception:
