@@ -529,8 +529,10 @@ def test_cotangents_that_are_all_zero_give_gradients_of_zero_whatever_f_makes_of
 
 def test_gradients_that_a_function_keeps_to_itself_are_told():
     module = nn.Linear(2, 2, dtype=torch.float64)
-    with pytest.warns(UserWarning, match=r"uses tensors that require gradients and are not among args.*Pass them"):
+    message = r"uses tensors that require gradients and are not among args.*Pass them"
+    with pytest.warns(UserWarning, match=message) as caught:
         fixed_point(lambda z: torch.tanh(module(z)) / 2, ZEROS[0, :2])
+    assert caught[0].filename == __file__
     with torch.no_grad():
         fixed_point(lambda z: torch.tanh(module(z)) / 2, ZEROS[0, :2])
     weights = dict(module.named_parameters())

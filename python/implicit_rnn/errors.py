@@ -181,9 +181,10 @@ class CheckpointError(ValueError):
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line of the user's code that led here, however deep in the package this is."""
+    """Warn at the line of the user's code that led here, however deep in the package this is, by way of PyTorch or JAX too."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "implicit_rnn":
+    inside = ("implicit_rnn", "torch", "jax")
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)
 
