@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import make_net
+from conftest import make_net, make_neuron
 
 import implicit_rnn as irnn
 from implicit_rnn import plotting
@@ -54,6 +54,11 @@ def test_sample_that_is_not_finite_is_refused(net, call, X, value):
     X[[5, 8], 1] = value
     with pytest.raises(ValueError, match="X has NaN or infinity in 2 of 12 samples, first in sample 5"):
         call(net, X)
+
+
+def test_a_vector_of_samples_of_one_feature_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"X has shape \(5,\); .*; samples of one number are X\[:, None\]"):
+        make_neuron("numpy", 0.5).predict(np.zeros(5))
 
 
 def test_ragged_list_is_refused_by_name(net, call):

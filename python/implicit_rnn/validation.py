@@ -83,7 +83,8 @@ def all_finite(array: np.ndarray) -> bool:
 def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what: str) -> None:
     """``ValueError`` unless the shape is (samples, columns), with at least one sample."""
     if len(shape) != 2:
-        hint = f"; one sample is {name}[None, :]" if len(shape) == 1 and shape[0] == columns else ""
+        remedy = f"one sample is {name}[None, :]" if columns > 1 else f"samples of one number are {name}[:, None]"
+        hint = f"; {remedy}" if len(shape) == 1 and columns in (1, shape[0]) else ""
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns} {what}){hint}")
     if shape[1] != columns:
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns}): the network has {columns} {what}")
