@@ -316,6 +316,13 @@ def test_what_a_run_does_to_its_arguments_is_nobody_elses(jobs, tmp_path):
     assert run_many(runs.append_to, again, jobs=jobs, folder=tmp_path) == {"one": {"y": [8, 1, 1]}}
 
 
+def test_results_are_kept_where_the_call_began_wherever_runs_go(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    run_many(runs.go_to, {"a": {"folder": str(tmp_path / "elsewhere")}}, folder="kept")
+    assert (tmp_path / "kept" / "a.json").is_file()
+
+
 def test_a_result_of_none_is_kept_like_any_other(tmp_path, log):
     for _ in range(2):
         assert run_many(runs.count_only, {"x1": {"x": 1, "log": str(log)}}, folder=tmp_path / "kept") == {"x1": None}

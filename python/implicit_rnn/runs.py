@@ -310,8 +310,8 @@ class _Store:
     """
 
     def __init__(self, folder: Path, run: Any, settings: Mapping[str, Any]) -> None:
-        self.folder, self.run, self.settings = folder, run, settings
         prepare_folder(folder)
+        self.folder, self.run, self.settings = folder.absolute(), run, settings  # wherever a run may go
 
     def find(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is kept under that name, with its ``result``, if it is whole and of the same arguments and settings."""
