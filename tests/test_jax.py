@@ -260,6 +260,11 @@ def test_check_grads_passes_for_equations_to_the_second_order():
     check_grads(kepler, (0.5,), order=2)
 
 
+def test_equations_do_without_promotion_of_ranks():
+    with jax.numpy_rank_promotion("raise"):
+        close(jax.grad(lambda a: door.fixed_point(lambda z, a: a * z + 1, jnp.ones(1), args=(a,))[0])(0.5), 4.0)
+
+
 def test_vmap_over_equations():
     def z(a):
         return door.fixed_point(lambda z, a: jnp.cos(a * z), np.array([0.5]), args=(a,))[0]

@@ -512,7 +512,7 @@ class _Problem:
     def derivatives(self, z: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
         """∂c/∂z (B, n, n)."""
         J = self.jacobian(z, *args)
-        return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)
+        return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)[None]
 
     def equilibrated(self, z: jax.Array, args: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Numbers for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (B, 1).
