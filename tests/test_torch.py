@@ -545,6 +545,14 @@ def test_gradients_that_a_function_keeps_to_itself_are_told():
     assert module.weight.grad.shape == (2, 2)
 
 
+def test_neither_the_default_device_nor_the_default_precision_of_pytorch_counts_for_an_equation():
+    z0, a = torch.ones(1, dtype=torch.float64), torch.tensor([2.0], dtype=torch.float64, requires_grad=True)
+    with torch.device("meta"):
+        z = root(lambda z, a, b, c: a * z - b - c.sum(), z0, args=(a, 0.1, np.zeros(2)[::-1]))
+        z.sum().backward()
+    assert (z.item(), a.grad.item()) == (0.05, -0.025)
+
+
 def test_transforms_of_functions_of_a_solution_are_refused_with_the_remedy():
     for transform in (torch.func.grad, torch.func.vmap):
         with pytest.raises(RuntimeError, match=r"torch\.func.*batched=.*backward\(\)"):

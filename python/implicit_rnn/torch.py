@@ -264,7 +264,7 @@ def _tensor(array: np.ndarray | DeviceArray) -> Tensor:
     """A tensor on the memory of the array, or on a copy where that cannot be written to."""
     if isinstance(array, DeviceArray):
         return torch.from_dlpack(array)
-    return torch.from_numpy(array) if array.flags.writeable else torch.tensor(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
@@ -503,13 +503,13 @@ class _Conditions:
                 "an equation cannot be solved within saved_tensors_hooks or save_on_cpu, with which torch.func does not work: "
                 "leave it outside them, and let torch.utils.checkpoint have use_reentrant=True"
             ) from error
-        units = torch.eye(z.shape[1], dtype=z.dtype)
+        units = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
         return torch.func.vmap(lambda unit: pull(unit.expand_as(values))[0], out_dims=1)(units)
 
     def derivatives(self, z: Tensor, *args: Tensor) -> Tensor:
         """∂c/∂z (m, n, n)."""
         jacobians = self.jacobians(z, *args)
-        return jacobians if self.root else jacobians - torch.eye(z.shape[1], dtype=z.dtype)
+        return jacobians if self.root else jacobians - torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
 
     def terms_of_arguments(self, z: Tensor, args: Sequence[Tensor], c: Tensor) -> Tensor:
         """The largest (m, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
@@ -729,7 +729,7 @@ def _warn_of_lost_gradients(conditions: _Conditions, start: Tensor, args: Sequen
 
 def _argument(name: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        return value if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a tensor or a number") from error
 
