@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from conftest import derivative_along, make_net, make_oscillating
@@ -279,6 +281,19 @@ def test_kinks_and_single_precision_pass_for_derivatives(net, kind, X):
     at_the_kink = net.predict(X)
     value, _ = net.loss_and_gradient(X, at_the_kink, loss=irnn.CustomLoss(absolute))
     assert value == pytest.approx(0, abs=1e-6)
+
+
+def test_function_may_be_an_object_without_a_hash(net, X, Y):
+    @dataclass
+    class Weighted:
+        weight: float
+
+        def __call__(self, y, t):
+            values, derivatives = squared(y, t)
+            return self.weight * values, self.weight * derivatives
+
+    half, double = (net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(Weighted(w)))[0] for w in (0.5, 2))
+    assert double == pytest.approx(4 * half)
 
 
 def test_function_may_not_change_the_outputs_it_is_given(net, X, Y):

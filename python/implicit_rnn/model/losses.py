@@ -295,6 +295,9 @@ class CustomLoss(Loss):
             raise TypeError(f"function must take outputs and targets, got {self.function!r}")
         object.__setattr__(self, "_verified", False)
 
+    def __hash__(self) -> int:
+        return id(self.function)  # which may have no hash, as an object of a dataclass
+
     def __repr__(self) -> str:
         named = hasattr(self.function, "__qualname__")
         what = f"{self.function.__module__}.{self.function.__qualname__}" if named else repr(self.function)
