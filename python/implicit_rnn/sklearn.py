@@ -411,7 +411,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     loss: LossLike = "mse"
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNRegressor:
-        """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.
+        """Train; with integer weights, one batch and no Jacobian penalty the result is that of samples repeated so often.
 
         Parameters
         ----------
@@ -525,7 +525,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     class_weight: Mapping[Any, float] | str | None = None
 
     def fit(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> ImplicitRNNClassifier:
-        """Train; with integer weights and all samples in one batch the result is that of samples repeated so often.
+        """Train; with integer weights, one batch and no Jacobian penalty the result is that of samples repeated so often.
 
         Parameters
         ----------
