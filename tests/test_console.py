@@ -45,9 +45,10 @@ def test_bar_is_shown_on_a_terminal_or_when_asked_for(monkeypatch):
 
 
 @pytest.mark.parametrize("progress", [None, True, False])
-def test_fit_does_without_standard_streams(progress, monkeypatch, X, Y):
-    monkeypatch.setattr(sys, "stderr", None)
-    monkeypatch.setattr(sys, "stdout", None)
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(closed=True)], ids=["none", "closed"])
+def test_fit_does_without_standard_streams(progress, stream, monkeypatch, X, Y):
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "stdout", stream)
     assert len(make_net("numpy").fit(X, Y, epochs=2, progress=progress).loss) == 2
 
 

@@ -32,7 +32,7 @@ def say(message: str) -> None:
 def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
     """A bar of tqdm on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
     notebook = _in_notebook()
-    if sys.stderr is None and not notebook:
+    if getattr(sys.stderr, "closed", sys.stderr is None) and not notebook:
         shown = False
     elif shown is None and notebook:
         shown = True
