@@ -36,7 +36,8 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
         report["threads setting"] = threads.setting()
         explicit = environments.explicit_environment()
     except (EngineError, ValueError) as error:  # a contradiction, which stops every engine but the one that is named
-        return report | {"julia engine": f"not available: {error}", "ok": report["engine setting"] == "numpy"}
+        ok = report["engine setting"] == "numpy" and not gpu
+        return report | {"julia engine": f"not available: {error}", "ok": ok}
     without_julia = report["engine setting"] != "julia" and not gpu
     try:
         if (environment := explicit or environments.prepared_environment()) is not None:
