@@ -1,6 +1,18 @@
 # Elementwise operations as loops. Broadcasts say the same, but compile some twenty methods for each combination of functions and array
 # types: they were a fifth of the compiled package.
 
+"""
+    @vectors for i in range … end
+
+As `@simd ivdep for`, one vector at a time. Otherwise the compiler takes two or more together, and what is left over, up to 31 entries,
+one by one, which for activations takes longer than all else.
+"""
+macro vectors(loop)
+    (range, body) = loop.args
+    one_at_a_time = Expr(:loopinfo, Symbol("julia.simdloop"), Symbol("julia.ivdep"), (Symbol("llvm.loop.interleave.count"), 1))
+    return esc(Expr(:for, range, Expr(:block, body, one_at_a_time)))
+end
+
 "    map_each!(f, C, arrays...)\n\n`C[i] = f(A[i], B[i], …)` for all entries of the arrays."
 @inline function map_each!(f::F, C::AbstractArray, arrays::Vararg{AbstractArray, N}) where {F, N}
     all(A -> axes(A) == axes(C), arrays) ||
@@ -33,6 +45,15 @@ function euclidean_norm(x::StridedVector{T}) where {T <: BlasFloat}
         squares = muladd(entry, entry, squares)
     end
     return floatmin(T) / eps(T) < squares < T(Inf) ? sqrt(squares) : BLAS.nrm2(x)
+end
+
+"    any_above(bound, A, j)\n\nWhether an entry of column j is as large as the bound; a NaN is not."
+@inline function any_above(bound, A::AbstractMatrix, j::Int)
+    found = false
+    @inbounds @vectors for i in axes(A, 1)
+        found |= abs(A[i, j]) >= bound
+    end
+    return found
 end
 
 "    direction(x)\n\nA vector of as many entries as `x` that no formula would single out."

@@ -89,10 +89,11 @@ end
 end
 @inline expm1_nonpositive(y::Real) = expm1(y)
 
-# log(1 + e) = 2 artanh(t), t = e/(2 + e), for 0 <= e <= 1, by the series of artanh up to where it is exact.
+# log(1 + e) = 2 artanh(t), t = e/(2 + e), for 0 <= e <= 1, by the series of artanh up to where it is exact. So long a polynomial is
+# inlined only where that is asked for; loops that call it are not vectorised.
 @inline function log1p_unit(e::T) where {T <: Union{Float32, Float64}}
     t = e / (2 + e)
-    return 2 * t * evalpoly(t * t, artanh_series(T))
+    return 2 * t * @inline evalpoly(t * t, artanh_series(T))
 end
 @inline log1p_unit(e::Real) = log1p(e)
 const ARTANH = Tuple(1 ./ (1:2:33))
@@ -209,7 +210,7 @@ end
 @inline function fill_column!(evaluate::R, put!::P, F, Z, j::Int, rows) where {P, R}
     change = zero(eltype(F))
     size2 = zero(eltype(F))
-    @inbounds @simd for i in rows
+    @inbounds @vectors for i in rows
         t, z = @inline evaluate(i)
         d = t - Z[i, j]
         put!(F, Z, i, j, t)
@@ -243,7 +244,7 @@ end
 function slopes!(D, f::Activation, S, Z)
     foreach(pieces(f, size(S, 1))) do (rows, g)
         for j in axes(D, 2)
-            @inbounds @simd for i in rows
+            @inbounds @vectors for i in rows
                 D[i, j] = slope(g, S[i, j], Z[i, j])
             end
         end

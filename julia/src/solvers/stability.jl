@@ -71,7 +71,7 @@ f(z) = z + b: its Jacobian is singular to rounding then.
 """
 is_spurious(::Columns, ::ColumnEquation, ::Int) = false
 function is_spurious(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
-    (p.unique || !is_large(view(c.F, :, j))) && return false
+    (p.unique || !any_above(T(SUSPICIOUS_SIZE), c.F, j)) && return false
     n = size(c.F, 1)
     (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(n), c, FactorBuffers{T})
     return !factorize!(A, pivots, slopes, c, p, j)
@@ -79,8 +79,6 @@ end
 
 "States beyond this size are looked at."
 const SUSPICIOUS_SIZE = 1.0e6
-
-is_large(z) = any(x -> abs(x) > SUSPICIOUS_SIZE, z)
 
 # Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
 # contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
