@@ -1,42 +1,56 @@
 # Coarse products, and equilibria and adjoints found with them, which are as exact as others.
 
-using ImplicitRNN: BFloats, coarse_buffers, COARSE_NEURONS, COARSE_SAMPLES, CoarseFactor, has_matrix_unit, multiply_add_coarsely!, rounding_of, Singles,
-    store_coarse!, store_coarse_transposed!
+using ImplicitRNN: accuracy_of, bfloat, BFloats, COARSE_EVALUATIONS, COARSE_SAMPLES, CoarseFactor, Corrections, has_matrix_unit, load_bfloats,
+    Singles, solve_corrections!, store_bfloats!, store_coarse!, store_coarse_transposed!
 
 "The factors of coarse products that this machine has."
-coarse_factors(n) = has_matrix_unit() ? (Singles(n), BFloats{Float32}(n), BFloats{Float64}(n)) : (Singles(n),)
-number_type(::CoarseFactor{T}) where {T} = T
+coarse_factors(n) = has_matrix_unit() ? (Singles(n), BFloats(n)) : (Singles(n),)
 
-@testset "coarse products of small whole numbers are exact ($(typeof(A)), $n rows)" for n in (32, 33, 63, 100, 300), A in coarse_factors(n)
-    T, rng, width = number_type(A), Xoshiro(n), 70
-    M, B, S0 = T.(rand(rng, -9:9, n, n)), T.(rand(rng, -9:9, n, width)), T.(rand(rng, -9:9, n, width))
-    buffers = coarse_buffers(A, width)
+"Corrections of columns with these residuals and slopes, and the changes of their arguments."
+function corrected(A, residuals, slopes; width = size(residuals, 2), accuracy = accuracy_of(A), threads = 1)
+    n, m = size(residuals)
+    q = Corrections(A, n, width)
+    q.residuals[1:n, 1:m], q.slopes[1:n, 1:m] = residuals, slopes
+    solve_corrections!(q, A, q.buffers, m, Float32(accuracy), threads)
+    return q.residuals[1:n, 1:m], q.changes[1:n, 1:m]
+end
+
+@testset "coarse products of small whole numbers are exact ($(typeof(A)), $n rows)" for n in (32, 33, 63, 100, 300, 530), A in coarse_factors(n)
+    rng, width = Xoshiro(n), 70
+    M, r, D = (Float32.(rand(rng, -9:9, n, k)) for k in (n, width, width))
     for (store!, matrix) in ((store_coarse!, M), (store_coarse_transposed!, M')), threads in (1, 2), m in (0, 1, 31, 32, 33, 64, 70)
         store!(A, M, threads)
-        S = multiply_add_coarsely!(copy(S0), A, B, m, threads, buffers)
-        @test S[:, 1:m] == S0[:, 1:m] + matrix * B[:, 1:m]
-        @test S[:, (m + 1):end] == S0[:, (m + 1):end]
+        δ, changes = corrected(A, r[:, 1:m], D[:, 1:m]; width, accuracy = Inf, threads)
+        @test changes == matrix * r[:, 1:m]
+        @test δ == r[:, 1:m] + D[:, 1:m] .* changes
     end
 end
 
-@testset "coarse products have the digits that are said, whatever the other columns ($(typeof(A)))" for A in coarse_factors(130)
-    T, rng = number_type(A), Xoshiro(1)
-    M, B = randn(rng, T, 130, 130), randn(rng, T, 130, 70)
+@testset "corrections solve their equations to the accuracy of the factor ($(typeof(A)), $m columns)" for A in coarse_factors(130), m in (1, 40)
+    rng = Xoshiro(1)
+    M, r, D = randn(rng, 130, 130) ./ 15, randn(rng, 130, m), rand(rng, 130, m)
+    r ./= norm.(eachcol(r))'
     store_coarse!(A, M, 1)
-    product(B) = multiply_add_coarsely!(zero(B), A, B, size(B, 2), 1, coarse_buffers(A, size(B, 2)))
-    S, exact = product(B), Float64.(M) * Float64.(B)
-    @test all(abs.(S - exact) .<= rounding_of(A) .* (abs.(M) * abs.(B)))
-    @test rounding_of(A) / 100 < norm(S - exact) / norm(exact) < rounding_of(A)
-    @test all(j -> product(B[:, [j]]) == S[:, [j]], 1:70)
+    δ, changes = corrected(A, r, D)
+    exact = reduce(hcat, [(I - Diagonal(D[:, j]) * M) \ r[:, j] for j in 1:m])
+    @test norm(δ - exact) < accuracy_of(A) * norm(exact)
+    @test norm(changes - M * exact) < accuracy_of(A) * norm(M * exact)
+    @test corrected(A, r, D; threads = 2) == (δ, changes)
+    r[:, 1], D[:, m] = fill(NaN, 130), fill(3, 130)
+    @test all(j -> isapprox(corrected(A, r, D)[1][:, j], exact[:, j]; rtol = 5 * accuracy_of(A)), 2:(m - 1))
 end
 
 @testset "the nearest bfloat16 number" begin
-    nearest(x) = reinterpret(Float32, ImplicitRNN.bfloat(x) << 16)
     for (x, expected) in (
-            (1.0f0, 1.0f0), (1.0f0 + 2.0f0^-9, 1.0f0), (1.0f0 + 2.0f0^-8, 1.0f0), (1.0f0 + 3 * 2.0f0^-8, 1.0f0 + 2.0f0^-6),
+            (1.0f0, 1.0f0), (1.0f0 + 2.0f0^-9, 1.0f0), (1.0f0 + 2.0f0^-8, 1.0f0 + 2.0f0^-7), (1.0f0 + 3 * 2.0f0^-8, 1.0f0 + 2.0f0^-6),
             (-1.0f0 - 1.1f0 * 2.0f0^-8, -1.0f0 - 2.0f0^-7), (Inf32, Inf32), (0.0f0, 0.0f0), (1.0e300, Inf32),
         )
-        @test nearest(x) === expected
+        @test reinterpret(Float32, bfloat(x) << 16) === expected
+        numbers, stored = ntuple(_ -> VecElement(Float32(x)), 16), zeros(UInt16, 16)
+        GC.@preserve stored begin
+            @test store_bfloats!(pointer(stored), numbers) === load_bfloats(pointer(stored)) === ntuple(_ -> VecElement(expected), 16)
+        end
+        @test all(==(bfloat(x)), stored)
     end
 end
 
@@ -49,7 +63,8 @@ function coarse_workspace(net, make)
     return ws
 end
 
-coarse_kinds(T) = filter(make -> number_type(make(1)) === T, has_matrix_unit() ? [Singles, BFloats{Float32}, BFloats{Float64}] : [Singles])
+coarse_kinds(::Type{Float64}) = has_matrix_unit() ? [Singles, BFloats] : [Singles]
+coarse_kinds(::Type{Float32}) = has_matrix_unit() ? [BFloats] : []
 tight(::Type{Float64}) = 1.0e-12
 tight(::Type{Float32}) = 1.0e-6
 
@@ -60,7 +75,7 @@ function gradient_in(ws, net, p, X, Y, tol; solver = Auto(; tol))
 end
 
 @testset "gradients with coarse products are as exact ($make, $neurons neurons, $constraint, $count samples)" for T in (Float64, Float32),
-        make in coarse_kinds(T), (neurons, count) in ((COARSE_NEURONS, COARSE_SAMPLES), (150, 300), (40, 2000)),
+        make in coarse_kinds(T), (neurons, count) in ((32, COARSE_SAMPLES), (150, 300), (600, 100), (40, 2000)),
         constraint in (Free(), Perron(0.9), Spectral(0.9))
 
     net = one_layer(; T, neurons, constraint)
@@ -107,4 +122,19 @@ end
     spoilt = gradient_in(coarse_workspace(net, make), net, p, X, Y, tight(T))
     @test clean.quality.unconverged == 0
     @test findall(!=(CONVERGED), spoilt.status) ⊆ [7, 50] && 7 in findall(!=(CONVERGED), spoilt.status)
+end
+
+@testset "few evaluations are no more with coarse products, and what they leave is said ($make)" for T in (Float64, Float32), make in coarse_kinds(T),
+        max_iterations in (1, 3, COARSE_EVALUATIONS - 1, COARSE_EVALUATIONS)
+
+    net = one_layer(; T, neurons = 130, constraint = Perron(0.99))
+    p, X, Y = parameters(net; gain = 0.3), samples(net, 150), targets(net, 150)
+    solver, solution = Auto(; max_iterations, tol = tight(T)), Solution(net, 150)
+    ImplicitRNN.equilibrium!(solution, coarse_workspace(net, make), Problem(net; solver), p, X)
+    (; status, iterations, residual) = solution.outcome
+    @test all(<=(max_iterations), iterations) && all(j -> (status[j] === CONVERGED) == (residual[j] <= T(tight(T))), 1:150)
+    w = ImplicitRNN.unpack!(ImplicitRNN.Weights(net), net, p)
+    Z = solution.state
+    F = tanh.(only(w.stages).input * X .+ only(w.stages).bias .+ only(w.stages).recurrent * Z)
+    @test residual ≈ norm.(eachcol(F - Z)) ./ norm.(eachcol(F)) rtol = 0.1 atol = 10 * eps(T)
 end

@@ -42,7 +42,12 @@ store_result!(p::AdjointSystem, sample::Int, c::Columns, j::Int, ::Status) =
     end
 end
 
-linearized(p::AdjointSystem, buffers) = Linearized(p, !p.tangent, buffers)
+linearized(p::AdjointSystem, outcome) = Linearized(p, !p.tangent, outcome)
+
+slopes!(D::Matrix{Float32}, c::Columns, ::AdjointSystem) =
+    foreach(j -> copy_column!(view(D, axes(c.Z, 1), :), j, c.coefficients, j), 1:c.active)
+is_linear(::AdjointSystem) = true
+coarse_factor(p::AdjointSystem) = p.recurrence.coarse_factors[p.tangent ? 1 : 2]
 
 """
     solve_adjoint!(E, adjoint, c, recurrence, D, G; outcome, factors = nothing, latest = false, threads = 1, tangent = false)
@@ -67,7 +72,7 @@ function solve_adjoint!(
     )
     p = system(; tol = tolerance(s, T), latest)
     if s.linear_solver === :auto && factors === nothing && n <= LANE_NEURONS
-        solve_adjoint_lanes!(lanes_of(c), c, p, D, G) || solve_columns!(c, p, s, false)
+        solve_adjoint_lanes!(lanes_of(c), c, p, D, G) || solve_columns!(c, p, s)
         return E
     end
     for j in 1:samples
@@ -76,20 +81,18 @@ function solve_adjoint!(
     end
     enlarged = enlarge_tiny!(c, p.tol)
     refined = factors !== nothing && s.linear_solver in (:auto, :lu) && refine!(c, system(; tol = 100 * eps(T), latest = false), factors)
-    refined || solve_columns!(c, p, s, r.linearized)
+    refined || solve_columns!(c, p, s)
     foreach(((j, factor),) -> rmul!(view(E, :, j), inv(factor)), enlarged)
     return E
 end
 
 # Squares of tiny numbers vanish, and residuals with them: such columns are solved for a multiple. Returns the samples and factors.
 function enlarge_tiny!(c::Columns{T}, tol::T) where {T}
-    enlarged = ()
+    enlarged, tiny = (), 16 * sqrt(floatmin(T)) / tol
     for j in 1:c.active
-        largest = zero(T)
-        @inbounds @simd for i in axes(c.U, 1)
-            largest = ifelse(abs(c.U[i, j]) > largest, abs(c.U[i, j]), largest)
-        end
-        0 < largest < 16 * sqrt(floatmin(T)) / tol || continue
+        any_above(tiny, c.U, j) && continue
+        largest = maximum(abs, view(c.U, :, j))
+        0 < largest < tiny || continue
         factor = ldexp(one(T), min(-exponent(largest), -exponent(floatmin(T))))
         rmul!(view(c.U, :, j), factor)
         enlarged = push!(enlarged === () ? Tuple{Int, T}[] : enlarged, (j, factor))
@@ -97,12 +100,14 @@ function enlarge_tiny!(c::Columns{T}, tol::T) where {T}
     return enlarged
 end
 
-function solve_columns!(c::Columns{T}, p::AdjointSystem{T}, s::Implicit, linearized::Bool) where {T}
+function solve_columns!(c::Columns{T}, p::AdjointSystem{T}, s::Implicit) where {T}
     n, method = size(c.Z, 1), s.linear_solver
     if method === :auto
-        if linearized
+        if p.recurrence.linearized
             evaluate_all!(c, p) || iterate_linearized!(c, p, LINEARIZED_PATIENCE) ||
                 (advance!(c, one(T)); iterate!(Picard(), c, p, AUTO_BLOCK))
+        elseif p.recurrence.coarse
+            evaluate_all!(c, p) || iterate_coarsely!(c, p) || iterate!(Picard(), c, p, AUTO_BLOCK)
         end
         method = n <= SMALL_LU ? :lu : :switching
     end

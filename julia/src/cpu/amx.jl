@@ -4,9 +4,11 @@
 """
     has_matrix_unit()
 
-Whether this processor has the unit, and the operating system lets this process use it, which has to be asked for.
+Whether this processor has the unit, and the operating system lets this process use it, which has to be asked for. While a package is
+compiled it has not: the code would go into an image, which may be one for several processors.
 """
 function has_matrix_unit()
+    ccall(:jl_generating_output, Cint, ()) == 0 || return false
     CPU = Base.BinaryPlatforms.CPUID
     Sys.ARCH === :x86_64 && Sys.islinux() && CPU.test_cpu_feature(CPU.JL_X86_amx_bf16) || return false
     arch_prctl, request_permission, tile_data = 158, 0x1023, 18
@@ -96,25 +98,21 @@ multiply_tiles!(sums::Ptr, samples::Ptr, stride::Int, weights::Ptr, steps::Int) 
 )
 
 """
-    BFloats{T}(n)
+    BFloats(n)
 
-An n × n matrix of bfloat16 numbers as the unit takes them, for columns of `T`: block by block, of 32 rows and columns, and of each
-both halves of the rows, pairs of columns in 16 rows. Rows and columns beyond n repeat the last.
+An n × n matrix of bfloat16 numbers as the unit takes them: block by block, of 32 rows and columns, and of each both halves of the
+rows, pairs of columns in 16 rows. Rows and columns beyond n repeat the last.
 """
-struct BFloats{T} <: CoarseFactor{T}
+struct BFloats <: CoarseFactor
     n::Int
     pairs::Array{UInt32, 5}        # 16 rows × 16 pairs of columns × halves × blocks of columns × blocks of rows
 end
-BFloats{T}(n::Int) where {T} = (blocks = cld(n, AMX_BLOCK); BFloats{T}(n, zeros(UInt32, 16, 16, 2, blocks, blocks)))
+BFloats(n::Int) = (blocks = cld(n, AMX_BLOCK); BFloats(n, zeros(UInt32, 16, 16, 2, blocks, blocks)))
 
-Base.size(A::BFloats, ::Int) = A.n
-rounding_of(::BFloats) = 2.0^-8
+accuracy_of(::BFloats) = 2.0f0^-5
 
-"The nearest bfloat16 number, in the lower half of the bits; of two as near the one whose last digit is 0."
-@inline function bfloat(x::Hardware)
-    bits = reinterpret(UInt32, Float32(x))
-    return (bits + 0x7fff + ((bits >> 16) & 0x01)) >> 16
-end
+"The nearest bfloat16 number, in the lower half of the bits; of two as near the larger one."
+@inline bfloat(x::Hardware) = (reinterpret(UInt32, Float32(x)) + 0x8000) >> 16
 
 function fill_coarse!(value::F, A::BFloats, threads::Int) where {F}
     (; n, pairs) = A
@@ -139,42 +137,102 @@ end
     return
 end
 
-"Columns as bfloat16 numbers, and the sums of each thread."
+"""
+The iterates are bfloat16 numbers, two matrices of them by turns. What lies in rows beyond n and columns beyond the last is zero, but
+for the sums, of which each thread has its own.
+"""
 struct BFloatBuffers <: CoarseBuffers
-    columns::Matrix{UInt16}
+    iterates::NTuple{2, Matrix{UInt16}}
     sums::Array{Float32, 3}
 end
 
-function coarse_buffers(A::BFloats, width::Int)
-    padded(m) = AMX_BLOCK * cld(m, AMX_BLOCK)
-    return BFloatBuffers(zeros(UInt16, padded(A.n), padded(width)), zeros(Float32, AMX_BLOCK, AMX_BLOCK, Threads.nthreads()))
+function coarse_buffers(::BFloats, n::Int, width::Int)
+    # An odd number of blocks, as the columns would fight for a few lines of the cache with a power of two for a stride.
+    rows, columns = AMX_BLOCK * (cld(n, AMX_BLOCK) | 1), AMX_BLOCK * cld(width, AMX_BLOCK)
+    return BFloatBuffers(ntuple(_ -> zeros(UInt16, rows, columns), 2), zeros(Float32, AMX_BLOCK, AMX_BLOCK, Threads.nthreads()))
 end
+size_of_columns(b::BFloatBuffers) = size(first(b.iterates))
 
-function multiply_add_coarsely!(S::Matrix{T}, A::BFloats{T}, B::Matrix{T}, m::Int, threads::Int, buffers::BFloatBuffers) where {T}
-    (; columns, sums) = buffers
-    for j in 1:m
-        @inbounds @simd ivdep for i in axes(B, 1)
-            columns[i, j] = bfloat(B[i, j]) % UInt16
+function solve_corrections!(q::Corrections, A::BFloats, b::BFloatBuffers, m::Int, accuracy::Float32, threads::Int)
+    (; residuals, slopes, changes), (; iterates, sums) = q, b
+    last_column = AMX_BLOCK * cld(m, AMX_BLOCK)
+    foreach(rest -> fill!(view(rest, :, (m + 1):last_column), 0), (residuals, slopes))
+    # Where the matrix does not fit in the cache next to the core, more samples share each pass over it.
+    width = A.n <= 512 ? AMX_BLOCK : 2 * AMX_BLOCK
+    GC.@preserve A residuals slopes changes iterates sums in_parallel(cld(m, width), threads) do thread, k
+        samples, place = piece(k, width, last_column), pointer(sums, 1 + AMX_BLOCK^2 * (thread - 1))
+        configure_tiles()
+        round_columns!(iterates[1], residuals, samples)
+        sweep_to(accuracy^2 * length(samples)) do step, number
+            sweep!(step, iterates[1 + isodd(number)], q, A, iterates[1 + iseven(number)], samples, place)
         end
+        release_tiles()
     end
-    GC.@preserve A columns sums in_parallel(size(A.pairs, 5), threads) do thread, block
-        add_block!(S, A, columns, sums, m, thread, block)
-    end
-    return S
+    return q
 end
 
-function add_block!(S::Matrix, A::BFloats, columns, sums, m::Int, thread::Int, block::Int)
-    stride, first_row = sizeof(UInt16) * size(columns, 1), AMX_BLOCK * (block - 1)
-    weights, to = pointer(A.pairs, 1 + 1024 ÷ 2 * size(A.pairs, 4) * (block - 1)), pointer(sums, 1 + AMX_BLOCK^2 * (thread - 1))
-    configure_tiles()
-    for j in 0:AMX_BLOCK:(m - 1)
-        multiply_tiles!(to, pointer(columns) + stride * j, stride, weights, size(A.pairs, 4))
-        for l in 1:min(AMX_BLOCK, m - j)
-            @inbounds @simd ivdep for i in 1:min(AMX_BLOCK, A.n - first_row)
-                S[first_row + i, j + l] += sums[i, l, thread]
+function round_columns!(to::Matrix{UInt16}, from::Matrix{Float32}, samples)
+    rows = size(to, 1)
+    for at in (rows * (first(samples) - 1)):16:(rows * last(samples) - 1)
+        store_bfloats!(pointer(to) + sizeof(UInt16) * at, load_lanes(pointer(from) + sizeof(Float32) * at, Val(16)))
+    end
+    return
+end
+
+# One product, and what becomes of it while it is in the cache.
+function sweep!(step::Val, to, q::Corrections, A::BFloats, from, samples, sums::Ptr{Float32})
+    rows, blocks = size(from, 1), size(A.pairs, 4)
+    residuals, slopes, changes = pointer(q.residuals), pointer(q.slopes), pointer(q.changes)
+    change = same_in_all(0.0f0, Val(16))
+    for block in 0:(blocks - 1), j in (first(samples) - 1):AMX_BLOCK:(last(samples) - 1)
+        weights = pointer(A.pairs, 1 + 512 * blocks * block)
+        multiply_tiles!(sums, pointer(from, 1 + rows * j), sizeof(UInt16) * rows, weights, blocks)
+        for l in 0:(AMX_BLOCK - 1), half in (0, 16)
+            at = rows * (j + l) + AMX_BLOCK * block + half
+            sum = load_lanes(sums + 4 * (AMX_BLOCK * l + half), Val(16))
+            next = muladd_lanes(load_lanes(slopes + 4 * at, Val(16)), sum, load_lanes(residuals + 4 * at, Val(16)))
+            if step === LAST
+                store_lanes!(changes + 4 * at, sum, Val(16))
+                store_lanes!(residuals + 4 * at, next, Val(16))
+            else
+                rounded = store_bfloats!(pointer(to) + 2 * at, next)
+                if step === CHECKED
+                    difference = minus_lanes(rounded, load_bfloats(pointer(from) + 2 * at))
+                    change = muladd_lanes(difference, difference, change)
+                end
             end
         end
     end
-    release_tiles()
-    return
+    return sum_lanes(change)
 end
+
+const SixteenSingles = LaneVector{16, Float32}
+const BFLOAT_CODE = let pointer = VERSION < v"1.12-" ? "<16 x i16>*" : "ptr", all16 = number -> "<" * join(fill("i32 $number", 16), ", ") * ">"
+    """
+    define <16 x float> @store(i64 %0, <16 x float> %1) alwaysinline {
+    %place = inttoptr i64 %0 to $pointer
+    %bits = bitcast <16 x float> %1 to <16 x i32>
+    %up = add <16 x i32> %bits, $(all16(0x8000))
+    %upper = lshr <16 x i32> %up, $(all16(16))
+    %short = trunc <16 x i32> %upper to <16 x i16>
+    store <16 x i16> %short, $pointer %place, align 2
+    %rounded = shl <16 x i32> %upper, $(all16(16))
+    %r = bitcast <16 x i32> %rounded to <16 x float>
+    ret <16 x float> %r
+    }
+
+    define <16 x float> @load(i64 %0) alwaysinline {
+    %place = inttoptr i64 %0 to $pointer
+    %short = load <16 x i16>, $pointer %place, align 2
+    %bits = zext <16 x i16> %short to <16 x i32>
+    %upper = shl <16 x i32> %bits, $(all16(16))
+    %r = bitcast <16 x i32> %upper to <16 x float>
+    ret <16 x float> %r
+    }
+    """
+end
+
+# Rounded as by `bfloat`; returns what is stored.
+@inline store_bfloats!(p::Ptr{UInt16}, x::SixteenSingles) =
+    Base.llvmcall((BFLOAT_CODE, "store"), SixteenSingles, Tuple{Int64, SixteenSingles}, Int64(p), x)
+@inline load_bfloats(p::Ptr{UInt16}) = Base.llvmcall((BFLOAT_CODE, "load"), SixteenSingles, Tuple{Int64}, Int64(p))

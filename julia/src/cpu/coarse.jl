@@ -1,73 +1,118 @@
-# Coarse products: of fewer digits than the precision that is asked for, and much faster. They do where what is multiplied is a
-# correction, whose last digits do not matter; see `iterate_linearized!`.
+# Coarse products: of fewer digits than the precision that is asked for, and much faster. They do for the correction of an iterate, whose
+# last digits do not matter; see `iterate_coarsely!`.
 
 """
-    CoarseFactor{T}
+    CoarseFactor
 
-A square matrix, the left factor of coarse products with columns of `T`. There are `size(A, 1)`, [`rounding_of`](@ref),
-[`fill_coarse!`](@ref), [`coarse_buffers`](@ref) and [`multiply_add_coarsely!`](@ref).
+A square matrix, the left factor of coarse products. There are [`accuracy_of`](@ref), [`fill_coarse!`](@ref),
+[`coarse_buffers`](@ref) and [`solve_corrections!`](@ref).
 """
-abstract type CoarseFactor{T} end
+abstract type CoarseFactor end
 
 """
     coarse_factor(T, n)
 
-An n × n factor of coarse products with columns of `T`, or nothing where there are none on this machine that are faster.
+An n × n factor of coarse products for columns of `T`, or nothing where there are none on this machine that are faster.
 """
 function coarse_factor(::Type{T}, n::Int) where {T}
     T <: Hardware && n >= COARSE_NEURONS || return nothing
-    return has_matrix_unit() ? BFloats{T}(n) : T === Float64 ? Singles(n) : nothing
+    return has_matrix_unit() ? BFloats(n) : T === Float64 && n >= SINGLE_NEURONS ? Singles(n) : nothing
 end
 
-"    rounding_of(A)\n\nThe size of a correction, relative to what is corrected, up to which coarse products find it."
-function rounding_of end
+"    accuracy_of(A)\n\nThe change of a correction from which on it is not worth another product."
+function accuracy_of end
 
 "    fill_coarse!(value, A, threads)\n\n`A[i, k] = value(i, k)`"
 function fill_coarse! end
 
-"What coarse products need."
-abstract type CoarseBuffers end
-
-"    coarse_buffers(A, width)\n\nThose of products with up to `width` columns, on all threads."
-function coarse_buffers end
-
-"    multiply_add_coarsely!(S, A, B, m, threads, buffers)\n\n`S[:, 1:m] += A B[:, 1:m]`"
-function multiply_add_coarsely! end
-
 store_coarse!(A::CoarseFactor, M::Matrix, threads::Int) = fill_coarse!((i, k) -> @inbounds(M[i, k]), A, threads)
 store_coarse_transposed!(A::CoarseFactor, M::Matrix, threads::Int) = fill_coarse!((i, k) -> @inbounds(M[k, i]), A, threads)
+
+"What coarse products need besides their factors."
+abstract type CoarseBuffers end
+
+"""
+    Corrections(A, n, width)
+
+The linear equations δ = r + D A δ of up to `width` columns of n rows, in single precision: the `residuals` r, whose place the
+corrections δ take, the `slopes` D, and the `changes` A δ. The arrays may be larger.
+"""
+struct Corrections
+    residuals::Matrix{Float32}
+    slopes::Matrix{Float32}
+    changes::Matrix{Float32}
+    buffers::CoarseBuffers
+end
+function Corrections(A::CoarseFactor, n::Int, width::Int)
+    buffers = coarse_buffers(A, n, width)
+    return Corrections((zeros(Float32, size_of_columns(buffers)) for _ in 1:3)..., buffers)
+end
+
+"    coarse_buffers(A, n, width)\n\nThose of [`Corrections`](@ref), whose arrays have the size `size_of_columns(buffers)`."
+function coarse_buffers end
+
+"""
+    solve_corrections!(q, A, q.buffers, m, accuracy, threads)
+
+Iterate δ ← r + D A δ from δ = r in the first m columns until δ changes by less than `accuracy`, in the mean of some columns, whose
+residuals have norm 1. For an `accuracy` of `Inf` the first δ is the last, and the changes are A r.
+"""
+function solve_corrections! end
+
+"A step of that iteration: without a look at the change, with, and the last one, which is written out."
+const NEXT, CHECKED, LAST = Val(:next), Val(:checked), Val(:last)
+
+"Steps at most, and from one look at the change to another."
+const MOST_SWEEPS, SWEEPS_UNSEEN = 128, 4
+
+# The last step when the sum of the squares of the changes is as small as this.
+function sweep_to(sweep!::S, changes2::Float32) where {S}
+    number = 0
+    while isfinite(changes2) && number < MOST_SWEEPS
+        for _ in 2:SWEEPS_UNSEEN
+            sweep!(NEXT, number += 1)
+        end
+        sweep!(CHECKED, number += 1) <= changes2 && break
+    end
+    sweep!(LAST, number + 1)
+    return
+end
 
 # --- single precision for double ------------------------------------------------------------------------------------
 
 "An n × n matrix in single precision, for columns in double precision."
-struct Singles <: CoarseFactor{Float64}
+struct Singles <: CoarseFactor
     panels::Panels{Float32}
 end
 Singles(n::Int) = Singles(Panels{Float32}(n, n))
 
-Base.size(A::Singles, d::Int) = size(A.panels, d)
-rounding_of(::Singles) = 2.0^-21
+accuracy_of(::Singles) = 2.0f0^-8
 
 fill_coarse!(value::F, A::Singles, threads::Int) where {F} = (fill_panels!(value, A.panels, threads); A)
 
-"Columns in single precision, and their products."
 struct SingleBuffers <: CoarseBuffers
-    columns::Matrix{Float32}
-    products::Matrix{Float32}
+    iterate::Matrix{Float32}
     zeros::Vector{Float32}
 end
-coarse_buffers(A::Singles, width::Int) =
-    SingleBuffers(zeros(Float32, size(A, 1), width), zeros(Float32, size(A, 1), width), zeros(Float32, size(A, 1)))
+coarse_buffers(::Singles, n::Int, width::Int) = SingleBuffers(zeros(Float32, n, width), zeros(Float32, n))
+size_of_columns(b::SingleBuffers) = size(b.iterate)
 
-function multiply_add_coarsely!(S::Matrix{Float64}, A::Singles, B::Matrix{Float64}, m::Int, threads::Int, buffers::SingleBuffers)
-    (; columns, products) = buffers
-    count = size(A, 1) * m
-    @inbounds @simd ivdep for i in 1:count
-        columns[i] = B[i]
+function solve_corrections!(q::Corrections, A::Singles, b::SingleBuffers, m::Int, accuracy::Float32, threads::Int)
+    copyto!(b.iterate, 1, q.residuals, 1, size(b.iterate, 1) * m)
+    sweep_to((step, _) -> sweep!(step, q, A, b, m, threads), accuracy^2 * m)
+    return q
+end
+
+function sweep!(step::Val, q::Corrections, A::Singles, (; iterate, zeros)::SingleBuffers, m::Int, threads::Int)
+    (; residuals, slopes, changes) = q
+    multiply!(changes, zeros, A.panels, iterate, m, threads)
+    to, change = step === LAST ? residuals : iterate, 0.0f0
+    for j in 1:m
+        @inbounds @vectors for i in axes(residuals, 1)
+            next = muladd(slopes[i, j], changes[i, j], residuals[i, j])
+            change = muladd(next - iterate[i, j], next - iterate[i, j], change)
+            to[i, j] = next
+        end
     end
-    multiply!(products, buffers.zeros, A.panels, columns, m, threads)
-    @inbounds @simd ivdep for i in 1:count
-        S[i] += products[i]
-    end
-    return S
+    return change
 end

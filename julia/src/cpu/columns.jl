@@ -5,9 +5,8 @@
 
 An equation for each of many samples that [`evaluate_all!`](@ref) evaluates for all columns at once. A subtype has
 
-- the field `tol`, the relative tolerance, or a method `tolerance_of(p, sample)`;
-- the fields `floor`, the smallest size that residuals are related to; `Z`, where the results go (n × samples); `outcome`, how each
-  sample ended; and `threads`, among which products may be shared;
+- the fields `tol`, the relative tolerance; `floor`, the smallest size that residuals are related to; `Z`, where the results go
+  (n × samples); `outcome`, how each sample ended; and `threads`, among which products may be shared;
 - the methods [`affine!`](@ref)`(c, p)` for all columns, [`activate!`](@ref)`(c, p, j)` and
   [`store_result!`](@ref)`(p, sample, c, j, status)` for one of them.
 """
@@ -140,8 +139,6 @@ const BLOW_UP = 1.0e6
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
-tolerance_of(p::ColumnEquation, sample::Int) = p.tol
-
 # One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
 @inline function evaluate!(c::Columns{T}, p::ColumnEquation{T}, j::Int) where {T}
     change2, size2 = activate!(c, p, j)
@@ -153,7 +150,7 @@ tolerance_of(p::ColumnEquation, sample::Int) = p.tol
         c.residual[j] = residual
     end
     status = !isfinite(residual) ? NON_FINITE :
-        residual <= tolerance_of(p, c.sample[j]) * scale ? CONVERGED :
+        residual <= p.tol * scale ? CONVERGED :
         residual > T(BLOW_UP) * (1 + p.floor) && has_blown_up(c, j, residual) ? DIVERGED : nothing
     return status, iszero(scale) ? zero(T) : residual / scale
 end
@@ -182,7 +179,7 @@ end
 
 "A[:, j] = B[:, k]"
 @inline function copy_column!(A, j::Int, B, k::Int)
-    @inbounds @simd for i in axes(B, 1)
+    @inbounds @vectors for i in axes(B, 1)
         A[i, j] = B[i, k]
     end
     return

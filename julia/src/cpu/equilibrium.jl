@@ -202,29 +202,24 @@ const PILOTS, PILOT_ITERATIONS = 16, 3
 """
     linearize!(ws, problem, X)
 
-Prepare the linearised equations ([`Linearized`](@ref)) of the recurrent stages where they pay: always for [`Chord`](@ref), else
-where the products saved outweigh the factorisation, or with coarse products. Mean slopes and contraction rates come from a few
-samples spread over the batch.
+Prepare what the samples share: coarse products where there are some, else the linearised equations ([`Linearized`](@ref)) of the
+recurrent stages where the products saved outweigh the factorisation; these always, and alone, for [`Chord`](@ref). Mean slopes and
+contraction rates come from a few samples spread over the batch.
 """
 function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     B = size(X, 2)
     (B == 0 || problem.adjoint isa Unrolled) && return
     asked = problem.solver isa Chord
+    asked || multiply_coarsely!(ws, B)
     if asked || B >= 2 * PILOTS && any(r -> may_pay(r, B), ws.recurrences)
         linearize_around!(ws, problem, X[:, 1:cld(B, PILOTS):B], B, asked)
     end
-    asked || iterate_coarsely!(ws, B)
     return
 end
 
-"Coarse products for the recurrent stages that are not linearised, for batches of B samples that are worth it."
-function iterate_coarsely!(ws::CPUWorkspace, B::Int)
-    B >= COARSE_SAMPLES || return
-    for r in ws.recurrences
-        r.linearized || !has_coarse_products(r) || iterate_coarsely!(r, Threads.nthreads())
-    end
-    return
-end
+"Let recurrent stages use coarse products for batches of B samples, if there are some and that is worth it."
+multiply_coarsely!(ws::CPUWorkspace, B::Int) =
+    B >= COARSE_SAMPLES && foreach(r -> multiply_coarsely!(r, Threads.nthreads()), ws.recurrences)
 
 function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::Int, asked::Bool) where {T}
     net, m = problem.net, size(pilots, 2)
@@ -235,7 +230,7 @@ function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::
     isempty(finite) && return
     for (stage, r) in zip(net.stages, ws.recurrences)
         stage.recurrent && (asked || may_pay(r, B)) || continue
-        n, coarse = length(stage.rows), !asked && has_coarse_products(r)
+        n = length(stage.rows)
         D = slopes!(zeros(T, n, length(finite)), stage.activation, tile.S[stage.rows, finite], tile.Z[stage.rows, finite])
         fill!(r.slope, 0)
         add_columns!(r.slope, D, length(finite))
@@ -245,8 +240,8 @@ function linearize_around!(ws::CPUWorkspace{T}, problem::Problem{T}, pilots, B::
         spread = deviation(D, r.slope)
         tol = Float64(tolerance(problem.solver, T))
         saved = 2 * (products(rate, tol) - products(rate * spread, tol) - 2)
-        asked || pays(coarse ? COARSE_SHARE * saved : saved, n, B) || continue
-        linearize!(r, Threads.nthreads(); coarse)
+        asked || pays(saved, n, B) || continue
+        linearize!(r, Threads.nthreads())
     end
     return
 end
@@ -264,7 +259,7 @@ end
 # Whether any number of products saved could pay.
 function may_pay(r::Recurrence, B)
     n = size(r.R, 1)
-    return n > LANE_NEURONS && pays(has_coarse_products(r) ? COARSE_SHARE * MOST_SAVED : MOST_SAVED, n, B)
+    return !r.coarse && n > LANE_NEURONS && pays(MOST_SAVED, n, B)
 end
 
 mean_rate(rates) = sum(rate -> clamp(rate, 0.05, 0.98), rates) / length(rates)
@@ -284,7 +279,7 @@ function settle!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, s
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     problem.solver isa Chord && linearize!(ws, problem, X)
-    problem.solver isa Auto && iterate_coarsely!(ws, B)
+    problem.solver isa Auto && multiply_coarsely!(ws, B)
     amplifications = Float64[
         stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)
     ]

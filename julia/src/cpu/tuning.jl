@@ -10,8 +10,8 @@ const SMALL = 12
 "Where threads share a product, large matrices are divided into blocks of so many rows or columns."
 const BLOCK = 256
 
-"Neurons from which on coarse products are used, samples in a batch, and the time that an iteration with them takes, of that of one without."
-const COARSE_NEURONS, COARSE_SAMPLES, COARSE_SHARE = 128, 128, 0.4
+"Neurons and samples in a batch from which on coarse products are used; neurons where these are of single precision for double."
+const COARSE_NEURONS, COARSE_SAMPLES, SINGLE_NEURONS = 25, 16, 128
 
 # --- factorisations ---------------------------------------------------------------------------------------------
 
@@ -22,7 +22,7 @@ const SMALL_LU = 24
 const RIGHT_HAND_SIDES = 32
 
 "Stages of up to so many neurons are solved side by side."
-const LANE_NEURONS = 31
+const LANE_NEURONS = 24
 
 """
     pays(saved, n, B)
@@ -41,14 +41,14 @@ const MOST_SAVED = 10
 """
     tile_width(net, samples)
 
-Samples in a tile: a handful of N × width matrices should stay in a core's L2 cache (1 MiB or so), and a batch should make a
+Samples in a tile: its matrices, some twenty of N × width, should stay in a core's L2 cache (1 MiB or so), and a batch should make a
 few tiles of the same width for the threads to share if there is work for them. Where the recurrent weights take that cache
 for themselves, more samples share each pass over them.
 """
 function tile_width(net::Network{T}, samples::Int) where {T}
     N = neurons(net)
     least = N^2 * sizeof(T) > 2^19 ? 128 : 64
-    widest = clamp(2^16 ÷ (N * sizeof(T)), least, 1024)
+    widest = clamp(2^15 ÷ (N * sizeof(T)), least, 1024)
     narrowest = clamp(2^11 ÷ N, 32, 128)
     tiles = cld(samples, clamp(cld(samples, 4), narrowest, widest))
     return clamp(cld(cld(samples, max(tiles, 1)), 4) * 4, 1, max(samples, 1))

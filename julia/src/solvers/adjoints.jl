@@ -17,9 +17,9 @@ The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a r
 - `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
-- `:auto`: up to $(LANE_NEURONS) neurons a stage elimination for many samples side by side. Above, the linear part that is common to
-  the batch first, as in [`Chord`](@ref), where the batch is large enough for that to pay; else `:lu` up to $(SMALL_LU) neurons, above
-  it `:neumann` as long as that is fast, then `:anderson`.
+- `:auto`: up to $(LANE_NEURONS) neurons a stage elimination for many samples side by side. Above, `:neumann` with coarse products where
+  there are some (`iterate_coarsely!`), or the linear part that is common to the batch first, as in [`Chord`](@ref), where the batch is
+  large enough for that to pay; else `:lu` up to $(SMALL_LU) neurons, above it `:neumann` as long as that is fast, then `:anderson`.
 
 Samples which an iterative method leaves unsolved are solved by LU.
 """

@@ -6,9 +6,10 @@ const AUTO_BLOCK = 8
 """
     Auto(; tol = nothing, max_iterations = 1000)
 
-Picard iteration first. Every $(AUTO_BLOCK) iterations, a sample whose contraction rate predicts more work than the alternative
+Picard iteration first, or corrections by coarse products where there are some (`approach_coarsely!`). Every $(AUTO_BLOCK)
+iterations, a sample whose contraction rate predicts more work than the alternative
 is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
-then Newton's method (above), and the last ones by NLsolve's trust region. A sample's course depends on that sample only.
+then Newton's method (above), and the last ones by NLsolve's trust region.
 """
 @kwdef struct Auto <: Solver
     tol::Union{Nothing, Float64} = nothing
@@ -18,13 +19,17 @@ end
 
 function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     n = size(c.F, 1)
-    n <= LANE_NEURONS && solve_lanes!(lanes_of(c), c, p) && return true
-    c.cold = false
+    if n <= LANE_NEURONS
+        solve_lanes!(lanes_of(c), c, p) && return true
+        c.cold = false
+    end
     # Newton costs about 4 iterations of n/3 + 2 products each, at a third of the speed of a product.
     # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.
     patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.unique ? 1 : 8)
-    begun = p.recurrence.linearized
-    begun && linearized_first!(c, p) && return true
+    coarse = p.recurrence.coarse && c.limit >= COARSE_EVALUATIONS
+    coarse && approach_coarsely!(c, p) && return true
+    p.recurrence.linearized && linearized_first!(c, p) && return true
+    begun = coarse || p.recurrence.linearized
     while c.active > 0
         for _ in 1:AUTO_BLOCK
             evaluate_all!(c, p; check = !begun, rescue = true) && break
@@ -43,16 +48,15 @@ end
 
 """
 Where an equilibrium may be one of several, the linearised equation may lead to another than Picard iteration from the start
-does, unless it is that iteration. It is then used only once that iteration is seen to contract.
+does. It is then used only once that iteration is seen to contract.
 """
 function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
-    sure = p.unique || p.recurrence.plain
-    steps = sure ? 1 : 3
+    steps = p.unique ? 1 : 3
     for k in 1:steps
         evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
         k < steps && advance!(c, one(T))
     end
-    if !sure
+    if !p.unique
         for j in c.active:-1:1
             contracts(c.rate[j]) || defer!(c, j)
         end

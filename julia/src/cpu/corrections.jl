@@ -1,0 +1,133 @@
+# Newton's method on the columns of an equation, with its linear systems solved by coarse products: only evaluations of the equation
+# itself, which decide, take products with all digits.
+
+"Corrections, coarse steps before them included, and what each has to leave at most of the residual for another one to follow."
+const COARSE_PASSES, COARSE_GAIN = 8, 0.8
+
+"From this relative residual on, what is neglected of the equation is more than what coarse products round."
+const ROUGH = 2.0^-2
+
+"Evaluations that all of them may take."
+const COARSE_EVALUATIONS = 16
+
+"Where Picard's step led to before a correction, and the residual there."
+struct CorrectionState{T} <: SolverState
+    Z::Matrix{T}
+    residual::Vector{T}
+end
+
+correction_state(c::Columns{T}) where {T} = buffer!(() -> CorrectionState{T}(zero(c.Z), zeros(T, size(c.Z, 2))), c, CorrectionState{T})
+corrections_of(c::Columns, p::FixedPoint) = buffer!(() -> @late(Corrections(coarse_factor(p), size(c.Z)...)), c, Corrections)
+
+"""
+    approach_coarsely!(c, p)
+
+Let the columns begin with Picard iteration in coarse products: one step, and the two from which their rate is known where corrections
+might lead to another equilibrium; those that are not seen to contract then keep aside. True when all are done.
+"""
+function approach_coarsely!(c::Columns{T}, p::Stationary{T}) where {T}
+    evaluate_all!(c, p; check = true, rescue = true) && return reclaim!(c) == 0
+    q = corrections_of(c, p)
+    for _ in 1:(p.unique ? 1 : 2)
+        begin_corrections!(q, c, p, correction_state(c))
+        @late solve_corrections!(q, coarse_factor(p), q.buffers, c.active, Inf32, p.threads)
+        for j in 1:c.active
+            add_change!(c, q, j, c.residual[j])
+            copy_column!(c.Z, j, c.F, j)
+        end
+        evaluate_coarsely!(c, p)
+    end
+    for j in c.active:-1:1
+        p.unique || contracts(c.rate[j]) || defer!(c, j)
+    end
+    iterate_coarsely!(c, p)
+    return reclaim!(c) == 0
+end
+
+"""
+    iterate_coarsely!(c, p)
+
+Correct the iterates of the active columns, which have been evaluated, as long as that reduces their residuals; true when all are done.
+Those left go on from their Z. Without a guarantee of uniqueness a correction is taken only if it leads no farther than the residual
+and the rate of the iteration before say.
+"""
+function iterate_coarsely!(c::Columns{T}, p::FixedPoint{T}) where {T}
+    aside, A, q, state = length(c.deferred), coarse_factor(p), corrections_of(c, p), correction_state(c)
+    c.state, least = state, accuracy_of(A)::Float32
+    for _ in 1:COARSE_PASSES
+        c.active == 0 && break
+        residual = begin_corrections!(q, c, p, state)
+        neglected = is_linear(p) ? zero(T) : residual
+        accuracy = clamp(Float32(max(neglected, p.tol / (2 * residual))), least, 0.25f0)
+        @late solve_corrections!(q, A, q.buffers, c.active, accuracy, p.threads)
+        foreach(j -> correct!(c, p, q, j), 1:c.active)
+        neglected > ROUGH ? evaluate_coarsely!(c, p) : evaluate_all!(c, p; rescue = true)
+        for j in c.active:-1:1
+            c.residual[j] <= T(COARSE_GAIN) * state.residual[j] && continue
+            if !(c.residual[j] < state.residual[j])
+                copy_column!(c.F, j, state.Z, j)
+                c.residual[j] = state.residual[j]
+            end
+            copy_column!(c.Z, j, c.F, j)
+            defer!(c, j)
+        end
+    end
+    advance!(c, one(T))
+    c.state = nothing
+    return reclaim!(c, aside) == 0
+end
+
+# The largest relative residual is returned.
+function begin_corrections!(q::Corrections, c::Columns{T}, p::FixedPoint{T}, state) where {T}
+    slopes!(q.slopes, c, p)
+    largest = zero(T)
+    for j in 1:c.active
+        state.residual[j] = c.residual[j]
+        inverse, size2 = inv(c.residual[j]), zero(T)
+        @inbounds @vectors for i in axes(c.F, 1)
+            z = c.F[i, j]
+            state.Z[i, j] = z
+            q.residuals[i, j] = inverse * (z - c.Z[i, j])
+            size2 = muladd(z, z, size2)
+        end
+        relative = c.residual[j] / max(sqrt(size2), p.floor)
+        largest = ifelse(relative > largest, relative, largest)       # one that is NaN is no concern of the others
+    end
+    return largest
+end
+
+# Z ← Z + δ, S ← S + M δ
+function correct!(c::Columns{T}, p::FixedPoint{T}, q::Corrections, j::Int) where {T}
+    residual, size2 = c.residual[j], zero(T)
+    c.residual[j] = Inf            # the next is no step of this iteration, and has no rate
+    @inbounds @vectors for i in axes(c.Z, 1)
+        δ = residual * q.residuals[i, j]
+        size2 = muladd(δ, δ, size2)
+    end
+    is_trusted(p, sqrt(size2), residual, c.rate[j]) || return
+    @inbounds @vectors for i in axes(c.Z, 1)
+        c.Z[i, j] = muladd(residual, q.residuals[i, j], c.Z[i, j])
+    end
+    return add_change!(c, q, j, residual)
+end
+
+function add_change!(c::Columns{T}, q::Corrections, j::Int, residual::T) where {T}
+    @inbounds @vectors for i in axes(c.S, 1)
+        c.S[i, j] = muladd(residual, q.changes[i, j], c.S[i, j])
+    end
+    return
+end
+
+# F = f(S) for an S by coarse products, which settles nothing.
+evaluate_coarsely!(c::Columns, p::FixedPoint) = foreach(j -> evaluate!(c, p, j), 1:c.active)
+
+"The length of a correction, in residuals, from which on it is no improvement."
+const FARTHEST = 1.0e3
+
+is_trusted(::FixedPoint{T}, distance, residual, rate) where {T} = distance <= T(FARTHEST) * residual
+is_trusted(p::Stationary{T}, distance, residual, rate) where {T} =
+    distance <= (p.unique ? T(FARTHEST) * residual : trust_radius(residual, rate))
+
+slopes!(D::Matrix{Float32}, c::Columns, p::Stationary) = slopes!(view(D, :, 1:c.active), p.f, c.S, c.F)
+is_linear(::Stationary) = false
+coarse_factor(p::Stationary) = p.recurrence.coarse_factors[1]
