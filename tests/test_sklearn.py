@@ -390,6 +390,8 @@ def test_too_few_samples_for_early_stopping_are_said(iris):
 def test_weights_of_classes_below_zero_are_refused(iris):
     with pytest.raises(ValueError, match=r"class_weight gives class 'setosa' the weight -1.0"):
         ImplicitRNNClassifier(class_weight={"setosa": -1.0, "versicolor": 1.0, "virginica": 1.0}).fit(*iris)
+    with pytest.raises(ValueError, match="'class_weight' parameter"):
+        ImplicitRNNClassifier(class_weight=np.ones(3)).fit(*iris)
 
 
 def test_predictions_before_a_fit_are_refused(estimator, data):

@@ -645,7 +645,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return weights
         encoder = LabelEncoder().fit(y if known is None else known)
         labels = encoder.transform(y)
-        if self.class_weight == "balanced":
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
             totals = np.bincount(labels, weights)
             of_class = totals.sum() / (len(totals) * np.where(totals > 0, totals, np.inf))
         else:
@@ -660,7 +660,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
 
     def _check_partial(self) -> None:
         super()._check_partial()
-        if self.class_weight == "balanced":
+        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
             raise ValueError(
                 "partial_fit cannot balance classes of which it sees a part; pass class_weight as a dict of their weights"
             )
