@@ -645,7 +645,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return weights
         encoder = LabelEncoder().fit(y if known is None else known)
         labels = encoder.transform(y)
-        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+        if self._balances:
             totals = np.bincount(labels, weights)
             of_class = totals.sum() / (len(totals) * np.where(totals > 0, totals, np.inf))
         else:
@@ -658,9 +658,14 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             )
         return np.asarray(of_class[labels] if weights is None else of_class[labels] * weights)
 
+    @property
+    def _balances(self) -> bool:
+        # An array would be compared with the word entry by entry.
+        return isinstance(self.class_weight, str) and self.class_weight == "balanced"
+
     def _check_partial(self) -> None:
         super()._check_partial()
-        if isinstance(self.class_weight, str) and self.class_weight == "balanced":
+        if self._balances:
             raise ValueError(
                 "partial_fit cannot balance classes of which it sees a part; pass class_weight as a dict of their weights"
             )
