@@ -28,7 +28,7 @@ end
 function second_derivative!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights) where {T}
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
-    problem.solver isa Chord && linearize!(ws, problem, X)
+    problem.solver isa Chord && prepare!(ws, problem, X)
     tile = first(buffers!(ws, B, 1, 1))
     tile.gradient = clear!(ws.gradients[1])
     tile.latest = tile.factorised = false

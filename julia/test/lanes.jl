@@ -161,7 +161,7 @@ end
 @testset "an interrupt is no failure of f" begin
     calls = Ref(0)
     for at in (1, 20)
-        f(z, a) = (eltype(z) <: ImplicitRNN.Sided && (calls[] += 1) == at && throw(InterruptException()); z .^ 2 .- a)
+        f(z, a) = (eltype(z) <: ImplicitRNN.LaneNumber && (calls[] += 1) == at && throw(InterruptException()); z .^ 2 .- a)
         calls[] = 0
         @test_throws InterruptException root(f, ones(1, MANY), rand(Xoshiro(1), MANY); batched = (1,))
     end

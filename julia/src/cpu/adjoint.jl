@@ -45,7 +45,7 @@ end
 linearized(p::AdjointSystem, outcome) = Linearized(p, !p.tangent, outcome)
 
 slopes!(D::Matrix{Float32}, c::Columns, ::AdjointSystem) =
-    foreach(j -> copy_column!(view(D, axes(c.Z, 1), :), j, c.coefficients, j), 1:c.active)
+    foreach(j -> copy_column!(D, j, c.coefficients, j), 1:c.active)
 is_linear(::AdjointSystem) = true
 coarse_factor(p::AdjointSystem) = p.recurrence.coarse_factors[p.tangent ? 1 : 2]
 
@@ -162,7 +162,7 @@ struct RefinementState{T} <: SolverState
 end
 
 # λ ← λ + (I - D₀R)⁻ᵀ (g + Rᵀ D λ - λ), with D₀ the slopes at which Newton's method factorised last.
-function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factors{T}) where {T}
+function refine!(c::Columns{T}, p::AdjointSystem{T}, factors::Factorisations{T}) where {T}
     all(j -> factors.known[j], 1:c.active) || return false
     D, state = c.coefficients, buffer!(() -> RefinementState{T}(zero(c.Z)), c, RefinementState{T})
     λ = state.λ

@@ -113,7 +113,7 @@ solutions found by methods which may find others than those that attract are che
     outcome::Outcome
     unique::Bool
     latest::Bool                 # write out f(u + R z) of a converged z: nearer to the equilibrium, if of unknown residual
-    factors::Union{Nothing, Factors{T}}    # take the last factorisations of Newton's method
+    factors::Union{Nothing, Factorisations{T}}    # take the last factorisations of Newton's method
     threads::Int                 # among which products may be shared
 end
 

@@ -1,7 +1,7 @@
 # Newton's method on the columns of an equation, with its linear systems solved by coarse products: only evaluations of the equation
 # itself, which decide, take products with all digits.
 
-"Corrections, coarse steps before them included, and what each has to leave at most of the residual for another one to follow."
+"Corrections at most, and what each has to leave at most of the residual for another one to follow."
 const COARSE_PASSES, COARSE_GAIN = 8, 0.8
 
 "From this relative residual on, what is neglected of the equation is more than what coarse products round."
@@ -20,28 +20,19 @@ correction_state(c::Columns{T}) where {T} = buffer!(() -> CorrectionState{T}(zer
 corrections_of(c::Columns, p::FixedPoint) = buffer!(() -> @late(Corrections(coarse_factor(p), size(c.Z)...)), c, Corrections)
 
 """
-    approach_coarsely!(c, p)
+    step_coarsely!(c, p)
 
-Let the columns begin with Picard iteration in coarse products: one step, and the two from which their rate is known where corrections
-might lead to another equilibrium; those that are not seen to contract then keep aside. True when all are done.
+A step of Picard iteration by a coarse product: Z ← F, S ← S + M (F - Z).
 """
-function approach_coarsely!(c::Columns{T}, p::Stationary{T}) where {T}
-    evaluate_all!(c, p; check = true, rescue = true) && return reclaim!(c) == 0
+function step_coarsely!(c::Columns, p::FixedPoint)
     q = corrections_of(c, p)
-    for _ in 1:(p.unique ? 1 : 2)
-        begin_corrections!(q, c, p, correction_state(c))
-        @late solve_corrections!(q, coarse_factor(p), q.buffers, c.active, Inf32, p.threads)
-        for j in 1:c.active
-            add_change!(c, q, j, c.residual[j])
-            copy_column!(c.Z, j, c.F, j)
-        end
-        evaluate_coarsely!(c, p)
+    foreach(j -> take_residual!(q, c, j), 1:c.active)
+    @late solve_corrections!(q, coarse_factor(p), q.buffers, c.active, Inf32, p.threads)
+    for j in 1:c.active
+        add_change!(c, q, j, c.residual[j])
+        copy_column!(c.Z, j, c.F, j)
     end
-    for j in c.active:-1:1
-        p.unique || contracts(c.rate[j]) || defer!(c, j)
-    end
-    iterate_coarsely!(c, p)
-    return reclaim!(c) == 0
+    return evaluate_coarsely!(c, p)
 end
 
 """
@@ -56,7 +47,8 @@ function iterate_coarsely!(c::Columns{T}, p::FixedPoint{T}) where {T}
     c.state, least = state, accuracy_of(A)::Float32
     for _ in 1:COARSE_PASSES
         c.active == 0 && break
-        residual = begin_corrections!(q, c, p, state)
+        slopes!(q.slopes, c, p)
+        residual = maximum(j -> begin_correction!(q, c, p, state, j), 1:c.active)
         neglected = is_linear(p) ? zero(T) : residual
         accuracy = clamp(Float32(max(neglected, p.tol / (2 * residual))), least, 0.25f0)
         @late solve_corrections!(q, A, q.buffers, c.active, accuracy, p.threads)
@@ -77,34 +69,35 @@ function iterate_coarsely!(c::Columns{T}, p::FixedPoint{T}) where {T}
     return reclaim!(c, aside) == 0
 end
 
-# The largest relative residual is returned.
-function begin_corrections!(q::Corrections, c::Columns{T}, p::FixedPoint{T}, state) where {T}
-    slopes!(q.slopes, c, p)
-    largest = zero(T)
-    for j in 1:c.active
-        state.residual[j] = c.residual[j]
-        inverse, size2 = inv(c.residual[j]), zero(T)
-        @inbounds @vectors for i in axes(c.F, 1)
-            z = c.F[i, j]
-            state.Z[i, j] = z
-            q.residuals[i, j] = inverse * (z - c.Z[i, j])
-            size2 = muladd(z, z, size2)
-        end
-        relative = c.residual[j] / max(sqrt(size2), p.floor)
-        largest = ifelse(relative > largest, relative, largest)       # one that is NaN is no concern of the others
+# The relative residual of column j is returned; one that is NaN is no concern of the others.
+function begin_correction!(q::Corrections, c::Columns{T}, p::FixedPoint{T}, state::CorrectionState{T}, j::Int) where {T}
+    copy_column!(state.Z, j, c.F, j)
+    state.residual[j] = c.residual[j]
+    relative = c.residual[j] / max(take_residual!(q, c, j), p.floor)
+    return ifelse(isnan(relative), zero(T), relative)
+end
+
+# The residual of column j, made to have norm 1; returns ‖F‖.
+function take_residual!(q::Corrections, c::Columns{T}, j::Int) where {T}
+    inverse, size2 = inv(c.residual[j]), zero(T)
+    @inbounds @vectors for i in axes(c.F, 1)
+        z = c.F[i, j]
+        q.residuals[i, j] = inverse * (z - c.Z[i, j])
+        size2 = muladd(z, z, size2)
     end
-    return largest
+    return sqrt(size2)
 end
 
 # Z ← Z + δ, S ← S + M δ
 function correct!(c::Columns{T}, p::FixedPoint{T}, q::Corrections, j::Int) where {T}
     residual, size2 = c.residual[j], zero(T)
+    radius = min(T(FARTHEST) * residual, trust_radius(p, c, j))
     c.residual[j] = Inf            # the next is no step of this iteration, and has no rate
     @inbounds @vectors for i in axes(c.Z, 1)
         δ = residual * q.residuals[i, j]
         size2 = muladd(δ, δ, size2)
     end
-    is_trusted(p, sqrt(size2), residual, c.rate[j]) || return
+    sqrt(size2) <= radius || return
     @inbounds @vectors for i in axes(c.Z, 1)
         c.Z[i, j] = muladd(residual, q.residuals[i, j], c.Z[i, j])
     end
@@ -123,10 +116,6 @@ evaluate_coarsely!(c::Columns, p::FixedPoint) = foreach(j -> evaluate!(c, p, j),
 
 "The length of a correction, in residuals, from which on it is no improvement."
 const FARTHEST = 1.0e3
-
-is_trusted(::FixedPoint{T}, distance, residual, rate) where {T} = distance <= T(FARTHEST) * residual
-is_trusted(p::Stationary{T}, distance, residual, rate) where {T} =
-    distance <= (p.unique ? T(FARTHEST) * residual : trust_radius(residual, rate))
 
 slopes!(D::Matrix{Float32}, c::Columns, p::Stationary) = slopes!(view(D, :, 1:c.active), p.f, c.S, c.F)
 is_linear(::Stationary) = false

@@ -200,13 +200,13 @@ end
 const PILOTS, PILOT_ITERATIONS = 16, 3
 
 """
-    linearize!(ws, problem, X)
+    prepare!(ws, problem, X)
 
 Prepare what the samples share: coarse products where there are some, else the linearised equations ([`Linearized`](@ref)) of the
 recurrent stages where the products saved outweigh the factorisation; these always, and alone, for [`Chord`](@ref). Mean slopes and
 contraction rates come from a few samples spread over the batch.
 """
-function linearize!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
+function prepare!(ws::CPUWorkspace{T}, problem::Problem{T}, X) where {T}
     B = size(X, 2)
     (B == 0 || problem.adjoint isa Unrolled) && return
     asked = problem.solver isa Chord
@@ -278,7 +278,7 @@ end
 function settle!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
-    problem.solver isa Chord && linearize!(ws, problem, X)
+    problem.solver isa Chord && prepare!(ws, problem, X)
     problem.solver isa Auto && multiply_coarsely!(ws, B)
     amplifications = Float64[
         stage.recurrent ? amplification(net.constraint, w, stage.slopes) : 1.0 for (stage, w) in zip(net.stages, ws.weights.stages)

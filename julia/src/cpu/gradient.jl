@@ -83,7 +83,7 @@ function pull_back!(
         g, ws::CPUWorkspace, problem::Problem, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
     )
     net, B = problem.net, size(X, 2)
-    problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
+    problem.solver isa Union{Auto, Chord} && prepare!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)
     width = tile_width(net, B)
     tiles = cld(B, width)
@@ -150,7 +150,7 @@ function keep_factors!(tile::Tile{T}, problem::Problem) where {T}
     for (k, stage) in enumerate(problem.net.stages)
         n = length(stage.rows)
         stage.recurrent && n^2 * tile.width * sizeof(T) <= FACTORS_LIMIT || continue
-        tile.factors[k] === nothing && (tile.factors[k] = Factors{T}(n, tile.width))
+        tile.factors[k] === nothing && (tile.factors[k] = Factorisations{T}(n, tile.width))
     end
     return
 end

@@ -124,16 +124,16 @@ function lu_solve_transposed_columns!(B::StridedMatrix{T}, A::Matrix{T}, pivots:
 end
 
 """
-    Factors{T}(n, samples)
+    Factorisations{T}(n, samples)
 
 The LU factorisation of I - D R of each sample, as Newton's method left it, for the adjoint.
 """
-struct Factors{T}
+struct Factorisations{T}
     LU::Array{T, 3}
     pivots::Matrix{Int}
     known::Vector{Bool}
 end
-Factors{T}(n::Int, samples::Int) where {T} = Factors{T}(zeros(T, n, n, samples), zeros(Int, n, samples), zeros(Bool, samples))
+Factorisations{T}(n::Int, samples::Int) where {T} = Factorisations{T}(zeros(T, n, n, samples), zeros(Int, n, samples), zeros(Bool, samples))
 
 "Memory in bytes that the factorisations of a tile may take."
 const FACTORS_LIMIT = 2^27

@@ -4,8 +4,8 @@
     Recurrence{T}
 
 `R`, its transpose and, where `linearized`, the matrix `Q = (I - R D̄)⁻¹ R` with its transpose: for slopes near their mean
-`slope` = diag(D̄), the part of the recurrence that is the same for all samples is solved by one product with Q. With D̄ = 0, Q is R.
-See [`Linearized`](@ref). Where `coarse`, [`Corrections`](@ref) take products with R instead.
+`slope` = diag(D̄), the part of the recurrence that is the same for all samples is solved by one product with Q. See
+[`Linearized`](@ref). Where `coarse`, [`Corrections`](@ref) take products with R instead.
 """
 mutable struct Recurrence{T}
     const R::Matrix{T}                # shared with the weights
@@ -68,8 +68,9 @@ end
 function multiply_coarsely!(r::Recurrence{T}, threads::Int = 1) where {T}
     if isempty(r.coarse_factors)
         n = size(r.R, 1)
-        coarse_factor(T, n) === nothing && return false
-        push!(r.coarse_factors, coarse_factor(T, n), coarse_factor(T, n))
+        forward = coarse_factor(T, n)
+        forward === nothing && return false
+        push!(r.coarse_factors, forward, coarse_factor(T, n))
     end
     store_coarse!(r.coarse_factors[1], r.R, threads)
     store_coarse_transposed!(r.coarse_factors[2], r.R, threads)

@@ -12,7 +12,7 @@ function push_forward!(tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     direction = unpack_tangent(net, ws.weights, dp)
-    problem.solver isa Union{Auto, Chord} && linearize!(ws, problem, X)
+    problem.solver isa Union{Auto, Chord} && prepare!(ws, problem, X)
     threads = threads_for(net, B)
     tiles = pieces_of(B, tile_width(net, B))
     buffers = buffers!(ws, B, threads, length(tiles))

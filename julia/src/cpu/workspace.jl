@@ -20,7 +20,7 @@ mutable struct Tile{T}
     const D::Matrix{T}
     const columns::Vector{Columns{T, Nothing}}     # per stage
     const adjoints::Vector{Columns{T, Matrix{T}}}
-    const factors::Vector{Union{Nothing, Factors{T}}}    # of Newton's method, where the adjoint is going to use them
+    const factors::Vector{Union{Nothing, Factorisations{T}}}    # of Newton's method, where the adjoint is going to use them
     const chains::Vector{Vector{Matrix{T}}}   # per stage: Z₀, S₁, Z₁, S₂, … of unrolled steps
     const outcome::Outcome                    # per sample of the tile
     const adjoint_outcome::Outcome
@@ -37,7 +37,7 @@ function Tile(net::Network{T}, width::Int, weights, recurrences, gradient) where
         (zeros(T, N, width) for _ in 1:4)..., zeros(T, k, width), zeros(T, k, width), zeros(T, N, width),
         [Columns{T}(length(stage.rows), width) for stage in net.stages],
         [Columns{T}(n, n > 0 ? width : 0, zeros(T, n, n > 0 ? width : 0)) for n in recurrent],
-        Union{Nothing, Factors{T}}[nothing for _ in net.stages],
+        Union{Nothing, Factorisations{T}}[nothing for _ in net.stages],
         [Matrix{T}[] for _ in net.stages],
         Outcome(width), Outcome(width), 1, false, false,
     )

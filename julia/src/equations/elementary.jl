@@ -192,11 +192,11 @@ end
 
 # --- powers ----------------------------------------------------------------------------------------------------
 
-@inline Base.literal_pow(::typeof(^), x::Sided, ::Val{0}) = one(x)
-@inline Base.literal_pow(::typeof(^), x::Sided, ::Val{1}) = x
+@inline Base.literal_pow(::typeof(^), x::LaneNumber, ::Val{0}) = one(x)
+@inline Base.literal_pow(::typeof(^), x::LaneNumber, ::Val{1}) = x
 @inline Base.literal_pow(::typeof(^), x::Vec, ::Val{2}) = x * x
 @inline Base.literal_pow(::typeof(^), x::Vec, ::Val{3}) = x * x * x
-@inline Base.literal_pow(::typeof(^), x::Sided, ::Val{-1}) = inv(x)
+@inline Base.literal_pow(::typeof(^), x::LaneNumber, ::Val{-1}) = inv(x)
 @inline Base.literal_pow(::typeof(^), x::Vec, ::Val{-2}) = (y = inv(x); y * y)
 
 # A product of sums of two numbers, of which the second is small.

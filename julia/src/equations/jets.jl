@@ -5,7 +5,7 @@
 
 A number with its first derivatives by N independent variables, for samples side by side.
 """
-struct Jet{N} <: Sided
+struct Jet{N} <: LaneNumber
     value::Vec
     partials::NTuple{N, Vec}
 end
@@ -80,11 +80,11 @@ end
 @inline Base.:^(x::Jet, c::AbstractFloat) = (y = x.value^c; with_partials(y, map(p -> (c * x.value^(c - 1)) * p, x.partials)))
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{2}) = abs2(x)
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{3}) = (y = x.value * x.value; chain(x, y * x.value, 3 * y))
-@inline Base.literal_pow(::typeof(^), x::Sided, ::Val{n}) where {n} = x^n
+@inline Base.literal_pow(::typeof(^), x::LaneNumber, ::Val{n}) where {n} = x^n
 
 # Julia's own for any numbers branches.
-@inline Base.hypot(x::Sided, y::Plain) = hypot(promote(x, y)...)
-@inline Base.hypot(x::Plain, y::Sided) = hypot(promote(x, y)...)
+@inline Base.hypot(x::LaneNumber, y::Plain) = hypot(promote(x, y)...)
+@inline Base.hypot(x::Plain, y::LaneNumber) = hypot(promote(x, y)...)
 
 # What has none, or that of one of its arguments.
 for f in (:isnan, :isinf, :isfinite, :signbit, :sign, :floor, :ceil, :trunc, :round)
@@ -100,8 +100,8 @@ end
 @inline Base.copysign(x::J, y::J) where {J <: Jet} = ifelse(xor(signbit(x), signbit(y)), -x, x)
 
 # The short vector `[a, b]` of them needs no memory.
-@inline Base.vect(x::Sided, rest::Vararg{Union{Sided, Plain}}) = Short(x, rest...)
-@inline Base.map(f, x::Short{N, <:Sided}) where {N} = Short(map(f, x.entries))
+@inline Base.vect(x::LaneNumber, rest::Vararg{Union{LaneNumber, Plain}}) = Short(x, rest...)
+@inline Base.map(f, x::Short{N, <:LaneNumber}) where {N} = Short(map(f, x.entries))
 
 "The value of what f returned, and its derivative number k."
 @inline value_of(y::Jet) = y.value

@@ -2,14 +2,14 @@
 # within a few evaluations is solved by itself, from its start, as every sample of another equation is.
 
 "Evaluations of f before a sample is solved by itself."
-const SIDED_EVALUATIONS = 30
+const LANE_EVALUATIONS = 30
 
 "Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
-struct SidedBuffers
+struct LaneBuffers
     J::Matrix{Vec}
     B::Matrix{Vec}
 end
-SidedBuffers(n::Int) = SidedBuffers(zeros(Vec, n, n), zeros(Vec, n, n))
+LaneBuffers(n::Int) = LaneBuffers(zeros(Vec, n, n), zeros(Vec, n, n))
 
 # --- what f is given, and what it gives ------------------------------------------------------------------------
 
@@ -99,8 +99,8 @@ function divide!(A::Matrix{Vec}, B::Matrix{Vec}, columns::Int)
 end
 
 # The Newton step; not finite where there is none.
-@inline newton_step!(w::SidedBuffers, c::Short{1}) = Short((-c[1] / @inbounds(w.J[1]),))
-@inline function newton_step!(w::SidedBuffers, c::Short{K}) where {K}
+@inline newton_step!(w::LaneBuffers, c::Short{1}) = Short((-c[1] / @inbounds(w.J[1]),))
+@inline function newton_step!(w::LaneBuffers, c::Short{K}) where {K}
     ntuple(i -> (@inbounds w.B[i] = -c[i]; nothing), Val(K))
     divide!(w.J, w.B, 1)
     return Short(ntuple(i -> @inbounds(w.B[i]), Val(K)))
@@ -124,7 +124,7 @@ end
 Newton's method as for one sample (`newton!`, `search_line!`, `near!`); each is evaluated once in a round. Those that do not converge
 have come across something that asks for more than Newton steps, halved where need be.
 """
-@inline function newton!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+@inline function newton!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
     if R
         ended, usual = whole_steps!(w, p, z, args, limit, tol)
         usual && return ended
@@ -137,12 +137,12 @@ end
 # it would do something else for one of the block. The derivative of one unknown is regular at the root
 # where it has changed by less than a quarter on a step that was longer than rounding, and steps have shrunk and it been steady since: so
 # it is within the error of the solution.
-@inline function whole_steps!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64) where {T, K}
+@inline function whole_steps!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64) where {T, K}
     active, usual = ALL, true
     regular = NONE
     infinite, none = Vec(Inf), zero(Vec)
     kept = map(in_registers, (z, measure(z, p.weights), none, infinite, infinite, infinite, none, none))
-    for k in 1:min(limit, SIDED_EVALUATIONS)
+    for k in 1:min(limit, LANE_EVALUATIONS)
         z, largest, size, merit_before, distance, last_distance, evaluations, last_derivative = map(out_of_registers, kept)
         c = evaluate!(w.J, p, z, args, Val(true))
         derivative = K == 1 ? @inbounds(w.J[1]) : none
@@ -175,12 +175,12 @@ end
     return ended_at(z, !active, regular, evaluations, distance, last_distance, related), usual && !any(active)
 end
 
-@noinline function damped_steps!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
+@noinline function damped_steps!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
     active = ALL
     found = NONE
     size, infinite = measure(z, p.weights), Vec(Inf)
     kept = map(in_registers, (z, z, z, zero(Vec), size, infinite, infinite, infinite, zero(Vec), one(Vec), zero(Vec)))
-    for k in 1:min(limit, SIDED_EVALUATIONS)
+    for k in 1:min(limit, LANE_EVALUATIONS)
         z, base, step, largest, outset, distance, last_distance, related, evaluations, t, merit_before = map(out_of_registers, kept)
         value = evaluate!(w.J, p, z, args, root)
         c = R ? value : minus(value, z)
@@ -244,7 +244,7 @@ end
 end
 
 # As for one sample.
-@noinline function is_steady!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, step::Short{K, Vec}, args) where {T, K}
+@noinline function is_steady!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, step::Short{K, Vec}, args) where {T, K}
     there = Short(ntuple(i -> z[i] + 2.0 * step[i] + Float64(8eps(T)) * z[i], Val(K)))
     evaluate!(w.J, p, there, args, Val(true))
     copyto!(w.B, w.J)
@@ -254,7 +254,7 @@ end
     return largest_column_sum(w.B) <= 0.5
 end
 
-@noinline function answers!(w::SidedBuffers, p::Equation{T, K}, z::Short{K, Vec}, base::Short{K, Vec}, args) where {T, K}
+@noinline function answers!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, base::Short{K, Vec}, args) where {T, K}
     there = plus(z, minus(base, z), Vec(PROBE))
     expected = minus(there, z)
     found = evaluate!(w.J, p, there, args, Val(true))
@@ -266,19 +266,19 @@ end
 # --- solvers ---------------------------------------------------------------------------------------------------
 
 "Whether the solver has a method for samples side by side: it begins with Newton's."
-may_be_sided(::Solver, ::AbstractEquation) = false
-may_be_sided(::Newton, ::AbstractEquation) = true
-may_be_sided(::Auto, p::AbstractEquation) = p.root
+may_run_in_lanes(::Solver, ::AbstractEquation) = false
+may_run_in_lanes(::Newton, ::AbstractEquation) = true
+may_run_in_lanes(::Auto, p::AbstractEquation) = p.root
 
-@inline solve_sided!(::Newton, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val) =
+@inline solve_in_lanes!(::Newton, w::LaneBuffers, p, z, args, limit::Int, tol, root::Val) =
     attracting!(w, p, args, newton!(w, p, z, args, limit, tol, root), tol, root)
 
-@inline solve_sided!(::Auto, w::SidedBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
+@inline solve_in_lanes!(::Auto, w::LaneBuffers, p, z, args, limit::Int, tol, root::Val{true}) =
     newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
 "Those of the fixed points found that attract and are where they were found, as far as the norm of ∂f/∂z proves."
 @inline attracting!(w, p, args, ended::Ended, tol, ::Val{true}) = ended
-@inline function attracting!(w::SidedBuffers, p::Equation{T, K}, args, ended::Ended, tol, ::Val{false}) where {T, K}
+@inline function attracting!(w::LaneBuffers, p::Equation{T, K}, args, ended::Ended, tol, ::Val{false}) where {T, K}
     any(ended.converged) || return ended
     evaluate!(w.J, p, ended.z, args, Val(true))
     rate = largest_column_sum(w.J)
@@ -287,8 +287,8 @@ may_be_sided(::Auto, p::AbstractEquation) = p.root
 end
 
 "Solve the samples of a block; those that do not converge side by side one by one."
-@inline function solve_block!(w::SidedBuffers, s::Iteration, Z, outcome::Outcome, regular, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
-    ended = solve_sided!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
+@inline function solve_block!(w::LaneBuffers, s::Iteration, Z, outcome::Outcome, regular, p::Equation{T, K}, solver, tol, b::Block, root::Val) where {T, K}
+    ended = solve_in_lanes!(solver, w, p, load_columns(Z, b, Val(K)), arguments(p, b), solver.max_iterations, tol, root)
     converged = T == Float64 ? ended.converged : ended.converged & (measure(ended.z) < Float64(floatmax(T)))
     if is_full(b) && all(converged)
         ntuple(i -> store!(Z, ended.z[i], b, i, K), Val(K))
@@ -316,7 +316,7 @@ end
 "… all of them, and write to `regular` of which samples ∂c/∂z is known to be regular at the solution."
 function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equation{T, K}, solver, tol::Float64) where {T, K}
     total, threads = size(Z, 2), Threads.nthreads()
-    buffers = [(SidedBuffers(K), Iteration{T}(K)) for _ in 1:threads]
+    buffers = [(LaneBuffers(K), Iteration{T}(K)) for _ in 1:threads]
     in_parallel(cld(total, PIECE), threads) do thread, k
         w, s = buffers[thread]
         range = piece(k, PIECE, total)
@@ -326,7 +326,7 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equatio
 end
 
 # What f throws is thrown when it is the turn of the sample for which it does.
-function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, range, root)
+function solve_piece!(w::LaneBuffers, s, Z, outcome, regular, p, solver, tol, range, root)
     at = Ref(first(range))          # the block at work
     while at[] <= last(range)
         try
@@ -340,7 +340,7 @@ function solve_piece!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, r
     return
 end
 
-function solve_blocks!(w::SidedBuffers, s, Z, outcome, regular, p, solver, tol, at, last, root)
+function solve_blocks!(w::LaneBuffers, s, Z, outcome, regular, p, solver, tol, at, last, root)
     while at[] <= last
         check_interrupt()
         solve_block!(w, s, Z, outcome, regular, p, solver, tol, Block(at[], last), root)
@@ -407,7 +407,7 @@ runs_side_by_side(::Equation{T, -1}, Z::Matrix{T}) where {T} = false
 function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
     all(has_lanes, p.args) && !catches(p.f) || return false
     b = Block(1, size(Z, 2))
-    w = SidedBuffers(K)
+    w = LaneBuffers(K)
     try
         value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
         return agrees(p, Z, value, w.J, b)

@@ -38,7 +38,7 @@ end
 w.B = A⁻¹ of the samples of a block; the jets of f by all variables, and for which of the `wanted` that is so: `inverse!` says why not.
 What is known to be regular is not looked at again.
 """
-@inline function linearize!(w::SidedBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
+@inline function linearize!(w::LaneBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
     z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
     N = Val(K + count_variables(args))
     y = checked(@inline(p.f(as_variables(z, Val(0), N), all_as_variables(args, Val(K), N)...)), K)
@@ -52,7 +52,7 @@ What is known to be regular is not looked at again.
     return y, known ? wanted : wanted & prove_regular!(w, p, inverses, z, args, b, y, size_of_A, root)
 end
 
-@noinline function prove_regular!(w::SidedBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
+@noinline function prove_regular!(w::LaneBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
     # Less is left to `inverse!`, which equilibrates A.
     regular = size_of_A * column_sum(w.B, Val(K)) * Float64(eps(T) * K) < 0.01
     c = ntuple(i -> in_doubt(value_of(y[i]) - (R ? zero(Vec) : z[i]), Float64(eps(T)) * largest_term(y[i], args, Val(K))), Val(K))
@@ -110,7 +110,7 @@ end
 
 function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Inverses{T}, v::Matrix{T}) where {T, K}
     total, threads = size(v, 2), Threads.nthreads()
-    buffers = [(SidedBuffers(K), InverseBuffers{T}(K)) for _ in 1:threads]
+    buffers = [(LaneBuffers(K), InverseBuffers{T}(K)) for _ in 1:threads]
     pieces = cld(total, PIECE)
     own = [map(own_gradient, gradients, p.args) for _ in 1:pieces]
     find_pieces(pieces, threads) do thread, k
@@ -144,7 +144,7 @@ function find_pieces(work, pieces::Int, threads::Int)
     return
 end
 
-function vjp_piece!(gradients::Tuple, w::SidedBuffers, one::InverseBuffers, p::Equation{T, K}, inverses, v, range, root) where {T, K}
+function vjp_piece!(gradients::Tuple, w::LaneBuffers, one::InverseBuffers, p::Equation{T, K}, inverses, v, range, root) where {T, K}
     sums = map(x -> zeros(Vec, x isa Shared ? max(variables(x.value), 0) : 0), p.args)
     for sample in first(range):LANES:last(range)
         check_interrupt()
@@ -200,14 +200,14 @@ end
 
 function jacobian_side_by_side!(J::Array{T, 3}, p::Equation{T, K}, inverses, index::Val, wanted) where {T, K}
     total, threads = size(J, 3), Threads.nthreads()
-    buffers = [(SidedBuffers(K), InverseBuffers{T}(K), zeros(T, K, size(J, 2))) for _ in 1:threads]
+    buffers = [(LaneBuffers(K), InverseBuffers{T}(K), zeros(T, K, size(J, 2))) for _ in 1:threads]
     find_pieces(cld(total, PIECE), threads) do thread, k
         jacobian_piece!(J, buffers[thread]..., p, inverses, index, wanted, piece(k, PIECE, total), p.root ? Val(true) : Val(false))
     end
     return J
 end
 
-function jacobian_piece!(J, w::SidedBuffers, one::InverseBuffers, B, p::Equation{T, K}, inverses, index::Val{I}, wanted, range, root) where {T, K, I}
+function jacobian_piece!(J, w::LaneBuffers, one::InverseBuffers, B, p::Equation{T, K}, inverses, index::Val{I}, wanted, range, root) where {T, K, I}
     for sample in first(range):LANES:last(range)
         check_interrupt()
         b = Block(sample, last(range))

@@ -31,7 +31,7 @@ end
 can_be_written_to(x::AbstractArray, batched::Bool) = ndims(x) - batched > 1 || ndims(x) - batched == 1 && size(x, 1) > MAX_SHORT
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, regular, p::AbstractEquation{T}, solver, tol::Float64) where {T}
-    may_be_sided(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, regular, p, solver, tol)
+    may_run_in_lanes(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, regular, p, solver, tol)
     # An equation that runs side by side need not have the rest compiled for it.
     return @late solve_one_by_one!(Z, outcome, p, solver, tol)
 end

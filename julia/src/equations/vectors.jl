@@ -4,9 +4,9 @@
 const LANES = 16
 
 "What is evaluated for samples side by side: numbers ([`Vec`](@ref)), and those with derivatives ([`Jet`](@ref))."
-abstract type Sided <: Real end
+abstract type LaneNumber <: Real end
 
-@eval primitive type Vec <: Sided $(64LANES) end
+@eval primitive type Vec <: LaneNumber $(64LANES) end
 """
     Vec
 
@@ -65,12 +65,12 @@ const Register = NTuple{LANES, VecElement{Float64}}
 end
 
 @inline Vec(x::Plain) = Vec(Float64(x))
-Base.promote_rule(::Type{S}, ::Type{<:Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}}) where {S <: Sided} = S
-Base.float(x::Sided) = x
-Base.float(::Type{S}) where {S <: Sided} = S
+Base.promote_rule(::Type{S}, ::Type{<:Union{Float64, Float32, Float16, Integer, Rational, AbstractIrrational}}) where {S <: LaneNumber} = S
+Base.float(x::LaneNumber) = x
+Base.float(::Type{S}) where {S <: LaneNumber} = S
 Base.broadcastable(m::Mask) = Ref(m)
 for f in (:zero, :one, :eps, :floatmin, :floatmax, :typemin, :typemax)
-    @eval @inline Base.$f(::Type{S}) where {S <: Sided} = S($f(Float64))
+    @eval @inline Base.$f(::Type{S}) where {S <: LaneNumber} = S($f(Float64))
 end
 Base.show(io::IO, x::Vec) = print(io, "Vec(", join((lane(x, l) for l in 1:LANES), ", "), ")")
 
@@ -130,12 +130,12 @@ for (f, name, count) in (
     }"""
     @eval @inline Base.$f($((:($v::Vec) for v in given)...)) = Base.llvmcall(($entry, "entry"), Vec, $(Expr(:curly, :Tuple, fill(:Vec, count)...)), $(given...))
 end
-@inline Base.flipsign(x::S, y::S) where {S <: Sided} = ifelse(signbit(y), -x, x)
+@inline Base.flipsign(x::S, y::S) where {S <: LaneNumber} = ifelse(signbit(y), -x, x)
 @inline Base.sign(x::Vec) = ifelse(x > 0.0, 1.0, ifelse(x < 0.0, -1.0, x))
 # NaN stays NaN.
-@inline Base.max(a::S, b::S) where {S <: Sided} = ifelse((a > b) | isnan(a), a, b)
-@inline Base.min(a::S, b::S) where {S <: Sided} = ifelse((a < b) | isnan(a), a, b)
-@inline Base.clamp(x::Sided, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
+@inline Base.max(a::S, b::S) where {S <: LaneNumber} = ifelse((a > b) | isnan(a), a, b)
+@inline Base.min(a::S, b::S) where {S <: LaneNumber} = ifelse((a < b) | isnan(a), a, b)
+@inline Base.clamp(x::LaneNumber, low::Real, high::Real) = ifelse(x > high, high, ifelse(x < low, low, x))
 
 @eval @inline Base.reinterpret(::Type{Integers}, x::Vec) = Base.llvmcall($("ret i$(64LANES) %0"), Integers, Tuple{Vec}, x)
 @eval @inline Base.reinterpret(::Type{Vec}, x::Integers) = Base.llvmcall($("ret i$(64LANES) %0"), Vec, Tuple{Integers}, x)

@@ -6,8 +6,8 @@ const AUTO_BLOCK = 8
 """
     Auto(; tol = nothing, max_iterations = 1000)
 
-Picard iteration first, or corrections by coarse products where there are some (`approach_coarsely!`). Every $(AUTO_BLOCK)
-iterations, a sample whose contraction rate predicts more work than the alternative
+Picard iteration first, or what the samples share where there is something (`correct_first!`). Every $(AUTO_BLOCK) iterations, a
+sample whose contraction rate predicts more work than the alternative
 is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
 then Newton's method (above), and the last ones by NLsolve's trust region.
 """
@@ -27,9 +27,8 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.
     patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.unique ? 1 : 8)
     coarse = p.recurrence.coarse && c.limit >= COARSE_EVALUATIONS
-    coarse && approach_coarsely!(c, p) && return true
-    p.recurrence.linearized && linearized_first!(c, p) && return true
     begun = coarse || p.recurrence.linearized
+    begun && correct_first!(c, p, coarse) && return true
     while c.active > 0
         for _ in 1:AUTO_BLOCK
             evaluate_all!(c, p; check = !begun, rescue = true) && break
@@ -47,22 +46,24 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
 end
 
 """
-Where an equilibrium may be one of several, the linearised equation may lead to another than Picard iteration from the start
-does. It is then used only once that iteration is seen to contract.
+    correct_first!(c, p, coarse)
+
+Begin with corrections by what the samples share: `coarse` products, or the linearised equation; true when all are done. Where an
+equilibrium may be one of several, these may lead to another than Picard iteration from the start does: they are then used only once
+that iteration is seen to contract. One coarse step, which takes a fraction of the time of a correction, always pays.
 """
-function linearized_first!(c::Columns{T}, p::Stationary{T}) where {T}
-    steps = p.unique ? 1 : 3
-    for k in 1:steps
-        evaluate_all!(c, p; check = k == 1, rescue = true) && return reclaim!(c) == 0
-        k < steps && advance!(c, one(T))
-    end
-    if !p.unique
-        for j in c.active:-1:1
-            contracts(c.rate[j]) || defer!(c, j)
+function correct_first!(c::Columns{T}, p::Stationary{T}, coarse::Bool) where {T}
+    evaluate_all!(c, p; check = true, rescue = true) && return reclaim!(c) == 0
+    for _ in 1:(p.unique ? Int(coarse) : 2)
+        if coarse
+            step_coarsely!(c, p)
+        else
+            advance!(c, one(T))
+            evaluate_all!(c, p; rescue = true) && return reclaim!(c) == 0
         end
     end
-    done = iterate_linearized!(c, p, LINEARIZED_PATIENCE)
-    done || advance!(c, one(T))
+    p.unique || foreach(j -> contracts(c.rate[j]) || defer!(c, j), c.active:-1:1)
+    coarse ? iterate_coarsely!(c, p) : iterate_linearized!(c, p, LINEARIZED_PATIENCE) || advance!(c, one(T))
     return reclaim!(c) == 0
 end
 

@@ -81,7 +81,9 @@ function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; c
         sample = c.sample[j]
         c.iterations[j] = lin.outcome.iterations[sample]
         c.rate[j] = lin.outcome.rate[sample]
-        lin.outcome.status[sample] > MAX_ITERATIONS || is_far(c, p, j, sample) || copy_column!(c.Z, j, p.Z, sample)
+        if lin.outcome.status[sample] <= MAX_ITERATIONS && distance(p.Z, sample, c.Z, j) <= trust_radius(p, c, j)
+            copy_column!(c.Z, j, p.Z, sample)
+        end
         c.residual[j] = Inf            # the next is no step of this iteration, and has no rate
     end
     return evaluate_all!(c, p; check)
@@ -119,16 +121,18 @@ end
 
 linearized(p::Stationary, outcome) = Linearized(p, false, outcome)
 
-# Whether the solution found for column j may be another than the one that attracts its iterate.
-is_far(c::Columns, p::FixedPoint, j::Int, sample::Int) = false
-function is_far(c::Columns{T}, p::Stationary{T}, j::Int, sample::Int) where {T}
-    p.unique && return false
+# How far from its iterate a solution for column j is taken.
+trust_radius(::FixedPoint{T}, ::Columns, ::Int) where {T} = T(Inf)
+trust_radius(p::Stationary{T}, c::Columns, j::Int) where {T} = p.unique ? T(Inf) : trust_radius(c.residual[j], c.rate[j])
+
+# ‖A[:, j] - B[:, k]‖
+function distance(A, j::Int, B::Matrix{T}, k::Int) where {T}
     distance2 = zero(T)
-    @inbounds @simd for i in axes(c.Z, 1)
-        d = p.Z[i, sample] - c.Z[i, j]
+    @inbounds @vectors for i in axes(B, 1)
+        d = A[i, j] - B[i, k]
         distance2 = muladd(d, d, distance2)
     end
-    return !(sqrt(distance2) <= trust_radius(c.residual[j], c.rate[j]))
+    return sqrt(distance2)
 end
 
 function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
