@@ -179,57 +179,6 @@ class Free(Constraint):
 
 
 @dataclass(frozen=True)
-class Perron(Constraint):
-    """R = e^{-A} K e^{A} with a learnt diagonal A and rows of L|K| summing to at most ``kappa``: the default.
-
-    One equilibrium, global convergence of Picard iteration and a certified error bound, at little cost in
-    expressiveness (El Ghaoui et al. 2021, well-posedness by the Perron-Frobenius eigenvalue of L|R|).
-
-    Parameters
-    ----------
-    kappa
-        Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration.
-
-    Examples
-    --------
-    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Perron(0.9), seed=0)
-    >>> net.weights["R"][...] = 5.0  # whatever the weights, the promise holds
-    >>> bool(np.abs(np.linalg.eigvals(net.recurrent_weights)).max() <= 0.9 + 1e-12)
-    True
-    >>> bool(net.equilibrium([[0.5, -1.0]]).bound[0] < 1e-8)
-    True
-    """
-
-    kappa: float = 0.95
-
-    unique = True
-    scaled = True
-
-    def __post_init__(self) -> None:
-        check_fraction("kappa", self.kappa)
-
-    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
-        """R_ij = e^{a_j - a_i} c_i K_ij, with the c of ``InfNorm``."""
-        return InfNorm(self.kappa).apply(K, scales, bounds) * _stretch(scales)
-
-    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
-        """∂L/∂K as that of ``InfNorm`` from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
-        dK, _ = InfNorm(self.kappa).pullback(K, scales, bounds, R, dR * _stretch(scales))
-        flow = dR * R
-        return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
-
-    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
-        """That of ``InfNorm`` times e^{a_j - a_i}, and R_ij (a′_j - a′_i)."""
-        rows = InfNorm(self.kappa).pushforward(K, scales, bounds, R, dK, dscales)
-        return rows * _stretch(scales) + R * (dscales[:, None, :] - dscales[:, :, None])
-
-    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
-        """That of ``InfNorm`` for e^{A} z."""
-        stretch = np.exp(scales)[:, None, :]
-        return InfNorm(self.kappa).certify(R, scales, bounds, stretch * residual) / stretch
-
-
-@dataclass(frozen=True)
 class InfNorm(Constraint):
     """Every row of L|R| sums to at most ``kappa``: a contraction in the maximum norm.
 
@@ -270,6 +219,51 @@ class InfNorm(Constraint):
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖ <= 1/(1 - κ), D = f′, in the maximum norm."""
         return np.asarray(residual.max(axis=-1, keepdims=True) / (1 - self.kappa) * np.ones(residual.shape[-1]))
+
+
+@dataclass(frozen=True)
+class Perron(InfNorm):
+    """R = e^{-A} K e^{A} with a learnt diagonal A and rows of L|K| summing to at most ``kappa``: the default.
+
+    One equilibrium, global convergence of Picard iteration and a certified error bound, at little cost in
+    expressiveness (El Ghaoui et al. 2021, well-posedness by the Perron-Frobenius eigenvalue of L|R|).
+
+    Parameters
+    ----------
+    kappa
+        Largest sum of a row, in (0, 1): a bound on the rate of Picard iteration.
+
+    Examples
+    --------
+    >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, constraint=irnn.Perron(0.9), seed=0)
+    >>> net.weights["R"][...] = 5.0  # whatever the weights, the promise holds
+    >>> bool(np.abs(np.linalg.eigvals(net.recurrent_weights)).max() <= 0.9 + 1e-12)
+    True
+    >>> bool(net.equilibrium([[0.5, -1.0]]).bound[0] < 1e-8)
+    True
+    """
+
+    scaled = True
+
+    def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
+        """R_ij = e^{a_j - a_i} c_i K_ij, with the c of ``InfNorm``."""
+        return super().apply(K, scales, bounds) * _stretch(scales)
+
+    def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
+        """∂L/∂K as that of ``InfNorm`` from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
+        dK, _ = super().pullback(K, scales, bounds, R, dR * _stretch(scales))
+        flow = dR * R
+        return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
+
+    def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
+        """That of ``InfNorm`` times e^{a_j - a_i}, and R_ij (a′_j - a′_i)."""
+        rows = super().pushforward(K, scales, bounds, R, dK, dscales)
+        return rows * _stretch(scales) + R * (dscales[:, None, :] - dscales[:, :, None])
+
+    def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
+        """That of ``InfNorm`` for e^{A} z."""
+        stretch = np.exp(scales)[:, None, :]
+        return super().certify(R, scales, bounds, stretch * residual) / stretch
 
 
 def _row_factors(kappa: float, K: Array, bounds: Array) -> tuple[Array, Array]:
