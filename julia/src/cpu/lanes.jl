@@ -174,6 +174,9 @@ function drop_doubtful!(w::Lanes{T, L}, done::Int, k::Int, picard_steps::Int) wh
     return
 end
 
+"Squarings of D R for all lanes, before each is looked at by itself."
+const LANE_SQUARINGS = 4
+
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
 function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
     lanes = Val(L)
@@ -181,14 +184,14 @@ function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, pica
     doubtful == 0 && return
     slopes_lanes!(w, p.f)
     power, next = jacobian_lanes!(w.power, w.D, M, lanes), w.A
-    for k in 0:SQUARINGS
+    for k in 0:LANE_SQUARINGS
         k == 0 || ((power, next) = (square_lanes!(next, power, lanes), power))
         doubtful &= ~contractions(power, lanes)
         doubtful == 0 && return
     end
     for l in 1:L
         has_bit(doubtful, l) || continue
-        (@late spectral_radius(matrix_of(M, l), w.D[l, :]))::T < 1 || (w.failed |= bit(l))
+        (@late repels(matrix_of(M, l), w.D[l, :]))::Bool && (w.failed |= bit(l))
     end
     return
 end

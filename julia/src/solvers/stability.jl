@@ -3,8 +3,8 @@
 "Up to this many rows all eigenvalues are computed."
 const DENSE_EIGEN = 256
 
-"Squarings of D R after which eigenvalues are cheaper: powers of a matrix have norms below 1 where its spectral radius is."
-const SQUARINGS = 4
+"Squarings of D R before its eigenvalues are computed, which take as long as some fifty."
+const SQUARINGS = 10
 
 """
     spectral_radius(R, d)
@@ -50,15 +50,26 @@ function repels(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     p.unique && return false
     slopes = buffer!(() -> zeros(T, size(c.F, 1), 1), c, Matrix{T})
     d = slopes!(slopes, p.f, view(c.S, :, j:j), view(c.F, :, j:j))
-    # A norm of D R or of one of its powers below 1 proves stability; only what that does not settle needs eigenvalues.
     return maximum(abs, d) * norm_of(p.recurrence) >= 1 && (@late repels(p.recurrence.R, d))::Bool
 end
-function repels(R::AbstractMatrix, d)
+
+"""
+    repels(R, d)
+
+Whether the spectral radius of J = `diag(d) R` (n × n) is 1 or more. It is not where a power of J has a norm below 1, and it is where
+the trace of one, a sum of n powers of eigenvalues, is above n. Only what that does not settle needs eigenvalues.
+"""
+function repels(R::AbstractMatrix{T}, d) where {T}
+    n, size2 = size(R, 1), zero(T)
     power = rows_times(d, R)
     next = similar(power)
-    for k in 0:(size(R, 1) <= DENSE_EIGEN ? SQUARINGS : 0)
+    for k in 0:(n <= DENSE_EIGEN ? SQUARINGS : 0)
         k == 0 || ((power, next) = (gemm!('N', 'N', true, power, power, false, next), power))
-        min(opnorm(power, 1), euclidean_norm(vec(power))) < 1 && return false
+        rounding = 2^k * eps(T) * size2            # of the power, in its Euclidean norm
+        norm = euclidean_norm(vec(power))
+        min(opnorm(power, 1), norm) < 1 && return false
+        abs(tr(power)) > n + sqrt(T(n)) * rounding && return true
+        size2 = norm^2
     end
     return spectral_radius(R, vec(d)) >= 1
 end

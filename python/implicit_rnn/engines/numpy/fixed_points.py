@@ -22,6 +22,10 @@ class FixedPoint(Solve):
         self.f, self.sizes = f, Sizes(f.equation, tol)
         self.outset = np.full(f.equation.samples, np.nan)
 
+    def until_look(self, first: int) -> int:
+        """Few, as f may take long."""
+        return min(super().until_look(first), 4)
+
     def product(self, rows: Rows, V: Array) -> Array:
         return self.f.values.real(V, rows.index)
 

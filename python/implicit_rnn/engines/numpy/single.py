@@ -61,17 +61,17 @@ class UncertainError(Exception):
 
 
 def picard(equation: Equation, tol: float, limit: int, block: int, patience: float) -> Found | None:
-    """A fixed point, looked for after 1, 5 and so on of ``block`` evaluations; None where it is not found.
+    """A fixed point, looked for after 1, 5 and so on evaluations; None where it is not found.
 
-    After each block it is given up if at its rate it would take more than ``patience`` evaluations. Raises ``UncertainError``.
+    From ``block`` evaluations on it is given up if at its rate it would take more than ``patience``. Raises ``UncertainError``.
     """
     calls = _Calls(equation)
     size, floor = _size(equation)
     z = equation.start[0].tolist()
-    largest, before, evaluations, in_block = 0.0, inf, 0, 0
+    largest, before, evaluations = 0.0, inf, 0
     while True:
-        steps = min(4, block - in_block) if evaluations else 1
-        evaluations, in_block = evaluations + steps, in_block + steps
+        steps = 4 if evaluations else 1
+        evaluations += steps
         if evaluations >= limit:
             return None
         for _ in range(steps - 1):
@@ -88,10 +88,9 @@ def picard(equation: Equation, tol: float, limit: int, block: int, patience: flo
         if _is_near(residual, max(here, floor), tol, _EPS * largest, rate):
             # Undamped iteration ends at what attracts it, unless it starts there.
             return Found(z, evaluations, residual / reference if residual else 0.0, rate) if evaluations > 1 else None
-        if in_block == block:
-            if log(tol) + log(max(reference, _TINY)) - log(residual) < patience * log(min(rate, 0.9999) or _TINY):
-                return None
-            in_block = 0
+        slow = log(tol) + log(max(reference, _TINY)) - log(residual) < patience * log(min(rate, 0.9999) or _TINY)
+        if evaluations >= block and slow:
+            return None
         z, before = F, residual
 
 

@@ -18,10 +18,10 @@ Elementwise = Callable[[Array], Array]
 BLOW_UP = 1e6
 """A residual so much larger than what there was at the start is divergence."""
 BLOCK = 8
-"""Picard steps after which Auto looks at the rates."""
+"""Picard steps that Auto takes before it sets slow samples aside."""
 PATIENCE = 128
-"""Further Picard steps that Auto allows an equation that may have several equilibria; a network with one an eighth."""
-_SQUARINGS = 4
+"""Further Picard steps that Auto allows a sample."""
+_SQUARINGS = 10
 _DENSE = 64
 _SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
@@ -219,15 +219,15 @@ class Solve:
     rescued: list[Rows] | None = None
     """Rows that blew up, to start again from zero by another method; None ends them."""
 
-    def picard(self, limit: int, damping: float = 1.0) -> None:
-        """``limit`` evaluations of all rows, which have had equally many."""
-        # The overhead of a look at the residual exceeds a few evaluations of a small f.
-        steps = 4 if self.shape[-1] <= _DENSE else 2
+    def picard(self, limit: int, damping: float = 1.0, slow: list[Rows] | None = None) -> None:
+        """``limit`` evaluations of all rows, which have had equally many; those that are going to need many more join ``slow``,
+        if that is given.
+        """
         first, at_start = 0, not self.rows.iterations.any()
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
             self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
-            count = 1 if at_start and self.equation.check_stability else min(steps, limit - first)
+            count = 1 if at_start and self.equation.check_stability else min(self.until_look(first), limit - first)
             at_start = False
             first += count
             for _ in range(count - 1):
@@ -238,6 +238,21 @@ class Solve:
                 return
             self.accept(self.rows)
             self.advance(self.rows, self.rows.F, damping)
+            if slow is not None and first >= BLOCK:
+                goal = self.equation.tol * self.scale(self.rows)
+                predicted = np.log(goal / self.rows.residual) / np.log(np.minimum(self.rate, 0.9999))
+                if (late := predicted > PATIENCE).any():
+                    slow.append(self.rows.take(late))
+                    self.rows = self.rows.take(~late)
+                    if not len(self.rows.index):
+                        return
+
+    def until_look(self, first: int) -> int:
+        """Evaluations from the ``first`` on to the next look at the residuals, which takes longer than a few of a small f.
+
+        Whatever the other samples do, of which no result depends.
+        """
+        return max(4, first // 2) if self.shape[-1] <= _DENSE else 2
 
     def advance(self, rows: Rows, F: Array, damping: float) -> None:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
@@ -325,47 +340,43 @@ class Solve:
         return np.ones(len(rows.Z), bool)
 
     def repels(self, rows: Rows) -> Array:
-        """Whether the spectral radius of the Jacobian is 1 or more; a norm of a power of it below 1 spares the eigenvalues."""
+        """Whether the spectral radius of the Jacobian J is 1 or more.
+
+        It is not where a power of J has a norm below 1, and it is where the trace of one, a sum of n powers of eigenvalues, is
+        above n. Only what that does not settle needs eigenvalues.
+        """
         J = self.jacobian(rows)
-        power, doubtful = J, np.arange(len(J))
+        n, eps = J.shape[-1], float(np.finfo(J.dtype).eps)
+        repels = np.zeros(len(J), bool)
+        power, doubtful, size = J, np.arange(len(J)), np.zeros(len(J))
         with np.errstate(over="ignore", invalid="ignore"):
             for k in range(_SQUARINGS + 1):
                 power = power @ power if k else power
+                rounding = 2**k * eps * size**2  # of the power, in its Euclidean norm
+                size = np.linalg.norm(power, axis=(1, 2))
                 largest_column = np.abs(power).sum(axis=1).max(axis=-1, initial=0)
-                left = ~(np.minimum(largest_column, np.linalg.norm(power, axis=(1, 2))) < 1)
-                power, doubtful = power[left], doubtful[left]
+                attracts = np.minimum(largest_column, size) < 1
+                grows = ~attracts & (np.abs(np.trace(power, axis1=1, axis2=2)) > n + n**0.5 * rounding)
+                repels[doubtful[grows]] = True
+                left = ~(attracts | grows)
+                power, doubtful, size = power[left], doubtful[left], size[left]
                 if not len(doubtful):
                     break
-        repels = np.zeros(len(J), bool)
         if len(doubtful):
             repels[doubtful] = np.abs(np.linalg.eigvals(J[doubtful])).max(axis=-1) >= 1
         return repels
 
     def auto(self, solver: Auto) -> None:
         """Picard iteration while it is fast, Newton's method or Anderson acceleration for the samples that are slow."""
-        n = self.shape[-1]
-        patience = PATIENCE // (1 if self.equation.check_stability else 8)
         slow: list[Rows] = []
         self.rescued = slow
-        left = solver.max_iterations
-        while len(self.rows.index):
-            self.picard(min(BLOCK, left))
-            left -= BLOCK
-            rows = self.rows
-            if not len(rows.index):
-                break
-            goal = self.equation.tol * self.scale(rows)
-            predicted = np.log(goal / rows.residual) / np.log(np.minimum(self.rate, 0.9999))
-            keep = ~(predicted > patience)
-            slow.append(rows.take(~keep))
-            self.rows = rows.take(keep)
-            self.rate = self.rate[keep]
+        self.picard(solver.max_iterations, slow=slow)
         self.rescued = None
-        if not any(len(rows.index) for rows in slow):
+        if not slow:
             return
         self.rows = _join(slow)
         self.rate = np.zeros(len(self.rows.index))
-        if n > _DENSE:
+        if self.shape[-1] > _DENSE:
             self.anderson(Anderson(), _ANDERSON_STEPS)
         rows = self.rows
         self.limit[rows.index] = np.minimum(self.limit[rows.index], rows.iterations + _NEWTON_STEPS)

@@ -60,19 +60,20 @@ def solve_systems(
 def _neumann_series(product: Callable[[Array], Array], b: Array, tol: float, limit: int) -> tuple[Array, Array]:
     """x = b + M x by iteration, and its relative residuals (S, B), infinite where more than ``limit`` terms would be needed."""
     tiny = np.finfo(b.dtype).tiny
-    x, taken, before = b, 0, np.full(b.shape[:-1], np.inf)
+    x, taken, steps, before = b, 0, _STEPS, np.full(b.shape[:-1], np.inf)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         while True:
-            for _ in range(_STEPS):
+            for _ in range(steps):
                 x, last = product(x), x
                 x += b
-            taken += _STEPS
+            taken += steps
             size = norm(x - last) / np.maximum(norm(last), tiny)
             done = size <= tol
-            hopeless = np.zeros_like(done)
-            if taken > _STEPS:
-                predicted = taken + _STEPS * np.log(tol / size) / np.log(size / before)
-                hopeless = ~done & ~(predicted <= limit)
-            if taken >= limit or (done | hopeless).all() or hopeless.mean() > 0.5:
+            predicted = np.where(
+                done, 0, np.ceil(steps * np.log(tol / size) / np.log(size / before))
+            )  # 0 at the first look
+            possible = predicted <= limit - taken
+            if taken >= limit or done[possible].all() or np.count_nonzero(possible) < done.size / 2:
                 return last, np.where(done, size, np.inf)  # the iterate whose residual is known
+            steps = int(max(_STEPS, predicted[possible].max()))
             before = size
