@@ -184,6 +184,19 @@ def test_hook_at_a_kink_is_used_with_a_warning():
         sol.jacobian("a")
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_hook_at_a_kink_where_one_starts_is_not_refused(dtype, rng):
+    R, x = (0.3 * rng.standard_normal(shape).astype(dtype) for shape in ((3, 3), 3))
+    sol = fixed_point(
+        lambda z, x: np.where(R @ z > 0, R @ z, 0) + x,
+        np.zeros(3, dtype),
+        args=(x,),
+        jac=lambda z, x: (R @ z > 0)[:, None] * R,
+        solver=Newton(),
+    )
+    np.testing.assert_allclose(sol.value, np.maximum(R @ sol.value, 0) + x, rtol=1e-5)
+
+
 BAD_HOOKS = {
     "jac of another shape": (
         {"jac": lambda z, a: np.ones(2)},

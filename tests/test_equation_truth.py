@@ -673,6 +673,24 @@ def test_gradient_of_a_batched_argument_does_not_depend_on_its_order_in_memory()
     np.testing.assert_allclose(solution.vjp([[0.0, 0, 0], [0, 0, 1]])["A"], expected)
 
 
+@pytest.mark.parametrize(
+    ("activation", "slope", "dtype", "error"),
+    [
+        (lambda s: np.logaddexp(s, 0), lambda s: 1 / (1 + np.exp(-s)), np.float64, 5e-8),
+        (np.abs, np.sign, np.float32, 3e-3),
+    ],
+)
+def test_weights_of_all_sizes_have_derivatives_as_good_as_rounding_allows(activation, slope, dtype, error):
+    rng = np.random.default_rng(1)
+    R, x, v = (rng.standard_normal(shape).astype(dtype) for shape in ((20, 20), 20, 20))
+    R *= dtype(0.4 / 20**0.5)
+    solution = fixed_point(lambda z, R, x: activation(R @ z + x), np.zeros(20, dtype), args=(R, x))
+    z = solution.value.astype(float)
+    D = slope(R @ z + x)
+    expected = np.outer(D * np.linalg.solve(np.eye(20) - R.T * D, v), z)
+    assert np.abs(solution.vjp(v)["R"] - expected).max() < error * np.abs(expected).max()
+
+
 def test_complex_step_that_is_wrong_for_one_small_condition_is_not_believed():
     def f(z, a):
         return np.array([1e5 * (z[0] - a[0]), abs(z[1]) * z[1] + z[1] - a[1]])
