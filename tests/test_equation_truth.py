@@ -673,6 +673,16 @@ def test_gradient_of_a_batched_argument_does_not_depend_on_its_order_in_memory()
     np.testing.assert_allclose(solution.vjp([[0.0, 0, 0], [0, 0, 1]])["A"], expected)
 
 
+@pytest.mark.parametrize(("dtype", "a"), [(np.float64, 7.0), (np.float64, 10.0), (np.float32, 3.0)])
+def test_complex_step_that_is_slightly_wrong_is_not_believed(dtype, a):
+    def softplus(z, a):  # whose second term has no derivative by the complex step
+        return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - a
+
+    solution = root(softplus, np.array([a], dtype), args=(a,))
+    rtol = 1e-4 if dtype == np.float32 else 1e-8
+    np.testing.assert_allclose(solution.jacobian("a")[0], 1 + np.exp(-solution.value), rtol=rtol)
+
+
 @pytest.mark.parametrize(
     ("activation", "slope", "dtype", "error"),
     [

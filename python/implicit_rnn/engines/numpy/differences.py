@@ -90,10 +90,9 @@ class Differences:
                 found = self.complex_step(Z, rows, variable, direction)
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
-        share = 1e-1 if Z.dtype == np.float32 else 1e-3
 
         def agree(D: Array, doubt: Array, found: Array) -> Array:
-            near = np.abs(found - D) <= np.maximum(share * np.abs(D), doubt[:, None])
+            near = np.abs(found - D) <= np.maximum(tolerance(Z.dtype) * np.abs(D), doubt[:, None])
             return np.asarray(np.isfinite(doubt) & near.all(axis=1))
 
         analytic = agree(D, doubt, found)
