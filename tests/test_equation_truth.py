@@ -400,6 +400,15 @@ def test_plateau_has_the_derivative_zero(a):
     assert flat.vjp([1.0])["a"] == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_neurons_that_are_off_have_the_derivative_zero(dtype):
+    R = (0.1 * np.eye(4)).astype(dtype)
+    x = np.array([-3, -1, 1, 2], dtype)
+    z = fixed_point(lambda z, R, x: np.maximum(np.real(R @ z + x), 0), np.zeros(4, dtype), args=(R, x))
+    np.testing.assert_allclose(z.vjp(np.ones(4))["x"], np.array([0, 0, 1, 1]) / 0.9, rtol=1e-3)
+    assert (z.vjp(np.ones(4))["R"][:2] == 0).all()
+
+
 @pytest.mark.parametrize("a", [1e-4, 1e-6, 1e-8])
 def test_small_argument_of_which_f_drops_the_imaginary_part_is_not_taken_for_a_constant(a):
     value = root(lambda z, a: z**3 + z - 2 + a.real, [1.5], args=(np.array([a]),))

@@ -27,8 +27,8 @@ FEW = 128
 """Entries of a variable up to which each is moved for itself."""
 _LARGEST_DOUBT = 0.1
 """The doubt, relative to the largest derivative, with which a quotient is believed in no precision."""
-_FLAT_FACTOR = 1e4
-"""The step, in units of the best one for a function of scale 1, at which an f that does not change is believed to be flat."""
+_FLAT_STEP = 0.06
+"""The step, relative to what moves, at which an f that does not change is believed to be flat."""
 
 
 class _Quotients(NamedTuple):
@@ -242,7 +242,8 @@ class Differences:
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
         own, vanishes = self._sizes(Z, rows, variable, direction)
         size = own if size is None else np.where(np.isfinite(size) & (size > own), size, own)
-        factors = (1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
+        flat = _FLAT_STEP / eps ** (1 / 3)
+        factors = (1.0, 1e-2, flat, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
         best, doubt = np.full((m, self._f.equation.n), np.nan), np.full(m, np.inf)
         always_flat, doubtful = np.full(m, True), np.full(m, True)
         center = self._f(Z, rows).astype(np.float64)
@@ -254,7 +255,7 @@ class Differences:
             step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size[left] * factor))
             found = self._quotients(Z[left], rows[left], variable, direction, step, center[left], terms[left])
             always_flat[left] &= found.flat
-            good = np.where(found.flat, always_flat[left] & (factor == _FLAT_FACTOR), found.good)
+            good = np.where(found.flat, always_flat[left] & (factor == flat), found.good)
             good &= found.doubt < doubt[left]
             value = np.where(good[:, None], found.extrapolated, found.fine)
             first = np.isnan(best[left]).all(axis=1)
