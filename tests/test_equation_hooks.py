@@ -429,6 +429,16 @@ def test_many_unknowns_that_gmres_does_not_solve_are_told_of_jac():
         root(f, np.ones(n), solver=Newton(max_iterations=3))
 
 
+def test_many_unknowns_whose_coupling_f_hides_are_told_of_nan():
+    def rectified_ring(z, a):
+        s = 0.5 * np.roll(z, 1) + a
+        return np.where(s > 0, s, 0)
+
+    sol = fixed_point(rectified_ring, np.zeros(3000), args=(np.sin(np.arange(3000)),))
+    with pytest.raises(EngineError, match=r"or turns NaN into numbers, as np\.where does"):
+        sol.vjp(np.ones(3000))
+
+
 def test_repelling_fixed_point_of_many_unknowns_is_reported():
     n = 3000
     sol = fixed_point(
