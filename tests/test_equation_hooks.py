@@ -184,6 +184,19 @@ def test_hook_at_a_kink_is_used_with_a_warning():
         sol.jacobian("a")
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_hook_at_a_kink_where_one_starts_is_not_refused(dtype, rng):
+    R, x = (0.3 * rng.standard_normal(shape).astype(dtype) for shape in ((3, 3), 3))
+    sol = fixed_point(
+        lambda z, x: np.where(R @ z > 0, R @ z, 0) + x,
+        np.zeros(3, dtype),
+        args=(x,),
+        jac=lambda z, x: (R @ z > 0)[:, None] * R,
+        solver=Newton(),
+    )
+    np.testing.assert_allclose(sol.value, np.maximum(R @ sol.value, 0) + x, rtol=1e-5)
+
+
 BAD_HOOKS = {
     "jac of another shape": (
         {"jac": lambda z, a: np.ones(2)},
@@ -414,6 +427,16 @@ def test_many_unknowns_that_gmres_does_not_solve_are_told_of_jac():
 
     with pytest.raises(ConvergenceError, match="jac= as a sparse matrix"):
         root(f, np.ones(n), solver=Newton(max_iterations=3))
+
+
+def test_many_unknowns_whose_coupling_f_hides_are_told_of_nan():
+    def rectified_ring(z, a):
+        s = 0.5 * np.roll(z, 1) + a
+        return np.where(s > 0, s, 0)
+
+    sol = fixed_point(rectified_ring, np.zeros(3000), args=(np.sin(np.arange(3000)),))
+    with pytest.raises(EngineError, match=r"or turns NaN into numbers, as np\.where does"):
+        sol.vjp(np.ones(3000))
 
 
 def test_repelling_fixed_point_of_many_unknowns_is_reported():

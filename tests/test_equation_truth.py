@@ -400,6 +400,15 @@ def test_plateau_has_the_derivative_zero(a):
     assert flat.vjp([1.0])["a"] == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_neurons_that_are_off_have_the_derivative_zero(dtype):
+    R = (0.1 * np.eye(4)).astype(dtype)
+    x = np.array([-3, -1, 1, 2], dtype)
+    z = fixed_point(lambda z, R, x: np.maximum(np.real(R @ z + x), 0), np.zeros(4, dtype), args=(R, x))
+    np.testing.assert_allclose(z.vjp(np.ones(4))["x"], np.array([0, 0, 1, 1]) / 0.9, rtol=1e-3)
+    assert (z.vjp(np.ones(4))["R"][:2] == 0).all()
+
+
 @pytest.mark.parametrize("a", [1e-4, 1e-6, 1e-8])
 def test_small_argument_of_which_f_drops_the_imaginary_part_is_not_taken_for_a_constant(a):
     value = root(lambda z, a: z**3 + z - 2 + a.real, [1.5], args=(np.array([a]),))
@@ -671,6 +680,34 @@ def test_gradient_of_a_batched_argument_does_not_depend_on_its_order_in_memory()
     expected = np.zeros((2, 3, 2))
     expected[1, 2] = 1
     np.testing.assert_allclose(solution.vjp([[0.0, 0, 0], [0, 0, 1]])["A"], expected)
+
+
+@pytest.mark.parametrize(("dtype", "a"), [(np.float64, 7.0), (np.float64, 10.0), (np.float32, 3.0)])
+def test_complex_step_that_is_slightly_wrong_is_not_believed(dtype, a):
+    def softplus(z, a):  # whose second term has no derivative by the complex step
+        return np.maximum(z, 0) + np.log1p(np.exp(-np.abs(z))) - a
+
+    solution = root(softplus, np.array([a], dtype), args=(a,))
+    rtol = 1e-4 if dtype == np.float32 else 1e-8
+    np.testing.assert_allclose(solution.jacobian("a")[0], 1 + np.exp(-solution.value), rtol=rtol)
+
+
+@pytest.mark.parametrize(
+    ("activation", "slope", "dtype", "error"),
+    [
+        (lambda s: np.logaddexp(s, 0), lambda s: 1 / (1 + np.exp(-s)), np.float64, 5e-8),
+        (np.abs, np.sign, np.float32, 3e-3),
+    ],
+)
+def test_weights_of_all_sizes_have_derivatives_as_good_as_rounding_allows(activation, slope, dtype, error):
+    rng = np.random.default_rng(1)
+    R, x, v = (rng.standard_normal(shape).astype(dtype) for shape in ((20, 20), 20, 20))
+    R *= dtype(0.4 / 20**0.5)
+    solution = fixed_point(lambda z, R, x: activation(R @ z + x), np.zeros(20, dtype), args=(R, x))
+    z = solution.value.astype(float)
+    D = slope(R @ z + x)
+    expected = np.outer(D * np.linalg.solve(np.eye(20) - R.T * D, v), z)
+    assert np.abs(solution.vjp(v)["R"] - expected).max() < error * np.abs(expected).max()
 
 
 def test_complex_step_that_is_wrong_for_one_small_condition_is_not_believed():

@@ -143,6 +143,19 @@ def test_slope_bound_of_an_activation_is_its_largest_slope(name):
     assert slopes.max() >= activation.slope_bound * (1 - 1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("name", list(ACTIVATIONS))
+def test_derivatives_of_an_activation_are_numbers_however_large_its_argument(name, dtype):
+    activation = ACTIVATIONS[name]
+    s = np.array([-1, 1], dtype) * (np.finfo(dtype).max / 4)
+    z = activation.value(s)
+    slopes, curvatures = activation.slope(s, z), activation.curvature(s, z)
+    assert np.isfinite(z).all()
+    assert set(slopes) <= {0, 1}
+    assert not curvatures.any()
+    assert z.dtype == slopes.dtype == curvatures.dtype == dtype
+
+
 def test_report_tells_the_residuals_of_each_sample(engine, X, Y):
     net = make_net(engine, constraint=irnn.Perron(0.9))
     report = irnn.GradientReport.empty(len(X))

@@ -41,21 +41,27 @@ def _silu_slope(s: Array, z: Array) -> Array:
     return p + z * (1 - p)
 
 
-_GELU_C, _GELU_Q = 0.7978845608028654, 0.044715
+_GELU_C, _GELU_Q, _GELU_END = 0.7978845608028654, 0.044715, 20.0
+
+
+def _gelu_parts(s: Array) -> tuple[Array, Array, Array, Array]:
+    """tanh u, u′ and u″, and s no farther off than where tanh u has ended at ±1, since s³ overflows early."""
+    s = np.clip(s, -_GELU_END, _GELU_END)
+    t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
+    return t, _GELU_C * (1 + 3 * _GELU_Q * s * s), 6 * _GELU_C * _GELU_Q * s, s
 
 
 def _gelu(s: Array) -> Array:
-    return s / 2 * (1 + np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s)))
+    return s / 2 * (1 + _gelu_parts(s)[0])
 
 
 def _gelu_slope(s: Array, z: Array) -> Array:
-    t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
-    return (1 + t) / 2 + s / 2 * (1 - t * t) * _GELU_C * (1 + 3 * _GELU_Q * s * s)
+    t, du, _, s = _gelu_parts(s)
+    return (1 + t) / 2 + s / 2 * (1 - t * t) * du
 
 
 def _gelu_curvature(s: Array, z: Array) -> Array:
-    t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
-    du, d2u = _GELU_C * (1 + 3 * _GELU_Q * s * s), 6 * _GELU_C * _GELU_Q * s
+    t, du, d2u, s = _gelu_parts(s)
     return (1 - t * t) * (du + s / 2 * (d2u - 2 * t * du * du))
 
 

@@ -25,8 +25,10 @@ _ALIKE = 1e3
 """Entries of a variable are moved together where their sizes differ by less than this factor."""
 FEW = 128
 """Entries of a variable up to which each is moved for itself."""
-_FLAT_FACTOR = 1e4
-"""The step, in units of the best one for a function of scale 1, at which an f that does not change is believed to be flat."""
+_LARGEST_DOUBT = 0.1
+"""The doubt, relative to the largest derivative, with which a quotient is believed in no precision."""
+_FLAT_STEP = 0.06
+"""The step, relative to what moves, at which an f that does not change is believed to be flat."""
 
 
 class _Quotients(NamedTuple):
@@ -88,10 +90,9 @@ class Differences:
                 found = self.complex_step(Z, rows, variable, direction)
         except Exception:
             return D, np.zeros(len(rows), bool), doubt
-        share = 1e-1 if Z.dtype == np.float32 else 1e-3
 
         def agree(D: Array, doubt: Array, found: Array) -> Array:
-            near = np.abs(found - D) <= np.maximum(share * np.abs(D), doubt[:, None])
+            near = np.abs(found - D) <= np.maximum(tolerance(Z.dtype) * np.abs(D), doubt[:, None])
             return np.asarray(np.isfinite(doubt) & near.all(axis=1))
 
         analytic = agree(D, doubt, found)
@@ -234,31 +235,34 @@ class Differences:
     ) -> tuple[Array, Array]:
         """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
 
-        The doubt is infinite where they are not good. Several steps are tried, in units of ``size`` (m,) or of the variable. That
-        f does not change at all is believed of a step of some per cent, since a small one may be lost in rounding.
+        The doubt is infinite where they are not good. Several steps are tried, in units of ``size`` (m,) or of the variable,
+        until there is little doubt; the one with the least counts. That f does not change at all is believed of a step of some
+        per cent, since a small one may be lost in rounding.
         """
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
         own, vanishes = self._sizes(Z, rows, variable, direction)
         size = own if size is None else np.where(np.isfinite(size) & (size > own), size, own)
-        factors = (1.0, 1e-2, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
+        flat = _FLAT_STEP / eps ** (1 / 3)
+        factors = (1.0, 1e-2, flat, 1e2, 1e-4, 1e4, 1e-6, 1e6, *((1e-9, 1e-12, 1e-15, 1e-18, 1e12) if vanishes else ()))
         best, doubt = np.full((m, self._f.equation.n), np.nan), np.full(m, np.inf)
-        always_flat = np.full(m, True)
+        always_flat, doubtful = np.full(m, True), np.full(m, True)
         center = self._f(Z, rows).astype(np.float64)
         terms = self._f.terms(Z, rows, center)
         for factor in factors:
-            left = np.flatnonzero(doubt == np.inf)
+            left = np.flatnonzero((doubt == np.inf) | (doubtful & best.any(axis=1)))
             if not len(left):
                 break
             step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * size[left] * factor))
             found = self._quotients(Z[left], rows[left], variable, direction, step, center[left], terms[left])
             always_flat[left] &= found.flat
-            good = np.where(found.flat, always_flat[left] & (factor == _FLAT_FACTOR), found.good)
+            good = np.where(found.flat, always_flat[left] & (factor == flat), found.good)
+            good &= found.doubt < doubt[left]
             value = np.where(good[:, None], found.extrapolated, found.fine)
             first = np.isnan(best[left]).all(axis=1)
             best[left[good | first]] = value[good | first]
             doubt[left[good]] = found.doubt[good]
+            doubtful = ~(doubt <= self._accuracy(Z) * np.abs(best).max(axis=1))
         # What is so small that f may lose it in rounding may be seen by a step as large as f allows.
-        doubtful = ~(doubt <= self._accuracy(Z) * np.abs(best).max(axis=1))
         lost = np.flatnonzero(doubtful & (size < eps**0.5 * terms) & (terms < np.inf))
         if len(lost):
             step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * terms[lost]))
@@ -303,7 +307,7 @@ class Differences:
         large, most_bent = np.abs(fine).max(axis=1), bend.max(axis=1)
         unequal, kinked = np.abs(coarse - fine).max(axis=1), (bend2 - 0.75 * bend).max(axis=1)
         tol = self._accuracy(Z)
-        near = 100 * tol * np.maximum(large, most_bent)
+        near = min(100 * tol, _LARGEST_DOUBT) * np.maximum(large, most_bent)
         return _Quotients(
             fine=fine,
             extrapolated=fine + (fine - coarse) / 3,

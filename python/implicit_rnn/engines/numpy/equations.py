@@ -111,8 +111,9 @@ class PythonEquation:
         if sum(equation.entries(index) for index in floats) > _FORWARD:
             raise EngineError(
                 f"the gradient of {equation.n} unknowns with respect to more than {_FORWARD} numbers needs products with the "
-                "transposed Jacobian of f, and f couples too many unknowns to find them from its values (the dense Jacobian "
-                f"would take {equation.n**2 * 8 / 2**30:.2g} GiB): give vjp=, or jac= as a sparse matrix"
+                "transposed Jacobian of f, which its values do not tell: f couples too many unknowns, or turns NaN into numbers, "
+                f"as np.where does (the dense Jacobian would take {equation.n**2 * 8 / 2**30:.2g} GiB): give vjp=, or jac= as a "
+                "sparse matrix"
             )
         gradients: list[Array | None] = [np.zeros_like(a) if k in floats else None for k, a in enumerate(equation.args)]
         wanted = np.zeros(equation.samples, bool)
