@@ -519,6 +519,13 @@ def test_what_does_not_fit_is_named_and_counted_in_the_errors(reader, angles, ca
             r"1.25\d periods of 7.3\d s; expected at least 1.5: record it for longer",
         ),
         (swing(0.6, 0.1, 0.9, 1000 * LONG)[0], "mine.csv"),
+        # In which least squares try a pendulum of nanometres, or one that is damped within a sample: hours of integration.
+        (
+            swing(1.0, 1.0, 0.6, LONG)[0][:300] - 3.0 * (np.arange(300) == 130),
+            "expected at least 1.5: record it for longer",
+        ),
+        # The turning point of the motion that is found first comes after the end.
+        (swing(0.05, 0.01, 0.6, LONG)[0][:60] + 3.0 * (np.arange(60) == 45), "mine.csv shows"),
     ],
 )
 def test_record_that_is_no_pendulum_is_refused_with_the_reason(reader, angles, message):

@@ -148,6 +148,7 @@ def _back(record: Record, found: Fit, period: float) -> float:
         else:
             missed = True
     fine = agrees + period * np.linspace(-SLACK, 0.6, 200)
+    fine = fine[fine <= record.times[-1]]
     velocity = _velocities(motion, fine)
     turned = np.flatnonzero(velocity[:-1] * velocity[1:] <= 0)
     release = fine[int(turned[0])] if len(turned) else agrees
