@@ -524,6 +524,8 @@ def test_what_does_not_fit_is_named_and_counted_in_the_errors(reader, angles, ca
             swing(1.0, 1.0, 0.6, LONG)[0][:300] - 3.0 * (np.arange(300) == 130),
             "expected at least 1.5: record it for longer",
         ),
+        # The swing is fitted from the misread sample on, and what follows it is too little.
+        (swing(0.05, 0.01, 0.6, LONG)[0][:60] + 3.0 * (np.arange(60) == 56), "does not swing as a pendulum does"),
         # The turning point of the motion that is found first comes after the end.
         (swing(0.05, 0.01, 0.6, LONG)[0][:60] + 3.0 * (np.arange(60) == 45), "mine.csv shows"),
     ],
