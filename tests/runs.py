@@ -49,6 +49,12 @@ def fail_for_3(x: float) -> dict[str, float]:
     return {"y": x * x}
 
 
+def exit_for_3(x: float) -> dict[str, float]:
+    if x == 3:
+        raise SystemExit(2)
+    return {"y": x * x}
+
+
 def die_for_3(x: float) -> dict[str, float]:
     if x == 3:
         os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,6 +127,15 @@ def test_labels_and_their_one_hot_vectors_are_the_same_targets(net, X):
         net.loss_and_gradient(X, T, loss="cross_entropy")[0] for T in (LABELS, LABELS[:, None], np.eye(2)[LABELS])
     ]
     assert values[0] == values[1] == values[2]
+
+
+def test_labels_take_the_memory_of_their_samples_however_many_classes_there_are():
+    tracemalloc.start()
+    targets = irnn.CrossEntropy().targets("Y", [0, 4999], samples=2, outputs=5000, dtype=np.dtype("float64"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(np.nonzero(targets), [[0, 1], [0, 4999]])
+    assert peak < 10 * targets.nbytes
 
 
 @pytest.mark.parametrize("kind", [bool, int, np.int8, np.uint64, float])

@@ -18,6 +18,7 @@ from implicit_rnn.experiments.pendulum import study
 from implicit_rnn.experiments.pendulum.data import Sizes
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.motion import Motion
+from implicit_rnn.experiments.pendulum.positions import angles_about_the_pivot
 from implicit_rnn.experiments.pendulum.record import Record, read
 from implicit_rnn.experiments.pendulum.simulation import GRAVITY, TIMES, trajectories
 from implicit_rnn.experiments.pendulum.units import ANGLE, FRAME, OTHER, TIME, VELOCITY, heading
@@ -247,6 +248,14 @@ def test_positions_of_the_bob_tell_the_angle_about_the_pivot(tmp_path, header, o
     assert "about the pivot" in record.understood
 
 
+def test_positions_whose_errors_hide_their_arc_are_refused_however_many_there_are():
+    rng = np.random.default_rng(0)
+    angles = 0.005 * np.sin(np.linspace(0, 30, 8000))
+    x, y = (rim + 1e-4 * rng.standard_normal(8000) for rim in (np.sin(angles), np.cos(angles)))
+    with pytest.raises(ValueError, match="too short to tell the radius"):
+        angles_about_the_pivot(x, y)
+
+
 @pytest.mark.parametrize(
     ("text", "options"),
     [
@@ -330,6 +339,7 @@ def test_rows_of_equal_rounded_times_are_averaged(tmp_path):
         (table(T, A, header="time,angle"), {"fps": -1.0}, "expected a positive number of frames per second"),
         (table(T, np.sin(3 * T), np.sin(7 * T), header="t,x,y"), {}, r"the positions are off a circle .*atan2\(x - x0, y0 - y\)"),
         (table(T, NOISY[0] + 0.1 * A, NOISY[1], header="t,x,y"), {}, "no pivot is found, since their arc is too short"),
+        (table(T, A, 0.02 * A, header="t,x,y"), {}, "no pivot is found, since their arc is too short"),
         (table(T, A, header="t,x"), {}, "no column of angles, only .*TIME,X,Y"),
         (table(T, A, header="t (s),Acceleration x (m/s^2)"), {}, "no column of angles"),
         (table(T, A, 0.5 * A, header="t,theta1,theta2"), {}, r"2 columns that could be the angle: column 2 \('theta1'\)"),
@@ -509,6 +519,15 @@ def test_what_does_not_fit_is_named_and_counted_in_the_errors(reader, angles, ca
             r"1.25\d periods of 7.3\d s; expected at least 1.5: record it for longer",
         ),
         (swing(0.6, 0.1, 0.9, 1000 * LONG)[0], "mine.csv"),
+        # In which least squares try a pendulum of nanometres, or one that is damped within a sample: hours of integration.
+        (
+            swing(1.0, 1.0, 0.6, LONG)[0][:300] - 3.0 * (np.arange(300) == 130),
+            "expected at least 1.5: record it for longer",
+        ),
+        # The swing is fitted from the misread sample on, and what follows it is too little.
+        (swing(0.05, 0.01, 0.6, LONG)[0][:60] + 3.0 * (np.arange(60) == 56), "does not swing as a pendulum does"),
+        # The turning point of the motion that is found first comes after the end.
+        (swing(0.05, 0.01, 0.6, LONG)[0][:60] + 3.0 * (np.arange(60) == 45), "mine.csv shows"),
     ],
 )
 def test_record_that_is_no_pendulum_is_refused_with_the_reason(reader, angles, message):

@@ -70,6 +70,12 @@ def test_run_that_fails_is_named_with_its_reason_after_all_others_are_done(jobs,
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
 
 
+def test_run_that_exits_in_a_worker_fails_as_any_other(tmp_path):
+    with pytest.raises(RunError, match=r"1 of 6 runs failed: x3\. x3: SystemExit: 2"):
+        run_many(runs.exit_for_3, TASKS, jobs=2, folder=tmp_path)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
+
+
 def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
     with pytest.raises(RunError, match=r"a worker process died .* [1-6] of 6 runs to do, among them x\d"):
         run_many(runs.die_for_3, TASKS, jobs=2, folder=tmp_path)

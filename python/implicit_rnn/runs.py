@@ -238,12 +238,15 @@ def _on_dask(
 
 
 def _attempt(
-    run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
+    run: Callable[..., Result],
+    name: str,
+    arguments: Mapping[str, Any],
+    failures: tuple[type[BaseException], ...] = (Exception,),
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     try:
         own = copy.deepcopy(arguments)  # as in a process of its own: what the run does to them is nobody else's
         return name, json.loads(_as_json("run(...)", run(**own))), None  # the same whether kept or not
-    except Exception as error:
+    except failures as error:
         reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
         return name, None, (reason, traceback.format_exc())
 
@@ -277,7 +280,7 @@ def _attempt_in_worker(
     run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    return _attempt(run, name, arguments)
+    return _attempt(run, name, arguments, (Exception, SystemExit))  # an exit is no more than that run's
 
 
 def _check_name(name: object) -> None:

@@ -411,4 +411,6 @@ def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dty
             f"{name} has labels from {labels.min()} to {labels.max()}; with {classes} outputs they must lie from 0 to "
             f"{classes - 1}"
         )
-    return np.eye(classes, dtype=dtype)[labels.astype(np.int64)]
+    targets = np.zeros((samples, classes), dtype)
+    targets[np.arange(samples), labels.astype(np.int64)] = 1
+    return targets

@@ -30,6 +30,8 @@ RELATIVE, ABSOLUTE = 1e-9, 1e-12
 """Tolerances of the integration."""
 CORRELATED, PARTS = 2.0, 8
 """The correlation time in samples from which on errors are those of a jackknife too, if larger, and its parts."""
+FAR = 1e3
+"""Residuals, relative to the range of the record, of a motion that cannot be one: least squares shorten the step to it."""
 RESOLUTION = 1e-7
 """Of a motion, relative to its range: smaller residuals say nothing."""
 STEP = 1e-30
@@ -53,6 +55,12 @@ class Motion:
     def length(self) -> float:
         """In m."""
         return float(np.exp(self["log length"]))
+
+    def swings(self, interval: float) -> bool:
+        """Whether it is damped less than critically, with a period longer than the interval between samples."""
+        with np.errstate(over="ignore"):
+            frequency = float(np.sqrt(GRAVITY) * np.exp(-self["log length"] / 2))
+        return abs(self["damping"]) < 2 * frequency and frequency * interval < 2 * np.pi
 
     def states(self, times: Array) -> Array:
         """(2, n) angles and angular velocities at increasing times, or at decreasing ones before ``begin``."""
@@ -95,7 +103,8 @@ class Motion:
         if (times == self.begin).all():
             return np.repeat(initial.reshape(2, -1, 1), len(times), axis=2)
         span = (self.begin, float(times[-1]))
-        solved = solve_ivp(rate, span, initial, "DOP853", times, rtol=RELATIVE, atol=ABSOLUTE)
+        with np.errstate(over="ignore", invalid="ignore"):  # of which the solver tells
+            solved = solve_ivp(rate, span, initial, "DOP853", times, rtol=RELATIVE, atol=ABSOLUTE)
         if not solved.success:
             raise FloatingPointError(f"the equation of motion was not integrated: {solved.message}")
         return np.asarray(solved.y).reshape(2, theta.shape[1], len(times))
@@ -152,16 +161,27 @@ def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-8) ->
     from scipy.optimize import least_squares
 
     cache: dict[bytes, tuple[Array, Array]] = {}
+    interval = float(np.median(np.diff(times)))
 
     def linearised(parameters: Array) -> tuple[Array, Array]:
         key = parameters.tobytes()
         if key not in cache:
             cache.clear()
-            cache[key] = replace(motion, parameters=parameters).linearised(times)
+            trial = replace(motion, parameters=parameters)
+            if not trial.swings(interval):
+                raise FloatingPointError("what fits best would not swing, or faster than there are samples")
+            cache[key] = trial.linearised(times)
         return cache[key]
 
+    def departures(parameters: Array) -> Array:
+        try:
+            return linearised(parameters)[0] - values
+        except FloatingPointError:
+            return np.full_like(values, FAR * np.ptp(values))
+
+    linearised(motion.parameters)
     solution = least_squares(
-        lambda p: linearised(p)[0] - values,
+        departures,
         motion.parameters,
         lambda p: linearised(p)[1],
         method="lm",
@@ -180,7 +200,7 @@ def fit(motion: Motion, times: Array, values: Array, tolerance: float = 1e-8) ->
     errors = np.sqrt(variance * correlated * np.diag(np.linalg.pinv((jacobian / scale).T @ (jacobian / scale))))
     if correlated > CORRELATED:
         errors = np.maximum(errors, _jackknife(jacobian / scale, residuals))
-    per_period = 2 * np.pi * np.sqrt(found.length / GRAVITY) / float(np.median(np.diff(times)))
+    per_period = 2 * np.pi * np.sqrt(found.length / GRAVITY) / interval
     return Fit(found, errors / scale, residuals, per_period)
 
 

@@ -119,7 +119,7 @@ def _fit_from(record: Record, first: int, angle: float, zero: float, spacing: fl
         start = Motion(begin, record.quantity, np.array([np.log(length), 0.05 / spacing, amplitude, 0.0, zero]))
         try:
             fits.append(fit(start, record.times[within], record.values[within], 1e-6))
-        except (FloatingPointError, np.linalg.LinAlgError):
+        except (FloatingPointError, ValueError):  # too few samples, or no inverse
             continue
         if fits[-1].residual < 0.1 * np.std(record.values[within]):
             break
@@ -148,6 +148,7 @@ def _back(record: Record, found: Fit, period: float) -> float:
         else:
             missed = True
     fine = agrees + period * np.linspace(-SLACK, 0.6, 200)
+    fine = fine[fine <= record.times[-1]]
     velocity = _velocities(motion, fine)
     turned = np.flatnonzero(velocity[:-1] * velocity[1:] <= 0)
     release = fine[int(turned[0])] if len(turned) else agrees
