@@ -349,7 +349,7 @@ def test_unknown_argument_of_a_network_is_refused():
     ("call", "given", "valid"),
     [
         (lambda net, X, Y: make_net("torch"), "engine is 'torch'", "'auto', 'julia', 'numpy'"),
-        (lambda net, X, Y: make_net("numpy", constraint="peron"), "constraint is 'peron'", ".*Free, Perron"),
+        (lambda net, X, Y: make_net("numpy", constraint="peron"), "constraint is 'peron'", ".*InfNorm, Perron"),
         (lambda net, X, Y: net.equilibrium(X, solver="newtn"), "solver is 'newtn'", ".*Picard,.* NLsolve"),
         (lambda net, X, Y: net.loss_and_gradient(X, Y, adjoint="bptt"), "adjoint is 'bptt'", ".*Implicit"),
         (lambda net, X, Y: net.fit(X, Y, optimizer="adamax"), "optimizer is 'adamax'", ".*SGD, .*Adam"),

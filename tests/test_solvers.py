@@ -123,3 +123,40 @@ def test_singular_jacobian_on_the_way_does_no_harm(engine):
 def test_error_says_what_to_do_about_a_singular_jacobian(engine):
     with pytest.raises(irnn.ConvergenceError, match=r"1 singular.*Remedies: .*another start z0.*constraint=Perron"):
         make_drifting(engine, 5).equilibrium([[0.1]], solver="newton")
+
+
+# --- large numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e20), ("float32", 1e30), ("float64", 1e155), ("float64", 1e200)]
+)
+@pytest.mark.parametrize("activation", ["relu", "softplus", "elu", "gelu", "silu", "identity"])
+@pytest.mark.parametrize("neurons", [2, 30, 150])
+def test_residuals_are_told_where_squares_overflow(engine, neurons, activation, dtype, size):
+    net = irnn.Network(2, [irnn.Layer(neurons, activation)], outputs=1, seed=0, dtype=dtype, engine=engine)
+    X = (size * np.random.default_rng(0).standard_normal((40, 2))).astype(dtype)
+    solution = net.equilibrium(X)
+    R, z = net.recurrent_weights.astype(np.longdouble), solution.state.astype(np.longdouble)
+    s = X.astype(np.longdouble) @ net.weights["W"].T + z @ R.T
+    f = s if activation == "identity" else np.maximum(s, 0)  # as all of them are from afar, but for -1 of elu
+    assert (np.linalg.norm(f - z, axis=1) <= 2e-6 * np.linalg.norm(f, axis=1) + 10).all()
+    assert np.isfinite(net.vjp(X, np.ones((40, 1), dtype), z0=solution.state)[1]).all()
+
+
+# --- rates about 1 ---------------------------------------------------------------------------------------------
+
+
+def test_a_residual_just_above_the_tolerance_that_does_not_shrink_is_left_to_another_method(engine):
+    a = np.random.default_rng(0).uniform(1, 1.2, (20000, 1)).astype(np.float32)
+    start = np.random.default_rng(1).uniform(0.2, 0.9, a.shape).astype(np.float32)
+    solution = irnn.fixed_point(
+        lambda z, a: a * np.exp(-(z**2)),
+        start,
+        args=(a,),
+        batched="a",
+        vectorized=True,
+        on_failure="ignore",
+        engine=engine,
+    )
+    assert (solution.status != irnn.Status.MAX_ITERATIONS).all()

@@ -45,7 +45,7 @@ end
 When the iteration of a column ends. `settled` says that what Picard iteration converges to is beyond doubt; else an iterate that
 converges to a huge size is left to the host, and, unless all solutions are `checked` afterwards, one that converges at once or by
 damped steps; as are columns that blow up (where `rescue`), with a finite `patience` those that need more iterations than that, and
-columns smaller than `least`, whose squares vanish.
+columns whose squares overflow or, smaller than `least`, vanish.
 """
 @kwdef struct Rule{T}
     tol::T
@@ -67,8 +67,8 @@ end
 @inline function decide(r::Rule{T}, change, size, largest, count, rate) where {T}
     scale = max(size, r.floor)
     residual = iszero(scale) ? zero(T) : change / scale
-    if !isfinite(change)
-        return (r.rescue ? ABANDON : FINISH), NON_FINITE, residual
+    if !isfinite(change + size)
+        return (r.rescue || isfinite(largest) ? ABANDON : FINISH), NON_FINITE, residual
     elseif change <= r.tol * scale
         doubtful = !r.settled && (largest > T(SUSPICIOUS_SIZE) || !r.checked && (count == 1 || r.damping < 1))
         return (doubtful || size < r.least && largest > 0 ? ABANDON : FINISH), CONVERGED, residual
@@ -77,7 +77,7 @@ end
     elseif count >= r.limit
         return FINISH, MAX_ITERATIONS, residual
     end
-    slow = count % AUTO_BLOCK == 0 && log(r.tol * scale / change) / log(min(rate, T(0.9999))) > r.patience
+    slow = count % AUTO_BLOCK == 0 && predicted_iterations(r.tol * scale, change, rate) > r.patience
     return (slow ? ABANDON : ADVANCE), MAX_ITERATIONS, residual
 end
 

@@ -139,11 +139,19 @@ const BLOW_UP = 1.0e6
 
 scale_floor(::Type{T}, n) where {T} = T(1.0e-3) * sqrt(T(n))
 
+# ‖F - Z‖ and ‖F‖ of a column whose squares overflow.
+@noinline function norms_of_large(c::Columns, ::FixedPoint, j::Int)
+    z, f = view(c.Z, :, j), view(c.F, :, j)
+    return euclidean_norm(f - z), euclidean_norm(f)
+end
+norms_of_large(::Columns{T}, ::ColumnEquation, ::Int) where {T} = (T(Inf), T(Inf))
+
 # One evaluation of f for column j: how the sample stands (`nothing`: go on), and its relative residual.
 @inline function evaluate!(c::Columns{T}, p::ColumnEquation{T}, j::Int) where {T}
     change2, size2 = activate!(c, p, j)
-    residual = sqrt(change2)
-    scale = max(sqrt(size2), p.floor)
+    residual, size = sqrt(change2), sqrt(size2)
+    isfinite(residual + size) || ((residual, size) = norms_of_large(c, p, j))
+    scale = max(size, p.floor)
     @inbounds begin
         c.iterations[j] += 1
         isfinite(c.residual[j]) && (c.rate[j] = residual / c.residual[j])

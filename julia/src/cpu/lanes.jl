@@ -108,7 +108,7 @@ end
 
 # How the sample of a lane that would go on elsewhere ends if it has no evaluation left; column j, its own, is overwritten.
 function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l::Int) where {T}
-    isfinite(w.residual2[l]) || return NON_FINITE
+    isfinite(w.residual2[l] + w.size2[l]) || return NON_FINITE
     w.residual2[l] <= p.tol^2 * max(w.size2[l], p.floor^2) || return MAX_ITERATIONS
     store_lane!(c.S, j, w.S, l)
     store_lane!(c.F, j, w.F, l)
@@ -156,7 +156,8 @@ function check_convergence!(w::Lanes{T, L}, p::LaneCriterion{T}, k::Int, picard_
     put_vector!(iterations, 1, select(active, same_in_all(T(k), lanes), vector(iterations, 1, lanes)))
     done = at_most(now2, times_lanes(same_in_all(p.tol^2, lanes), size2)) | at_most(now2, same_in_all(p.tol^2 * p.floor^2, lanes))
     grown = k > picard_steps + 1 ? below(before2, now2) : 0
-    broken = ~below(now2, same_in_all(T(Inf), lanes)) | (p.unique ? 0 : grown)
+    infinite = same_in_all(T(Inf), lanes)
+    broken = ~(below(now2, infinite) & below(size2, infinite)) | (p.unique ? 0 : grown)
     w.active &= ~(done | broken)
     w.failed |= active & broken
     p.unique || drop_doubtful!(w, active & done & ~broken, k, picard_steps)

@@ -163,9 +163,10 @@ slope_bound(::Identity) = 1.0
 @inline curvature(::Silu, s, z) = (p = logistic(s); p * (1 - p) * (2 + s * (1 - 2p)))
 slope_bound(::Silu) = 1.0998393202   # at s = 2.3994
 
-# gelu(s) = s/2 (1 + tanh u), u = √(2/π)(s + 0.044715 s³)
+# gelu(s) = s/2 (1 + tanh u), u = √(2/π)(s + 0.044715 s³). Far from 0, where s³ overflows early, tanh u has long ended at ±1.
 @inline function gelu_parts(s)
     T = float(typeof(s))
+    s = clamp(s, T(-20), T(20))
     c, q = T(0.7978845608028654), T(0.044715)
     t = fast_tanh(c * s * (1 + q * s * s))
     return t, c * (1 + 3 * q * s * s), 6 * c * q * s          # tanh u, u′, u″

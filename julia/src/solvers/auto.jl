@@ -71,7 +71,7 @@ predicted_iterations(c::Columns, p, j) =
     predicted_iterations(p.tol * max(euclidean_norm(view(c.F, :, j)), p.floor), c.residual[j], c.rate[j])
 
 "Iterations until a residual that shrinks at the present rate is as small as the goal."
-predicted_iterations(goal::T, residual::T, rate::T) where {T <: AbstractFloat} = log(goal / residual) / log(min(rate, T(0.9999)))
+predicted_iterations(goal::T, residual::T, rate::T) where {T <: AbstractFloat} = log(goal / residual) / min(log(rate), -floatmin(T))
 
 # --- one sample of an equation: what is cheap first, then what is robust ----------------------------------------
 

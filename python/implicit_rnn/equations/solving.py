@@ -60,7 +60,8 @@ def fixed_point(
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
         ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖f(z)‖₂ seen on the way, so that the answer does not depend
         on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. A fixed point is reported as UNSTABLE if Picard
-        iteration would move away from it; ``root`` finds solutions of f(z) - z = 0 of any kind.
+        iteration would move away from it, unless that led to it, as from a start with a symmetry of f; ``root`` finds solutions
+        of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
     jac

@@ -88,7 +88,7 @@ def picard(equation: Equation, tol: float, limit: int, block: int, patience: flo
         if _is_near(residual, max(here, floor), tol, _EPS * largest, rate):
             # Undamped iteration ends at what attracts it, unless it starts there.
             return Found(z, evaluations, residual / reference if residual else 0.0, rate) if evaluations > 1 else None
-        slow = log(tol) + log(max(reference, _TINY)) - log(residual) < patience * log(min(rate, 0.9999) or _TINY)
+        slow = log(tol) + log(max(reference, _TINY)) - log(residual) < patience * min(log(rate or _TINY), -_TINY)
         if evaluations >= block and slow:
             return None
         z, before = F, residual

@@ -21,6 +21,7 @@ BLOCK = 8
 """Picard steps that Auto takes before it sets slow samples aside."""
 PATIENCE = 128
 """Further Picard steps that Auto allows a sample."""
+_TINY = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
 _DENSE = 64
 _SMALLEST_STEP = 2.0**-6
@@ -240,7 +241,7 @@ class Solve:
             self.advance(self.rows, self.rows.F, damping)
             if slow is not None and first >= BLOCK:
                 goal = self.equation.tol * self.scale(self.rows)
-                predicted = np.log(goal / self.rows.residual) / np.log(np.minimum(self.rate, 0.9999))
+                predicted = np.log(goal / self.rows.residual) / np.minimum(np.log(self.rate), -_TINY)
                 if (late := predicted > PATIENCE).any():
                     slow.append(self.rows.take(late))
                     self.rows = self.rows.take(~late)
@@ -252,7 +253,7 @@ class Solve:
 
         Whatever the other samples do, of which no result depends.
         """
-        return max(4, first // 2) if self.shape[-1] <= _DENSE else 2
+        return max(4, first // 3) if self.shape[-1] <= _DENSE else 2
 
     def advance(self, rows: Rows, F: Array, damping: float) -> None:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
@@ -423,8 +424,11 @@ def solve_each(A: Array, b: Array) -> Array:
 
 
 def norm(A: Array) -> Array:
-    """Euclidean norm over the last axis."""
-    return np.asarray(np.sqrt(np.einsum("...i,...i->...", A, A)))
+    """Euclidean norm over the last axis, also where squares overflow."""
+    size = np.asarray(np.sqrt(np.einsum("...i,...i->...", A, A)))
+    if (far := np.isinf(size)).any():
+        size[far] = np.hypot.reduce(A[far], axis=-1)
+    return size
 
 
 def transposed(A: Array) -> Array:

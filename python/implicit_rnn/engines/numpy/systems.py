@@ -69,11 +69,10 @@ def _neumann_series(product: Callable[[Array], Array], b: Array, tol: float, lim
             taken += steps
             size = norm(x - last) / np.maximum(norm(last), tiny)
             done = size <= tol
-            predicted = np.where(
-                done, 0, np.ceil(steps * np.log(tol / size) / np.log(size / before))
-            )  # 0 at the first look
-            possible = predicted <= limit - taken
-            if taken >= limit or done[possible].all() or np.count_nonzero(possible) < done.size / 2:
+            predicted = np.ceil(steps * np.log(tol / size) / np.log(size / before))  # 0 at the first look
+            possible = done | (predicted <= limit - taken)
+            left = possible & ~done
+            if taken >= limit or not left.any() or np.count_nonzero(possible) < done.size / 2:
                 return last, np.where(done, size, np.inf)  # the iterate whose residual is known
-            steps = int(max(_STEPS, predicted[possible].max()))
+            steps = int(max(_STEPS, predicted[left].max()))
             before = size
