@@ -26,7 +26,7 @@ _ALIKE = 1e3
 FEW = 128
 """Entries of a variable up to which each is moved for itself."""
 _LARGEST_DOUBT = 0.1
-"""The doubt, relative to the largest derivative, with which a quotient is believed in no precision."""
+"""The doubt, relative to the largest derivative, up to which a quotient is believed in any precision."""
 _FLAT_STEP = 0.06
 """The step, relative to what moves, at which an f that does not change is believed to be flat."""
 
