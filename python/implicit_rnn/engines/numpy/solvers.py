@@ -20,10 +20,10 @@ BLOW_UP = 1e6
 BLOCK = 8
 """Picard steps that Auto takes before it sets slow samples aside."""
 PATIENCE = 128
-"""Further Picard steps that Auto allows a sample."""
-_TINY = float(np.finfo(np.float64).tiny)
+"""Further Picard steps that Auto allows a sample; a quarter where there is one equilibrium, and what follows is faster."""
+_LEAST = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
-_DENSE = 64
+_TINY, _DENSE = 8, 64
 _SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
 """Evaluations of a sample by the later methods of Auto."""
@@ -225,6 +225,8 @@ class Solve:
         if that is given.
         """
         first, at_start = 0, not self.rows.iterations.any()
+        # Newton's method is fast for a few neurons, and Anderson acceleration follows for many.
+        patience = PATIENCE if self.equation.check_stability or _TINY < self.shape[-1] <= _DENSE else PATIENCE // 4
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
             self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
@@ -241,8 +243,8 @@ class Solve:
             self.advance(self.rows, self.rows.F, damping)
             if slow is not None and first >= BLOCK:
                 goal = self.equation.tol * self.scale(self.rows)
-                predicted = np.log(goal / self.rows.residual) / np.minimum(np.log(self.rate), -_TINY)
-                if (late := predicted > PATIENCE).any():
+                predicted = np.log(goal / self.rows.residual) / np.minimum(np.log(self.rate), -_LEAST)
+                if (late := predicted > patience).any():
                     slow.append(self.rows.take(late))
                     self.rows = self.rows.take(~late)
                     if not len(self.rows.index):
