@@ -63,7 +63,7 @@ function correct_first!(c::Columns{T}, p::Stationary{T}, coarse::Bool) where {T}
         end
     end
     p.unique || foreach(j -> contracts(c.rate[j]) || defer!(c, j), c.active:-1:1)
-    coarse ? iterate_coarsely!(c, p) : iterate_linearized!(c, p, LINEARIZED_PATIENCE) || advance!(c, one(T))
+    coarse ? iterate_coarsely!(c, p) : (iterate_linearized!(c, p, LINEARIZED_PATIENCE) || advance!(c, one(T)))
     return reclaim!(c) == 0
 end
 
