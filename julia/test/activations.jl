@@ -13,6 +13,12 @@ for (name, f) in pairs(ACTIVATIONS)
         @test maximum(slopes) <= slope_bound(f) + 1.0e-9
         @test maximum(slopes) >= slope_bound(f) - 1.0e-3
     end
+    @testset "$name: the derivatives are numbers however large the argument: $T" for T in (Float64, Float32)
+        for s in (10, -10) .* sqrt(floatmax(T))
+            z = value(f, s)
+            @test isfinite(z) && min(abs(slope(f, s, z)), abs(slope(f, s, z) - 1)) < 1.0e-15 && abs(curvature(f, s, z)) < 1.0e-15
+        end
+    end
     @testset "$name: NaN stays NaN" begin
         @test isnan(value(f, NaN))
         @test isnan(value(f, NaN32))

@@ -113,6 +113,14 @@ else
         @test there.quality.adjoint_residual < 1.0e-8
     end
 
+    @testset "samples whose squares overflow are those of the CPU" begin
+        net = one_layer(; constraint = InfNorm(0.9), activation = :relu)
+        p, X = parameters(net), 1.0e160 .* samples(net, 20)
+        here, there = solved(ImplicitRNN.Workspace(net), p, X), solved(on_device(net), p, X)
+        @test all(converged(there)) && all(converged(here))
+        @test relative_error(there.state ./ 1.0e160, here.state ./ 1.0e160) < 1.0e-9
+    end
+
     @testset "a report per sample" begin
         net = one_layer(; constraint = Free(), neurons = 6)
         p, X, Y = parameters(net; gain = 0.6), samples(net, 60), targets(net, 60)

@@ -29,6 +29,15 @@ end
     @test all(isnan, equilibrium(net, parameters(net), samples(net, 3)).bound)
 end
 
+@testset "residuals are told where squares overflow ($neurons neurons, $T)" for neurons in (2, 30, 150), T in (Float64, Float32)
+    net = Network{T}(3, [Layer(neurons, :relu)]; outputs = 2, constraint = InfNorm(0.9))
+    p, X = parameters(net), sqrt(floatmax(T)) .* 20 .* samples(net, 40)
+    solution, R = equilibrium(net, p, X), recurrent_weights(net, p)
+    w, z = named_weights(net, p), big.(solution.state)
+    @test all(converged(solution))
+    @test norm(max.(w["W"] * X .+ w["b"] .+ R * z, 0) .- z) <= 1.0e-5 * norm(z)
+end
+
 @testset "an unconverged sample is reported, not returned silently" begin
     net = Network(1, [Layer(2)]; outputs = [1], constraint = Free())
     p = [1.0, 1.0, 0.0, -3.0, 3.0, 0.0, 0.0, 0.0]          # a rotation with gain 3: Picard cycles
