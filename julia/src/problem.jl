@@ -306,8 +306,8 @@ function check_arrays(p, X, others...)
     return
 end
 
-function check_array(what, A, axes::Int)
-    check_shape(what, A, axes)
+function check_array(what, A, axes::Int, expected = EXPECTED[axes])
+    check_shape(what, A, axes, expected)
     eltype(A) <: Dual && throw(
         ArgumentError(
             "$what have dual numbers of ForwardDiff.jl; take derivatives by `loss_and_gradient`, `vjp` or `jvp`, or differentiate \
@@ -318,17 +318,16 @@ function check_array(what, A, axes::Int)
     return
 end
 
-function check_shape(what, A, axes::Int)
-    A isa AbstractArray && ndims(A) == axes && return
-    expected = axes == 1 ? "a vector, as `initial_parameters` gives" : "a matrix with a column for each sample; one sample is reshape(x, :, 1)"
+const EXPECTED = ("a vector, as `initial_parameters` gives", "a matrix with a column for each sample; one sample is reshape(x, :, 1)")
+check_shape(what, A, axes::Int, expected = EXPECTED[axes]) = A isa AbstractArray && ndims(A) == axes ||
     throw(ArgumentError("$what are $(described(A)); expected $expected"))
-end
 
 function check_supervised(net, X, Y, weights)
     check_features(net, X)
     check_size("targets", Y, output_size(net), size(X, 2))
-    weights === nothing || length(weights) == size(X, 2) ||
-        throw(DimensionMismatch("there are $(length(weights)) weights for $(size(X, 2)) samples"))
+    weights === nothing && return
+    check_array("the weights", weights, 1, "a vector with a number for each sample")
+    length(weights) == size(X, 2) || throw(DimensionMismatch("there are $(length(weights)) weights for $(size(X, 2)) samples"))
     return
 end
 

@@ -72,6 +72,13 @@ end
         agree(here, there; tol = 1.0e-9)
     end
 
+    @testset "from a start on the CPU, there" begin
+        f, a, b = (z, a, b) -> z .^ 2 .- a .* b, rand(rng, 1, 5), [2.0]
+        here, found = (root(f, ones(1, 5), args...; batched = (1,)) for args in ((a, b), (JLArray(a), JLArray(b))))
+        @test found.value == here.value
+        @test vjp(found, ones(1, 5)) == vjp(here, ones(1, 5))
+    end
+
     @testset "what is left to the CPU" begin
         a = [1.0, 0.0, 2.0, -1.0]
         here, there = on_both(root, (z, a) -> z .^ 2 .- a, ones(1, 4), a; batched = (1,))

@@ -316,6 +316,17 @@ end
     @test vjp(solution, [1.0f0])[1] ≈ -0.324205f0 rtol = 1.0e-5
 end
 
+@testset "numbers that LAPACK does not have are solved and differentiated: $T" for (T, accuracy) in ((Float16, 1.0e-2), (BigFloat, 1.0e-8))
+    W, b = 0.4 .* randn(Xoshiro(1), 30, 30) ./ sqrt(30), randn(Xoshiro(2), 30)
+    for (solve, f) in ((fixed_point, (z, W, b) -> tanh.(W * z .+ b)), (root, (z, W, b) -> z .+ z .^ 3 .+ W * z .- b))
+        found, expected = solve(f, zeros(T, 30), T.(W), T.(b)), solve(f, zeros(30), W, b)
+        @test eltype(found.value) == T && all(converged(found))
+        @test found.value ≈ expected.value rtol = accuracy
+        @test all(isapprox.(vjp(found, ones(T, 30)), vjp(expected, ones(30)); rtol = accuracy))
+    end
+    @test fixed_point(z -> T[0 1; -1 0] * z, ones(T, 2); solver = Newton()).status == [ImplicitRNN.UNSTABLE]
+end
+
 @testset "constants of another type do no harm" begin
     f = (z, a) -> [tanh(0.3 * z[1] - 0.5 * z[2] + a), tanh(0.2 * z[1] + 0.4 * z[2])]
     single, double = (fixed_point(f, T[0.1, 0.2], T(0.7); solver = Newton()) for T in (Float32, Float64))

@@ -181,6 +181,11 @@ end
         @test_throws "the samples have entries of type Union{Missing" call(p, replace(X, X[1] => missing))
         @test_throws "the parameters have dual numbers" ForwardDiff.gradient(p -> (call(p, X); 0.0), p)
     end
+    for call in (w -> loss_and_gradient(net, p, X, Y; weights = w), w -> fit!(copy(p), net, X, Y; weights = w), w -> hessian_vector_product(net, p, X, Y, p; weights = w))
+        @test_throws "the weights are an array of shape (1, 4); expected a vector with a number for each sample" call(ones(1, 4))
+        @test_throws "the weights are a tuple of 4" call((1, 2, 3, 4))
+        @test_throws "the weights have entries of type ComplexF64" call(ones(ComplexF64, 4))
+    end
     @test_throws "the cotangents are an array of shape (2,)" vjp(net, p, X, Y[:, 1])
     @test_throws "the directions have dual numbers" jvp(net, p, X, p, ForwardDiff.Dual.(X))
     @test_throws "complex" Equilibrium(net)(complex.(p), X)

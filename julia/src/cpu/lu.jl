@@ -6,7 +6,10 @@
 
 Factor `A` (n × n) in place, PA = LU. Returns false where a pivot is zero or not finite.
 """
-lu_factor!(A::StridedMatrix, pivots) = size(A, 1) > SMALL_LU ? lapack_factor!(A, pivots) : eliminate!(A, pivots)
+lu_factor!(A::StridedMatrix, pivots) = is_eliminated(A) ? eliminate!(A, pivots) : lapack_factor!(A, pivots)
+
+# Or of numbers that LAPACK does not have.
+is_eliminated(A::AbstractMatrix) = size(A, 1) <= SMALL_LU || !(eltype(A) <: BlasFloat)
 
 @inline function eliminate!(A::StridedMatrix, pivots)
     n = size(A, 1)

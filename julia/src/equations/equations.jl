@@ -78,7 +78,7 @@ function solve_from!(value::AbstractVecOrMat{T}, f, args; root, solver = Auto(),
 end
 
 "    beside(value, x)\n\nAn equation or an array `x` where `value` is, and an array with entries of its type."
-beside(::Array, problem::EquationProblem) = problem
+beside(::Array, problem::EquationProblem) = (map!(on_host, problem.args, problem.args); problem)
 beside(::Array{T}, x::AbstractArray) where {T} = Array{T}(x)
 beside(::T, x::AbstractArray) where {T <: Real} = Array{T}(x)
 

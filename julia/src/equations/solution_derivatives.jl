@@ -84,7 +84,7 @@ end
     n == 1 || equilibrate!(w.rows, w.columns, A)
     size_of_A = largest_column_sum(A)
     lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
-    if n <= SMALL_LU
+    if is_eliminated(A)
         fill!(inverse, zero(T))
         for k in 1:n
             inverse[k, k] = one(T)

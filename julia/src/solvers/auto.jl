@@ -185,5 +185,5 @@ function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where 
     return MAX_ITERATIONS
 end
 
-predicted_iterations(s::Iteration{T}, p::AbstractEquation, tol) where {T} =
-    predicted_iterations(max(tol * measure(s.z, p.weights), eps(T) * s.largest), s.distance, s.rate)
+predicted_iterations(s::Iteration, p::AbstractEquation, tol) =
+    predicted_iterations(max(tol * measure(s.z, p.weights), rounding(s)), s.distance, s.rate)

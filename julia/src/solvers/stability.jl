@@ -23,7 +23,8 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
 end
 
 # `eigvals` looks for symmetry and sorts, which is more to compile than all else here.
-function largest_eigenvalue!(A::Matrix{T}) where {T}
+largest_eigenvalue!(A::Matrix) = largest_eigenvalue!(Matrix{Float64}(A))
+function largest_eigenvalue!(A::Matrix{T}) where {T <: BlasFloat}
     isempty(A) && return zero(T)
     _, real, imag = LAPACK.geevx!('B', 'N', 'N', 'N', A)
     return maximum(i -> hypot(real[i], imag[i]), eachindex(real))
