@@ -372,7 +372,7 @@ class Spectral(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1/(1 - ρ)."""
-        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        size = _norm(residual)
         return np.asarray(np.broadcast_to(size / (1 - self.rho), residual.shape))
 
 
@@ -416,9 +416,16 @@ class Monotone(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1 + ‖L R‖₂/m."""
-        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        size = _norm(residual)
         norms = _of_finite(np.linalg.svd, bounds[:, None] * R)[1].max(axis=-1)[:, None, None]
         return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))
+
+
+def _norm(A: Array) -> Array:
+    """Euclidean norm over the last axis, which is kept, also where squares vanish or overflow."""
+    with np.errstate(invalid="ignore"):
+        largest = np.maximum(np.abs(A).max(axis=-1, keepdims=True), np.finfo(A.dtype).tiny)
+        return np.asarray(largest * np.linalg.norm(A / largest, axis=-1, keepdims=True))
 
 
 def _of_finite(decompose: Callable[[Array], Sequence[Array]], M: Array) -> list[Array]:
