@@ -372,6 +372,22 @@ def test_numbers_whose_variance_cannot_be_told_are_refused(estimator, regressor,
         regressor.fit(X, unit * y)
 
 
+@pytest.mark.parametrize("spread", [1.0, 1e-8, 1e-12])
+def test_columns_of_many_samples_are_scaled_whatever_their_offset(regressor, spread):
+    column = spread * np.linspace(-1, 1, 100_000)[:, None] + 1
+    scaler = regressor._scaler_of("X", column, None)
+    scaled = scaler.transform(column)
+    assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-3)
+    assert_allclose(scaler.inverse_transform(scaled), column, atol=1e-15)
+
+
+def test_columns_that_differ_by_rounding_only_are_constant(regressor):
+    column = np.where(np.arange(50) % 2, 0.3, 0.1 + 0.2)[:, None]
+    assert np.abs(regressor._scaler_of("X", column, None).transform(column)).max() < 1e-15
+    column[:] = 1e300
+    assert not regressor._scaler_of("X", column, None).transform(column).any()
+
+
 def test_samples_beyond_the_precision_of_the_network_are_refused_by_name(estimator, data):
     X, y = data
     estimator.set_params(dtype="float32").fit(X, y)
