@@ -233,6 +233,21 @@ def test_weights_of_partial_fit_count_beside_those_of_the_same_call(classifier, 
     assert_allclose(heavy.predict_proba(X), light.predict_proba(X), rtol=1e-12)
 
 
+@pytest.mark.parametrize("unit", [2.0**-1073, 2.0**-600, 2.0**600, 2.0**1022])
+def test_the_unit_of_weights_does_not_matter(estimator, data, unit):
+    X, y = data
+    weights = np.arange(len(X)) % 2 + 1.0
+    small, large = (clone(estimator).fit(X, y, sample_weight=scale * weights) for scale in (1.0, unit))
+    assert_array_equal(large.predict(X), small.predict(X))
+
+
+@pytest.mark.parametrize("unit", [1e-320, 1e307])
+def test_the_unit_of_weights_does_not_matter_beside_balanced_classes(classifier, iris, unit):
+    classifier.set_params(class_weight="balanced")
+    heavy, light = (clone(classifier).fit(*iris, sample_weight=np.full(150, weight)) for weight in (unit, 1.0))
+    assert_allclose(heavy.loss_curve_, light.loss_curve_, rtol=1e-6)
+
+
 def test_balanced_classes_weigh_the_same(classifier, iris):
     X, y = iris[0][:120], iris[1][:120]
     balanced = clone(classifier).set_params(class_weight="balanced").fit(X, y)

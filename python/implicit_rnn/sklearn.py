@@ -149,6 +149,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         weights = None
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # whose sums neither overflow nor vanish
             counted = weights > 0  # a sample of no weight must not count in scaling, batches and validation either
             if not counted.any():
                 raise ValueError("sample_weight is zero for all samples; expected a weight above zero")
