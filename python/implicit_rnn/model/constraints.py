@@ -262,7 +262,7 @@ class Perron(InfNorm):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """That of ``InfNorm`` for e^{A} z."""
-        stretch = np.exp(scales)[:, None, :]
+        stretch = _exponentials(scales)[:, None, :]
         return super().certify(R, scales, bounds, stretch * residual) / stretch
 
 
@@ -278,8 +278,14 @@ def _relative(terms: Array, size: Array, factor: Array, axis: int | tuple[int, i
     return np.where(factor < 1, terms.sum(axis=axis, keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
+def _exponentials(scales: Array) -> Array:
+    """e^a, but for a factor that all have in common, as only their quotients count: without it, large a do not overflow."""
+    ends = scales.max(axis=-1, keepdims=True), scales.min(axis=-1, keepdims=True)
+    return np.asarray(np.exp(scales - (ends[0] / 2 + ends[1] / 2)))
+
+
 def _stretch(scales: Array) -> Array:
-    e = np.exp(scales)
+    e = _exponentials(scales)
     return np.asarray(e[:, None, :] / e[:, :, None])
 
 
