@@ -469,10 +469,20 @@ def test_clip_that_is_zero_in_the_dtype_of_the_net_is_refused(engine, X, Y):
         make_net(engine, dtype="float32").fit(X, Y, clip=1e-50)
 
 
-def test_decay_rate_that_rounds_to_one_in_the_precision_of_the_net(engine):
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (irnn.Adam(beta2=1 - 1e-9), r"decay rate 0\.999999999, which is 1 as a float32"),
+        (irnn.RMSProp(decay=1 - 1e-9), r"decay rate 0\.999999999, which is 1 as a float32"),
+        (irnn.Adam(epsilon=1e-50), "epsilon 1e-50, which is 0 as a float32"),
+        (irnn.RMSProp(epsilon=1e-50), "epsilon 1e-50, which is 0 as a float32"),
+    ],
+    ids=str,
+)
+def test_option_of_an_optimiser_that_the_precision_of_the_net_rounds_to_what_it_must_not_be(engine, optimizer, message):
     net = irnn.Network(3, [irnn.Layer(5)], outputs=2, engine=engine, dtype="float32")
-    with pytest.raises(ValueError, match=r"decay rate 0\.999999999, which is 1 as a float32"):
-        net.fit(np.zeros((2, 3)), np.zeros((2, 2)), epochs=1, optimizer=irnn.Adam(beta2=1 - 1e-9))
+    with pytest.raises(ValueError, match=message):
+        net.fit(np.zeros((2, 3)), np.zeros((2, 2)), epochs=1, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("make", [lambda net: net, lambda net: [net, "net"], lambda net: iter([net])])

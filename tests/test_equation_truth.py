@@ -97,6 +97,25 @@ def test_a_far_start_does_not_coarsen_a_fixed_point(kind, far, shape):
         assert found.all() or not isinstance(solver, Auto | Picard)
 
 
+@pytest.mark.parametrize(("dtype", "decades"), [(np.float32, 30), (np.float64, 200)])
+@pytest.mark.parametrize("samples", [1, 40])
+def test_anderson_acceleration_is_the_same_in_any_unit(dtype, decades, samples, rng):
+    M, a = rng.standard_normal((8, 8)).astype(dtype), rng.uniform(1, 2, (samples, 8)).astype(dtype)
+    M *= dtype(0.9) / dtype(np.linalg.norm(M, 2))
+    solver = Anderson(damping=0.9)
+
+    def solve(unit):
+        return fixed_point(
+            lambda z, a: unit * np.cos(z / unit @ M + a), 0 * a, args=(a,), batched="a", vectorized=True, solver=solver
+        )
+
+    plain = solve(dtype(1))
+    for unit in (dtype(2) ** -round(3.3 * decades), dtype(2) ** round(3.3 * decades)):
+        sol = solve(unit)
+        np.testing.assert_array_equal(sol.value / unit, plain.value)
+        np.testing.assert_array_equal(sol.iterations, plain.iterations)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("decades", [5, 12, 20])
 @pytest.mark.parametrize("samples", [1, 40])

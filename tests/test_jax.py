@@ -304,6 +304,16 @@ def test_solution_is_a_good_start_in_compiled_code():
     close(jax.lax.fori_loop(0, 9, lambda _, z: solve(z, a), np.full((5, 1), 0.5)), z)
 
 
+@pytest.mark.parametrize("a", [2**40, np.array([2**40]), np.int64(2**31), np.array([2**63], np.uint64)], ids=repr)
+def test_whole_numbers_that_would_be_cut_are_refused(a):
+    with enable_x64(False):
+        np.testing.assert_array_equal(door.root(lambda z, a: z - a, jnp.ones(1), args=(np.array([2**30]),)), 2**30)
+        with pytest.raises(
+            ValueError, match=r"args\[0\] has whole numbers beyond those that JAX has here; pass floats"
+        ):
+            door.root(lambda z, a: z - a, jnp.ones(1), args=(a,))
+
+
 def test_arguments_may_be_pytrees():
     def f(z, p, x):
         return jnp.tanh(p["W"] @ z + p["b"][0] * p["b"][1] + x[0])

@@ -99,6 +99,28 @@ def test_certified_bound_holds_through_the_stages(engine, constraint, data):
     assert (np.abs(loose.state - exact).max(axis=1) <= loose.bound + 1e-12).all()
 
 
+@pytest.mark.parametrize("shift", [-740.0, -96.0, 96.0, 740.0])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_only_differences_of_the_scales_of_perron_count(dtype, shift):
+    rng, residual = np.random.default_rng(0), np.ones((1, 1, 4))
+    K, scales, bounds = rng.standard_normal((1, 4, 4)).astype(dtype), rng.standard_normal((1, 4)), np.ones(4)
+    near, far = (np.round(scales * 256) / 256 + offset for offset in (0, shift))
+    (R, certified), (shifted, others) = (
+        (irnn.Perron().apply(K, a, bounds), irnn.Perron().certify(K, a, bounds, residual))
+        for a in (near.astype(dtype), far.astype(dtype))
+    )
+    np.testing.assert_allclose(shifted, R, rtol=1e-6 if dtype == "float32" else 1e-14)
+    np.testing.assert_allclose(others, certified, rtol=1e-6 if dtype == "float32" else 1e-14)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-165, 1e200])
+@pytest.mark.parametrize("constraint", CONSTRAINTS[1:], ids=lambda c: c.name)
+def test_certified_bound_grows_with_residuals_whose_squares_vanish_or_overflow(constraint, size):
+    R, scales, bounds, residual = np.zeros((1, 2, 2)), np.zeros((1, 2)), np.ones(2), np.array([[[0.3, 0.4]]])
+    expected = constraint.certify(R, scales, bounds, residual)
+    np.testing.assert_allclose(constraint.certify(R, scales, bounds, size * residual) / size, expected, rtol=1e-12)
+
+
 @pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_weights_far_within_their_bound_are_differentiated_as_they_are(engine, dtype):

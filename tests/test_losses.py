@@ -105,6 +105,14 @@ def test_huber_is_half_the_squared_error_near_and_linear_far(net, X, Y):
     assert far == pytest.approx(net.loss_and_gradient(X, Y, loss="mae")[0], rel=1e-6)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize(("delta", "size"), [(1.0, 1e200), (1e200, 1.0)])
+def test_huber_of_distances_far_from_delta_does_not_overflow(delta, size):
+    expected = delta * size - delta**2 / 2 if delta < size else size**2 / 2
+    (value,), slope = irnn.Huber(delta).values_and_derivatives(np.array([[size]]), np.zeros((1, 1)))
+    assert (value, slope) == (pytest.approx(expected), min(delta, size))
+
+
 @pytest.mark.parametrize("size", [1e3, -1e3, 1e5])
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_cross_entropies_of_huge_logits_are_exact_and_finite(engine, size, dtype, X):
@@ -261,6 +269,13 @@ def test_unconverged_samples_are_told_with_a_loss_of_ones_own(engine):
     net.loss_and_gradient(X, X, **settings, report=report, on_failure="ignore")
     assert report.status.tolist() == [irnn.Status.MAX_ITERATIONS, irnn.Status.CONVERGED]
     assert net.fit(X, X, **settings, epochs=2, on_failure="ignore").unconverged.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("size", [1.0, 1e6, 1e200])
+def test_derivatives_of_the_wrong_sign_are_refused_whatever_the_size_of_outputs(size):
+    wrong = irnn.CustomLoss(lambda y, t: (np.abs(y - t).sum(axis=1), np.sign(t - y)))
+    with pytest.raises(ValueError, match=r"derivatives .* are not those of its values"):
+        wrong.values_and_derivatives(size * np.ones((4, 2)), np.zeros((4, 2)))
 
 
 @pytest.mark.parametrize(

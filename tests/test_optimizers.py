@@ -55,6 +55,16 @@ def first_step(optimizer, g):
     return factor * optimizer.learning_rate * g
 
 
+@pytest.mark.parametrize(("dtype", "large"), [("float32", 1e21), ("float64", 1e160)])
+@pytest.mark.parametrize("optimizer", EVERY[3:6], ids=names)
+def test_gradients_whose_squares_overflow_are_followed(optimizer, dtype, large):
+    steps = []
+    for size in (1.0, large):
+        state = optimizer.start((1, 2), np.dtype(dtype))
+        steps.append([optimizer.change(state, np.array([[size, -size]], dtype), 0.1) for _ in range(3)])
+    np.testing.assert_allclose(steps[1], steps[0], rtol=1e-5)
+
+
 def test_adamw_shrinks_the_parameters_beside_the_step_of_adam(engine, X, Y):
     net, adam = make_net(engine), make_net(engine)
     start = net.parameters.copy()

@@ -233,6 +233,21 @@ def test_weights_of_partial_fit_count_beside_those_of_the_same_call(classifier, 
     assert_allclose(heavy.predict_proba(X), light.predict_proba(X), rtol=1e-12)
 
 
+@pytest.mark.parametrize("unit", [2.0**-1073, 2.0**-600, 2.0**600, 2.0**1022])
+def test_the_unit_of_weights_does_not_matter(estimator, data, unit):
+    X, y = data
+    weights = np.arange(len(X)) % 2 + 1.0
+    small, large = (clone(estimator).fit(X, y, sample_weight=scale * weights) for scale in (1.0, unit))
+    assert_array_equal(large.predict(X), small.predict(X))
+
+
+@pytest.mark.parametrize("unit", [1e-320, 1e307])
+def test_the_unit_of_weights_does_not_matter_beside_balanced_classes(classifier, iris, unit):
+    classifier.set_params(class_weight="balanced")
+    heavy, light = (clone(classifier).fit(*iris, sample_weight=np.full(150, weight)) for weight in (unit, 1.0))
+    assert_allclose(heavy.loss_curve_, light.loss_curve_, rtol=1e-6)
+
+
 def test_balanced_classes_weigh_the_same(classifier, iris):
     X, y = iris[0][:120], iris[1][:120]
     balanced = clone(classifier).set_params(class_weight="balanced").fit(X, y)
@@ -370,6 +385,22 @@ def test_numbers_whose_variance_cannot_be_told_are_refused(estimator, regressor,
         estimator.fit(unit * X, y)
     with pytest.raises(ValueError, match=r"column 0 of y, with entries up to .* cannot be scaled"):
         regressor.fit(X, unit * y)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-8, 1e-12])
+def test_columns_of_many_samples_are_scaled_whatever_their_offset(regressor, spread):
+    column = spread * np.linspace(-1, 1, 100_000)[:, None] + 1
+    scaler = regressor._scaler_of("X", column, None)
+    scaled = scaler.transform(column)
+    assert_allclose([scaled.mean(), scaled.std()], [0, 1], atol=1e-3)
+    assert_allclose(scaler.inverse_transform(scaled), column, atol=1e-15)
+
+
+def test_columns_that_differ_by_rounding_only_are_constant(regressor):
+    column = np.where(np.arange(50) % 2, 0.3, 0.1 + 0.2)[:, None]
+    assert np.abs(regressor._scaler_of("X", column, None).transform(column)).max() < 1e-15
+    column[:] = 1e300
+    assert not regressor._scaler_of("X", column, None).transform(column).any()
 
 
 def test_samples_beyond_the_precision_of_the_network_are_refused_by_name(estimator, data):

@@ -259,6 +259,16 @@ def test_run_that_failed_keeps_its_parameters_whatever_the_chunks(engine):
     assert np.isnan(loss).all()
 
 
+@pytest.mark.filterwarnings("ignore::implicit_rnn.errors.ScaleWarning")
+def test_training_whose_loss_overflows_is_not_said_to_lack_equilibria_alone(net, X):
+    cause = (
+        r"gradient is not finite in epoch 1, .* or the derivative of the loss overflows .* scaled inputs and targets"
+    )
+    net.weights["C"][...] = 1e20
+    with pytest.warns(irnn.ConvergenceWarning, match=cause):
+        net.fit(X, np.full((len(X), 2), 1e300), epochs=3)
+
+
 def test_training_without_equilibrium_warns_once_and_counts_the_samples(engine):
     net = make_oscillating(engine)
     X = np.array([[5.0], [0.5], [0.7]])

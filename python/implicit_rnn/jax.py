@@ -460,6 +460,16 @@ def _argument(name: str, value: Any) -> jax.Array:
         array = jnp.asarray(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number or an array of numbers") from error
+    except OverflowError:
+        cut = True
+    else:  # JAX does so, silently, with arrays of NumPy
+        whole = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu"
+        cut = whole and bool((value.astype(array.dtype) != value).any())
+    if cut:
+        raise ValueError(
+            f"{name} has whole numbers beyond those that JAX has here; pass floats, or "
+            "jax.config.update('jax_enable_x64', True)"
+        )
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         raise TypeError(f"{name} is a random key of dtype {array.dtype}; pass its numbers, jax.random.key_data({name})")
     return array

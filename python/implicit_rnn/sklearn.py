@@ -54,6 +54,8 @@ AUTO_OPTIMIZER = Adam(3e-3, weight_decay=3e-3)
 """What optimizer="auto" stands for."""
 BATCH_SIZE = 200
 """What batch_size="auto" takes at once of more samples."""
+ROUNDING = 16 * float(np.finfo(np.float64).eps)
+"""The spread of a column, in units of its mean, up to which it is one of rounding, and the column constant."""
 FLOATS = [np.float64, np.float32]
 
 
@@ -147,6 +149,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         weights = None
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+            weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # whose sums neither overflow nor vanish
             counted = weights > 0  # a sample of no weight must not count in scaling, batches and validation either
             if not counted.any():
                 raise ValueError("sample_weight is zero for all samples; expected a weight above zero")
@@ -271,8 +274,11 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """The scaler that has learnt mean and spread of the columns of an array."""
         scaler = StandardScaler(with_mean=self.scale, with_std=self.scale)
         with np.errstate(over="ignore", invalid="ignore"):
-            scaler.fit(array, sample_weight=weights)
+            # Of what differs from the first sample, as sums of what all have in common lose the digits that differ.
+            scaler.fit(np.nan_to_num(array - array[0]), sample_weight=weights)
         if self.scale:
+            scaler.mean_ += array[0]
+            scaler.scale_[np.sqrt(scaler.var_) <= ROUNDING * np.abs(scaler.mean_)] = 1
             known = np.isfinite(scaler.var_) & ((scaler.var_ > 0) | (np.ptp(array, axis=0) == 0))
             if not known.all():
                 k = int(known.argmin())

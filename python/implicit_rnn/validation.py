@@ -156,8 +156,9 @@ def warn_of_scale(name: str, array: np.ndarray) -> None:
     if len(array) < 2 or not isinstance(array, np.ndarray):  # those on a device stay there
         return
     columns = array.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is far
-        mean, spread = columns.mean(axis=0), columns.std(axis=0)
+    unit = np.maximum(np.abs(columns).max(axis=0), np.finfo(np.float64).tiny)
+    columns /= unit  # whose squares neither overflow nor vanish
+    mean, spread = unit * columns.mean(axis=0), unit * columns.std(axis=0)
     varied = spread > 1e-12 * np.maximum(np.abs(mean), 1e-300)
     far = np.flatnonzero(~((np.abs(mean) <= LARGEST_SCALE) & (spread <= LARGEST_SCALE)))
     if len(far):

@@ -262,7 +262,7 @@ class Perron(InfNorm):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """That of ``InfNorm`` for e^{A} z."""
-        stretch = np.exp(scales)[:, None, :]
+        stretch = _exponentials(scales)[:, None, :]
         return super().certify(R, scales, bounds, stretch * residual) / stretch
 
 
@@ -278,8 +278,14 @@ def _relative(terms: Array, size: Array, factor: Array, axis: int | tuple[int, i
     return np.where(factor < 1, terms.sum(axis=axis, keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
+def _exponentials(scales: Array) -> Array:
+    """e^a, but for a factor that all have in common, as only their quotients count: without it, large a do not overflow."""
+    ends = scales.max(axis=-1, keepdims=True), scales.min(axis=-1, keepdims=True)
+    return np.asarray(np.exp(scales - (ends[0] / 2 + ends[1] / 2)))
+
+
 def _stretch(scales: Array) -> Array:
-    e = np.exp(scales)
+    e = _exponentials(scales)
     return np.asarray(e[:, None, :] / e[:, :, None])
 
 
@@ -372,7 +378,7 @@ class Spectral(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1/(1 - ρ)."""
-        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        size = _norm(residual)
         return np.asarray(np.broadcast_to(size / (1 - self.rho), residual.shape))
 
 
@@ -416,9 +422,16 @@ class Monotone(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1 + ‖L R‖₂/m."""
-        size = np.linalg.norm(residual, axis=-1, keepdims=True)
+        size = _norm(residual)
         norms = _of_finite(np.linalg.svd, bounds[:, None] * R)[1].max(axis=-1)[:, None, None]
         return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))
+
+
+def _norm(A: Array) -> Array:
+    """Euclidean norm over the last axis, which is kept, also where squares vanish or overflow."""
+    with np.errstate(invalid="ignore"):
+        largest = np.maximum(np.abs(A).max(axis=-1, keepdims=True), np.finfo(A.dtype).tiny)
+        return np.asarray(largest * np.linalg.norm(A / largest, axis=-1, keepdims=True))
 
 
 def _of_finite(decompose: Callable[[Array], Sequence[Array]], M: Array) -> list[Array]:

@@ -163,9 +163,9 @@ class Huber(Loss):
         check_positive("delta", self.delta)
 
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
-        d, δ = Y - T, self.delta
-        size = np.abs(d)
-        return np.where(size <= δ, d**2 / 2, δ * (size - δ / 2)), np.clip(d, -δ, δ)
+        d = Y - T
+        slope = np.clip(d, -self.delta, self.delta)
+        return slope * (d - slope / 2), slope
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ class CustomLoss(Loss):
         right = (self._call(Y + h * direction, T)[0] - values) / h
         left = (values - self._call(Y - h * direction, T)[0]) / h
         size = np.maximum(np.maximum(np.abs(left), np.abs(right)), np.abs(along))
-        margin = 1e-2 * size + 1e-3 * np.abs(values)
+        margin = 1e-2 * size + 1e-6 * np.abs(values) / h
         off = (along < np.minimum(left, right) - margin) | (along > np.maximum(left, right) + margin)
         if off.mean() > 0.5:
             k = int(np.argmax(off))

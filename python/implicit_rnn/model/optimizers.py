@@ -273,7 +273,7 @@ class Adam(GradientDescent):
         check_positive("epsilon", self.epsilon)
 
     def change(self, state: Moments, g: Array, rate: float) -> Array:
-        m, v = state.averages
+        (m, v), g = state.averages, _with_finite_squares(g)
         m[...] = self.beta1 * m + (1 - self.beta1) * g
         v[...] = self.beta2 * v + (1 - self.beta2) * g * g
         power1, power2 = state.powers[:, :1], state.powers[:, 1:]
@@ -344,9 +344,15 @@ class RMSProp(GradientDescent):
         check_positive("epsilon", self.epsilon)
 
     def change(self, state: Moments, g: Array, rate: float) -> Array:
-        (v,) = state.averages
+        (v,), g = state.averages, _with_finite_squares(g)
         v[...] = self.decay * v + (1 - self.decay) * g * g
         return np.asarray(g * rate / (np.sqrt(v) + self.epsilon))
+
+
+def _with_finite_squares(g: Array) -> Array:
+    """The gradients, cut to what can be squared: an infinite average of squares would hold a parameter for ever."""
+    largest = np.finfo(g.dtype).max ** 0.5 / 2
+    return np.clip(g, -largest, largest)
 
 
 # --- all samples at once -------------------------------------------------------------------------------------

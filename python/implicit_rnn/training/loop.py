@@ -17,7 +17,7 @@ from implicit_rnn.console import progress_bar
 from implicit_rnn.engines.base import Halt, Replicas, Samples, Trainer, TrainerOptions
 from implicit_rnn.errors import report_failure, warn
 from implicit_rnn.model.losses import CustomLoss
-from implicit_rnn.model.optimizers import LBFGS, Adam, Optimizer
+from implicit_rnn.model.optimizers import LBFGS, Optimizer
 from implicit_rnn.solution import Solution, remedy
 from implicit_rnn.training.checkpoints import Checkpoint, Writer
 from implicit_rnn.training.history import Run
@@ -387,7 +387,12 @@ def _check_rounded(clip: float, optimizer: Optimizer, dtype: np.dtype) -> None:
     """Raise ``ValueError`` for settings that the precision of the nets rounds to what they must not be."""
     if dtype.type(clip) == 0:
         raise ValueError(f"clip must be positive, got {clip}, which is 0 as a {dtype}")
-    for rate in optimizer.decay_rates if isinstance(optimizer, Adam) else ():
+    options = optimizer.options()
+    if dtype.type(options.get("epsilon", 1)) == 0:
+        raise ValueError(
+            f"{optimizer} has the epsilon {options['epsilon']!r}, which is 0 as a {dtype}: a gradient of zero would make NaN"
+        )
+    for rate in (options[name] for name in ("beta1", "beta2", "decay") if name in options):
         if dtype.type(rate) == 1:
             raise ValueError(
                 f"{optimizer} has the decay rate {rate!r}, which is 1 as a {dtype}: its average would never move; expected less "

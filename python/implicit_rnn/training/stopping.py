@@ -140,12 +140,11 @@ def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: 
     if halt == Halt.BY_CALLBACK:
         return f"a callback ended the training after epoch {epoch}"
     kept = "the net has the parameters from which its last good epoch began"
-    if halt == Halt.TOO_MANY_UNCONVERGED or (halt == Halt.NOT_FINITE and unconverged):
-        limit = f", more than the share of {settings.guard.unconverged:g} that guard allows"
+    if halt == Halt.TOO_MANY_UNCONVERGED:
         return (
-            f"training halted: {unconverged} of {settings.samples} samples did not reach an equilibrium in epoch "
-            f"{epoch}{limit if halt == Halt.TOO_MANY_UNCONVERGED else ', and the loss is not finite'}; {kept}. Remedies: "
-            f"{remedy}, a smaller learning_rate"
+            f"training halted: {unconverged} of {settings.samples} samples did not reach an equilibrium in epoch {epoch}, more "
+            f"than the share of {settings.guard.unconverged:g} that guard allows; {kept}. Remedies: {remedy}, a smaller "
+            "learning_rate"
         )
     slower = "a smaller learning_rate, clip, weight_decay, or scaled inputs and targets"
     if halt == Halt.TOO_LARGE:
@@ -157,4 +156,11 @@ def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: 
             f"training halted: the norm of the parameters exceeds {settings.guard.parameter_norm} after epoch {epoch}; {kept}. "
             f"Remedies: {slower}; guard=Guard(parameter_norm=None) allows any"
         )
-    return f"training halted: the loss is not finite in epoch {epoch}; {kept}. Remedies: {slower}"
+    cause = (
+        f", where {unconverged} of {settings.samples} samples did not reach an equilibrium, or the derivative of the loss "
+        "overflows for them"
+    )
+    return (
+        f"training halted: the loss or its gradient is not finite in epoch {epoch}{cause if unconverged else ''}; {kept}. "
+        f"Remedies: {f'{remedy}, ' if unconverged else ''}{slower}"
+    )

@@ -261,7 +261,7 @@ class Solve:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
 
     def anderson(self, solver: Anderson, limit: int) -> None:
-        """Up to ``limit`` evaluations."""
+        """Up to ``limit`` evaluations; r is in units of about the first residual, so that squares neither overflow nor vanish."""
         self.stability_in_question = self.equation.check_stability
         m, n = solver.memory, self.shape[-1]
         dtype = self.rows.Z.dtype
@@ -269,14 +269,16 @@ class Solve:
         count = len(self.rows.index)
         dR, dF = (np.zeros((count, m, n), dtype) for _ in range(2))
         last_r, last_F = (np.zeros((count, n), dtype) for _ in range(2))
-        last_residual = np.full(count, np.inf)
+        last_residual, unit = np.full(count, np.inf), np.zeros((count, 1), dtype)
         for k in range(limit):
-            dR, dF, last_r, last_F, last_residual = self.evaluate(dR, dF, last_r, last_F, last_residual)
+            dR, dF, last_r, last_F, last_residual, unit = self.evaluate(dR, dF, last_r, last_F, last_residual, unit)
             rows = self.rows
             if not len(rows.index):
                 return
             self.accept(rows)
-            r = rows.F - rows.Z
+            if k == 0:
+                unit = np.ldexp(dtype.type(1), np.frexp(rows.residual)[1])[:, None]
+            r = (rows.F - rows.Z) / unit
             if k > 0:
                 place = (k - 1) % m
                 dR[:, place], dF[:, place] = r - last_r, rows.F - last_F
@@ -291,8 +293,8 @@ class Solve:
             G[:, range(m), range(m)] += empty * trace[:, :, 0]
             γ = solve_each(G, dR @ r[..., None])
             β = dtype.type(solver.damping)
-            step = np.swapaxes(dF - (1 - β) * dR, 1, 2) @ γ
-            rows.Z = rows.F - (1 - β) * r - step[..., 0]
+            step = np.swapaxes(dF - (1 - β) * unit[..., None] * dR, 1, 2) @ γ
+            rows.Z = rows.F - (1 - β) * unit * r - step[..., 0]
 
     def newton(self) -> None:
         """Until no row is left. The step is halved while ‖r‖ does not decrease; where that does not help, a Picard step."""
