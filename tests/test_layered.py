@@ -113,6 +113,29 @@ def test_only_differences_of_the_scales_of_perron_count(dtype, shift):
     np.testing.assert_allclose(others, certified, rtol=1e-6 if dtype == "float32" else 1e-14)
 
 
+@pytest.mark.parametrize("shift", [-96.0, 96.0, 740.0])
+def test_states_and_bounds_depend_on_no_common_part_of_the_scales_of_perron(engine, shift):
+    net = irnn.Network(3, [irnn.Layer(4)], outputs=1, seed=0, dtype="float32", engine=engine)
+    X = np.random.default_rng(0).standard_normal((20, 3))
+    scales = net.weights["a"]
+    scales[...] = [0, 0.5, -0.25, 0.125]
+    before = net.equilibrium(X)
+    scales += np.float32(shift)
+    after = net.equilibrium(X)
+    np.testing.assert_allclose(after.state, before.state, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(after.bound, before.bound, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS[1:], ids=lambda c: c.name)
+def test_bound_of_a_state_whose_residual_has_a_square_that_vanishes_is_none_of_zero(engine, constraint):
+    net = irnn.Network(2, [irnn.Layer(3)], outputs=1, seed=0, constraint=constraint, engine=engine)
+    net.weights["b"][...] = 0
+    x = np.array([[1e-165, -3e-165]])
+    solution = net.equilibrium(x)
+    exact = np.linalg.solve(np.eye(3) - net.recurrent_weights, net.weights["W"] @ x[0])  # as tanh has the slope 1 there
+    assert np.abs(exact - solution.state[0]).max() <= solution.bound[0] * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("size", [1e-300, 1e-165, 1e200])
 @pytest.mark.parametrize("constraint", CONSTRAINTS[1:], ids=lambda c: c.name)
 def test_certified_bound_grows_with_residuals_whose_squares_vanish_or_overflow(constraint, size):

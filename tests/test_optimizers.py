@@ -165,3 +165,14 @@ def test_lbfgs_trains_in_float32(engine, X):
 def test_lbfgs_refuses_what_it_cannot_do(net, settings, message, X, Y):
     with pytest.raises(ValueError, match=message):
         net.fit(X, Y, optimizer="lbfgs", **settings)
+
+
+@pytest.mark.parametrize("optimizer", [irnn.Adam(), irnn.AdamW(weight_decay=0.0)], ids=names)
+def test_training_goes_on_where_squares_of_gradients_overflow(engine, optimizer):
+    net = irnn.Network(1, [irnn.Layer(2)], outputs=1, seed=0, engine=engine)
+    net.weights["C"][...] = 1e160
+    before = net.weights["W"].copy()
+    net.fit(
+        [[1.0], [2.0]], [[0.0], [1.0]], loss="mae", optimizer=optimizer, epochs=2, guard=irnn.Guard(parameter_norm=None)
+    )
+    assert (np.abs(net.weights["W"] - before) > 1e-3).all()

@@ -160,12 +160,18 @@ function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
         e .= abs.(a.G .- a.Z) .+ w.slopes .* e
         if stage.recurrent
             stretch = w.stretch
-            sizes = in_rows ? maximum(stretch .* e; dims = 1) : sqrt.(sum(abs2, e; dims = 1))
+            sizes = in_rows ? maximum(stretch .* e; dims = 1) : norms(e)
             in_rows ? (e .= constants[k] .* sizes ./ stretch) : (e .= constants[k] .* sizes)
         end
         largest .= max.(largest, maximum(e; dims = 1))
     end
     return copyto!(bound, Float64.(vec(on_host(largest))))
+end
+
+# Euclidean norms of columns, also where squares vanish or overflow.
+function norms(e)
+    largest = clamp.(maximum(e; dims = 1), floatmin(eltype(e)), floatmax(eltype(e)))
+    return largest .* sqrt.(sum(abs2, e ./ largest; dims = 1))
 end
 
 # Only that of Monotone takes the weights.

@@ -69,7 +69,10 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
             block_of(net, stage, w.input, w.feeds, w.raw, c) .= connection_weights(p, c)
         end
         w.bias .= view(p, net.bias .+ stage.rows)
-        isempty(stage.scales) || (w.stretch .= exp.(view(p, stage.scales)))
+        if !isempty(stage.scales)
+            a = view(p, stage.scales)
+            w.stretch .= exp.(a .- (minimum(a; dims = 1) ./ 2 .+ maximum(a; dims = 1) ./ 2))     # as by `exponentials!`
+        end
         if stage.recurrent
             apply_constraint!(w, constraint, stage.slopes)
             permutedims!(w.transposed, w.recurrent, (2, 1))

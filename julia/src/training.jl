@@ -304,9 +304,11 @@ end
 
 function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
     η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
+    largest = sqrt(floatmax(T)) / 2          # an infinite average of squares would hold a parameter for ever
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
-        m[i] = without_subnormals(β1 * m[i] + (1 - β1) * g[i])
-        v[i] = without_subnormals(β2 * v[i] + (1 - β2) * abs2(g[i]))
+        slope = clamp(g[i], -largest, largest)
+        m[i] = without_subnormals(β1 * m[i] + (1 - β1) * slope)
+        v[i] = without_subnormals(β2 * v[i] + (1 - β2) * abs2(slope))
         p[i] = step(p[i], m[i] / c1 / (Base.sqrt_llvm(v[i] / c2) + ε), η)
     end
     return m, v, without_subnormals.(powers .* (β1, β2))

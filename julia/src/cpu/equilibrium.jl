@@ -335,16 +335,16 @@ end
 function bound_errors!(fed, c::Columns, f::Activation, slopes, amplification, stretch, weighted::Bool, m::Int)
     for j in 1:m
         activate!(c.F, f, c.S, c.Z, j)
-        largest, sum2 = 0.0, 0.0
+        largest = 0.0
         @inbounds for i in axes(fed, 1)
             e = abs(Float64(c.F[i, j]) - c.Z[i, j]) + slopes[i] * fed[i, j]
             fed[i, j] = e
             stretch === nothing || (largest = worse(stretch[i] * e, largest))
-            sum2 += e^2
         end
         stretch === nothing && continue
+        norm = weighted ? zero(largest) : euclidean_norm(view(fed, :, j))
         @inbounds for i in axes(fed, 1)
-            fed[i, j] = weighted ? amplification * largest / stretch[i] : amplification * sqrt(sum2)
+            fed[i, j] = amplification * (weighted ? largest / stretch[i] : norm)
         end
     end
     return

@@ -129,7 +129,7 @@ constrain_pullback_lanes!(g::LaneWeights, ::Free, w::LaneWeights) = copyto!(g.ra
 function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) where {T}
     (; raw, recurrent, stretch, row_sum, row_factor) = w
     L, n = size(raw, 1), size(raw, 2)
-    c isa Perron && map!(exp, stretch, w.scales)
+    c isa Perron && foreach(l -> exponentials!(view(stretch, l, :), view(w.scales, l, :)), 1:L)
     fill!(row_sum, 0)
     @inbounds for j in 1:n, i in 1:n
         @simd ivdep for l in 1:L

@@ -103,7 +103,17 @@ constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 # Rows: R_ij = c_i K_ij e^{a_j - a_i} with c_i = min(1, κ / (L_i Σ_j |K_ij|)).
 
 constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.stretch, 1))
-constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, map!(exp, w.stretch, w.scales))
+constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, exponentials!(w.stretch, w.scales))
+
+# e^a, but for a factor that all have in common, as only their quotients count: without it, large a would overflow.
+function exponentials!(stretch, scales)
+    low = high = first(scales)
+    for a in scales
+        low, high = min(low, a), max(high, a)
+    end
+    middle = low / 2 + high / 2
+    return map!(a -> exp(a - middle), stretch, scales)
+end
 
 function scale_rows!(w, kappa, slopes, stretch)
     (; raw, recurrent, row_factor, row_sum) = w
