@@ -101,7 +101,7 @@ class Child:
             os.close(descriptor)
 
     def interrupt(self, times: int) -> int:
-        """Send interrupts at random moments; how many of them did nothing within two seconds."""
+        """Send interrupts at random moments; how many of them did nothing within ten seconds."""
         moments = random.Random(0)
         assert self._is_ready(60), "the process did not start"
         lost = 0
@@ -111,7 +111,7 @@ class Child:
                 self.process.send_signal(signal.SIGINT)
             else:
                 os.write(self.terminal, b"\x03")
-            lost += not self._is_ready(2)
+            lost += not self._is_ready(10)
         return lost
 
     def _is_ready(self, seconds: float) -> bool:
