@@ -9,6 +9,7 @@ import numpy as np
 from implicit_rnn.engines.base import Halt, Replicas, Samples, TrainerOptions
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Topology
+from implicit_rnn.norms import norm
 
 Array = np.ndarray
 
@@ -73,7 +74,7 @@ class StepTrainer:
             if self._states is not None:
                 self._states[:, chosen] = states
             failed += np.where(alive, unsolved, 0)
-            size = _norms(G)
+            size = norm(G.astype(np.float64, copy=False))
             alive &= np.isfinite(loss) & np.isfinite(size)
             total += np.where(alive, loss, np.nan) * len(batch)
             long = alive & (size > self._clip)
@@ -85,7 +86,7 @@ class StepTrainer:
     def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
         """Halt the nets that went wrong in this epoch, and note what was good."""
         limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
-        size = _norms(nets.parameters)
+        size = norm(nets.parameters.astype(np.float64, copy=False))
         broken, too_many = ~np.isfinite(loss), unconverged > self._guard.unconverged
         good = running & ~broken & ~too_many
         nets.good[good] = before[good]
@@ -102,14 +103,6 @@ class StepTrainer:
     def restore(self, state: Array) -> None:
         self._moments.restore(state[:, :-1])
         self._steps = int(state[0, -1])
-
-
-def _norms(P: Array) -> Array:
-    """(S,) Euclidean, of squares in double precision, unless these overflow."""
-    size = np.asarray(np.sqrt(np.einsum("sp,sp->s", P, P, dtype=np.float64)))
-    far = np.isinf(size)
-    size[far] = np.hypot.reduce(P[far], axis=1)
-    return size
 
 
 def _select(samples: Samples, chosen: Array | slice) -> Samples:

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
+from implicit_rnn.norms import scaled_norm
 from implicit_rnn.options import Option, check_fraction
 
 Array = np.ndarray
@@ -378,7 +379,7 @@ class Spectral(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1/(1 - ρ)."""
-        size = _norm(residual)
+        size = scaled_norm(residual)[..., None]
         return np.asarray(np.broadcast_to(size / (1 - self.rho), residual.shape))
 
 
@@ -422,16 +423,9 @@ class Monotone(WholeMatrix):
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """‖(I - D R)⁻¹‖₂ <= 1 + ‖L R‖₂/m."""
-        size = _norm(residual)
+        size = scaled_norm(residual)[..., None]
         norms = _of_finite(np.linalg.svd, bounds[:, None] * R)[1].max(axis=-1)[:, None, None]
         return np.asarray(np.broadcast_to((1 + norms / self.margin) * size, residual.shape))
-
-
-def _norm(A: Array) -> Array:
-    """Euclidean norm over the last axis, which is kept, also where squares vanish or overflow."""
-    with np.errstate(invalid="ignore"):
-        largest = np.maximum(np.abs(A).max(axis=-1, keepdims=True), np.finfo(A.dtype).tiny)
-        return np.asarray(largest * np.linalg.norm(A / largest, axis=-1, keepdims=True))
 
 
 def _of_finite(decompose: Callable[[Array], Sequence[Array]], M: Array) -> list[Array]:

@@ -8,10 +8,11 @@ import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
 from implicit_rnn.engines.numpy.single import ANSWER, PROBE, SMALLEST_STEP, far_step
-from implicit_rnn.engines.numpy.sizes import Sizes, euclidean
+from implicit_rnn.engines.numpy.sizes import Sizes
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
 from implicit_rnn.engines.numpy.values import tolerance
 from implicit_rnn.errors import silenced
+from implicit_rnn.norms import scaled_norm
 from implicit_rnn.solution import CONVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR
 from implicit_rnn.solvers import Auto, Solver
 
@@ -70,7 +71,7 @@ class Root:
         c0 = f.conditions(start[None], row)
         used += 1
         row_weights = _row_weights(f.newton_steps(start[None], row, c0)[1], EQUAL_TERMS)[0]
-        unit_of_c = float(euclidean(c0 * row_weights)[0])
+        unit_of_c = float(scaled_norm(c0 * row_weights)[0])
         unit = float(self.sizes(start[None])[0]) if isinstance(self.sizes.weights, float) else 1.0
         units = np.full(len(start), unit) if isinstance(self.sizes.weights, float) else 1 / self.sizes.weights
         units = np.where(units > 0, units, 1.0)
@@ -177,7 +178,7 @@ class _Newton:
         exists = np.isfinite(step).all(axis=1)
         if first:
             self.weights[going] = _row_weights(terms, EQUAL_TERMS)
-        merit, size = euclidean(c * self.weights[going]), self.sizes(z)
+        merit, size = scaled_norm(c * self.weights[going]), self.sizes(z)
         self.sizes.pass_by(size, rows)
         length = np.where(exists, self.sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
         rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
@@ -248,7 +249,7 @@ class _Newton:
             at = searched[stuck]
             self.status[at] = MAX_ITERATIONS
             self.weights[at] = _row_weights(s.terms[moving][stuck])
-            self.last_merit[at] = euclidean(self.F[at] * self.weights[at])
+            self.last_merit[at] = scaled_norm(self.F[at] * self.weights[at])
             going = np.sort(np.append(going, self.search(at, step[stuck])))
         self.back[searched] = base - self.Z[searched]
         return going
@@ -256,7 +257,7 @@ class _Newton:
     def search(self, going: Array, step: Array) -> Array:
         """z + t step with t halved until ‖f‖, weighted, decreases; returns those of ``going`` where it did."""
         base, t, better = self.Z[going].copy(), 1.0, np.zeros(len(going), bool)
-        merit = euclidean(self.F[going] * self.weights[going])
+        merit = scaled_norm(self.F[going] * self.weights[going])
         while t >= SMALLEST_STEP:
             trying = np.flatnonzero(~better & (self.evaluations[going] < self.limit))
             if not len(trying):
@@ -265,7 +266,7 @@ class _Newton:
             z = base[trying] + base.dtype.type(t) * step[trying]
             c = self.f.conditions(z, self.rows[at])
             self.evaluations[at] += 1
-            good = decreases(euclidean(c * self.weights[at]), merit[trying], t) & np.isfinite(z).all(axis=1)
+            good = decreases(scaled_norm(c * self.weights[at]), merit[trying], t) & np.isfinite(z).all(axis=1)
             self.Z[at[good]], self.F[at[good]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2
@@ -312,11 +313,11 @@ def _is_steady(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array)
         )
     else:
         products = (f.conditions_jacobian(further, rows) @ steps[..., None])[..., 0]
-    return np.asarray(euclidean(products + C) <= 0.5 * euclidean(C))
+    return np.asarray(scaled_norm(products + C) <= 0.5 * scaled_norm(C))
 
 
 def _leaps(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array, terms: Array) -> Array:
     """Whether f, a sum of these ``terms``, leaps a little further on or back, as floor(z) does at whole numbers."""
     way = 2 * steps + np.copysign(8 * np.finfo(Z.dtype).eps * Z, steps)
-    there = np.maximum(*(euclidean(f.conditions(Z + d, rows)) for d in (way, -way)))
-    return (3 * euclidean(C) + tolerance(Z.dtype) * euclidean(terms) < there) & (there < np.inf)
+    there = np.maximum(*(scaled_norm(f.conditions(Z + d, rows)) for d in (way, -way)))
+    return (3 * scaled_norm(C) + tolerance(Z.dtype) * scaled_norm(terms) < there) & (there < np.inf)

@@ -6,17 +6,9 @@ import numpy as np
 
 from implicit_rnn.engines.base import Equation
 from implicit_rnn.engines.numpy.single import STILL_SHRINKS
-from implicit_rnn.engines.numpy.solvers import norm
+from implicit_rnn.norms import scaled_norm
 
 Array = np.ndarray
-
-
-def euclidean(V: Array) -> Array:
-    """Euclidean norms, one a row, in double precision and without overflow or underflow on the way."""
-    W = np.abs(V.astype(np.float64))
-    unit = W.max(axis=-1, initial=0)
-    unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)
-    return np.asarray(unit * norm(W / unit[:, None]))
 
 
 class Sizes:
@@ -29,7 +21,7 @@ class Sizes:
         self.largest = np.zeros(equation.samples)
 
     def __call__(self, V: Array) -> Array:
-        return euclidean(V.astype(np.float64) * self.weights)
+        return scaled_norm(V.astype(np.float64) * self.weights)
 
     def begin(self, index: Array) -> None:
         """The samples ``index`` begin, whatever was seen on the way before."""

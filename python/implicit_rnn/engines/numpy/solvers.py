@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.norms import norm
 from implicit_rnn.solution import CONVERGED, DIVERGED, MAX_ITERATIONS, NON_FINITE, SINGULAR, UNSTABLE, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver
 
@@ -425,14 +426,6 @@ def solve_each(A: Array, b: Array) -> Array:
             with contextlib.suppress(np.linalg.LinAlgError):
                 x[place] = np.linalg.solve(A[place], b[place])
         return x
-
-
-def norm(A: Array) -> Array:
-    """Euclidean norm over the last axis, also where squares overflow."""
-    size = np.asarray(np.sqrt(np.einsum("...i,...i->...", A, A)))
-    if (far := np.isinf(size)).any():
-        size[far] = np.hypot.reduce(A[far], axis=-1)
-    return size
 
 
 def transposed(A: Array) -> Array:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from implicit_rnn.engines.numpy.solvers import norm, solve_each
+from implicit_rnn.engines.numpy.solvers import solve_each
+from implicit_rnn.norms import norm
 from implicit_rnn.solvers import Adjoint, Implicit, tolerance
 
 Array = np.ndarray
