@@ -17,7 +17,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, all_finite, amplifica
     Batches, beyond, BLOW_UP, call!, cause, check_device, checked_batches, check_features, check_interrupt, check_length, check_pullback, check_pushforward,
     check_size, check_start, check_supervised, COARSE_ROUNDING, Connection, connection_weights, CONVERGED,
     copy_outcome!, CPUWorkspace, curvature, decreases, DIVERGED, DIVERGENCE, ElementwiseLoss, EquationProblem,
-    equilibrium!, evaluation_contracts, exclusively, far_step, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable,
+    equilibrium!, evaluation_contracts, exclusively, exponentials!, far_step, FIXED_POINT_SHARE, free_memory, guarantees_uniqueness, is_differentiable,
     is_singular, jacobian!, JacobianPenalty, LARGEST_CHANGE, LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE,
     LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, NON_FINITE, norm_of, on_host, Outcome, output_size,
     OutputSeed, Owner, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS, predicted_iterations, Quality,

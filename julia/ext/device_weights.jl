@@ -69,10 +69,7 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
             block_of(net, stage, w.input, w.feeds, w.raw, c) .= connection_weights(p, c)
         end
         w.bias .= view(p, net.bias .+ stage.rows)
-        if !isempty(stage.scales)
-            a = view(p, stage.scales)
-            w.stretch .= exp.(a .- (minimum(a; dims = 1) ./ 2 .+ maximum(a; dims = 1) ./ 2))     # as by `exponentials!`
-        end
+        isempty(stage.scales) || exponentials!(w.stretch, view(p, stage.scales))
         if stage.recurrent
             apply_constraint!(w, constraint, stage.slopes)
             permutedims!(w.transposed, w.recurrent, (2, 1))
@@ -82,6 +79,12 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
     end
     net.outputs == 0 || (offset .= readout_bias(net, p))
     return
+end
+
+# The extremes stay on the device.
+function ImplicitRNN.exponentials!(stretch::AbstractGPUArray, scales)
+    low, high = minimum(scales; dims = 1), maximum(scales; dims = 1)
+    return stretch .= exp.(scales .- (low ./ 2 .+ high ./ 2))
 end
 
 # --- constraints and their derivatives ------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.stretch, 1))
 constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, exponentials!(w.stretch, w.scales))
 
-# e^a, but for a factor that all have in common, as only their quotients count: without it, large a would overflow.
+# e^a but for a factor that all share, since only quotients count; it keeps e^a of large a from overflowing.
 function exponentials!(stretch, scales)
     low = high = first(scales)
     for a in scales

@@ -280,7 +280,7 @@ def _relative(terms: Array, size: Array, factor: Array, axis: int | tuple[int, i
 
 
 def _exponentials(scales: Array) -> Array:
-    """e^a, but for a factor that all have in common, as only their quotients count: without it, large a do not overflow."""
+    """e^a but for a factor that all share, since only quotients count; it keeps e^a of large a from overflowing."""
     ends = scales.max(axis=-1, keepdims=True), scales.min(axis=-1, keepdims=True)
     return np.asarray(np.exp(scales - (ends[0] / 2 + ends[1] / 2)))
 
