@@ -295,6 +295,15 @@ def test_what_an_equation_closes_over_counts_as_an_argument():
             close([transform(jax.jit(closure))(each) for each in a], expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f: jax.grad(jax.grad(f))])
+def test_outside_compiled_code_failures_are_told_whatever_an_equation_closes_over(transform):
+    with pytest.raises(irnn.ConvergenceError, match="1 of 1 samples did not converge"):
+        transform(lambda a: door.root(lambda z: z**2 + a, np.ones(1))[0])(1.0)
+    solver = irnn.Newton(max_iterations=2)
+    with pytest.raises(irnn.ConvergenceError, match="1 of 1 samples did not converge"):
+        transform(lambda a: door.root(lambda z: z**2 - a, np.array([90.0]), solver=solver)[0])(1.0)
+
+
 def test_solution_is_a_good_start_in_compiled_code():
     solve = jax.jit(lambda z, a: door.fixed_point(lambda z, a: jnp.cos(a * z), z, args=(a,), batched="a"))
     a = np.linspace(0.1, 1.2, 5)[:, None]

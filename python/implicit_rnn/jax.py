@@ -492,11 +492,15 @@ def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> No
 def _hoist(
     f: Callable[..., jax.Array], sample: Sequence[jax.Array]
 ) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
-    """f with what it closes over and JAX differentiates as further arguments; these; and whether JAX traces anything of f."""
-    if not _are_traced(*jax.make_jaxpr(f)(*sample).consts):
+    """f with what it closes over and JAX differentiates as further arguments; these; and whether it closes over other tracers."""
+    if not _closes_over_tracers(f, sample):
         return f, [], False
     converted, held = jax.closure_convert(f, *sample)
-    return converted, list(held), True
+    return converted, list(held), _closes_over_tracers(converted, [*sample, *held])
+
+
+def _closes_over_tracers(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> bool:
+    return _are_traced(*jax.make_jaxpr(f)(*sample).consts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -611,6 +615,7 @@ def _solved(A: jax.Array, b: jax.Array, left: jax.Array, right: jax.Array) -> ja
     return x
 
 
+@jax.jit
 def _equilibration(A: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As ``engines.numpy.operators.equilibration``."""
     exponents = jnp.where((A == 0) | ~jnp.isfinite(A), -jnp.inf, jnp.log2(jnp.abs(A)))
