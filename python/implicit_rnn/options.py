@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, get_args
 
 import numpy as np
 
@@ -145,15 +145,26 @@ def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
 # --- checks --------------------------------------------------------------------------------------------------
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, also one of NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int) -> int:
+    """A whole number that is at least so large, checked."""
+    if not is_whole(value):
+        raise TypeError(f"{name} must be a whole number from {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {value}")
+    return int(value)
+
+
 def check_count(name: str, value: object) -> int:
     """A whole number from 1, checked; what is counted with it has 32 bits."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number from 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value}")
-    if int(value) >= 2**31:
+    count = check_whole(name, value, 1)
+    if count >= 2**31:
         raise ValueError(f"{name} must be a whole number below 2**31, got {value}")
-    return int(value)
+    return count
 
 
 def check_flag(name: str, value: object) -> bool:

@@ -294,11 +294,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _chosen_layers(self) -> list[int | Layer]:
         if not isinstance(self.layers, Iterable):
             raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
-        sizes = int | np.integer
-        return [
-            Layer(int(layer), self.activation) if isinstance(layer, sizes) and not isinstance(layer, bool) else layer
-            for layer in self.layers
-        ]
+        return [Layer(int(layer), self.activation) if options.is_whole(layer) else layer for layer in self.layers]
 
     def _chosen_optimizer(self) -> Optimizer:
         """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
-from implicit_rnn.options import check_count, check_flag, did_you_mean, from_description
+from implicit_rnn.options import check_count, check_flag, did_you_mean, from_description, is_whole
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -327,7 +327,7 @@ class Topology:
 def _as_layer(layer: Layer | int) -> Layer:
     if isinstance(layer, Layer):
         return layer
-    if isinstance(layer, int | np.integer) and not isinstance(layer, bool):
+    if is_whole(layer):
         return Layer(int(layer))
     raise TypeError(f"layers has {layer!r}; expected a Layer or a number of neurons")
 
@@ -359,7 +359,7 @@ def _listed(name: str, value: Any, expected: str) -> list[Any]:
 
 
 def _whole(name: str, value: object, expected: str) -> int:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+    if not is_whole(value):
         raise TypeError(f"{name} has {value!r}; expected {expected}")
     return int(value)
 
