@@ -24,8 +24,8 @@ import numpy as np
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
 from implicit_rnn.files import as_path, prepare_folder, write_atomically
+from implicit_rnn.fingerprints import describe_function
 from implicit_rnn.options import as_python
-from implicit_rnn.training.snapshot import describe_function
 
 Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold, scalars of NumPy among it."""
