@@ -196,8 +196,6 @@ def _in_workers(
     results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)
     try:
         yield from results
-    except GeneratorExit:
-        raise
     except PicklingError as error:
         raise TypeError(
             "run, or what it holds, cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"
