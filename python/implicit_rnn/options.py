@@ -6,7 +6,7 @@ import difflib
 import inspect
 import sys
 from abc import ABCMeta
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
@@ -100,9 +100,14 @@ def _by_name(kind: type[Kind], value: str, argument: str) -> Kind:
     raise ValueError(f"{argument} is {value!r}; expected one of {', '.join(known)}{did_you_mean([value], known)}")
 
 
-def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Kind:
-    """The configuration object of that kind, name and options; ``ValueError`` if there is none such."""
-    known = _known(kind)
+def describe(option: Option) -> dict[str, Any]:
+    """A configuration object as plain data, of which ``from_description`` makes an equal one."""
+    return {"name": option.name, "options": option.options()}
+
+
+def from_description(kind: type[Kind], data: Mapping[str, Any]) -> Kind:
+    """The inverse of ``describe`` for objects of a kind; ``ValueError`` if there is none such."""
+    known, name, options = _known(kind), data["name"], data["options"]
     if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
     return known[name](**options)
