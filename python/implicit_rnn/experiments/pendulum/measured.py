@@ -413,8 +413,9 @@ class _View:
         centred = values - self.motion["zero"]
         if self.motion.quantity != VELOCITY:
             return centred
-        steps = np.diff(self.times)[:, None] * (centred[1:] + centred[:-1]) / 2
-        return self.motion["angle"] + np.concatenate([np.zeros_like(centred[:1]), np.cumsum(steps, axis=0)])
+        from scipy.integrate import cumulative_trapezoid
+
+        return np.asarray(self.motion["angle"] + cumulative_trapezoid(centred, self.times, axis=0, initial=0))
 
     def read(self, reader: Reader, values: Array) -> Array:
         """(B, 2) lengths and dampings, as the network reads them from records (n, B)."""

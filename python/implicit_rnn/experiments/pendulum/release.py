@@ -37,8 +37,9 @@ def angles(record: Record) -> Array:
     """(n,) the angles of a record, up to a constant; those of a gyroscope by integration, without the drift."""
     if record.quantity != VELOCITY:
         return record.values
-    steps = np.diff(record.times) * (record.values[1:] + record.values[:-1]) / 2
-    integral = np.concatenate([[0.0], np.cumsum(steps)])
+    from scipy.integrate import cumulative_trapezoid
+
+    integral = cumulative_trapezoid(record.values, record.times, initial=0)
     return integral - np.polyval(np.polyfit(record.times, integral, 1), record.times)
 
 
