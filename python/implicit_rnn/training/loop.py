@@ -267,9 +267,9 @@ class Training:
         failed = int((~solution.converged).sum()) if self.settings.adjoint.needs_equilibrium else 0
         return float(loss), failed
 
-    def _halt(self, chosen: Array, reason: int) -> None:
+    def _halt(self, chosen: Array, halt: int) -> None:
         chosen = chosen & self.state.running
-        self.state.nets.halted[chosen] = reason
+        self.state.nets.halted[chosen] = halt
         self.state.ended[chosen] = self.state.epoch
 
     def _call_back(self, watch: Watch) -> None:
