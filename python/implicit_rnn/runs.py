@@ -82,7 +82,7 @@ def run_many(
     Raises
     ------
     ValueError, TypeError
-        For jobs or names that are none.
+        For invalid jobs or names.
     OSError
         If nothing can be written to ``folder``.
     RunError

@@ -110,7 +110,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """What is minimised."""
 
     def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
-        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for targets that are none."""
+        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for invalid targets."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------

@@ -164,5 +164,5 @@ def _rows(argument: Array, rows: Array) -> Array:
 
 
 def tolerance(dtype: np.dtype) -> float:
-    """Of a derivative, or another value, against the values of f, relative to the sum of the sizes of the terms."""
+    """How far a derivative, or another value, may be off the values of f, relative to the sum of the sizes of the terms."""
     return 1e-3 if dtype == np.float32 else 1e-6
