@@ -229,7 +229,7 @@ def _checked(
 ) -> DeviceArray:
     """The array, with its strides in entries known to be those of C order."""
     if strides is not None:
-        usual = tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+        usual = dlpack.c_order(shape)
         if any(n > 1 and stride != step for n, stride, step in zip(shape, strides, usual, strict=True)):
             raise ValueError(
                 f"{name} of shape {shape} has the strides {strides} in entries; expected {usual}, those of C order: copy it on "

@@ -74,11 +74,16 @@ _given_out: dict[int, tuple[object, ...]] = {}
 """What the capsules given out need, by the address of their tensors, until they are done with."""
 
 
+def c_order(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides, in entries, of an array of that shape in C order."""
+    return tuple(math.prod(shape[k + 1 :]) for k in range(len(shape)))
+
+
 def capsule_of(address: int, shape: tuple[int, ...], bits: int, device: tuple[int, int], owner: object) -> object:
     """A capsule for an array of floats in C order, whose ``owner`` is kept until nobody uses it."""
     sizes = ctypes.c_int64 * len(shape)
     lengths = sizes(*shape)
-    strides = sizes(*(math.prod(shape[k + 1 :]) for k in range(len(shape))))
+    strides = sizes(*c_order(shape))
     pointer = ctypes.POINTER(ctypes.c_int64)
     tensor = _Tensor(
         address,

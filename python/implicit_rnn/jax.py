@@ -101,10 +101,10 @@ def function(
     Raises
     ------
     TypeError
-        For a ``net`` that is none, and for a float64 network where JAX has no 64-bit numbers; in a call, for parameters or
-        inputs of another dtype, and for derivatives of derivatives.
+        For a ``net`` that is no ``Network``, and for a float64 network where JAX has no 64-bit numbers; in a call, for
+        parameters or inputs of another dtype, and for derivatives of derivatives.
     ValueError
-        For settings that are none; in a call, for parameters or inputs of the wrong shape, and NaN or infinity among them.
+        For invalid settings; in a call, for parameters or inputs of the wrong shape, and NaN or infinity among them.
     ConvergenceError
         In a call, for samples without equilibrium, unless ``on_failure`` says otherwise.
 

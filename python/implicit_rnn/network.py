@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast, get_args
@@ -503,7 +502,7 @@ class Network:
         x = samples.X
         options.check_on_failure(on_failure)
         gradient = np.empty_like(self._parameters)
-        if isinstance(probe, bool) or not isinstance(probe, Integral):
+        if not options.is_whole(probe):
             raise TypeError(f"probe must be a whole number from 0 below 2**63, got {probe!r}")
         if not 0 <= probe < 2**63:
             raise ValueError(f"probe must be a whole number from 0 below 2**63, got {probe}")

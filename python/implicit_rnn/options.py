@@ -6,12 +6,12 @@ import difflib
 import inspect
 import sys
 from abc import ABCMeta
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import lru_cache
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, get_args
 
 import numpy as np
 
@@ -100,9 +100,14 @@ def _by_name(kind: type[Kind], value: str, argument: str) -> Kind:
     raise ValueError(f"{argument} is {value!r}; expected one of {', '.join(known)}{did_you_mean([value], known)}")
 
 
-def from_description(kind: type[Kind], name: str, options: dict[str, Any]) -> Kind:
-    """The configuration object of that kind, name and options; ``ValueError`` if there is none such."""
-    known = _known(kind)
+def describe(option: Option) -> dict[str, Any]:
+    """A configuration object as plain data, of which ``from_description`` makes an equal one."""
+    return {"name": option.name, "options": option.options()}
+
+
+def from_description(kind: type[Kind], data: Mapping[str, Any]) -> Kind:
+    """The inverse of ``describe`` for objects of a kind; ``ValueError`` if there is none such."""
+    known, name, options = _known(kind), data["name"], data["options"]
     if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
     return known[name](**options)
@@ -145,15 +150,26 @@ def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
 # --- checks --------------------------------------------------------------------------------------------------
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, also one of NumPy; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_whole(name: str, value: object, least: int) -> int:
+    """A whole number that is at least so large, checked."""
+    if not is_whole(value):
+        raise TypeError(f"{name} must be a whole number from {least}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, got {value}")
+    return int(value)
+
+
 def check_count(name: str, value: object) -> int:
     """A whole number from 1, checked; what is counted with it has 32 bits."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number from 1, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be a whole number from 1, got {value}")
-    if int(value) >= 2**31:
+    count = check_whole(name, value, 1)
+    if count >= 2**31:
         raise ValueError(f"{name} must be a whole number below 2**31, got {value}")
-    return int(value)
+    return count
 
 
 def check_flag(name: str, value: object) -> bool:

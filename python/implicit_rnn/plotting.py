@@ -37,7 +37,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     Raises
     ------
     ValueError, TypeError
-        For a net of another number of inputs, samples or targets of another shape, and a plane that is none.
+        For a net of another number of inputs, samples or targets of another shape, and an invalid plane.
 
     Examples
     --------
@@ -90,7 +90,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 def loss_curve(run: Run, ax: Axes) -> None:
     """Training and validation loss against the epoch, with the best epoch marked.
 
-    The scale is logarithmic, but where a loss is negative, as one of one's own can be, or all are zero.
+    The scale is logarithmic, unless a loss is negative, as a custom one can be, or all are zero.
 
     Parameters
     ----------

@@ -24,8 +24,8 @@ import numpy as np
 from implicit_rnn import options
 from implicit_rnn.errors import RunError
 from implicit_rnn.files import as_path, prepare_folder, write_atomically
+from implicit_rnn.fingerprints import describe_function
 from implicit_rnn.options import as_python
-from implicit_rnn.training.snapshot import describe_function
 
 Result = Mapping[str, Any]
 """What a run returns: plain data that JSON can hold, scalars of NumPy among it."""
@@ -82,7 +82,7 @@ def run_many(
     Raises
     ------
     ValueError, TypeError
-        For jobs or names that are none.
+        For invalid jobs or names.
     OSError
         If nothing can be written to ``folder``.
     RunError
@@ -196,8 +196,6 @@ def _in_workers(
     results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)
     try:
         yield from results
-    except GeneratorExit:
-        raise
     except PicklingError as error:
         raise TypeError(
             "run, or what it holds, cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"

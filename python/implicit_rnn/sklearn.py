@@ -110,7 +110,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         """What is minimised."""
 
     def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
-        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for targets that are none."""
+        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for invalid targets."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------
@@ -294,11 +294,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _chosen_layers(self) -> list[int | Layer]:
         if not isinstance(self.layers, Iterable):
             raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
-        sizes = int | np.integer
-        return [
-            Layer(int(layer), self.activation) if isinstance(layer, sizes) and not isinstance(layer, bool) else layer
-            for layer in self.layers
-        ]
+        return [Layer(int(layer), self.activation) if options.is_whole(layer) else layer for layer in self.layers]
 
     def _chosen_optimizer(self) -> Optimizer:
         """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""

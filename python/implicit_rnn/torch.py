@@ -60,10 +60,10 @@ class ImplicitRNN(nn.Module):
     Raises
     ------
     TypeError
-        For a ``net`` that is none; in a call, for inputs of another dtype or on another device than the parameters, and where
-        these have become anything but float32 or float64.
+        For a ``net`` that is no ``Network``; in a call, for inputs of another dtype or on another device than the parameters,
+        and where these have become anything but float32 or float64.
     ValueError
-        For settings that are none; in a call, for inputs or parameters of the wrong shape, and inputs with NaN or infinity.
+        For invalid settings; in a call, for inputs or parameters of the wrong shape, and inputs with NaN or infinity.
     ConvergenceError
         In a call or its backward pass, for samples without equilibrium, unless ``on_failure`` says otherwise.
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import os
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from implicit_rnn.errors import ScaleWarning, warn
+from implicit_rnn.options import check_whole
 
 _CONVERTIBLE = "biuf"
 _FEW = 4096
@@ -243,8 +244,4 @@ def _from_pandas(name: str, table: Any) -> np.ndarray:
 
 def as_generator(seed: int | None) -> np.random.Generator:
     """The random numbers of a seed, which None draws; ``TypeError`` and ``ValueError`` for what is no whole number from 0."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, Integral)):
-        raise TypeError(f"seed must be a whole number from 0, got {seed!r}")
-    if seed is not None and seed < 0:
-        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(None if seed is None else check_whole("seed", seed, 0))

@@ -226,7 +226,7 @@ LARGE = 2048
 """Unknowns beyond which no dense Jacobian is made of a Python function."""
 
 LARGEST_CHANGE = 0.25
-"""Of ∂c/∂z within the error of a solution, relative; from there on it need not be isolated: at a double root it is a half."""
+"""Relative change of ∂c/∂z within the error of a solution from which on it need not be isolated; at a double root it is 1/2."""
 
 
 class Equation(NamedTuple):  # which takes half as long to make as a frozen dataclass

@@ -14,8 +14,10 @@ from implicit_rnn.engines.base import JuliaFunction
 
 Function = JuliaFunction | Callable[..., Any]
 
-_HEADS = (re.compile(r"\s*\((?P<names>[^()]*)\)\s*->"), re.compile(r"\s*(?P<names>\w+)\s*->"))
-_LONG_HEAD = re.compile(r"\s*function\s*\((?P<names>[^()]*)\)")
+_HEADS = tuple(
+    re.compile(head)
+    for head in (r"\s*\((?P<names>[^()]*)\)\s*->", r"\s*(?P<names>\w+)\s*->", r"\s*function\s*\((?P<names>[^()]*)\)")
+)
 _PARAMETER = re.compile(r"(?P<name>[^\W\d]\w*!?)\s*(::[^=,]+)?")
 
 
@@ -53,7 +55,7 @@ def julia(text: str) -> JuliaFunction:
     """
     if not isinstance(text, str):
         raise TypeError(f"text is {text!r}; expected Julia code as a string, such as '(z, a) -> cos.(a .* z)'")
-    for head in (*_HEADS, _LONG_HEAD):
+    for head in _HEADS:
         if match := head.match(text):
             return JuliaFunction(text, _parameters(match["names"], text)[1:])
     raise ValueError(

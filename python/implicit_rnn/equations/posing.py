@@ -12,6 +12,7 @@ from implicit_rnn import device_arrays
 from implicit_rnn.device_arrays import DeviceArray, as_device_array, check_dtype
 from implicit_rnn.engines.base import Equation
 from implicit_rnn.equations.functions import Function, argument_names
+from implicit_rnn.options import is_whole
 from implicit_rnn.validation import as_array, as_real, check_finite
 
 Array = np.ndarray
@@ -79,7 +80,7 @@ def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
         if key in names:
             return names.index(key)
         raise ValueError(f"{subject} {key!r}, which is not an argument of f; {known}")
-    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+    if is_whole(key):
         if 0 <= key < len(names):
             return int(key)
         raise ValueError(f"{subject} {key}, which is not the position of an argument (they count from 0); {known}")

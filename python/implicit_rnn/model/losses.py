@@ -247,12 +247,12 @@ class CrossEntropy(Loss):
         return targets
 
 
-# --- of one's own --------------------------------------------------------------------------------------------
+# --- custom --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, repr=False)
 class CustomLoss(Loss):
-    """A loss of one's own: the mean over the samples of a function's values, with their weights.
+    """A custom loss: the mean over the samples of a function's values, with their weights.
 
     Both engines take it; on the Julia engine the equilibria and the gradient through them are still Julia's, but every step of
     a training comes back to Python for its loss.
@@ -293,7 +293,6 @@ class CustomLoss(Loss):
     def __post_init__(self) -> None:
         if not callable(self.function):
             raise TypeError(f"function must take outputs and targets, got {self.function!r}")
-        object.__setattr__(self, "_verified", False)
 
     def __hash__(self) -> int:
         return hash(type(self.function))  # an object of a dataclass has none, and equal ones must have the same

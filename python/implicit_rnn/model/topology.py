@@ -13,7 +13,7 @@ import numpy as np
 
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
-from implicit_rnn.options import check_count, check_flag, did_you_mean, from_description
+from implicit_rnn.options import check_count, check_flag, describe, did_you_mean, from_description, is_whole
 
 INPUT = -1
 """The source of a connection that comes from the input."""
@@ -306,13 +306,13 @@ class Topology:
             "skips": [list(pair) for pair in self.skips],
             "input_skips": list(self.input_skips),
             "outputs": self.outputs if isinstance(self.outputs, int) else list(self.outputs),
-            "constraint": {"name": self.constraint.name, "options": self.constraint.options()},
+            "constraint": describe(self.constraint),
         }
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any]) -> Topology:
         """The inverse of ``description``; ``ValueError``, ``TypeError`` or ``KeyError`` for anything else."""
-        constraint = from_description(Constraint, data["constraint"]["name"], data["constraint"]["options"])
+        constraint = from_description(Constraint, data["constraint"])
         return cls.build(
             data["inputs"],
             [Layer(**layer) for layer in data["layers"]],
@@ -327,7 +327,7 @@ class Topology:
 def _as_layer(layer: Layer | int) -> Layer:
     if isinstance(layer, Layer):
         return layer
-    if isinstance(layer, int | np.integer) and not isinstance(layer, bool):
+    if is_whole(layer):
         return Layer(int(layer))
     raise TypeError(f"layers has {layer!r}; expected a Layer or a number of neurons")
 
@@ -359,7 +359,7 @@ def _listed(name: str, value: Any, expected: str) -> list[Any]:
 
 
 def _whole(name: str, value: object, expected: str) -> int:
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+    if not is_whole(value):
         raise TypeError(f"{name} has {value!r}; expected {expected}")
     return int(value)
 

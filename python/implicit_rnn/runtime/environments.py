@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Container
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,7 @@ class Environment:
         if not Path(self.project).is_dir():
             raise EngineError(f"the Julia project {self.project!r} ({self.source}) is not a folder")
         versions = manifest_versions(self.project)
-        missing = [name for name in ("PythonCall", *dependencies()) if name not in versions]
+        missing = _missing(versions)
         again = "run `implicit-rnn setup` again"
         if missing:
             remedy = f'in Julia, run `using Pkg; Pkg.activate("{self.project}"); Pkg.add({json.dumps(missing)})`'
@@ -168,7 +169,7 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
     project = _juliapkg_project()
     writeable = os.access(_nearest_folder(project), os.W_OK)
     resolved = writeable and _is_resolved()
-    if resolved and _is_whole(project):
+    if resolved and not _missing(manifest_versions(project)):
         return None
     if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server.answers()):
         if (earlier := _installed_earlier(project)) is not None:
@@ -208,9 +209,9 @@ def _is_resolved() -> bool:
             raise EngineError(f"juliapkg failed: {error}; {SETUP_HINT}") from error
 
 
-def _is_whole(project: str) -> bool:
-    versions = manifest_versions(project)
-    return all(name in versions for name in ("PythonCall", *dependencies()))
+def _missing(versions: Container[str]) -> list[str]:
+    """The packages that are needed and not among those."""
+    return [name for name in ("PythonCall", *dependencies()) if name not in versions]
 
 
 def _nearest_folder(path: str) -> Path:

@@ -158,7 +158,7 @@ class Writer:
 
 
 def _checksum(arrays: Mapping[str, Array], texts: Mapping[str, str]) -> str:
-    """Of all that a file holds."""
+    """A digest of all that a file holds."""
     digest = hashlib.blake2b(digest_size=16)
     layout = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     digest.update(json.dumps([layout, dict(texts)], sort_keys=True).encode())

@@ -78,7 +78,7 @@ def fit_many(
         Passes over the data, and samples per step; ``None`` takes all samples at once.
     loss
         "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``;
-        ``CustomLoss(function)`` is one of one's own.
+        ``CustomLoss(function)`` is your own.
     sample_weights
         Weights w (B,) of the samples: the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. A minibatch of m samples takes
         ``Σ_b w_b ℓ_b / m`` with the weights scaled to a mean of 1 over all samples.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -68,7 +68,7 @@ class Run:
     stopped: str | None
     seconds: float
     engine: str
-    snapshot: Snapshot | None = field(default=None, compare=False)
+    snapshot: Snapshot | None = None
 
     def __repr__(self) -> str:
         facts = self._facts()

@@ -202,7 +202,7 @@ class Training:
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
 
     def _quiet(self) -> AbstractContextManager[object]:
-        """NumPy without its warnings of overflow, which the guard tells in words; those of a loss of one's own are heard."""
+        """NumPy without its warnings of overflow, which the guard tells in words; those of a custom loss are heard."""
         if isinstance(self.settings.loss, CustomLoss):
             return nullcontext()
         return np.errstate(over="ignore", invalid="ignore", divide="ignore")
@@ -267,9 +267,9 @@ class Training:
         failed = int((~solution.converged).sum()) if self.settings.adjoint.needs_equilibrium else 0
         return float(loss), failed
 
-    def _halt(self, chosen: Array, reason: int) -> None:
+    def _halt(self, chosen: Array, halt: int) -> None:
         chosen = chosen & self.state.running
-        self.state.nets.halted[chosen] = reason
+        self.state.nets.halted[chosen] = halt
         self.state.ended[chosen] = self.state.epoch
 
     def _call_back(self, watch: Watch) -> None:

@@ -13,7 +13,7 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.model.losses import MSE, CustomLoss
 from implicit_rnn.model.optimizers import GradientDescent, Optimizer
 from implicit_rnn.model.topology import Topology
-from implicit_rnn.options import Option
+from implicit_rnn.options import describe
 from implicit_rnn.solution import CONVERGED, GradientReport, Solution
 
 Array = np.ndarray
@@ -227,13 +227,9 @@ def _describe(topology: Topology, dtype: str, device: str) -> dict[str, Any]:
 
 def _options(problem: Problem) -> dict[str, Any]:
     return {
-        "solver": _option(problem.solver),
-        "adjoint": _option(problem.adjoint),
+        "solver": describe(problem.solver),
+        "adjoint": describe(problem.adjoint),
         # A loss of Python's stays here, and Julia is asked for vector-Jacobian products only.
-        "loss": _option(MSE() if isinstance(problem.loss, CustomLoss) else problem.loss),
+        "loss": describe(MSE() if isinstance(problem.loss, CustomLoss) else problem.loss),
         "jacobian_penalty": float(problem.jacobian_penalty),
     }
-
-
-def _option(option: Option) -> dict[str, Any]:
-    return {"name": option.name, "options": option.options()}

@@ -189,11 +189,10 @@ class Differences:
             direction.reshape(-1)[k] = 0
             yield np.full_like(outputs, k), outputs, D
         if bad.any():
-            name = "z" if variable == STATE else self._f.equation.names[variable]
             warn(
-                f"f has no trustworthy derivative with respect to {name} at the solution of {bad.sum()} samples (first sample "
-                f"{rows[np.flatnonzero(bad)[0]]}): difference quotients of different steps disagree, as at a kink or in noise; "
-                "these derivatives are NaN",
+                f"f has no trustworthy derivative with respect to {self._f.name(variable)} at the solution of {bad.sum()} "
+                f"samples (first sample {rows[np.flatnonzero(bad)[0]]}): difference quotients of different steps disagree, as at "
+                "a kink or in noise; these derivatives are NaN",
                 DerivativeWarning,
             )
 

@@ -285,10 +285,7 @@ class PythonFunction:
         largest = sizes.max(axis=1, keepdims=True)
         floor = np.where(analytic[:, None], 30 * np.finfo(Z.dtype).eps, tolerance(Z.dtype)) * largest
         allowed = tolerance(Z.dtype) * sizes + floor + 10 * doubt[:, None]
-        self._compare(hook, self._name(variable), products, D, allowed, rows, certain)
-
-    def _name(self, variable: int) -> str:
-        return "z" if variable == STATE else self.equation.names[variable]
+        self._compare(hook, self.values.name(variable), products, D, allowed, rows, certain)
 
     def check_products(self, V: Array, products: list[Any], Z: Array, rows: Array) -> None:
         """``ValueError`` where what ``vjp`` gave, of z or an argument, is not what the values of f say along a direction."""
@@ -306,7 +303,7 @@ class PythonFunction:
             )
             allowed = tolerance(Z.dtype) * (size + 1e-6 * most) + 10 * doubts
             self._compare(
-                "vjp", self._name(variable), got[:, None], want[:, None], allowed[:, None], rows[:count], True
+                "vjp", self.values.name(variable), got[:, None], want[:, None], allowed[:, None], rows[:count], True
             )
 
     def _compare(

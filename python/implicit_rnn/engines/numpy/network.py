@@ -131,7 +131,7 @@ class NumpyProgram:
 
     @property
     def _steps(self) -> int:
-        """Of an unrolled chain in the place of a solver; 0 for adjoints at an equilibrium."""
+        """The steps of an unrolled chain, which stands in for the solver; 0 for adjoints at an equilibrium."""
         return self.adjoint.steps if isinstance(self.adjoint, Unrolled) else 0
 
     def _quality(self, outcome: Outcome, residual: Array, report: GradientReport | None) -> Quality:

@@ -15,7 +15,7 @@ Array = np.ndarray
 _KRYLOV, _CYCLES = 50, 4
 """Vectors that GMRES keeps, and how often it begins anew."""
 SWEEPS = 12
-"""Of ``equilibration``, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."""
+"""Sweeps of ``equilibration``, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."""
 _RESTARTS, _POWERS = 10, 100
 """Restarts of Arnoldi's method, and powers of J, after which the spectral radius is taken as it is."""
 

@@ -72,6 +72,10 @@ class Values:
         argument = self.equation.args[variable]
         return (_rows(argument, rows), True) if self.equation.batched[variable] else (argument, False)
 
+    def name(self, variable: int) -> str:
+        """The name of a variable."""
+        return "z" if variable == STATE else self.equation.names[variable]
+
     def entry_shape(self, variable: int) -> tuple[int, ...]:
         """The shape of a variable as one sample sees it."""
         return (self.equation.n,) if variable == STATE else self.equation.entry_shape(variable)
@@ -160,5 +164,5 @@ def _rows(argument: Array, rows: Array) -> Array:
 
 
 def tolerance(dtype: np.dtype) -> float:
-    """Of a derivative, or another value, against the values of f, relative to the sum of the sizes of the terms."""
+    """How far a derivative, or another value, may be off the values of f, relative to the sum of the sizes of the terms."""
     return 1e-3 if dtype == np.float32 else 1e-6

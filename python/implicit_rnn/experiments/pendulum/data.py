@@ -13,7 +13,7 @@ from implicit_rnn.experiments.pendulum.simulation import Pendulums, measure
 Array = np.ndarray
 
 HELD_OUT_SEED = 999
-"""Of the validation and test sets, which all seeds share."""
+"""The seed of the validation and test sets, which all seeds share."""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from implicit_rnn.plotting import NEUTRAL, POSITIVE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Array = np.ndarray
 
@@ -57,7 +58,6 @@ def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> No
     reach = 1.12 * np.abs(pendulums.measured[index]).max()
     ax.set(xlim=(-0.05, TIMES[-1] + 0.05), ylim=(-reach, 1.75 * reach), xlabel="time / s", ylabel="angle / rad")
     ax.legend(loc="upper right", fontsize=8, frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def record(axes: Sequence[Axes], found: Estimate) -> None:
@@ -84,8 +84,6 @@ def record(axes: Sequence[Axes], found: Estimate) -> None:
     )
     axes[-1].axhline(0, color="#cbd5e0", linewidth=0.8, zorder=0)
     axes[-1].set(ylabel=f"residual / {found.unit}", xlabel="time / s", xlim=axes[0].get_xlim())
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw_record(found: Estimate, path: Path) -> Path:
@@ -120,7 +118,6 @@ def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: st
         yticks=ticks,
         aspect="equal",
     )
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def ratios(ax: Axes, study: Study, reference: str) -> None:
@@ -158,7 +155,6 @@ def ratios(ax: Axes, study: Study, reference: str) -> None:
         ylim=(-0.5, len(names) - 0.5),
         xlabel=f"test error / that of {MODELS[reference].title}",
     )
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def learning_curves(ax: Axes, study: Study, names: Sequence[str]) -> None:
@@ -179,7 +175,6 @@ def learning_curves(ax: Axes, study: Study, names: Sequence[str]) -> None:
     ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     ax.minorticks_off()
     ax.legend(frameon=False, fontsize=9)
-    ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
@@ -231,6 +226,8 @@ def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
     return written
 
 
-def _save(figure: object, path: Path) -> Path:
-    figure.savefig(path, dpi=150)  # type: ignore[attr-defined]
+def _save(figure: Figure, path: Path) -> Path:
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
     return path

@@ -40,7 +40,7 @@ POOR = 0.1
 MOST = 0.6
 """The share of a record that must be free swing for the rest to be left out."""
 GROWTH = 0.02
-"""Of the energy, over the record, that is refused."""
+"""Relative growth of the energy over the record beyond which it is refused."""
 UNCERTAIN = 0.01
 """The largest relative difference in length between two equations that fit."""
 MISFIT = 1.2
@@ -48,7 +48,7 @@ MISFIT = 1.2
 NEGLIGIBLE = 1e-4
 """Residual by range up to which it is rounding, and not remarked upon."""
 BETTER = 0.8
-"""Of the residual that another equation must leave at most to be the cause of it."""
+"""Largest share of the residual that another equation may leave to count as its cause."""
 EVIDENCE = 25.0
 """χ² by which another equation must fit better to be believed: five standard errors."""
 DECISIVE = 5.0
@@ -86,9 +86,9 @@ class Estimate:
     release: float
     """The angle at the release or the first turning point, from the position of rest, in rad."""
     release_time: float
-    """Of that, in s from the first sample of the record; what precedes it is not used."""
+    """When that was, in s from the first sample of the record; what precedes it is not used."""
     end_time: float
-    """Of the last sample that is used."""
+    """The time of the last sample that is used."""
     zero: float
     """What the record shows at the position of rest, in rad, or rad/s for angular velocities."""
     periods: float
@@ -380,7 +380,7 @@ class _View:
     """
 
     motion: Motion
-    """Of the release: its position of rest is subtracted."""
+    """The motion from the release on, whose position of rest is subtracted."""
     times: Array
     period: float
     scale: float
@@ -413,8 +413,9 @@ class _View:
         centred = values - self.motion["zero"]
         if self.motion.quantity != VELOCITY:
             return centred
-        steps = np.diff(self.times)[:, None] * (centred[1:] + centred[:-1]) / 2
-        return self.motion["angle"] + np.concatenate([np.zeros_like(centred[:1]), np.cumsum(steps, axis=0)])
+        from scipy.integrate import cumulative_trapezoid
+
+        return np.asarray(self.motion["angle"] + cumulative_trapezoid(centred, self.times, axis=0, initial=0))
 
     def read(self, reader: Reader, values: Array) -> Array:
         """(B, 2) lengths and dampings, as the network reads them from records (n, B)."""

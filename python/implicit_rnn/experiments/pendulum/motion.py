@@ -33,9 +33,9 @@ CORRELATED, PARTS = 2.0, 8
 FAR = 1e3
 """Residuals, relative to the range of the record, of a motion that cannot be one: least squares shorten the step to it."""
 RESOLUTION = 1e-7
-"""Of a motion, relative to its range: smaller residuals say nothing."""
+"""Resolution of a motion, relative to its range: smaller residuals say nothing."""
 STEP = 1e-30
-"""Of the derivative by a complex step."""
+"""The complex step of derivatives."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Array = np.ndarray
 BINS = 24
 """Per period: averages over bins of that width lose 0.3 % of the amplitude and most of the noise of a dense record."""
 PROMINENCE = 0.15
-"""Of a turning point that counts, relative to the range of the record."""
+"""How far a turning point that counts must stand out, relative to the range of the record."""
 
 
 def rough_period(times: Array, values: Array) -> float:

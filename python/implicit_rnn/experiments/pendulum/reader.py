@@ -44,7 +44,7 @@ class Reader:
         """Write the network and the scaling to one safetensors file."""
         note = {
             "scaling": self.scaling.as_dict(),
-            "solver": {"name": self.solver.name, "options": self.solver.options()},
+            "solver": options.describe(self.solver),
         }
         serialization.save(self.net, path, {NOTE: json.dumps(note)})
 
@@ -55,7 +55,7 @@ class Reader:
         try:
             note = json.loads(serialization.notes(path)[NOTE])
             scaling = Normalisation.from_dict(note["scaling"])
-            solver = options.from_description(Solver, note["solver"]["name"], note["solver"]["options"])
+            solver = options.from_description(Solver, note["solver"])
         except (KeyError, TypeError, ValueError) as error:
             raise ModelFileError(f"{path} is a network, but not one that the pendulum experiment has saved") from error
         if (net.topology.inputs, net.topology.output_size, scaling.input_mean.shape) != (len(TIMES), 2, TIMES.shape):

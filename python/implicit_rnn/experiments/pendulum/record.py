@@ -22,7 +22,7 @@ from implicit_rnn.experiments.pendulum.units import ANGLE, FRAME, OTHER, TIME, U
 Array = np.ndarray
 
 PERIODS = (0.2, 60.0)
-"""Of pendulums that people record, in s: by them a time without a unit is told to be in s, ms, µs or ns."""
+"""Periods of the pendulums that people record, in s, by which a time without a unit is known to be in s, ms, µs or ns."""
 DOMINANT = 0.9
 """The share of the mean square of all axes that the one must have about which a pendulum with a gyroscope swings."""
 FEWEST = 12

@@ -24,21 +24,22 @@ PER_PERIOD = 4
 TOP = 3.1
 """The largest angle from the position of rest, in rad: short of upright."""
 WIDE = 0.95
-"""Of the widest swing is a turning point that may be the release."""
+"""Share of the widest swing that a turning point must reach to be the release."""
 AGREEMENT = 0.04
-"""Of the amplitude that the record may depart from the motion, beside three times the residual."""
+"""Share of the amplitude by which the record may depart from the motion, on top of three times the residual."""
 SLACK = 1 / 16
-"""Of a period that a turning point may lie before the first sample that agrees."""
+"""How far before the first sample that agrees a turning point may lie, in periods."""
 GUESSES = (1.0, 0.9, 1.1)
-"""Of the period, relative to that seen, from which fits begin."""
+"""Periods from which fits begin, relative to the one seen."""
 
 
 def angles(record: Record) -> Array:
     """(n,) the angles of a record, up to a constant; those of a gyroscope by integration, without the drift."""
     if record.quantity != VELOCITY:
         return record.values
-    steps = np.diff(record.times) * (record.values[1:] + record.values[:-1]) / 2
-    integral = np.concatenate([[0.0], np.cumsum(steps)])
+    from scipy.integrate import cumulative_trapezoid
+
+    integral = cumulative_trapezoid(record.values, record.times, initial=0)
     return integral - np.polyval(np.polyfit(record.times, integral, 1), record.times)
 
 

@@ -13,7 +13,7 @@ Array = np.ndarray
 
 GRAVITY = 9.81
 STEP = 0.0125
-"""Of the integration, in s: a tenth of the sampling interval."""
+"""The step of the integration, in s: a tenth of the sampling interval."""
 INTERVAL = 0.125
 TIMES = INTERVAL * np.arange(32)
 NOISE = 0.02

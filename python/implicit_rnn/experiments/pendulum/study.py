@@ -61,9 +61,9 @@ class Outcome:
     iterations: float
     """Mean over the test samples."""
     seconds: float
-    """Of training."""
+    """The time of the training."""
     parameters: tuple[float, ...]
-    """Of the trained net."""
+    """Those of the trained net."""
 
     @property
     def total(self) -> float:

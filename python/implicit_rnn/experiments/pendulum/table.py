@@ -44,7 +44,7 @@ _CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?
 _SAMPLE = 400
 """Lines by which the layout is judged."""
 _SHARE = 0.1
-"""Of the rows must have a column for it to be one."""
+"""Share of the rows that must reach to a column for it to be one."""
 _SIGNATURES = {
     b"PK": "an archive or a workbook: save the sheet with the record as CSV",
     b"%PDF": "a PDF: export the record as CSV",

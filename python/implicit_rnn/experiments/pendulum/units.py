@@ -78,7 +78,7 @@ class Heading:
     unit: str | None = None
     """As ``UNITS`` names it, or None."""
     size: float = 1.0
-    """Of the unit in s, rad or rad/s."""
+    """The size of the unit in s, rad or rad/s."""
 
     @property
     def name(self) -> str:
