@@ -1,39 +1,13 @@
 # The way back on the device: gradients of a loss or of products, and products with tangents.
 
-function ImplicitRNN.loss_and_gradient!(
-        g, ws::DeviceWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
-    ) where {T}
-    check_supervised(problem.net, X, Y, weights)
-    check_length(problem.net, g, "gradient")
-    check_start(problem.net, X, states)
-    seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states), ws)
-end
-
-function ImplicitRNN.vjp!(
-        g, dX, ws::DeviceWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
-    )
-    check_pullback(problem.net, dX, X, V, of, start)
-    check_length(problem.net, g, "gradient")
-    seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    return exclusively(() -> pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report), ws)
-end
-
-function ImplicitRNN.jvp!(
-        tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
-    )
-    check_pushforward(problem.net, tangent, X, dp, dX, of, start)
+function ImplicitRNN.push_forward!(tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
     check_options(problem)
-    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
-end
-
-function push_forward!(tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     direction, quality = tangent_weights(ws, dp), Quality()
     for columns in pieces(ws, problem, 1:B)
         x, dx = on_device(ws, columns_of(X, columns)), on_device(ws, columns_of(dX, columns))
-        found = settle!(ws, problem, x, columns_of(start, columns))
+        found = forward_with_slopes!(ws, problem, x, columns_of(start, columns))
         residual = zeros(length(columns))
         for k in eachindex(ws.stages)
             push_forward_stage!(residual, ws, problem.adjoint, k, direction.stages[k], x, dx)
@@ -107,7 +81,7 @@ ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X
     refused("Hessian-vector products")
 
 # The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
-function pull_back!(
+function ImplicitRNN.pull_back!(
         g, ws::DeviceWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
     )
     check_options(problem)
@@ -124,13 +98,13 @@ function pull_back!(
         summary = merge(summary, pull_back_columns!(total, ws, problem, X, seed, penalty, left; dX, start, report, states))
     end
     copyto!(g, total)
-    return summary.loss, summary.quality
+    return summary
 end
 
 # For some of the columns, in as many launches as it takes; their gradient is added to `total`.
 function pull_back_columns!(total, ws::DeviceWorkspace, problem, X, seed, penalty, columns; dX = nothing, start, report, states)
     x = on_device(ws, columns_of(X, columns))
-    found = settle!(ws, problem, x, columns_of(start, columns))
+    found = forward_with_slopes!(ws, problem, x, columns_of(start, columns))
     states === nothing || keep_states!(states, ws, found, columns)
     loss, residual = begin_back!(ws, seed, columns), zeros(length(columns))
     dx = dX === nothing ? nothing : fill!(similar(x), 0)
@@ -144,7 +118,7 @@ function pull_back_columns!(total, ws::DeviceWorkspace, problem, X, seed, penalt
 end
 
 "Bring the samples to their equilibrium with the parameters in force, with the slopes there."
-function settle!(ws::DeviceWorkspace, problem, X, start)
+function forward_with_slopes!(ws::DeviceWorkspace, problem, X, start)
     found = forward!(ws, problem, X, on_device(ws, start))
     status = copyto!(KernelAbstractions.allocate(ws.backend, Status, length(found.status)), found.status)
     for (k, stage) in enumerate(ws.net.stages)

@@ -125,14 +125,8 @@ function hand_over!(outcome, ws::DeviceWorkspace, problem, X, start, left)
     return
 end
 
-function ImplicitRNN.equilibrium!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start = nothing)
-    check_features(problem.net, X)
+function ImplicitRNN.settle!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start)
     check_solver(problem.solver)
-    check_start(problem.net, X, start)
-    return exclusively(() -> solve_pieces!(solution, ws, problem, p, X, start), ws)
-end
-
-function solve_pieces!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     for columns in pieces(ws, problem, 1:B)

@@ -32,6 +32,7 @@ export vjp, jvp, fixed_point, root
 
 include("dispatch.jl")
 include("interrupt.jl")
+include("checks.jl")
 
 # What the CPU computes with.
 include("cpu/threads.jl")
@@ -71,6 +72,7 @@ include("solvers/adjoints.jl")
 # What is asked, and the workspaces that answer: that of the CPU here, that of devices in ext/.
 include("model/losses.jl")
 include("problem.jl")
+include("workspace.jl")
 include("devices.jl")
 include("cpu/adjoint.jl")
 include("cpu/lanes.jl")

@@ -1,7 +1,7 @@
 # Coarse products, and equilibria and adjoints found with them, which are as exact as others.
 
 using ImplicitRNN: accuracy_of, bfloat, BFloats, COARSE_EVALUATIONS, COARSE_SAMPLES, CoarseFactor, Corrections, has_matrix_unit, load_bfloats,
-    Singles, solve_corrections!, store_bfloats!, store_coarse!, store_coarse_transposed!
+    Singles, solve_corrections!, store!, store_bfloats!, store_transposed!
 
 "The factors of coarse products that this machine has."
 coarse_factors(n) = has_matrix_unit() ? (Singles(n), BFloats(n)) : (Singles(n),)
@@ -18,8 +18,8 @@ end
 @testset "coarse products of small whole numbers are exact ($(typeof(A)), $n rows)" for n in (32, 33, 63, 100, 300, 530), A in coarse_factors(n)
     rng, width = Xoshiro(n), 70
     M, r, D = (Float32.(rand(rng, -9:9, n, k)) for k in (n, width, width))
-    for (store!, matrix) in ((store_coarse!, M), (store_coarse_transposed!, M')), threads in (1, 2), m in (0, 1, 31, 32, 33, 64, 70)
-        store!(A, M, threads)
+    for (put!, matrix) in ((store!, M), (store_transposed!, M')), threads in (1, 2), m in (0, 1, 31, 32, 33, 64, 70)
+        put!(A, M, threads)
         δ, changes = corrected(A, r[:, 1:m], D[:, 1:m]; width, accuracy = Inf, threads)
         @test changes == matrix * r[:, 1:m]
         @test δ == r[:, 1:m] + D[:, 1:m] .* changes
@@ -30,7 +30,7 @@ end
     rng = Xoshiro(1)
     M, r, D = randn(rng, 130, 130) ./ 15, randn(rng, 130, m), rand(rng, 130, m)
     r ./= norm.(eachcol(r))'
-    store_coarse!(A, M, 1)
+    store!(A, M, 1)
     δ, changes = corrected(A, r, D)
     exact = reduce(hcat, [(I - Diagonal(D[:, j]) * M) \ r[:, j] for j in 1:m])
     @test norm(δ - exact) < accuracy_of(A) * norm(exact)

@@ -27,6 +27,6 @@ end
 end
 
 @testset "options are checked" begin
-    @test_throws "kappa must lie in (0, 1), got 1.5" Perron(1.5)
+    @test_throws "kappa must lie strictly between 0 and 1, got 1.5" Perron(1.5)
     @test_throws "margin" Monotone(0.0)
 end

@@ -86,8 +86,8 @@ end
         A, B, U = randn(rng, T, n, n), randn(rng, T, n, 30), randn(rng, T, n, 30)
         P = factor(T, n)
         @test P isa Panels
-        for (fill_panels!, matrix) in ((store!, A), (store_transposed!, collect(transpose(A))))
-            fill_panels!(P, A, threads)
+        for (put!, matrix) in ((store!, A), (store_transposed!, collect(transpose(A))))
+            put!(P, A, threads)
             @test multiply!(zero(U), U, P, B, 30, threads) == multiply!(zero(U), U, matrix, B, 30, threads)
         end
     end

@@ -147,7 +147,7 @@ end
     @test_throws "steps must be a positive whole number, got \"a\"" Unrolled("a")
     @test_throws "neurons must be a positive whole number, got \"x\"" Layer("x")
     @test_throws "an activation is tanh; expected its name, such as :tanh" Layer(3, tanh)
-    @test_throws "kappa must lie in (0, 1), got \"a\"" Perron("a")
+    @test_throws "kappa must lie strictly between 0 and 1, got \"a\"" Perron("a")
     for delta in (0, "a")
         @test_throws "delta must be positive and finite, got $(repr(delta))" Huber(delta)
     end

@@ -7,7 +7,7 @@ include("fixtures.jl")
 
 # Those first in which many exceptions are thrown: that takes the longer the more has been compiled.
 const FILES = [
-    "quality", "lanes", "equations", "gemm", "coarse", "activations", "constraints", "network", "columns", "solvers", "gradients", "vjp", "losses",
+    "quality", "solvers", "lanes", "equations", "gemm", "coarse", "activations", "constraints", "network", "columns", "gradients", "vjp", "losses",
     "differentiate", "training", "side_by_side", "fit", "device",
 ]
 

@@ -114,7 +114,7 @@ accuracy_of(::BFloats) = 2.0f0^-5
 "The nearest bfloat16 number, in the lower half of the bits; of two as near the larger one."
 @inline bfloat(x::Hardware) = (reinterpret(UInt32, Float32(x)) + 0x8000) >> 16
 
-function fill_coarse!(value::F, A::BFloats, threads::Int) where {F}
+function fill_factor!(value::F, A::BFloats, threads::Int) where {F}
     (; n, pairs) = A
     in_parallel(size(pairs, 5), n > BLOCK ? threads : 1) do _, block
         for across in axes(pairs, 4), half in 1:2, pair in 1:16

@@ -4,7 +4,7 @@
 """
     CoarseFactor
 
-A square matrix, the left factor of coarse products. There are [`accuracy_of`](@ref), [`fill_coarse!`](@ref),
+A square matrix, the left factor of coarse products. There are [`fill_factor!`](@ref), [`accuracy_of`](@ref),
 [`coarse_buffers`](@ref) and [`solve_corrections!`](@ref).
 """
 abstract type CoarseFactor end
@@ -21,12 +21,6 @@ end
 
 "    accuracy_of(A)\n\nThe change of a correction from which on it is not worth another product."
 function accuracy_of end
-
-"    fill_coarse!(value, A, threads)\n\n`A[i, k] = value(i, k)`"
-function fill_coarse! end
-
-store_coarse!(A::CoarseFactor, M::Matrix, threads::Int) = fill_coarse!((i, k) -> @inbounds(M[i, k]), A, threads)
-store_coarse_transposed!(A::CoarseFactor, M::Matrix, threads::Int) = fill_coarse!((i, k) -> @inbounds(M[k, i]), A, threads)
 
 "What coarse products need besides their factors."
 abstract type CoarseBuffers end
@@ -88,7 +82,7 @@ Singles(n::Int) = Singles(Panels{Float32}(n, n))
 
 accuracy_of(::Singles) = 2.0f0^-8
 
-fill_coarse!(value::F, A::Singles, threads::Int) where {F} = (fill_panels!(value, A.panels, threads); A)
+fill_factor!(value::F, A::Singles, threads::Int) where {F} = (fill_factor!(value, A.panels, threads); A)
 
 struct SingleBuffers <: CoarseBuffers
     iterate::Matrix{Float32}

@@ -269,12 +269,6 @@ products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))
 
 # --- solutions ------------------------------------------------------------------------------------------------
 
-function equilibrium!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start = nothing)
-    check_features(problem.net, X)
-    check_start(problem.net, X, start)
-    return exclusively(() -> settle!(solution, ws, problem, p, X, start), ws)
-end
-
 function settle!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)

@@ -314,13 +314,14 @@ end
 
 "    store!(P, A, threads)\n\n`P = A`"
 store!(P::Matrix, A::Matrix, threads::Int) = copyto!(P, A)
-store!(P::Panels, A::Matrix, threads::Int) = fill_panels!((i, l) -> @inbounds(A[i, l]), P, threads)
+store!(P, A::Matrix, threads::Int) = fill_factor!((i, l) -> @inbounds(A[i, l]), P, threads)
 
 "    store_transposed!(P, A, threads)\n\n`P = Aᵀ`"
 store_transposed!(P::Matrix, A::Matrix, threads::Int) = transpose_into!(P, A)
-store_transposed!(P::Panels, A::Matrix, threads::Int) = fill_panels!((i, l) -> @inbounds(A[l, i]), P, threads)
+store_transposed!(P, A::Matrix, threads::Int) = fill_factor!((i, l) -> @inbounds(A[l, i]), P, threads)
 
-function fill_panels!(value::F, P::Panels{T}, threads::Int) where {F, T}
+"    fill_factor!(value, P, threads)\n\n`P[i, l] = value(i, l)`"
+function fill_factor!(value::F, P::Panels{T}, threads::Int) where {F, T}
     (; rows, columns, data) = P
     L = register_lanes(T)
     registers = cld(rows, L)

@@ -1,33 +1,5 @@
 # The gradient of a batch, of its loss or of a product with any cotangent: the sum over tiles, shared among threads.
 
-function loss_and_gradient!(
-        g, ws::CPUWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
-    ) where {T}
-    check_supervised(problem.net, X, Y, weights)
-    check_length(problem.net, g, "gradient")
-    check_start(problem.net, X, states)
-    seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    summary = exclusively(ws) do
-        unpack!(ws, p)
-        in_lanes = report === states === nothing ? gradient_in_lanes!(g, ws, problem, X, seed) : nothing
-        in_lanes === nothing ? pull_back!(g, ws, problem, X, seed; start = states, probe, report, states) : in_lanes
-    end
-    return summary.loss, summary.quality
-end
-
-function vjp!(
-        g, dX, ws::CPUWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
-    )
-    check_pullback(problem.net, dX, X, V, of, start)
-    check_length(problem.net, g, "gradient")
-    seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    summary = exclusively(ws) do
-        unpack!(ws, p)
-        pull_back!(g, ws, problem, X, seed; dX, start, probe, report)
-    end
-    return summary.loss, summary.quality
-end
-
 # --- where the way back begins ----------------------------------------------------------------------------------
 
 """
@@ -36,13 +8,6 @@ end
 Set `tile.G` = ∂L/∂z of the samples in the tile, add the gradient of the readout, and return their loss.
 """
 function begin_back! end
-
-struct LossSeed{A, W, T}
-    loss::Loss                   # left abstract, as in a problem
-    targets::A
-    weights::W
-    scale::T
-end
 
 function begin_back!(tile::Tile, seed::LossSeed, net, samples)
     m = length(samples)
@@ -53,21 +18,11 @@ function begin_back!(tile::Tile, seed::LossSeed, net, samples)
     return total::Float64
 end
 
-"∂L/∂y is given."
-struct OutputSeed{A}
-    V::A
-end
-
 function begin_back!(tile::Tile, seed::OutputSeed, net, samples)
     m = length(samples)
     copyto!(view(tile.GY, :, 1:m), view(seed.V, :, samples))
     read_out_adjoint!(tile, net, m)
     return 0.0
-end
-
-"∂L/∂z is given."
-struct StateSeed{A}
-    V::A
 end
 
 function begin_back!(tile::Tile, seed::StateSeed, net, samples)
@@ -77,11 +32,15 @@ end
 
 # --- the way back -----------------------------------------------------------------------------------------------
 
-# The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing; the weights are in
-# force.
+# The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
 function pull_back!(
-        g, ws::CPUWorkspace, problem::Problem, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
+        g, ws::CPUWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
     )
+    unpack!(ws, p)
+    if seed isa LossSeed && report === states === nothing
+        summary = gradient_in_lanes!(g, ws, problem, X, seed)
+        summary === nothing || return summary
+    end
     net, B = problem.net, size(X, 2)
     problem.solver isa Union{Auto, Chord} && prepare!(ws, problem, X)
     penalty = JacobianPenalty(problem.jacobian_penalty, probe % UInt64, B)

@@ -72,7 +72,7 @@ function multiply_coarsely!(r::Recurrence{T}, threads::Int = 1) where {T}
         forward === nothing && return false
         push!(r.coarse_factors, forward, coarse_factor(T, n))
     end
-    store_coarse!(r.coarse_factors[1], r.R, threads)
-    store_coarse_transposed!(r.coarse_factors[2], r.R, threads)
+    store!(r.coarse_factors[1], r.R, threads)
+    store_transposed!(r.coarse_factors[2], r.R, threads)
     return r.coarse = true
 end

@@ -1,13 +1,6 @@
 # Tangents: the derivative of the equilibria along a direction of parameters and samples, forward through the stages. Every sample
 # has its own, so there is nothing to sum.
 
-function jvp!(
-        tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
-    )
-    check_pushforward(problem.net, tangent, X, dp, dX, of, start)
-    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
-end
-
 function push_forward!(tangent, ws::CPUWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)

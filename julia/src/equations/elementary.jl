@@ -39,7 +39,7 @@ const EXP_SERIES = (
 @inline in_pairs(x, a) = (a,)
 @inline in_pairs(x, a, b, rest...) = (muladd(b, x, a), in_pairs(x, rest...)...)
 
-@inline function reduce_exponent(x::Vec)
+@inline function split_exponent(x::Vec)
     k = muladd(x, 1.4426950408889634, MAGIC) - MAGIC
     return k, muladd(-k, LN2_LOW, muladd(-k, LN2_HIGH, x))
 end
@@ -51,13 +51,13 @@ end
 end
 
 @inline function Base.exp(x::Vec)
-    k, r = reduce_exponent(x)
+    k, r = split_exponent(x)
     m, power = expm1_reduced(r), power_of_two(k)
     return Vec(all(abs(x) < 708.0) ? in_registers(muladd(m, power, power)) : in_registers(exp_of_any(x)))
 end
 # Also where the result is not a normal number; the same for those lanes where it is.
 @noinline function exp_of_any(x::Vec)
-    k, r = reduce_exponent(clamp(x, -746.0, 710.0))
+    k, r = split_exponent(clamp(x, -746.0, 710.0))
     return scaled(k, expm1_reduced(r))
 end
 
@@ -68,7 +68,7 @@ end
 end
 
 @inline function Base.expm1(x::Vec)
-    k, r = reduce_exponent(x)
+    k, r = split_exponent(x)
     power = power_of_two(k)
     return replaced_lanes(expm1, muladd(power, expm1_reduced(r), power - 1.0), abs(x) > 700.0, x)
 end
@@ -243,7 +243,7 @@ const TWO_THIRDS = (0.6666666666666666, 3.700743415417188e-17)
     low += more + (muladd(k, LN2_LOW, 2.0 * s_low) + (cubic_low + rest))
     product = y * high
     error = muladd(y, low, fma(y, high, -product))
-    k, r = reduce_exponent(clamp(product, -746.0, 710.0))
+    k, r = split_exponent(clamp(product, -746.0, 710.0))
     power = scaled(k, expm1_reduced(r + ifelse(abs(product) < 746.0, error, 0.0)))
     return replaced_lanes(^, power, !usual, x, y)
 end

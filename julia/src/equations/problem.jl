@@ -174,8 +174,3 @@ end
 end
 checked(y, n::Int) = throw(WrongShape(n, described(y)))
 checked(::Union{Complex, AbstractVector{<:Complex}}, n::Int) = throw(WrongShape(n, "complex numbers"))
-
-described(y::AbstractArray) = "an array of shape $(size(y))"
-described(y::Tuple) = "a tuple of $(length(y))"
-described(y::NamedTuple) = "a named tuple of $(join(keys(y), ", "))"
-described(y) = "a $(typeof(y))"

@@ -10,10 +10,7 @@ A map from the raw recurrent weights of a stage to those in force: [`Free`](@ref
 """
 abstract type Constraint end
 
-function fraction(name, value)
-    check_number(name, value, x -> 0 < x < 1, "lie in (0, 1)")
-    return Float64(value)
-end
+fraction(name, x) = (check_fraction(name, x); Float64(x))
 
 """
     Free()

@@ -20,7 +20,7 @@ default_tolerance(::Type{T}) where {T} = T === Float32 ? 1.0e-6 : 1.0e-10
 tolerance(s, ::Type{T}) where {T} = T(something(s.tol, default_tolerance(T)))
 
 function check_options(tol, max_iterations)
-    tol === nothing || check_number("tol", tol, x -> 0 < x < 1, "lie strictly between 0 and 1")
+    tol === nothing || check_fraction("tol", tol)
     check_number("max_iterations", max_iterations, >(0), "be a positive whole number", Integer)
     return
 end

@@ -3,15 +3,16 @@
 # the residual in units of its norm, the unknowns in units in which every column of the Jacobian has the norm 1.
 
 """
-    TrustRegion(scaled, memory)
+    TrustRegion(scaled, memory, radius)
 
 One way to measure steps: with each unknown in the unit in which its column of the Jacobian has the norm 1 (`scaled`), of which
-the largest norms so far count, times `memory` for each step that they are old; or with all unknowns in the same unit.
+the largest norms so far count, times `memory` for each step that they are old; or with all unknowns in the same unit. The first
+`radius` is in units of the size of the start.
 """
 struct TrustRegion
     scaled::Bool
     memory::Float64
-    radius::Float64          # at the start, in units of the size of the start
+    radius::Float64
 end
 
 "Buffers of the trust region for one sample, in double precision."

@@ -1,0 +1,71 @@
+# Checks of what a caller gives; `ArgumentError` and `DimensionMismatch` say what came and what was expected.
+
+# --- options ---------------------------------------------------------------------------------------------------
+
+check_option(name, option, kind, examples) = option isa kind ||
+    throw(ArgumentError("$name is $(repr(option)); expected one made by its constructor, such as $examples"))
+check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
+check_fraction(name, x) = check_number(name, x, x -> 0 < x < 1, "lie strictly between 0 and 1")
+
+# --- arrays ----------------------------------------------------------------------------------------------------
+
+"An `ArgumentError` where parameters, samples or other arrays, pairs of a name and a matrix or nothing, are not arrays of real numbers."
+function check_arrays(p, X, others...)
+    check_array("the parameters", p, 1)
+    check_array("the samples", X, 2)
+    foreach(((what, A),) -> A === nothing || check_array("the $what", A, 2), others)
+    return
+end
+
+function check_array(what, A, axes::Int, expected = EXPECTED[axes])
+    check_shape(what, A, axes, expected)
+    eltype(A) <: Dual && throw(
+        ArgumentError(
+            "$what have dual numbers of ForwardDiff.jl; take derivatives by `loss_and_gradient`, `vjp` or `jvp`, or differentiate \
+            `Equilibrium(net)` and `read_out`"
+        )
+    )
+    eltype(A) <: Real || all(x -> x isa Real, A) || throw(ArgumentError("$what have entries of type $(eltype(A)); expected real numbers"))
+    return
+end
+
+const EXPECTED = ("a vector, as `initial_parameters` gives", "a matrix with a column for each sample; one sample is reshape(x, :, 1)")
+check_shape(what, A, axes::Int, expected = EXPECTED[axes]) = A isa AbstractArray && ndims(A) == axes ||
+    throw(ArgumentError("$what are $(described(A)); expected $expected"))
+
+function check_supervised(net, X, Y, weights)
+    check_features(net, X)
+    check_size("targets", Y, output_size(net), size(X, 2))
+    weights === nothing && return
+    check_array("the weights", weights, 1, "a vector with a number for each sample")
+    length(weights) == size(X, 2) || throw(DimensionMismatch("there are $(length(weights)) weights for $(size(X, 2)) samples"))
+    return
+end
+
+function check_pullback(net, dX, X, V, of, start)
+    check_features(net, X)
+    check_size("cotangents", V, rows_of(net, of), size(X, 2))
+    check_size("derivatives", dX, net.inputs, size(X, 2))
+    return check_start(net, X, start)
+end
+
+function check_pushforward(net, tangent, X, dp, dX, of, start)
+    check_features(net, X)
+    check_size("tangents", tangent, rows_of(net, of), size(X, 2))
+    check_size("directions", dX, net.inputs, size(X, 2))
+    check_length(net, dp, "direction")
+    return check_start(net, X, start)
+end
+
+check_start(net, X, start) = start === nothing || check_size("states", start, neurons(net), size(X, 2))
+
+check_features(net, X) = size(X, 1) == net.inputs ||
+    throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
+
+check_size(what, A, rows, samples) = size(A) == (rows, samples) ||
+    throw(DimensionMismatch("$what are $(size(A)), but $rows rows for $samples samples were expected"))
+
+described(y::AbstractArray) = "an array of shape $(size(y))"
+described(y::Tuple) = "a tuple of $(length(y))"
+described(y::NamedTuple) = "a named tuple of $(join(keys(y), ", "))"
+described(y) = "a $(typeof(y))"
