@@ -326,24 +326,23 @@ class WholeMatrix(Constraint):
         """
 
     def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
-        return np.minimum(1, self.limit / self._size(K, bounds)[0]) * K
+        return self._factor(K, bounds)[0] * K
 
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
         """∂L/∂K = c (dR - [c < 1] ⟨dR, K⟩ / size ∂size/∂K)."""
-        size, derivative = self._size(K, bounds)
-        factor = np.minimum(1, self.limit / size)
+        factor, size, derivative = self._factor(K, bounds)
         return factor * (dR - _relative(dR * K, size, factor, (-2, -1)) * derivative), scales
 
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
         """c (dK - [c < 1] ⟨∂size/∂K, dK⟩ / size K)."""
-        size, derivative = self._size(K, bounds)
-        factor = np.minimum(1, self.limit / size)
+        factor, size, derivative = self._factor(K, bounds)
         return factor * (dK - _relative(derivative * dK, size, factor, (-2, -1)) * K)
 
-    def _size(self, K: Array, bounds: Array) -> tuple[Array, Array]:
-        """The size (S, 1, 1), at least tiny, and its derivative with respect to K (S, n, n)."""
+    def _factor(self, K: Array, bounds: Array) -> tuple[Array, Array, Array]:
+        """c and the size (S, 1, 1), at least tiny, and the derivative of the size with respect to K (S, n, n)."""
         size, u, v = self.size(bounds[:, None] * K)
-        return np.maximum(size, np.finfo(K.dtype).tiny)[:, None, None], (bounds * u)[:, :, None] * v[:, None, :]
+        size = np.maximum(size, np.finfo(K.dtype).tiny)[:, None, None]
+        return np.minimum(1, self.limit / size), size, (bounds * u)[:, :, None] * v[:, None, :]
 
 
 @dataclass(frozen=True)

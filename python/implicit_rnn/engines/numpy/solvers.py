@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass
 class StageEquation:
-    """z = f(u + R z) for one stage of n neurons; it is evaluated at most ``max_iterations`` times for each sample."""
+    """z = f(u + R z) for one stage of n neurons, and how exactly it is to be solved."""
 
     R: Array
     """(S, n, n)"""
