@@ -287,12 +287,14 @@ def test_what_an_equation_closes_over_counts_as_an_argument():
 
     a = np.array([0.3, 0.8])
     for transform in (lambda f: f, jax.grad, jax.jacfwd, lambda f: jax.grad(jax.grad(f))):
-        expected = [transform(by_argument)(each) for each in a]
+        f = transform(by_argument)
+        expected = [f(each) for each in a]
         for closure in (by_closure, by_both):
-            close([transform(closure)(each) for each in a], expected, rtol=1e-8)
-            close(jax.vmap(transform(closure))(a), expected, rtol=1e-8)
-            close(jax.jit(jax.vmap(transform(closure)))(a), expected, rtol=1e-8)
-            close([transform(jax.jit(closure))(each) for each in a], expected, rtol=1e-8)
+            f, of_compiled = transform(closure), transform(jax.jit(closure))
+            close([f(each) for each in a], expected, rtol=1e-8)
+            close(jax.vmap(f)(a), expected, rtol=1e-8)
+            close(jax.jit(jax.vmap(f))(a), expected, rtol=1e-8)
+            close([of_compiled(each) for each in a], expected, rtol=1e-8)
 
 
 @pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f: jax.grad(jax.grad(f))])

@@ -660,52 +660,56 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
         return unit[:, 0] * jnp.linalg.norm(x / unit, axis=1)
 
-    def size(c: jax.Array) -> jax.Array:
-        return norm(c * weights)
-
     def newton_step(A: jax.Array, c: jax.Array) -> jax.Array:
         return -jnp.linalg.solve(A, c[..., None])[..., 0]
 
-    def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
-        further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
-        return size(jnp.einsum("bij,bj->bi", further, step) + c) <= size(c) / 2
+    def row_weights(z: jax.Array, A: jax.Array, step: jax.Array) -> jax.Array:
+        """Of conditions whose terms differ, as in engines.numpy.roots."""
+        terms = (jnp.abs(A) * (jnp.abs(z) + jnp.abs(step))[:, None]).sum(2)
+        differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
+        return jnp.where(differ[:, None], 1 / terms, 1)
 
-    def is_done(z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array) -> jax.Array:
+    def is_done(
+        z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array, weights: jax.Array
+    ) -> jax.Array:
         """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
-        length, merit = norm(step), size(c)
+
+        def is_steady() -> jax.Array:
+            further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
+            return norm(weights * (jnp.einsum("bij,bj->bi", further, step) + c)) <= merit / 2
+
+        length, merit = norm(step), norm(weights * c)
         near = (length <= tol * norm(z)) | ((length <= eps * largest) & (length > STILL_SHRINKS * last))
         doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
-        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(near), z, c, step)
+        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda: jnp.zeros_like(near))
         return (near & (~doubtful | steady)) | ((merit == 0) & (last <= eps * largest))
 
     def moves(z: jax.Array, step: jax.Array, share: jax.Array) -> jax.Array:
         return share * norm(step) > eps * norm(z)
 
     def advance(state: Any) -> Any:
-        z, c, step, share, largest, done, count = state
+        """Evaluate f where a step leads; first at the start, with steps of zero."""
+        z, c, step, share, largest, done, weights, count = state
         trial = z + share[:, None] * step
         c_trial = problem.conditions(trial, args)
-        good = decreases(size(c_trial), size(c), share) & jnp.isfinite(norm(trial))
-        better = good & moves(z, step, share) & ~done
+        good = decreases(norm(weights * c_trial), norm(weights * c), share) & jnp.isfinite(norm(trial))
+        better = (count == 0) | (good & moves(z, step, share) & ~done)
         z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
-        step_new = jnp.where(better[:, None], newton_step(problem.derivatives(z, args), c_new), step)
+        A = problem.derivatives(z, args)
+        step_new = jnp.where(better[:, None], newton_step(A, c_new), step)
+        weights = jnp.where(count == 0, row_weights(z, A, step_new), weights)
         largest = jnp.maximum(largest, norm(z))
-        done = done | (better & is_done(z, c_new, step_new, norm(step), size(c), largest))
-        return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
+        before = norm(weights * c)
+        done = done | (better & is_done(z, c_new, step_new, norm(step), before, largest, weights))
+        return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, weights, count + 1
 
     def goes_on(state: Any) -> jax.Array:
-        z, _, step, share, _, done, count = state
-        return (count < problem.solver.max_iterations) & jnp.any(moves(z, step, share) & ~done)
+        z, _, step, share, _, done, _, count = state
+        return (count == 0) | ((count < problem.solver.max_iterations) & jnp.any(moves(z, step, share) & ~done))
 
-    c = problem.conditions(start, args)
-    A, largest = problem.derivatives(start, args), norm(start)
-    step = newton_step(A, c)
-    terms = (jnp.abs(A) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
-    differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
-    weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots
-    done = is_done(start, c, step, 0, 0, largest)
-    first = (start, c, step, jnp.ones_like(largest), largest, done, 1)
-    z, _, step, _, _, done, _ = jax.lax.while_loop(goes_on, advance, first)
+    none, largest = jnp.zeros_like(start), jnp.zeros_like(start[:, 0])
+    first = (start, none, none, jnp.ones_like(largest), largest, largest > 0, jnp.ones_like(start), 0)
+    z, _, step, _, _, done, _, _ = jax.lax.while_loop(goes_on, advance, first)
     return jnp.where(done[:, None], z + jnp.where(jnp.isfinite(step), step, 0), np.nan)
 
 
