@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from implicit_rnn.errors import without_underflow
 from implicit_rnn.options import Option, check_positive
 from implicit_rnn.validation import as_array, as_real, as_targets, check_finite, check_samples, refuse_masked_or_sparse
 
@@ -59,6 +60,7 @@ class Loss(Option):
         The terms and ∂ℓ/∂Y, both (..., B, k).
         """
 
+    @without_underflow()
     def value_and_gradient(self, Y: Array, T: Array, weights: Array | None) -> tuple[Array, Array]:
         """The loss and its gradient with respect to the outputs.
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.errors import without_underflow
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
 from implicit_rnn.options import check_count, check_flag, did_you_mean, from_description
@@ -194,6 +195,7 @@ class Topology:
         layers = [self.layers[layer] for layer in stage.layers]
         return np.concatenate([np.full(layer.neurons, ACTIVATIONS[layer.activation].slope_bound) for layer in layers])
 
+    @without_underflow()
     def recurrent_weights(self, flat: np.ndarray) -> np.ndarray:
         """(N, N) the matrix R in force for the parameters ``flat``."""
         R = np.zeros((self.neurons, self.neurons), flat.dtype)
@@ -207,6 +209,7 @@ class Topology:
                 R[stage.rows, stage.rows] = self.constraint.apply(K, scales, self.slope_bounds(stage))[0]
         return R
 
+    @without_underflow()
     def read_out(self, flat: np.ndarray, Z: np.ndarray) -> np.ndarray:
         """The outputs (..., B, outputs) of states Z (..., B, N) with the parameters ``flat`` (..., parameters)."""
         if not self.linear_readout:
