@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -297,8 +298,18 @@ class CustomLoss(Loss):
             raise TypeError(f"function must take outputs and targets, got {self.function!r}")
         object.__setattr__(self, "_verified", False)
 
+    # Functions that are objects may hold arrays, which have no truth value, and a state, which makes equal ones differ.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CustomLoss) and self._identity == other._identity
+
     def __hash__(self) -> int:
-        return hash(type(self.function))  # an object of a dataclass has none, and equal ones must have the same
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[int, ...]:
+        """The same for the same function; a method is made anew whenever it is asked for."""
+        f = self.function
+        return (id(f.__self__), id(f.__func__)) if isinstance(f, MethodType) else (id(f),)
 
     def __repr__(self) -> str:
         named = hasattr(self.function, "__qualname__")
