@@ -125,6 +125,25 @@ def test_xor_on_a_julia_engine_that_cannot_be_had_exits_with_1_and_the_remedy(ru
     assert "Traceback" not in done.stderr
 
 
+def test_number_that_is_given_twice_is_computed_once(tmp_path, capsys):
+    command = ["xor", "--neurons", "1", "2", "1", "--constraint", "none", "none", "--seeds", "1", "--engine", "numpy"]
+    assert main([*command, "--json", "--out", str(tmp_path)]) == 0
+    assert [cell["neurons"] for cell in json.loads(capsys.readouterr().out)["cells"]] == [1, 2]
+
+
+# --- pendulum ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "count"), [([], 3), (["--seeds", "5"], 5)])
+def test_quick_trial_of_the_pendulum_has_the_seeds_that_are_asked_for(arguments, count, tmp_path, monkeypatch, capsys):
+    def run(models, seeds, *protocol, **work):
+        raise ValueError(f"{len(seeds)} seeds")
+
+    monkeypatch.setattr("implicit_rnn.experiments.pendulum.run", run)
+    main(["pendulum", "--quick", *arguments, "--engine", "numpy", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.splitlines()[-1] == f"implicit-rnn: {count} seeds"
+
+
 # --- doctor --------------------------------------------------------------------------------------------------
 
 

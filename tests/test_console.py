@@ -75,6 +75,25 @@ def test_bar_of_a_notebook_is_hidden_when_asked_for(notebook, monkeypatch):
     assert not shown(monkeypatch, io.StringIO(), False)
 
 
+@posix
+def test_bar_on_a_full_disk_stops_no_training(tmp_path):
+    code = (
+        "import numpy as np, implicit_rnn as irnn; net = irnn.Network(1, [2], outputs=1); X = np.ones((3, 1)); "
+        "print(len(net.fit(X, X, epochs=3, progress=True).loss))"
+    )
+    done = run_shell(f"{sys.executable} -c '{code}' 2>/dev/full", tmp_path)
+    assert done.stdout == "3\n", str(done)
+
+
+def test_what_a_callback_writes_stands_above_the_bar(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    with console.progress_bar(total=3) as bar:
+        bar.update()
+        tqdm.write("here", file=sys.stderr)
+    assert "\nhere" not in stream.getvalue()
+    assert "here\n" in stream.getvalue()
+
+
 def test_bars_outside_of_notebooks_are_those_of_tqdm_itself():
     with console.progress_bar(total=3) as bar:
         assert type(bar) is tqdm
@@ -184,6 +203,19 @@ def test_folder_that_cannot_be_made_is_refused_before_the_work_begins(command, o
     monkeypatch.setattr(cost, "run", lambda *arguments, **settings: pytest.fail("the work has begun"))
     assert cli.main([command, "--out", out]) == 1
     assert capsys.readouterr().err.startswith(f"implicit-rnn: no results can be written to {out}: ")
+
+
+@pytest.mark.parametrize("command", ["xor", "cost", "pendulum"])
+def test_command_that_fails_takes_away_the_folders_that_it_made_and_no_others(command, tmp_path, monkeypatch):
+    def fail(*arguments, **settings):
+        raise RunError("no luck")
+
+    monkeypatch.setattr(engines, "get_engine", fail)
+    monkeypatch.setattr(cost, "run", fail)
+    (tmp_path / "mine").mkdir()
+    assert cli.main([command, "--out", str(tmp_path / "mine" / "new" / "results")]) == 1
+    assert cli.main([command, "--out", str(tmp_path / "mine")]) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
 
 
 def test_empty_name_of_a_folder_is_wrong_usage(capsys):

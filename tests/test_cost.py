@@ -31,6 +31,14 @@ def test_memory_of_the_implicit_gradient_does_not_grow_with_the_iterations():
     assert chain.peak_bytes > 5 * tight.peak_bytes
 
 
+def test_memory_that_the_system_counts_later_is_no_growth_below_zero(monkeypatch):
+    readings = iter([8192, 4096])
+    monkeypatch.setattr(cost.PeakMemory, "_high_water", lambda self: next(readings))
+    with cost.PeakMemory() as memory:
+        pass
+    assert memory.bytes == 0
+
+
 def test_comparison_takes_the_shortest_chain_that_is_as_exact():
     chains = [Point("unrolled", k, k, k * 1e-3, k * 1000, 10.0**-k) for k in (1, 4, 9)]
     implicit = [Point("picard", 1e-3, 7, 2e-3, 2000, 1e-3), Point("auto", 1e-10, 7, 2e-3, 0, 1e-10)]

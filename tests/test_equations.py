@@ -708,3 +708,11 @@ def test_arguments_without_names_go_by_their_position():
 def test_repr_says_how_it_ended():
     sol = fixed_point(FUNCTIONS["cosine"][1], [0.5], args=(0.8,))
     assert "fixed point of shape (1,), 1 of 1 converged" in repr(sol)
+
+
+def test_numbers_that_vanish_are_zero_where_the_caller_wants_errors_of_numpy():
+    with np.errstate(all="raise"):
+        solution = irnn.root(lambda z, a: z + 1e-200 * z**2 - a, np.ones(2), args=(np.array([0.0, 1e-300]),))
+        gradient = solution.vjp(np.array([1e-300, 1.0]))["a"]
+    np.testing.assert_allclose(solution.value, [0, 1e-300])
+    np.testing.assert_allclose(gradient, [1e-300, 1])

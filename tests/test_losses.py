@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -308,17 +308,40 @@ def test_kinks_and_single_precision_pass_for_derivatives(net, kind, X):
     assert value == pytest.approx(0, abs=1e-6)
 
 
+@dataclass
+class Weighted:
+    """A function that is an object without a hash, and that another may be equal to."""
+
+    weight: object
+    calls: int = field(default=0, compare=False)
+
+    def __call__(self, y, t):
+        self.calls += 1
+        values, derivatives = squared(y, t)
+        return np.mean(self.weight) * values, np.mean(self.weight) * derivatives
+
+
 def test_function_may_be_an_object_without_a_hash(net, X, Y):
-    @dataclass
-    class Weighted:
-        weight: float
-
-        def __call__(self, y, t):
-            values, derivatives = squared(y, t)
-            return self.weight * values, self.weight * derivatives
-
     half, double = (net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(Weighted(w)))[0] for w in (0.5, 2))
     assert double == pytest.approx(4 * half)
+
+
+def test_function_may_be_an_object_that_holds_an_array(net, X, Y):
+    once, again = (net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(Weighted(np.ones(2))))[0] for _ in range(2))
+    assert once == again
+
+
+def test_function_is_called_and_not_another_that_is_equal_to_it(net, X, Y):
+    mine, yours = Weighted(1.0), Weighted(1.0)
+    for each in (mine, yours):
+        net.loss_and_gradient(X, Y, loss=irnn.CustomLoss(each))
+    assert min(mine.calls, yours.calls) > 0
+
+
+def test_loss_is_equal_to_one_of_the_same_function_or_method():
+    weighted = Weighted(1.0)
+    assert irnn.CustomLoss(weighted) == irnn.CustomLoss(weighted) != irnn.CustomLoss(Weighted(1.0))
+    assert len({irnn.CustomLoss(weighted.__call__), irnn.CustomLoss(weighted.__call__)}) == 1
 
 
 def test_function_may_not_change_the_outputs_it_is_given(net, X, Y):

@@ -313,6 +313,25 @@ def test_outputs_that_are_not_numbers_are_not_returned_silently_either(net, X, n
         assert not np.isfinite(net.predict(X, on_failure="ignore")).any()
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softplus", "relu", "elu", "gelu", "silu", "tanh"])
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_what_underflows_is_zero_where_the_caller_wants_errors_of_numpy(engine, activation, dtype):
+    net = irnn.Network(3, [irnn.Layer(5, activation)], outputs=3, dtype=dtype, seed=0, engine=engine)
+    rng, labels = np.random.default_rng(0), np.arange(6) % 3
+    X, V = rng.standard_normal((6, 3)), rng.standard_normal((6, 3))
+    with np.errstate(all="raise"):
+        for size in (1e-300, 1e-42, 1.0, 1e4):
+            assert np.isfinite(net.predict(size * X)).all()
+            assert np.isfinite(net.vjp(size * X, V)[1]).all()
+            assert np.isfinite(net.jvp(size * X, V)).all()
+            assert np.isfinite(net.spectral_radius(size * X)).all()
+            assert np.isfinite(net.loss_and_gradient(size * X, labels, loss="cross_entropy")[0])
+        assert np.isfinite(net.recurrent_weights).all()
+        for optimizer in ("adam", "lbfgs"):
+            run = net.fit(X, labels, loss="cross_entropy", optimizer=optimizer, epochs=5, validation=(X, labels))
+            assert np.isfinite(run.validation_loss).all()
+
+
 def test_gradient_of_a_loss_that_overflows_says_where_to_look(engine, X):
     net = make_net(engine)
     net.weights["C"][...] = 1e20

@@ -179,6 +179,46 @@ def test_loss_or_constraint_that_the_julia_engine_lacks_is_refused_by_name(X, Y)
         make_net("julia", constraint=MyConstraint()).predict(X)
 
 
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    "base", [irnn.MSE, irnn.Perron, irnn.Picard, irnn.Implicit, irnn.SGD], ids=lambda b: b.__name__
+)
+def test_class_of_ones_own_is_not_taken_for_its_namesake_of_the_julia_engine(base, X, Y):
+    mine = type(base.__name__, (base,), {"__module__": __name__})()
+    setting = {irnn.MSE: "loss", irnn.Picard: "solver", irnn.Implicit: "adjoint", irnn.SGD: "optimizer"}.get(base)
+    net = make_net("julia", **({} if setting else {"constraint": mine}))
+    with pytest.raises(irnn.EngineError, match=f"the Julia engine has no .* {base.__name__}; use one of the package"):
+        net.fit(X, Y, epochs=1, **({setting: mine} if setting else {}))
+
+
+@pytest.mark.julia
+def test_solver_of_ones_own_is_not_taken_for_its_namesake_where_it_solves_an_equation():
+    newton = type("Newton", (irnn.Newton,), {"__module__": __name__})()
+    with pytest.raises(irnn.EngineError, match="the Julia engine has no solver Newton; use one of the package"):
+        irnn.root(irnn.julia("z -> z .- 1"), np.ones(1), solver=newton)
+
+
+@pytest.mark.parametrize("factors", [np.nan, -1.0, np.inf])
+def test_schedule_of_ones_own_has_a_finite_factor_for_each_step(engine, factors, X, Y):
+    class Mine(irnn.Constant):
+        def factors(self, t, steps_per_epoch, total):
+            return np.full(len(t), factors)
+
+    with pytest.raises(ValueError, match=r"the factors of Mine for 1 steps are .*; expected a finite number for each"):
+        make_net(engine).fit(X, Y, epochs=1, schedule=Mine())
+
+
+def test_schedule_of_ones_own_may_return_whole_numbers(engine, X, Y):
+    class Mine(irnn.Constant):
+        def factors(self, t, steps_per_epoch, total):
+            return [2] * len(t)
+
+    nets = make_net(engine), make_net(engine)
+    nets[0].fit(X, Y, optimizer=irnn.SGD(0.1), epochs=3, schedule=Mine())
+    nets[1].fit(X, Y, optimizer=irnn.SGD(0.2), epochs=3)
+    assert (nets[0].parameters == nets[1].parameters).all()
+
+
 def test_loss_of_ones_own_brings_its_formula_to_the_numpy_engine(X, Y):
     net = make_net("numpy")
     assert net.loss_and_gradient(X, Y, loss=MyLoss())[0] == pytest.approx(4 * net.loss_and_gradient(X, Y)[0])

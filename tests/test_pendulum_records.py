@@ -314,6 +314,20 @@ def test_rows_of_equal_rounded_times_are_averaged(tmp_path):
     assert "90 of equal times averaged" in record.understood
 
 
+@pytest.mark.parametrize(("turn", "unit"), [(360.0, "deg"), (2 * np.pi, "rad"), (2400.0, "counts")])
+def test_rows_of_equal_times_are_averaged_across_the_jump_by_a_turn(tmp_path, turn, unit):
+    swing = (np.repeat(A, 2) + np.tile([0.01, -0.01], 90)) * turn / (2 * np.pi)
+    text = table(np.repeat(T, 2), swing % turn, header=f"time (s),angle ({unit})")
+    record = reads(tmp_path, text, **({"units": ["2400/rev"]} if unit == "counts" else {}))
+    np.testing.assert_allclose(record.values - record.values[0], A - A[0], atol=2e-5)
+
+
+@pytest.mark.parametrize("zone", ["Z", "+00:00", "-05:30", "+0100"])
+def test_times_of_day_may_have_a_time_zone(tmp_path, zone):
+    record = reads(tmp_path, table([f"2026-11-30T10:59:{t + 50:06.3f}{zone}" for t in T], A, header="time,angle"))
+    np.testing.assert_allclose(record.times, T, atol=6e-4)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

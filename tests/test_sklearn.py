@@ -387,6 +387,12 @@ def test_numbers_whose_variance_cannot_be_told_are_refused(estimator, regressor,
         regressor.fit(X, unit * y)
 
 
+def test_small_numbers_are_learnt_where_the_caller_wants_errors_of_numpy(estimator, data):
+    X, y = data
+    with np.errstate(all="raise"):
+        assert np.isfinite(estimator.fit(1e-140 * X, y).predict(1e-170 * X)).all()
+
+
 @pytest.mark.parametrize("spread", [1.0, 1e-8, 1e-12])
 def test_columns_of_many_samples_are_scaled_whatever_their_offset(regressor, spread):
     column = spread * np.linspace(-1, 1, 100_000)[:, None] + 1

@@ -14,7 +14,7 @@ from implicit_rnn import __version__
 from implicit_rnn.console import abandon_unwritten_output, prepare_streams, progress_bar, say, warnings_in_one_line
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError, RunError
-from implicit_rnn.files import prepare_folder
+from implicit_rnn.files import prepared_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,11 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     xor = commands.add_parser("xor", help="one layer learns XOR: table, figure and JSON")
-    xor.add_argument("--neurons", type=_positive, nargs="+", default=[1, 2, 3, 4], metavar="N")
+    xor.add_argument("--neurons", type=_positive, nargs="+", action=_Once, default=[1, 2, 3, 4], metavar="N")
     xor.add_argument(
         "--constraint",
         choices=("none", "free", "perron"),
         nargs="+",
+        action=_Once,
         default=["none", "free", "perron"],
         help="of the lateral connections; none: no lateral connections",
     )
@@ -64,7 +65,12 @@ def _parser() -> argparse.ArgumentParser:
 
     cost = commands.add_parser("cost", help="implicit gradient against BPTT: time, memory and error")
     cost.add_argument(
-        "--steps", type=_positive, nargs="+", metavar="K", help="lengths of the unrolled chain (5 to 1000)"
+        "--steps",
+        type=_positive,
+        nargs="+",
+        action=_Once,
+        metavar="K",
+        help="lengths of the unrolled chain (5 to 1000)",
     )
     _common(cost, _cost, Path("cost"), "cost.json and cost.png")
 
@@ -90,17 +96,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_SEEDS = 30
+_SEEDS, _QUICK_SEEDS = 30, 3
 
 
 def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
-    pendulum.add_argument("--seeds", type=_positive, help=f"training sets and nets per model (default: {_SEEDS})")
+    number = f"training sets and nets per model (default: {_SEEDS}, with --quick {_QUICK_SEEDS})"
+    pendulum.add_argument("--seeds", type=_positive, help=number)
     pendulum.add_argument(
-        "--models", nargs="+", metavar="NAME", help="some of the models only; an unknown name lists them all"
+        "--models",
+        nargs="+",
+        action=_Once,
+        metavar="NAME",
+        help="some of the models only; an unknown name lists them all",
     )
     pendulum.add_argument("--jobs", type=_positive, help="worker processes (default: 1)")
     mode = pendulum.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="a minute's trial: 3 seeds, little data, few epochs")
+    mode.add_argument("--quick", action="store_true", help="a minute's trial: few seeds, little data, few epochs")
     mode.add_argument(
         "--tune", action="store_true", help="compare learning rates, on seeds that the study does not use"
     )
@@ -142,6 +153,15 @@ def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
     parser.set_defaults(run=run)
 
 
+class _Once(argparse.Action):
+    """A list without what is in it already, which would be computed again."""
+
+    def __call__(
+        self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
+    ) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(values)))
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to 999999999")
@@ -162,31 +182,32 @@ def _xor(options: argparse.Namespace) -> int:
     from implicit_rnn.engines import get_engine
     from implicit_rnn.experiments import xor
 
-    prepare_folder(options.out, xor.FILES)
-    engine = get_engine(options.engine)
-    seeds = options.seeds or xor.DEFAULT_SEEDS[engine.name]
-    fewer = " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
-    say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
-    with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
-        result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
-    _publish(options, result.as_dict(), xor.table(result), lambda: xor.save(result, options.out))
+    with prepared_folder(options.out, xor.FILES):
+        engine = get_engine(options.engine)
+        seeds = options.seeds or xor.DEFAULT_SEEDS[engine.name]
+        fewer = (
+            " (fewer than the 200 of the Julia engine; --seeds sets them)" if not options.seeds and seeds < 200 else ""
+        )
+        say(f"{engine.name} engine, {seeds} seeds per entry{fewer}")
+        with progress_bar(total=len(options.neurons) * len(options.constraint), unit="entry") as bar:
+            result = xor.run(options.neurons, options.constraint, seeds, engine.name, report=lambda cell: _advance(bar))
+        _publish(options, result.as_dict(), xor.table(result), lambda: xor.save(result, options.out))
     return 0
 
 
 def _cost(options: argparse.Namespace) -> int:
     from implicit_rnn.experiments import cost
 
-    prepare_folder(options.out, cost.FILES)
     steps = options.steps or cost.STEPS
-    with progress_bar(total=len(cost.settings(steps)), unit="point") as bar:
-        result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
-    _publish(options, result.as_dict(), cost.table(result), lambda: cost.save(result, options.out))
+    with prepared_folder(options.out, cost.FILES):
+        with progress_bar(total=len(cost.settings(steps)), unit="point") as bar:
+            result = cost.run(steps, options.engine, report=lambda point: _advance(bar))
+        _publish(options, result.as_dict(), cost.table(result), lambda: cost.save(result, options.out))
     return 0
 
 
 def _pendulum(options: argparse.Namespace) -> int:
     from implicit_rnn.engines import get_engine
-    from implicit_rnn.experiments import pendulum
 
     for name in ("model", "columns", "units", "fps"):
         if getattr(options, name) is not None and not options.data:
@@ -197,13 +218,17 @@ def _pendulum(options: argparse.Namespace) -> int:
                 raise ValueError(
                     f"--{name} does not go with --{mode}, which takes no notice of it; leave one of them out"
                 )
-    prepare_folder(options.out)
-    engine = get_engine(options.engine).name
-    say(f"{engine} engine")
-    if options.data:
-        return _pendulum_of_ones_own(options, engine)
-    seeds, jobs = options.seeds or _SEEDS, options.jobs or 1
-    protocol, seeds = (pendulum.QUICK, min(seeds, 3)) if options.quick else (pendulum.FULL, seeds)
+    with prepared_folder(options.out):
+        engine = get_engine(options.engine).name
+        say(f"{engine} engine")
+        return _pendulum_of_ones_own(options, engine) if options.data else _pendulum_study(options, engine)
+
+
+def _pendulum_study(options: argparse.Namespace, engine: str) -> int:
+    from implicit_rnn.experiments import pendulum
+
+    protocol, seeds = (pendulum.QUICK, _QUICK_SEEDS) if options.quick else (pendulum.FULL, _SEEDS)
+    seeds, jobs = options.seeds or seeds, options.jobs or 1
     models = options.models or list(pendulum.MODELS)
     work = {"engine": engine, "jobs": jobs, "folder": options.out / "runs"}
     runs = len(models) * (len(pendulum.TUNING_SEEDS) * len(pendulum.RATES) if options.tune else seeds)

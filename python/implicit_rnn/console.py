@@ -32,12 +32,47 @@ def say(message: str) -> None:
 def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
     """A bar of tqdm on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
     notebook = _in_notebook()
-    if getattr(sys.stderr, "closed", sys.stderr is None) and not notebook:
+    if notebook:
+        shown = True if shown is None else shown
+    elif getattr(sys.stderr, "closed", sys.stderr is None) or not _are_flushed(sys.stdout, sys.stderr):
         shown = False
-    elif shown is None and notebook:
-        shown = True
+    else:
+        settings["file"] = _Screen(sys.stderr)
     hidden = None if shown is None else not shown
     return _bar_type(notebook)(disable=hidden, **settings)
+
+
+class _Screen:
+    """A stream for a bar, which is not worth an error where the disk is full or nobody reads any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # by which ``tqdm.write`` knows a bar that is in its way
+        return bool(self._stream == other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
+def _are_flushed(*streams: Any) -> bool:
+    """Whether they take what was written to them before, which tqdm asks of them first."""
+    try:
+        for stream in streams:
+            getattr(stream, "flush", lambda: None)()
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _bar_type(notebook: bool) -> type[tqdm[Any]]:

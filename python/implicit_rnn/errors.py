@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
     from implicit_rnn.solution import Solution
 
@@ -195,6 +197,13 @@ def report_failure(message: str, on_failure: str, solution: Solution | None = No
         raise ConvergenceError(message, solution)
     if on_failure == "warn":
         warn(message, ConvergenceWarning)
+
+
+@contextmanager
+def without_underflow() -> Iterator[None]:
+    """What is too small for its type is zero, and no error of the caller's ``np.seterr``, which says nothing of this code."""
+    with np.errstate(under="ignore"):
+        yield
 
 
 _counting, _filters, _silent = threading.Lock(), ExitStack(), 0

@@ -9,7 +9,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,19 @@ def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
         raise FileExistsError(error.errno, f"no results can be written to {folder}: it is no folder") from error
     except OSError as error:
         raise type(error)(error.errno, f"no results can be written to {folder}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def prepared_folder(folder: Path, names: Iterable[str] = ()) -> Iterator[None]:
+    """As ``prepare_folder``; what it has made is taken away again where nothing was written to it."""
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    try:
+        prepare_folder(folder, names)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # one that is not empty, with those above it
+            for path in made:
+                path.rmdir()
 
 
 def remove_leftovers(path: Path) -> None:

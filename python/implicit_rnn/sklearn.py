@@ -19,6 +19,7 @@ from scipy.special import expit, log_expit, log_softmax, softmax
 
 from implicit_rnn import options
 from implicit_rnn.engines.base import Samples
+from implicit_rnn.errors import without_underflow
 from implicit_rnn.model.constraints import ConstraintLike
 from implicit_rnn.model.losses import BinaryCrossEntropy, CrossEntropy, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import LBFGS, Adam, Optimizer, OptimizerLike
@@ -136,6 +137,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
                 self._random.set_state(random)
             raise
 
+    @without_underflow()
     def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
         """One more epoch if ``partial``, else a whole training, which goes on from the last one with ``warm_start``.
 
@@ -328,6 +330,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     # --- prediction --------------------------------------------------------------------------------------
 
+    @without_underflow()
     def _predict_outputs(self, X: Any) -> Array:
         """The outputs (B, outputs) of the network."""
         check_is_fitted(self, "network_")
@@ -595,6 +598,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         outputs = self._predict_outputs(X)
         return outputs[:, 0] if len(self.classes_) == 2 else outputs
 
+    @without_underflow()
     def predict_proba(self, X: ArrayLike) -> Array:
         """The probabilities (B, classes), in the order of ``classes_``; errors as in ``decision_function``.
 
@@ -608,6 +612,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return np.stack([expit(-decision), expit(decision)], axis=1)
         return np.asarray(softmax(decision, axis=1))
 
+    @without_underflow()
     def predict_log_proba(self, X: ArrayLike) -> Array:
         """Their logarithms (B, classes), which are finite; errors as in ``decision_function``.
 

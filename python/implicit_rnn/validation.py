@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from implicit_rnn.errors import ScaleWarning, warn
+from implicit_rnn.errors import ScaleWarning, warn, without_underflow
 from implicit_rnn.options import check_whole
 
 _CONVERTIBLE = "biuf"
@@ -40,7 +40,7 @@ def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
         )
     if array.dtype == dtype and array.dtype.isnative:
         return array
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
         converted = array.astype(dtype)
     narrowed = array.dtype.itemsize > dtype.itemsize and np.isinf(converted).any()
     if narrowed and (np.isinf(converted) & (finite := np.isfinite(array))).any():
@@ -152,6 +152,7 @@ def _memory() -> float:
         return math.inf
 
 
+@without_underflow()
 def warn_of_scale(name: str, array: np.ndarray) -> None:
     """Warn, at most once, of columns (samples, columns) that are so far from unit scale that training will come to nothing."""
     if len(array) < 2 or not isinstance(array, np.ndarray):  # those on a device stay there

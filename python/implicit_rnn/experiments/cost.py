@@ -162,7 +162,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bytes = self._high_water() - self._before
+        self.bytes = max(self._high_water() - self._before, 0)  # which the system counts by the page, not at once
 
     def _high_water(self) -> int:
         if self.STATUS.exists():

@@ -9,11 +9,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from implicit_rnn.errors import without_underflow
 from implicit_rnn.options import Option, check_positive
 from implicit_rnn.validation import as_array, as_real, as_targets, check_finite, check_samples, refuse_masked_or_sparse
 
@@ -59,6 +61,7 @@ class Loss(Option):
         The terms and ∂ℓ/∂Y, both (..., B, k).
         """
 
+    @without_underflow()
     def value_and_gradient(self, Y: Array, T: Array, weights: Array | None) -> tuple[Array, Array]:
         """The loss and its gradient with respect to the outputs.
 
@@ -294,8 +297,18 @@ class CustomLoss(Loss):
         if not callable(self.function):
             raise TypeError(f"function must take outputs and targets, got {self.function!r}")
 
+    # Functions that are objects may hold arrays, which have no truth value, and a state, which makes equal ones differ.
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, CustomLoss) and self._identity == other._identity
+
     def __hash__(self) -> int:
-        return hash(type(self.function))  # an object of a dataclass has none, and equal ones must have the same
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[int, ...]:
+        """The same for the same function; a method is made anew whenever it is asked for."""
+        f = self.function
+        return (id(f.__self__), id(f.__func__)) if isinstance(f, MethodType) else (id(f),)
 
     def __repr__(self) -> str:
         named = hasattr(self.function, "__qualname__")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from implicit_rnn.errors import without_underflow
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.constraints import Constraint, Perron
 from implicit_rnn.options import check_count, check_flag, describe, did_you_mean, from_description, is_whole
@@ -194,6 +195,7 @@ class Topology:
         layers = [self.layers[layer] for layer in stage.layers]
         return np.concatenate([np.full(layer.neurons, ACTIVATIONS[layer.activation].slope_bound) for layer in layers])
 
+    @without_underflow()
     def recurrent_weights(self, flat: np.ndarray) -> np.ndarray:
         """(N, N) the matrix R in force for the parameters ``flat``."""
         R = np.zeros((self.neurons, self.neurons), flat.dtype)
@@ -212,7 +214,8 @@ class Topology:
         if not self.linear_readout:
             return np.asarray(Z[..., self.read_neurons])
         C, d = (block.view(flat) for block in self._readout)
-        return np.asarray(Z[..., self.rows[-1]] @ C.swapaxes(-1, -2) + d[..., None, :])
+        with np.errstate(under="ignore"):  # which takes less time than a decorator
+            return np.asarray(Z[..., self.rows[-1]] @ C.swapaxes(-1, -2) + d[..., None, :])
 
     @cached_property
     def _readout(self) -> tuple[Block, Block]:

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -204,8 +204,8 @@ class Training:
     def _quiet(self) -> AbstractContextManager[object]:
         """NumPy without its warnings of overflow, which the guard tells in words; those of a custom loss are heard."""
         if isinstance(self.settings.loss, CustomLoss):
-            return nullcontext()
-        return np.errstate(over="ignore", invalid="ignore", divide="ignore")
+            return np.errstate(under="ignore")
+        return np.errstate(all="ignore")
 
     def _until_next_stop(self, chunk: int, watch: Watch) -> int:
         intervals = [self.settings.epochs]

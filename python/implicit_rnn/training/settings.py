@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,5 +123,11 @@ class Settings:
         """The learning rates of the steps of these numbers, counted from 0 at the start of the run."""
         if not isinstance(self.optimizer, GradientDescent):
             return np.full(len(steps), np.nan)
-        factors = self.schedule.factors(steps, self.steps_per_epoch, self.epochs * self.steps_per_epoch)
+        found = self.schedule.factors(steps, self.steps_per_epoch, self.epochs * self.steps_per_epoch)
+        factors = np.asarray(found, np.float64)
+        if factors.shape != steps.shape or not (np.isfinite(factors) & (factors >= 0)).all():
+            raise ValueError(
+                f"the factors of {self.schedule.name} for {len(steps)} steps are {reprlib.repr(found)}; expected a finite number "
+                "for each, none below zero"
+            )
         return self.optimizer.learning_rate * factors

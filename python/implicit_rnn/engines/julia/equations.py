@@ -10,6 +10,7 @@ import numpy as np
 from implicit_rnn.device_arrays import DeviceArray
 from implicit_rnn.engines.base import Equation, JuliaFunction, SingularSolutionError
 from implicit_rnn.engines.julia.calls import Handle, call
+from implicit_rnn.engines.julia.network import refuse_others
 from implicit_rnn.solution import Solution
 from implicit_rnn.solvers import Solver
 
@@ -129,6 +130,7 @@ def _form(
 
 @lru_cache(maxsize=64)
 def _solver(solver: Solver) -> Handle:
+    refuse_others("solver", solver, Solver)
     return Handle(_ask("equation_solver", solver.name, solver.options()))
 
 

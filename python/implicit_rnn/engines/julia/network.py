@@ -10,11 +10,13 @@ from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Repli
 from implicit_rnn.engines.julia.calls import Handle, call
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
-from implicit_rnn.model.losses import MSE, CustomLoss
+from implicit_rnn.model.constraints import Constraint
+from implicit_rnn.model.losses import MSE, CustomLoss, Loss
 from implicit_rnn.model.optimizers import GradientDescent, Optimizer
 from implicit_rnn.model.topology import Topology
-from implicit_rnn.options import describe
+from implicit_rnn.options import Option, describe
 from implicit_rnn.solution import CONVERGED, GradientReport, Solution
+from implicit_rnn.solvers import Adjoint, Solver
 
 Array = np.ndarray
 
@@ -23,6 +25,7 @@ class JuliaNetwork:
     """See ``engines.base.CompiledNetwork``."""
 
     def __init__(self, topology: Topology, dtype: str, device: str) -> None:
+        refuse_others("constraint", topology.constraint, Constraint, ", or engine='numpy'")
         self.topology, self.dtype = topology, dtype
         number, parameters = call("compile", _describe(topology, dtype, device))
         self._handle = Handle(number)
@@ -32,6 +35,10 @@ class JuliaNetwork:
             )
 
     def program(self, problem: Problem) -> JuliaProgram:
+        refuse_others("solver", problem.solver, Solver)
+        refuse_others("adjoint", problem.adjoint, Adjoint)
+        if not isinstance(problem.loss, CustomLoss):
+            refuse_others("loss", problem.loss, Loss, " or CustomLoss, or engine='numpy'")
         return JuliaProgram(self, Handle(call("program", self._handle.number, _options(problem))), problem)
 
 
@@ -139,10 +146,7 @@ class JuliaProgram:
 
     def trainer(self, options: TrainerOptions) -> Trainer:
         optimizer, guard = options.optimizer, options.guard
-        if type(optimizer).__module__ != Optimizer.__module__:
-            raise EngineError(
-                f"the Julia engine has no optimizer {optimizer.name}; use one of the package, or engine='numpy'"
-            )
+        refuse_others("optimizer", optimizer, Optimizer, ", or engine='numpy'")
         if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
             topology, dtype = self._network.topology, np.dtype(self._network.dtype)
             return StepTrainer(self._gradients, options, topology, dtype)
@@ -196,6 +200,12 @@ class JuliaTrainer:
 
     def restore(self, state: Array) -> None:
         call("restore", self._handle.number, np.append(state[:, :-1], state[0, -1]))
+
+
+def refuse_others(kind: str, option: Option, base: type[Option], remedy: str = "") -> None:
+    """``EngineError`` for a class of the caller's: Julia would know nothing of it, or take it for its namesake."""
+    if type(option).__module__ != base.__module__:
+        raise EngineError(f"the Julia engine has no {kind} {option.name}; use one of the package{remedy}")
 
 
 def _flat(samples: Samples) -> tuple[Array, Array, Array]:

@@ -17,7 +17,7 @@ from implicit_rnn.engines.numpy.functions import PythonFunction
 from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError, equilibration, is_isolated
 from implicit_rnn.engines.numpy.roots import Root, newton_limit
 from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Outcome, solve_each, transposed
-from implicit_rnn.errors import ConvergenceError, EngineError
+from implicit_rnn.errors import ConvergenceError, EngineError, without_underflow
 from implicit_rnn.solution import CONVERGED, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, tolerance
 
@@ -51,7 +51,7 @@ class PythonEquation:
                 f"{solver.name} solves Julia code only; give f as irnn.julia(text), or use Newton() or Auto()"
             )
         tol = tolerance(solver.tol, equation.start.dtype)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        with np.errstate(all="ignore"):
             if found := _find_single(equation, tol, solver):
                 out.state[0], out.iterations[0], out.residual[0], out.rate[0] = found
                 out.status[0] = CONVERGED
@@ -64,6 +64,7 @@ class PythonEquation:
             self._f.values.check_separate(out.state)
         outcome.write(out)
 
+    @without_underflow()
     def vjp(self, v: Array) -> list[Array | None]:
         with self._differentiating:
             rows = np.flatnonzero(v.any(axis=1))
@@ -128,6 +129,7 @@ class PythonEquation:
                 gradient.reshape(-1)[:] = products.sum(axis=0)
         return gradients
 
+    @without_underflow()
     def jacobian(self, index: int, wanted: Array) -> Array:
         equation, f = self._equation, self._f
         J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, self._state.dtype)

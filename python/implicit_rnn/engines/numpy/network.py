@@ -14,7 +14,7 @@ from implicit_rnn.engines.numpy.solvers import METHODS, Outcome, Solve, StageEqu
 from implicit_rnn.engines.numpy.systems import solve_systems
 from implicit_rnn.engines.numpy.weights import StageWeights, Weights, shift
 from implicit_rnn.engines.steps import StepTrainer
-from implicit_rnn.errors import EngineError
+from implicit_rnn.errors import EngineError, without_underflow
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Stage, Topology
@@ -75,6 +75,7 @@ class NumpyProgram:
 
     # --- protocol ----------------------------------------------------------------------------------------
 
+    @without_underflow()
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         weights = self.weights.unpack(p[None])
         found = self._forward(weights, X, None if z0 is None else z0[None])
@@ -85,6 +86,7 @@ class NumpyProgram:
     def read_out(self, p: Array, state: Array, out: Array) -> None:
         out[...] = self.topology.read_out(p, state)
 
+    @without_underflow()
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:
@@ -92,6 +94,7 @@ class NumpyProgram:
         g[...] = gradients[0]
         return float(loss[0]), self._quality(outcome, residual, report)
 
+    @without_underflow()
     def vjp(
         self,
         p: Array,
@@ -111,6 +114,7 @@ class NumpyProgram:
         _, residual = self._pullback(weights, X, found, dZ, G, dX=dX)
         return self._quality(found.outcome, residual, report)
 
+    @without_underflow()
     def jvp(
         self,
         p: Array,
@@ -152,6 +156,7 @@ class NumpyProgram:
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
         raise _unsupported("the Hessian-vector product")
 
+    @without_underflow()
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         Z = state[None]
         out[...] = 0

@@ -90,15 +90,17 @@ def read(
     times, values, lines = _in_order(table, times[there], values[there], table.lines[there], source)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
         raise ValueError(f"{table.file}: {swing} is {values[0]:g} in every row; expected the swing of a pendulum")
-    time_unit, time_size = _settled_time_unit(table, times, values, source, time_unit, time_size, fps)
     assumed = False
     if unit is None:
         unit, size = _guessed_angle_unit(table, values, swing)
         assumed = unit == "rad"
         unit += _GUESSED
-    times, values = (times - times[0]) * time_size, values * size
-    if quantity == ANGLE:
+    values = values * size
+    if quantity == ANGLE:  # before means are taken: that of 359° and 1° is 0°
         values = np.unwrap(values)
+    times, values, lines = _merged(table, times, values, lines, source)
+    time_unit, time_size = _settled_time_unit(table, times, values, source, time_unit, time_size, fps)
+    times = (times - times[0]) * time_size
 
     missing, merged = int((~there).sum()), int(there.sum()) - len(times)
     notes = [
@@ -387,7 +389,7 @@ def _guessed_time_unit(table: Table, times: Array, values: Array, source: str) -
 
 
 def _in_order(table: Table, times: Array, values: Array, lines: Array, source: str) -> tuple[Array, Array, Array]:
-    """The rows by increasing time, those of equal (rounded) times averaged."""
+    """The rows by time, which never decreases."""
     if len(times) < FEWEST:
         raise ValueError(f"{table.file} has {len(times)} rows with a time and an angle; expected at least {FEWEST}")
     if (np.diff(times) < 0).all():
@@ -399,6 +401,11 @@ def _in_order(table: Table, times: Array, values: Array, lines: Array, source: s
             f"{table.file}, line {lines[k]}: {source} goes back from {times[k - 1]:g} to {times[k]:g}; expected one "
             "record per file, in the order of time"
         )
+    return times, values, lines
+
+
+def _merged(table: Table, times: Array, values: Array, lines: Array, source: str) -> tuple[Array, Array, Array]:
+    """The rows by increasing time, those of equal (rounded) times averaged."""
     unique, first, counts = np.unique(times, return_index=True, return_counts=True)
     if len(unique) * COUNTING < len(times):
         raise ValueError(

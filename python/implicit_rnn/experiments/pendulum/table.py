@@ -40,7 +40,7 @@ _MISSING = re.compile(
 )
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[ed][+-]?\d+)?)\s*([a-zµμ°º/]*)", re.IGNORECASE)
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+")
-_CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)Z?")
+_CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)(?:Z|[+-]\d{2}:?\d{2})?")
 _SAMPLE = 400
 """Lines by which the layout is judged."""
 _SHARE = 0.1
