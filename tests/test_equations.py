@@ -321,8 +321,7 @@ def test_finite_differences_where_complex_steps_are_wrong(absolute):
 
 def test_no_derivative_at_a_double_root(given):
     exact, near = root(given("power"), [0.0], args=(0.0, 2)), root(given("power"), [1.0], args=(0.0, 2))
-    assert exact.value[0] == 0
-    assert 0 < near.value[0] < 1e-8
+    assert exact.value[0] == near.value[0] == 0
     for sol in (exact, near):
         with pytest.raises(ConvergenceError, match="singular at the solution"):
             sol.vjp([1.0])

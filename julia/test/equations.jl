@@ -271,7 +271,7 @@ end
 
 @testset "no derivative where the Jacobian is singular" begin
     @test_throws SingularSolution vjp(root(z -> z .^ 2, [0.0]), [1.0])
-    @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, [1.0], 0.0), [1.0])          # found to 1e-13 only
+    @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, [1.0], 0.0), [1.0])
     @test_throws SingularSolution vjp(root((z, a) -> [z[1] + z[2] - a, 2z[1] + 2z[2] - 2a], [1.0, 1.0], 2.0), [1.0, 0.0])
     @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, ones(1, 50), zeros(50); batched = (1,)), ones(1, 50))
     # Found at zero, where rounding hides that the Jacobian changes; but exp(z) - 1 has a root there.
@@ -325,6 +325,18 @@ end
         @test all(isapprox.(vjp(found, ones(T, 30)), vjp(expected, ones(30)); rtol = accuracy))
     end
     @test fixed_point(z -> T[0 1; -1 0] * z, ones(T, 2); solver = Newton()).status == [ImplicitRNN.UNSTABLE]
+end
+
+@testset "a far start costs no digits, in $T" for T in (Float32, Float64, BigFloat)
+    far = eps(T)^-1 * 1000
+    for z0 in (T[far], fill(far, 1, 5000))[1:(T == BigFloat ? 1 : 2)], solver in (Newton(; max_iterations = 400), Auto(; max_iterations = 4000))
+        @test all(z -> isapprox(z, sqrt(T(2)); rtol = max(4eps(T), 1.0e-15)), root((z, a) -> z .* z .- a, z0, T(2); solver).value)
+        @test all(iszero, root((z, a) -> a .* z .* z, z0, T(2); solver).value)
+    end
+    for solver in (Picard(; max_iterations = 2000), Auto(; max_iterations = 2000))
+        @test fixed_point((z, a) -> z ./ 2 .+ a, T[far], T(1); solver).value ≈ T[2] rtol = 1.0e-5
+        @test iszero(fixed_point((z, a) -> z ./ 2 .* a, T[far], T(1); solver).value)
+    end
 end
 
 @testset "constants of another type do no harm" begin

@@ -20,7 +20,7 @@ from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.engines.numpy.operators import SWEEPS
 from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
-from implicit_rnn.engines.numpy.single import STILL_SHRINKS
+from implicit_rnn.engines.numpy.single import SLOW
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
@@ -642,10 +642,11 @@ def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Calla
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """Newton's method with steps that are halved until ‖c‖ shrinks; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``tol ‖z‖``, or at most ``eps L`` and no longer becoming smaller, L the
-    largest ‖z‖ so far. It has to be at a root, not at a pole, an infinity or an infinite slope: steps become smaller and ‖c‖ has
-    halved, or ∂c/∂z is about the same two steps further, as where the start is a root to rounding. Where c is zero and ∂c/∂z
-    singular, as it is where all that f has is too small for the numbers there are, the way there must have ended in small steps.
+    A sample has converged when its step is at most ``tol ‖z‖``; or at most ``eps L``, L the largest ‖z‖ so far, and no part of it
+    leads on, or it leads to a zero that is a root, which is then the solution. It has to be at a root, not at a pole, an infinity
+    or an infinite slope: steps become smaller and ‖c‖ has halved, or ∂c/∂z is about the same two steps further, as where the
+    start is a root to rounding. Where c is zero and ∂c/∂z singular, as it is where all that f has is too small for the numbers
+    there are, the way there must have ended in small steps.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = tolerance(problem.solver.tol, start.dtype)
@@ -665,10 +666,17 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
         return size(jnp.einsum("bij,bj->bi", further, step) + c) <= size(c) / 2
 
+    def lingers(step: jax.Array, last: Any, largest: jax.Array) -> jax.Array:
+        length = norm(step)
+        return (length <= eps * largest) & ((length > SLOW * last) | (length <= eps**2 * largest))
+
+    def vanishes(z: jax.Array) -> jax.Array:
+        return (problem.conditions(jnp.zeros_like(z), args) == 0).all(axis=1)
+
     def is_done(z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array) -> jax.Array:
         """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
         length, merit = norm(step), size(c)
-        near = (length <= tol * norm(z)) | ((length <= eps * largest) & (length > STILL_SHRINKS * last))
+        near = length <= tol * norm(z)
         doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
         steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(near), z, c, step)
         return (near & (~doubtful | steady)) | ((merit == 0) & (last <= eps * largest))
@@ -686,6 +694,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         step_new = jnp.where(better[:, None], newton_step(problem.derivatives(z, args), c_new), step)
         largest = jnp.maximum(largest, norm(z))
         done = done | (better & is_done(z, c_new, step_new, norm(step), size(c), largest))
+        lingering = better & ~done & lingers(step_new, norm(step), largest)
+        zero = lingering & jax.lax.cond(jnp.any(lingering), vanishes, lambda _: lingering, z)
+        step_new, done = jnp.where(zero[:, None], -z, step_new), done | zero
         return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, count + 1
 
     def goes_on(state: Any) -> jax.Array:
@@ -700,7 +711,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots
     done = is_done(start, c, step, 0, 0, largest)
     first = (start, c, step, jnp.ones_like(largest), largest, done, 1)
-    z, _, step, _, _, done, _ = jax.lax.while_loop(goes_on, advance, first)
+    z, c, step, share, largest, done, _ = jax.lax.while_loop(goes_on, advance, first)
+    stuck = ~done & ~moves(z, step, share) & (norm(step) <= eps * largest)  # rounding keeps c from shrinking
+    done = done | (stuck & jax.lax.cond(jnp.any(stuck), is_steady, lambda *_: stuck, z, c, step))
     return jnp.where(done[:, None], z + jnp.where(jnp.isfinite(step), step, 0), np.nan)
 
 

@@ -175,7 +175,7 @@ end
     if solvable
         last = s.distance
         is_sudden = far_step(tol) * max(size, s.largest) < last < Inf
-        near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
+        near!(s, p, tol, measure(l.step, p.weights), size) || return vanishes!(s, p) ? CONVERGED : nothing
         is_part(s, p, last) && leaps!(s, l, p) && return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf

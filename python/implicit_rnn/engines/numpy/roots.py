@@ -165,6 +165,7 @@ class _Newton:
         while len(going):
             steps = self.steps(going, first)
             self.judge(steps)
+            self.vanish(steps)
             self.note(steps)
             going, first = self.advance(steps), False
         return self.Z, self.status, self.evaluations, self.residual, self.rate
@@ -183,7 +184,7 @@ class _Newton:
         rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
         spent = self.evaluations[going] >= self.limit
         broken = ~(np.isfinite(merit) & np.isfinite(size))
-        done = self.sizes.near(length, size, rows, rate, spent) & ~broken
+        done = self.sizes.near(length, size, rows, rate) & ~broken
         return _Steps(going, rows, z, c, step, terms, exists, merit, length, size, rate, spent, broken, done)
 
     def judge(self, s: _Steps) -> None:
@@ -221,6 +222,13 @@ class _Newton:
         if (sudden := s.done & s.exists & (far | at_start)).any():
             sudden[sudden] = ~self.answers(s.z[sudden], self.back[s.going[sudden]], s.rows[sudden], s.c[sudden])
             s.done, s.exists = s.done & ~sudden, s.exists & ~sudden
+
+    def vanish(self, s: _Steps) -> None:
+        """Samples whose small steps go to zero, which solves the equation, are there."""
+        lingering = self.sizes.lingers(s.length, s.size, s.rows, s.rate, s.spent) & s.exists & ~(s.done | s.broken)
+        at = np.flatnonzero(lingering)
+        at = at[self.f.solved_by_zero(s.rows[at])]
+        s.step[at], s.length[at], s.done[at] = -s.z[at], 0, True
 
     def note(self, s: _Steps) -> None:
         """Keep how the samples stand, with the last step of those that are done."""
