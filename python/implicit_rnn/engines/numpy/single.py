@@ -229,7 +229,7 @@ class _Calls:
                 y = np.asarray(None if isinstance(y, (tuple, np.ma.MaskedArray)) else y)
             except ValueError:
                 raise UncertainError from None
-        if y.dtype.kind not in "fiu" or not self._fits(y):
+        if y.dtype.kind not in "fiu" or y.dtype.itemsize > 8 or not self._fits(y):
             raise UncertainError
         return [float(y.item())] if self.n == 1 else y.reshape(-1).tolist()
 
@@ -241,7 +241,7 @@ class _Calls:
             raise UncertainError from None
         if type(y) is not np.ndarray:
             y = np.asarray(y)
-        if y.dtype.kind != "c" or not self._fits(y):
+        if y.dtype.kind != "c" or y.dtype.itemsize > 16 or not self._fits(y):
             raise UncertainError
         return y
 
@@ -278,7 +278,7 @@ class _Calls:
         J = np.asarray(self.jac(self.posed(np.array(z)), *self.args))
         if J.size != self.n**2 or J.dtype.kind not in "fiub" or (self.n > 1 and J.shape[-2:] != (self.n, self.n)):
             raise UncertainError
-        return J.reshape(self.n, self.n)
+        return J.reshape(self.n, self.n).astype(np.float64, copy=False)
 
 
 def _as_row(z: Array) -> Array:
