@@ -124,6 +124,22 @@ def test_roots_that_rounding_hides_are_found(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_auto_gives_newtons_method_the_time_for_a_long_way(kind):
+    carriers = either(
+        kind,
+        lambda z, doping: np.array([z[0] - z[1] - doping, z[0] * z[1] - 1e20]),
+        "(z, doping) -> [z[1] - z[2] - doping, z[1] * z[2] - 1e20]",
+    )
+    np.testing.assert_allclose(root(carriers, [1e10, 1e10], args=(1e17,)).value, [1e17, 1e3], rtol=1e-6)
+    salt = either(
+        kind,
+        lambda z, k: np.array([z[0] * z[1] - k, z[0] - z[1] - 1e-29]),
+        "(z, k) -> [z[1] * z[2] - k, z[1] - z[2] - 1e-29]",
+    )
+    np.testing.assert_allclose(root(salt, [1.0, 1.0], args=(1e-52,)).value, [1.0005e-26, 0.9995e-26], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_root_does_not_depend_on_the_unit(kind, dtype):
     f = either(kind, lambda z, u: (z / u) ** 3 + z / u - 5, "(z, u) -> (z ./ u) .^ 3 .+ z ./ u .- 5")
