@@ -495,6 +495,10 @@ end
     for (A, samples, batched) in ((ones(2, 2), 1, ()), (ones(12), 2, ()), (ones(2, 2, 3), 3, (1,)))
         @test_throws "f has written to its argument number 1" root(increased, zeros(1, samples), A; batched)
     end
+    for f in ((z, a) -> (z .-= a; z), (z, a) -> (a .+= 1; z .- a)), samples in (1, 5000)
+        @test_throws "f writes to a vector that it was given" root(f, zeros(2, samples), ones(2))
+    end
+    @test root((z, a) -> (y = copy(z); y[1] -= 1; y .- a), zeros(2), ones(2)).value == [2, 1]
     written(z, a) = (b = copy(a); b[1] += 1; z[1] += 0; z .- sum(b))
     @test root(written, zeros(12), [NaN; ones(11)]).status == [ImplicitRNN.NON_FINITE]
     @test root(written, zeros(12), ones(12)).value ≈ fill(13, 12)
@@ -509,6 +513,8 @@ end
     @test f([0.5], 0.1) isa Vector
     @test_throws "cannot be parsed: Expected `)`" compiled_function("(z, a) -> cos.(a .* z")
     @test_throws "not a function" compiled_function("1 + 1")
+    @test_throws "has more behind a semicolon" compiled_function("(z, a) -> b = 2a; z .- b")
+    @test compiled_function("z -> (b = 2; z .- b);")([3.0]) == [1.0]
 end
 
 @testset "a fixed point that iteration would leave is unstable by every solver ($solver)" for solver in
