@@ -124,6 +124,25 @@ def test_roots_that_rounding_hides_are_found(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_condition_that_others_outweigh_is_not_taken_for_zero(kind):
+    f = either(
+        kind,
+        lambda z: np.array(
+            [
+                0.8003 * z[0] + 129.9161 * np.exp(-55.911 * z[1]) - 1.601276 * np.abs(-0.017397 * z[2]) + 7.89824e-05,
+                0.9398 * z[1] - 650.5384 * np.tanh(0.36963 * z[0]) + 0.0690827,
+                0.5531 * z[2] + 851.6983 * np.tanh(2.4298 * z[0]) + 24.60395 / (1 + (-0.028383 * z[1]) ** 2) + 4.32125,
+            ]
+        ),
+        "z -> [0.8003z[1] + 129.9161exp(-55.911z[2]) - 1.601276abs(-0.017397z[3]) + 7.89824e-05, "
+        "0.9398z[2] - 650.5384tanh(0.36963z[1]) + 0.0690827, "
+        "0.5531z[3] + 851.6983tanh(2.4298z[1]) + 24.60395 / (1 + (-0.028383z[2])^2) + 4.32125]",
+    )  # which has a first entry of 1e150 at the start
+    sol = root(f, [-13.243861926251029, -6.33443106965219, 16.245894734483727], on_failure="ignore")
+    assert not sol.converged[0] or np.abs(sol.value).max() < 1e4
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_auto_gives_newtons_method_the_time_for_a_long_way(kind):
     carriers = either(
         kind,

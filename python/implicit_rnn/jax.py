@@ -662,9 +662,19 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def newton_step(A: jax.Array, c: jax.Array) -> jax.Array:
         return -jnp.linalg.solve(A, c[..., None])[..., 0]
 
+    def sizes_of_terms(A: jax.Array, z: jax.Array, step: jax.Array) -> jax.Array:
+        return (jnp.abs(A) * (jnp.abs(z) + jnp.abs(step))[:, None]).sum(2)
+
     def is_steady(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
         further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
         return size(jnp.einsum("bij,bj->bi", further, step) + c) <= size(c) / 2
+
+    def is_found(z: jax.Array, c: jax.Array, step: jax.Array) -> jax.Array:
+        """Whether rounding keeps ‖c‖ from shrinking, and not conditions that outweigh others."""
+        terms = sizes_of_terms(problem.derivatives(z, args), z, step)
+        of_terms = jnp.where(terms > 0, 1 / terms, 1)
+        ahead = problem.conditions(z + step, args)
+        return is_steady(z, c, step) & ~(norm(ahead * of_terms) < norm(c * of_terms) / 1e3)
 
     def lingers(step: jax.Array, last: Any, largest: jax.Array) -> jax.Array:
         length = norm(step)
@@ -706,14 +716,14 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     c = problem.conditions(start, args)
     A, largest = problem.derivatives(start, args), norm(start)
     step = newton_step(A, c)
-    terms = (jnp.abs(A) * (jnp.abs(start) + jnp.abs(step))[:, None]).sum(2)
+    terms = sizes_of_terms(A, start, step)
     differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
     weights = jnp.where(differ[:, None], 1 / terms, 1)  # as in engines.numpy.roots
     done = is_done(start, c, step, 0, 0, largest)
     first = (start, c, step, jnp.ones_like(largest), largest, done, 1)
     z, c, step, share, largest, done, _ = jax.lax.while_loop(goes_on, advance, first)
-    stuck = ~done & ~moves(z, step, share) & (norm(step) <= eps * largest)  # rounding keeps c from shrinking
-    done = done | (stuck & jax.lax.cond(jnp.any(stuck), is_steady, lambda *_: stuck, z, c, step))
+    stuck = ~done & ~moves(z, step, share) & (norm(step) <= eps * largest)
+    done = done | (stuck & jax.lax.cond(jnp.any(stuck), is_found, lambda *_: stuck, z, c, step))
     return jnp.where(done[:, None], z + jnp.where(jnp.isfinite(step), step, 0), np.nan)
 
 

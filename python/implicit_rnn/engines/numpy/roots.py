@@ -246,18 +246,17 @@ class _Newton:
         searched, step = s.going[moving], s.step[moving]
         base = self.Z[searched]
         going = self.search(searched, step)
-        failed = self.status[searched] == SINGULAR
-        if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
-            at = searched[found]
-            there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
-            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
-            self.status[searched[found]] = CONVERGED
-        if (stuck := failed & ~found & (base.shape[1] > 1)).any():
+        if (stuck := (self.status[searched] == SINGULAR) & (base.shape[1] > 1)).any():
             at = searched[stuck]
             self.status[at] = MAX_ITERATIONS
             self.weights[at] = _row_weights(s.terms[moving][stuck])
             self.last_merit[at] = euclidean(self.F[at] * self.weights[at])
             going = np.sort(np.append(going, self.search(at, step[stuck])))
+        if (found := (self.status[searched] == SINGULAR) & settled).any():  # a root to rounding, if nothing leads on
+            at = searched[found]
+            there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
+            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
+            self.status[searched[found]] = CONVERGED
         self.back[searched] = base - self.Z[searched]
         return going
 
