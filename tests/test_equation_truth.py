@@ -92,6 +92,13 @@ def test_zero_is_left_where_it_repels(solver):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_newton_tells_that_a_zero_it_came_to_repels(kind):
+    f = either(kind, lambda z: np.tanh(1.5 * z + 0.01 * z[::-1]), "z -> tanh.(1.5 .* z .+ 0.01 .* reverse(z))")
+    sol = fixed_point(f, [1e-9, 2e-9], solver=Newton(), on_failure="ignore")
+    assert sol.status[0] == Status.UNSTABLE
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_small_root_is_found_where_f_has_no_value_at_zero(kind):
     def only_positive(z, a):
         if not (z > 0).all():

@@ -51,9 +51,10 @@ class FixedPoint(Solve):
         zero = self.sizes.lingers(rows.residual, size, rows.index, self.rate, spent) & ~near
         if zero.any():
             zero[zero] = self.f.solved_by_zero(rows.index[zero])
-            at = replace(rows.take(zero), Z=np.zeros_like(rows.Z[zero]))
-            with suppress(Exception):  # f need not have values around zero
-                zero[zero] = ~self.repels(at)
+            if not self.stability_in_question:  # else that is judged in the end
+                at = replace(rows.take(zero), Z=np.zeros_like(rows.Z[zero]))
+                with suppress(Exception):  # f need not have values around zero
+                    zero[zero] = ~self.repels(at)
             rows.Z[zero] = rows.F[zero] = rows.residual[zero] = 0
         return np.asarray(near | zero)
 
