@@ -45,6 +45,126 @@ def test_fixed_point_does_not_depend_on_the_unit(kind, dtype):
             np.testing.assert_allclose(sol.value / unit, expected, rtol=tolerance, err_msg=f"{solver} at 10^{k}")
 
 
+@pytest.mark.parametrize("samples", [1, 5000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_far_start_costs_no_digits(kind, samples):
+    square = either(kind, lambda z, a: z * z - a, "(z, a) -> z .* z .- a")
+    half = either(kind, lambda z, a: z / 2 + a, "(z, a) -> z ./ 2 .+ a")
+    for solver in ROOT_SOLVERS:
+        start = np.full((samples, 1), 1e20)
+        far = root(square, start, args=(2.0,), solver=solver, vectorized=kind == "python")
+        np.testing.assert_allclose(far.value, 2**0.5, rtol=1e-14)
+        soluble = root(square, start / 1e20, args=(1e-52,), solver=solver, vectorized=kind == "python")  # as HgS
+        np.testing.assert_allclose(soluble.value, 1e-26, rtol=1e-14)
+    for solver in FIXED_POINT_SOLVERS:
+        far = fixed_point(half, start, args=(1.0,), solver=solver, vectorized=kind == "python")
+        np.testing.assert_allclose(far.value, 2, rtol=1e-9)
+    far = root(square, start * 1e20, args=(2.0,), vectorized=kind == "python")
+    np.testing.assert_allclose(far.value, 2**0.5, rtol=1e-14)
+    far = root(square, start * 1e20, args=(2.0,), solver=Newton(), on_failure="ignore", vectorized=kind == "python")
+    assert set(far.status) == {Status.MAX_ITERATIONS}
+
+
+@pytest.mark.parametrize("samples", [1, 5000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_that_go_to_zero_end_there(kind, samples):
+    many = {"vectorized": kind == "python", "args": (1.0,)}
+    start = np.ones((samples, 1))
+    powers = ((lambda z, a: a * z**2, "(z, a) -> a .* z .^ 2"), (lambda z, a: a * z**3, "(z, a) -> a .* z .^ 3"))
+    for f in powers:
+        for solver in ROOT_SOLVERS:
+            sol = root(either(kind, *f), start, solver=solver, **many)
+            assert not sol.value.any()
+            assert sol.iterations.max() < 100
+    shrink = either(kind, lambda z, a: 0.7 * a * np.tanh(z), "(z, a) -> 0.7 .* a .* tanh.(z)")
+    for solver in FIXED_POINT_SOLVERS:
+        sol = fixed_point(shrink, start, solver=solver, **many)
+        assert not sol.value.any()
+        assert sol.iterations.max() < 110
+        np.testing.assert_array_equal(sol.jacobian("a"), 0)
+
+
+@pytest.mark.julia
+@pytest.mark.parametrize("solver", [Auto(), Picard(), Anderson()], ids=str)
+def test_zero_is_left_where_it_repels(solver):
+    f = irnn.julia("(z, k) -> z .* (0.5 .+ 1 ./ (1 .+ z ./ k))")
+    assert fixed_point(f, [1.0], args=(1e-22,), solver=solver).value == pytest.approx([1e-22], rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_newton_tells_that_a_zero_it_came_to_repels(kind):
+    f = either(kind, lambda z: np.tanh(1.5 * z + 0.01 * z[::-1]), "z -> tanh.(1.5 .* z .+ 0.01 .* reverse(z))")
+    sol = fixed_point(f, [1e-9, 2e-9], solver=Newton(), on_failure="ignore")
+    assert sol.status[0] == Status.UNSTABLE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_small_root_is_found_where_f_has_no_value_at_zero(kind):
+    def only_positive(z, a):
+        if not (z > 0).all():
+            raise ValueError("z must be positive")
+        return z * z - a
+
+    code = 'function (z, a) any(z .<= 0) && error("z must be positive"); z .* z .- a end'
+    sol = root(either(kind, only_positive, code), [1.0], args=(1e-40,))
+    np.testing.assert_allclose(sol.value, 1e-20, rtol=1e-14)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("solver", FIXED_POINT_SOLVERS, ids=str)
+def test_zero_is_found_where_f_has_no_derivative(kind, solver):
+    f = either(kind, lambda z: 0.5 * np.sqrt(z) ** 2, "z -> 0.5 .* sqrt.(z) .^ 2")
+    for start in (np.ones(2), np.zeros(2)):
+        assert not fixed_point(f, start, solver=solver).value.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_roots_that_rounding_hides_are_found(kind):
+    for function, code in (
+        (lambda z: np.sin(z + np.pi), "z -> sin.(z .+ pi)"),
+        (lambda z: ((z + 0.3) - 0.1) - 0.2, "z -> ((z .+ 0.3) .- 0.1) .- 0.2"),
+    ):
+        for solver in ROOT_SOLVERS:
+            sol = root(either(kind, function, code), [1.0], solver=solver)
+            assert abs(sol.value[0]) < 1e-15
+            assert sol.iterations[0] < 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_condition_that_others_outweigh_is_not_taken_for_zero(kind):
+    f = either(
+        kind,
+        lambda z: np.array(
+            [
+                0.8003 * z[0] + 129.9161 * np.exp(-55.911 * z[1]) - 1.601276 * np.abs(-0.017397 * z[2]) + 7.89824e-05,
+                0.9398 * z[1] - 650.5384 * np.tanh(0.36963 * z[0]) + 0.0690827,
+                0.5531 * z[2] + 851.6983 * np.tanh(2.4298 * z[0]) + 24.60395 / (1 + (-0.028383 * z[1]) ** 2) + 4.32125,
+            ]
+        ),
+        "z -> [0.8003z[1] + 129.9161exp(-55.911z[2]) - 1.601276abs(-0.017397z[3]) + 7.89824e-05, "
+        "0.9398z[2] - 650.5384tanh(0.36963z[1]) + 0.0690827, "
+        "0.5531z[3] + 851.6983tanh(2.4298z[1]) + 24.60395 / (1 + (-0.028383z[2])^2) + 4.32125]",
+    )  # which has a first entry of 1e150 at the start
+    sol = root(f, [-13.243861926251029, -6.33443106965219, 16.245894734483727], on_failure="ignore")
+    assert not sol.converged[0] or np.abs(sol.value).max() < 1e4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_gives_newtons_method_the_time_for_a_long_way(kind):
+    carriers = either(
+        kind,
+        lambda z, doping: np.array([z[0] - z[1] - doping, z[0] * z[1] - 1e20]),
+        "(z, doping) -> [z[1] - z[2] - doping, z[1] * z[2] - 1e20]",
+    )
+    np.testing.assert_allclose(root(carriers, [1e10, 1e10], args=(1e17,)).value, [1e17, 1e3], rtol=1e-6)
+    salt = either(
+        kind,
+        lambda z, k: np.array([z[0] * z[1] - k, z[0] - z[1] - 1e-29]),
+        "(z, k) -> [z[1] * z[2] - k, z[1] - z[2] - 1e-29]",
+    )
+    np.testing.assert_allclose(root(salt, [1.0, 1.0], args=(1e-52,)).value, [1.0005e-26, 0.9995e-26], rtol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_root_does_not_depend_on_the_unit(kind, dtype):

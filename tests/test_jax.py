@@ -378,6 +378,14 @@ def test_root_from_a_far_start_is_as_exact_as_from_a_near_one_in_compiled_code()
     close(jax.jit(lambda z: door.root(lambda z: z**2 - 2, z))(start), np.full((4, 1), np.sqrt(2)), rtol=1e-10)
 
 
+def test_roots_far_below_the_start_are_found_in_compiled_code():
+    start, a = np.array([[1e20], [1.0], [1.0], [1.3]]), np.array([[2.0], [1e-52], [0.0], [0.0]])
+    z = jax.jit(lambda z, a: door.root(lambda z, a: z * z - a, z, args=(a,), batched="a"))(start, a)
+    close(z, np.sqrt(a), rtol=1e-14)
+    hidden = jax.jit(lambda z: door.root(lambda z: jnp.sin(z + jnp.pi), z))(np.ones(1))  # by rounding
+    assert abs(hidden[0]) < 1e-15
+
+
 def test_infinity_where_f_vanishes_is_no_root_in_compiled_code():
     start = np.array(
         [[1.0], [0.1]], np.float32

@@ -21,7 +21,7 @@ using ImplicitRNN: AbstractWorkspace, Activation, Adjoint, all_finite, amplifica
     LEAST_ATTEMPT, LEFT_OF_CONDITIONS, limit, LINEARIZED_PATIENCE, LossSeed, matrix_size, MAX_ITERATIONS, MAX_SHORT, NON_FINITE,
     norm_of, on_host, Outcome, output_size, OutputSeed, Owner, PerSample, picard_patience, Piecewise, PILOT_ITERATIONS, PILOTS,
     predicted_iterations, Quality, rademacher, readout_bias, readout_weights, repels, report!, scale_floor, Short, SINGULAR,
-    slope, SMALLEST_ROOT_STEP, SMALLEST_STEP, solve!, solve_regularised!, Solver, Stage, STALLED, StateSeed, StepBuffers,
+    slope, SLOW, SMALLEST_ROOT_STEP, SMALLEST_STEP, solve!, solve_regularised!, Solver, Stage, StateSeed, StepBuffers,
     Summary, SUSPICIOUS_SIZE, tolerance, train!, trust_radius, unpack!, unpack_tangent, UNSTABLE, value, variables, vjp!,
     with_coarse_products, worse
 using KernelAbstractions

@@ -30,23 +30,25 @@ end
 @inline once_more(c::Course) = Course(c.largest, c.outset, c.distance, c.rate, c.relative, c.evaluations + one(Int32))
 
 "The course after a step of this length from an iterate of this size, and whether that ends it; see `near!`."
-@inline function near(c::Course, r::SampleRule, distance, size, limit)
+@inline function near(c::Course, r::SampleRule, distance, size, root::Bool)
     size = max(size, r.least)
     largest = max(c.largest, size)
     rate = isfinite(c.distance) ? (distance == 0 ? 0.0 : distance / c.distance) : c.rate
     rounding = r.eps * largest
     relative = distance == 0 ? 0.0 : distance / max(size, rounding / r.tol)
-    settled = distance <= rounding && (rate > STALLED || distance <= r.eps * rounding || c.evaluations == limit)
+    settled = distance <= rounding && (distance == 0 || (!root && rate >= 1))
     return distance <= r.tol * size || settled, Course(largest, c.outset, distance, rate, relative, c.evaluations)
 end
+"Whether small steps shrink slowly: if they go to zero is seen on the CPU, see `vanishes!`."
+@inline lingers(c::Course, r::SampleRule) = c.distance <= r.eps * c.largest && c.rate > SLOW
 
 "How a fixed point stands at f(z) = `value`: whether it has converged, whether it goes on, and its course; see `assess!`."
-@inline function assess(c::Course, r::SampleRule, value, merit, first, limit)
+@inline function assess(c::Course, r::SampleRule, value, merit, first)
     size = measure(value, r.weights)
     isfinite(merit) && isfinite(size) || return false, false, c
     first && (c = Course(c.largest, max(c.outset, size), c.distance, c.rate, c.relative, c.evaluations))
-    converged, c = near(c, r, merit, size, limit)
-    return converged, !converged && merit <= DIVERGENCE * c.outset, c
+    converged, c = near(c, r, merit, size, false)
+    return converged, !converged && merit <= DIVERGENCE * c.outset && !lingers(c, r), c
 end
 
 "What came of a sample: where it is, and whether that is the solution."
@@ -66,13 +68,14 @@ end
     before, part = oftype(merit, Inf), one(T)
     while true
         if !R
-            converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1, limit)
+            converged, goes_on, c = assess(c, r, value, merit, c.evaluations == 1)
             goes_on || return SampleEnd(converged ? value : z, converged && is_verified!(A, t, f, value, args, r, c), c)
         end
         step = newton_step!(A, t, residual)
         all_finite(step) || return SampleEnd(z, false, c)
         if R
-            converged, after = near(c, r, measure(step, r.weights), measure(z, r.weights), limit)
+            converged, after = near(c, r, measure(step, r.weights), measure(z, r.weights), true)
+            !converged && lingers(after, r) && return SampleEnd(z, false, after)
             doubtful = converged && merit > 0 && (isinf(c.distance) || merit > oftype(merit, LEFT_OF_CONDITIONS) * before)
             steady = !doubtful || is_steady!(A, t, f, z, step, args)
             # Whether f answers to a step back, and leaps behind part of one, is seen on the CPU.
@@ -148,7 +151,7 @@ end
     while c.evaluations < r.limit
         value = evaluate(f, z, args)
         c = once_more(c)
-        converged, goes_on, c = assess(c, r, value, measure(minus(value, z), r.weights), c.evaluations == 1, r.limit)
+        converged, goes_on, c = assess(c, r, value, measure(minus(value, z), r.weights), c.evaluations == 1)
         converged && return SampleEnd(value, true, c), false
         goes_on || return SampleEnd(start, false, c), c.evaluations > 1          # what runs away begins anew
         z = r.damping == 1 ? value : plus(z, minus(value, z), T(r.damping))

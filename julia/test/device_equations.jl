@@ -89,6 +89,10 @@ end
         @test Array(only(vjp(there, [1.0 0.0 1.0 0.0]))) ≈ [1 / 2, 0, 1 / (2sqrt(2)), 0]
         _, there = on_both(root, (z, a) -> sin.(z) .- a, ones(1, 3), [0.5, 1.0, 0.2]; batched = (1,))    # to rounding a double root
         @test_throws SingularSolution(2) vjp(there, JLArray(ones(1, 3)))
+        for (solve, f) in ((root, (z, a) -> z .^ 2 .- a), (fixed_point, (z, a) -> z ./ 2 .+ a))       # of far starts
+            here, there = on_both(solve, f, fill(1.0e20, 1, 3), [0.0, 1.0, 2.0]; batched = (1,), solver = solve == root ? Newton() : Picard())
+            @test Array(there.value) == here.value ≈ (solve == root ? [0 1 sqrt(2)] : [0 2 4])
+        end
         here, there = on_both(fixed_point, (z, a) -> a .* cos.(z), fill(0.5, 1, 40), collect(range(0.2, 3, 40)); batched = (1,), solver = Newton())
         @test there.status == here.status
         @test 0 < count(==(UNSTABLE), there.status) < 40

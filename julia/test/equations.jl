@@ -271,7 +271,7 @@ end
 
 @testset "no derivative where the Jacobian is singular" begin
     @test_throws SingularSolution vjp(root(z -> z .^ 2, [0.0]), [1.0])
-    @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, [1.0], 0.0), [1.0])          # found to 1e-13 only
+    @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, [1.0], 0.0), [1.0])
     @test_throws SingularSolution vjp(root((z, a) -> [z[1] + z[2] - a, 2z[1] + 2z[2] - 2a], [1.0, 1.0], 2.0), [1.0, 0.0])
     @test_throws SingularSolution vjp(root((z, a) -> z .^ 2 .- a, ones(1, 50), zeros(50); batched = (1,)), ones(1, 50))
     # Found at zero, where rounding hides that the Jacobian changes; but exp(z) - 1 has a root there.
@@ -325,6 +325,18 @@ end
         @test all(isapprox.(vjp(found, ones(T, 30)), vjp(expected, ones(30)); rtol = accuracy))
     end
     @test fixed_point(z -> T[0 1; -1 0] * z, ones(T, 2); solver = Newton()).status == [ImplicitRNN.UNSTABLE]
+end
+
+@testset "a far start costs no digits, in $T" for T in (Float32, Float64, BigFloat)
+    far = eps(T)^-1 * 1000
+    for z0 in (T[far], fill(far, 1, 5000))[1:(T == BigFloat ? 1 : 2)], solver in (Newton(; max_iterations = 400), Auto(; max_iterations = 4000))
+        @test all(z -> isapprox(z, sqrt(T(2)); rtol = max(4eps(T), 1.0e-15)), root((z, a) -> z .* z .- a, z0, T(2); solver).value)
+        @test all(iszero, root((z, a) -> a .* z .* z, z0, T(2); solver).value)
+    end
+    for solver in (Picard(; max_iterations = 2000), Auto(; max_iterations = 2000))
+        @test fixed_point((z, a) -> z ./ 2 .+ a, T[far], T(1); solver).value ≈ T[2] rtol = 1.0e-5
+        @test iszero(fixed_point((z, a) -> z ./ 2 .* a, T[far], T(1); solver).value)
+    end
 end
 
 @testset "constants of another type do no harm" begin
@@ -483,6 +495,10 @@ end
     for (A, samples, batched) in ((ones(2, 2), 1, ()), (ones(12), 2, ()), (ones(2, 2, 3), 3, (1,)))
         @test_throws "f has written to its argument number 1" root(increased, zeros(1, samples), A; batched)
     end
+    for f in ((z, a) -> (z .-= a; z), (z, a) -> (a .+= 1; z .- a)), samples in (1, 5000)
+        @test_throws "f writes to a vector that it was given" root(f, zeros(2, samples), ones(2))
+    end
+    @test root((z, a) -> (y = copy(z); y[1] -= 1; y .- a), zeros(2), ones(2)).value == [2, 1]
     written(z, a) = (b = copy(a); b[1] += 1; z[1] += 0; z .- sum(b))
     @test root(written, zeros(12), [NaN; ones(11)]).status == [ImplicitRNN.NON_FINITE]
     @test root(written, zeros(12), ones(12)).value ≈ fill(13, 12)
@@ -497,6 +513,8 @@ end
     @test f([0.5], 0.1) isa Vector
     @test_throws "cannot be parsed: Expected `)`" compiled_function("(z, a) -> cos.(a .* z")
     @test_throws "not a function" compiled_function("1 + 1")
+    @test_throws "has more behind a semicolon" compiled_function("(z, a) -> b = 2a; z .- b")
+    @test compiled_function("z -> (b = 2; z .- b);")([3.0]) == [1.0]
 end
 
 @testset "a fixed point that iteration would leave is unstable by every solver ($solver)" for solver in

@@ -20,7 +20,7 @@ from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.engines.numpy.operators import SWEEPS
 from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
-from implicit_rnn.engines.numpy.single import STILL_SHRINKS
+from implicit_rnn.engines.numpy.single import SLOW
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
@@ -647,10 +647,11 @@ def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Calla
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """Newton's method with steps that are halved until ‖c‖ shrinks; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``tol ‖z‖``, or at most ``eps L`` and no longer becoming smaller, L the
-    largest ‖z‖ so far. It has to be at a root, not at a pole, an infinity or an infinite slope: steps become smaller and ‖c‖ has
-    halved, or ∂c/∂z is about the same two steps further, as where the start is a root to rounding. Where c is zero and ∂c/∂z
-    singular, as it is where all that f has is too small for the numbers there are, the way there must have ended in small steps.
+    A sample has converged when its step is at most ``tol ‖z‖``; or at most ``eps L``, L the largest ‖z‖ so far, and no part of it
+    leads on, or it leads to a zero that is a root, which is then the solution. It has to be at a root, not at a pole, an infinity
+    or an infinite slope: steps become smaller and ‖c‖ has halved, or ∂c/∂z is about the same two steps further, as where the
+    start is a root to rounding. Where c is zero and ∂c/∂z singular, as it is where all that f has is too small for the numbers
+    there are, the way there must have ended in small steps.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = tolerance(problem.solver.tol, start.dtype)
@@ -663,25 +664,40 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def newton_step(A: jax.Array, c: jax.Array) -> jax.Array:
         return -jnp.linalg.solve(A, c[..., None])[..., 0]
 
-    def row_weights(z: jax.Array, A: jax.Array, step: jax.Array) -> jax.Array:
+    def sizes_of_terms(A: jax.Array, z: jax.Array, step: jax.Array) -> jax.Array:
+        return (jnp.abs(A) * (jnp.abs(z) + jnp.abs(step))[:, None]).sum(2)
+
+    def row_weights(terms: jax.Array) -> jax.Array:
         """Of conditions whose terms differ, as in engines.numpy.roots."""
-        terms = (jnp.abs(A) * (jnp.abs(z) + jnp.abs(step))[:, None]).sum(2)
         differ = (terms.max(1) > EQUAL_TERMS * terms.min(1)) & (terms.min(1) > 0) & jnp.isfinite(terms).all(1)
         return jnp.where(differ[:, None], 1 / terms, 1)
+
+    def is_steady(z: jax.Array, c: jax.Array, step: jax.Array, weights: jax.Array) -> jax.Array:
+        further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
+        return norm(weights * (jnp.einsum("bij,bj->bi", further, step) + c)) <= norm(weights * c) / 2
+
+    def is_found(z: jax.Array, c: jax.Array, step: jax.Array, weights: jax.Array) -> jax.Array:
+        """Whether rounding keeps ‖c‖ from shrinking, and not conditions that outweigh others."""
+        terms = sizes_of_terms(problem.derivatives(z, args), z, step)
+        of_terms = jnp.where(terms > 0, 1 / terms, 1)
+        ahead = problem.conditions(z + step, args)
+        return is_steady(z, c, step, weights) & ~(norm(ahead * of_terms) < norm(c * of_terms) / 1e3)
+
+    def lingers(step: jax.Array, last: Any, largest: jax.Array) -> jax.Array:
+        length = norm(step)
+        return (length <= eps * largest) & ((length > SLOW * last) | (length <= eps**2 * largest))
+
+    def vanishes(z: jax.Array) -> jax.Array:
+        return (problem.conditions(jnp.zeros_like(z), args) == 0).all(axis=1)
 
     def is_done(
         z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array, weights: jax.Array
     ) -> jax.Array:
         """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
-
-        def is_steady() -> jax.Array:
-            further = problem.derivatives(z + 2 * step + 8 * eps * z, args)
-            return norm(weights * (jnp.einsum("bij,bj->bi", further, step) + c)) <= merit / 2
-
         length, merit = norm(step), norm(weights * c)
-        near = (length <= tol * norm(z)) | ((length <= eps * largest) & (length > STILL_SHRINKS * last))
+        near = length <= tol * norm(z)
         doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
-        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda: jnp.zeros_like(near))
+        steady = jax.lax.cond(jnp.any(doubtful), is_steady, lambda *_: jnp.zeros_like(near), z, c, step, weights)
         return (near & (~doubtful | steady)) | ((merit == 0) & (last <= eps * largest))
 
     def moves(z: jax.Array, step: jax.Array, share: jax.Array) -> jax.Array:
@@ -697,10 +713,13 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         z, c_new = (jnp.where(better[:, None], new, old) for new, old in ((trial, z), (c_trial, c)))
         A = problem.derivatives(z, args)
         step_new = jnp.where(better[:, None], newton_step(A, c_new), step)
-        weights = jnp.where(count == 0, row_weights(z, A, step_new), weights)
+        weights = jnp.where(count == 0, row_weights(sizes_of_terms(A, z, step_new)), weights)
         largest = jnp.maximum(largest, norm(z))
-        before = norm(weights * c)
-        done = done | (better & is_done(z, c_new, step_new, norm(step), before, largest, weights))
+        last, before = norm(step), norm(weights * c)
+        done = done | (better & is_done(z, c_new, step_new, last, before, largest, weights))
+        lingering = (count > 0) & better & ~done & lingers(step_new, last, largest)
+        zero = lingering & jax.lax.cond(jnp.any(lingering), vanishes, lambda _: lingering, z)
+        step_new, done = jnp.where(zero[:, None], -z, step_new), done | zero
         return z, c_new, step_new, jnp.where(better, 1, share / 2), largest, done, weights, count + 1
 
     def goes_on(state: Any) -> jax.Array:
@@ -709,7 +728,9 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
 
     none, largest = jnp.zeros_like(start), jnp.zeros_like(start[:, 0])
     first = (start, none, none, jnp.ones_like(largest), largest, largest > 0, jnp.ones_like(start), 0)
-    z, _, step, _, _, done, _, _ = jax.lax.while_loop(goes_on, advance, first)
+    z, c, step, share, largest, done, weights, _ = jax.lax.while_loop(goes_on, advance, first)
+    stuck = ~done & ~moves(z, step, share) & (norm(step) <= eps * largest)
+    done = done | (stuck & jax.lax.cond(jnp.any(stuck), is_found, lambda *_: stuck, z, c, step, weights))
     return jnp.where(done[:, None], z + jnp.where(jnp.isfinite(step), step, 0), np.nan)
 
 

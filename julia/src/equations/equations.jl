@@ -39,9 +39,9 @@ returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot writ
 once where it can be evaluated so, each number being that of all of them, and may be called from several threads: a broadcast
 formula is the fastest, one that branches on values or has a `try` is solved one sample after the other.
 
-A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, since a solution may be zero, when it
-is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of entries that differ
-much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point that was
+A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, at a solution that is zero to
+rounding, when it is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of
+entries that differ much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point that was
 found but from which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do not look).
 Throws an `ArgumentError` for starts, arguments, `batched` and solvers that make no sense.
 

@@ -111,6 +111,14 @@ function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
     try
         return work()
     catch error
+        if error isa Base.CanonicalIndexError && error.type <: Short
+            throw(
+                ArgumentError(
+                    "f writes to a vector that it was given, which of up to $(MAX_SHORT) entries cannot be written to: let it write to \
+                    a copy, as copy(z)"
+                )
+            )
+        end
         error isa MethodError && any(x -> x isa Union{Dual, Short, AbstractArray{<:Dual}}, error.args) || rethrow()
         # Which says what else is wrong.
         checked(Base.invokelatest(problem.f, Z[:, 1], as_arrays(problem.args, problem.batched, 1)...), problem.n)

@@ -198,8 +198,11 @@ end
         last_distance, distance = ifelse(valid, distance, last_distance), ifelse(valid, now, distance)
         rounding = Float64(eps(T)) * largest
         related = ifelse(valid, max(size, rounding / tol), related)
-        stalled = (last_distance < Inf) & (distance > STALLED * last_distance)
-        near = valid & ((distance <= tol * size) | (distance <= rounding) & (stalled | (distance <= Float64(eps(T)) * rounding) | (k == limit)))
+        later = last_distance < Inf
+        near = valid & ((distance <= tol * size) | (distance == 0.0))
+        R || (near |= valid & (distance <= rounding) & later & (distance >= last_distance))
+        lingering = valid & !near & (distance <= rounding)
+        lingering &= later & (distance > SLOW * last_distance) | (distance <= Float64(eps(T)) * rounding)
         if R
             near &= t == 1.0          # behind part of a step f may leap, see `leaps!`
             doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
@@ -219,6 +222,13 @@ end
             k == 1 && (outset = max(outset, size))
             valid &= near | (merit <= DIVERGENCE * outset)
             z = choose(near, value, z)
+        end
+        if any(lingering)
+            zero = minus(z, z)
+            vanishing = lingering & (measure(evaluate!(w.J, p, zero, args, root)) == 0.0)
+            valid &= vanishing | !lingering
+            near |= vanishing
+            z, distance = choose(vanishing, zero, z), ifelse(vanishing, Vec(0.0), distance)
         end
         found |= near
         evaluations = ifelse(near, Vec(k), evaluations)

@@ -25,6 +25,9 @@ function compile_text(text)
     if Meta.isexpr(code, (:error, :incomplete))
         throw(InvalidCode("the Julia code $(repr(text)) cannot be parsed: $(parse_message(only(code.args)))"))
     end
+    if Meta.isexpr(code, :toplevel) && count(line -> !(line isa LineNumberNode), code.args) > 1
+        throw(InvalidCode("the Julia code $(repr(text)) has more behind a semicolon: write function (z, a) … end, or z -> (…; …)"))
+    end
     place = Module(gensym("equation"))
     push!(PLACES, place)
     Core.eval(place, :(const LinearAlgebra = $LinearAlgebra; using .LinearAlgebra))

@@ -84,7 +84,7 @@ const TRUST_REGIONS = (
 )
 
 "The part of the evaluations that each of them may use, and Newton's method before; the last gets what is left."
-const ATTEMPT_SHARES = (0.1, 0.2, 0.3, 0.2, 1.0)
+const ATTEMPT_SHARES = (0.2, 0.2, 0.3, 0.2, 1.0)
 
 "The part of the evaluations that Newton's method may use on a fixed point."
 const FIXED_POINT_SHARE = 0.05

@@ -145,15 +145,15 @@ end
     return all(isfinite, l.step)
 end
 
-"The quotient of two steps above which those below the rounding of the largest iterate are not waited for."
-const STALLED = 0.4
+"The quotient of two steps from which on they are so slow that zero is looked at, if they are below the rounding of the largest iterate."
+const SLOW = 0.4
 
 """
     near!(s, p, tol, distance, size)
 
 Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, in which entries
-count as no smaller than their scale if they have one; or, since a solution may be zero, one below the rounding of the largest
-iterate on the way, unless the steps shrink so fast that a solution which is merely small will be found.
+count as no smaller than their scale if they have one; or, since a solution may be zero to rounding, one below the rounding of the
+largest iterate on the way, where steps do not shrink. Those to a root do not where no part of them leads on, see `found!`.
 """
 @inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
     isempty(p.weights) || (size = max(size, sqrt(p.n)))
@@ -162,13 +162,36 @@ iterate on the way, unless the steps shrink so fast that a solution which is mer
     s.distance = distance
     s.relative = distance == 0 ? 0.0 : distance / max(size, rounding(s) / tol)
     distance <= tol * size && return true
-    return settled(s) && (s.rate > STALLED || distance <= eps(T) * rounding(s) || s.evaluations == s.limit)
+    return settled(s) && (distance == 0 || (!p.root && s.rate >= 1))
 end
 
 rounding(s::Iteration{T}) where {T} = Float64(eps(T)) * s.largest
 
 "Whether the last step was below the rounding of the largest iterate: good enough where nothing leads on."
 settled(s::Iteration) = s.distance <= rounding(s)
+
+# However far the start, steps that become smaller lead to a solution, which may be small; or to zero, and there is no end to them.
+"Whether small steps go to zero, which solves the equation, and as a fixed point attracts. It is the iterate then."
+@inline vanishes!(s::Iteration, p::AbstractEquation) = settled(s) && is_slow(s) && (@late zero_solves!(s, p))::Bool
+@inline is_slow(s::Iteration{T}) where {T} = s.rate > SLOW || s.distance <= eps(T) * rounding(s) || s.evaluations == s.limit
+
+function zero_solves!(s::Iteration, p::AbstractEquation)
+    z, value = copy(s.z), similar(s.value)
+    fill!(s.z, 0)
+    try
+        call!(value, p, s.z, s.sample)
+    catch error                      # f need not have a value there
+        error isa Union{Interrupted, InterruptException} && rethrow()
+        fill!(value, NaN)
+    end
+    if !all(iszero, value) || (!p.root && p.n <= DENSE && repels!(s, p))
+        copyto!(s.z, z)
+        return false
+    end
+    fill!(s.value, 0)
+    s.merit = s.distance = s.relative = 0.0
+    return true
+end
 
 "Largest growth of ‖f(z) - z‖ over the size of z and f(z) at the start; beyond it a sample counts as diverged."
 const DIVERGENCE = 1.0e6
@@ -178,7 +201,7 @@ const DIVERGENCE = 1.0e6
     size = measure(s.value, p.weights)
     isfinite(s.merit) && isfinite(size) || return NON_FINITE
     s.evaluations == 1 && (s.outset = max(s.outset, size))
-    near!(s, p, tol, s.merit, size) && return CONVERGED
+    (near!(s, p, tol, s.merit, size) || vanishes!(s, p)) && return CONVERGED
     return s.merit > DIVERGENCE * s.outset ? DIVERGED : nothing
 end
 

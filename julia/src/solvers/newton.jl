@@ -175,7 +175,7 @@ end
     if solvable
         last = s.distance
         is_sudden = far_step(tol) * max(size, s.largest) < last < Inf
-        near!(s, p, tol, measure(l.step, p.weights), size) || return nothing
+        near!(s, p, tol, measure(l.step, p.weights), size) || return vanishes!(s, p) ? CONVERGED : nothing
         is_part(s, p, last) && leaps!(s, l, p) && return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf
@@ -275,13 +275,14 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
     halve_step!(s, l, solvable, p, SMALLEST_ROOT_STEP) && return nothing
     copyto!(s.z, s.base)
     s.evaluations < s.limit || return MAX_ITERATIONS
-    found!(s, l, p) && return CONVERGED
-    solvable && p.n > 1 || return SINGULAR
-    evaluate!(s, l, p)
-    weigh_rows!(s, l, p, 1.0)
-    halve_step!(s, l, solvable, p, SMALLEST_ROOT_STEP) && return nothing
-    copyto!(s.z, s.base)
-    return s.evaluations < s.limit ? SINGULAR : MAX_ITERATIONS
+    if solvable && p.n > 1
+        evaluate!(s, l, p)
+        weigh_rows!(s, l, p, 1.0)
+        halve_step!(s, l, solvable, p, SMALLEST_ROOT_STEP) && return nothing
+        copyto!(s.z, s.base)
+        s.evaluations < s.limit || return MAX_ITERATIONS
+    end
+    return found!(s, l, p) ? CONVERGED : SINGULAR
 end
 
 "Whether a part of the step, halved down to `smallest`, decreases ‖c‖; the iterate is then there. Not so, too, if no evaluation is left."

@@ -127,10 +127,10 @@ end
 
 # z = base + step; false where that is no step any more.
 function take_step!(s::Iteration{T}, w::Dogleg, p::AbstractEquation, size_of_c::Float64) where {T}
-    moved = false
+    moved, size = false, measure(s.base, p.weights)
     for i in eachindex(s.z)
         s.z[i] = s.base[i] + T(w.step[i] * (size_of_c / w.units[i]))
-        moved |= abs(s.z[i] - s.base[i]) > max(2eps(T) * abs(s.base[i]), Float64(eps(T))^2 * s.largest / weight(p.weights, i))
+        moved |= abs(s.z[i] - s.base[i]) > max(2eps(T) * abs(s.base[i]), Float64(eps(T))^2 * size / weight(p.weights, i))
     end
     return moved
 end

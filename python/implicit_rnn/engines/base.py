@@ -236,8 +236,10 @@ class Equation(NamedTuple):  # which takes half as long to make as a frozen data
     has converged when its ``step`` is ``f(z) - z``, or for a root the Newton step ``-(∂f/∂z)⁻¹ f(z)``, and
 
     1. ``‖step‖ <= tol · ‖z‖``, for a fixed point ``tol · ‖f(z)‖``; with a ``scale`` the right side is at least ``tol · √n``; or
-    2. ``‖step‖ <= eps · L``, with L the largest ``‖z‖``, for a fixed point ``‖f(z)‖``, of an iterate seen on the way, unless
-       the steps still shrink so fast (by 0.4 or more each) that a solution which is merely small will be found.
+    2. ``‖step‖ <= eps · L``, with L the largest ``‖z‖``, for a fixed point ``‖f(z)‖``, of an iterate seen on the way, and
+       steps do not shrink, of a root: no part of the step makes the conditions smaller; or
+    3. the same with steps that shrink slowly (to more than 0.4 each), are below ``eps² · L`` or the last, where z = 0 is a
+       solution, and attracts if it is a fixed point: that is then the result.
 
     There is no other floor, so that the result does not depend on the unit of z. The relative residual reported is
     ``‖step‖`` over the larger of the right sides, times tol; it is at most tol where a sample has converged.

@@ -58,10 +58,10 @@ def fixed_point(
         The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
     solver
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
-        ``‖f(z) - z‖₂ <= max(tol · ‖f(z)‖₂, eps · L)``, L the largest ‖f(z)‖₂ seen on the way, so that the answer does not depend
-        on the unit of z; ``tol=None`` is 1e-10 in float64 and 1e-6 in float32. A fixed point is reported as UNSTABLE if Picard
-        iteration would move away from it, unless that led to it, as from a start with a symmetry of f; ``root`` finds solutions
-        of f(z) - z = 0 of any kind.
+        ``‖f(z) - z‖₂ <= tol · ‖f(z)‖₂``, so that the answer does not depend on the unit of z; or, at a solution that is zero to
+        rounding, ``‖f(z) - z‖₂ <= eps · L``, L the largest ‖f(z)‖₂ seen on the way. ``tol=None`` is 1e-10 in float64 and 1e-6
+        in float32. A fixed point is reported as UNSTABLE if Picard iteration would move away from it, unless that led to it, as
+        from a start with a symmetry of f; ``root`` finds solutions of f(z) - z = 0 of any kind.
     vectorized
         A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
     jac
@@ -135,8 +135,9 @@ def root(
 ) -> ImplicitSolution:
     """Solve ``f(z, *args) = 0``.
 
-    A sample has converged when the Newton step is at most ``max(tol · ‖z‖₂, eps · L)``, L the largest ‖z‖₂ seen on the way,
-    whatever the unit of f; ``residual`` is that step over that size.
+    A sample has converged when the Newton step is at most ``tol · ‖z‖₂``, whatever the unit of f; or, at a solution that is zero
+    to rounding, at most ``eps · L``, L the largest ‖z‖₂ seen on the way. ``residual`` is that step over the larger of ‖z‖₂ and
+    ``eps · L / tol``.
 
     Parameters
     ----------

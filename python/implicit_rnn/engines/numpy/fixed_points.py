@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import replace
+
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
@@ -43,7 +46,17 @@ class FixedPoint(Solve):
         return self.f.equation.start[rows.index]
 
     def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
-        return self.sizes.near(rows.residual, self.sizes(rows.F), rows.index, self.rate, spent)
+        size = self.sizes(rows.F)
+        near = self.sizes.near(rows.residual, size, rows.index, self.rate)
+        zero = self.sizes.lingers(rows.residual, size, rows.index, self.rate, spent) & ~near
+        if zero.any():
+            zero[zero] = self.f.solved_by_zero(rows.index[zero])
+            if not self.stability_in_question:  # else that is judged in the end
+                at = replace(rows.take(zero), Z=np.zeros_like(rows.Z[zero]))
+                with suppress(Exception):  # f need not have values around zero
+                    zero[zero] = ~self.repels(at)
+            rows.Z[zero] = rows.F[zero] = rows.residual[zero] = 0
+        return np.asarray(near | zero)
 
     def jacobian(self, rows: Rows) -> Array:
         return self.f.jacobian(rows.Z, rows.index)

@@ -57,6 +57,14 @@ class PythonFunction:
         change -= np.einsum("bij,bj->bi", A + A_there, way) / 2
         return np.where(np.isfinite(change), change, 0)
 
+    def solved_by_zero(self, rows: Array) -> Array:
+        """Whether z = 0 is a solution of each sample."""
+        solved = np.zeros(len(rows), bool)
+        for part in [slice(None)] if self.values.takes_all else [slice(k, k + 1) for k in range(len(rows))]:
+            with contextlib.suppress(Exception):  # f need not have a value there
+                solved[part] = ~self.values.real(np.zeros_like(self.equation.start[rows[part]]), rows[part]).any(axis=1)
+        return solved
+
     def _conditions_of(self, F: Array, Z: Array) -> Array:
         return F if self.equation.root else F - Z
 

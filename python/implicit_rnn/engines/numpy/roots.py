@@ -166,6 +166,7 @@ class _Newton:
         while len(going):
             steps = self.steps(going, first)
             self.judge(steps)
+            self.vanish(steps)
             self.note(steps)
             going, first = self.advance(steps), False
         return self.Z, self.status, self.evaluations, self.residual, self.rate
@@ -184,7 +185,7 @@ class _Newton:
         rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
         spent = self.evaluations[going] >= self.limit
         broken = ~(np.isfinite(merit) & np.isfinite(size))
-        done = self.sizes.near(length, size, rows, rate, spent) & ~broken
+        done = self.sizes.near(length, size, rows, rate) & ~broken
         return _Steps(going, rows, z, c, step, terms, exists, merit, length, size, rate, spent, broken, done)
 
     def judge(self, s: _Steps) -> None:
@@ -223,6 +224,13 @@ class _Newton:
             sudden[sudden] = ~self.answers(s.z[sudden], self.back[s.going[sudden]], s.rows[sudden], s.c[sudden])
             s.done, s.exists = s.done & ~sudden, s.exists & ~sudden
 
+    def vanish(self, s: _Steps) -> None:
+        """Samples whose small steps go to zero, which solves the equation, are there."""
+        lingering = self.sizes.lingers(s.length, s.size, s.rows, s.rate, s.spent) & s.exists & ~(s.done | s.broken)
+        at = np.flatnonzero(lingering)
+        at = at[self.f.solved_by_zero(s.rows[at])]
+        s.step[at], s.length[at], s.done[at] = -s.z[at], 0, True
+
     def note(self, s: _Steps) -> None:
         """Keep how the samples stand, with the last step of those that are done."""
         relative = np.where(s.length == 0, 0, s.length / self.sizes.reference(s.size, s.rows))
@@ -239,18 +247,17 @@ class _Newton:
         searched, step = s.going[moving], s.step[moving]
         base = self.Z[searched]
         going = self.search(searched, step)
-        failed = self.status[searched] == SINGULAR
-        if (found := failed & settled).any():  # a root to rounding, from which nothing leads on
-            at = searched[found]
-            there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
-            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
-            self.status[searched[found]] = CONVERGED
-        if (stuck := failed & ~found & (base.shape[1] > 1)).any():
+        if (stuck := (self.status[searched] == SINGULAR) & (base.shape[1] > 1)).any():
             at = searched[stuck]
             self.status[at] = MAX_ITERATIONS
             self.weights[at] = _row_weights(s.terms[moving][stuck])
             self.last_merit[at] = scaled_norm(self.F[at] * self.weights[at])
             going = np.sort(np.append(going, self.search(at, step[stuck])))
+        if (found := (self.status[searched] == SINGULAR) & settled).any():  # a root to rounding, if nothing leads on
+            at = searched[found]
+            there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
+            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
+            self.status[searched[found]] = CONVERGED
         self.back[searched] = base - self.Z[searched]
         return going
 

@@ -25,8 +25,8 @@ Numbers = list[float]
 
 MOST = 16
 """Unknowns beyond which little is won."""
-STILL_SHRINKS = 0.4
-"""Steps that become smaller by this factor each lead to a solution that is small, not to the rounding of a large iterate."""
+SLOW = 0.4
+"""The quotient of two steps from which on zero is looked at, if they are below the rounding of the largest iterate."""
 SMALLEST_STEP = 2.0**-20
 """Share of a Newton step below which no shorter one is tried."""
 
@@ -85,9 +85,11 @@ def picard(equation: Equation, tol: float, limit: int, block: int, patience: flo
             return None
         rate = (residual / before) ** (1 / steps) if before < inf else 0.0
         reference = max(here, floor, _EPS * largest / tol)
-        if _is_near(residual, max(here, floor), tol, _EPS * largest, rate):
+        if _is_near(residual, max(here, floor), tol, _EPS * largest, rate >= 1):
             # Undamped iteration ends at what attracts it, unless it starts there.
             return Found(z, evaluations, residual / reference if residual else 0.0, rate) if evaluations > 1 else None
+        if _lingers(residual, _EPS * largest, rate, False):
+            return None
         slow = log(tol) + log(max(reference, _TINY)) - log(residual) < patience * min(log(rate or _TINY), -_TINY)
         if evaluations >= block and slow:
             return None
@@ -114,7 +116,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
             largest = here
         rate = length / (last or 1.0) if last < inf else 0.0
         rounding = _EPS * largest
-        if _is_near(length, here if here > floor else floor, tol, rounding, rate, evaluations >= limit):
+        if _is_near(length, here if here > floor else floor, tol, rounding, False):
             if calls.complex_only and not looked:
                 c, looked = calls.real(z), True
                 merit = hypot(*c)
@@ -125,7 +127,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
                 return None
             residual = length / max(here, floor, rounding / tol) if length else 0.0
             return Found([*map(add, z, step)], evaluations, residual, rate)
-        if looked:
+        if looked or _lingers(length, rounding, rate, evaluations >= limit):
             return None
         last, before, start, t = length, merit, z, 1.0
         while True:
@@ -156,9 +158,14 @@ def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:
     return lambda z: hypot(*map(mul, z, weights)), equation.n**0.5
 
 
-def _is_near(step: float, size: float, tol: float, rounding: float, rate: float, spent: bool = False) -> bool:
-    """Whether steps end the iteration, see ``engines.base.Equation``."""
-    return step <= tol * size or (step <= rounding and (rate > STILL_SHRINKS or spent or step == 0))
+def _is_near(step: float, size: float, tol: float, rounding: float, flat: bool) -> bool:
+    """Whether steps, which may no longer shrink, end the iteration, see ``engines.base.Equation``."""
+    return step <= tol * size or (step <= rounding and (flat or step == 0))
+
+
+def _lingers(step: float, rounding: float, rate: float, spent: bool) -> bool:
+    """Whether small steps may be going to zero."""
+    return step <= rounding and (rate > SLOW or spent or step <= _EPS * rounding)
 
 
 def _has_vanished(c: Numbers, seen: list[Numbers]) -> bool:
@@ -222,7 +229,7 @@ class _Calls:
                 y = np.asarray(None if isinstance(y, (tuple, np.ma.MaskedArray)) else y)
             except ValueError:
                 raise UncertainError from None
-        if y.dtype.kind not in "fiu" or not self._fits(y):
+        if y.dtype.kind not in "fiu" or y.dtype.itemsize > 8 or not self._fits(y):
             raise UncertainError
         return [float(y.item())] if self.n == 1 else y.reshape(-1).tolist()
 
@@ -234,7 +241,7 @@ class _Calls:
             raise UncertainError from None
         if type(y) is not np.ndarray:
             y = np.asarray(y)
-        if y.dtype.kind != "c" or not self._fits(y):
+        if y.dtype.kind != "c" or y.dtype.itemsize > 16 or not self._fits(y):
             raise UncertainError
         return y
 
@@ -271,7 +278,7 @@ class _Calls:
         J = np.asarray(self.jac(self.posed(np.array(z)), *self.args))
         if J.size != self.n**2 or J.dtype.kind not in "fiub" or (self.n > 1 and J.shape[-2:] != (self.n, self.n)):
             raise UncertainError
-        return J.reshape(self.n, self.n)
+        return J.reshape(self.n, self.n).astype(np.float64, copy=False)
 
 
 def _as_row(z: Array) -> Array:

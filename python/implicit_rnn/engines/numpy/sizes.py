@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from implicit_rnn.engines.base import Equation
-from implicit_rnn.engines.numpy.single import STILL_SHRINKS
+from implicit_rnn.engines.numpy.single import SLOW
 from implicit_rnn.norms import scaled_norm
 
 Array = np.ndarray
@@ -17,7 +17,7 @@ class Sizes:
     def __init__(self, equation: Equation, tol: float) -> None:
         self.weights = 1.0 if equation.scale is None else 1 / equation.scale.astype(np.float64)
         self.floor = 0.0 if equation.scale is None else float(np.sqrt(equation.n))
-        self.tol, self.eps = tol, float(np.finfo(equation.start.dtype).eps)
+        self.root, self.tol, self.eps = equation.root, tol, float(np.finfo(equation.start.dtype).eps)
         self.largest = np.zeros(equation.samples)
 
     def __call__(self, V: Array) -> Array:
@@ -39,7 +39,14 @@ class Sizes:
         """That of the largest iterate on the way."""
         return np.asarray(self.eps * np.fmax(self.largest[index], size))
 
-    def near(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
+    def near(self, step: Array, size: Array, index: Array, rate: Array) -> Array:
         """Whether steps end the iteration, see ``engines.base.Equation``."""
-        rounding = (step <= self.rounding(size, index)) & ((rate > STILL_SHRINKS) | spent | (step == 0))
-        return np.asarray((step <= self.tol * np.maximum(size, self.floor)) | rounding)
+        flat = (step == 0) if self.root else (step == 0) | (rate >= 1)
+        return np.asarray(
+            (step <= self.tol * np.maximum(size, self.floor)) | (flat & (step <= self.rounding(size, index)))
+        )
+
+    def lingers(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
+        """Whether small steps may be going to zero."""
+        rounding = self.rounding(size, index)
+        return np.asarray((step <= rounding) & ((rate > SLOW) | spent | (step <= self.eps * rounding)))

@@ -354,7 +354,8 @@ class Solve:
         J = self.jacobian(rows)
         n, eps = J.shape[-1], float(np.finfo(J.dtype).eps)
         repels = np.zeros(len(J), bool)
-        power, doubtful, size = J, np.arange(len(J)), np.zeros(len(J))
+        doubtful = np.flatnonzero(np.isfinite(J).all(axis=(1, 2)))
+        power, size = J[doubtful], np.zeros(len(doubtful))
         with np.errstate(over="ignore", invalid="ignore"):
             for k in range(_SQUARINGS + 1):
                 power = power @ power if k else power
