@@ -48,7 +48,7 @@ end
     isfinite(merit) && isfinite(size) || return false, false, c
     first && (c = Course(c.largest, max(c.outset, size), c.distance, c.rate, c.relative, c.evaluations))
     converged, c = near(c, r, merit, size, false)
-    return converged, !converged && merit <= DIVERGENCE * c.outset && !lingers(c, r), c
+    return converged, !converged && merit <= BLOW_UP * c.outset && !lingers(c, r), c
 end
 
 "What came of a sample: where it is, and whether that is the solution."

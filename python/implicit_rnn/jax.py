@@ -20,7 +20,7 @@ from implicit_rnn import equations
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.engines.numpy.operators import SWEEPS
 from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
-from implicit_rnn.engines.numpy.single import SLOW
+from implicit_rnn.engines.numpy.sizes import SLOW
 from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names

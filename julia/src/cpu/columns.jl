@@ -131,7 +131,7 @@ function affine!(c::Columns, p::FixedPoint)
     return copyto!(c.S, 1, c.U, 1, size(c.U, 1) * c.active)
 end
 
-"Largest accepted residual, in units of 1 and of u; beyond it a sample counts as diverged."
+"Largest residual of a sample that has not diverged: of a stage in units of 1 and of u, of an equation in those of z and f(z) at the start."
 const BLOW_UP = 1.0e6
 
 # Looked at where the residual is large for a u of usual size only: that of a large u is large, too, on the way to its equilibrium.

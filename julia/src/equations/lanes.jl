@@ -220,7 +220,7 @@ end
             z = choose(near, plus(z, new_step), z)
         else
             k == 1 && (outset = max(outset, size))
-            valid &= near | (merit <= DIVERGENCE * outset)
+            valid &= near | (merit <= BLOW_UP * outset)
             z = choose(near, value, z)
         end
         if any(lingering)
@@ -330,7 +330,7 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equatio
     in_parallel(cld(total, PIECE), threads) do thread, k
         w, s = buffers[thread]
         range = piece(k, PIECE, total)
-        solve_piece!(w, s, Z, outcome, regular, p, solver, tol, range, p.root ? Val(true) : Val(false))
+        solve_piece!(w, s, Z, outcome, regular, p, solver, tol, range, is_root(p))
     end
     return
 end
@@ -419,7 +419,7 @@ function runs_side_by_side(p::Equation{T, K}, Z::Matrix{T}) where {T, K}
     b = Block(1, size(Z, 2))
     w = LaneBuffers(K)
     try
-        value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), p.root ? Val(true) : Val(false))
+        value = evaluate!(w.J, p, load_columns(Z, b, Val(K)), arguments(p, b), is_root(p))
         return agrees(p, Z, value, w.J, b)
     catch error
         error isa Union{Interrupted, InterruptException} && rethrow()

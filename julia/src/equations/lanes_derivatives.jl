@@ -114,7 +114,7 @@ function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Invers
     pieces = cld(total, PIECE)
     own = [map(own_gradient, gradients, p.args) for _ in 1:pieces]
     find_pieces(pieces, threads) do thread, k
-        vjp_piece!(own[k], buffers[thread]..., p, inverses, v, piece(k, PIECE, total), p.root ? Val(true) : Val(false))
+        vjp_piece!(own[k], buffers[thread]..., p, inverses, v, piece(k, PIECE, total), is_root(p))
     end
     # Added in this order, whatever the number of threads.
     for (i, x) in enumerate(p.args)
@@ -202,7 +202,7 @@ function jacobian_side_by_side!(J::Array{T, 3}, p::Equation{T, K}, inverses, ind
     total, threads = size(J, 3), Threads.nthreads()
     buffers = [(LaneBuffers(K), InverseBuffers{T}(K), zeros(T, K, size(J, 2))) for _ in 1:threads]
     find_pieces(cld(total, PIECE), threads) do thread, k
-        jacobian_piece!(J, buffers[thread]..., p, inverses, index, wanted, piece(k, PIECE, total), p.root ? Val(true) : Val(false))
+        jacobian_piece!(J, buffers[thread]..., p, inverses, index, wanted, piece(k, PIECE, total), is_root(p))
     end
     return J
 end

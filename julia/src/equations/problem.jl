@@ -125,6 +125,9 @@ struct Equation{T, K, F, A <: Tuple} <: AbstractEquation{T}
     weights::Vector{Float64}
 end
 
+"What is posed, for code that is compiled for it."
+is_root(p::Equation) = p.root ? Val(true) : Val(false)
+
 function Equation(problem::EquationProblem{T}) where {T}
     args = ((b ? per_sample(x) : shared(x) for (x, b) in zip(problem.args, problem.batched))...,)
     K = problem.n <= MAX_SHORT ? problem.n : -1

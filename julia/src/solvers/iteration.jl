@@ -74,6 +74,8 @@ linearization!(s::Iteration{T}) where {T} =
 
 const NO_WEIGHTS = Float64[]
 
+weight(weights::Vector{Float64}, i) = isempty(weights) ? 1.0 : weights[i]
+
 "The Euclidean norm of x, each entry times its weight where there are weights, without overflow and underflow on the way."
 @inline function measure(x::AbstractVector, weights::Vector{Float64} = NO_WEIGHTS)
     total = 0.0
@@ -90,10 +92,10 @@ const NO_WEIGHTS = Float64[]
 end
 
 @noinline function measure_scaled(x, weights)
-    weigh(i) = abs(Float64(x[i])) * (isempty(weights) ? 1.0 : weights[i])
-    largest = maximum(weigh, eachindex(x))
+    weighted(i) = abs(Float64(x[i])) * weight(weights, i)
+    largest = maximum(weighted, eachindex(x))
     (largest > 0 && isfinite(largest)) || return largest         # NaN, too
-    return largest * sqrt(sum(i -> abs2(weigh(i) / largest), eachindex(x)))
+    return largest * sqrt(sum(i -> abs2(weighted(i) / largest), eachindex(x)))
 end
 
 """
@@ -193,16 +195,13 @@ function zero_solves!(s::Iteration, p::AbstractEquation)
     return true
 end
 
-"Largest growth of ‖f(z) - z‖ over the size of z and f(z) at the start; beyond it a sample counts as diverged."
-const DIVERGENCE = 1.0e6
-
 "How a fixed point stands after an evaluation of f; `nothing`: go on."
 @inline function assess!(s::Iteration, p::AbstractEquation, tol::Float64)
     size = measure(s.value, p.weights)
     isfinite(s.merit) && isfinite(size) || return NON_FINITE
     s.evaluations == 1 && (s.outset = max(s.outset, size))
     (near!(s, p, tol, s.merit, size) || vanishes!(s, p)) && return CONVERGED
-    return s.merit > DIVERGENCE * s.outset ? DIVERGED : nothing
+    return s.merit > BLOW_UP * s.outset ? DIVERGED : nothing
 end
 
 "Of a fixed point f(z), which is the better, is the solution, unless it is not finite."

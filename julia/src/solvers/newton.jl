@@ -156,7 +156,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
         status = p.root ? nothing : assess!(s, p, tol)
         status === nothing || return finish!(s, status)
         solvable = newton_step!(s, l, p)
-        p.root && solvable && s.last_merit == Inf && weigh_rows!(s, l, p, EQUAL_ROWS)
+        p.root && solvable && s.last_merit == Inf && weigh_rows!(s, l, p, EQUAL_TERMS)
         if p.root
             status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
@@ -300,7 +300,7 @@ end
 end
 
 "Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."
-const EQUAL_ROWS = 1.0e8
+const EQUAL_TERMS = 1.0e8
 
 # Conditions of very different units hide each other in ‖c‖: what rounding leaves of a large one may be more than all of a small one.
 # So each is related to the terms of its linear model, |J| (|z| + |step|), unless those differ by less than `equal`.

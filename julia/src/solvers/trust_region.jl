@@ -96,8 +96,6 @@ function linear_model!(w::Dogleg, s::Iteration, l::Linearization, p::AbstractEqu
     return true
 end
 
-weight(weights::Vector{Float64}, k) = isempty(weights) ? 1.0 : weights[k]
-
 # w.step = the minimiser of ‖c + J q‖ within the radius along Powell's dogleg; false at a stationary point of ‖c‖.
 function dogleg!(w::Dogleg, l::Linearization, solvable::Bool, radius::Float64, size_of_c::Float64)
     if solvable

@@ -16,7 +16,7 @@ from implicit_rnn.engines.numpy.fixed_points import FixedPoint
 from implicit_rnn.engines.numpy.functions import PythonFunction
 from implicit_rnn.engines.numpy.operators import Operator, UnsolvedError, equilibration, is_isolated
 from implicit_rnn.engines.numpy.roots import Root, newton_limit
-from implicit_rnn.engines.numpy.solvers import BLOCK, PATIENCE, Outcome, solve_each, transposed
+from implicit_rnn.engines.numpy.solvers import AUTO_BLOCK, PATIENCE, Outcome, solve_each, transposed
 from implicit_rnn.errors import ConvergenceError, EngineError, without_underflow
 from implicit_rnn.solution import CONVERGED, Solution
 from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, tolerance
@@ -246,7 +246,7 @@ def _find_single(equation: Equation, tol: float, solver: Solver) -> single.Found
         if equation.root:
             return single.newton(equation, tol, newton_limit(solver))
         if isinstance(solver, Auto):
-            return single.picard(equation, tol, limit, BLOCK, PATIENCE)
+            return single.picard(equation, tol, limit, AUTO_BLOCK, PATIENCE)
         if isinstance(solver, Picard) and solver.damping == 1:
             return single.picard(equation, tol, limit, limit, inf)
     return None

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.single import far_step
-from implicit_rnn.engines.numpy.sizes import Sizes
+from implicit_rnn.engines.numpy.sizes import Sizes, far_step
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, Outcome, Rows, Solve, StageEquation
 
 Array = np.ndarray

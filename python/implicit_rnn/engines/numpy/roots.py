@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.single import ANSWER, PROBE, SMALLEST_STEP, far_step
-from implicit_rnn.engines.numpy.sizes import Sizes
+from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SMALLEST_ROOT_STEP, Sizes, far_step
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
 from implicit_rnn.engines.numpy.values import tolerance
 from implicit_rnn.errors import silenced
@@ -265,7 +264,7 @@ class _Newton:
         """z + t step with t halved until ‖f‖, weighted, decreases; returns those of ``going`` where it did."""
         base, t, better = self.Z[going].copy(), 1.0, np.zeros(len(going), bool)
         merit = scaled_norm(self.F[going] * self.weights[going])
-        while t >= SMALLEST_STEP:
+        while t >= SMALLEST_ROOT_STEP:
             trying = np.flatnonzero(~better & (self.evaluations[going] < self.limit))
             if not len(trying):
                 break

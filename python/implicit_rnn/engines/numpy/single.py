@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from math import hypot, inf, isfinite, log, sqrt
+from math import hypot, inf, isfinite, log
 from operator import add, mul, sub
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction
+from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SLOW, SMALLEST_ROOT_STEP, far_step
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, decreases
 from implicit_rnn.errors import silenced
 
@@ -25,14 +26,6 @@ Numbers = list[float]
 
 MOST = 16
 """Unknowns beyond which little is won."""
-SLOW = 0.4
-"""The quotient of two steps from which on zero is looked at, if they are below the rounding of the largest iterate."""
-SMALLEST_STEP = 2.0**-20
-"""Share of a Newton step below which no shorter one is tried."""
-
-PROBE, ANSWER = 2.0**-10, 32.0
-"""The part of the last step that is taken back to see whether f answers, and the factor within which it does."""
-
 _PROOF, _LAST = 1e-3, 0.1
 """What is left of each condition, and of all of them after the last step, where derivatives have proved right."""
 _STEP = 1e-200
@@ -40,11 +33,6 @@ _EPS, _TINY = float(np.finfo(np.float64).eps), float(np.finfo(np.float64).tiny)
 
 _takes_complex: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 """Whether functions, by their code, take complex numbers without a warning."""
-
-
-def far_step(tol: float) -> float:
-    """The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."""
-    return max(1e-3, 10 * sqrt(tol))
 
 
 class Found(NamedTuple):
@@ -131,7 +119,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
             return None
         last, before, start, t = length, merit, z, 1.0
         while True:
-            if evaluations >= limit or t < SMALLEST_STEP:
+            if evaluations >= limit or t < SMALLEST_ROOT_STEP:
                 return None
             z = [a + t * b for a, b in zip(start, step)]  # noqa: B905 as fast as can be
             c = calls.value(z)

@@ -1,14 +1,28 @@
-"""Sizes of iterates and steps of equations, whatever their unit."""
+"""Sizes of iterates and steps of equations, whatever their unit, and what is asked of steps."""
 
 from __future__ import annotations
+
+from math import sqrt
 
 import numpy as np
 
 from implicit_rnn.engines.base import Equation
-from implicit_rnn.engines.numpy.single import SLOW
 from implicit_rnn.norms import scaled_norm
 
 Array = np.ndarray
+
+SLOW = 0.4
+"""The quotient of two steps from which on zero is looked at, if they are below the rounding of the largest iterate."""
+SMALLEST_ROOT_STEP = 2.0**-20
+"""Share of a Newton step to a root below which no shorter one is tried."""
+
+PROBE, ANSWER = 2.0**-10, 32.0
+"""The part of the last step that is taken back to see whether f answers, and the factor within which it does."""
+
+
+def far_step(tol: float) -> float:
+    """The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."""
+    return max(1e-3, 10 * sqrt(tol))
 
 
 class Sizes:

@@ -18,14 +18,14 @@ Elementwise = Callable[[Array], Array]
 
 BLOW_UP = 1e6
 """A residual so much larger than what there was at the start is divergence."""
-BLOCK = 8
+AUTO_BLOCK = 8
 """Picard steps that Auto takes before it sets slow samples aside."""
 PATIENCE = 128
 """Further Picard steps that Auto allows a sample; a quarter where there is one equilibrium, and what follows is faster."""
 _LEAST = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
 _TINY, _DENSE = 8, 64
-_SMALLEST_STEP = 2.0**-6
+SMALLEST_STEP = 2.0**-6
 _ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
 """Evaluations of a sample by the later methods of Auto."""
 
@@ -242,7 +242,7 @@ class Solve:
                 return
             self.accept(self.rows)
             self.advance(self.rows, self.rows.F, damping)
-            if slow is not None and first >= BLOCK:
+            if slow is not None and first >= AUTO_BLOCK:
                 goal = self.equation.tol * self.scale(self.rows)
                 predicted = np.log(goal / self.rows.residual) / np.minimum(np.log(self.rate), -_LEAST)
                 if (late := predicted > patience).any():
@@ -319,7 +319,7 @@ class Solve:
                 self.accept(moved)
                 direction[fresh] = self.newton_direction(moved)
             rows.Z = base + t[:, None] * direction
-            exhausted = t < _SMALLEST_STEP
+            exhausted = t < SMALLEST_STEP
             rows.Z[exhausted] = picard[exhausted]
             t[exhausted] = 0
             rows.residual = at_base
