@@ -278,7 +278,7 @@ def test_running_julia_with_another_number_of_threads_is_reported(no_settings):
 
 
 def test_running_julia_is_taken_as_it_is_where_nothing_was_asked_for(no_settings, recwarn):
-    threads.check_running({"opt_handle_signals": True}, 4)
+    threads.check_running({"opt_handle_signals": "yes"}, 4)
     assert not recwarn.list
 
 
@@ -296,6 +296,18 @@ def test_engine_works_in_a_julia_started_before(run_python: RunPython, given_jul
     assert done.stdout.strip() == str(
         ["Julia was already started in this process with 1 thread, so IMPLICIT_RNN_THREADS=2 has no effect"]
     ), str(done)
+
+
+def test_julia_started_before_with_several_threads_and_its_signal_handlers_is_used(run_python: RunPython, given_julia):
+    code = """
+        import juliacall
+        import implicit_rnn as irnn
+        engine = irnn.get_engine("julia").name
+        print(engine, juliacall.Main.seval("Threads.nthreads()"))
+    """
+    settings = {"PYTHON_JULIACALL_THREADS": "2", "PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"}
+    done = run_python(code, given_julia | settings, timeout=120)
+    assert done.stdout == "julia 2\n", str(done)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

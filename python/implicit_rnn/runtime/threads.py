@@ -133,7 +133,7 @@ def check_running(config: dict[str, Any], threads: int) -> None:
 
     Raises ``EngineError`` if it would crash; warns if it has another number of threads than was asked for.
     """
-    if threads > 1 and config.get("opt_handle_signals") is not True:
+    if threads > 1 and config.get("opt_handle_signals") != "yes":
         raise EngineError(
             f"Julia was already started in this process, with {threads} threads but without "
             "PYTHON_JULIACALL_HANDLE_SIGNALS=yes, and would crash at a garbage collection; set that before Python starts, or "
