@@ -237,7 +237,7 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
         WHY_NO_ENGINE.format("julia"),
         fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
     )
-    assert done.stdout.startswith("Julia did not start: "), str(done)
+    assert done.stdout.startswith(f"Julia did not start: {exe} failed: this is no Julia"), str(done)
 
 
 @pytest.mark.julia
@@ -314,6 +314,26 @@ def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     given = {"PYTHON_JULIACALL_EXE": julia_environment.exe, "PYTHON_JULIACALL_PROJECT": str(project)}
     done = run_python(code, settings | given | {"PYTHONPATH": path, "XDG_CONFIG_HOME": str(tmp_path)}, 540)
     assert done.stdout == f"{version} [True, True, True]\n", str(done)
+
+
+def test_processes_started_from_one_with_julia_have_its_environment_without_what_julia_needs(
+    run_python: RunPython, no_prepared_julia, julia_environment
+):
+    """Else another virtual environment would get this one's packages, and NumPy one thread."""
+    environments.remember(julia_environment)
+    code = """
+        import os, subprocess, sys
+        import implicit_rnn as irnn
+        def inherited():
+            names = subprocess.run([sys.executable, "-c", "import os; print(*os.environ)"], capture_output=True, text=True)
+            return [name for name in names.stdout.split() if "JULIACALL" in name or "OPENBLAS" in name]
+        before = dict(os.environ)
+        print(irnn.get_engine("julia").name, inherited(), dict(os.environ) == before)
+    """
+    settings = ENVIRONMENT | {"XDG_CONFIG_HOME": os.environ["XDG_CONFIG_HOME"]}
+    env = {name: value for name, value in settings.items() if "JULIACALL" not in name and "OPENBLAS" not in name}
+    done = run_python(code, env)
+    assert done.stdout == "julia [] True\n", str(done)
 
 
 def test_julia_that_somebody_else_has_started_is_used_whatever_names_are_in_its_main_module(

@@ -121,9 +121,10 @@ def _end(process: subprocess.Popen[str]) -> None:
             return
 
 
-def cause() -> str:
-    """What went wrong by the last log: its first error, with the list that this announces, else its last line."""
-    lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
+def cause(output: str | None = None) -> str:
+    """What went wrong by the output, else the last log: its first error, with the list that this announces, or its last line."""
+    output = log_path().read_text(encoding="utf-8") if output is None else output
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     # Of a warning of Julia, which begins with its own message.
     lines = [line.removeprefix("│   exception = ") for line in lines]
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]

@@ -7,12 +7,14 @@ the environment, which only has to provide their dependencies and PythonCall.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from implicit_rnn.console import say
@@ -96,12 +98,11 @@ def _start() -> dict[str, EntryPoint]:
     module = sys.modules.get("juliacall")
     running = module is not None and module.CONFIG.get("inited", False)
     if not running:
-        environment = find_environment()
-        if environment is not None:
-            os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
-            os.environ["PYTHON_JULIACALL_PROJECT"] = environment.project
-        os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
-        with threads.starting():
+        extension = "PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION"
+        settings = {extension: os.environ.get(extension, "no")}
+        if (environment := find_environment()) is not None:
+            settings |= {"PYTHON_JULIACALL_EXE": environment.exe, "PYTHON_JULIACALL_PROJECT": environment.project}
+        with _environment_restored(settings), threads.starting():
             _import_juliacall()
     else:
         juliacall = _import_juliacall()
@@ -117,6 +118,25 @@ def _start() -> dict[str, EntryPoint]:
         _allow_collection_from_other_threads()
 
 
+@contextlib.contextmanager
+def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings for the Julia that is started here, which processes started from this one don't inherit.
+
+    Nor do they what Julia sets for its own OpenBLAS, past ``os.environ``: NumPy would have one thread in them.
+    """
+    before = {name: os.environ[name] for name in settings if name in os.environ}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name in settings:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        for name in ("OPENBLAS_DEFAULT_NUM_THREADS", "OPENBLAS_MAIN_FREE"):
+            if name not in os.environ:
+                os.unsetenv(name)
+
+
 def _import_juliacall() -> Any:
     try:
         with install.stdout_kept_clean():
@@ -124,7 +144,10 @@ def _import_juliacall() -> Any:
     except Exception as error:
         settings = [name for name in ("JULIA_LOAD_PATH", "JULIA_DEPOT_PATH", "JULIA_BINDIR") if name in os.environ]
         hint = f"; perhaps by what is set in the environment: {', '.join(settings)}" if settings else ""
-        raise EngineError(f"Julia did not start: {error}{hint}") from error
+        why = str(error) or type(error).__name__
+        if isinstance(error, subprocess.CalledProcessError):
+            why = f"{error.cmd[0]} failed: {install.cause(str(error.stderr))}"
+        raise EngineError(f"Julia did not start: {why}{hint}") from error
     if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
         raise EngineError(
             "juliacall did not start Julia, as PYTHON_JULIACALL_INIT or -X juliacall-init forbids it; unset that"
