@@ -29,8 +29,8 @@ PHASES = (
 """What a line of the output tells of the phase."""
 
 TRUST = "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH, then "
-RESOLVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; juliapkg.resolve(force={force})"
-EXECUTABLE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; print(juliapkg.executable())"
+RESOLVE = "import juliapkg; juliapkg.resolve(force={force})"
+EXECUTABLE = "import json, juliapkg; print(json.dumps(juliapkg.executable()))"
 
 
 def log_path() -> Path:
@@ -41,7 +41,7 @@ def log_path() -> Path:
 def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool = False) -> None:
     """Let juliapkg install what is needed, anew if ``force``. Raises ``EngineError`` where it cannot."""
     begin = time.perf_counter()
-    if run(_python(RESOLVE.format(force=force)), env) != 0:
+    if run(python(RESOLVE.format(force=force)), env) != 0:
         why = cause()
         trust = TRUST if re.search(r"\bcert", why, re.IGNORECASE) else ""
         raise EngineError(
@@ -53,17 +53,21 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
 
 def julia_of_juliapkg(env: Mapping[str, str]) -> str:
     """The Julia executable that juliapkg uses with these settings."""
-    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not done.stdout.strip():
         said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise EngineError(f"juliapkg does not tell which Julia it has installed: {said[0]}")
-    return done.stdout.splitlines()[-1]
+    return str(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _python(code: str) -> list[str]:
-    # juliapkg looks for requirements along the path of modules: the child has that of its parent, not of the current folder.
+def python(code: str) -> list[str]:
+    """The command that runs code in a Python like this one.
+
+    It looks for modules where this one does, and juliapkg for requirements there, not in the current folder.
+    """
     settings = [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
-    return [sys.executable, *settings, "-c", code, json.dumps(sys.path)]
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    return [sys.executable, *settings, "-c", f"import sys; sys.path[:] = {path!a}\n{code}"]
 
 
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
