@@ -16,6 +16,7 @@ import pytest
 from conftest import ENVIRONMENT, Finished, RunPython, run_process
 
 import implicit_rnn as irnn
+from implicit_rnn.engines import check_engine
 from implicit_rnn.runtime import environments
 from implicit_rnn.runtime.environments import Environment
 
@@ -127,6 +128,11 @@ def test_unknown_setting_of_the_environment_is_refused_with_the_valid_names(monk
         irnn.get_engine()
 
 
+def test_empty_setting_of_the_environment_is_none(monkeypatch):
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "")
+    assert check_engine(None) == "auto"
+
+
 # --- settings that contradict each other ---------------------------------------------------------------------
 
 WHY_NO_ENGINE = """
@@ -190,6 +196,21 @@ def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, m
         environments.find_environment()
 
 
+def test_environment_may_be_given_by_options_of_python(no_prepared_julia, monkeypatch):
+    monkeypatch.setitem(sys._xoptions, "juliacall-exe", "/given/julia")
+    monkeypatch.setitem(sys._xoptions, "juliacall-project", "/given/project")
+    given = environments.explicit_environment()
+    assert (given.exe, given.project) == ("/given/julia", "/given/project")
+
+
+def test_record_that_cannot_be_written_leaves_the_earlier_one(no_prepared_julia):
+    environments.remember(Environment("julia", "/installed", "a test", ours=True))
+    environments.named_path().mkdir()
+    with pytest.raises(OSError, match=r"environment\.json"):
+        environments.remember(Environment("julia", "/named", "a test"))
+    assert environments.prepared_environment().project == "/installed"
+
+
 # --- environments that cannot work ---------------------------------------------------------------------------
 
 
@@ -216,6 +237,25 @@ def test_project_without_a_manifest_is_reported(fake_julia):
     (Path(project) / "Manifest.toml").unlink()
     with pytest.raises(irnn.EngineError, match="lacks PythonCall"):
         Environment(exe, project, "a test").check()
+
+
+def test_manifest_for_one_version_of_julia_is_read(fake_julia):
+    exe, project = fake_julia()
+    Path(project, "Manifest.toml").rename(Path(project, "Manifest-v1.11.toml"))
+    Environment(exe, project, "a test").check()
+
+
+def test_manifest_that_cannot_be_read_is_an_engine_error(fake_julia):
+    exe, project = fake_julia()
+    Path(project, "Manifest.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(irnn.EngineError, match=r"Manifest\.toml, the manifest of a Julia project, cannot be read"):
+        Environment(exe, project, "a test").check()
+
+
+@pytest.mark.parametrize(("name", "value"), [("PROJECT", "relative"), ("OFFLINE", "maybe")])
+def test_setting_that_juliapkg_refuses_is_an_engine_error(run_python: RunPython, fresh_machine, name, value):
+    done = run_python(WHY_NO_ENGINE.format("julia"), fresh_machine | {f"PYTHON_JULIAPKG_{name}": value})
+    assert done.stdout.startswith(f"juliapkg failed: PYTHON_JULIAPKG_{name} must be "), str(done)
 
 
 def test_python_call_of_another_version_is_reported_with_the_command_that_installs_the_right_one(fake_julia):

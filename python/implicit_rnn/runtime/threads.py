@@ -59,7 +59,7 @@ def _choice() -> tuple[str, str]:
 
 def _given() -> tuple[str, str]:
     wanted = requested()
-    if (given := _juliacall_option("threads")) is not None:
+    if (given := juliacall_option("threads")) is not None:
         return given, "PYTHON_JULIACALL_THREADS"
     if wanted is not None:
         return str(wanted), VARIABLE
@@ -69,7 +69,7 @@ def _given() -> tuple[str, str]:
     return str(usable_cores()), "usable cores"
 
 
-def _juliacall_option(name: str) -> str | None:
+def juliacall_option(name: str) -> str | None:
     """What the user told juliacall, by -X or by the environment."""
     value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
     return str(value) if value is not None else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
@@ -84,7 +84,7 @@ def starting() -> Iterator[None]:
     """
     threads, _ = _choice()
     several = threads != "1"
-    signals = _juliacall_option("handle_signals")
+    signals = juliacall_option("handle_signals")
     if several and signals == "no":
         raise EngineError(
             f"PYTHON_JULIACALL_HANDLE_SIGNALS=no lets Julia crash at its first garbage collection with {threads} threads; "
