@@ -310,6 +310,45 @@ def test_julia_started_before_with_several_threads_and_its_signal_handlers_is_us
     assert done.stdout == "julia 2\n", str(done)
 
 
+INTERRUPTED = {
+    "as PythonCall starts": """
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "fractions":  # which PythonCall imports
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Finder())
+    """,
+    "as the package is loaded": """
+        receive = start.receive
+        def interrupted(points, arguments):
+            start.receive = receive
+            os.kill(os.getpid(), signal.SIGINT)
+            receive(points, arguments)
+        start.receive = interrupted
+    """,
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("when", INTERRUPTED)
+def test_ctrl_c_at_the_start_is_an_interrupt_and_the_next_start_succeeds(run_python: RunPython, given_julia, when):
+    begin = """
+        import os, signal, sys
+        import implicit_rnn as irnn
+        from implicit_rnn.runtime import start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """
+    end = """
+        try:
+            irnn.get_engine()
+        except KeyboardInterrupt:
+            print("interrupted")
+        print(irnn.get_engine().name, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    """
+    done = run_python(begin + INTERRUPTED[when] + end, given_julia | {"IMPLICIT_RNN_THREADS": "1"}, timeout=120)
+    assert done.stdout == "interrupted\njulia True\n", str(done)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 def test_library_that_resets_the_handlers_of_signals_does_not_make_julia_crash(run_python, given_julia):
     """As Ray does when it shuts down; collections stop a thread that computes."""

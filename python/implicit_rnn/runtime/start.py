@@ -19,7 +19,7 @@ from typing import Any
 
 from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import install, sources, threads
+from implicit_rnn.runtime import install, interrupt, sources, threads
 from implicit_rnn.runtime.environments import find_environment, julia_string
 from implicit_rnn.runtime.interrupt import Interrupter
 
@@ -97,25 +97,27 @@ def _start() -> dict[str, EntryPoint]:
         )
     module = sys.modules.get("juliacall")
     running = module is not None and module.CONFIG.get("inited", False)
-    if not running:
-        extension = "PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION"
-        settings = {extension: os.environ.get(extension, "no")}
-        if (environment := find_environment()) is not None:
-            settings |= {"PYTHON_JULIACALL_EXE": environment.exe, "PYTHON_JULIACALL_PROJECT": environment.project}
-        with _environment_restored(settings), threads.starting():
-            _import_juliacall()
-    else:
-        juliacall = _import_juliacall()
-        threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
-    try:
-        return _load()
-    except EngineError as error:
-        where = "the Julia that was already running in this process" if running else "Julia"
-        raise EngineError(
-            f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
-        ) from None
-    finally:
-        _allow_collection_from_other_threads()
+    environment = None if running else find_environment()
+    with interrupt.held():
+        if running:
+            juliacall = _import_juliacall()
+            threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
+        else:
+            extension = "PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION"
+            settings = {extension: os.environ.get(extension, "no")}
+            if environment is not None:
+                settings |= {"PYTHON_JULIACALL_EXE": environment.exe, "PYTHON_JULIACALL_PROJECT": environment.project}
+            with _environment_restored(settings), threads.starting():
+                _import_juliacall()
+        try:
+            return _load()
+        except EngineError as error:
+            where = "the Julia that was already running in this process" if running else "Julia"
+            raise EngineError(
+                f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
+            ) from None
+        finally:
+            _allow_collection_from_other_threads()
 
 
 @contextlib.contextmanager
