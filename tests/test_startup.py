@@ -277,7 +277,7 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
         WHY_NO_ENGINE.format("julia"),
         fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
     )
-    assert done.stdout.startswith(f"Julia did not start: {exe} failed: this is no Julia"), str(done)
+    assert done.stdout.startswith(f"Julia did not start: {exe} ended with status 3: this is no Julia"), str(done)
 
 
 @pytest.mark.julia
@@ -290,6 +290,17 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
 )
 def test_setting_with_which_julia_does_not_start_is_named(run_python: RunPython, given_julia, name, value, expected):
     assert re.search(expected, run_python(WHY_NO_ENGINE.format("julia"), given_julia | {name: value}).stdout)
+
+
+def test_file_with_the_name_of_juliacall_is_told(run_python: RunPython, fresh_machine, fake_julia, tmp_path):
+    (tmp_path / "juliacall.py").write_text("")
+    exe, project = fake_julia()
+    done = run_python(
+        WHY_NO_ENGINE.format("julia") * 2,
+        fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
+    )
+    told = f"{tmp_path / 'juliacall.py'} was imported as juliacall, which it is not; give it another name"
+    assert done.stdout.splitlines() == [told, told], str(done)
 
 
 # --- Julia starts --------------------------------------------------------------------------------------------

@@ -34,13 +34,17 @@ _fault_handler: threads.FaultHandler | None = None
 _forked = False
 
 
+def _is_running() -> bool:
+    """Whether Julia runs in this process, started here or by somebody else."""
+    return bool(getattr(sys.modules.get("juliacall"), "CONFIG", {}).get("inited", False))
+
+
 def _after_fork_in_child() -> None:
     global _forked
-    module = sys.modules.get("juliacall")
-    if module is not None and module.CONFIG.get("inited", False):
+    if _is_running():
         _forked = True
         # What Julia has compiled is not in the child: juliacall's hook would be a crash before what was printed is written.
-        module.CONFIG["lib"].jl_atexit_hook = lambda status: None
+        sys.modules["juliacall"].CONFIG["lib"].jl_atexit_hook = lambda status: None
 
 
 if hasattr(os, "register_at_fork"):
@@ -95,8 +99,7 @@ def _start() -> dict[str, EntryPoint]:
             "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
             "another thread"
         )
-    module = sys.modules.get("juliacall")
-    running = module is not None and module.CONFIG.get("inited", False)
+    running = _is_running()
     environment = None if running else find_environment()
     with interrupt.held():
         if running:
@@ -148,8 +151,10 @@ def _import_juliacall() -> Any:
         hint = f"; perhaps by what is set in the environment: {', '.join(settings)}" if settings else ""
         why = str(error) or type(error).__name__
         if isinstance(error, subprocess.CalledProcessError):
-            why = f"{error.cmd[0]} failed: {install.cause(str(error.stderr))}"
+            why = f"{error.cmd[0]} ended with status {error.returncode}: {install.cause(str(error.stderr))}"
         raise EngineError(f"Julia did not start: {why}{hint}") from error
+    if not hasattr(juliacall, "CONFIG"):
+        raise EngineError(f"{juliacall.__file__} was imported as juliacall, which it is not; give it another name")
     if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
         raise EngineError(
             "juliacall did not start Julia, as PYTHON_JULIACALL_INIT or -X juliacall-init forbids it; unset that"
