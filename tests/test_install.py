@@ -132,7 +132,8 @@ def test_child_that_installs_has_the_path_and_the_options_of_its_parent(stand_in
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_during_an_installation_ends_all_its_processes(stand_in):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_end_of_an_installation_by_a_signal_is_that_of_all_its_processes(stand_in, name):
     (home(stand_in) / "slow").touch()
     code = "import implicit_rnn as irnn; irnn.get_engine('julia')"
     process = subprocess.Popen([sys.executable, "-c", code], env=stand_in, stderr=subprocess.PIPE, text=True)
@@ -140,9 +141,12 @@ def test_ctrl_c_during_an_installation_ends_all_its_processes(stand_in):
     deadline = time.monotonic() + 30
     while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in stderr
+    if name == "SIGINT":
+        assert "KeyboardInterrupt" in stderr
+    else:
+        assert process.returncode == 128 + getattr(signal, name), stderr
     deadline = time.monotonic() + 10
     while is_running(int(child.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -73,7 +74,7 @@ def python(code: str) -> list[str]:
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
 
-    What it starts ends with it when this process is interrupted. Raises ``EngineError`` where the log cannot be written.
+    What it starts ends with it when this process is interrupted or ended. Raises ``EngineError`` where the log cannot be written.
     """
     begin, phase = time.perf_counter(), -1
     with (
@@ -88,6 +89,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
             errors="replace",
             start_new_session=True,
         ) as process,
+        _exit_when_told_to_end(),
     ):
         assert process.stdout is not None
         try:
@@ -102,6 +104,25 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
         except BaseException:
             _end(process)
             raise
+
+
+@contextlib.contextmanager
+def _exit_when_told_to_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which would end this process alone, raise SystemExit; handlers of the user's stay."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _open_log() -> TextIO:
