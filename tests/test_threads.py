@@ -310,6 +310,39 @@ def test_julia_started_before_with_several_threads_and_its_signal_handlers_is_us
     assert done.stdout == "julia 2\n", str(done)
 
 
+SLEEPING = "(z, a) -> (ccall(:sleep, Cuint, (Cuint,), 60); z - a)"
+COMPUTE = {
+    "a fit, which is stopped": "net.fit(X, X, epochs=10**9, progress=False)",
+    "what cannot be stopped": f"irnn.root(irnn.julia('{SLEEPING}'), [1.0], args=(0.0,), engine='julia')",
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sleep of POSIX")
+@pytest.mark.parametrize("what", COMPUTE)
+def test_process_whose_daemon_thread_computes_ends_as_any(run_python: RunPython, given_julia, what):
+    code = f"""
+        import atexit, sys, threading, time
+        import numpy as np
+        import implicit_rnn as irnn
+        from implicit_rnn.runtime import start
+        def told():  # after Julia's end
+            thread.join(0.5)
+            print(thread.is_alive())
+        atexit.register(told)
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=2, engine="julia")
+        X = np.eye(2)
+        net.predict(X)
+        start.SECONDS_TO_STOP = 2.0
+        thread = threading.Thread(target=lambda: {COMPUTE[what]}, daemon=True)
+        thread.start()
+        time.sleep(1)
+        sys.exit(3)
+    """
+    done = run_python(code, given_julia, timeout=30)
+    expected = "False\n" if what == "a fit, which is stopped" else "True\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, expected, ""), str(done)
+
+
 INTERRUPTED = {
     "as PythonCall starts": """
         class Finder:

@@ -63,7 +63,7 @@ class Interrupter:
         if threading.get_ident() != self._main:
             return function(*arguments)
         if self._flag.value:
-            self._settle()
+            self.settle()
         try:
             self._other = self._name_socket()
             try:
@@ -73,10 +73,15 @@ class Interrupter:
                 signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
         except KeyboardInterrupt:
             signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
-            self._settle()
+            self.settle()
             raise KeyboardInterrupt from None
 
-    def _settle(self) -> None:
+    def stop(self) -> None:
+        """Stop the call that is running, on whatever thread."""
+        self._flag.value = 1
+
+    def settle(self) -> None:
+        """Forget the interrupts that have come."""
         with self._lock:
             self._read()
             self._flag.value = 0

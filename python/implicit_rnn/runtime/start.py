@@ -32,6 +32,8 @@ _entry_points: dict[str, EntryPoint] | None = None
 _interrupter: Interrupter | None = None
 _fault_handler: threads.FaultHandler | None = None
 _forked = False
+_ending = False
+SECONDS_TO_STOP = 5.0
 
 
 def _is_running() -> bool:
@@ -72,9 +74,32 @@ def entry_points() -> dict[str, EntryPoint]:
                 _interrupter = Interrupter(points["interrupt_address"]())
                 _fault_handler = threads.FaultHandler() if os.name == "posix" else None
                 _entry_points = points
+                atexit.register(_end_calls)  # runs before juliacall's own hook, which was registered earlier
     if _fault_handler is not None:
         _fault_handler.restore()
     return _entry_points
+
+
+def _end_calls() -> None:
+    """Stop what a daemon thread computes, and let no other thread begin, as Julia is about to end with the process.
+
+    Where it cannot be stopped, Julia is left as it is: its end would be a crash of the thread.
+    """
+    global _ending
+    assert _interrupter is not None
+    if _forked or LOCK.acquire(blocking=False):
+        return
+    _ending = True
+    _interrupter.stop()
+    if LOCK.acquire(timeout=SECONDS_TO_STOP):
+        _interrupter.settle()
+    else:
+        sys.modules["juliacall"].CONFIG["lib"].jl_atexit_hook = lambda status: None
+
+
+def is_stopped() -> bool:
+    """Whether the calls of this thread are stopped, as the process ends."""
+    return _ending and threading.current_thread() is not threading.main_thread()
 
 
 def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:
