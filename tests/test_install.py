@@ -210,6 +210,13 @@ def test_what_was_installed_earlier_with_another_juliacall_is_not_used(run_pytho
     assert "cannot be reached" in run_python(FIND, without_server(stand_in)).stderr
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null"])
+def test_damaged_record_of_juliapkg_is_none(run_python: RunPython, stand_in, fake_julia, content):
+    installed_earlier(stand_in, fake_julia)
+    (home(stand_in) / "julia_env" / "pyjuliapkg" / "meta.json").write_text(content)
+    assert "EngineError: no Julia environment is prepared" in run_python(FIND, without_server(stand_in)).stderr
+
+
 def test_doctor_installs_nothing_without_being_asked(run_python: RunPython, stand_in):
     code = "from implicit_rnn import cli; cli.main(['doctor', '--json'])"
     report = json.loads(run_python(code, stand_in).stdout)

@@ -237,10 +237,11 @@ def _installed_earlier(project: str) -> Environment | None:
     """What juliapkg left in its project, where it can do nothing about it now; None where that would not work."""
     try:
         record = json.loads((Path(project) / "pyjuliapkg" / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = str(record["executable"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     # A Julia that juliapkg downloaded lies in its project, and has moved along where that has been moved.
-    places = (str(record.get("executable")), str(Path(project) / "pyjuliapkg" / "install" / "bin" / "julia"))
+    places = (recorded, str(Path(project) / "pyjuliapkg" / "install" / "bin" / "julia"))
     exe = next(filter(None, map(shutil.which, places)), places[0])
     environment = Environment(exe, project, "installed earlier by juliapkg")
     try:
