@@ -21,7 +21,7 @@ from test_startup import WHY_NO_ENGINE
 import implicit_rnn as irnn
 from implicit_rnn.runtime import environments, install, package_server
 from implicit_rnn.runtime.environments import Environment
-from implicit_rnn.runtime.setup import remove
+from implicit_rnn.runtime.setup import remove, setup
 
 STAND_IN = """
     import json, os, sys, time
@@ -60,7 +60,7 @@ def stand_in(tmp_path: Path, fake_julia) -> dict:
     (home / "julia_env").mkdir()
     names = [name for name in os.environ if name.startswith(("PYTHON_JULIA", "JULIA_", "IMPLICIT_RNN"))]
     return {name: value for name, value in os.environ.items() if name not in names} | {
-        "PYTHONPATH": str(home / "path"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(home / "path"), os.environ.get("PYTHONPATH")])),
         "XDG_CONFIG_HOME": str(home / "config"),
         "XDG_DATA_HOME": str(home / "data"),
         "XDG_STATE_HOME": str(home / "state"),
@@ -119,16 +119,21 @@ def test_installation_works_where_stderr_is_no_file(run_python: RunPython, stand
 def test_child_that_installs_has_the_path_and_the_options_of_its_parent(stand_in, tmp_path):
     (tmp_path / "decoy").mkdir()
     (tmp_path / "decoy" / "juliapkg.json").write_text("{}")
-    code = "import sys; sys.path.insert(0, '/somewhere/else')\n" + textwrap.dedent(ENGINE)
-    command = [sys.executable, "-X", "juliapkg-test=5", "-c", code]
-    subprocess.run(command, env=stand_in, cwd=tmp_path, check=True, capture_output=True)
+    (tmp_path / "decoy" / "json.py").write_text("raise SystemExit('this is not the json of Python')")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import pathlib, sys; sys.path[:0] = [pathlib.Path('/no/text'), '/ä']\n" + textwrap.dedent(ENGINE), "utf-8"
+    )
+    command = [sys.executable, "-X", "juliapkg-test=5", str(script)]
+    subprocess.run(command, env=stand_in, cwd=tmp_path / "decoy", check=True, capture_output=True)
     (call,) = calls(stand_in)
-    assert call["path"][0] == "/somewhere/else"
+    assert call["path"][:2] == ["/ä", str(tmp_path)]
     assert call["xoptions"]["juliapkg-test"] == "5"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
-def test_ctrl_c_during_an_installation_ends_all_its_processes(stand_in):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_end_of_an_installation_by_a_signal_is_that_of_all_its_processes(stand_in, name):
     (home(stand_in) / "slow").touch()
     code = "import implicit_rnn as irnn; irnn.get_engine('julia')"
     process = subprocess.Popen([sys.executable, "-c", code], env=stand_in, stderr=subprocess.PIPE, text=True)
@@ -136,9 +141,12 @@ def test_ctrl_c_during_an_installation_ends_all_its_processes(stand_in):
     deadline = time.monotonic() + 30
     while not (child.exists() and child.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(getattr(signal, name))
     _, stderr = process.communicate(timeout=30)
-    assert "KeyboardInterrupt" in stderr
+    if name == "SIGINT":
+        assert "KeyboardInterrupt" in stderr
+    else:
+        assert process.returncode == 128 + getattr(signal, name), stderr
     deadline = time.monotonic() + 10
     while is_running(int(child.read_text())) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -200,6 +208,13 @@ def test_what_was_installed_earlier_is_used_with_its_julia_where_both_have_been_
 def test_what_was_installed_earlier_with_another_juliacall_is_not_used(run_python: RunPython, stand_in, fake_julia):
     installed_earlier(stand_in, fake_julia, "0.9.2")
     assert "cannot be reached" in run_python(FIND, without_server(stand_in)).stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "null"])
+def test_damaged_record_of_juliapkg_is_none(run_python: RunPython, stand_in, fake_julia, content):
+    installed_earlier(stand_in, fake_julia)
+    (home(stand_in) / "julia_env" / "pyjuliapkg" / "meta.json").write_text(content)
+    assert "EngineError: no Julia environment is prepared" in run_python(FIND, without_server(stand_in)).stderr
 
 
 def test_doctor_installs_nothing_without_being_asked(run_python: RunPython, stand_in):
@@ -367,6 +382,14 @@ def test_prepared_environment_of_another_juliacall_says_to_run_setup_again(fake_
     exe, project = fake_julia("0.9.2")
     with pytest.raises(irnn.EngineError, match=r"run `implicit-rnn setup` again, or pip install juliacall==0\.9\.2"):
         Environment(exe, project, "a test", ours=True).check()
+
+
+def test_setup_tries_this_package_and_no_folder_of_its_name(no_prepared_julia, fake_julia, tmp_path, monkeypatch):
+    exe, project = fake_julia()
+    (tmp_path / "implicit_rnn.py").write_text("raise SystemExit('this is not the package')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(irnn.EngineError, match="this is no Julia"):
+        setup(exe, project)
 
 
 # --- the Julia projects --------------------------------------------------------------------------------------

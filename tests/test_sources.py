@@ -72,6 +72,22 @@ def test_installation_goes_on_with_its_own_sources_where_they_cannot_be_copied(s
     assert sources.locate([str(depot)]) == shipped
 
 
+def test_installation_goes_on_with_its_own_sources_where_julia_has_no_depot(shipped):
+    assert sources.locate([]) == shipped
+
+
+def test_copy_that_may_not_be_read_is_not_used(shipped, depot, monkeypatch):
+    copy, read_bytes = sources.locate([str(depot)]), Path.read_bytes
+
+    def refused(path: Path) -> bytes:
+        if path.is_relative_to(copy):
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert sources.locate([str(depot)]) == shipped
+
+
 def test_copy_that_was_changed_is_not_used(shipped, depot):
     copy = sources.locate([str(depot)])
     (copy / "src" / "ImplicitRNN.jl").write_text("module ImplicitRNN; something_else() = 1; end")

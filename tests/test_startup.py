@@ -16,6 +16,7 @@ import pytest
 from conftest import ENVIRONMENT, Finished, RunPython, run_process
 
 import implicit_rnn as irnn
+from implicit_rnn.engines import check_engine
 from implicit_rnn.runtime import environments
 from implicit_rnn.runtime.environments import Environment
 
@@ -127,6 +128,11 @@ def test_unknown_setting_of_the_environment_is_refused_with_the_valid_names(monk
         irnn.get_engine()
 
 
+def test_empty_setting_of_the_environment_is_none(monkeypatch):
+    monkeypatch.setenv("IMPLICIT_RNN_ENGINE", "")
+    assert check_engine(None) == "auto"
+
+
 # --- settings that contradict each other ---------------------------------------------------------------------
 
 WHY_NO_ENGINE = """
@@ -190,6 +196,21 @@ def test_explicit_environment_comes_before_the_prepared_one(no_prepared_julia, m
         environments.find_environment()
 
 
+def test_environment_may_be_given_by_options_of_python(no_prepared_julia, monkeypatch):
+    monkeypatch.setitem(sys._xoptions, "juliacall-exe", "/given/julia")
+    monkeypatch.setitem(sys._xoptions, "juliacall-project", "/given/project")
+    given = environments.explicit_environment()
+    assert (given.exe, given.project) == ("/given/julia", "/given/project")
+
+
+def test_record_that_cannot_be_written_leaves_the_earlier_one(no_prepared_julia):
+    environments.remember(Environment("julia", "/installed", "a test", ours=True))
+    environments.named_path().mkdir()
+    with pytest.raises(OSError, match=r"environment\.json"):
+        environments.remember(Environment("julia", "/named", "a test"))
+    assert environments.prepared_environment().project == "/installed"
+
+
 # --- environments that cannot work ---------------------------------------------------------------------------
 
 
@@ -218,6 +239,25 @@ def test_project_without_a_manifest_is_reported(fake_julia):
         Environment(exe, project, "a test").check()
 
 
+def test_manifest_for_one_version_of_julia_is_read(fake_julia):
+    exe, project = fake_julia()
+    Path(project, "Manifest.toml").rename(Path(project, "Manifest-v1.11.toml"))
+    Environment(exe, project, "a test").check()
+
+
+def test_manifest_that_cannot_be_read_is_an_engine_error(fake_julia):
+    exe, project = fake_julia()
+    Path(project, "Manifest.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(irnn.EngineError, match=r"Manifest\.toml, the manifest of a Julia project, cannot be read"):
+        Environment(exe, project, "a test").check()
+
+
+@pytest.mark.parametrize(("name", "value"), [("PROJECT", "relative"), ("OFFLINE", "maybe")])
+def test_setting_that_juliapkg_refuses_is_an_engine_error(run_python: RunPython, fresh_machine, name, value):
+    done = run_python(WHY_NO_ENGINE.format("julia"), fresh_machine | {f"PYTHON_JULIAPKG_{name}": value})
+    assert done.stdout.startswith(f"juliapkg failed: PYTHON_JULIAPKG_{name} must be "), str(done)
+
+
 def test_python_call_of_another_version_is_reported_with_the_command_that_installs_the_right_one(fake_julia):
     exe, project = fake_julia("0.9.2")
     installed = metadata.version("juliacall")
@@ -237,7 +277,7 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
         WHY_NO_ENGINE.format("julia"),
         fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
     )
-    assert done.stdout.startswith("Julia did not start: "), str(done)
+    assert done.stdout.startswith(f"Julia did not start: {exe} ended with status 3: this is no Julia"), str(done)
 
 
 @pytest.mark.julia
@@ -250,6 +290,17 @@ def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fre
 )
 def test_setting_with_which_julia_does_not_start_is_named(run_python: RunPython, given_julia, name, value, expected):
     assert re.search(expected, run_python(WHY_NO_ENGINE.format("julia"), given_julia | {name: value}).stdout)
+
+
+def test_file_with_the_name_of_juliacall_is_told(run_python: RunPython, fresh_machine, fake_julia, tmp_path):
+    (tmp_path / "juliacall.py").write_text("")
+    exe, project = fake_julia()
+    done = run_python(
+        WHY_NO_ENGINE.format("julia") * 2,
+        fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
+    )
+    told = f"{tmp_path / 'juliacall.py'} was imported as juliacall, which it is not; give it another name"
+    assert done.stdout.splitlines() == [told, told], str(done)
 
 
 # --- Julia starts --------------------------------------------------------------------------------------------
@@ -314,6 +365,26 @@ def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     given = {"PYTHON_JULIACALL_EXE": julia_environment.exe, "PYTHON_JULIACALL_PROJECT": str(project)}
     done = run_python(code, settings | given | {"PYTHONPATH": path, "XDG_CONFIG_HOME": str(tmp_path)}, 540)
     assert done.stdout == f"{version} [True, True, True]\n", str(done)
+
+
+def test_processes_started_from_one_with_julia_have_its_environment_without_what_julia_needs(
+    run_python: RunPython, no_prepared_julia, julia_environment
+):
+    """Else another virtual environment would get this one's packages, and NumPy one thread."""
+    environments.remember(julia_environment)
+    code = """
+        import os, subprocess, sys
+        import implicit_rnn as irnn
+        def inherited():
+            names = subprocess.run([sys.executable, "-c", "import os; print(*os.environ)"], capture_output=True, text=True)
+            return [name for name in names.stdout.split() if "JULIACALL" in name or "OPENBLAS" in name]
+        before = dict(os.environ)
+        print(irnn.get_engine("julia").name, inherited(), dict(os.environ) == before)
+    """
+    settings = ENVIRONMENT | {"XDG_CONFIG_HOME": os.environ["XDG_CONFIG_HOME"]}
+    env = {name: value for name, value in settings.items() if "JULIACALL" not in name and "OPENBLAS" not in name}
+    done = run_python(code, env)
+    assert done.stdout == "julia [] True\n", str(done)
 
 
 def test_julia_that_somebody_else_has_started_is_used_whatever_names_are_in_its_main_module(

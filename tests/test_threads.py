@@ -278,7 +278,7 @@ def test_running_julia_with_another_number_of_threads_is_reported(no_settings):
 
 
 def test_running_julia_is_taken_as_it_is_where_nothing_was_asked_for(no_settings, recwarn):
-    threads.check_running({"opt_handle_signals": True}, 4)
+    threads.check_running({"opt_handle_signals": "yes"}, 4)
     assert not recwarn.list
 
 
@@ -296,6 +296,90 @@ def test_engine_works_in_a_julia_started_before(run_python: RunPython, given_jul
     assert done.stdout.strip() == str(
         ["Julia was already started in this process with 1 thread, so IMPLICIT_RNN_THREADS=2 has no effect"]
     ), str(done)
+
+
+def test_julia_started_before_with_several_threads_and_its_signal_handlers_is_used(run_python: RunPython, given_julia):
+    code = """
+        import juliacall
+        import implicit_rnn as irnn
+        engine = irnn.get_engine("julia").name
+        print(engine, juliacall.Main.seval("Threads.nthreads()"))
+    """
+    settings = {"PYTHON_JULIACALL_THREADS": "2", "PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"}
+    done = run_python(code, given_julia | settings, timeout=120)
+    assert done.stdout == "julia 2\n", str(done)
+
+
+SLEEPING = "(z, a) -> (ccall(:sleep, Cuint, (Cuint,), 60); z - a)"
+COMPUTE = {
+    "a fit, which is stopped": "net.fit(X, X, epochs=10**9, progress=False)",
+    "what cannot be stopped": f"irnn.root(irnn.julia('{SLEEPING}'), [1.0], args=(0.0,), engine='julia')",
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sleep of POSIX")
+@pytest.mark.parametrize("what", COMPUTE)
+def test_process_whose_daemon_thread_computes_ends_as_any(run_python: RunPython, given_julia, what):
+    code = f"""
+        import atexit, sys, threading, time
+        import numpy as np
+        import implicit_rnn as irnn
+        from implicit_rnn.runtime import start
+        def told():  # after Julia's end
+            thread.join(0.5)
+            print(thread.is_alive())
+        atexit.register(told)
+        net = irnn.Network(2, [irnn.Layer(2)], outputs=2, engine="julia")
+        X = np.eye(2)
+        net.predict(X)
+        start.SECONDS_TO_STOP = 2.0
+        thread = threading.Thread(target=lambda: {COMPUTE[what]}, daemon=True)
+        thread.start()
+        time.sleep(1)
+        sys.exit(3)
+    """
+    done = run_python(code, given_julia, timeout=30)
+    expected = "False\n" if what == "a fit, which is stopped" else "True\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, expected, ""), str(done)
+
+
+INTERRUPTED = {
+    "as PythonCall starts": """
+        class Finder:
+            def find_spec(self, name, path=None, target=None):
+                if name == "fractions":  # which PythonCall imports
+                    os.kill(os.getpid(), signal.SIGINT)
+        sys.meta_path.insert(0, Finder())
+    """,
+    "as the package is loaded": """
+        receive = start.receive
+        def interrupted(points, arguments):
+            start.receive = receive
+            os.kill(os.getpid(), signal.SIGINT)
+            receive(points, arguments)
+        start.receive = interrupted
+    """,
+}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("when", INTERRUPTED)
+def test_ctrl_c_at_the_start_is_an_interrupt_and_the_next_start_succeeds(run_python: RunPython, given_julia, when):
+    begin = """
+        import os, signal, sys
+        import implicit_rnn as irnn
+        from implicit_rnn.runtime import start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    """
+    end = """
+        try:
+            irnn.get_engine()
+        except KeyboardInterrupt:
+            print("interrupted")
+        print(irnn.get_engine().name, signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+    """
+    done = run_python(begin + INTERRUPTED[when] + end, given_julia | {"IMPLICIT_RNN_THREADS": "1"}, timeout=120)
+    assert done.stdout == "interrupted\njulia True\n", str(done)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")

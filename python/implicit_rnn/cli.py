@@ -290,7 +290,7 @@ def _setup(options: argparse.Namespace) -> int:
     from implicit_rnn.runtime.setup import remove, setup
 
     if options.remove:
-        if options.julia or options.project or options.cuda:
+        if options.julia is not None or options.project is not None or options.cuda:
             raise ValueError("--remove deletes all that setup has made; it goes with no other option")
         for path in remove():
             say(f"deleted {path}")

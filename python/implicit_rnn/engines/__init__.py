@@ -48,7 +48,7 @@ def get_engine(name: str | None = None) -> Engine:
 
 def check_engine(name: str | None) -> str:
     """The name of an engine, checked; ``None`` stands for IMPLICIT_RNN_ENGINE, else "auto"."""
-    chosen = os.environ.get("IMPLICIT_RNN_ENGINE", "auto") if name is None else name
+    chosen = (os.environ.get("IMPLICIT_RNN_ENGINE") or "auto") if name is None else name
     check_choice("IMPLICIT_RNN_ENGINE" if name is None else "engine", chosen, ENGINES)
     return chosen
 

@@ -26,7 +26,7 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
     report: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.platform()}",
         "packages": {name: _version(name) for name in PACKAGES},
-        "engine setting": os.environ.get("IMPLICIT_RNN_ENGINE", "auto"),
+        "engine setting": os.environ.get("IMPLICIT_RNN_ENGINE") or "auto",
         "numpy engine": f"ready, NumPy {np.__version__}",
     }
     if hint := _depot_hint():

@@ -17,7 +17,9 @@ import platformdirs
 
 from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
+from implicit_rnn.files import write_atomically
 from implicit_rnn.runtime import install
+from implicit_rnn.runtime.threads import juliacall_option
 
 JULIA_SOURCES = Path(__file__).parent.parent / "julia"
 SETUP_HINT = "run `implicit-rnn setup` where there is a network, or `implicit-rnn setup --julia EXE --project DIR`"
@@ -37,7 +39,7 @@ class Environment:
         """EngineError where this environment cannot work with the installed juliacall."""
         if shutil.which(self.exe) is None:
             raise EngineError(f"the Julia executable {self.exe!r} ({self.source}) does not exist or cannot be run")
-        if not Path(self.project).is_dir():
+        if not os.path.isdir(self.project):
             raise EngineError(f"the Julia project {self.project!r} ({self.source}) is not a folder")
         versions = manifest_versions(self.project)
         missing = _missing(versions)
@@ -68,17 +70,24 @@ def dependencies() -> list[str]:
 
 
 def manifest_versions(project: str | Path) -> dict[str, str | None]:
-    """Packages of a Julia project's manifest with their versions; empty where it has none."""
-    for name in ("JuliaManifest.toml", "Manifest.toml"):
-        path = Path(project) / name
-        if path.is_file():
-            entries = re.split(r"^\[\[deps\.(\w+)\]\]$", path.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
-            found = {}
-            for package, body in zip(entries[::2], entries[1::2], strict=True):
-                version = re.search(r'^version = "([^"+]*)', body, re.MULTILINE)
-                found[package] = version.group(1) if version else None
-            return found
-    return {}
+    """Packages of a Julia project's manifest with their versions; empty where it has none. EngineError if it cannot be read."""
+    folder = Path(project)
+    names = ["JuliaManifest.toml", "Manifest.toml"]
+    # A manifest for one version of Julia comes before one for all, and that of the newest is the likeliest.
+    names = sorted((path.name for path in folder.glob("*Manifest-v*.toml")), reverse=True) + names
+    path = next((folder / name for name in names if os.path.isfile(folder / name)), None)
+    if path is None:
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise EngineError(f"{path}, the manifest of a Julia project, cannot be read: {error}") from error
+    entries = re.split(r"^\[\[deps\.(\w+)\]\]$", text, flags=re.MULTILINE)[1:]
+    found = {}
+    for package, body in zip(entries[::2], entries[1::2], strict=True):
+        version = re.search(r'^version = "([^"+]*)', body, re.MULTILINE)
+        found[package] = version.group(1) if version else None
+    return found
 
 
 # --- which environment ---------------------------------------------------------------------------------------
@@ -106,13 +115,13 @@ def remember(environment: Environment) -> None:
     One that was named counts for all installations that have none of their own, and for this one in any case.
     """
     path = installed_path() if environment.ours else named_path()
-    if not environment.ours:
-        installed_path().unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     from implicit_rnn import __version__
 
     record = {"exe": environment.exe, "project": environment.project, "version": __version__}
-    path.write_text(json.dumps(record, indent=2), encoding="utf-8")
+    write_atomically(path, json.dumps(record, indent=2).encode())
+    if not environment.ours:
+        installed_path().unlink(missing_ok=True)
 
 
 def prepared_environment() -> Environment | None:
@@ -138,8 +147,8 @@ def _recorded(path: Path) -> Environment:
 
 
 def explicit_environment() -> Environment | None:
-    """The environment of PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT; EngineError if only one is set."""
-    exe, project = os.environ.get("PYTHON_JULIACALL_EXE") or None, os.environ.get("PYTHON_JULIACALL_PROJECT") or None
+    """The environment of PYTHON_JULIACALL_EXE and PYTHON_JULIACALL_PROJECT, or of -X; EngineError if only one is set."""
+    exe, project = (juliacall_option(name) or None for name in ("exe", "project"))
     if (exe is None) != (project is None):
         given, absent = ("EXE", "PROJECT") if exe else ("PROJECT", "EXE")
         raise EngineError(f"PYTHON_JULIACALL_{given} is set but PYTHON_JULIACALL_{absent} is not; set both, or neither")
@@ -193,7 +202,10 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
 
 def _juliapkg_project() -> str:
     with install.stdout_kept_clean():
-        from juliapkg.state import STATE  # juliapkg.project() would install before it answers
+        try:
+            from juliapkg.state import STATE  # juliapkg.project() would install before it answers
+        except Exception as error:  # a setting that it does not take
+            raise EngineError(f"juliapkg failed: {error}") from error
 
     return str(STATE["project"])
 
@@ -225,10 +237,11 @@ def _installed_earlier(project: str) -> Environment | None:
     """What juliapkg left in its project, where it can do nothing about it now; None where that would not work."""
     try:
         record = json.loads((Path(project) / "pyjuliapkg" / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        recorded = str(record["executable"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     # A Julia that juliapkg downloaded lies in its project, and has moved along where that has been moved.
-    places = (str(record.get("executable")), str(Path(project) / "pyjuliapkg" / "install" / "bin" / "julia"))
+    places = (recorded, str(Path(project) / "pyjuliapkg" / "install" / "bin" / "julia"))
     exe = next(filter(None, map(shutil.which, places)), places[0])
     environment = Environment(exe, project, "installed earlier by juliapkg")
     try:

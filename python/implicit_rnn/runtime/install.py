@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -29,8 +30,8 @@ PHASES = (
 """What a line of the output tells of the phase."""
 
 TRUST = "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH, then "
-RESOLVE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; juliapkg.resolve(force={force})"
-EXECUTABLE = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); import juliapkg; print(juliapkg.executable())"
+RESOLVE = "import juliapkg; juliapkg.resolve(force={force})"
+EXECUTABLE = "import json, juliapkg; print(json.dumps(juliapkg.executable()))"
 
 
 def log_path() -> Path:
@@ -41,7 +42,7 @@ def log_path() -> Path:
 def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool = False) -> None:
     """Let juliapkg install what is needed, anew if ``force``. Raises ``EngineError`` where it cannot."""
     begin = time.perf_counter()
-    if run(_python(RESOLVE.format(force=force)), env) != 0:
+    if run(python(RESOLVE.format(force=force)), env) != 0:
         why = cause()
         trust = TRUST if re.search(r"\bcert", why, re.IGNORECASE) else ""
         raise EngineError(
@@ -53,23 +54,27 @@ def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool =
 
 def julia_of_juliapkg(env: Mapping[str, str]) -> str:
     """The Julia executable that juliapkg uses with these settings."""
-    done = subprocess.run(_python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not done.stdout.strip():
         said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
         raise EngineError(f"juliapkg does not tell which Julia it has installed: {said[0]}")
-    return done.stdout.splitlines()[-1]
+    return str(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _python(code: str) -> list[str]:
-    # juliapkg looks for requirements along the path of modules: the child has that of its parent, not of the current folder.
+def python(code: str) -> list[str]:
+    """The command that runs code in a Python like this one.
+
+    It looks for modules where this one does, and juliapkg for requirements there, not in the current folder.
+    """
     settings = [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
-    return [sys.executable, *settings, "-c", code, json.dumps(sys.path)]
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    return [sys.executable, *settings, "-c", f"import sys; sys.path[:] = {path!a}\n{code}"]
 
 
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
 
-    What it starts ends with it when this process is interrupted. Raises ``EngineError`` where the log cannot be written.
+    What it starts ends with it when this process is interrupted or ended. Raises ``EngineError`` where the log cannot be written.
     """
     begin, phase = time.perf_counter(), -1
     with (
@@ -84,6 +89,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
             errors="replace",
             start_new_session=True,
         ) as process,
+        _exit_when_told_to_end(),
     ):
         assert process.stdout is not None
         try:
@@ -98,6 +104,25 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
         except BaseException:
             _end(process)
             raise
+
+
+@contextlib.contextmanager
+def _exit_when_told_to_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP, which would end this process alone, raise SystemExit; handlers of the user's stay."""
+    names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    for number in ours:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _open_log() -> TextIO:
@@ -121,9 +146,10 @@ def _end(process: subprocess.Popen[str]) -> None:
             return
 
 
-def cause() -> str:
-    """What went wrong by the last log: its first error, with the list that this announces, else its last line."""
-    lines = [line.strip() for line in log_path().read_text(encoding="utf-8").splitlines() if line.strip()]
+def cause(output: str | None = None) -> str:
+    """What went wrong by the output, else the last log: its first error, with the list that this announces, or its last line."""
+    output = log_path().read_text(encoding="utf-8") if output is None else output
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     # Of a warning of Julia, which begins with its own message.
     lines = [line.removeprefix("│   exception = ") for line in lines]
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]

@@ -1,4 +1,4 @@
-"""Ctrl-C while Julia computes: SIGINT raises the flag at which Julia's loops stop.
+"""Ctrl-C while Julia computes or starts: SIGINT raises the flag at which Julia's loops stop.
 
 Python runs its handler of SIGINT, which raises KeyboardInterrupt, when the main thread is back from Julia. But at once it
 writes the number of the signal to the file descriptor that ``signal.set_wakeup_fd`` names. That is a socket here, at which a
@@ -15,8 +15,28 @@ import selectors
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Around the start of Julia, in the main thread: Ctrl-C waits for its end, and takes the place of an error.
+
+    A Julia that is left half started cannot be started again, and one whose processes were stopped is no reason to fall back.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler):  # nothing of Python's happens at a Ctrl-C
+        yield
+        return
+    come: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: come.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if come:
+            handler(*come[0])
 
 
 class Interrupter:
@@ -43,7 +63,7 @@ class Interrupter:
         if threading.get_ident() != self._main:
             return function(*arguments)
         if self._flag.value:
-            self._settle()
+            self.settle()
         try:
             self._other = self._name_socket()
             try:
@@ -53,10 +73,15 @@ class Interrupter:
                 signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
         except KeyboardInterrupt:
             signal.set_wakeup_fd(self._other, warn_on_full_buffer=False)
-            self._settle()
+            self.settle()
             raise KeyboardInterrupt from None
 
-    def _settle(self) -> None:
+    def stop(self) -> None:
+        """Stop the call that is running, on whatever thread."""
+        self._flag.value = 1
+
+    def settle(self) -> None:
+        """Forget the interrupts that have come."""
         with self._lock:
             self._read()
             self._flag.value = 0

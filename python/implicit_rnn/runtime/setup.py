@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import platformdirs
@@ -12,6 +11,15 @@ import platformdirs
 from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import environments, gpu, install, package_server
 from implicit_rnn.runtime.environments import Environment
+
+START = """
+import implicit_rnn
+try:
+    implicit_rnn.get_engine("julia")
+except implicit_rnn.EngineError as error:
+    print("EngineError:", error, flush=True)  # first in the log, before what led to it
+    raise
+"""
 
 
 def setup(julia: str | None = None, project: str | None = None, *, cuda: bool = False) -> Environment:
@@ -75,6 +83,5 @@ def _precompile(environment: Environment) -> None:
         "PYTHON_JULIACALL_PROJECT": environment.project,
         "IMPLICIT_RNN_ENGINE": "julia",
     }
-    code = "import implicit_rnn; implicit_rnn.get_engine('julia')"
-    if install.run([sys.executable, "-c", code], settings) != 0:
+    if install.run(install.python(START), settings) != 0:
         raise EngineError(f"Julia did not start with the project {environment.project}: {install.cause()}")

@@ -25,17 +25,25 @@ MODIFIED = 315532800.0
 def locate(depots: Iterable[str]) -> Path:
     """Where the sources are that Julia is to load: in one of the depots, into the first of which they are copied if need be.
 
-    A checkout goes on with its own tree, and so does an installation whose copy cannot be written, or has been changed.
+    A checkout goes on with its own tree, and so does an installation whose copy cannot be written or read, or has been changed.
     """
     shipped = JULIA_SOURCES.resolve()
     if JULIA_SOURCES.is_symlink():
         return shipped
     name = _digest(shipped)
     places = [Path(depot) / "packages" / "ImplicitRNN" / name for depot in depots]
-    if not any(place.is_dir() for place in places):
+    if places and not any(map(os.path.isdir, places)):
         with contextlib.suppress(OSError):
             _copy(shipped, places[0])
-    return next((place for place in places if place.is_dir() and _digest(place) == name), shipped)
+    return next((place for place in places if _holds(place, name)), shipped)
+
+
+def _holds(place: Path, name: str) -> bool:
+    """Whether the copy at a place is there, may be read, and is what its name says."""
+    try:
+        return os.path.isdir(place) and _digest(place) == name
+    except OSError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:

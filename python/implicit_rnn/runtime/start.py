@@ -7,17 +7,19 @@ the environment, which only has to provide their dependencies and PythonCall.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
-from implicit_rnn.runtime import install, sources, threads
+from implicit_rnn.runtime import install, interrupt, sources, threads
 from implicit_rnn.runtime.environments import find_environment, julia_string
 from implicit_rnn.runtime.interrupt import Interrupter
 
@@ -30,15 +32,21 @@ _entry_points: dict[str, EntryPoint] | None = None
 _interrupter: Interrupter | None = None
 _fault_handler: threads.FaultHandler | None = None
 _forked = False
+_ending = False
+SECONDS_TO_STOP = 5.0
+
+
+def _is_running() -> bool:
+    """Whether Julia runs in this process, started here or by somebody else."""
+    return bool(getattr(sys.modules.get("juliacall"), "CONFIG", {}).get("inited", False))
 
 
 def _after_fork_in_child() -> None:
     global _forked
-    module = sys.modules.get("juliacall")
-    if module is not None and module.CONFIG.get("inited", False):
+    if _is_running():
         _forked = True
         # What Julia has compiled is not in the child: juliacall's hook would be a crash before what was printed is written.
-        module.CONFIG["lib"].jl_atexit_hook = lambda status: None
+        sys.modules["juliacall"].CONFIG["lib"].jl_atexit_hook = lambda status: None
 
 
 if hasattr(os, "register_at_fork"):
@@ -66,9 +74,32 @@ def entry_points() -> dict[str, EntryPoint]:
                 _interrupter = Interrupter(points["interrupt_address"]())
                 _fault_handler = threads.FaultHandler() if os.name == "posix" else None
                 _entry_points = points
+                atexit.register(_end_calls)  # runs before juliacall's own hook, which was registered earlier
     if _fault_handler is not None:
         _fault_handler.restore()
     return _entry_points
+
+
+def _end_calls() -> None:
+    """Stop what a daemon thread computes, and let no other thread begin, as Julia is about to end with the process.
+
+    Where it cannot be stopped, Julia is left as it is: its end would be a crash of the thread.
+    """
+    global _ending
+    assert _interrupter is not None
+    if _forked or LOCK.acquire(blocking=False):
+        return
+    _ending = True
+    _interrupter.stop()
+    if LOCK.acquire(timeout=SECONDS_TO_STOP):
+        _interrupter.settle()
+    else:
+        sys.modules["juliacall"].CONFIG["lib"].jl_atexit_hook = lambda status: None
+
+
+def is_stopped() -> bool:
+    """Whether the calls of this thread are stopped, as the process ends."""
+    return _ending and threading.current_thread() is not threading.main_thread()
 
 
 def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:
@@ -93,28 +124,47 @@ def _start() -> dict[str, EntryPoint]:
             "Julia has to be started by the main thread: call implicit_rnn.get_engine() there before the first use in "
             "another thread"
         )
-    module = sys.modules.get("juliacall")
-    running = module is not None and module.CONFIG.get("inited", False)
-    if not running:
-        environment = find_environment()
-        if environment is not None:
-            os.environ["PYTHON_JULIACALL_EXE"] = environment.exe
-            os.environ["PYTHON_JULIACALL_PROJECT"] = environment.project
-        os.environ.setdefault("PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION", "no")
-        with threads.starting():
-            _import_juliacall()
-    else:
-        juliacall = _import_juliacall()
-        threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
+    running = _is_running()
+    environment = None if running else find_environment()
+    with interrupt.held():
+        if running:
+            juliacall = _import_juliacall()
+            threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
+        else:
+            extension = "PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION"
+            settings = {extension: os.environ.get(extension, "no")}
+            if environment is not None:
+                settings |= {"PYTHON_JULIACALL_EXE": environment.exe, "PYTHON_JULIACALL_PROJECT": environment.project}
+            with _environment_restored(settings), threads.starting():
+                _import_juliacall()
+        try:
+            return _load()
+        except EngineError as error:
+            where = "the Julia that was already running in this process" if running else "Julia"
+            raise EngineError(
+                f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
+            ) from None
+        finally:
+            _allow_collection_from_other_threads()
+
+
+@contextlib.contextmanager
+def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
+    """Settings for the Julia that is started here, which processes started from this one don't inherit.
+
+    Nor do they what Julia sets for its own OpenBLAS, past ``os.environ``: NumPy would have one thread in them.
+    """
+    before = {name: os.environ[name] for name in settings if name in os.environ}
+    os.environ.update(settings)
     try:
-        return _load()
-    except EngineError as error:
-        where = "the Julia that was already running in this process" if running else "Julia"
-        raise EngineError(
-            f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
-        ) from None
+        yield
     finally:
-        _allow_collection_from_other_threads()
+        for name in settings:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+        for name in ("OPENBLAS_DEFAULT_NUM_THREADS", "OPENBLAS_MAIN_FREE"):
+            if name not in os.environ:
+                os.unsetenv(name)
 
 
 def _import_juliacall() -> Any:
@@ -124,7 +174,12 @@ def _import_juliacall() -> Any:
     except Exception as error:
         settings = [name for name in ("JULIA_LOAD_PATH", "JULIA_DEPOT_PATH", "JULIA_BINDIR") if name in os.environ]
         hint = f"; perhaps by what is set in the environment: {', '.join(settings)}" if settings else ""
-        raise EngineError(f"Julia did not start: {error}{hint}") from error
+        why = str(error) or type(error).__name__
+        if isinstance(error, subprocess.CalledProcessError):
+            why = f"{error.cmd[0]} ended with status {error.returncode}: {install.cause(str(error.stderr))}"
+        raise EngineError(f"Julia did not start: {why}{hint}") from error
+    if not hasattr(juliacall, "CONFIG"):
+        raise EngineError(f"{juliacall.__file__} was imported as juliacall, which it is not; give it another name")
     if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
         raise EngineError(
             "juliacall did not start Julia, as PYTHON_JULIACALL_INIT or -X juliacall-init forbids it; unset that"

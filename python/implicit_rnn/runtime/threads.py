@@ -59,7 +59,7 @@ def _choice() -> tuple[str, str]:
 
 def _given() -> tuple[str, str]:
     wanted = requested()
-    if (given := _juliacall_option("threads")) is not None:
+    if (given := juliacall_option("threads")) is not None:
         return given, "PYTHON_JULIACALL_THREADS"
     if wanted is not None:
         return str(wanted), VARIABLE
@@ -69,7 +69,7 @@ def _given() -> tuple[str, str]:
     return str(usable_cores()), "usable cores"
 
 
-def _juliacall_option(name: str) -> str | None:
+def juliacall_option(name: str) -> str | None:
     """What the user told juliacall, by -X or by the environment."""
     value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
     return str(value) if value is not None else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
@@ -84,7 +84,7 @@ def starting() -> Iterator[None]:
     """
     threads, _ = _choice()
     several = threads != "1"
-    signals = _juliacall_option("handle_signals")
+    signals = juliacall_option("handle_signals")
     if several and signals == "no":
         raise EngineError(
             f"PYTHON_JULIACALL_HANDLE_SIGNALS=no lets Julia crash at its first garbage collection with {threads} threads; "
@@ -133,7 +133,7 @@ def check_running(config: dict[str, Any], threads: int) -> None:
 
     Raises ``EngineError`` if it would crash; warns if it has another number of threads than was asked for.
     """
-    if threads > 1 and config.get("opt_handle_signals") is not True:
+    if threads > 1 and config.get("opt_handle_signals") != "yes":
         raise EngineError(
             f"Julia was already started in this process, with {threads} threads but without "
             "PYTHON_JULIACALL_HANDLE_SIGNALS=yes, and would crash at a garbage collection; set that before Python starts, or "

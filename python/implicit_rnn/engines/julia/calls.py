@@ -22,6 +22,8 @@ def call(name: str, *arguments: Any) -> Any:
         try:
             return start.interruptible(points[name], arguments)
         except Exception as error:
+            if start.is_stopped():
+                raise SystemExit from None  # which ends a thread without a word
             if type(error).__name__ != "JuliaError":
                 raise
             reason = start.first_line(error)
