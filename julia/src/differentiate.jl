@@ -34,10 +34,10 @@ function (equilibrium::Equilibrium)(p, X)
     return reshape(copy(z), neurons(net), size(X, 2))          # the pullback is taken at z, whatever is written to it
 end
 
-refuse_unusual(::Type) = nothing
+refuse_unusual(::Type{<:Real}) = nothing
+refuse_unusual(T::Type) = throw(ArgumentError("an Equilibrium takes arrays of real numbers; these have entries of type $T"))
 refuse_unusual(::Type{<:Dual{<:Any, <:Dual}}) =
     throw(ArgumentError("an Equilibrium has first derivatives; for second ones there is hessian_vector_product"))
-refuse_unusual(::Type{<:Complex}) = throw(ArgumentError("an Equilibrium is that of real parameters and samples; these are complex"))
 
 # θ = (p, vec(X)), the one argument ImplicitFunction differentiates.
 split_arguments(net, θ, samples) =
