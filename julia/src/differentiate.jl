@@ -14,7 +14,10 @@ struct Equilibrium{N <: Network, S <: Solver}
     net::N
     solver::S
 end
-Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
+function Equilibrium(net::Network; solver = Auto())
+    check_option("solver", solver, Solver, "Auto() or Newton()")
+    return Equilibrium(net, solver)
+end
 
 function (equilibrium::Equilibrium)(p, X)
     (; net, solver) = equilibrium
