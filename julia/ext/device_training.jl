@@ -9,7 +9,7 @@ function ImplicitRNN.train!(
     (; whole) = checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged)
     ws = first(trainer.buffers).workspace
     there = Replicas(on_device(ws, nets.parameters), on_device(ws, nets.good), nets.halted)
-    places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), order)
+    places = copyto!(KernelAbstractions.allocate(ws.backend, Int, size(order)), on_host(order))
     train!(trainer, there, Batches(on_device(ws, X), on_device(ws, Y), on_device(ws, weights), places, batch_size, rates, whole), losses, unconverged)
     copyto!(nets.parameters, there.parameters)
     copyto!(nets.good, there.good)

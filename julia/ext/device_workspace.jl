@@ -57,9 +57,10 @@ ImplicitRNN.device_vector(backend::Backend, ::Type{T}, n::Int) where {T} = Kerne
 
 # --- between host and device ------------------------------------------------------------------------------------------
 
-"An array on the device, itself where it is there; nothing where there is none."
+"An array on the device, itself where it is there and has the numbers of the network; nothing where there is none."
 on_device(::DeviceWorkspace, ::Nothing) = nothing
-on_device(::DeviceWorkspace, A::AbstractGPUArray) = A
+on_device(::DeviceWorkspace{T}, A::AbstractGPUArray{T}) where {T} = A
+on_device(::DeviceWorkspace{T}, A::AbstractGPUArray) where {T} = T.(A)
 on_device(ws::DeviceWorkspace{T}, A::AbstractArray) where {T} =
     copyto!(KernelAbstractions.allocate(ws.backend, T, size(A)...), convert(Array{T}, A))
 

@@ -7,13 +7,25 @@ check_option(name, option, kind, examples) = option isa kind ||
 check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
 check_fraction(name, x) = check_number(name, x, x -> 0 < x < 1, "lie strictly between 0 and 1")
 
+"An `ArgumentError` where a workspace has been made for another network than that of a problem."
+check_workspace(ws, net) = ws.net === net || ws.net == net || refuse_workspace(ws, net)
+@noinline refuse_workspace(ws, net) =
+    throw(ArgumentError("the workspace is that of $(ws.net), the problem has $net; make one by Workspace(net)"))
+
 # --- arrays ----------------------------------------------------------------------------------------------------
 
 "An `ArgumentError` where parameters, samples or other arrays, pairs of a name and a matrix or nothing, are not arrays of real numbers."
 function check_arrays(p, X, others...)
-    check_array("the parameters", p, 1)
-    check_array("the samples", X, 2)
-    foreach(((what, A),) -> A === nothing || check_array("the $what", A, 2), others)
+    check_host_array("the parameters", p, 1)
+    check_host_array("the samples", X, 2)
+    foreach(((what, A),) -> A === nothing || check_host_array("the $what", A, 2), others)
+    return
+end
+
+function check_host_array(what, A, axes::Int)
+    check_array(what, A, axes)
+    backend_of(A) === nothing ||
+        throw(ArgumentError("$what are on a device; give them as an Array, or compute there: `Workspace(net, backend)` says how"))
     return
 end
 
@@ -30,8 +42,15 @@ function check_array(what, A, axes::Int, expected = EXPECTED[axes])
 end
 
 const EXPECTED = ("a vector, as `initial_parameters` gives", "a matrix with a column for each sample; one sample is reshape(x, :, 1)")
-check_shape(what, A, axes::Int, expected = EXPECTED[axes]) = A isa AbstractArray && ndims(A) == axes ||
-    throw(ArgumentError("$what are $(described(A)); expected $expected"))
+function check_shape(what, A, axes::Int, expected = EXPECTED[axes])
+    A isa AbstractArray && ndims(A) == axes || throw(ArgumentError("$what are $(described(A)); expected $expected"))
+    return check_indices(what, A)
+end
+
+# Loops in registers and on devices begin at 1, and do not look again.
+check_indices(what, A) = Base.has_offset_axes(A) && refuse_indices(what, A)
+@noinline refuse_indices(what, A) =
+    throw(ArgumentError("$what have the indices $(join(axes(A), ", ")); expected an array whose indices begin at 1"))
 
 function check_supervised(net, X, Y, weights)
     check_features(net, X)
@@ -59,11 +78,15 @@ end
 
 check_start(net, X, start) = start === nothing || check_size("states", start, neurons(net), size(X, 2))
 
-check_features(net, X) = size(X, 1) == net.inputs ||
-    throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
+function check_features(net, X)
+    size(X, 1) == net.inputs || throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
+    return check_indices("the samples", X)
+end
 
-check_size(what, A, rows, samples) = size(A) == (rows, samples) ||
-    throw(DimensionMismatch("$what are $(size(A)), but $rows rows for $samples samples were expected"))
+function check_size(what, A, rows, samples)
+    size(A) == (rows, samples) || throw(DimensionMismatch("$what are $(size(A)), but $rows rows for $samples samples were expected"))
+    return check_indices(what, A)
+end
 
 described(y::AbstractArray) = "an array of shape $(size(y))"
 described(y::Tuple) = "a tuple of $(length(y))"

@@ -14,7 +14,10 @@ struct Equilibrium{N <: Network, S <: Solver}
     net::N
     solver::S
 end
-Equilibrium(net::Network; solver = Auto()) = Equilibrium(net, solver)
+function Equilibrium(net::Network; solver = Auto())
+    check_option("solver", solver, Solver, "Auto() or Newton()")
+    return Equilibrium(net, solver)
+end
 
 function (equilibrium::Equilibrium)(p, X)
     (; net, solver) = equilibrium
@@ -34,10 +37,10 @@ function (equilibrium::Equilibrium)(p, X)
     return reshape(copy(z), neurons(net), size(X, 2))          # the pullback is taken at z, whatever is written to it
 end
 
-refuse_unusual(::Type) = nothing
+refuse_unusual(::Type{<:Real}) = nothing
+refuse_unusual(T::Type) = throw(ArgumentError("an Equilibrium takes arrays of real numbers; these have entries of type $T"))
 refuse_unusual(::Type{<:Dual{<:Any, <:Dual}}) =
     throw(ArgumentError("an Equilibrium has first derivatives; for second ones there is hessian_vector_product"))
-refuse_unusual(::Type{<:Complex}) = throw(ArgumentError("an Equilibrium is that of real parameters and samples; these are complex"))
 
 # θ = (p, vec(X)), the one argument ImplicitFunction differentiates.
 split_arguments(net, θ, samples) =

@@ -22,11 +22,15 @@ The outputs (outputs × samples) of the states `Z` (neurons × samples).
 
     read_out(net, p, equilibrium(net, p, X).state) == predict(net, p, X)
 """
-function read_out(net::Network{T}, p::AbstractVector, Z::AbstractMatrix) where {T}
-    check_length(net, p)
-    check_size("states", Z, neurons(net), size(Z, 2))
+function read_out(net::Network, p, Z)
+    ignore_derivatives() do
+        check_shape("the parameters", p, 1)
+        check_shape("the states", Z, 2)
+        check_length(net, p)
+        check_size("states", Z, neurons(net), size(Z, 2))
+    end
     net.outputs > 0 || return Z[net.readout, :]
-    return readout_weights(net, p) * view(Z, net.readout, :) .+ readout_bias(net, p)
+    return readout_weights(net, p) * Z[first(net.readout):last(net.readout), :] .+ readout_bias(net, p)
 end
 
 """

@@ -19,6 +19,7 @@ function hessian_vector_product(net::Network{T}, p, X, Y, v; loss = MSE(), weigh
 end
 
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
+    check_workspace(ws, problem.net)
     check_supervised(problem.net, X, Y, weights)
     check_length(problem.net, v)
     check_length(problem.net, h, "product")

@@ -19,7 +19,7 @@ function Problem(net::Network; solver = Auto(), adjoint = Implicit(), loss = MSE
     check_option("solver", solver, Solver, "Auto() or Newton()")
     check_option("adjoint", adjoint, Adjoint, "Implicit()")
     check_option("loss", loss, Loss, "MSE()")
-    check_number("jacobian_penalty", jacobian_penalty, >=(0), "not be negative")
+    check_number("jacobian_penalty", jacobian_penalty, x -> 0 <= x < Inf, "be finite and not negative")
     jacobian_penalty > 0 && adjoint isa Unrolled &&
         throw(ArgumentError("the Jacobian penalty is taken at an equilibrium, which Unrolled does not have"))
     return Problem(net, solver, adjoint, loss, Float64(jacobian_penalty))
@@ -31,6 +31,7 @@ end
 abstract type AbstractSolution end
 Base.getproperty(s::AbstractSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
+Base.propertynames(s::AbstractSolution, private::Bool = false) = (fieldnames(typeof(s))..., fieldnames(Outcome)...)
 
 function Base.show(io::IO, s::AbstractSolution)
     done, residual = count(converged(s)), round(maximum(s.residual; init = 0.0); sigdigits = 2)

@@ -9,6 +9,11 @@ epoch's samples do not converge, or when the Euclidean norm of the parameters ex
 struct Guard
     unconverged::Float64
     parameter_norm::Float64
+    function Guard(unconverged, parameter_norm)
+        check_number("unconverged", unconverged, >=(0), "be a share of the samples, from 0 to 1")
+        check_number("parameter_norm", parameter_norm, >(0), "be positive")
+        return new(unconverged, parameter_norm)
+    end
 end
 Guard(; unconverged = 1.0, parameter_norm = Inf) = Guard(unconverged, parameter_norm)
 
@@ -27,7 +32,13 @@ struct Replicas{A <: AbstractMatrix, B <: AbstractMatrix}
     good::B
     halted::Vector{Int8}
 end
-Replicas(P::AbstractMatrix) = Replicas(P, copy(P), fill(Int8(RUNNING), size(P, 2)))
+function Replicas(P)
+    check_shape("the parameters", P, 2, "a matrix with a column for each net; those of one are reshape(p, :, 1)")
+    return Replicas(P, copy(P), fill(Int8(RUNNING), size(P, 2)))
+end
+Base.show(io::IO, nets::Replicas) =
+    print(io, "Replicas($(counted(length(nets.halted), "net")), $(count(!=(Int8(RUNNING)), nets.halted)) halted)")
+counted(n, what) = n == 1 ? "1 $what" : "$n $(what)s"
 
 """
     StepBuffers
@@ -92,6 +103,11 @@ function Trainer(
         problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
         guard::Guard = Guard(), batch_size::Int = 0, warm_start::Bool = false,
     ) where {T}
+    check_workspace(workspace, problem.net)
+    check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
+    check_number("nets", nets, >(0), "be a positive whole number")
+    check_number("clip", clip, >(0), "be positive")
+    check_number("batch_size", batch_size, >=(0), "not be negative")
     warm_start && problem.adjoint isa Unrolled &&
         throw(ArgumentError("warm_start gives a solver its first iterate, which Unrolled does not use: its steps begin at zero"))
     buffers = StepBuffers(problem.net, workspace, rule, batch_size, warm_start)
@@ -99,6 +115,9 @@ function Trainer(
     equilibria = AbstractMatrix{T}[]
     return Trainer(problem, rule, states, T(clip), guard, batch_size, warm_start, equilibria, [buffers], Any[], 0)
 end
+
+Base.show(io::IO, t::Trainer) =
+    print(io, "Trainer($(counted(length(t.states), "net")) of $(t.problem.net), $(t.rule), $(counted(t.steps, "step")) taken)")
 
 "The samples of a call of [`train!`](@ref), and when they take part."
 struct Batches{A, B, W, O <: AbstractMatrix{Int}, R}
@@ -151,6 +170,7 @@ end
 
 function train!(trainer::Trainer, nets::Replicas, batches::Batches, losses, unconverged)
     exclusively(first(trainer.buffers).workspace) do
+        trainer.steps == 0 && begin_states!(trainer, nets)
         trainer.warm_start && make_equilibria!(trainer, size(batches.X, 2))
         goes_side_by_side(trainer, nets, batches) ? train_side_by_side!(trainer, nets, batches, losses, unconverged) :
             train_each!(trainer, nets, batches, losses, unconverged)
@@ -162,7 +182,9 @@ end
 function checked_batches(trainer::Trainer, nets::Replicas, X, Y, weights, order, batch_size::Int, rates, losses, unconverged)
     check_supervised(trainer.problem.net, X, Y, weights)
     batch_size >= 1 || throw(ArgumentError("batch_size is $batch_size; expected 1 or more"))
+    order isa AbstractMatrix{Int} || throw(ArgumentError("order is $(described(order)) of $(eltype(order)); expected a matrix of Int, a column for each epoch"))
     samples, count, epochs = size(X, 2), size(nets.parameters, 2), size(order, 2)
+    check_replicas(trainer.problem.net, nets)
     all(in(1:samples), order) || throw(ArgumentError("order has numbers from $(minimum(order)) to $(maximum(order)) for $samples samples"))
     b = Batches(X, Y, weights, order, batch_size, rates)
     b.whole || min(batch_size, samples_of(b)) <= trainer.batch_size ||
@@ -175,6 +197,24 @@ function checked_batches(trainer::Trainer, nets::Replicas, X, Y, weights, order,
         size(A) == (epochs, count) || throw(DimensionMismatch("$name are $(size(A)), but $epochs epochs of $count nets were expected"))
     end
     return b
+end
+
+# At the parameters, of which some rules keep a copy, as MixedPrecision does.
+function begin_states!(trainer::Trainer, nets::Replicas)
+    p = first(trainer.buffers).before
+    for s in axes(nets.parameters, 2)
+        trainer.states[s] = Optimisers.init(trainer.rule, copyto!(p, view(nets.parameters, :, s)))
+    end
+    return
+end
+
+function check_replicas(net::Network, nets::Replicas)
+    P = nets.parameters
+    size(P, 1) == length(net) || throw(DimensionMismatch("the network has $(length(net)) parameters, the nets to train have $(size(P, 1))"))
+    size(nets.good) == size(P) && length(nets.halted) == size(P, 2) || throw(
+        DimensionMismatch("`parameters` of the nets are $(size(P)), but `good` is $(size(nets.good)), and `halted` of length $(length(nets.halted))")
+    )
+    return
 end
 
 # Zero, until a sample is visited; those of other samples are of no use.

@@ -57,8 +57,10 @@ Fill in the [`Solution`](@ref) for the samples `X` (features × samples) and the
 samples) or zero.
 """
 function equilibrium!(solution::Solution, ws::AbstractWorkspace, problem::Problem, p, X, start = nothing)
+    check_workspace(ws, problem.net)
     check_features(problem.net, X)
     check_start(problem.net, X, start)
+    check_size("states of the solution", solution.state, neurons(problem.net), size(X, 2))
     return exclusively(() -> settle!(solution, ws, problem, p, X, start), ws)
 end
 
@@ -72,6 +74,7 @@ sample that has not converged.
 function loss_and_gradient!(
         g, ws::AbstractWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
     ) where {T}
+    check_workspace(ws, problem.net)
     check_supervised(problem.net, X, Y, weights)
     check_length(problem.net, g, "gradient")
     check_start(problem.net, X, states)
@@ -91,10 +94,12 @@ it. The loss of the problem plays no part; its Jacobian penalty is added. Return
 function vjp!(
         g, dX, ws::AbstractWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
     )
+    check_workspace(ws, problem.net)
     check_pullback(problem.net, dX, X, V, of, start)
     check_length(problem.net, g, "gradient")
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    summary = exclusively(() -> pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report), ws)
+    samples = Base.unalias(dX, X)             # which the gradient needs when the derivatives are there
+    summary = exclusively(() -> pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report), ws)
     return summary.loss, summary.quality
 end
 
@@ -108,6 +113,7 @@ of the systems of the tangents.
 function jvp!(
         tangent, ws::AbstractWorkspace, problem::Problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing
     )
+    check_workspace(ws, problem.net)
     check_pushforward(problem.net, tangent, X, dp, dX, of, start)
     return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
 end
@@ -132,6 +138,8 @@ struct StateSeed{A}
     V::A
 end
 
+Base.show(io::IO, ws::AbstractWorkspace) = print(io, nameof(typeof(ws)), "($(ws.net))")
+
 "    allocate(ws, dimensions...)\n\nAn array of zeros where the workspace computes."
 function allocate end
 
@@ -140,8 +148,10 @@ function allocate end
     Workspace(net, backend)
 
 The [`AbstractWorkspace`](@ref) for a network on this machine's CPU, or on a device: `backend` is one of KernelAbstractions.jl, such as
-`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded. Tasks that compute at once
-need a workspace each: a call throws an `ErrorException` while another task is at work in it.
+`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded. It is given to
+[`equilibrium!`](@ref), [`loss_and_gradient!`](@ref), [`vjp!`](@ref) and [`jvp!`](@ref), with arrays of the host or of the device, and
+to a [`Trainer`](@ref). Tasks that compute at once need a workspace each: a call throws an `ErrorException` while another task is at
+work in it.
 """
 Workspace(net::Network) = CPUWorkspace(net)
 
@@ -204,7 +214,7 @@ function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, opti
 end
 
 "Entries of a sample of what is differentiated."
-function rows_of(net::Network, of::Symbol)
-    of in (:outputs, :state) || throw(ArgumentError("of must be :outputs or :state, got :$of"))
+function rows_of(net::Network, of)
+    of in (:outputs, :state) || throw(ArgumentError("of must be :outputs or :state, got $(repr(of))"))
     return of === :outputs ? output_size(net) : neurons(net)
 end

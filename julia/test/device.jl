@@ -427,6 +427,36 @@ else
         @test Array(singular) == [true, true, false, true]
     end
 
+    @testset "numbers of any type on a device become those of the network" begin
+        net = one_layer(; neurons = 20)
+        p, X, Y = parameters(net; gain = 0.1), rand(Xoshiro(1), -3:3, 3, 6), rand(Xoshiro(2), -3:3, 2, 6)
+        device, problem = on_device(net), Problem(net; solver = Picard(tol = 1.0e-14))
+        derivatives(ws, p, X, Y) = (g = zeros(length(net)); dX = zeros(3, 6); ImplicitRNN.vjp!(g, dX, ws, problem, p, X, Y); [g; vec(dX)])
+        for T in (Int, Float32)
+            here = (Float64.(T.(p .* (T === Float32))), Float64.(T.(X)), Float64.(T.(Y)))
+            there = (JLArray(T.(here[1])), JLArray(T.(X)), JLArray(T.(Y)))
+            @test relative_error(solved(device, there[1:2]...).state, solved(device, here[1:2]...).state) < 1.0e-12 || all(iszero, here[1])
+            @test relative_error(derivatives(device, there...), derivatives(device, here...)) < 1.0e-12
+        end
+    end
+
+    @testset "an order of any kind, outputs of device arrays, and arrays of a device for the CPU" begin
+        net = one_layer(; neurons = 20)
+        p, X, Y = parameters(net; gain = 0.1), samples(net, 6), targets(net, 6)
+        function trained(order)
+            nets = Replicas(reshape(copy(p), :, 1))
+            trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(0.1); workspace = on_device(net))
+            train!(trainer, nets, X, Y, order, 6, [0.1], zeros(1, 1), zeros(Int, 1, 1))
+            return nets.parameters
+        end
+        @test trained(reshape(1:6, :, 1)) == trained([1; 2; 3; 4; 5; 6;;])
+        Z = equilibrium(net, p, X).state
+        @test Array(read_out(net, JLArray(p), JLArray(Z))) ≈ predict(net, p, X)
+        @test_throws "the parameters are on a device; give them as an Array" predict(net, JLArray(p), X)
+        @test_throws "the samples are on a device" loss_and_gradient(net, p, JLArray(X), Y)
+        @test_throws "the parameters are on a device" fit!(JLArray(p), net, X, Y)
+    end
+
     @testset "what a device does not offer is refused by name" begin
         net = one_layer()
         p, X, Y = parameters(net), samples(net, 5), targets(net, 5)

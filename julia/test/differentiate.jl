@@ -74,3 +74,11 @@ end
         @test_throws "differentiated by vjp(solution, v)" Zygote.gradient(a -> sum(solve((z, a) -> cos.(z) .- a, [0.5], a).value), 0.2)
     end
 end
+
+@testset "an Equilibrium of what are no numbers is refused" begin
+    net = one_layer()
+    p, X = parameters(net), samples(net, 3)
+    @test_throws "takes arrays of real numbers; these have entries of type Any" Equilibrium(net)(Vector{Any}(p), X)
+    @test_throws "these have entries of type Union{Missing" Equilibrium(net)(p, [X fill(missing, 3)])
+    @test_throws "these have entries of type ComplexF64" Equilibrium(net)(complex.(p), X)
+end

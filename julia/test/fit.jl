@@ -100,6 +100,15 @@ end
     end
 end
 
+@testset "a rule that keeps a copy of the parameters begins at them" begin
+    (; Adam, MixedPrecision, OptimiserChain, WeightDecay) = ImplicitRNN.Optimisers
+    net = one_layer()
+    X, Y = samples(net, 10), targets(net, 10)
+    trained(rule) = (p = parameters(net); fit!(p, net, X, Y; epochs = 3, rule); p)
+    @test trained(MixedPrecision(Float64, Adam(0.01))) ≈ trained(Adam(0.01)) rtol = 1.0e-12
+    @test trained(MixedPrecision(Float64, OptimiserChain(WeightDecay(0.1), Adam(0.01)))) ≈ trained(OptimiserChain(WeightDecay(0.1), Adam(0.01))) rtol = 1.0e-12
+end
+
 @testset "a training that is halted says so and leaves good parameters" begin
     net = Network(1, [Layer(2, :identity; lateral = false)]; outputs = [1])
     p = fill(3.0, length(net))

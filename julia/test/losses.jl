@@ -67,3 +67,13 @@ end
         @test @allocated(step(weights)) <= 16
     end
 end
+
+@testset "targets and weights may be of any real type: $(nameof(typeof(loss)))" for loss in LOSS_EXAMPLES
+    net = one_layer()
+    p, X, Y, weights = parameters(net), samples(net, 6), abs.(targets(net, 6)), rand(Xoshiro(4), 6)
+    expected = loss_and_gradient(net, p, X, Y; loss, weights)
+    for kind in (x -> big.(x), x -> collect(Real, x), x -> rationalize.(x; tol = 1.0e-15)), (Y, weights) in ((kind(Y), weights), (Y, kind(weights)))
+        found = loss_and_gradient(net, p, X, Y; loss, weights)
+        @test found[1] isa Float64 && found[1] ≈ expected[1] && found[2] ≈ expected[2]
+    end
+end

@@ -5,6 +5,13 @@
     @test [stage.recurrent for stage in net.stages] == [true, false]
 end
 
+@testset "a network keeps its layers, whatever becomes of the vector it was made of" begin
+    layers = [Layer(2), Layer(3)]
+    net = Network(1, layers; outputs = 1)
+    push!(layers, Layer(4))
+    @test net.layers == layers[1:2]
+end
+
 @testset "feedback joins layers into one stage" begin
     layers = [Layer(2), Layer(3), Layer(4), Layer(5)]
     stages(feedback) = [stage.rows for stage in Network(1, layers; feedback, outputs = 1).stages]
@@ -76,6 +83,79 @@ Base.getindex(x::Waiting, i::Int) = (notify(x.began); wait(x.go); x.numbers[i])
     @test repr(equilibrium(net, p, X)) == "Solution(4 of 4 samples converged, iterations up to 1, residual up to 0.0)"
     @test repr(equilibrium(net, p, X[:, 1:0])) == "Solution(0 of 0 samples converged, iterations up to 0, residual up to 0.0)"
     @test startswith(repr(root((z, a) -> z - a, [1.0], [2.0])), "ImplicitSolution(1 of 1 samples converged, ")
+    @test :state in propertynames(equilibrium(net, p, X)) && :status in propertynames(equilibrium(net, p, X))
+end
+
+@testset "layers, workspaces, trainers and nets in training are shown in a line" begin
+    net = Network(2, [Layer(3)]; outputs = 1)
+    @test repr(net.layers) == "Layer[Layer(3, :tanh)]"
+    @test repr(Layer(2, "relu"; lateral = false)) == "Layer(2, :relu; lateral = false)"
+    @test repr(ImplicitRNN.Workspace(net)) == "CPUWorkspace($net)"
+    @test repr(Trainer(Problem(net), ImplicitRNN.Optimisers.Descent(0.1))) == "Trainer(1 net of $net, Descent(0.1), 0 steps taken)"
+    @test repr(Replicas(zeros(length(net), 2))) == "Replicas(2 nets, 0 halted)"
+end
+
+@testset "networks are equal where all that makes them is" begin
+    layers, options = [Layer(3), Layer(2), Layer(2)], (; outputs = 1)
+    net = Network(2, layers; options...)
+    for same in (Network(2, copy(layers); options...), deepcopy(net), Network(2, layers; feedback = [], options...))
+        @test same == net && hash(same) == hash(net)
+    end
+    for other in (
+            Network{Float32}(2, layers; options...), Network(3, layers; options...), Network(2, layers; feedback = [2 => 1], options...),
+            Network(2, layers; skips = [1 => 3], options...), Network(2, layers; input_skips = [2], options...),
+            Network(2, layers; outputs = [7]), Network(2, layers; outputs = 2), Network(2, layers; constraint = Perron(0.5), options...),
+            Network(2, [Layer(3, :relu); layers[2:3]]; options...), Network(2, [Layer(3; lateral = false); layers[2:3]]; options...),
+        )
+        @test other != net
+    end
+end
+
+@testset "a workspace is for networks like its own, and a solution for as many samples as it has" begin
+    net, other = one_layer(), one_layer(; activation = :relu)
+    p, X, Y, g = parameters(net), samples(net, 4), targets(net, 4), zeros(length(net))
+    ws, problem = ImplicitRNN.Workspace(other), Problem(net)
+    for call in (
+            () -> ImplicitRNN.equilibrium!(Solution(net, 4), ws, problem, p, X), () -> ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y),
+            () -> ImplicitRNN.vjp!(g, zero(X), ws, problem, p, X, Y), () -> ImplicitRNN.jvp!(zero(Y), ws, problem, p, X, p, X),
+            () -> ImplicitRNN.hessian_vector_product!(g, ws, problem, p, X, Y, p),
+            () -> Trainer(problem, ImplicitRNN.Optimisers.Adam(); workspace = ws),
+        )
+        @test_throws "the workspace is that of $other, the problem has $net" call()
+    end
+    like = ImplicitRNN.Workspace(one_layer())
+    @test ImplicitRNN.loss_and_gradient!(g, like, problem, p, X, Y)[1] == loss_and_gradient(net, p, X, Y)[1]
+    for samples in (3, 5)
+        @test_throws "states of the solution are (5, $samples)" ImplicitRNN.equilibrium!(Solution(net, samples), like, problem, p, X)
+    end
+end
+
+# An array whose indices begin at 0.
+struct FromZero{T, N} <: AbstractArray{T, N}
+    numbers::Array{T, N}
+end
+Base.size(x::FromZero) = size(x.numbers)
+Base.axes(x::FromZero) = map(n -> Base.IdentityUnitRange(0:(n - 1)), size(x.numbers))
+Base.getindex(x::FromZero{<:Any, N}, i::Vararg{Int, N}) where {N} = x.numbers[(i .+ 1)...]
+
+@testset "arrays whose indices do not begin at 1 are refused" begin
+    net = one_layer()
+    p, X, Y, w = parameters(net), samples(net, 4), targets(net, 4), ones(4)
+    Z, g, ws, problem = equilibrium(net, p, X).state, zeros(length(net)), ImplicitRNN.Workspace(net), Problem(net)
+    for call in (
+            () -> predict(net, FromZero(p), X), () -> predict(net, p, FromZero(X)), () -> predict(net, p, X; start = FromZero(Z)),
+            () -> read_out(net, p, FromZero(Z)), () -> named_weights(net, FromZero(p)), () -> recurrent_weights(net, FromZero(p)),
+            () -> loss_and_gradient(net, p, X, FromZero(Y)), () -> loss_and_gradient(net, p, X, Y; weights = FromZero(w)),
+            () -> vjp(net, p, X, FromZero(Y)), () -> jvp(net, p, X, FromZero(p), X), () -> jvp(net, p, X, p, FromZero(X)),
+            () -> hessian_vector_product(net, p, X, Y, FromZero(p)), () -> fit!(copy(p), net, X, FromZero(Y)),
+            () -> Equilibrium(net)(p, FromZero(X)), () -> Equilibrium(net)(FromZero(p), X),
+            () -> ImplicitRNN.equilibrium!(Solution(net, 4), ws, problem, FromZero(p), X),
+            () -> ImplicitRNN.loss_and_gradient!(g, ws, problem, p, FromZero(X), Y),
+            () -> ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, FromZero(Y)),
+            () -> train!(Trainer(problem, ImplicitRNN.Optimisers.Adam()), Replicas(reshape(p, :, 1)), X, FromZero(Y), reshape(1:4, :, 1), 4, [0.1], zeros(1, 1), zeros(Int, 1, 1)),
+        )
+        @test_throws "expected an array whose indices begin at 1" call()
+    end
 end
 
 @testset "every tile of a workspace holds the batch, whatever the batches before" begin
@@ -124,10 +204,10 @@ end
     @test_throws "the skip 1 => 5 does not lead from an earlier to a later of the 3 layers" net(skips = [1 => 5])
     @test_throws "the skip 3 => 1 does not lead" net(skips = [3 => 1])
     @test_throws "the skip 1 => 2 passes over no layer" net(skips = [1 => 2])
-    for skips in ([(1, 3)], 1 => 3, true)
+    for skips in ([(1, 3)], 1 => 3, true, nothing)
         @test_throws "skips is" net(; skips)
     end
-    for feedback in ([(3, 1)], 3 => 1, 1)
+    for feedback in ([(3, 1)], 3 => 1, 1, nothing)
         @test_throws "feedback is" net(; feedback)
     end
 end
@@ -187,9 +267,13 @@ end
         @test_throws "the weights have entries of type ComplexF64" call(ones(ComplexF64, 4))
     end
     @test_throws "the cotangents are an array of shape (2,)" vjp(net, p, X, Y[:, 1])
+    @test_throws "the states are an array of shape (5,)" read_out(net, p, zeros(5))
+    for of in (:states, "state")
+        @test_throws "of must be :outputs or :state, got $(repr(of))" vjp(net, p, X, Y; of)
+    end
     @test_throws "the directions have dual numbers" jvp(net, p, X, p, ForwardDiff.Dual.(X))
-    @test_throws "complex" Equilibrium(net)(complex.(p), X)
     @test_throws "solver is :newton; expected one made by its constructor" predict(net, p, X; solver = :newton)
+    @test_throws "solver is :newton; expected one made by its constructor" Equilibrium(net; solver = :newton)
     @test_throws "loss is MSE" loss_and_gradient(net, p, X, Y; loss = MSE)
     @test predict(net, big.(p), X) ≈ predict(net, p, X)
 end

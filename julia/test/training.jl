@@ -212,7 +212,32 @@ end
     @test_throws DimensionMismatch train(X, Y; rates = [0.1, 0.1])
     @test_throws DimensionMismatch train(X, Y; losses = zeros(2, 1))
     @test_throws DimensionMismatch train(X, Y; nets = 2)
+    @test_throws "order is an array of shape (6,) of Int64; expected a matrix of Int" train(X, Y; order = collect(1:6))
+    @test_throws "expected a matrix of Int" train(X, Y; order = reshape(Int32.(1:6), :, 1))
     @test_throws DimensionMismatch loss_and_gradient(net, p, X, Y; weights = ones(5))
     @test_throws DimensionMismatch hessian_vector_product(net, p, X, randn(5, 7), p)
     @test_throws DimensionMismatch ImplicitRNN.loss_and_gradient!(zeros(2), ImplicitRNN.Workspace(net), Problem(net), p, X, Y)
+end
+
+@testset "nets, trainers and guards that cannot be are refused" begin
+    net = one_layer()
+    X, Y, N = samples(net, 4), targets(net, 4), length(net)
+    train(nets) = train!(
+        Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(); nets = 2), nets, X, Y, reshape(1:4, :, 1), 4, [0.1], zeros(1, 1), zeros(Int, 1, 1)
+    )
+    for rows in (N - 1, N + 1)
+        @test_throws "the network has $N parameters, the nets to train have $rows" train(Replicas(zeros(rows, 1)))
+    end
+    @test_throws "`halted` of length 0" train(Replicas(zeros(N, 1), zeros(N, 1), Int8[]))
+    @test_throws "`good` is ($N, 2)" train(Replicas(zeros(N, 1), zeros(N, 2), Int8[0]))
+    @test_throws "those of one are reshape(p, :, 1)" Replicas(zeros(N))
+    for option in ((; nets = 0), (; clip = 0), (; clip = NaN), (; batch_size = -1))
+        @test_throws "$(only(keys(option))) must" Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(); option...)
+    end
+    @test_throws "rule is :adam" Trainer(Problem(net), :adam)
+    for unconverged in (-1, NaN, "a")
+        @test_throws "unconverged must be a share" Guard(; unconverged)
+    end
+    @test_throws "parameter_norm must be positive, got NaN" Guard(parameter_norm = NaN)
+    @test_throws "jacobian_penalty must be finite" Problem(net; jacobian_penalty = Inf)
 end

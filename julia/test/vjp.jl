@@ -20,6 +20,14 @@ seeded(net, count, of = :outputs; seed = 9) =
     end
 end
 
+@testset "derivatives may be written over the samples and the parameters they are taken at" for net in (one_layer(), layered())
+    p, X, V = parameters(net), samples(net, 6), seeded(net, 6)
+    expected = vjp(net, p, X, V)
+    g, dX = copy(p), copy(X)
+    ImplicitRNN.vjp!(g, dX, ImplicitRNN.Workspace(net), Problem(net), g, dX, V)
+    @test (g, dX) == expected
+end
+
 @testset "vjp with the derivative of a loss is its gradient" begin
     net = layered()
     p, X, Y = parameters(net), samples(net, 6), targets(net, 6)
@@ -151,10 +159,11 @@ end
 
 "A workspace that leaves the work to another, with arrays of a type of its own."
 struct Elsewhere{T, W} <: ImplicitRNN.AbstractWorkspace{T}
+    net::Network{T}
     inner::W
     calls::Vector{Symbol}
 end
-Elsewhere(net::Network{T}) where {T} = (w = ImplicitRNN.Workspace(net); Elsewhere{T, typeof(w)}(w, Symbol[]))
+Elsewhere(net::Network{T}) where {T} = (w = ImplicitRNN.Workspace(net); Elsewhere{T, typeof(w)}(net, w, Symbol[]))
 
 struct Remote{T, N} <: AbstractArray{T, N}
     values::Array{T, N}

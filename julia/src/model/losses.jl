@@ -47,7 +47,7 @@ function loss_gradient!(G, loss::ElementwiseLoss, Y, T, weights, scale)
         w = scale * weight_of(weights, j) / size(T, 1)
         @inbounds for i in axes(T, 1)
             G[i, j] = w * slope(loss, Y[i, j], T[i, j])
-            total += w * value(loss, Float64(Y[i, j]), Float64(T[i, j]))
+            total += Float64(w * value(loss, Float64(Y[i, j]), Float64(T[i, j])))
         end
     end
     return total
@@ -74,7 +74,7 @@ function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
         @inbounds @simd for i in axes(T, 1)
             G[i, j] = w * (share * G[i, j] - T[i, j])
         end
-        total += w * (Float64(mass) * log(partition) - expected)
+        total += Float64(w * (Float64(mass) * log(partition) - expected))
     end
     return total
 end

@@ -16,6 +16,9 @@ struct Layer
     end
 end
 
+Base.show(io::IO, layer::Layer) =
+    print(io, "Layer($(layer.neurons), $(repr(name_of(layer.activation)))", layer.lateral ? ")" : "; lateral = false)")
+
 """
     Connection
 
@@ -81,14 +84,21 @@ function Base.show(io::IO, net::Network)
     )
 end
 
+# All that tells one network from another.
+specification(net::Network{T}) where {T} = (T, net.inputs, net.layers, connections(net), net.constraint, net.readout, net.outputs)
+Base.:(==)(a::Network, b::Network) = specification(a) == specification(b)
+Base.hash(net::Network, h::UInt) = hash(specification(net), h)
+
 "The number of neurons of all layers, N."
 neurons(net::Network) = last(last(net.stages).rows)
 Base.length(net::Network) = net.parameters
 Base.eltype(::Network{T}) where {T} = T
 output_size(net::Network) = net.outputs > 0 ? net.outputs : length(net.readout)
 
-check_length(net::Network, p, what = "vector") = length(p) == length(net) ||
-    throw(DimensionMismatch("the network has $(length(net)) parameters, the $what $(length(p))"))
+function check_length(net::Network, p, what = "vector")
+    length(p) == length(net) || throw(DimensionMismatch("the network has $(length(net)) parameters, the $what $(length(p))"))
+    return check_indices(what == "vector" ? "the parameters" : "those of the $what", p)
+end
 
 Network(args...; kwargs...) = Network{Float64}(args...; kwargs...)
 
@@ -116,7 +126,7 @@ function Network{T}(
     end
     readout, count = read_neurons(outputs, last(rows))
     return Network{T}(
-        inputs, layers, constraint, stages, readout, count, bias, offset, offset + count * (length(readout) + 1)
+        inputs, copy(layers), constraint, stages, readout, count, bias, offset, offset + count * (length(readout) + 1)
     )
 end
 
@@ -194,7 +204,7 @@ function skip_pairs(skips, layers)
 end
 
 function layer_pairs(name, pairs, expected)
-    listed = collect(pairs)
+    listed = applicable(iterate, pairs) ? collect(pairs) : [pairs]
     all(pair -> pair isa Pair{<:Integer, <:Integer}, listed) || throw(ArgumentError("$name is $pairs; expected $expected"))
     return Pair{Int, Int}[from => to for (from, to) in listed]
 end

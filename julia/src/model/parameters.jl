@@ -59,7 +59,7 @@ connections between neurons, those from earlier layers included.
     opnorm(recurrent_weights(net, p), Inf)
 """
 function recurrent_weights(net::Network{T}, p) where {T}
-    check_array("the parameters", p, 1)
+    check_host_array("the parameters", p, 1)
     R = zeros(T, neurons(net), neurons(net))
     for (stage, w) in zip(net.stages, unpack!(Weights(net), net, p).stages)
         R[stage.rows, axes(w.feed, 2)] = w.feed
