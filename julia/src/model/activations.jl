@@ -44,8 +44,9 @@ function activation(name::Symbol)
     return ACTIVATIONS[name]
 end
 activation(name::AbstractString) = activation(Symbol(name))
-name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 activation(f) = throw(ArgumentError("an activation is $(repr(f)); expected its name, such as :tanh"))
+
+name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 
 # --- exponential and tanh without branches ------------------------------------------------------------
 
