@@ -44,7 +44,8 @@ class FixedPoint(Solve):
         self.sizes.begin(rows.index)
         return self.f.equation.start[rows.index]
 
-    def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
+    def settle(self, rows: Rows, scale: Array, spent: Array) -> Array:
+        """Which rows have converged; those whose small steps go to zero, which solves the equation, are put there."""
         size = self.sizes(rows.F)
         near = self.sizes.near(rows.residual, size, rows.index, self.rate)
         zero = self.sizes.lingers(rows.residual, size, rows.index, self.rate, spent) & ~near

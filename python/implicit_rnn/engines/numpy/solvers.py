@@ -159,7 +159,7 @@ class Solve:
         self.rate = rate = (residual / rows.residual) ** (1 / steps)  # 0 at the first look
         rows.residual, rows.iterations = residual, rows.iterations + steps
         spent = rows.iterations >= self.limit[rows.index]
-        largest, near = self.largest(rows), self.is_near(rows, scale, spent) & (residual < np.inf)
+        largest, near = self.largest(rows), self.settle(rows, scale, spent) & (residual < np.inf)
         going = residual <= largest if self.trial is None else (residual <= largest) | self.trial
         left = going & ~(near | spent)
         if left.all():
@@ -192,8 +192,8 @@ class Solve:
         """Of vectors, one a row."""
         return norm(V)
 
-    def is_near(self, rows: Rows, scale: Array, spent: Array) -> Array:
-        """Whether rows whose residual is known have converged; ``spent`` are those without another evaluation."""
+    def settle(self, rows: Rows, scale: Array, spent: Array) -> Array:
+        """Which rows have converged, by their residual; ``spent`` are those without another evaluation."""
         return np.asarray(rows.residual <= self.equation.tol * scale)
 
     def largest(self, rows: Rows) -> Array | float:
