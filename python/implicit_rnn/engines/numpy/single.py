@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction
-from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SLOW, SMALLEST_ROOT_STEP, far_step
+from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SMALLEST_ROOT_STEP, far_step, is_near, lingers
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, decreases
 from implicit_rnn.errors import silenced
 
@@ -73,10 +73,10 @@ def picard(equation: Equation, tol: float, limit: int, block: int, patience: flo
             return None
         rate = (residual / before) ** (1 / steps) if before < inf else 0.0
         reference = max(here, floor, _EPS * largest / tol)
-        if _is_near(residual, max(here, floor), tol, _EPS * largest, rate >= 1):
+        if is_near(residual, max(here, floor), tol, _EPS * largest, rate >= 1):
             # Undamped iteration ends at what attracts it, unless it starts there.
             return Found(z, evaluations, residual / reference if residual else 0.0, rate) if evaluations > 1 else None
-        if _lingers(residual, _EPS * largest, rate, False):
+        if lingers(residual, _EPS * largest, _EPS, rate, False):
             return None
         slow = log(tol) + log(max(reference, _TINY)) - log(residual) < patience * min(log(rate or _TINY), -_TINY)
         if evaluations >= block and slow:
@@ -104,7 +104,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
             largest = here
         rate = length / (last or 1.0) if last < inf else 0.0
         rounding = _EPS * largest
-        if _is_near(length, here if here > floor else floor, tol, rounding, False):
+        if is_near(length, here if here > floor else floor, tol, rounding, False):
             if calls.complex_only and not looked:
                 c, looked = calls.real(z), True
                 merit = hypot(*c)
@@ -115,7 +115,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
                 return None
             residual = length / max(here, floor, rounding / tol) if length else 0.0
             return Found([*map(add, z, step)], evaluations, residual, rate)
-        if looked or _lingers(length, rounding, rate, evaluations >= limit):
+        if looked or lingers(length, rounding, _EPS, rate, evaluations >= limit):
             return None
         last, before, start, t = length, merit, z, 1.0
         while True:
@@ -144,16 +144,6 @@ def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:
         return lambda z: hypot(*z), 0.0
     weights = (1 / equation.scale).tolist()
     return lambda z: hypot(*map(mul, z, weights)), equation.n**0.5
-
-
-def _is_near(step: float, size: float, tol: float, rounding: float, flat: bool) -> bool:
-    """Whether steps, which may no longer shrink, end the iteration, see ``engines.base.Equation``."""
-    return step <= tol * size or (step <= rounding and (flat or step == 0))
-
-
-def _lingers(step: float, rounding: float, rate: float, spent: bool) -> bool:
-    """Whether small steps may be going to zero."""
-    return step <= rounding and (rate > SLOW or spent or step <= _EPS * rounding)
 
 
 def _has_vanished(c: Numbers, seen: list[Numbers]) -> bool:

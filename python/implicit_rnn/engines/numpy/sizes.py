@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import sqrt
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,16 @@ PROBE, ANSWER = 2.0**-10, 32.0
 def far_step(tol: float) -> float:
     """The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."""
     return max(1e-3, 10 * sqrt(tol))
+
+
+def is_near(step: Any, size: Any, tol: float, rounding: Any, flat: Any) -> Any:
+    """Whether steps, numbers or arrays, end the iteration; ``flat`` where they may have stopped shrinking, see ``Equation``."""
+    return (step <= tol * size) | ((step <= rounding) & (flat | (step == 0)))
+
+
+def lingers(step: Any, rounding: Any, eps: float, rate: Any, spent: Any) -> Any:
+    """Whether steps, numbers or arrays, are so small that they may be going to zero."""
+    return (step <= rounding) & ((rate > SLOW) | spent | (step <= eps * rounding))
 
 
 class Sizes:
@@ -54,13 +65,10 @@ class Sizes:
         return np.asarray(self.eps * np.fmax(self.largest[index], size))
 
     def near(self, step: Array, size: Array, index: Array, rate: Array) -> Array:
-        """Whether steps end the iteration, see ``engines.base.Equation``."""
-        flat = (step == 0) if self.root else (step == 0) | (rate >= 1)
-        return np.asarray(
-            (step <= self.tol * np.maximum(size, self.floor)) | (flat & (step <= self.rounding(size, index)))
-        )
+        """Whether steps at iterates of that size end the iteration."""
+        flat = False if self.root else rate >= 1
+        return np.asarray(is_near(step, np.maximum(size, self.floor), self.tol, self.rounding(size, index), flat))
 
     def lingers(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
         """Whether small steps may be going to zero."""
-        rounding = self.rounding(size, index)
-        return np.asarray((step <= rounding) & ((rate > SLOW) | spent | (step <= self.eps * rounding)))
+        return np.asarray(lingers(step, self.rounding(size, index), self.eps, rate, spent))
