@@ -132,10 +132,10 @@ def _start() -> dict[str, EntryPoint]:
             threads.check_running(juliacall.CONFIG, int(_evaluate("string(Threads.nthreads())")))
         else:
             extension = "PYTHON_JULIACALL_AUTOLOAD_IPYTHON_EXTENSION"
-            settings = {extension: os.environ.get(extension, "no")}
+            settings = threads.juliacall_settings() | {extension: os.environ.get(extension, "no")}
             if environment is not None:
                 settings |= {"PYTHON_JULIACALL_EXE": environment.exe, "PYTHON_JULIACALL_PROJECT": environment.project}
-            with _environment_restored(settings), threads.starting():
+            with _environment_restored(settings), threads.signals_kept():
                 _import_juliacall()
         try:
             return _load()

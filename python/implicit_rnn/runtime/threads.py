@@ -75,34 +75,34 @@ def juliacall_option(name: str) -> str | None:
     return str(value) if value is not None else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
 
 
-@contextlib.contextmanager
-def starting() -> Iterator[None]:
-    """Around the start of Julia: its options before, Python's signals after.
+def juliacall_settings() -> dict[str, str]:
+    """What juliacall is told, in its environment variables, of threads and signals.
 
-    The options leave the environment again, so that processes started from this one choose for themselves. Raises
-    ``ValueError`` for a bad IMPLICIT_RNN_THREADS and ``EngineError`` for options under which Julia would crash.
+    Raises ``ValueError`` for a bad IMPLICIT_RNN_THREADS and ``EngineError`` for options under which Julia would crash.
     """
     threads, _ = _choice()
-    several = threads != "1"
-    signals = juliacall_option("handle_signals")
-    if several and signals == "no":
+    if threads == "1":
+        return {"PYTHON_JULIACALL_THREADS": threads}
+    if juliacall_option("handle_signals") == "no":
         raise EngineError(
             f"PYTHON_JULIACALL_HANDLE_SIGNALS=no lets Julia crash at its first garbage collection with {threads} threads; "
             f"unset it, or set {VARIABLE}=1"
         )
-    defaults = {"PYTHON_JULIACALL_THREADS": threads} | ({"PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"} if several else {})
-    added = {name: value for name, value in defaults.items() if name not in os.environ}
+    return {"PYTHON_JULIACALL_THREADS": threads, "PYTHON_JULIACALL_HANDLE_SIGNALS": "yes"}
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Around the start of Julia, which may take signals: afterwards Python has its own again."""
+    takes_signals = juliacall_option("handle_signals") == "yes"
     blocked = _blocked()
-    if several:
+    if takes_signals:
         # Its handler of segmentation faults would come first if it were restored later, as pytest does at its end.
         faulthandler.disable()
-    os.environ.update(added)
     try:
         yield
     finally:
-        for name in added:
-            del os.environ[name]
-        if several or signals == "yes":
+        if takes_signals:
             _take_back_signals(blocked)
 
 
