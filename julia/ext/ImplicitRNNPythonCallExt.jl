@@ -3,8 +3,8 @@
 module ImplicitRNNPythonCallExt
 
 using ImplicitRNN
-using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Solver, Workspace, backend_of, equilibrium!, hessian_vector_product!,
-    interrupt_address, jvp!, loss_and_gradient!, on_host, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
+using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Quality, Solver, Workspace, backend_of, equilibrium!,
+    hessian_vector_product!, interrupt_address, jvp!, loss_and_gradient!, on_host, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
 using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
     pylist, pybuiltins
 
@@ -264,8 +264,10 @@ function gradient(s::Session{T}, arrays::Py, probe::Int) where {T}
         isempty(weights) ? step!(nothing) : step!(weights)         # of known types
     end
     pydel!(arrays)
-    return loss, quality.unconverged, quality.residual, quality.adjoint_residual
+    return loss, numbers(quality)...
 end
+
+numbers(q::Quality) = (q.unconverged, q.residual, q.adjoint_residual)
 
 given(x::AbstractVector) = isempty(x) ? nothing : x
 given(x::AbstractVector, rows::Int) = isempty(x) ? nothing : columns(x, rows)
@@ -291,7 +293,7 @@ function vjp(s::Session{T}, arrays::Py, of_state::Bool, probe::Int) where {T}
         )
     end
     pydel!(arrays)
-    return penalty, quality.unconverged, quality.residual, quality.adjoint_residual
+    return penalty, numbers(quality)...
 end
 
 "`jvp(handle, (p, X, start, dp, dX, tangent), of_state) -> (unconverged, residual, adjoint residual)`, see [`jvp!`](@ref)."
@@ -305,7 +307,7 @@ function jvp(s::Session{T}, arrays::Py, of_state::Bool) where {T}
         )
     end
     pydel!(arrays)
-    return quality.unconverged, quality.residual, quality.adjoint_residual
+    return numbers(quality)
 end
 
 "`hessian_vector_product(handle, (p, X, Y, weights, v, h))`: H v is written to `h`."

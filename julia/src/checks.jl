@@ -50,7 +50,7 @@ end
 # Loops in registers and on devices begin at 1, and do not look again.
 check_indices(what, A) = Base.has_offset_axes(A) && refuse_indices(what, A)
 @noinline refuse_indices(what, A) =
-    throw(ArgumentError("$what have the indices $(join(axes(A), ", ")); expected an array whose indices begin at 1"))
+    throw(ArgumentError("the indices of $what are $(join(axes(A), ", ")); expected an array whose indices begin at 1"))
 
 function check_supervised(net, X, Y, weights)
     check_features(net, X)

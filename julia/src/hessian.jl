@@ -21,7 +21,7 @@ end
 function hessian_vector_product!(h, ws::CPUWorkspace{T}, problem::Problem{T}, p, X, Y, v, weights = nothing) where {T}
     check_workspace(ws, problem.net)
     check_supervised(problem.net, X, Y, weights)
-    check_length(problem.net, v)
+    check_length(problem.net, v, "direction")
     check_length(problem.net, h, "product")
     return exclusively(() -> second_derivative!(h, ws, problem, p, X, Y, v, weights), ws)
 end

@@ -97,7 +97,7 @@ output_size(net::Network) = net.outputs > 0 ? net.outputs : length(net.readout)
 
 function check_length(net::Network, p, what = "vector")
     length(p) == length(net) || throw(DimensionMismatch("the network has $(length(net)) parameters, the $what $(length(p))"))
-    return check_indices(what == "vector" ? "the parameters" : "those of the $what", p)
+    return check_indices("the $what", p)
 end
 
 Network(args...; kwargs...) = Network{Float64}(args...; kwargs...)
