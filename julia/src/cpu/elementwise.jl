@@ -8,9 +8,24 @@ As `@simd ivdep for`, one vector at a time. Otherwise the compiler takes two or 
 one by one, which for activations takes longer than all else.
 """
 macro vectors(loop)
+    return esc(in_vectors(loop))
+end
+
+"""
+    @lanes T for l in 1:L … end
+
+As [`@vectors`](@ref), for numbers of type T that fill registers of the widest kind, which the compiler does not choose by itself on many
+processors: with what is left over it would be slower.
+"""
+macro lanes(T, loop)
+    wide(size) = in_vectors(loop, (Symbol("llvm.loop.vectorize.width"), REGISTER ÷ size))
+    return esc(:(sizeof($T) == 8 ? $(wide(8)) : $(wide(4))))
+end
+
+function in_vectors(loop, more...)
     (range, body) = loop.args
-    one_at_a_time = Expr(:loopinfo, Symbol("julia.simdloop"), Symbol("julia.ivdep"), (Symbol("llvm.loop.interleave.count"), 1))
-    return esc(Expr(:for, range, Expr(:block, body, one_at_a_time)))
+    info = Expr(:loopinfo, Symbol("julia.simdloop"), Symbol("julia.ivdep"), (Symbol("llvm.loop.interleave.count"), 1), more...)
+    return Expr(:for, range, Expr(:block, body, info))
 end
 
 "    map_each!(f, C, arrays...)\n\n`C[i] = f(A[i], B[i], …)` for all entries of the arrays."

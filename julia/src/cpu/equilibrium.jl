@@ -44,7 +44,7 @@ function solve_stage!(ws::Tile{T}, problem, rows, f::F, k::Int) where {T, F <: A
     c, recurrence, solver, adjoint = ws.columns[k], ws.recurrences[k], problem.solver, problem.adjoint
     Z, S = view(ws.Z, rows, :), view(ws.S, rows, :)
     unique = guarantees_uniqueness(problem.net.constraint)::Bool || adjoint isa Unrolled
-    tol = (@usual solver Auto tolerance(solver, T))::T
+    tol = @usual solver Auto tolerance(solver, T)::T
     # Not by keywords, whose values would be boxed for every tile.
     stationary = Stationary{T, F, typeof(Z)}(
         recurrence.forward, recurrence, f, tol, scale_floor(T, length(rows)), Z, S, ws.outcome, unique, ws.latest,

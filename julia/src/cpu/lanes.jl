@@ -26,13 +26,14 @@ mutable struct Lanes{T, L}
     const last2::Vector{T}
     const residual::Vector{T}            # in the end, relative
     const rate::Vector{T}
+    const first2::Vector{T}              # ‖F - Z‖² of the first evaluation
     const reach2::Vector{T}              # square of how far from the anchor the equilibrium may be
     const iterations::Vector{T}
     active::Int
     failed::Int
 end
 Lanes{T, L}(n::Int) where {T, L} = Lanes{T, L}(
-    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L, n, n), (zeros(T, L) for _ in 1:8)..., 0, 0
+    (zeros(T, L, n) for _ in 1:7)..., zeros(T, L, n, n), zeros(T, L, n, n), (zeros(T, L) for _ in 1:9)..., 0, 0
 )
 
 has_bit(bits::Int, l::Int) = isodd(bits >> (l - 1))
@@ -168,6 +169,7 @@ end
 # left, or does not contract there, may not be the one that attracts.
 function drop_doubtful!(w::Lanes{T, L}, done::Int, k::Int, picard_steps::Int) where {T, L}
     lanes = Val(L)
+    k == 1 && copyto!(w.first2, w.change2)
     k == picard_steps && reach!(w)
     far = k == 1 ? done : below(same_in_all(T(SUSPICIOUS_SIZE)^2, lanes), vector(w.size2, 1, lanes))
     k > picard_steps && (far |= below(vector(w.reach2, 1, lanes), distance2(w, lanes)))
@@ -252,7 +254,7 @@ end
 
 # `sqrt` looks for negative numbers first, which keeps loops out of vector registers.
 function relate_residuals!(w::Lanes{T, L}, floor2::T) where {T, L}
-    @inbounds @simd ivdep for l in 1:L
+    @inbounds @lanes T for l in 1:L
         w.residual[l] = Base.sqrt_llvm(w.residual2[l] / max(w.size2[l], floor2))
     end
     return
@@ -260,17 +262,19 @@ end
 
 # The quotients of the last two residuals.
 function find_rates!(w::Lanes{T, L}) where {T, L}
-    @inbounds @simd ivdep for l in 1:L
+    @inbounds @lanes T for l in 1:L
         last2 = w.last2[l]
         w.rate[l] = ifelse(isfinite(last2), Base.sqrt_llvm(w.residual2[l] / last2), zero(T))
     end
     return
 end
 
+# The rate is that of the last step or, as iterates that turn have some steps that hardly shrink, the mean of the last two.
 function reach!(w::Lanes{T, L}) where {T, L}
     find_rates!(w)
     @inbounds for l in 1:L
         q = w.rate[l]
+        contracts(q) || (q = sqrt(sqrt(w.residual2[l] / w.first2[l])))
         w.reach2[l] = trust_radius(sqrt(w.residual2[l]), q)^2
         contracts(q) || (w.failed |= w.active & bit(l); w.active &= ~bit(l))
     end
@@ -315,19 +319,22 @@ end
 
 # F = f(S), ‖F - Z‖² and ‖F‖²
 function activate_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
-    fill!(w.change2, 0)
-    fill!(w.size2, 0)
     foreach(pieces(f, size(w.S, 2))) do (rows, g)
         @inbounds for i in rows
-            @simd ivdep for l in 1:L
-                z = value(g, w.S[l, i])
-                w.F[l, i] = z
-                d = z - w.Z[l, i]
-                w.change2[l] = muladd(d, d, w.change2[l])
-                w.size2[l] = muladd(z, z, w.size2[l])
+            @lanes T for l in 1:L
+                w.F[l, i] = value(g, w.S[l, i])
             end
         end
     end
+    lanes = Val(L)
+    change2 = size2 = same_in_all(zero(T), lanes)
+    for i in axes(w.F, 2)
+        z = vector(w.F, i, lanes)
+        d = minus_lanes(z, vector(w.Z, i, lanes))
+        change2, size2 = muladd_lanes(d, d, change2), muladd_lanes(z, z, size2)
+    end
+    put_vector!(w.change2, 1, change2)
+    put_vector!(w.size2, 1, size2)
     return
 end
 
@@ -344,7 +351,7 @@ end
 function slopes_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
     foreach(pieces(f, size(w.S, 2))) do (rows, g)
         @inbounds for i in rows
-            @simd ivdep for l in 1:L
+            @lanes T for l in 1:L
                 w.D[l, i] = slope(g, w.S[l, i], w.F[l, i])
                 w.step[l, i] = w.F[l, i] - w.Z[l, i]
             end
@@ -541,7 +548,7 @@ adjoint_tolerance(tol::T) where {T} = max(tol, 100 * eps(T))
 
 function multiply_lanes!(X::Matrix{T}, A, B, ::Val{L}) where {T, L}
     @inbounds for i in axes(X, 2)
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:L
             X[l, i] = A[l, i] * B[l, i]
         end
     end

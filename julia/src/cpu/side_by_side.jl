@@ -128,35 +128,53 @@ constrain_pullback_lanes!(g::LaneWeights, ::Free, w::LaneWeights) = copyto!(g.ra
 
 function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) where {T}
     (; raw, recurrent, stretch, row_sum, row_factor) = w
-    L, n = size(raw, 1), size(raw, 2)
-    c isa Perron && foreach(l -> exponentials!(view(stretch, l, :), view(w.scales, l, :)), 1:L)
+    n = size(raw, 2)
+    c isa Perron && exponentials_lanes!(stretch, w.scales)
     fill!(row_sum, 0)
     @inbounds for j in 1:n, i in 1:n
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             row_sum[l, i] += abs(raw[l, i, j])
         end
     end
     @inbounds for i in 1:n
         limit = T(c.kappa / slopes[i])
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             row_factor[l, i] = min(one(T), limit / row_sum[l, i])
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             recurrent[l, i, j] = row_factor[l, i] * raw[l, i, j] * (stretch[l, j] / stretch[l, i])
         end
     end
     return w
 end
 
+function exponentials_lanes!(stretch::Matrix{T}, scales) where {T}
+    lanes = Val(NETS)
+    low = high = vector(scales, 1, lanes)
+    for i in axes(scales, 2)
+        a = vector(scales, i, lanes)
+        low, high = select(below(a, low), a, low), select(below(high, a), a, high)
+    end
+    half = same_in_all(T(0.5), lanes)
+    middle = muladd_lanes(half, low, times_lanes(half, high))
+    for i in axes(scales, 2)
+        put_vector!(stretch, i, minus_lanes(vector(scales, i, lanes), middle))
+        @inbounds @lanes T for l in 1:NETS
+            stretch[l, i] = exp_bounded(stretch[l, i])
+        end
+    end
+    return stretch
+end
+
 function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron}, w::LaneWeights{T}) where {T}
     (; raw, recurrent, stretch, row_factor, row_sum) = w
-    L, n = size(raw, 1), size(raw, 2)
+    n = size(raw, 2)
     inner, scaled = fill!(g.row_sum, 0), c isa Perron
     scaled && fill!(g.scales, 0)
     @inbounds for j in 1:n, i in 1:n
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             flow = g.recurrent[l, i, j] * recurrent[l, i, j]
             inner[l, i] += flow
             scaled && (g.scales[l, j] += flow)
@@ -164,12 +182,12 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
     end
     scaled && subtract!(g.scales, inner)
     @inbounds for i in 1:n
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             inner[l, i] = ifelse(row_factor[l, i] < 1, inner[l, i] / row_sum[l, i], zero(T))
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @simd ivdep for l in 1:L
+        @lanes T for l in 1:NETS
             h = g.recurrent[l, i, j] * row_factor[l, i] * (stretch[l, j] / stretch[l, i])
             g.raw[l, i, j] = h - sign(raw[l, i, j]) * inner[l, i]
         end
@@ -228,11 +246,11 @@ function note_unsolved!(s::SideBySide{T, L}) where {T, L}
     return
 end
 
-function loss_gradient_lanes!(s::SideBySide, T, sample::Int, w)
+function loss_gradient_lanes!(s::SideBySide{T, L}, targets, sample::Int, w) where {T, L}
     (; Y, GY, tile_loss) = s
     for i in axes(Y, 2)
-        t = @inbounds T[i, sample]
-        @inbounds @simd ivdep for l in axes(Y, 1)
+        t = @inbounds targets[i, sample]
+        @inbounds @lanes T for l in 1:L
             GY[l, i] = w * slope(s.loss_function, Y[l, i], t)
             tile_loss[l] += w * value(s.loss_function, Float64(Y[l, i]), Float64(t))
         end
@@ -253,13 +271,18 @@ is_elementwise(
 is_elementwise(chain::Optimisers.OptimiserChain) = all(is_elementwise, chain.opts)
 
 # Lanes without a net compute as well. The sum over a batch has as many shares as tiles.
-function goes_side_by_side(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
-    problem, samples, count = trainer.problem, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
-    first(trainer.buffers).workspace isa CPUWorkspace && !trainer.warm_start &&
-        all(A -> A === nothing || eltype(A) == T, (batches.X, batches.Y, batches.weights)) && nets.parameters isa Matrix{T} && is_tiny(problem) && is_elementwise(trainer.rule) || return false
-    cld(samples, tile_width(problem.net, samples)) <= shares_of(problem.net) || return false
+function goes_side_by_side(trainer::Trainer, nets::Replicas, batches::Batches)
+    runs_in_lanes(trainer, nets, batches) || return false
+    net, samples, count = trainer.problem.net, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
+    cld(samples, tile_width(net, samples)) <= shares_of(net) || return false
     threads = Threads.nthreads()
     return cld(cld(count, NETS), threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
+end
+
+function runs_in_lanes(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
+    first(trainer.buffers).workspace isa CPUWorkspace && nets.parameters isa Matrix{T} || return false
+    is_tiny(trainer.problem) && is_elementwise(trainer.rule) && !trainer.warm_start || return false
+    return all(A -> A === nothing || eltype(A) == T, (batches.X, batches.Y, batches.weights))
 end
 
 function train_side_by_side!(trainer::Trainer{T}, nets::Replicas, batches::Batches, losses, unconverged) where {T}

@@ -19,7 +19,7 @@ end
 "When the lanes are done with a tiny problem whose activation is f: their criterion forward, and the tolerance of the adjoint."
 function lane_criteria(problem::Problem{T}, f::Activation) where {T}
     (; net, solver, adjoint) = problem
-    tol, adjoint_tol = (@usual solver Auto tolerance(solver, T))::T, (@usual adjoint Implicit tolerance(adjoint, T))::T
+    tol, adjoint_tol = (@usual solver Auto tolerance(solver, T)::T), (@usual adjoint Implicit tolerance(adjoint, T)::T)
     forward = LaneCriterion(f, tol, scale_floor(T, neurons(net)), guarantees_uniqueness(net.constraint)::Bool)
     return forward, adjoint_tolerance(adjoint_tol)
 end

@@ -75,9 +75,21 @@ name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
     return power, expm1_taylor(r)
 end
 
-# exp(y) for y <= 0; underflows to about 1e-304 (1e-37 in Float32) and keeps NaN.
+# What `reduce_exponent` takes.
+@inline largest_exponent(::Type{Float64}) = 700.0
+@inline largest_exponent(::Type{Float32}) = 86.0f0
+
+# exp(y), which beyond e^±700 (e^±86 in Float32) stays as it is there; NaN stays NaN.
+@inline function exp_bounded(y::T) where {T <: Union{Float32, Float64}}
+    largest = largest_exponent(T)
+    power, m = reduce_exponent(clamp(y, -largest, largest))
+    return muladd(power, m, power)
+end
+@inline exp_bounded(y::Real) = exp(y)
+
+# The same for y <= 0.
 @inline function exp_nonpositive(y::T) where {T <: Union{Float32, Float64}}
-    lowest = T === Float64 ? T(-700) : T(-86)
+    lowest = -largest_exponent(T)
     power, m = reduce_exponent(ifelse(y < lowest, lowest, y))
     return muladd(power, m, power)
 end
@@ -85,7 +97,7 @@ end
 
 # exp(y) - 1 for y <= 0.
 @inline function expm1_nonpositive(y::T) where {T <: Union{Float32, Float64}}
-    lowest = T === Float64 ? T(-700) : T(-86)
+    lowest = -largest_exponent(T)
     power, m = reduce_exponent(ifelse(y < lowest, lowest, y))
     return muladd(power, m, power - one(T))
 end

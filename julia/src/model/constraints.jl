@@ -109,7 +109,10 @@ function exponentials!(stretch, scales)
         low, high = min(low, a), max(high, a)
     end
     middle = low / 2 + high / 2
-    return map!(a -> exp(a - middle), stretch, scales)
+    @inbounds @vectors for i in eachindex(stretch, scales)
+        stretch[i] = exp_bounded(scales[i] - middle)
+    end
+    return stretch
 end
 
 function scale_rows!(w, kappa, slopes, stretch)
