@@ -614,7 +614,7 @@ def test_command_refuses_a_bad_record_with_1_and_the_reason_before_it_trains(tmp
 @pytest.mark.parametrize("option", ["--model", "--columns", "--units", "--fps"])
 def test_options_of_a_record_without_one_are_refused(option, capsys):
     assert main(["pendulum", option, "1", "--engine", "numpy"]) == 1
-    assert f"{option} goes with --data" in capsys.readouterr().err
+    assert f"{option} is used with --data only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -628,7 +628,7 @@ def test_options_of_a_record_without_one_are_refused(option, capsys):
 )
 def test_options_that_a_mode_takes_no_notice_of_are_refused(mode, option, capsys):
     assert main(["pendulum", *mode, option, "1", "--engine", "numpy"]) == 1
-    assert f"{option} does not go with {mode[0]}, which takes no notice of it" in capsys.readouterr().err
+    assert f"{option} cannot be combined with {mode[0]}, which ignores it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
