@@ -349,7 +349,7 @@ def test_times_of_day_may_have_a_time_zone(tmp_path, zone):
         (table(np.arange(90), A), {}, "counts 0, 1, 2, ... and has no unit; give --fps N"),
         (table(np.arange(90), A, header="frame,angle"), {}, "counts frames; give --fps N"),
         (table(A, header="angle"), {}, "no times; give --fps N"),
-        (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so that --fps says nothing"),
+        (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so --fps has no meaning"),
         (table(T, A, header="time,angle"), {"fps": -1.0}, "expected a positive number of frames per second"),
         (table(T, np.sin(3 * T), np.sin(7 * T), header="t,x,y"), {}, r"the positions are off a circle .*atan2\(x - x0, y0 - y\)"),
         (table(T, NOISY[0] + 0.1 * A, NOISY[1], header="t,x,y"), {}, "no pivot is found, since their arc is too short"),
@@ -490,7 +490,7 @@ def test_end_of_a_pendulum_that_was_caught_is_cut_and_named(reader):
     found = pendulum.estimate(reader, recorded(angles))
     assert abs(found.refined.length - 0.5) < 3 * found.refined.length_error < 0.001
     assert 8 < found.end_time < 9
-    assert any("is no free swing any more, and is left out" in remark for remark in found.remarks)
+    assert any("is no longer free swing, and is left out" in remark for remark in found.remarks)
 
 
 def with_force(force: Callable[[float, float], float]) -> Array:
@@ -570,7 +570,9 @@ def test_wrong_unit_of_time_is_refused(reader, tmp_path):
 
 def test_release_out_of_what_the_network_has_learnt_is_remarked_upon(reader):
     found = pendulum.estimate(reader, recorded(swing(0.6, 0.1, 2.5, LONG)[0]))
-    assert any("has learnt releases of 0.2 to 1.4 rad and sees one of 2.5" in remark for remark in found.remarks)
+    assert any(
+        "was trained on releases of 0.2 to 1.4 rad, and this record has 2.5" in remark for remark in found.remarks
+    )
     assert abs(found.refined.length - 0.6) < 3 * found.refined.length_error < 0.001
 
 
