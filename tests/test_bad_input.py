@@ -62,7 +62,7 @@ def test_a_vector_of_samples_of_one_feature_is_refused_with_the_remedy():
 
 
 def test_ragged_list_is_refused_by_name(net, call):
-    with pytest.raises(ValueError, match="X is no array of numbers: setting an array element"):
+    with pytest.raises(ValueError, match="X is not an array of numbers: setting an array element"):
         call(net, [[1.0, 2.0, 3.0], [1.0, 2.0]])
 
 
@@ -76,7 +76,7 @@ def test_what_says_why_it_is_no_array_is_heard(net, call):
         def __array__(self, *how, **more):
             raise RuntimeError("it requires grad")
 
-    with pytest.raises(TypeError, match="X is no array of numbers: it requires grad"):
+    with pytest.raises(TypeError, match="X is not an array of numbers: it requires grad"):
         call(net, Tensor())
 
 
@@ -97,7 +97,7 @@ def test_longdouble_is_refused_and_told_how_to_convert_it(net, call):
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_array_larger_than_memory_is_refused_at_once(engine, dtype):
     huge = np.broadcast_to(np.float64(0), (10**13, 3))
-    with pytest.raises(MemoryError, match=r"X has 10000000000000 samples, for which .* GiB are needed and .* GiB"):
+    with pytest.raises(MemoryError, match=r"X has 10000000000000 samples, which need .* GiB of memory, but .* GiB"):
         make_net(engine, dtype=dtype).predict(huge)
 
 
@@ -320,7 +320,7 @@ def test_word_in_place_of_true_or_false_is_refused(choose, word):
     "sizes", [{"inputs": 2**30, "layers": [100]}, {"outputs": 2**30, "layers": [100]}, {"layers": [10**8]}]
 )
 def test_network_larger_than_memory_is_refused_at_once(sizes):
-    with pytest.raises(MemoryError, match=r"the network has \d+ parameters, for which .* GiB are needed"):
+    with pytest.raises(MemoryError, match=r"the network has \d+ parameters, which need .* GiB of memory"):
         irnn.Network(**({"inputs": 1, "layers": [2], "outputs": 1} | sizes))
 
 
@@ -522,7 +522,7 @@ def test_states_may_be_lists(net, X):
 @pytest.mark.parametrize("path", [None, 3, b"net.safetensors", ["net.safetensors"]])
 def test_what_is_no_path_is_refused(net, path):
     for use in (net.save, irnn.load):
-        with pytest.raises(TypeError, match=r"path is .*; expected a name, as text or a pathlib.Path"):
+        with pytest.raises(TypeError, match=r"path is .*; expected a file name, as a string or a pathlib.Path"):
             use(path)
 
 
@@ -563,14 +563,14 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
         ({"progress": np.zeros(2)}, TypeError, r"progress must be True or False, got array\(\[0., 0.\]\)"),
         ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
-        ({"checkpoint": ""}, ValueError, "path is ''; expected a name"),
-        ({"checkpoint": "a\0b"}, ValueError, r"path is 'a\\x00b'; expected a name"),
-        ({"checkpoint": "a\ud800b"}, ValueError, r"path is 'a\\ud800b'; expected a name"),
+        ({"checkpoint": ""}, ValueError, "path is ''; expected a file name"),
+        ({"checkpoint": "a\0b"}, ValueError, r"path is 'a\\x00b'; expected a file name"),
+        ({"checkpoint": "a\ud800b"}, ValueError, r"path is 'a\\ud800b'; expected a file name"),
         *(({"clip": clip}, ValueError, "clip must be positive") for clip in (0, -1, np.nan)),
         *(({"clip": clip}, TypeError, "clip must be a number") for clip in ("1", [1.0], np.array([1.0]), True)),
         ({"clip": 10**400}, ValueError, r"clip must be a number below 1.8e\+308"),
         ({"sample_weights": [10**400] * 12}, ValueError, "sample_weights has whole numbers beyond"),
-        ({"resume": ""}, ValueError, "path is ''; expected a name"),
+        ({"resume": ""}, ValueError, "path is ''; expected a file name"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
         ({"epochs": 2**31}, ValueError, r"epochs must be a whole number below 2\*\*31, got 2147483648"),
     ],

@@ -788,7 +788,7 @@ def epoch_of(path: Path) -> int:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"path": 3}, TypeError, "path is 3; expected a name"),
+        ({"path": 3}, TypeError, "path is 3; expected a file name"),
         ({"path": "x", "every_epochs": 0}, ValueError, "every_epochs"),
         ({"path": "x", "every_minutes": -1}, ValueError, "every_minutes"),
         ({"path": "x", "every": 1}, TypeError, "no option every"),

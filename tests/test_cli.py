@@ -225,7 +225,7 @@ def test_setup_with_half_of_an_environment_exits_with_1(no_prepared_julia, capsy
 def test_remove_with_another_option_deletes_nothing(no_prepared_julia, capsys, other):
     environments.remember(environments.Environment("julia", "/named", "a test"))
     assert main(["setup", "--remove", *other]) == 1
-    assert "--remove deletes all that setup has made" in capsys.readouterr().err
+    assert "--remove deletes everything that setup has installed" in capsys.readouterr().err
     assert environments.named_path().is_file()
 
 

@@ -55,7 +55,7 @@ def test_steps_below_one_are_refused():
 def test_command_writes_json_and_figure(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cost, "TOLERANCES", {"picard": (1e-5,)})
     assert cli.main(["cost", "--engine", "numpy", "--steps", "5", "100", "--out", str(tmp_path)]) == 0
-    assert "BPTT is as exact with 100 steps" in capsys.readouterr().out
+    assert "BPTT is as accurate with 100 steps" in capsys.readouterr().out
     points = json.loads((tmp_path / "cost.json").read_text("utf-8"))["points"]
     assert [(point["method"], point["setting"]) for point in points] == [
         ("unrolled", 5), ("unrolled", 100), ("picard", 1e-5),

@@ -120,7 +120,7 @@ def test_format_version_that_is_none_is_refused(saved, version):
 )
 def test_damaged_description_is_refused(saved, damage):
     with_metadata(saved, **damage)
-    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
+    with pytest.raises(irnn.ModelFileError, match="describes no network that this version can read"):
         irnn.load(saved)
 
 
@@ -142,7 +142,7 @@ def test_damaged_description_is_refused(saved, damage):
 )
 def test_topology_this_version_does_not_know_is_refused(saved, key, value):
     with_metadata(saved, topology=json.dumps(make_net("numpy").topology.description() | {key: value}))
-    with pytest.raises(irnn.ModelFileError, match="describes no network this version knows"):
+    with pytest.raises(irnn.ModelFileError, match="describes no network that this version can read"):
         irnn.load(saved)
 
 

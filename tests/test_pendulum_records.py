@@ -349,7 +349,7 @@ def test_times_of_day_may_have_a_time_zone(tmp_path, zone):
         (table(np.arange(90), A), {}, "counts 0, 1, 2, ... and has no unit; give --fps N"),
         (table(np.arange(90), A, header="frame,angle"), {}, "counts frames; give --fps N"),
         (table(A, header="angle"), {}, "no times; give --fps N"),
-        (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so that --fps says nothing"),
+        (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so --fps has no meaning"),
         (table(T, A, header="time,angle"), {"fps": -1.0}, "expected a positive number of frames per second"),
         (table(T, np.sin(3 * T), np.sin(7 * T), header="t,x,y"), {}, r"the positions are off a circle .*atan2\(x - x0, y0 - y\)"),
         (table(T, NOISY[0] + 0.1 * A, NOISY[1], header="t,x,y"), {}, "no pivot is found, since their arc is too short"),
@@ -490,7 +490,7 @@ def test_end_of_a_pendulum_that_was_caught_is_cut_and_named(reader):
     found = pendulum.estimate(reader, recorded(angles))
     assert abs(found.refined.length - 0.5) < 3 * found.refined.length_error < 0.001
     assert 8 < found.end_time < 9
-    assert any("is no free swing any more, and is left out" in remark for remark in found.remarks)
+    assert any("is no longer free swing, and is left out" in remark for remark in found.remarks)
 
 
 def with_force(force: Callable[[float, float], float]) -> Array:
@@ -570,7 +570,9 @@ def test_wrong_unit_of_time_is_refused(reader, tmp_path):
 
 def test_release_out_of_what_the_network_has_learnt_is_remarked_upon(reader):
     found = pendulum.estimate(reader, recorded(swing(0.6, 0.1, 2.5, LONG)[0]))
-    assert any("has learnt releases of 0.2 to 1.4 rad and sees one of 2.5" in remark for remark in found.remarks)
+    assert any(
+        "was trained on releases of 0.2 to 1.4 rad, and this record has 2.5" in remark for remark in found.remarks
+    )
     assert abs(found.refined.length - 0.6) < 3 * found.refined.length_error < 0.001
 
 
@@ -614,7 +616,7 @@ def test_command_refuses_a_bad_record_with_1_and_the_reason_before_it_trains(tmp
 @pytest.mark.parametrize("option", ["--model", "--columns", "--units", "--fps"])
 def test_options_of_a_record_without_one_are_refused(option, capsys):
     assert main(["pendulum", option, "1", "--engine", "numpy"]) == 1
-    assert f"{option} goes with --data" in capsys.readouterr().err
+    assert f"{option} is used with --data only" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -628,7 +630,7 @@ def test_options_of_a_record_without_one_are_refused(option, capsys):
 )
 def test_options_that_a_mode_takes_no_notice_of_are_refused(mode, option, capsys):
     assert main(["pendulum", *mode, option, "1", "--engine", "numpy"]) == 1
-    assert f"{option} does not go with {mode[0]}, which takes no notice of it" in capsys.readouterr().err
+    assert f"{option} cannot be combined with {mode[0]}, which ignores it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -84,16 +84,14 @@ def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
 
 def test_run_that_cannot_be_sent_to_workers_is_refused_in_words():
     lock = threading.Lock()
-    with pytest.raises(
-        TypeError, match="cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"
-    ):
+    with pytest.raises(TypeError, match="cannot be pickled and sent to worker processes; jobs=1 does not need that"):
         run_many(lambda x: {"y": lock.locked() + x}, TASKS, jobs=2)
 
 
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        (irnn.Adam(), r"run\(\.\.\.\) is a Adam; expected numbers, words"),
+        (irnn.Adam(), r"run\(\.\.\.\) is a Adam; expected numbers, strings"),
         ({"a": 1, "nets": [0, {"b": irnn.Adam()}]}, r"run\(\.\.\.\)\['nets'\]\[1\]\['b'\] is a Adam"),
         ({"a": np.zeros(2)}, r"run\(\.\.\.\)\['a'\] is a ndarray; .*; pass an array as array\.tolist\(\)"),
         ({"a": np.complex128(1)}, r"\['a'\] is a complex"),
@@ -131,7 +129,7 @@ def test_name_that_every_system_takes_is_that_of_a_file(name, tmp_path):
 
 
 def test_folder_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="path is ''; expected a name"):
+    with pytest.raises(ValueError, match="path is ''; expected a file name"):
         run_many(runs.square, TASKS, folder="")
 
 
@@ -149,7 +147,7 @@ def test_folder_that_is_a_file_is_refused_in_words(tmp_path):
         ({"report": "yes"}, "report is 'yes'; expected a function"),
         ({"tasks": [{"x": 1}]}, "tasks is a list; expected the arguments of each run by its name"),
         ({"tasks": {"a": 1}}, r"tasks\['a'\] is 1; expected the arguments of the run by name"),
-        ({"folder": 3}, "path is 3; expected a name"),
+        ({"folder": 3}, "path is 3; expected a file name"),
         ({"settings": "yes"}, "settings is 'yes'; expected a dict of what results depend on"),
     ],
 )

@@ -299,7 +299,7 @@ def test_file_with_the_name_of_juliacall_is_told(run_python: RunPython, fresh_ma
         WHY_NO_ENGINE.format("julia") * 2,
         fresh_machine | {"PYTHON_JULIACALL_EXE": exe, "PYTHON_JULIACALL_PROJECT": project},
     )
-    told = f"{tmp_path / 'juliacall.py'} was imported as juliacall, which it is not; give it another name"
+    told = f"{tmp_path / 'juliacall.py'} was imported as juliacall, but is another module; rename it"
     assert done.stdout.splitlines() == [told, told], str(done)
 
 

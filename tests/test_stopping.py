@@ -63,12 +63,14 @@ def test_best_weights_need_validation_data(net, settings, X, Y):
 
 @pytest.mark.parametrize("settings", [{"restore_best": True}, {"early_stopping": irnn.EarlyStopping(3)}], ids=str)
 def test_fit_too_short_for_a_validation_loss_warns_that_the_last_weights_are_left(net, settings, X, Y):
-    with pytest.warns(UserWarning, match="no validation loss .* the first is that of epoch 5, and training ended at 4"):
+    with pytest.warns(
+        UserWarning, match="no validation loss .* the first is that of epoch 5, but training ended at epoch 4"
+    ):
         net.fit(X, Y, validation=(X, Y), validation_every=5, epochs=4, **settings)
 
 
 def test_validation_losses_that_are_never_finite_warn_that_the_last_weights_are_left(net, X, Y):
-    with pytest.warns(UserWarning, match=r"no validation loss was finite, .* they are the last"):
+    with pytest.warns(UserWarning, match=r"no validation loss was finite, .* the last parameters are kept"):
         run = net.fit(X, Y, validation=(X, Y + 1e200), epochs=3, restore_best=True)
     assert run.best_epoch is None
     assert np.isinf(run.validation_loss).all()

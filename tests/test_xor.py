@@ -28,7 +28,7 @@ def test_wilson_interval_has_its_known_values(successes, trials, low, high):
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 3), (4, 3)])
 def test_wilson_interval_of_no_proportion_is_refused(successes, trials):
-    with pytest.raises(ValueError, match="is no proportion"):
+    with pytest.raises(ValueError, match="is not a proportion"):
         wilson_interval(successes, trials)
 
 

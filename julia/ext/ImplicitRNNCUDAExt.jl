@@ -1,6 +1,6 @@
 """
-What only CUDA.jl knows: whether there is a card that works, what it is, and how its memory is shared. All computation is that of ImplicitRNNGPUArraysExt.
-No card has run this yet.
+The parts specific to CUDA.jl: whether there is a working card, its description, and sharing of its memory. All computation is in
+ImplicitRNNGPUArraysExt. This has not run on a card yet.
 """
 module ImplicitRNNCUDAExt
 

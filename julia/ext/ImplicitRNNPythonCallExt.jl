@@ -1,4 +1,4 @@
-# The bridge to Python: entry points that take NumPy arrays as they lie in memory. Only flat vectors cross; NumPy's
+# The bridge to Python: entry points that take NumPy arrays without a copy. Only flat vectors cross; NumPy's
 # C-ordered (samples, features) is Julia's (features, samples), so nothing is transposed and nothing copied.
 module ImplicitRNNPythonCallExt
 

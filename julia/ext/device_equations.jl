@@ -1,6 +1,6 @@
-# From an equation to its solution on a device; what is left of the samples is handed to the CPU in one piece.
+# From an equation to its solution on a device; samples left unsolved are passed to the CPU in one batch.
 
-"The solution of an equation on a device; what of its derivatives is left to the CPU is found there when it is needed."
+"The solution of an equation on a device; derivatives that are left to the CPU are computed there when needed."
 struct DeviceInverses{T, M <: AbstractMatrix{T}}
     Z::M
 end
@@ -34,7 +34,7 @@ end
 argument_of(x::AbstractArray, own::Bool) = own ? ImplicitRNN.per_sample(x) : ImplicitRNN.shared(x)
 arguments_of(problem::EquationProblem) = (map(argument_of, problem.args, problem.batched)...,)
 
-"What a device does not offer of an equation is refused by name."
+"Options of an equation that a device does not support are refused by name."
 function check_offered(problem::EquationProblem{T}, solver) where {T}
     problem.n <= MAX_SHORT || refused("equations of more than $MAX_SHORT unknowns ($(problem.n) came)")
     solver isa Union{Auto, Newton} || solver isa Picard && !problem.root ||

@@ -4,7 +4,7 @@
 "Rows and columns of the block that a work-item computes."
 const BLOCK = 4
 
-"Up to so many neurons the iteration is one launch."
+"Up to this number of neurons the iteration is one launch."
 const FUSED_NEURONS = 128
 
 "Bytes of a matrix up to which a workgroup keeps a copy; a larger one is read through the cache."

@@ -1,7 +1,7 @@
-# The gradient of a small net in one launch, but for its products: a workgroup takes its samples to the equilibrium, and through the
-# loss and the adjoint system. Samples that it does not solve are left to the passes of many launches.
+# The gradient of a small net in one launch, except its products: a workgroup takes its samples to the equilibrium, and through the
+# loss and the adjoint system. Samples that it does not solve are left to the passes with separate launches.
 
-"What the host reads of a sample: whether it is solved, its residual, that of its adjoint system, and its loss."
+"The results of a sample that the host reads: whether it is solved, its residual, that of its adjoint system, and its loss."
 const SOLVED, RESIDUAL, ADJOINT_RESIDUAL, LOSS = 1:4
 
 """

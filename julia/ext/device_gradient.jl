@@ -1,4 +1,4 @@
-# The way back on the device: gradients of a loss or of products, and products with tangents.
+# The backward pass on the device: gradients of a loss or of products, and products with tangents.
 
 function ImplicitRNN.push_forward!(tangent, ws::DeviceWorkspace, problem::Problem, p, X, dp, dX, of, start, report)
     check_options(problem)

@@ -1,4 +1,4 @@
-# What is done element by element, each in one pass over the arrays. A sample is a column; its sums are taken in a fixed order.
+# Elementwise operations, each in one pass over the arrays. A sample is a column; its sums are taken in a fixed order.
 
 "Work-items to a column, and columns to a workgroup."
 const WORK_ITEMS, GROUP = 32, 8

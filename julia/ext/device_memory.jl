@@ -1,6 +1,6 @@
-# Memory of a device: arrays of other libraries, and those that results are written to. Python has them as `DeviceArray`.
+# Memory of a device: arrays of other libraries, and arrays for results. In Python they are `DeviceArray`s.
 
-"A vector of a device, of which Python knows where it lies; of element type T."
+"A device vector with element type T, whose address Python knows."
 struct OnDevice{T}
     address::UInt
     length::Int

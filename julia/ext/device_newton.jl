@@ -1,5 +1,5 @@
-# Equations on a device: one work-item for a sample of a few unknowns. It does what the CPU does for one sample (newton.jl, auto.jl
-# and iteration.jl of solvers/), by the same rules; what needs more than Picard's and Newton's steps is left to the CPU.
+# Equations on a device: one work-item per sample of a few unknowns. It does the same as the CPU for one sample (newton.jl, auto.jl
+# and iteration.jl of solvers/), by the same rules; samples that need more than Picard and Newton steps are left to the CPU.
 
 "Work-items of a group, whose matrices are in shared memory."
 group_of(K::Int) = K <= 5 ? 64 : 32

@@ -1,6 +1,6 @@
-# The way of a batch on the device, stage by stage to its equilibrium.
+# The forward pass of a batch on the device, stage by stage to its equilibrium.
 
-"Bring a batch to its equilibrium; returns how it went, on the host. `start` holds the first iterates, zero if absent."
+"Bring a batch to its equilibrium; returns the outcome, on the host. `start` holds the initial guesses, zero if absent."
 function forward!(ws::DeviceWorkspace, problem::Problem, X, start)
     samples = size(X, 2)
     arrays!(ws, samples)

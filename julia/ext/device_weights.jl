@@ -1,7 +1,7 @@
 # The weights in force, on the device: unpacked from the flat parameter vector, constrained, and their gradient packed back. The same
 # as for the CPU, in terms of whole arrays.
 
-"The weights that drive a stage, from the inputs, from the stages before that it hears of, and its own; and what reads it."
+"The weights of a stage, from the inputs, from the preceding stages connected to it, and its own; and those that read it."
 struct DeviceStage{T, M <: AbstractMatrix{T}, V <: AbstractVector{T}}
     input::M
     feeds::Vector{Pair{Int, M}}           # stage before => block

@@ -34,13 +34,13 @@ include("dispatch.jl")
 include("interrupt.jl")
 include("checks.jl")
 
-# What the CPU computes with.
+# The basic computations of the CPU.
 include("cpu/threads.jl")
 include("cpu/registers.jl")
 include("cpu/elementwise.jl")
 include("cpu/gemm.jl")
 
-# What a network is.
+# Networks.
 include("model/activations.jl")
 include("model/constraints.jl")
 include("model/network.jl")
@@ -50,7 +50,7 @@ include("model/parameters.jl")
 include("model/pullback.jl")
 include("model/tangent.jl")
 
-# How an equilibrium is found: the stages of a network in columns, any equation one sample at a time.
+# Finding an equilibrium: the stages of a network in columns, any equation one sample at a time.
 include("solvers/solver.jl")
 include("cpu/lu.jl")
 include("cpu/coarse.jl")
@@ -69,7 +69,7 @@ include("solvers/nlsolve.jl")
 include("solvers/auto.jl")
 include("solvers/adjoints.jl")
 
-# What is asked, and the workspaces that answer: that of the CPU here, that of devices in ext/.
+# Problems, and the workspaces that solve them: that of the CPU here, that of devices in ext/.
 include("model/losses.jl")
 include("problem.jl")
 include("workspace.jl")
@@ -83,7 +83,7 @@ include("cpu/tiny.jl")
 include("cpu/gradient.jl")
 include("cpu/tangent.jl")
 
-# What is made of them.
+# Training, derivatives and equations.
 include("hessian.jl")
 include("differentiate.jl")
 include("training.jl")

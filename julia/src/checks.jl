@@ -1,4 +1,4 @@
-# Checks of what a caller gives; `ArgumentError` and `DimensionMismatch` say what came and what was expected.
+# Checks of a caller's arguments; `ArgumentError` and `DimensionMismatch` say what was given and what was expected.
 
 # --- options ---------------------------------------------------------------------------------------------------
 
@@ -7,7 +7,7 @@ check_option(name, option, kind, examples) = option isa kind ||
 check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
 check_fraction(name, x) = check_number(name, x, x -> 0 < x < 1, "lie strictly between 0 and 1")
 
-"An `ArgumentError` where a workspace has been made for another network than that of a problem."
+"An `ArgumentError` if a workspace was made for a network other than that of a problem."
 check_workspace(ws, net) = ws.net === net || ws.net == net || refuse_workspace(ws, net)
 @noinline refuse_workspace(ws, net) =
     throw(ArgumentError("the workspace is that of $(ws.net), the problem has $net; make one by Workspace(net)"))
@@ -47,7 +47,7 @@ function check_shape(what, A, axes::Int, expected = EXPECTED[axes])
     return check_indices(what, A)
 end
 
-# Loops in registers and on devices begin at 1, and do not look again.
+# Loops in registers and on devices begin at 1, without bounds checks.
 check_indices(what, A) = Base.has_offset_axes(A) && refuse_indices(what, A)
 @noinline refuse_indices(what, A) =
     throw(ArgumentError("the indices of $what are $(join(axes(A), ", ")); expected an array whose indices begin at 1"))

@@ -5,10 +5,10 @@
     Equilibrium(net; solver = Auto())
 
 A function `(p, X) -> Z`: the equilibria (neurons × samples) of `net` with parameters `p` for the samples `X`
-(features × samples). It can be differentiated in both arguments by ForwardDiff.jl, by Zygote.jl and by any AD
-system that understands ChainRules, once; no solver step is differentiated. Throws an `ErrorException` if a sample
-does not converge, since the implicit function theorem holds at an equilibrium only, and as [`equilibrium`](@ref) does for arrays that
-do not fit.
+(features × samples). It has first derivatives in both arguments by ForwardDiff.jl, by Zygote.jl and by any AD
+system that supports ChainRules; no solver step is differentiated. Throws an `ErrorException` if a sample
+does not converge, since the implicit function theorem holds at an equilibrium only, and errors like those of [`equilibrium`](@ref)
+for arrays of the wrong size.
 """
 struct Equilibrium{N <: Network, S <: Solver}
     net::N
@@ -28,7 +28,7 @@ function (equilibrium::Equilibrium)(p, X)
         check_features(net, X)
     end
     foreach(refuse_unusual, (eltype(p), eltype(X)))
-    # One per call, as its linear solver works at the solution that this call finds.
+    # One per call, since its linear solver works at the solution of this call.
     implicit = ignore_derivatives() do
         solve = StateSolve(net, solver, Ref{Any}(nothing))
         ImplicitFunction(solve, Conditions(net); linear_solver = BlockSolver(neurons(net), () -> jacobian_blocks(solve)))
@@ -138,8 +138,8 @@ end
 """
     BlockSolver(n, blocks)
 
-Exact linear solver for an ImplicitFunction whose Jacobian is block-diagonal, one n × n block per sample: an LU factorisation of
-each. `blocks()` returns them (n × n × samples).
+Exact linear solver for an ImplicitFunction whose Jacobian is block-diagonal, with one n × n block per sample, by an LU factorisation
+of each. `blocks()` returns the blocks (n × n × samples).
 """
 struct BlockSolver{B} <: ImplicitDifferentiation.AbstractSolver
     n::Int

@@ -1,10 +1,10 @@
-# Options are fields of abstract types, so that all of their combinations share compiled code. A call that is given one finds its
-# method at run time, and what it is given is boxed: for the smallest networks that takes longer than the work.
+# Options are fields of abstract types, so that all of their combinations share compiled code. A call with such an argument is
+# dispatched at run time, with boxed arguments: for the smallest networks that takes longer than the work.
 
 """
     @usual x Type call
 
-`call`, with its method known in advance where the variable `x` has the usual type, or one of a union; else found at run time.
+`call`, dispatched statically if the variable `x` has the usual type, or one of a union; else at run time.
 """
 macro usual(x, types, call)
     types = Meta.isexpr(types, :curly) ? types.args[2:end] : [types]
@@ -12,7 +12,7 @@ macro usual(x, types, call)
     return foldr((type, otherwise) -> :($x isa $(esc(type)) ? $call : $otherwise), types; init = call)
 end
 
-"A function of which nothing is known, for code that is compiled once."
+"A function of unknown type, for code that is compiled once."
 struct Opaque
     f::Any
 end
@@ -21,8 +21,8 @@ end
 """
     @late call
 
-`call`, with its method found and compiled when it is first reached: for what is rare and long to compile, and would otherwise be
-compiled with whatever may call it. Nor is that compiled anew where another package invalidates a method the call may use.
+`call`, with its method found and compiled when it is first reached: for rare code that takes long to compile, and would otherwise be
+compiled with every caller. Nor is a caller recompiled when another package invalidates a method that the call may use.
 """
 macro late(call)
     Meta.isexpr(call, :call) || throw(ArgumentError("@late takes a call, got $call"))

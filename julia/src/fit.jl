@@ -1,10 +1,10 @@
-# What most people need: outputs for samples, and training with an optimiser. What else can be chosen is in training.jl.
+# The usual needs: outputs for samples, and training with an optimiser. More options are in training.jl.
 
 """
     predict(net, p, X; solver = Auto(), start = nothing)
 
 The outputs (outputs × samples) of `net` with the parameters `p` for the samples `X` (features × samples). Throws an
-`ErrorException` if a sample does not reach its equilibrium; [`equilibrium`](@ref) says which, and [`read_out`](@ref) gives the
+`ErrorException` if a sample does not reach its equilibrium; [`equilibrium`](@ref) shows which, and [`read_out`](@ref) returns the
 outputs of the others.
 
     y = predict(net, p, randn(2, 5))
@@ -38,19 +38,19 @@ end
 
 Train the parameters `p` in place on the samples `X` (features × samples) and the targets `Y` (outputs × samples).
 
-- `epochs`: how often every sample is used; in batches of `batch_size`, in an order that `rng` draws anew for each epoch.
+- `epochs`: how often every sample is used, in batches of `batch_size`, in an order that `rng` draws anew for each epoch.
 - `rule`: an optimiser of Optimisers.jl with its learning rate; `schedule(t)`, if given, is the learning rate of step t = 1, 2, …
 - `loss`: a [`Loss`](@ref), [`MSE`](@ref) by default; `weights`: one per sample.
 - `clip`: the largest Euclidean norm of a gradient; `guard`: when to stop, see [`Guard`](@ref).
 - `solver`, `adjoint`, `jacobian_penalty`: as for [`Problem`](@ref).
-- `warm_start`: whether a solver starts from the equilibrium of the sample in the epoch before (neurons × samples numbers are kept)
-  rather than from zero. The results are the same to the tolerance where a constraint guarantees one equilibrium.
+- `warm_start`: whether the solver starts each sample from its equilibrium in the previous epoch (which stores neurons × samples
+  numbers) rather than from zero. The results are the same to the tolerance where a constraint guarantees one equilibrium.
 
 Returns a named tuple of `loss`, the mean over the steps of each epoch, and `unconverged`, the number of samples of each epoch that
-did not converge. A training that its guard halts, or whose loss or gradient is not finite, ends with a warning, NaN as the losses
-that are missing, and the parameters with which its last good epoch began. Parameters of another floating-point type than the network's
-are trained in that of the network and rounded in the end. Throws `DimensionMismatch` for arrays that do not fit, and `ArgumentError`
-for options out of range and for what is no array of real numbers.
+did not converge. If the guard halts training, or a loss or gradient is not finite, it ends with a warning; the missing losses are NaN,
+and the parameters are those at the start of the last good epoch. Parameters of another floating-point type than the network's
+are trained in the network's type and rounded at the end. Throws `DimensionMismatch` for arrays of the wrong size, and `ArgumentError`
+for options out of range and for anything but arrays of real numbers.
 
     using Optimisers: Adam
     p = initial_parameters(net)

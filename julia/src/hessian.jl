@@ -1,5 +1,5 @@
-# Second derivatives: the product of the Hessian of the loss with a vector, by the tangents of the forward and of
-# the adjoint pass. Both need linear systems with the same matrix I - D R per sample, which is factorised once.
+# Second derivatives: the product of the Hessian of the loss with a vector, by the tangents of the forward and
+# adjoint passes. Both need linear systems with the same matrix I - D R per sample, which is factorised once.
 
 """
     hessian_vector_product(net, p, X, Y, v; loss = MSE(), weights = nothing, solver = Auto())

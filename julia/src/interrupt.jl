@@ -4,7 +4,7 @@ mutable struct Flag
     @atomic raised::Int32
 end
 
-"Not zero while the computation under way is to stop. A host language may write to it from any thread."
+"Not zero while the running computation is to stop. A host language may write to it from any thread."
 const INTERRUPT = Flag(0)
 
 "The address of the 32-bit integer in [`INTERRUPT`](@ref)."
@@ -14,5 +14,5 @@ interrupt_address() = UInt(pointer_from_objref(INTERRUPT))
 struct Interrupted <: Exception end
 Base.showerror(io::IO, ::Interrupted) = print(io, "the computation was interrupted")
 
-"    check_interrupt()\n\nThrow `Interrupted` if the computation is to stop. To be called where no state is half written."
+"    check_interrupt()\n\nThrow `Interrupted` if the computation is to stop. Call it only where no state is half written."
 @inline check_interrupt() = (@atomic :monotonic INTERRUPT.raised) == 0 || throw(Interrupted())

@@ -1,4 +1,4 @@
-# What Python calls with the common types, compiled when the package is.
+# The calls from Python with the common types, compiled together with the package.
 
 @setup_workload begin
     options(; values...) = Dict{Symbol, Any}(values)

@@ -1,15 +1,15 @@
-# What is posed, and what comes of it.
+# Problems and their solutions.
 
 const SOLVERS = (; Auto, Picard, Anderson, Newton, Chord, NLsolve = NLsolver)
 
 """
     Problem(net; solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0)
 
-A network with all that is chosen about its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
+A network with all options for its solution and its training; for the penalty see [`JacobianPenalty`](@ref).
 """
 mutable struct Problem{T}
     const net::Network{T}
-    # Left abstract: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
+    # Of abstract types: they are dispatched on once per tile, and the code is compiled once for all of their combinations.
     const solver::Solver
     const adjoint::Adjoint
     const loss::Loss
@@ -27,7 +27,7 @@ end
 
 # --- how it went ----------------------------------------------------------------------------------------------
 
-"What was found for the samples of a problem; the fields of `outcome` can be read from it directly."
+"The solution for the samples of a problem; the fields of `outcome` can be read from it directly."
 abstract type AbstractSolution end
 Base.getproperty(s::AbstractSolution, name::Symbol) =
     name in fieldnames(Outcome) ? getfield(getfield(s, :outcome), name) : getfield(s, name)
@@ -48,8 +48,8 @@ converged(s::AbstractSolution) = s.status .== CONVERGED
     Solution
 
 The equilibria of a batch: `state` (neurons × samples) and, per sample, `status`, `iterations`, the relative
-`residual`, the contraction `rate` observed and `bound`, a bound on max |z - z*| that is certified but for the rounding of one
-evaluation (NaN where the constraint gives none).
+`residual`, the observed contraction `rate`, and `bound`, a bound on max |z - z*| that is certified up to the rounding of one
+evaluation (NaN where the constraint provides none).
 """
 struct Solution{T, A <: AbstractMatrix{T}} <: AbstractSolution
     state::A
@@ -57,11 +57,11 @@ struct Solution{T, A <: AbstractMatrix{T}} <: AbstractSolution
     bound::Vector{Float64}
 end
 
-"A solution for so many samples, to be filled in."
+"A solution for that many samples, to be filled in."
 Solution(net::Network{T}, samples::Int) where {T} =
     Solution(Matrix{T}(undef, neurons(net), samples), Outcome(samples), Vector{Float64}(undef, samples))
 
-"An `ErrorException` where not all samples reached their equilibrium."
+"An `ErrorException` if not all samples reached their equilibrium."
 function check_converged(status, residual)
     failed = count(!=(CONVERGED), status)
     failed == 0 || error(
@@ -71,12 +71,12 @@ function check_converged(status, residual)
     return
 end
 
-"A sample whose adjoint is solved to no better relative residual than this counts as unconverged."
+"A sample whose adjoint has a relative residual of this or more counts as unconverged."
 const WORST_ADJOINT = 1.0e-3
 
 """
-Summary of the solves behind a gradient: samples that did not converge (forward or adjoint), the worst residual of the forward
-solves and of the adjoint (NaN where an adjoint system was singular).
+Summary of the solves behind a gradient: the number of samples that did not converge (forward or adjoint), and the worst residuals of
+the forward solves and of the adjoint systems (NaN where one was singular).
 """
 struct Quality
     unconverged::Int
@@ -104,7 +104,7 @@ function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = len
     return Quality(unconverged, forward, backward)
 end
 
-"Fill in what a caller wants to know of the samples with these numbers, the first ones of `outcome` and `adjoint_residual`."
+"Fill in a caller's report for the samples with these numbers, which are the first ones of `outcome` and `adjoint_residual`."
 report!(::Nothing, samples, outcome, adjoint_residual) = nothing
 function report!(report, samples, outcome, adjoint_residual)
     put!(to, from) = copyto!(view(to, samples), view(from, eachindex(samples)))

@@ -3,8 +3,8 @@
 """
     Guard(; unconverged = 1, parameter_norm = Inf)
 
-When the training of a net is to be halted, besides a loss or gradient that is not finite: when more than that share of an
-epoch's samples do not converge, or when the Euclidean norm of the parameters exceeds `parameter_norm`.
+Conditions that halt the training of a net, besides a loss or gradient that is not finite: a share of more than `unconverged` of an
+epoch's samples does not converge, or the Euclidean norm of the parameters exceeds `parameter_norm`.
 """
 struct Guard
     unconverged::Float64
@@ -17,15 +17,15 @@ struct Guard
 end
 Guard(; unconverged = 1.0, parameter_norm = Inf) = Guard(unconverged, parameter_norm)
 
-"What halted the training of a net."
+"Why the training of a net was halted."
 @enum Halt::Int8 RUNNING NOT_FINITE TOO_MANY_UNCONVERGED TOO_LARGE
 
 """
     Replicas(P)
 
-Nets of one topology that are trained side by side: column s of `parameters` holds those of net s, column s of `good`
-those from which its last good epoch began, and `halted[s]` is a [`Halt`](@ref) as a number; a net with another than
-`RUNNING` takes no part in the training.
+Nets of one topology that are trained side by side: column s of `parameters` holds the parameters of net s, column s of `good`
+those at the start of its last good epoch, and `halted[s]` is a [`Halt`](@ref) as a number; only nets with `RUNNING` are
+trained.
 """
 struct Replicas{A <: AbstractMatrix, B <: AbstractMatrix}
     parameters::A
@@ -43,7 +43,7 @@ counted(n, what) = n == 1 ? "1 $what" : "$n $(what)s"
 """
     StepBuffers
 
-What a thread needs to train a net: a workspace, a gradient and a minibatch, and the rule with the learning rate that is in force.
+The buffers of a thread for training a net: a workspace, a gradient and a minibatch, and the rule with the current learning rate.
 """
 mutable struct StepBuffers{T, R, W <: AbstractWorkspace{T}, V <: AbstractVector{T}, M <: AbstractMatrix{T}}
     const workspace::W
@@ -51,7 +51,7 @@ mutable struct StepBuffers{T, R, W <: AbstractWorkspace{T}, V <: AbstractVector{
     const batch_X::M
     const batch_Y::M
     const batch_weights::V
-    const batch_states::M                 # first iterates, of none without warm starts
+    const batch_states::M                 # initial guesses, empty without warm starts
     const before::V                       # parameters at the beginning of an epoch
     rule::R
     rate::Float64
@@ -59,7 +59,7 @@ end
 function StepBuffers(net::Network{T}, workspace::AbstractWorkspace{T}, rule, batch_size::Int, warm_start::Bool) where {T}
     zeros_of(dimensions...) = allocate(workspace, dimensions...)
     gradient, X = zeros_of(length(net)), zeros_of(net.inputs, batch_size)
-    # A rule whose own rate is of another type than those of a schedule, such as Adam(1f-2), becomes one of another type.
+    # A rule whose own rate has another type than those of a schedule, such as Adam(1f-2), is converted to that type.
     R = Union{typeof(rule), typeof(Optimisers.adjust(rule, 1.0))}
     return StepBuffers{T, R, typeof(workspace), typeof(gradient), typeof(X)}(
         workspace, gradient, X, zeros_of(output_size(net), batch_size),
@@ -79,10 +79,10 @@ end
 """
     Trainer(problem, rule; workspace, nets = 1, clip = Inf, guard = Guard(), batch_size = 0, warm_start = false)
 
-The state of a training run in a [`workspace`](@ref AbstractWorkspace), where its arrays are: `rule` is a rule of Optimisers.jl,
-`clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with parameters of their own can be trained side by side
-on the same samples, in batches of up to `batch_size` where these are not all samples. The `workspace` is one of the CPU where none
-is given. With `warm_start` a solver starts from the equilibrium of the sample at its last visit, which takes a state (neurons ×
+The state of a training run in a [`workspace`](@ref AbstractWorkspace), on whose device its arrays are: `rule` is a rule of
+Optimisers.jl, `clip` the largest allowed Euclidean norm of a gradient. `nets` replicas with their own parameters can be trained side
+by side on the same samples, in batches of up to `batch_size` if a batch is not all samples. The default `workspace` is one on the
+CPU. With `warm_start` the solver starts each sample from its last equilibrium, which stores a state (neurons ×
 samples) per net; the trainer is then for one set of samples.
 """
 mutable struct Trainer{T, R, O, B <: StepBuffers{T}}
@@ -119,7 +119,7 @@ end
 Base.show(io::IO, t::Trainer) =
     print(io, "Trainer($(counted(length(t.states), "net")) of $(t.problem.net), $(t.rule), $(counted(t.steps, "step")) taken)")
 
-"The samples of a call of [`train!`](@ref), and when they take part."
+"The samples of a call of [`train!`](@ref), and the order in which they are used."
 struct Batches{A, B, W, O <: AbstractMatrix{Int}, R}
     X::A
     Y::B
@@ -155,13 +155,13 @@ batch(b::Batches, epoch, step) = view(b.order, piece(step, b.size, samples_of(b)
     train!(trainer, nets, X, Y, order, batch_size, rates, losses, unconverged; weights = nothing)
 
 Train for `size(order, 2)` epochs. The parameters of the [`Replicas`](@ref) `nets` are updated in place. Column e
-of `order` gives the samples (from 1) of epoch e in their order, of which `batch_size` form a step; `rates` is
-the learning rate of each step, the same for all nets, or NaN for that of the rule itself; `weights` are those of the samples. Filled in, per epoch and
-net: `losses` (the mean over the steps, each before its update) and `unconverged` (samples).
+of `order` lists the samples (from 1) of epoch e in their order, with `batch_size` samples per step; `rates` has
+the learning rate of each step, the same for all nets, or NaN for that of the rule itself; `weights` are sample weights. Filled in, per
+epoch and net: `losses` (the mean over the steps, each before its update) and `unconverged` (number of samples).
 
-A net that its guard halts ends with the parameters from which its last good epoch began, one that had finite losses
-and no more unconverged samples than allowed. The losses of an epoch with one that is not finite, and those after it, are
-NaN. The nets are shared among threads, and tiny ones trained side by side in vector registers; neither changes a bit.
+A net that its guard halts ends with the parameters at the start of its last good epoch, one with finite losses
+and no more unconverged samples than allowed. From the first epoch with a loss that is not finite on, its losses are
+NaN. The nets are shared among threads, and tiny ones are trained side by side in vector registers; neither changes a bit of the result.
 """
 function train!(trainer::Trainer, nets::Replicas, X, Y, order, batch_size::Int, rates, losses, unconverged; weights = nothing)
     batches = checked_batches(trainer, nets, X, Y, weights, order, batch_size, rates, losses, unconverged)
@@ -199,7 +199,7 @@ function checked_batches(trainer::Trainer, nets::Replicas, X, Y, weights, order,
     return b
 end
 
-# At the parameters, of which some rules keep a copy, as MixedPrecision does.
+# Initialised at the parameters, since some rules keep a copy of them, as MixedPrecision does.
 function begin_states!(trainer::Trainer, nets::Replicas)
     p = first(trainer.buffers).before
     for s in axes(nets.parameters, 2)
@@ -217,7 +217,7 @@ function check_replicas(net::Network, nets::Replicas)
     return
 end
 
-# Zero, until a sample is visited; those of other samples are of no use.
+# Zero until a sample is visited; equilibria of other samples are of no use.
 function make_equilibria!(trainer::Trainer, samples::Int)
     (; equilibria) = trainer
     isempty(equilibria) || size(first(equilibria), 2) == samples || empty!(equilibria)
@@ -238,7 +238,7 @@ function train_each!(trainer::Trainer, nets::Replicas, batches::Batches, losses,
     return
 end
 
-# Threads that one net would leave idle, or that find nets enough, take a net each.
+# Each thread takes a net, if there are enough nets or one net would leave threads idle.
 function threads_for_nets(trainer::Trainer, batches::Batches, nets::Int)
     first(trainer.buffers).workspace isa CPUWorkspace || return 1
     alone = threads_for(trainer.problem.net, min(batches.size, samples_of(batches)))
@@ -273,7 +273,7 @@ function end_losses!(losses, unconverged, epoch::Int)
     return
 end
 
-"What halts a net after an epoch with this loss and share of unconverged samples, which led to the parameters `p`."
+"The reason to halt a net after an epoch with this loss and share of unconverged samples, which led to the parameters `p`."
 function halt_of(guard::Guard, loss, unconverged, p)
     isfinite(loss) || return NOT_FINITE
     unconverged > guard.unconverged && return TOO_MANY_UNCONVERGED
@@ -299,7 +299,7 @@ end
 
 """
 The loss and quality of a step for a net with the parameters `p`; the gradient goes to `b.gradient`. For warm starts, `equilibria` are
-those of all samples found last; they are brought up to date.
+the last equilibria of all samples, which are updated.
 """
 function batch_gradient!(
         b::StepBuffers, problem::Problem, p, batches::Batches, epoch::Int, step::Int, probe::Int, equilibria = nothing
@@ -321,8 +321,8 @@ function descend!(rule::Optimisers.AbstractRule, state, p, g)
     return state
 end
 
-# The same to the last bit for Adam, but for subnormal averages, which are zero here. `sqrt` looks for negative numbers first, which
-# keeps the loops of Optimisers.jl out of vector registers.
+# The same to the last bit for Adam, except subnormal averages, which are zero here. `sqrt` checks for negative numbers, which
+# prevents the loops of Optimisers.jl from being vectorised.
 const AdamState{T} = Tuple{Vector{T}, Vector{T}, NTuple{2, T}}
 
 descend!(rule::Optimisers.Adam, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat} =
@@ -344,7 +344,7 @@ end
 
 function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
     η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
-    largest = sqrt(floatmax(T)) / 2          # an infinite average of squares would hold a parameter for ever
+    largest = sqrt(floatmax(T)) / 2          # an infinite average of squares would freeze a parameter for ever
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
         slope = clamp(g[i], -largest, largest)
         m[i] = without_subnormals(β1 * m[i] + (1 - β1) * slope)
@@ -354,7 +354,7 @@ function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S,
     return m, v, without_subnormals.(powers .* (β1, β2))
 end
 
-# To such numbers the averages of a net that has learnt all it can come, and some processors take a hundred times as long for them.
+# The averages of a fully trained net reach such numbers, for which some processors take a hundred times as long.
 @inline without_subnormals(x::T) where {T} = ifelse(abs(x) < floatmin(T), zero(T), x)
 
 "The `selected` samples of an array, in the `buffer`."
@@ -377,8 +377,8 @@ function copy_columns!(to::Matrix, there, from::StridedMatrix, here)
 end
 
 """
-The optimisers Python names, made from a dictionary of their options; the learning rate `learning_rate` is in
-force until [`train!`](@ref) is given another. `weight_decay` is added to the gradient as `weight_decay ⋅ p`, but for
+The optimisers by the names that Python uses, made from a dictionary of their options; `learning_rate` applies
+until [`train!`](@ref) is given another. `weight_decay` is added to the gradient as `weight_decay ⋅ p`, except for
 AdamW, which adds it to its step.
 """
 const OPTIMIZERS = (;

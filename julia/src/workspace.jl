@@ -1,10 +1,10 @@
-# The seam between what is asked and the hardware: a workspace does batches.
+# The interface between problems and the hardware: a workspace computes batches.
 
 """
     AbstractWorkspace{T}
 
-Where and how batches of a network are computed: all buffers of its passes, on some hardware. It is made for a network, and each
-call is given the [`Problem`](@ref) with the options in force. A subtype has the network as its field `net`, an [`Owner`](@ref) as
+Computes batches of a network on some hardware, with all buffers of its passes. It is made for a network, and each
+call is given the [`Problem`](@ref) with the current options. A subtype has the network as its field `net`, an [`Owner`](@ref) as
 its field `owner` if its methods are to work [`exclusively`](@ref), and the methods
 
 - `settle!(solution, ws, problem, p, X, start)`, which [`equilibrium!`](@ref) calls
@@ -14,14 +14,14 @@ its field `owner` if its methods are to work [`exclusively`](@ref), and the meth
 - `hessian_vector_product!(h, ws, problem, p, X, Y, v, weights = nothing)`
 - [`allocate`](@ref)`(ws, dimensions...)`
 
-All else, the training included, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the one of this
-package; that of devices comes with the extension for GPU arrays.
+Everything else, including training, is written in terms of these, for any type of array. [`CPUWorkspace`](@ref) is the workspace of
+this package; that of devices is in the extension for GPU arrays.
 
-One call works in a workspace at a time: tasks that work at once need one each.
+Only one call may use a workspace at a time: concurrent tasks need one each.
 """
 abstract type AbstractWorkspace{T} end
 
-"The task that is at work in a workspace, or nothing."
+"The task that is using a workspace, or nothing."
 mutable struct Owner
     @atomic task::Union{Nothing, Task}
 end
@@ -30,8 +30,8 @@ Owner() = Owner(nothing)
 """
     exclusively(work, ws)
 
-`work()`, during which no other task may work in the workspace, if that has an `owner`. Throws an `ErrorException` where another one
-does; within its own work a task may call it again.
+`work()`, during which no other task may use the workspace, if that has an `owner`. Throws an `ErrorException` if another task
+is using it; the same task may call it again within `work`.
 """
 @inline function exclusively(work::F, ws::AbstractWorkspace) where {F}
     hasfield(typeof(ws), :owner) || return work()
@@ -53,7 +53,7 @@ end
 """
     equilibrium!(solution, ws, problem, p, X, start = nothing)
 
-Fill in the [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`, from the iterate `start` (neurons ×
+Fill in the [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`, from the initial guess `start` (neurons ×
 samples) or zero.
 """
 function equilibrium!(solution::Solution, ws::AbstractWorkspace, problem::Problem, p, X, start = nothing)
@@ -68,8 +68,8 @@ end
     loss_and_gradient!(g, ws, problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing)
 
 The loss and its [`Quality`](@ref); the gradient goes to `g`. A `report` (status, residual, adjoint residual) of vectors is filled
-in per sample. Where `states` (neurons × samples) are given, they are the first iterates, and become the equilibria found; zero for a
-sample that has not converged.
+in per sample. If `states` (neurons × samples) are given, they are the initial guesses, and are overwritten with the equilibria; zero
+for a sample that has not converged.
 """
 function loss_and_gradient!(
         g, ws::AbstractWorkspace{T}, problem::Problem, p, X, Y; probe = 0, weights = nothing, report = nothing, states = nothing
@@ -87,9 +87,9 @@ end
     vjp!(g, dX, ws, problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing)
 
 The derivative of Σ ⟨V, outputs⟩, or with `of = :state` of Σ ⟨V, state⟩, with respect to the parameters goes to `g`, that with
-respect to the samples to `dX` (features × samples). Where `start` (neurons × samples) holds the equilibria, one evaluation of f confirms
-it. The loss of the problem plays no part; its Jacobian penalty is added. Returns the penalty and the [`Quality`](@ref); the
-`report` is that of [`loss_and_gradient!`](@ref).
+respect to the samples to `dX` (features × samples). If `start` (neurons × samples) holds the equilibria, one evaluation of f confirms
+it. The loss of the problem is not used; its Jacobian penalty is added. Returns the penalty and the [`Quality`](@ref); `report` is as
+for [`loss_and_gradient!`](@ref).
 """
 function vjp!(
         g, dX, ws::AbstractWorkspace, problem::Problem, p, X, V; of = :outputs, start = nothing, probe = 0, report = nothing
@@ -98,7 +98,7 @@ function vjp!(
     check_pullback(problem.net, dX, X, V, of, start)
     check_length(problem.net, g, "gradient")
     seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
-    samples = Base.unalias(dX, X)             # which the gradient needs when the derivatives are there
+    samples = Base.unalias(dX, X)             # the gradient still needs them after the derivatives are written
     summary = exclusively(() -> pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report), ws)
     return summary.loss, summary.quality
 end
@@ -107,7 +107,7 @@ end
     jvp!(tangent, ws, problem, p, X, dp, dX; of = :outputs, start = nothing, report = nothing)
 
 The derivative of the outputs, or with `of = :state` of the states, along the direction `dp` of the parameters and `dX` of the
-samples goes to `tangent`: the map whose transpose [`vjp!`](@ref) is. Returns the [`Quality`](@ref), whose adjoint residuals are those
+samples goes to `tangent`: the transpose of [`vjp!`](@ref). Returns the [`Quality`](@ref), whose adjoint residuals are those
 of the systems of the tangents.
 """
 function jvp!(
@@ -118,7 +118,7 @@ function jvp!(
     return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
 end
 
-# Where the way back begins.
+# Where the backward pass begins.
 
 "∂L/∂z of the [`Loss`](@ref) of the outputs against targets."
 struct LossSeed{A, W, T}
@@ -140,7 +140,7 @@ end
 
 Base.show(io::IO, ws::AbstractWorkspace) = print(io, nameof(typeof(ws)), "($(ws.net))")
 
-"    allocate(ws, dimensions...)\n\nAn array of zeros where the workspace computes."
+"    allocate(ws, dimensions...)\n\nAn array of zeros in the memory in which the workspace computes."
 function allocate end
 
 """
@@ -148,10 +148,10 @@ function allocate end
     Workspace(net, backend)
 
 The [`AbstractWorkspace`](@ref) for a network on this machine's CPU, or on a device: `backend` is one of KernelAbstractions.jl, such as
-`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded. It is given to
-[`equilibrium!`](@ref), [`loss_and_gradient!`](@ref), [`vjp!`](@ref) and [`jvp!`](@ref), with arrays of the host or of the device, and
-to a [`Trainer`](@ref). Tasks that compute at once need a workspace each: a call throws an `ErrorException` while another task is at
-work in it.
+`CUDABackend()`, or a type of GPU arrays, such as `CuArray`. Needs the package of the device to be loaded. Pass it to
+[`equilibrium!`](@ref), [`loss_and_gradient!`](@ref), [`vjp!`](@ref) and [`jvp!`](@ref), with host or device arrays, and
+to a [`Trainer`](@ref). Concurrent tasks need a workspace each: a call throws an `ErrorException` while another task is using the
+workspace.
 """
 Workspace(net::Network) = CPUWorkspace(net)
 
@@ -161,8 +161,8 @@ Workspace(net::Network) = CPUWorkspace(net)
     equilibrium(net, p, X; solver = Auto(), start = nothing)
 
 The [`Solution`](@ref) for the samples `X` (features × samples) and the parameters `p`; `start` (neurons ×
-samples) is the first iterate, zero if absent. Nothing is thrown for unconverged samples: see `status`. Throws `ArgumentError` for
-what is no vector or matrix of real numbers, and `DimensionMismatch` for arrays that do not fit.
+samples) is the initial guess, zero if absent. Nothing is thrown for unconverged samples: see `status`. Throws `ArgumentError` for
+anything but vectors and matrices of real numbers, and `DimensionMismatch` for arrays of the wrong size.
 """
 function equilibrium(net::Network, p, X; solver = Auto(), start = nothing)
     check_arrays(p, X, "states" => start)
@@ -174,8 +174,8 @@ end
     loss_and_gradient(net, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0, probe = 0)
 
 The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targets `Y` (outputs × samples), and its
-gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) where its weight is not zero, whose
-random vectors `probe` numbers. Throws an `ErrorException` if a sample does not converge, unless the adjoint is `Unrolled`.
+gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) if its weight is not zero, where
+`probe` is the seed of its random vectors. Throws an `ErrorException` if a sample does not converge, unless the adjoint is `Unrolled`.
 """
 function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
     check_arrays(p, X, "targets" => Y)
@@ -189,7 +189,7 @@ end
     vjp(net, p, X, V; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
 
 The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to the samples `X` (features × samples), see
-[`vjp!`](@ref): those of any loss L for V = ∂L/∂outputs (outputs × samples). Throws as [`loss_and_gradient`](@ref) does.
+[`vjp!`](@ref): the gradients of any loss L for V = ∂L/∂outputs (outputs × samples). Throws like [`loss_and_gradient`](@ref).
 """
 function vjp(net::Network{T}, p, X, V; of = :outputs, start = nothing, options...) where {T}
     check_arrays(p, X, "cotangents" => V, "states" => start)
@@ -202,8 +202,8 @@ end
 """
     jvp(net, p, X, dp, dX; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit())
 
-The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref). Throws as
-[`loss_and_gradient`](@ref) does.
+The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref). Throws like
+[`loss_and_gradient`](@ref).
 """
 function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, options...) where {T}
     check_arrays(p, X, "directions" => dX, "states" => start)
@@ -213,7 +213,7 @@ function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, opti
     return tangent
 end
 
-"Entries of a sample of what is differentiated."
+"The number of entries per sample of the differentiated result."
 function rows_of(net::Network, of)
     of in (:outputs, :state) || throw(ArgumentError("of must be :outputs or :state, got $(repr(of))"))
     return of === :outputs ? output_size(net) : neurons(net)

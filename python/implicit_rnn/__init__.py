@@ -1,8 +1,8 @@
 """Implicit recurrent networks: stationary inputs, lateral and feedback connections, exact equilibria and gradients.
 
-The output of a network is the equilibrium of ``z = f(W x + R z + b)``, its gradient comes from the implicit function
-theorem (S. Sanokowski, arXiv 2010.10564). A Julia engine does the work; where no Julia can be had, a NumPy engine
-does. Importing this module starts nothing.
+The output of a network is the equilibrium of ``z = f(W x + R z + b)``; its gradient comes from the implicit function
+theorem (S. Sanokowski, arXiv 2010.10564). The computations run in a Julia engine, or in a NumPy engine where Julia is
+not available. Importing this module starts nothing.
 """
 
 from importlib import metadata

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             status = int(options.run(options))
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe
         return 1
     except (EngineError, ConvergenceError, RunError, ValueError, OSError, MemoryError) as error:
         say(_reason(error))
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, without the number of the operating system's."""
+    """The message of an error, without the error number of the operating system."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
     return str(error) or type(error).__name__
@@ -76,10 +76,10 @@ def _parser() -> argparse.ArgumentParser:
 
     pendulum = commands.add_parser("pendulum", help="length and damping of a pendulum from its measured trajectory")
     _add_pendulum_options(pendulum)
-    kept = "data, figures, the best model and what an interrupted call goes on from"
+    kept = "data, figures, the best model and the runs from which an interrupted call continues"
     _common(pendulum, _pendulum, Path("pendulum"), kept)
 
-    doctor = commands.add_parser("doctor", help="tell which engine can be used, and what is wrong with the other")
+    doctor = commands.add_parser("doctor", help="show which engine can be used, and what is wrong with the other")
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.add_argument("--install", action="store_true", help="install Julia and its packages if they are missing")
     doctor.add_argument(
@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     setup.add_argument("--julia", metavar="EXE", help="a Julia executable to use as it is (with --project)")
     setup.add_argument("--project", metavar="DIR", help="a Julia project that has the packages (with --julia)")
     setup.add_argument("--cuda", action="store_true", help="add CUDA.jl, for networks on NVIDIA cards")
-    setup.add_argument("--remove", action="store_true", help="delete what setup made, and forget what it named")
+    setup.add_argument(
+        "--remove", action="store_true", help="delete what setup installed, and forget the Julia it was given"
+    )
     setup.set_defaults(run=_setup)
     return parser
 
@@ -111,7 +113,7 @@ def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
     )
     pendulum.add_argument("--jobs", type=_positive, help="worker processes (default: 1)")
     mode = pendulum.add_mutually_exclusive_group()
-    mode.add_argument("--quick", action="store_true", help="a minute's trial: few seeds, little data, few epochs")
+    mode.add_argument("--quick", action="store_true", help="a one-minute trial: few seeds, little data, few epochs")
     mode.add_argument(
         "--tune", action="store_true", help="compare learning rates, on seeds that the study does not use"
     )
@@ -119,8 +121,8 @@ def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="length and damping of a pendulum of yours, from a table of times and angles (or angular velocities) as "
-        "phyphox, Tracker, an encoder or a spreadsheet writes it: any separator, decimal commas, with or without a "
+        help="length and damping of your own pendulum, from a table of times and angles (or angular velocities) as "
+        "written by phyphox, Tracker, an encoder or a spreadsheet: any separator, decimal commas, with or without a "
         "header",
     )
     own = pendulum.add_argument_group("with --data")
@@ -129,7 +131,7 @@ def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
         "--columns",
         type=_list,
         metavar="TIME,ANGLE",
-        help="names or numbers (from 1) of the columns, where the file leaves it open; ANGLE alone with --fps; TIME,X,Y for "
+        help="names or numbers (from 1) of the columns, where the file is ambiguous; ANGLE alone with --fps; TIME,X,Y for "
         "positions of the bob",
     )
     own.add_argument(
@@ -146,7 +148,7 @@ def _add_pendulum_options(pendulum: argparse.ArgumentParser) -> None:
 
 
 def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], out: Path, kept: str) -> None:
-    """The options of all experiments, the folder ``out`` for what is ``kept`` among them."""
+    """The options that all experiments share, including the folder ``out`` for the ``kept`` files."""
     parser.add_argument("--out", type=_folder, default=out, help=f"folder for {kept} (default: %(default)s)")
     parser.add_argument("--engine", choices=ENGINES, help="default: IMPLICIT_RNN_ENGINE, else auto")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -154,7 +156,7 @@ def _common(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace],
 
 
 class _Once(argparse.Action):
-    """A list without what is in it already, which would be computed again."""
+    """A list without duplicates, which would be computed twice."""
 
     def __call__(
         self, parser: object, namespace: argparse.Namespace, values: Any, option_string: object = None
@@ -211,13 +213,11 @@ def _pendulum(options: argparse.Namespace) -> int:
 
     for name in ("model", "columns", "units", "fps"):
         if getattr(options, name) is not None and not options.data:
-            raise ValueError(f"--{name} goes with --data")
+            raise ValueError(f"--{name} is used with --data only")
     for mode, names in (("data", ("models", "seeds", "jobs")), ("tune", ("seeds",))):
         for name in names:
             if getattr(options, mode) and getattr(options, name) is not None:
-                raise ValueError(
-                    f"--{name} does not go with --{mode}, which takes no notice of it; leave one of them out"
-                )
+                raise ValueError(f"--{name} cannot be combined with --{mode}, which ignores it; leave one of them out")
     with prepared_folder(options.out):
         engine = get_engine(options.engine).name
         say(f"{engine} engine")
@@ -266,7 +266,7 @@ def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
 
 
 def _publish(options: argparse.Namespace, data: dict[str, Any], text: str, save: Callable[[], list[Path]]) -> None:
-    """Save a result and print it, which is thus not lost with a full disk."""
+    """Save a result and print it, so that it is not lost if the disk is full."""
     try:
         files = save()
     finally:
@@ -291,7 +291,9 @@ def _setup(options: argparse.Namespace) -> int:
 
     if options.remove:
         if options.julia is not None or options.project is not None or options.cuda:
-            raise ValueError("--remove deletes all that setup has made; it goes with no other option")
+            raise ValueError(
+                "--remove deletes everything that setup has installed; it cannot be combined with other options"
+            )
         for path in remove():
             say(f"deleted {path}")
         return 0

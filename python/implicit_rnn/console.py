@@ -1,4 +1,4 @@
-"""What a person sees, wherever the program runs: progress bars, tables in notebooks, and streams that take any text."""
+"""Output for people, in terminals and notebooks: progress bars, tables, and streams that accept any text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def say(message: str) -> None:
-    """A line on stderr; where that is missing or full, it is the least that matters."""
+    """Print a line on stderr; errors of a missing or full stream are ignored."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"implicit-rnn: {message}", file=sys.stderr, flush=True)
@@ -30,7 +30,7 @@ def say(message: str) -> None:
 
 
 def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
-    """A bar of tqdm on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
+    """A tqdm bar on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
     notebook = _in_notebook()
     if notebook:
         shown = True if shown is None else shown
@@ -43,7 +43,7 @@ def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
 
 
 class _Screen:
-    """A stream for a bar, which is not worth an error where the disk is full or nobody reads any more."""
+    """A stream for a progress bar, which raises no error where the disk is full or the pipe is closed."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -66,7 +66,7 @@ class _Screen:
 
 
 def _are_flushed(*streams: Any) -> bool:
-    """Whether they take what was written to them before, which tqdm asks of them first."""
+    """Whether the streams can be flushed, which tqdm does first."""
     try:
         for stream in streams:
             getattr(stream, "flush", lambda: None)()
@@ -81,7 +81,7 @@ def _bar_type(notebook: bool) -> type[tqdm[Any]]:
 
         return tqdm
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that ipywidgets are missing, without which the bar is one of text
+        warnings.simplefilter("ignore")  # that ipywidgets is missing, without which the bar is plain text
         from tqdm.auto import tqdm as auto
 
     return auto
@@ -114,7 +114,7 @@ PLAIN = {"±": "+/-", "×": "x", "·": "*", "µ": "u", "–": "-", "→": "->", 
 
 
 def prepare_streams() -> None:
-    """Let stdout and stderr take any text, and take it even where there are none (``pythonw``, ``>&-``)."""
+    """Make stdout and stderr accept any text, even where they do not exist (``pythonw``, ``>&-``)."""
     codecs.register_error("implicit-rnn", _in_plain_characters)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -138,7 +138,7 @@ def _plain(character: str) -> str:
 
 
 def abandon_unwritten_output() -> None:
-    """Where a stream no longer takes anything (a full disk, a closed pipe), spare Python the attempt at its exit."""
+    """If a stream can no longer be written to (a full disk, a closed pipe), spare Python the attempt at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -149,7 +149,7 @@ def abandon_unwritten_output() -> None:
 
 @contextlib.contextmanager
 def warnings_in_one_line() -> Iterator[None]:
-    """Print warnings as the messages of the command, without the line of Python that led to them."""
+    """Print warnings like the command's messages, without the line of Python that caused them."""
 
     def show(message: Warning | str, *where: object, **more: object) -> None:
         say(f"warning: {' '.join(str(message).split())}")

@@ -1,7 +1,7 @@
-"""Arrays in the memory of a device: those of other libraries, read where they lie, and those that results come in.
+"""Arrays in the memory of a device: those of other libraries, read in place, and those of results.
 
-What is read is what has ``__dlpack__`` (the Python array API standard) or ``__cuda_array_interface__`` (Numba's, versions 0 to
-3), and both are what a result has: ``torch.from_dlpack(result)``, ``cupy.asarray(result)`` and the like share its memory.
+Arrays are read through ``__dlpack__`` (the Python array API standard) or ``__cuda_array_interface__`` (Numba's, versions 0 to
+3), and results have both: ``torch.from_dlpack(result)``, ``cupy.asarray(result)`` and the like share their memory.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from implicit_rnn.validation import check_shape_of_samples, tell_of_nonfinite
 Array = np.ndarray
 
 KINDS = {"cpu": (), "cuda": (2, 13), "jl": (1,)}
-"""DLPack's kinds of memory that the arrays of each device are in, but for those of the machine, which are NumPy's. The reference
-device arrays, which are for tests, are in host memory."""
+"""DLPack's kinds of memory for the arrays of each device; arrays in host memory are NumPy's. The reference device arrays, which
+are for tests, are in host memory."""
 
 NOTHING, EVERYTHING = -1, 0
-"""For a stream: there is nothing to wait for; the whole device is to be waited for."""
+"""Values for a stream: wait for nothing; wait for the whole device."""
 
 _LEGACY_STREAM = 1
 _NEWEST_INTERFACE = 3
@@ -40,11 +40,11 @@ class DeviceArray:
     address
         Where its memory begins.
     shape, dtype
-        As of a NumPy array.
+        As for a NumPy array.
     stream
-        The stream whose work has to be done before it is read, ``NOTHING`` or ``EVERYTHING``.
+        The stream to wait for before the array is read, or ``NOTHING`` or ``EVERYTHING``.
     owner
-        What keeps the memory alive.
+        The object that keeps the memory alive.
     """
 
     device: str
@@ -56,7 +56,7 @@ class DeviceArray:
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: np.dtype, device: str) -> DeviceArray:
-        """Memory of the engine's, to be filled in."""
+        """Memory owned by the engine, to be filled in."""
         from implicit_rnn.engines.julia.calls import Handle, call
 
         number, address = call("device_memory", device, dtype.name, math.prod(shape))
@@ -64,7 +64,7 @@ class DeviceArray:
 
     @classmethod
     def copy_of(cls, array: Array | DeviceArray, device: str) -> DeviceArray:
-        """Memory of the engine's with the numbers of an array, which may be in host memory."""
+        """Memory owned by the engine with the numbers of an array, which may be in host memory."""
         from implicit_rnn.engines.julia.calls import call
 
         copy = cls.empty(array.shape, array.dtype, device)
@@ -85,7 +85,7 @@ class DeviceArray:
         return self.shape[0]
 
     def reshape(self, *sizes: int | tuple[int, ...]) -> DeviceArray:
-        """The same memory in another shape, of which one number may be -1."""
+        """The same memory in another shape, in which one number may be -1."""
         shape = sizes[0] if len(sizes) == 1 and isinstance(sizes[0], tuple) else cast("tuple[int, ...]", sizes)
         known = -math.prod(shape) if -1 in shape else 1
         whole = tuple(self.size // known if n == -1 else n for n in shape)
@@ -111,7 +111,7 @@ class DeviceArray:
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        """As of Numba's interface, version 3. The engine has finished with it, so that there is no stream to wait for."""
+        """Numba's interface, version 3. The engine has finished its work on the array, so there is no stream to wait for."""
         if self.device != "cuda":
             raise AttributeError(f"an array of the device {self.device!r} is not in the memory of an NVIDIA card")
         return {
@@ -134,9 +134,9 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> object:
-        """A capsule as of DLPack before 1.0, which those after it take. No ``stream`` has to wait for the engine."""
+        """A capsule of DLPack before 1.0, which later versions accept. No ``stream`` has to wait for the engine."""
         if dl_device not in (None, self.__dlpack_device__()) or copy:
-            raise BufferError("an array of the engine is given out where it is, without a copy")
+            raise BufferError("an array of the engine is exported in place, without a copy")
         bits = 8 * self.dtype.itemsize
         return dlpack.capsule_of(self.address, self.shape, bits, self.__dlpack_device__(), self.owner)
 
@@ -148,9 +148,9 @@ class DeviceArray:
 
 
 def as_device_array(name: str, value: object, device: str) -> DeviceArray | None:
-    """An array of another library as it lies on the device; None for what is not there.
+    """An array of another library on the device, in place; None for anything that is not on the device.
 
-    Raises ``TypeError`` and ``ValueError`` for an array that is there but cannot be read without a copy, or contradicts itself.
+    Raises ``TypeError`` and ``ValueError`` for an array on the device that cannot be read without a copy, or is inconsistent.
     """
     if isinstance(value, DeviceArray):
         return value if value.device == device else None
@@ -164,7 +164,7 @@ def is_on_device(value: object, device: str) -> bool:
 
 
 def _reader(value: object, device: str) -> Callable[[str, Any, str], DeviceArray] | None:
-    """By what protocol an array of another library on the device is read."""
+    """The function that reads an array of another library on the device, by its protocol."""
     if device == "cpu" or isinstance(value, np.ndarray):
         return None
     place = _place(value)
@@ -176,7 +176,7 @@ def _reader(value: object, device: str) -> Callable[[str, Any, str], DeviceArray
 def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, what: str) -> Array:
     """The checks of ``validation.as_samples`` for an array on a device, which is never converted.
 
-    It is returned as what engines take, which use no more of it than the array has.
+    Its type is given as that of engine arguments; engines use only the attributes that it has.
     """
     check_shape_of_samples(name, array.shape, columns, what)
     check_dtype(name, array, dtype, "the network")
@@ -185,10 +185,10 @@ def as_samples(name: str, array: DeviceArray, columns: int, dtype: np.dtype, wha
 
 
 def check_dtype(name: str, array: DeviceArray, dtype: np.dtype, whose: str) -> None:
-    """``TypeError`` for another dtype than that of the network, or of whatever else counts."""
+    """``TypeError`` for another dtype than the expected one, that of ``whose``."""
     if array.dtype != dtype:
         raise TypeError(
-            f"{name} has dtype {array.dtype}, {whose} {dtype}, and arrays on a device are taken as they are: convert it there"
+            f"{name} has dtype {array.dtype}, {whose} {dtype}, and arrays on a device are not converted: convert it there"
         )
 
 
@@ -201,7 +201,7 @@ def check_finite(name: str, array: DeviceArray) -> None:
 
 
 def to_host(name: str, value: object, dtype: np.dtype, device: str) -> Any:
-    """The value, of which an array on the device, not converted, is copied to host memory."""
+    """The value; an array on the device is copied to host memory, without conversion."""
     there = as_device_array(name, value, device)
     if there is None:
         return value
@@ -210,7 +210,7 @@ def to_host(name: str, value: object, dtype: np.dtype, device: str) -> Any:
 
 
 def _place(value: object) -> tuple[int, int] | None:
-    """Where DLPack says that an array is: the kind of memory and the number of the device."""
+    """The place of an array according to DLPack: the kind of memory and the number of the device."""
     if isinstance(value, type) or not hasattr(value, "__dlpack_device__") or not hasattr(value, "__dlpack__"):
         return None
     kind, number = value.__dlpack_device__()
@@ -227,7 +227,7 @@ def _checked(
     stream: int,
     owner: object,
 ) -> DeviceArray:
-    """The array, with its strides in entries known to be those of C order."""
+    """The array, checked to be in C order; ``strides`` are in entries."""
     if strides is not None:
         usual = dlpack.c_order(shape)
         if any(n > 1 and stride != step for n, stride, step in zip(shape, strides, usual, strict=True)):
@@ -253,18 +253,18 @@ def _of_interface(name: str, owner: Any, device: str) -> DeviceArray:
     if not isinstance(version, int) or not 0 <= version <= _NEWEST_INTERFACE:
         raise TypeError(f"{what} has version {version!r}; expected one up to {_NEWEST_INTERFACE}")
     if given.get("mask") is not None:
-        raise TypeError(f"{name} is masked; expected an array of which all entries have a value")
+        raise TypeError(f"{name} is masked; expected an array without missing entries")
     shape = _sizes(given["shape"])
     if shape is None:
         raise TypeError(f"{what} has shape {given['shape']!r}; expected a tuple of sizes")
     try:
         dtype = np.dtype(given["typestr"])
-        address, _ = given["data"]  # and whether it is read-only, as which it is treated
+        address, _ = given["data"]  # the second entry says whether it is read-only; it is treated as such
         address = int(address)
     except (TypeError, ValueError):
         raise TypeError(
-            f"{what} has typestr {given['typestr']!r} and data {given['data']!r}; expected a type such as '<f4', and an "
-            "address with whether it is read-only"
+            f"{what} has typestr {given['typestr']!r} and data {given['data']!r}; expected a type such as '<f4', and a pair "
+            "of an address and a read-only flag"
         ) from None
     return _checked(
         name, device, address, shape, _strides(what, given, shape, dtype), dtype, _stream(what, given, version), owner
@@ -289,7 +289,7 @@ def _strides(what: str, given: Mapping[str, Any], shape: tuple[int, ...], dtype:
 
 
 def _stream(what: str, given: Mapping[str, Any], version: int) -> int:
-    """Before version 3 nothing is said of streams."""
+    """The stream to wait for; versions before 3 do not have one."""
     if version < _NEWEST_INTERFACE:
         return EVERYTHING
     stream = given.get("stream")
@@ -307,9 +307,10 @@ def _of_dlpack(name: str, value: Any, device: str) -> DeviceArray:
     _, number = value.__dlpack_device__()
     if number != 0:
         raise ValueError(
-            f"{name} is on card {number}, and the engine computes on card 0, the first of CUDA_VISIBLE_DEVICES: set that to it"
+            f"{name} is on card {number}, but the engine computes on card 0, the first of CUDA_VISIBLE_DEVICES; set this "
+            "variable so that both use the same card"
         )
-    # The producer makes the legacy stream wait for its own, and the engine waits for that.
+    # The producer makes the legacy stream wait for its own stream, and the engine waits for the legacy stream.
     on_card = device == "cuda"
     capsule = value.__dlpack__(stream=_LEGACY_STREAM) if on_card else value.__dlpack__()
     memory = dlpack.memory_of(capsule)

@@ -1,6 +1,6 @@
-"""DLPack's capsules: where the array lies that one holds, and one for an array, by its structures in C.
+"""Reading and making DLPack capsules, through the C structures of DLPack.
 
-The layout is that of DLPack before 1.0 (dmlc.github.io/dlpack), which those after it take.
+The layout is that of DLPack before 1.0 (dmlc.github.io/dlpack), which later versions accept.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, _De
 
 
 class Memory(NamedTuple):
-    """Where an array lies, and what its numbers are."""
+    """The address, shape, strides and dtype of an array."""
 
     address: int
     shape: tuple[int, ...]
@@ -61,7 +61,7 @@ class Memory(NamedTuple):
 
 
 def memory_of(capsule: object) -> Memory:
-    """What a capsule says; it is not marked as used, so that its producer gets the memory back with it."""
+    """The array of a capsule; it is not marked as used, so that its producer gets the memory back with it."""
     tensor = _Managed.from_address(_get_pointer(capsule, _NAME)).tensor
     kind = _KINDS.get(tensor.dtype.code, f"of code {tensor.dtype.code}")
     lanes = "" if tensor.dtype.lanes == 1 else f"x{tensor.dtype.lanes}"
@@ -71,7 +71,7 @@ def memory_of(capsule: object) -> Memory:
 
 
 _given_out: dict[int, tuple[object, ...]] = {}
-"""What the capsules given out need, by the address of their tensors, until they are done with."""
+"""The objects that exported capsules need, by the address of their tensors, until the consumers release them."""
 
 
 def c_order(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -80,7 +80,7 @@ def c_order(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def capsule_of(address: int, shape: tuple[int, ...], bits: int, device: tuple[int, int], owner: object) -> object:
-    """A capsule for an array of floats in C order, whose ``owner`` is kept until nobody uses it."""
+    """A capsule for a floating-point array in C order, whose ``owner`` is kept until nobody uses it."""
     sizes = ctypes.c_int64 * len(shape)
     lengths = sizes(*shape)
     strides = sizes(*c_order(shape))
@@ -105,7 +105,7 @@ def _forget(address: int) -> None:
 
 
 def _forget_unused(capsule: int) -> None:
-    """What a capsule held that nobody has used, whose name is still the first."""
+    """Release the objects of a capsule that was never used, which still has its first name."""
     if _is_valid(capsule, _NAME):
         _forget(_pointer_of_dying(capsule, _NAME))
 

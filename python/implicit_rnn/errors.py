@@ -41,7 +41,7 @@ class EngineError(RuntimeError):
 
 
 class EngineWarning(UserWarning):
-    """The Julia engine could not be had and the NumPy engine is used instead.
+    """The Julia engine is not available and the NumPy engine is used instead.
 
     Examples
     --------
@@ -60,7 +60,7 @@ class ConvergenceError(RuntimeError):
     message
         How many did not, why, and what to do.
     solution
-        The solution (where there is one), which says which and how far they came; also an attribute.
+        The solution (where there is one), which says which samples failed and how close they came; also an attribute.
 
     Examples
     --------
@@ -78,7 +78,7 @@ class ConvergenceError(RuntimeError):
 
 
 class ConvergenceWarning(UserWarning):
-    """As ConvergenceError, for ``on_failure="warn"``.
+    """Like ConvergenceError, for ``on_failure="warn"``.
 
     Examples
     --------
@@ -108,7 +108,7 @@ class ScaleWarning(UserWarning):
 
 
 class DerivativeWarning(UserWarning):
-    """A Python function has no derivative at the solution that its values would bear out; NaN stands for it.
+    """No derivative of a Python function at the solution agrees with the function's values; it is NaN.
 
     Examples
     --------
@@ -128,9 +128,9 @@ class RunError(RuntimeError):
     Parameters
     ----------
     message
-        Which failed, and the error of the first.
+        Which runs failed, and the error of the first.
     tracebacks
-        What they raised, by their names; also an attribute.
+        The tracebacks of the failed runs, by their names; also an attribute.
 
     Examples
     --------
@@ -166,7 +166,7 @@ class ModelFileError(ValueError):
 
 
 class CheckpointError(ValueError):
-    """What is to be resumed is no checkpoint that this version can read, a damaged one, or of another run.
+    """The checkpoint to resume from cannot be read by this version, is damaged, or belongs to another run.
 
     Examples
     --------
@@ -183,7 +183,7 @@ class CheckpointError(ValueError):
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn at the line of the user's code that led here, however deep in the package this is, by way of PyTorch or JAX too."""
+    """Warn at the line of the user's code that led here, however deep in the package this is, also through PyTorch or JAX."""
     level, frame = 2, sys._getframe(1)
     inside = ("implicit_rnn", "torch", "jax")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
@@ -192,7 +192,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def report_failure(message: str, on_failure: str, solution: Solution | None = None) -> None:
-    """Tell of samples that did not converge, as ``on_failure`` says: "raise", "warn" or "ignore"."""
+    """Report samples that did not converge, as ``on_failure`` says: "raise", "warn" or "ignore"."""
     if on_failure == "raise":
         raise ConvergenceError(message, solution)
     if on_failure == "warn":
@@ -201,7 +201,7 @@ def report_failure(message: str, on_failure: str, solution: Solution | None = No
 
 @contextmanager
 def without_underflow() -> Iterator[None]:
-    """What is too small for its type is zero, and no error of the caller's ``np.seterr``, which says nothing of this code."""
+    """Let numbers too small for their type underflow to zero, even where the caller's ``np.seterr`` would raise."""
     with np.errstate(under="ignore"):
         yield
 
@@ -211,9 +211,9 @@ _counting, _filters, _silent = threading.Lock(), ExitStack(), 0
 
 @contextmanager
 def silenced() -> Iterator[None]:
-    """Without a ``RuntimeWarning``, such as those of NumPy and SciPy.
+    """Suppress every ``RuntimeWarning``, such as those of NumPy and SciPy.
 
-    Filters of warnings are those of the process: the first thread that comes here sets them, the last to leave sets them back.
+    Warning filters belong to the process: the first thread to enter sets them, the last to leave restores them.
     """
     global _silent
     with _counting:

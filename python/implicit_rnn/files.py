@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and the reading of those that hold tensors."""
+"""Atomic writing of files, and reading of files with tensors."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 QUIET_SECONDS = 600
-"""How long a temporary file is left alone: a disk may take its time with what is still being written."""
+"""How long a temporary file is left alone: it may still be being written to a slow disk."""
 
 
 def as_path(path: object) -> Path:
-    """The path that text or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for no name."""
+    """The path that a string or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for an invalid name."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise TypeError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
-    with contextlib.suppress(UnicodeEncodeError):  # half of a pair of surrogates
+        raise TypeError(f"path is {path!r}; expected a file name, as a string or a pathlib.Path")
+    with contextlib.suppress(UnicodeEncodeError):  # an unpaired surrogate
         if os.fsencode(path) and "\0" not in os.fspath(path):
             return Path(path)
-    raise ValueError(f"path is {path!r}; expected a name, as text or a pathlib.Path")
+    raise ValueError(f"path is {path!r}; expected a file name, as a string or a pathlib.Path")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to a temporary file in the folder of ``path``, and give it that name once it is on the disk.
+    """Write ``data`` to a temporary file in the folder of ``path``, and rename it to ``path`` once it is on the disk.
 
-    Whatever happens on the way, ``path`` holds what it held before or all of ``data``. A file that is replaced keeps its
-    permissions. Of a symbolic link the target is written; a device or a pipe is written as it is. Raises ``OSError``.
+    If anything fails, ``path`` keeps its contents; otherwise it holds all of ``data``. A file that is replaced keeps its
+    permissions. For a symbolic link the target is written; a device or a pipe is written directly. Raises ``OSError``.
     """
     _check_working_folder(path)
     if not path.parent.is_dir():
@@ -48,11 +48,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     try:
         file = temporary.open("xb")
-    except OSError as error:  # which names the temporary file
+    except OSError as error:  # its message names the temporary file
         raise type(error)(error.errno, error.strerror, str(path)) from error
     try:
         with file:
-            if path.exists():  # whose permissions stay, before there is anything to read
+            if path.exists():  # keep its permissions, set before there is anything to read
                 temporary.chmod(path.stat().st_mode & 0o777)
             file.write(data)
             file.flush()
@@ -65,7 +65,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
-    """Make sure, before the work begins, that files of these names can be written to a folder, which is made.
+    """Make the folder, and check before the work begins that files of these names can be written to it.
 
     Raises ``OSError`` that names the folder as it was given.
     """
@@ -79,26 +79,26 @@ def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:
             if path.exists() and not os.access(path, os.W_OK):
                 raise PermissionError(errno.EACCES, f"its {path.name} may not be written")
     except FileExistsError as error:
-        raise FileExistsError(error.errno, f"no results can be written to {folder}: it is no folder") from error
+        raise FileExistsError(error.errno, f"no results can be written to {folder}: it is not a folder") from error
     except OSError as error:
         raise type(error)(error.errno, f"no results can be written to {folder}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
 def prepared_folder(folder: Path, names: Iterable[str] = ()) -> Iterator[None]:
-    """As ``prepare_folder``; what it has made is taken away again where nothing was written to it."""
+    """Like ``prepare_folder``; folders it has made are removed again if nothing was written to them."""
     made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     try:
         prepare_folder(folder, names)
         yield
     finally:
-        with contextlib.suppress(OSError):  # one that is not empty, with those above it
+        with contextlib.suppress(OSError):  # one that is not empty, and those above it
             for path in made:
                 path.rmdir()
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a process that was killed while it wrote ``path`` has left behind; one that writes now keeps its file."""
+    """Remove temporary files of processes that were killed while writing ``path``, but not of one that is writing now."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     for leftover in path.parent.glob(f"{_prefix(path)}*.tmp"):
         with contextlib.suppress(OSError):  # another process was faster, or has it open
@@ -107,7 +107,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_tensors(path: Path, error: type[ValueError]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; ``error`` where it is none, or a truncated one."""
+    """The tensors and the metadata of a safetensors file; raises ``error`` if it is invalid or truncated."""
     try:
         with safe_open(path, framework="numpy") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -132,7 +132,7 @@ def _prefix(path: Path) -> str:
 
 
 def _sync_folder(folder: Path) -> None:
-    # The new name is on the disk only with its folder, which not every system can open.
+    # The new name is on the disk only once its folder is, which not every system can open.
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Values, functions and arrays as JSON knows them, the same in every process: what is equal so may stand for another."""
+"""Values, functions and arrays as JSON data, the same in every process, to tell whether two of them are equal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray
 
 
 def plain(value: Any, outer: tuple[Any, ...] = ()) -> Any:
-    """A value as JSON knows it, the same in every process; ``outer`` is what holds it, which it may hold in turn."""
+    """A value as JSON data, the same in every process; ``outer`` are the containers around it, which it may contain in turn."""
     if isinstance(value, Option):
         return {"name": value.name} | {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":  # whose repr would be abridged
@@ -44,11 +44,11 @@ def plain(value: Any, outer: tuple[Any, ...] = ()) -> Any:
 
 
 def describe_function(f: Any, outer: tuple[Any, ...] = ()) -> Any:
-    """The name of a function, whose repr has its address, and what it holds: defaults, variables around it, attributes.
+    """The name of a function and the values it holds: defaults, enclosed variables, attributes. (Its repr has its address.)
 
-    Of lambdas and of functions in functions, whose name others may have, it has a digest of the code as well, which depends on
-    the version of Python. Not told apart are functions at the top of a module by their code, and any by what they read of their
-    module.
+    For lambdas and nested functions, whose names need not be unique, there is a digest of the code as well, which depends on
+    the version of Python. Changes to the code of functions at the top level of a module are not detected, nor to what any
+    function reads from its module.
     """
     if isinstance(f, partial):
         return {"name": "functools.partial", "holds": plain([f.func, *f.args, f.keywords], outer)}
@@ -81,7 +81,7 @@ def _cells(f: Any) -> Iterator[Any]:
 
 
 def _code(part: Any) -> Any:
-    """What code, or a constant in it, does, without its place in a file; the same in every process."""
+    """What code, or a constant in it, does, without its position in a file; the same in every process."""
     if isinstance(part, CodeType):
         arguments = (part.co_argcount, part.co_posonlyargcount, part.co_kwonlyargcount, part.co_flags)
         constants = tuple(map(_code, part.co_consts))

@@ -1,7 +1,7 @@
-"""Networks as functions of JAX, and fixed points and roots of functions written in JAX, with exact gradients.
+"""Networks as JAX functions, and fixed points and roots of functions written in JAX, with exact gradients.
 
-The engines are called by way of host memory; from compiled code by ``jax.pure_callback``, which calls networks and
-equations in Julia code.
+The engines are called via host memory; compiled code calls networks, and equations in Julia code, by
+``jax.pure_callback``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ try:
     import jax.numpy as jnp
 except ImportError as error:
     raise ImportError(f"implicit_rnn.jax needs JAX ({error}): pip install 'implicit-rnn[jax]'") from error
-if jax.__version_info__ < (0, 4, 35):  # whose callbacks do not map
+if jax.__version_info__ < (0, 4, 35):  # older versions cannot map callbacks
     raise ImportError(f"implicit_rnn.jax needs JAX 0.4.35 or newer, and this is {jax.__version__}: pip install -U jax")
 
 __all__ = ["fixed_point", "function", "parameters", "root"]
@@ -80,33 +80,33 @@ def function(
 ) -> Callable[[Parameters, Any], jax.Array]:
     """The network as a pure function ``(parameters, X) -> outputs``.
 
-    It has a derivative by the implicit function theorem with respect to both, of first order, and works under ``jit``, ``grad``,
+    It has first derivatives by the implicit function theorem with respect to both, and works under ``jit``, ``grad``,
     ``jvp`` and ``vmap``, over parameters, over X or over both: samples that share their parameters are solved in one call.
 
     Parameters
     ----------
     net
-        Gives the topology and the engine; its own parameters, which ``parameters(net)`` has, play no part.
+        Provides the topology and the engine; its own parameters, which ``parameters(net)`` returns, are not used.
     of
         "outputs" for the outputs of the network, "state" for the equilibrium of all neurons.
     solver, adjoint, on_failure
-        As in ``Network.equilibrium`` and ``Network.vjp``. What is raised under ``jit``, ``vmap`` and ``grad`` arrives as a
+        As in ``Network.equilibrium`` and ``Network.vjp``. Errors under ``jit``, ``vmap`` and ``grad`` arrive as a
         ``jax.errors.JaxRuntimeError`` with the message of the ``ConvergenceError``.
 
     Returns
     -------
-    A function of a pytree as ``parameters`` makes it and X (..., inputs), whose value is (..., outputs) or (..., N), all of the
-    dtype of the network.
+    A function of a pytree as made by ``parameters`` and of X (..., inputs), whose value is (..., outputs) or (..., N), all of
+    the dtype of the network.
 
     Raises
     ------
     TypeError
-        For a ``net`` that is no ``Network``, and for a float64 network where JAX has no 64-bit numbers; in a call, for
-        parameters or inputs of another dtype, and for derivatives of derivatives.
+        If ``net`` is not a ``Network``, and for a float64 network where JAX has no 64-bit numbers; in a call, for
+        parameters or inputs of another dtype, and for second derivatives.
     ValueError
-        For invalid settings; in a call, for parameters or inputs of the wrong shape, and NaN or infinity among them.
+        For invalid settings; in a call, for parameters or inputs of the wrong shape, or with NaN or infinity.
     ConvergenceError
-        In a call, for samples without equilibrium, unless ``on_failure`` says otherwise.
+        In a call, for samples without equilibrium, depending on ``on_failure``.
 
     Examples
     --------
@@ -137,10 +137,10 @@ def function(
     shapes = {name: weights.shape for name, weights in net.weights.items()}
 
     def apply(parameters: Parameters, X: Any) -> jax.Array:
-        _check_precision(net.dtype)  # once more, as it can be switched off
+        _check_precision(net.dtype)  # checked again, as it can be switched off
         if not isinstance(parameters, dict):
             raise TypeError(
-                f"the parameters are a {type(parameters).__name__}; expected a dictionary as of parameters(net)"
+                f"the parameters are a {type(parameters).__name__}; expected a dictionary as from parameters(net)"
             )
         found = {name: np.shape(weights) for name, weights in parameters.items()}
         if found != shapes:
@@ -168,7 +168,7 @@ _OF_A_NETWORK = (
 
 
 def _of_first_order(function: Callable[..., Any], message: str) -> Callable[..., Any]:
-    """The function, which refuses to be differentiated: it is part of a derivative already."""
+    """The function, which refuses to be differentiated, since it is already part of a derivative."""
     guarded = jax.custom_jvp(function)
 
     @guarded.defjvp
@@ -179,7 +179,7 @@ def _of_first_order(function: Callable[..., Any], message: str) -> Callable[...,
 
 
 class _Host:
-    """What runs outside JAX: a network of its own for parameters p (P,) that come with the call, one call at a time."""
+    """The part outside JAX: a private network, for parameters p (P,) that come with the call, one call at a time."""
 
     def __init__(self, net: Network, of: Of, solver: SolverLike, adjoint: AdjointLike, on_failure: OnFailure) -> None:
         self._net = copy.copy(net)
@@ -197,8 +197,8 @@ class _Host:
     def push(self, kept: tuple[jax.Array, ...], dp: jax.Array, dx: jax.Array) -> jax.Array:
         """The tangent (B, outputs) at p, x and the states, as a linear function of dp and dx whose transpose JAX knows.
 
-        It is the last part of the solution of ``dp = a, dx = b, dy - J (dp, dx) = 0``, as there is no other linear function in
-        JAX that brings its own transpose and can be mapped. The matrix counts in second derivatives only, which are refused.
+        It is the last part of the solution of ``dp = a, dx = b, dy - J (dp, dx) = 0``, since JAX has no other linear function
+        that has its own transpose and can be mapped. The matrix matters only for second derivatives, which are refused.
         """
         like = partial(jax.ShapeDtypeStruct, dtype=self._net.dtype)
         p, x, _ = kept
@@ -231,7 +231,7 @@ class _Host:
         return _each(self._pull_back_one, (p, 1), (x, 2), (state, 2), (v, 2))
 
     def outputs(self, p: jax.Array, x: jax.Array) -> jax.Array:
-        """The outputs (B, outputs) for p (P,) and x (B, inputs) that are known, and errors as they are raised."""
+        """The outputs (B, outputs) for concrete p (P,) and x (B, inputs), with errors raised directly."""
         return jnp.asarray(self._solve_one(np.asarray(p), np.asarray(x))[0])
 
     def _solve_one(self, p: Array, x: Array) -> tuple[Array, Array]:
@@ -275,7 +275,7 @@ class _Host:
 
 
 def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) -> tuple[Array, ...]:
-    """The function of arrays with so many axes each, over the axes that vmap has put before them, 1 where it maps nothing."""
+    """The function of arrays with that many axes each, looped over leading axes from vmap, of size 1 where nothing is mapped."""
     whole = [(np.asarray(array), axes) for array, axes in arrays]
     lead = np.broadcast_shapes(*(array.shape[: array.ndim - axes] for array, axes in whole))
     views = [np.broadcast_to(array, lead + array.shape[array.ndim - axes :]) for array, axes in whole]
@@ -284,7 +284,7 @@ def _each(function: Callable[..., tuple[Array, ...]], *arrays: tuple[Any, int]) 
 
 
 def _are_traced(*arrays: Any) -> bool:
-    """Whether JAX transforms or compiles what is done with these arrays."""
+    """Whether JAX is transforming or compiling operations on these arrays."""
     return any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
@@ -311,17 +311,17 @@ def fixed_point(
 ) -> jax.Array:
     """The solution of ``z = f(z, *args)`` with f written in JAX, differentiable in the arguments, any number of times.
 
-    It is so in what f closes over, too. Or with f in Julia code, differentiable once.
+    It is also differentiable in values that f closes over. With f in Julia code it is differentiable once.
 
-    Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX; derivatives of
+    Every sample is solved on its own, as by ``implicit_rnn.fixed_point``, with the derivatives of f from JAX. Derivatives of
     the solution come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, in forward and
-    in reverse mode; where ∂c/∂z is singular, and for samples that have not converged, they are NaN, but a cotangent of zero there
-    leaves the gradient of shared arguments as it is. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the
-    iteration is a damped Newton method within JAX, by the same criterion; samples that do not converge are NaN there, and
-    ``solver`` gives the tolerance and the largest number of iterations. It also finds fixed points that Picard iteration would
-    leave.
+    in reverse mode. They are NaN where ∂c/∂z is singular, and for samples that have not converged; with a cotangent of zero such
+    samples do not affect the gradient of shared arguments. Under ``jit`` and ``vmap``, where nothing outside JAX may call f, the
+    iteration is a damped Newton method within JAX, with the same criterion; samples that do not converge are NaN there, and
+    ``solver`` only provides the tolerance and the largest number of iterations. This method also finds fixed points that Picard
+    iteration would move away from.
 
-    Julia code is called in compiled code as well, and an error there is JAX's, which says that of the engine; where ∂c/∂z is
+    Julia code is also called from compiled code; an error there is raised by JAX, with the message of the engine. Where ∂c/∂z is
     singular its derivatives are an error.
 
     Parameters
@@ -332,13 +332,13 @@ def fixed_point(
     z0
         The start: (n,), or (B, n) for a batch, float32 or float64.
     args
-        The further arguments of f: arrays, numbers, and pytrees of them; of Julia code arrays and numbers.
+        The further arguments of f: arrays, numbers, and pytrees of them; for Julia code arrays and numbers.
     batched
-        As in ``implicit_rnn.fixed_point``; of a pytree each leaf has an axis of samples.
+        As in ``implicit_rnn.fixed_point``; in a pytree each leaf has an axis of samples.
     solver, on_failure
         As in ``implicit_rnn.fixed_point``.
     device
-        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays come by way of host memory,
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, to which the arrays are copied via host memory,
         wherever JAX has them.
 
     Returns
@@ -350,7 +350,7 @@ def fixed_point(
     ValueError, TypeError
         For arguments out of range or of the wrong kind, and an f that returns the wrong shape.
     ConvergenceError
-        For samples that do not converge, unless ``on_failure`` says otherwise; not under ``jit`` and ``vmap``.
+        For samples that do not converge, depending on ``on_failure``; not under ``jit`` and ``vmap``.
 
     Examples
     --------
@@ -378,7 +378,7 @@ def root(
     Parameters
     ----------
     f, z0, args, batched, solver, on_failure, device
-        As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
+        As for ``fixed_point``, except that f (n,) is to be zero, and ``solver`` is one of ``implicit_rnn.root``.
 
     Returns
     -------
@@ -462,7 +462,7 @@ def _argument(name: str, value: Any) -> jax.Array:
         raise TypeError(f"{name} is a {type(value).__name__}; expected a number or an array of numbers") from error
     except OverflowError:
         cut = True
-    else:  # JAX does so, silently, with arrays of NumPy
+    else:  # JAX silently truncates NumPy arrays
         whole = isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "iu"
         cut = whole and bool((value.astype(array.dtype) != value).any())
     if cut:
@@ -476,7 +476,7 @@ def _argument(name: str, value: Any) -> jax.Array:
 
 
 def _of_leaves(f: Callable[..., jax.Array], tree: Any) -> Callable[..., jax.Array]:
-    """f of z and the leaves of its arguments."""
+    """f as a function of z and the leaves of its arguments."""
     return lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves))
 
 
@@ -492,7 +492,7 @@ def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> No
 def _hoist(
     f: Callable[..., jax.Array], sample: Sequence[jax.Array]
 ) -> tuple[Callable[..., jax.Array], list[jax.Array], bool]:
-    """f with what it closes over and JAX differentiates as further arguments; these; and whether it closes over other tracers."""
+    """f with its differentiable closed-over values as further arguments; these; and whether it closes over other tracers."""
     if not _closes_over_tracers(f, sample):
         return f, [], False
     converted, held = jax.closure_convert(f, *sample)
@@ -505,7 +505,7 @@ def _closes_over_tracers(f: Callable[..., jax.Array], sample: Sequence[jax.Array
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """An equation of a batch of samples: what is posed, f and its Jacobian ∂f/∂z of all samples, and how it is solved."""
+    """An equation of a batch of samples: how it is posed and solved, with f and its Jacobian ∂f/∂z for all samples."""
 
     pose: Callable[..., equations.ImplicitSolution]
     f: Callable[..., jax.Array]
@@ -529,9 +529,9 @@ class _Problem:
         return J if self.root else J - jnp.eye(z.shape[1], dtype=z.dtype)[None]
 
     def equilibrated(self, z: jax.Array, args: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Numbers for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (B, 1).
+        """Scales for the rows (B, n, 1) and columns (B, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (B, 1).
 
-        It is where it has an inverse that tells it apart from itself within the error of the solution z.
+        A is regular if it has an inverse and changes little within the error of the solution z, relative to A.
         """
         A, c = self.derivatives(z, args), self.conditions(z, args)
         left, right = _equilibration(A)
@@ -543,7 +543,7 @@ class _Problem:
         return left, right, regular
 
     def terms_of_arguments(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
-        """The largest (B, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
+        """The largest (B, n) of the terms of c due to each floating-point argument, whose rounding errors c inherits."""
         stretch, terms = 2.0**-10, jnp.zeros_like(c)
         for k, x in enumerate(args):
             if jnp.issubdtype(x.dtype, np.floating):
@@ -573,13 +573,13 @@ def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) ->
 
 @_solution.defjvp
 def _derivative(problem: _Problem, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    start, args = jax.tree.map(jnp.asarray, primals)  # in which old JAX leaves Python's numbers
+    start, args = jax.tree.map(jnp.asarray, primals)  # old versions of JAX leave Python numbers here
     z = _solution(problem, start, args)
     left, right, regular = problem.equilibrated(*jax.lax.stop_gradient((z, args)))
-    # What is NaN would make zero cotangents NaN: z, and what f makes of it and of the arguments of its sample.
+    # NaN would turn zero cotangents into NaN: in z, and in what f computes from it and from the arguments of its sample.
     at = _of_regular(jnp.where(jnp.isfinite(z), z, jax.lax.stop_gradient(start)), regular)
     args = [_of_regular(x, regular) if k in problem.batched else x for k, x in enumerate(args)]
-    # Where no sample is regular, a sum hands on what is NaN in place of f.
+    # Where no sample is regular, a sum passes on the NaN in place of f.
     some = jnp.any(regular)
 
     def known(args: Sequence[jax.Array]) -> list[jax.Array]:
@@ -601,8 +601,9 @@ def _of_regular(x: jax.Array, regular: jax.Array) -> jax.Array:
 def _where_regular(regular: jax.Array, change: jax.Array) -> jax.Array:
     """The change (B, n) of the solutions, NaN for samples that are not regular (B, 1), whose cotangents become NaN, too.
 
-    A cotangent of zero stays zero, so that a sample that was left out of a loss does not spoil the gradient of arguments that
-    it shares. So its transpose overflows before it multiplies by zero; a choice would give zeros, a factor of NaN always NaN.
+    A cotangent of zero stays zero, so that a sample that was left out of a loss does not spoil the gradient of shared
+    arguments. Its transpose therefore overflows before it multiplies by zero; a ``where`` would give zeros, a factor of NaN
+    always NaN.
     """
     largest = jnp.where(regular, 1, jnp.finfo(change.dtype).max).astype(change.dtype)
     none = jnp.where(regular, 1, 0).astype(change.dtype)
@@ -634,7 +635,7 @@ def _equilibration(A: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Callable[..., Array]:
-    """The function of JAX as one of NumPy arrays, compiled; integers are of the dtypes that it was given."""
+    """The JAX function as a function of NumPy arrays, compiled; integers keep the dtypes they were given with."""
     compiled = jax.jit(f)
 
     def g(*arrays: Array) -> Array:
@@ -647,17 +648,17 @@ def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Calla
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:
     """Newton's method with steps that are halved until ‖c‖ shrinks; NaN for samples that do not converge.
 
-    A sample has converged when its step is at most ``tol ‖z‖``; or at most ``eps L``, L the largest ‖z‖ so far, and no part of it
-    leads on, or it leads to a zero that is a root, which is then the solution. It has to be at a root, not at a pole, an infinity
-    or an infinite slope: steps become smaller and ‖c‖ has halved, or ∂c/∂z is about the same two steps further, as where the
-    start is a root to rounding. Where c is zero and ∂c/∂z singular, as it is where all that f has is too small for the numbers
-    there are, the way there must have ended in small steps.
+    A sample has converged when its step is at most ``tol ‖z‖``; or at most ``eps L``, with L the largest ‖z‖ so far, and either
+    no part of the step reduces ‖c‖, or it leads to z = 0, which is a root and then the solution. It must be at a root, not at a
+    pole, an infinity or an infinite slope: either steps become smaller and ‖c‖ has halved, or ∂c/∂z is about the same two steps
+    further, as where the start is a root to rounding. Where c is zero and ∂c/∂z singular, as where all terms of f underflow, the
+    last steps must have been small.
     """
     eps = float(jnp.finfo(start.dtype).eps)
     tol = tolerance(problem.solver.tol, start.dtype)
 
     def norm(x: jax.Array) -> jax.Array:
-        unit = jnp.abs(x).max(axis=1, keepdims=True)  # squares overflow, and vanish
+        unit = jnp.abs(x).max(axis=1, keepdims=True)  # squares would overflow or underflow
         unit = jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
         return unit[:, 0] * jnp.linalg.norm(x / unit, axis=1)
 
@@ -677,7 +678,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         return norm(weights * (jnp.einsum("bij,bj->bi", further, step) + c)) <= norm(weights * c) / 2
 
     def is_found(z: jax.Array, c: jax.Array, step: jax.Array, weights: jax.Array) -> jax.Array:
-        """Whether rounding keeps ‖c‖ from shrinking, and not conditions that outweigh others."""
+        """Whether it is rounding that keeps ‖c‖ from shrinking, rather than conditions that outweigh others."""
         terms = sizes_of_terms(problem.derivatives(z, args), z, step)
         of_terms = jnp.where(terms > 0, 1 / terms, 1)
         ahead = problem.conditions(z + step, args)
@@ -693,7 +694,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
     def is_done(
         z: jax.Array, c: jax.Array, step: jax.Array, last: Any, before: Any, largest: jax.Array, weights: jax.Array
     ) -> jax.Array:
-        """``last`` is the length of the step before, and ``before`` ‖c‖ there; both zero at the start."""
+        """``last`` is the length of the previous step, and ``before`` the ‖c‖ there; both zero at the start."""
         length, merit = norm(step), norm(weights * c)
         near = length <= tol * norm(z)
         doubtful = near & (merit > 0) & ~((length < last) & (merit <= before / 2))
@@ -704,7 +705,7 @@ def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> j
         return share * norm(step) > eps * norm(z)
 
     def advance(state: Any) -> Any:
-        """Evaluate f where a step leads; first at the start, with steps of zero."""
+        """Evaluate f at the end of a step; first at the start, with steps of zero."""
         z, c, step, share, largest, done, weights, count = state
         trial = z + share[:, None] * step
         c_trial = problem.conditions(trial, args)
@@ -760,12 +761,12 @@ class _JuliaProblem:
         )
 
     def values(self, start: Any, *args: Any) -> Array:
-        """The solutions (B, n), NaN where there is none."""
+        """The solutions (B, n), NaN for samples that have not converged."""
         solution = self.solution(start, args)
         return np.where(solution.converged[:, None], solution.state, np.nan).astype(start.dtype)
 
     def jacobians(self, start: Any, *args: Any) -> list[Array]:
-        """Their derivatives (B, n, size) by each argument of floats."""
+        """The derivatives (B, n, size) of the solutions with respect to each floating-point argument."""
         solution = self.solution(start, args)
         return [solution.jacobian(k) for k, array in enumerate(args) if array.dtype.kind == "f"]
 
@@ -798,7 +799,7 @@ def _julia_derivative(problem: _JuliaProblem, primals: Any, tangents: Any) -> tu
 
 
 def _outside(function: Callable[..., Any], shapes: Any, *arrays: jax.Array) -> Any:
-    """What the function of NumPy arrays gives, at once or when the compiled code runs."""
+    """The result of the function of NumPy arrays, called at once or when the compiled code runs."""
     if _are_traced(*arrays):
         return jax.pure_callback(function, shapes, *arrays, vmap_method="sequential")
     return jax.tree.map(jnp.asarray, function(*map(np.asarray, arrays)))

@@ -36,7 +36,7 @@ from implicit_rnn.validation import (
 Array = np.ndarray
 
 _PROGRAMS = 16
-"""Choices of options whose programs are kept; the oldest is dropped for a new one."""
+"""Number of combinations of options whose programs are kept; a new one replaces the oldest."""
 
 
 class Network:
@@ -55,35 +55,35 @@ class Network:
     feedback
         ``True`` for connections from every later to every earlier layer, or pairs (later, earlier).
     skips
-        Pairs (earlier, later) of feed-forward connections that pass over a layer.
+        Pairs (earlier, later) of feed-forward connections that skip a layer.
     input_skips
-        Layers other than the first that see the input as well.
+        Layers other than the first that also receive the input.
     outputs
         A number of outputs for the linear readout, or a list of neurons of the state that are the output.
     constraint
-        What is promised of the recurrent weights: ``Perron(kappa)`` (one equilibrium, always reached), ``InfNorm``,
-        ``Spectral``, ``Monotone`` or ``Free()`` (nothing).
+        The constraint on the recurrent weights: ``Perron(kappa)`` (one equilibrium, always reached), ``InfNorm``,
+        ``Spectral``, ``Monotone`` or ``Free()`` (none).
     dtype
         "float64" or "float32".
     seed
         Of the initial parameters: W ~ N(0, 1/inputs), feed-forward weights N(0, 1/n), recurrent weights N(0, 0.09/n),
         C ~ N(0, 1/n), biases 0.
     engine
-        "julia", "numpy", or "auto" for Julia where it can be had. ``None`` reads IMPLICIT_RNN_ENGINE. It starts at the
-        first use.
+        "julia", "numpy", or "auto" for Julia where it is available. ``None`` reads IMPLICIT_RNN_ENGINE. The engine starts
+        at its first use.
     device
         Where the Julia engine computes: "cpu", or "cuda" for an NVIDIA card, by CUDA.jl.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range or of the wrong kind, here and in all calls; the message says what was expected.
+        For arguments out of range or of the wrong type, here and in all calls; the message says what was expected.
     EngineError
-        At the first use, where the engine or the device cannot be had; in a call, for what the engine lacks.
+        At the first use, if the engine or the device is not available; in a call, for an option that the engine lacks.
     ConvergenceError
-        In a call, for samples that do not reach their equilibrium, as its ``on_failure`` says.
+        In a call, for samples that do not reach their equilibrium, depending on its ``on_failure``.
     MemoryError
-        For more than the machine can hold.
+        If the arrays do not fit in the machine's memory.
 
     Examples
     --------
@@ -126,14 +126,14 @@ class Network:
         check_engine(engine)
         check_device(device)
         self._topology = topology
-        self._dtype = np.dtype(name)  # and not of another byte order
+        self._dtype = np.dtype(name)  # in native byte order
         self._engine_name = engine
         self._device = device
         check_memory_of_parameters(topology.parameters, self.dtype)
         self._take(np.zeros(topology.parameters, self.dtype))
 
     def _take(self, parameters: Array) -> None:
-        """Have these parameters, and nothing compiled yet."""
+        """Adopt these parameters, with nothing compiled yet."""
         self._parameters = parameters
         self._weights = MappingProxyType(self.topology.views(parameters))
         self._engine: Engine | None = None
@@ -172,7 +172,7 @@ class Network:
 
     @property
     def topology(self) -> Topology:
-        """Layers and connections, as they were given.
+        """Layers and connections.
 
         Examples
         --------
@@ -183,7 +183,7 @@ class Network:
 
     @property
     def dtype(self) -> np.dtype:
-        """That of the parameters and of all that is computed, float64 or float32.
+        """The dtype of the parameters and of all computations, float64 or float32.
 
         Examples
         --------
@@ -196,9 +196,9 @@ class Network:
 
     @property
     def parameters(self) -> Array:
-        """(P,) all parameters: the memory itself, in which engines read and write.
+        """(P,) all parameters: the memory itself, which engines read and write.
 
-        A write counts at the next call. Assigning an array copies its values.
+        A write takes effect at the next call. Assigning an array copies its values.
 
         Examples
         --------
@@ -219,14 +219,14 @@ class Network:
         """Views of ``parameters`` by name: W, R, b, C, d and, under ``Perron``, the scales a.
 
         With several layers W[l], R[to,from] and a[layers] name the blocks. Under a constraint the R blocks are the raw
-        weights; ``recurrent_weights`` has those in force.
+        weights; ``recurrent_weights`` has the constrained weights in force.
 
         Examples
         --------
         >>> net = irnn.Network(2, [irnn.Layer(8)], outputs=1, seed=0)
         >>> {name: weight.shape for name, weight in net.weights.items()}
         {'W': (8, 2), 'R': (8, 8), 'b': (8,), 'a': (8,), 'C': (1, 8), 'd': (1,)}
-        >>> net.weights["b"][...] = 0.1  # counts at the next call
+        >>> net.weights["b"][...] = 0.1  # takes effect at the next call
         """
         return self._weights
 
@@ -294,9 +294,9 @@ class Network:
 
     @property
     def engine(self) -> Engine:
-        """The engine, started if it was not; the network keeps it, whatever becomes of IMPLICIT_RNN_ENGINE.
+        """The engine, started if necessary; the network keeps it, even if IMPLICIT_RNN_ENGINE changes.
 
-        Raises ``EngineError`` as ``get_engine``.
+        Raises ``EngineError`` like ``get_engine``.
 
         Examples
         --------
@@ -333,7 +333,7 @@ class Network:
         Raises
         ------
         ValueError
-            For another name. Whether the device can be had shows at the next call, with an ``EngineError``.
+            For another name. If the device is not available, the next call raises an ``EngineError``.
 
         Examples
         --------
@@ -394,7 +394,7 @@ class Network:
         Parameters
         ----------
         X, solver, z0, on_failure
-            As for ``equilibrium``: samples (B, inputs), and the start (B, N).
+            As for ``equilibrium``, with samples (B, inputs) and the start (B, N).
 
         Returns
         -------
@@ -469,7 +469,7 @@ class Network:
             Samples (B, inputs) and targets (B, outputs); for "cross_entropy" class labels (B,) as well.
         loss
             "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``, or
-            ``CustomLoss(function)``, one of your own; both cross-entropies take the outputs for logits.
+            ``CustomLoss(function)``, your own; both cross-entropies interpret the outputs as logits.
         sample_weights
             Weights w (B,): the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``.
         solver
@@ -477,10 +477,10 @@ class Network:
         adjoint
             How the gradient passes through the equilibrium: ``Implicit()``, ``JacobianFree()`` or ``Unrolled(steps)``.
         jacobian_penalty
-            Adds that much of mean_b ‖J_b‖_F² / N to the loss, J = D R the Jacobian at the equilibrium (Bai, Koltun and
-            Kolter 2021), estimated with one random vector per sample.
+            Adds this multiple of mean_b ‖J_b‖_F² / N to the loss, with J = D R the Jacobian at the equilibrium (Bai,
+            Koltun and Kolter 2021), estimated with one random vector per sample.
         probe
-            The number of that random vector, from 0 to below 2**63; all else raises ``ValueError`` or ``TypeError``.
+            The seed of that random vector, from 0 to below 2**63; anything else raises ``ValueError`` or ``TypeError``.
         on_failure
             What happens if a sample has no equilibrium, which makes the gradient meaningless: "raise" a
             ``ConvergenceError``, "warn", or "ignore".
@@ -531,21 +531,22 @@ class Network:
         X
             Samples (B, inputs).
         V
-            ∂L/∂outputs (B, outputs) of any loss L, whose gradients are the result; with ``of="state"`` ∂L/∂state (B, N).
+            ∂L/∂outputs (B, outputs) of any loss L; the results are then the gradients of L. With ``of="state"`` ∂L/∂state
+            (B, N).
         of
             "outputs", or "state" for all neurons.
         z0
-            The start (B, N) of the solver, by default zero. A caller who has the equilibria already, as
-            ``equilibrium(X).state`` at the same parameters, passes them here: one evaluation of f confirms each, and nothing
-            is solved twice. A state that is no equilibrium is a start like any other, from which the solver goes on to
-            ``tol``. Not for ``Unrolled``, whose steps begin at zero.
+            The start (B, N) of the solver, by default zero. If you have the equilibria already, as
+            ``equilibrium(X).state`` at the same parameters, pass them here: one evaluation of f confirms each, and nothing
+            is solved twice. From a state that is not an equilibrium the solver iterates to ``tol`` as usual. Not for
+            ``Unrolled``, whose steps begin at zero.
         solver, adjoint, on_failure, report
             As for ``loss_and_gradient``.
 
         Returns
         -------
-        The derivatives with respect to the parameters (P,), laid out like ``parameters``, and to the samples (B, inputs), of
-        which row b belongs to sample b alone.
+        The derivatives with respect to the parameters (P,), laid out like ``parameters``, and to the samples (B, inputs),
+        where row b belongs to sample b alone.
 
         Examples
         --------
@@ -582,23 +583,23 @@ class Network:
     ) -> Array:
         """The derivative of the outputs, or of the states, along a direction.
 
-        This is the map whose transpose ``vjp`` is, for every ``adjoint``; with ``Implicit`` the systems
+        This is the transpose of ``vjp``, for every ``adjoint``; with ``Implicit`` the systems
         ``(I - D R) z′ = D (u′ + R′ z)`` are solved by its ``linear_solver``, and the adjoint
-        residuals of a ``report`` are theirs.
+        residuals of a ``report`` are those of these systems.
 
         Parameters
         ----------
         X
             Samples (B, inputs).
         dX, dparameters
-            The direction: (B, inputs) in the samples and (P,) in the parameters, each zero where it is not given; without
-            either, jvp raises ``TypeError``.
+            The direction: (B, inputs) in the samples and (P,) in the parameters, each zero if not given; if both are
+            missing, jvp raises ``TypeError``.
         of, z0, solver, adjoint, on_failure, report
             As for ``vjp``, with the start (B, N).
 
         Returns
         -------
-        The derivative (B, outputs), with ``of="state"`` (B, N).
+        The derivative (B, outputs), or (B, N) with ``of="state"``.
 
         Examples
         --------
@@ -670,9 +671,9 @@ class Network:
     def spectral_radius(
         self, X: ArrayLike, *, solver: SolverLike = Auto(), z0: ArrayLike | None = None, on_failure: OnFailure = "raise"
     ) -> Array:
-        """The spectral radius of the Jacobian D R at the equilibrium of each sample: below 1, it attracts.
+        """The spectral radius of the Jacobian D R at the equilibrium of each sample; below 1, the equilibrium attracts.
 
-        Of the stages of a layered net, the largest.
+        In a layered net it is the largest of all stages.
 
         Parameters
         ----------
@@ -699,11 +700,11 @@ class Network:
     def fit(self, X: ArrayLike, Y: ArrayLike, **settings: Any) -> training.Run:
         """Train on X (B, inputs) and Y (B, outputs), or labels; the settings are those of ``fit_many``.
 
-        What is learnt: ``loss``, ``sample_weights``, ``jacobian_penalty``. How: ``optimizer``, ``schedule``, ``epochs``,
-        ``batch_size``, ``clip``, ``solver``, ``adjoint``, ``warm_start``, ``seed``. When it ends: ``validation``,
-        ``validation_every``, ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Who watches: ``callbacks``,
-        ``callback_every``, ``progress``, ``checkpoint``, and ``resume`` to go on. Raises ``TypeError`` for a setting that
-        does not exist.
+        The objective: ``loss``, ``sample_weights``, ``jacobian_penalty``. The method: ``optimizer``, ``schedule``,
+        ``epochs``, ``batch_size``, ``clip``, ``solver``, ``adjoint``, ``warm_start``, ``seed``. Stopping: ``validation``,
+        ``validation_every``, ``early_stopping``, ``restore_best``, ``guard``, ``on_failure``. Monitoring: ``callbacks``,
+        ``callback_every``, ``progress``, ``checkpoint``, and ``resume`` to continue a run. Raises ``TypeError`` for a
+        setting that does not exist.
 
         Examples
         --------
@@ -722,9 +723,9 @@ class Network:
         loss: LossLike = "mse",
         jacobian_penalty: float = 0.0,
     ) -> Program:
-        """What does the calls above with these options, made at its first use: for those who count microseconds.
+        """The compiled program that serves the calls above with these options, for callers to whom microseconds matter.
 
-        All programs of a network share its memory; those of the last 16 choices are kept.
+        It is made at its first use. All programs of a network share its memory; the last 16 are kept.
 
         Parameters
         ----------
@@ -740,7 +741,7 @@ class Network:
         choice = (solver, adjoint, loss, jacobian_penalty)
         try:
             program = self._programs.get(choice)
-        except TypeError:  # not hashable, so nothing that could be an option, as is said below
+        except TypeError:  # not hashable, so not an option, as is said below
             program = None
         if program is None:
             adjoint = options.choose(Adjoint, adjoint, "adjoint")
@@ -756,7 +757,7 @@ class Network:
         return program
 
     def samples(self, X: ArrayLike, Y: ArrayLike, loss: LossLike, sample_weights: ArrayLike | None) -> Samples:
-        """What a loss is taken on, checked and converted, in host memory or that of the network's device.
+        """The data for a loss, checked and converted, in host memory or on the network's device.
 
         Parameters
         ----------
@@ -787,7 +788,7 @@ class Network:
     # --- files and words ---------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the network to a safetensors file; the file appears whole or not at all.
+        """Write the network to a safetensors file, atomically.
 
         Parameters
         ----------
@@ -797,7 +798,7 @@ class Network:
         Raises
         ------
         OSError
-            If it cannot be written; what was there before is kept.
+            If it cannot be written; an existing file is kept.
 
         Examples
         --------
@@ -849,7 +850,7 @@ class Network:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._take(np.array(self._parameters))  # and no memmap of joblib's
+        self._take(np.array(self._parameters))  # a copy, where joblib passes a memmap
 
     # --- checks and conversions --------------------------------------------------------------------------
 
@@ -877,7 +878,7 @@ class Network:
         return device_arrays.as_samples(name, array, columns, self.dtype, what)
 
     def _empty(self, like: Array, columns: int) -> Array:
-        """(samples, columns) for results, where the samples are."""
+        """An array (samples, columns) for results, in the memory where the samples are."""
         shape = (len(like), columns)
         if isinstance(like, DeviceArray):
             return cast("Array", DeviceArray.empty(shape, self.dtype, self._device))
@@ -887,7 +888,7 @@ class Network:
         return None if z0 is None else self._rows("z0", z0, samples, self.topology.neurons, "neurons")
 
     def _at(self, X: ArrayLike, z0: ArrayLike | None, adjoint: AdjointLike) -> tuple[Array, Array | None, Adjoint]:
-        """Where a derivative is taken, and through what: the samples, the start and the adjoint, checked."""
+        """The samples, the start and the adjoint of a derivative, checked."""
         x = self._inputs(X)
         adjoint = options.choose(Adjoint, adjoint, "adjoint")
         if z0 is not None and not adjoint.needs_equilibrium:
@@ -908,19 +909,19 @@ class Network:
         return np.ascontiguousarray(vector)
 
     def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
-        """Tell of samples without equilibrium or adjoint, as ``on_failure`` says."""
+        """Report samples without equilibrium or adjoint, as ``on_failure`` says."""
         if quality.unconverged:
             failure = (
                 f"{quality.unconverged} of {samples} samples did not reach an equilibrium with a solvable adjoint system "
                 f"(largest relative residuals {quality.residual:.2g} forward, {quality.adjoint_residual:.2g} adjoint), so "
                 f"{consequence}"
             )
-            # Of the samples, this much is known.
+            # The statuses of the samples are not known, only this much.
             failed = [NON_FINITE, MAX_ITERATIONS] if np.isnan(quality.residual) else [MAX_ITERATIONS]
             if np.isnan(quality.adjoint_residual) and not np.isnan(quality.residual):
                 failure += (
-                    ": either the system is singular, or the derivative of the loss overflows, where targets and readout "
-                    "should be looked at: Y, net.weights['C'] and net.weights['d']"
+                    ": either the system is singular, or the derivative of the loss overflows; in the second case check the "
+                    "targets and the readout: Y, net.weights['C'] and net.weights['d']"
                 )
             self._report(on_failure, failure, np.array(failed))
 

@@ -1,4 +1,4 @@
-"""Euclidean norms of numbers whose squares may overflow or vanish."""
+"""Euclidean norms of numbers whose squares may overflow or underflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def norm(A: Array) -> Array:
 
 
 def scaled_norm(A: Array) -> Array:
-    """Euclidean norm over the last axis, in double precision, also where squares overflow or vanish."""
+    """Euclidean norm over the last axis, in double precision, also where squares overflow or underflow."""
     B = np.abs(A.astype(np.float64))
     unit = B.max(axis=-1, initial=0)
     unit = np.where((unit > 0) & np.isfinite(unit), unit, 1)

@@ -20,10 +20,10 @@ Kind = TypeVar("Kind", bound="Option")
 
 
 def as_python(value: Any) -> Any:
-    """A scalar of NumPy, or another number, as a number of Python, which JSON knows and which is equal to one given as such."""
+    """A NumPy scalar, or another number, as a Python number, which JSON can hold and which equals one passed directly."""
     value = value.item() if isinstance(value, np.generic) else value
     if isinstance(value, Real) and not isinstance(value, int | float):
-        with suppress(OverflowError):  # of which the checks tell
+        with suppress(OverflowError):  # which the checks report
             return int(value) if isinstance(value, Integral) else float(value)
     return value
 
@@ -52,7 +52,7 @@ class Option(metaclass=_OptionType):
     Raises
     ------
     ValueError, TypeError
-        For options out of range or of the wrong kind; ``TypeError`` for one that does not exist.
+        For options out of range or of the wrong type; ``TypeError`` for an option that does not exist.
 
     Examples
     --------
@@ -79,7 +79,7 @@ class Option(metaclass=_OptionType):
 
 
 def choose(kind: type[Kind], value: object, argument: str) -> Kind:
-    """``value`` if it is a configuration object of that kind, or the one of that name with its defaults."""
+    """``value`` if it is a configuration object of that kind, or the object of that name with its defaults."""
     if isinstance(value, kind):
         return value
     if isinstance(value, str):
@@ -101,12 +101,12 @@ def _by_name(kind: type[Kind], value: str, argument: str) -> Kind:
 
 
 def describe(option: Option) -> dict[str, Any]:
-    """A configuration object as plain data, of which ``from_description`` makes an equal one."""
+    """A configuration object as plain data, from which ``from_description`` makes an equal one."""
     return {"name": option.name, "options": option.options()}
 
 
 def from_description(kind: type[Kind], data: Mapping[str, Any]) -> Kind:
-    """The inverse of ``describe`` for objects of a kind; ``ValueError`` if there is none such."""
+    """The inverse of ``describe`` for objects of a kind; ``ValueError`` if no such object exists."""
     known, name, options = _known(kind), data["name"], data["options"]
     if name not in known or set(options) - {option.name for option in fields(known[name])}:
         raise ValueError(f"there is no {kind.__name__.lower()} {name} with the options {sorted(options)}")
@@ -114,7 +114,7 @@ def from_description(kind: type[Kind], data: Mapping[str, Any]) -> Kind:
 
 
 def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
-    """The classes of that kind in this package of which there are objects, by their names."""
+    """The concrete classes of that kind in this package, by their names."""
     children = [child for child in kind.__subclasses__() if child.__module__.startswith("implicit_rnn.")]
     if not children:
         return {kind.__name__: kind}
@@ -127,7 +127,7 @@ def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
 
 
 def _required(option: type[Option]) -> list[str]:
-    """The options without a default, without which there is no object."""
+    """The options without a default, which an object needs."""
     return [f.name for f in fields(option) if f.default is MISSING and f.default_factory is MISSING]
 
 
@@ -140,7 +140,7 @@ def check_names(owner: str, what: str, given: Iterable[str], valid: Collection[s
 
 
 def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
-    """A question for the valid names that are nearest to misspelt ones, to end a message with; empty if none is near."""
+    """The end of a message that suggests the valid names nearest to misspelt ones; empty if none is near."""
     plain = {candidate.lower().replace("_", ""): candidate for candidate in valid}
     near = [difflib.get_close_matches(str(name).lower().replace("_", ""), plain, 1) for name in names]
     found = [plain[match] for matches in near for match in matches]
@@ -151,12 +151,12 @@ def did_you_mean(names: Iterable[object], valid: Iterable[str]) -> str:
 
 
 def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number, also one of NumPy; True and False are none."""
+    """Whether it is an integer, of NumPy or Python; True and False do not count."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def check_whole(name: str, value: object, least: int) -> int:
-    """A whole number that is at least so large, checked."""
+    """A whole number that is at least ``least``, checked."""
     if not is_whole(value):
         raise TypeError(f"{name} must be a whole number from {least}, got {value!r}")
     if value < least:
@@ -165,7 +165,7 @@ def check_whole(name: str, value: object, least: int) -> int:
 
 
 def check_count(name: str, value: object) -> int:
-    """A whole number from 1, checked; what is counted with it has 32 bits."""
+    """A whole number from 1, checked; counters have 32 bits."""
     count = check_whole(name, value, 1)
     if count >= 2**31:
         raise ValueError(f"{name} must be a whole number below 2**31, got {value}")
@@ -173,14 +173,14 @@ def check_count(name: str, value: object) -> int:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """True or False, checked: any word, also "no", would count as true."""
+    """True or False, checked: any string, even "no", would count as true."""
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
 
 def check_number(name: str, value: object) -> None:
-    """``TypeError`` unless it is a real number, ``ValueError`` for whole ones beyond those of the machine."""
+    """``TypeError`` unless it is a real number, ``ValueError`` for integers beyond the range of float64."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
@@ -197,14 +197,14 @@ def check_fraction(name: str, value: float) -> None:
 
 
 def check_decay(name: str, value: float) -> None:
-    """``ValueError`` unless it lies from 0 to below 1."""
+    """``ValueError`` unless it lies in [0, 1)."""
     check_number(name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{name} must lie in [0, 1), got {value}")
 
 
 def check_share(name: str, value: float) -> None:
-    """``ValueError`` unless it lies from 0 to 1."""
+    """``ValueError`` unless it lies in [0, 1]."""
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must lie from 0 to 1, got {value}")
@@ -225,7 +225,7 @@ def check_positive(name: str, value: float) -> None:
 
 
 def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
-    """``ValueError`` unless it is one of the valid words."""
+    """``ValueError`` unless it is one of the valid strings."""
     if not isinstance(value, str) or value not in valid:
         expected = f"expected one of {', '.join(map(repr, valid))}{did_you_mean([value], valid)}"
         raise ValueError(f"{name} is {value!r}; {expected}")

@@ -32,12 +32,12 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     X, Y
         Samples (B, 2) and targets (B,).
     reach, points
-        The plane is [-reach, reach]², in so many points each way, two or more.
+        The plane is [-reach, reach]², with that many points along each axis, at least two.
 
     Raises
     ------
     ValueError, TypeError
-        For a net of another number of inputs, samples or targets of another shape, and an invalid plane.
+        For a net with another number of inputs, samples or targets of another shape, and an invalid plane.
 
     Examples
     --------
@@ -48,7 +48,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
     >>> plotting.decision_surface(net, pyplot.figure().gca(), X, Y, points=11)
     """
     if net.topology.inputs != 2:
-        raise ValueError(f"net has {net.topology.inputs} inputs; expected 2, which span the plane that is drawn")
+        raise ValueError(f"net has {net.topology.inputs} inputs; expected 2, the axes of the plot")
     X, Y = np.asarray(X), np.ravel(Y)
     if X.ndim != 2 or X.shape[1] != 2 or len(Y) != len(X):
         raise ValueError(f"X has shape {X.shape} and Y {len(Y)} targets; expected (B, 2) and B")
@@ -90,7 +90,7 @@ def decision_surface(net: Network, ax: Axes, X: Array, Y: Array, *, reach: float
 def loss_curve(run: Run, ax: Axes) -> None:
     """Training and validation loss against the epoch, with the best epoch marked.
 
-    The scale is logarithmic, unless a loss is negative, as a custom one can be, or all are zero.
+    The scale is logarithmic, unless a loss is negative, as a custom loss can be, or all are zero.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def loss_curve(run: Run, ax: Axes) -> None:
     >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, progress=False)
     >>> plotting.loss_curve(run, pyplot.figure().gca())
     """
-    marker = "o" if len(run.loss) == 1 else None  # a line of one point is none
+    marker = "o" if len(run.loss) == 1 else None  # a line through one point is invisible
     ax.plot(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training", marker=marker)
     if len(run.validation_loss):
         ax.plot(run.validation_epochs, run.validation_loss, color=POSITIVE, label="validation")
@@ -151,7 +151,7 @@ def topology(net: Network, ax: Axes, *, labels: bool | None = None) -> None:
     labels = net.topology.neurons <= 4 if labels is None else labels
     W, R = net.input_weights, net.recurrent_weights
     if not (all_finite(W) and all_finite(R)):
-        raise ValueError("the net has weights with NaN or infinity, which no arrow shows; look at net.weights")
+        raise ValueError("the net has weights with NaN or infinity, which cannot be drawn; look at net.weights")
     largest = max(np.abs(W).max(), np.abs(R).max(), 1e-12)
     for to, source in zip(*np.nonzero(W), strict=True):
         _arrow(ax, places[("x", source)], places[("z", to)], W[to, source], largest, labels, 0.0)

@@ -1,8 +1,8 @@
 """Many independent runs at once: in this process, in worker processes, or on a cluster that joblib knows.
 
 ``joblib.parallel_config(backend="dask")``, or ``"ray"`` after ``ray.util.joblib.register_ray()``, around ``run_many`` sends
-the runs to a cluster. Each worker process has a Julia of its own, of one thread. On Dask, whose tasks do not run in the
-main thread of their worker, Julia has to be started beforehand: ``client.run(implicit_rnn.runs.prepare_worker)``.
+the runs to a cluster. Each worker process has its own single-threaded Julia. On Dask, whose tasks do not run in the
+main thread of their worker, Julia must be started beforehand: ``client.run(implicit_rnn.runs.prepare_worker)``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from implicit_rnn.fingerprints import describe_function
 from implicit_rnn.options import as_python
 
 Result = Mapping[str, Any]
-"""What a run returns: plain data that JSON can hold, scalars of NumPy among it."""
+"""What a run returns: plain data that JSON can hold, including NumPy scalars."""
 
 THREADS = (
     "IMPLICIT_RNN_THREADS",
@@ -54,26 +54,26 @@ def run_many(
     Parameters
     ----------
     run
-        A function at the top of a module, so that worker processes can import it. What it returns must be data that JSON
-        can hold and that depend on nothing but its arguments.
+        A function at the top level of a module, so that worker processes can import it. Its result must be data that JSON
+        can hold, and must depend on nothing but its arguments.
     tasks
-        The arguments of each run, by its name: up to 200 letters of ASCII, digits, ``.``, ``_`` and ``-``, and no word such as
-        "con" that Windows has for a device. Also data that JSON can hold.
+        The arguments of each run, by its name. A name has up to 200 ASCII letters, digits, ``.``, ``_`` and ``-``, and is not
+        the name of a device on Windows, such as "con". The arguments, too, are data that JSON can hold.
     jobs
-        How many runs at once. 1 runs them here in series; more run in as many worker processes, or in what
+        How many runs at once. 1 runs them here in series; more run in as many worker processes, or on the backend that
         ``joblib.parallel_config`` names.
     folder
-        Where each result is kept in a file NAME.json as soon as it is there: when its run has ended, or on a backend that
-        returns results in bunches only, such as Ray's, when the bunch of ``jobs`` runs has. A later call takes results from
-        it whose arguments, ``settings`` and function are the same; others are computed again and replaced. A function is the
-        same by its name and what it holds, as defaults, as variables around it or as does a ``functools.partial``: numbers,
-        words, arrays, lists, dicts and functions, and all else by its repr. A lambda and a function in a function are so by
-        their code, too, which another version of Python compiles to another; what is changed in the code of others, or in what
-        a function reads of its module, belongs in ``settings``.
+        Where each result is stored in a file NAME.json as soon as its run has ended, or, on a backend that returns results in
+        groups only, such as Ray's, as soon as the group of ``jobs`` runs has. A later call reuses results whose arguments,
+        ``settings`` and function are the same; others are computed again and replaced. Functions are the same if they have
+        the same name and hold the same values, as defaults, enclosed variables or arguments of a ``functools.partial``: numbers,
+        strings, arrays, lists, dicts and functions are compared by value, everything else by its repr. Lambdas and nested
+        functions must also have the same code, which depends on the version of Python; for changes in the code of other
+        functions, or in what a function reads from its module, change ``settings``.
     settings
-        All else that a result depends on, such as the version of the code.
+        Everything else that a result depends on, such as the version of the code.
     report
-        Called here with the name of each task that is done, and whether its result had been kept.
+        Called in this process with the name of each finished task, and whether its result was reused.
 
     Returns
     -------
@@ -86,8 +86,8 @@ def run_many(
     OSError
         If nothing can be written to ``folder``.
     RunError
-        If runs failed, after all others are done, or as soon as a worker process died. It names them; what is done by then is
-        kept in ``folder``, so that the same call goes on from there.
+        If runs failed, after all others are done, or as soon as a worker process died. It names them; finished results are
+        kept in ``folder``, so that repeating the call continues from there.
 
     Examples
     --------
@@ -139,8 +139,8 @@ def run_many(
         left = [name for name in missing if name not in results and name not in failures]
         raise RunError(
             f"a worker process died ({error}) with {len(left)} of {len(tasks)} runs to do, among them {_some(left)}; the "
-            "usual cause is too little memory for so many workers: try fewer jobs. "
-            + (f"What was done is kept in {folder}" if store else "Nothing was kept, as no folder was given")
+            "usual cause is too little memory for that many workers: try fewer jobs. "
+            + (f"Finished results are kept in {folder}" if store else "Nothing was kept, as no folder was given")
         ) from error
     if failures:
         name, (reason, _) = next(iter(failures.items()))
@@ -154,7 +154,7 @@ def run_many(
 def prepare_worker(engine: str | None = None) -> str:
     """Give this process one thread for Julia and for BLAS, and start its engine.
 
-    It has to come before anything else starts Julia in the process, and from its main thread.
+    Call it before anything else starts Julia in the process, and from its main thread.
 
     Parameters
     ----------
@@ -188,9 +188,7 @@ def _in_workers(
     try:
         os.getcwd()
     except FileNotFoundError as error:
-        raise RunError(
-            "the working folder has been deleted, which worker processes need; jobs=1 does without"
-        ) from error
+        raise RunError("the working folder has been deleted, and worker processes need it; jobs=1 does not") from error
     backend, _ = get_active_backend()
     client = getattr(backend, "client", None)
     results = _on_joblib(run, tasks, jobs) if client is None else _on_dask(client, run, tasks)
@@ -198,9 +196,9 @@ def _in_workers(
         yield from results
     except PicklingError as error:
         raise TypeError(
-            "run, or what it holds, cannot be pickled, and thus not be sent to worker processes; jobs=1 does without"
+            "run, or a value it holds, cannot be pickled and sent to worker processes; jobs=1 does not need that"
         ) from error
-    except Exception as error:  # what a run raises was caught where it ran
+    except Exception as error:  # errors of a run were caught where it ran
         raise _WorkerDied(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
 
 
@@ -214,7 +212,7 @@ def _on_joblib(
     attempts = [delayed(_attempt_in_worker)(run, name, arguments) for name, arguments in tasks.items()]
     try:
         parallel, bunch = Parallel(return_as="generator_unordered", **settings), len(attempts)
-    except ValueError:  # by which joblib says that the backend, such as Ray's, returns lists only
+    except ValueError:  # joblib's answer where the backend, such as Ray's, returns lists only
         parallel, bunch = Parallel(**settings), jobs
     with parallel:  # the same workers for all bunches
         for first in range(0, len(attempts), bunch):
@@ -224,7 +222,7 @@ def _on_joblib(
 def _on_dask(
     client: Any, run: Callable[..., Result], tasks: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, Any, Any]]:
-    # Not by joblib's backend, which waits for ever for a task whose worker has died.
+    # Without joblib's backend, which waits for ever for a task whose worker has died.
     from distributed import as_completed
 
     futures = [client.submit(_attempt_in_worker, run, name, task, pure=False) for name, task in tasks.items()]
@@ -242,15 +240,15 @@ def _attempt(
     failures: tuple[type[BaseException], ...] = (Exception,),
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     try:
-        own = copy.deepcopy(arguments)  # as in a process of its own: what the run does to them is nobody else's
-        return name, json.loads(_as_json("run(...)", run(**own))), None  # the same whether kept or not
+        own = copy.deepcopy(arguments)  # as in a separate process: changes by the run affect nothing else
+        return name, json.loads(_as_json("run(...)", run(**own))), None  # the same whether stored or not
     except failures as error:
         reason = f"{type(error).__name__}: {error}".strip(": \n").splitlines()[0]
         return name, None, (reason, traceback.format_exc())
 
 
 def _as_json(name: str, value: Any, **options: Any) -> str:
-    """``value`` as JSON, scalars of NumPy as numbers; ``TypeError`` that says where in it is what JSON cannot hold."""
+    """``value`` as JSON, NumPy scalars as numbers; the ``TypeError`` for what JSON cannot hold says where in it that is."""
 
     def convert(part: Any) -> Any:
         number = as_python(part)
@@ -258,7 +256,7 @@ def _as_json(name: str, value: Any, **options: Any) -> str:
             return number
         hint = "; pass an array as array.tolist()" if isinstance(part, np.ndarray) else ""
         raise TypeError(
-            f"{name}{_place(part, value) or ''} is a {type(part).__name__}; expected numbers, words, True, False, None, lists "
+            f"{name}{_place(part, value) or ''} is a {type(part).__name__}; expected numbers, strings, True, False, None, lists "
             f"and dicts, which JSON can hold{hint}"
         )
 
@@ -266,7 +264,7 @@ def _as_json(name: str, value: Any, **options: Any) -> str:
 
 
 def _place(part: Any, whole: Any) -> str | None:
-    """The keys under which a whole has a part."""
+    """The keys that lead from the whole to a part."""
     if part is whole:
         return ""
     inner = whole.items() if isinstance(whole, dict) else enumerate(whole) if isinstance(whole, list | tuple) else ()
@@ -278,20 +276,20 @@ def _attempt_in_worker(
     run: Callable[..., Result], name: str, arguments: Mapping[str, Any]
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    return _attempt(run, name, arguments, (Exception, SystemExit))  # an exit is no more than that run's
+    return _attempt(run, name, arguments, (Exception, SystemExit))  # an exit ends only this run
 
 
 def _check_name(name: object) -> None:
-    """``ValueError`` unless NAME.json is a name of a file on every system."""
+    """``ValueError`` unless NAME.json is a valid file name on every system."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise ValueError(
-            f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-', the first no '.' or '-'"
+            f"tasks has the name {name!r}; expected letters, digits, '.', '_' and '-', not beginning with '.' or '-'"
         )
     if len(name) > 200:
         raise ValueError(f"tasks has the name {name[:20]}… of {len(name)} letters; expected 200 at most")
     if re.fullmatch(r"(?i)(con|prn|aux|nul|com\d|lpt\d)(\..*)?", name):
         raise ValueError(
-            f"tasks has the name {name!r}, which is that of a device on Windows; expected another, as _{name}"
+            f"tasks has the name {name!r}, which is the name of a device on Windows; expected another, such as _{name}"
         )
 
 
@@ -306,8 +304,8 @@ class _WorkerDied(Exception):  # noqa: N818 (it never leaves this module)
 class _Store:
     """Results in files, each with a fingerprint of all it depends on.
 
-    Not joblib.Memory, which pickles results under hashed names in the process that runs: here they are JSON for anyone to read,
-    named after their runs, and written by this process, so that workers of a cluster need not share its disk.
+    Not joblib.Memory, which pickles results under hashed names in the worker: here they are readable JSON files,
+    named after their runs and written by this process, so that workers of a cluster need not share its disk.
     """
 
     def __init__(self, folder: Path, run: Any, settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 
 
 def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write ``net`` to ``path``, atomically: temporary file, fsync, rename. ``notes`` are texts to go with it, by name."""
+    """Write ``net`` to ``path``, atomically: temporary file, fsync, rename. ``notes`` are texts stored with it, by name."""
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
@@ -39,7 +39,7 @@ def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxy
 
 
 def notes(path: str | Path) -> dict[str, str]:
-    """The notes that ``save`` wrote with a network; ``ModelFileError`` for a file that is no model."""
+    """The notes that ``save`` wrote with a network; ``ModelFileError`` for a file that is not a model."""
     _, metadata = read_tensors(Path(path), ModelFileError)
     return {name[len("note:") :]: text for name, text in metadata.items() if name.startswith("note:")}
 
@@ -52,9 +52,9 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     path
         The file.
     engine
-        As for ``Network``; the file says nothing about it.
+        As for ``Network``; it is not stored in the file.
     device
-        As for ``Network``; ``None`` for that of the network which was saved.
+        As for ``Network``; ``None`` for the device of the saved network.
 
     Returns
     -------
@@ -67,7 +67,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     FileNotFoundError
         If there is no such file.
     ModelFileError
-        For a file that is no model, is truncated or was written by a later format version.
+        For a file that is not a model, is truncated or has a later format version.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
         MemoryError,
         RecursionError,
     ) as error:
-        raise ModelFileError(f"{source} describes no network this version knows: {error}") from error
+        raise ModelFileError(f"{source} describes no network that this version can read: {error}") from error
     expected = {name: weight.shape for name, weight in net.weights.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}
     if expected != found:

@@ -1,7 +1,7 @@
 """Estimators for scikit-learn: ``ImplicitRNNRegressor`` and ``ImplicitRNNClassifier``.
 
-A ``Network`` with what the pipelines, searches and cross-validations of scikit-learn expect around it: data are checked and
-scaled, labels encoded, options are parameters. Needs ``pip install 'implicit-rnn[sklearn]'``.
+A ``Network`` with the interface that scikit-learn's pipelines, searches and cross-validations expect: data are checked and
+scaled, labels encoded, and options are parameters. Needs ``pip install 'implicit-rnn[sklearn]'``.
 """
 
 from __future__ import annotations
@@ -52,17 +52,17 @@ Self = TypeVar("Self", bound="_ImplicitRNN")
 Pairs = Iterable[tuple[int, int]]
 
 AUTO_OPTIMIZER = Adam(3e-3, weight_decay=3e-3)
-"""What optimizer="auto" stands for."""
+"""The optimiser that "auto" stands for."""
 BATCH_SIZE = 200
-"""What batch_size="auto" takes at once of more samples."""
+"""The batch size that "auto" stands for with more samples than this."""
 ROUNDING = 16 * float(np.finfo(np.float64).eps)
-"""The spread of a column, in units of its mean, up to which it is one of rounding, and the column constant."""
+"""The standard deviation of a column, relative to its mean, up to which it is round-off and the column constant."""
 FLOATS = [np.float64, np.float32]
 
 
 @dataclass(eq=False, repr=False)
 class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
-    """What both estimators share: parameters, the checks and the scaling of data, the network and its training."""
+    """The base of both estimators: parameters, checks and scaling of data, the network and its training."""
 
     layers: Sequence[int | Layer] = (32,)
     _: KW_ONLY
@@ -94,42 +94,42 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     @abstractmethod
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
-        """Learn from the first targets, or all labels that they can be, what later ones have to agree with."""
+        """Learn from the first targets, or from all possible labels, what later targets must agree with."""
 
     @abstractmethod
     def _encode(self, y: Array) -> Array:
-        """The targets as the loss takes them; ``ValueError`` where they do not agree with the first ones."""
+        """The targets in the form that the loss takes; ``ValueError`` if they do not agree with the first ones."""
 
     @property
     @abstractmethod
     def _outputs(self) -> int:
-        """How many outputs the network has."""
+        """The number of outputs of the network."""
 
     @property
     @abstractmethod
     def _chosen_loss(self) -> Loss:
-        """What is minimised."""
+        """The loss to be minimised."""
 
     def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
-        """The weights of samples with these targets, from those the caller gave; ``ValueError`` for invalid targets."""
+        """The weights of samples with these targets, from the caller's weights; ``ValueError`` for invalid targets."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
-        """What ``_learn`` does, or nothing at all: an error or Ctrl-C leaves no network behind that is not trained."""
+        """``_learn``, all or nothing: an error or Ctrl-C leaves no untrained network behind."""
         with self._undone_if_it_fails():
             return self._learn(*data, **how)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
         before, fitted = dict(self.__dict__), hasattr(self, "network_")
-        if fitted:  # which training changes in place
+        if fitted:  # because training changes it in place
             refuse_nets_in_training([self.network_])
             parameters, random = self.network_.parameters.copy(), self._random.get_state()
         try:
             yield
-        except BaseException:  # Ctrl-C, too
+        except BaseException:  # including Ctrl-C
             self.__dict__.clear()
             self.__dict__.update(before)
             if fitted:
@@ -139,9 +139,9 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
 
     @without_underflow()
     def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
-        """One more epoch if ``partial``, else a whole training, which goes on from the last one with ``warm_start``.
+        """One more epoch if ``partial``, else a whole training, which continues the last one with ``warm_start``.
 
-        ``known`` are the labels that the targets can be, where not all of them may be there.
+        ``known`` are all possible labels, where not all of them may be present.
         """
         self._check_parameters()
         for name, array in (("X", X), ("y", y)):
@@ -151,8 +151,10 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         weights = None
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
-            weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # whose sums neither overflow nor vanish
-            counted = weights > 0  # a sample of no weight must not count in scaling, batches and validation either
+            weights = np.ldexp(
+                weights, -np.frexp(weights.max())[1]
+            )  # so that their sums neither overflow nor underflow
+            counted = weights > 0  # a sample of weight zero must not affect scaling, batches and validation either
             if not counted.any():
                 raise ValueError("sample_weight is zero for all samples; expected a weight above zero")
             X, y, weights = X[counted], y[counted], weights[counted]
@@ -180,7 +182,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _train(
         self, samples: Samples, validation: Samples | None, epochs: int, early_stopping: EarlyStopping | None
     ) -> Run:
-        """Train the network, with the state in which the optimiser was left where it is of the same kind."""
+        """Train the network, from the last state of the optimiser if it is of the same kind."""
         largest = len(samples) if self._minimises_all_at_once() else min(BATCH_SIZE, len(samples))
         settings = Settings.checked(
             len(samples),
@@ -206,7 +208,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         return run
 
     def _take_network(self, features: int, first: bool) -> None:
-        """Make the network, or see that the one there is what the parameters say."""
+        """Make the network, or check that the existing one agrees with the parameters."""
         net = Network(
             features,
             self._chosen_layers(),
@@ -243,7 +245,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         return as_samples("X", scaled, topology.inputs, self.network_.dtype, "features", topology.neurons)
 
     def _split(self, X: Array, y: Array, weights: Array | None) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """The samples to learn from, and those on which the loss is watched."""
+        """The samples for training, and those for validation."""
         arrays = [X, y] if weights is None else [X, y, weights]
         try:
             parts = train_test_split(
@@ -263,7 +265,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     # --- parameters --------------------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
-        """Check those that nothing else checks, or only under another name."""
+        """Check the parameters that nothing else checks, or only under another name."""
         for name in ("scale", "warm_start"):
             options.check_flag(name, getattr(self, name))
         if not isinstance(self.verbose, bool | np.bool_ | Integral):
@@ -273,10 +275,10 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
             options.check_positive("clip", self.clip)
 
     def _scaler_of(self, name: str, array: Array, weights: Array | None) -> StandardScaler:
-        """The scaler that has learnt mean and spread of the columns of an array."""
+        """The scaler with the mean and standard deviation of the columns of an array."""
         scaler = StandardScaler(with_mean=self.scale, with_std=self.scale)
         with np.errstate(over="ignore", invalid="ignore"):
-            # Of what differs from the first sample, as sums of what all have in common lose the digits that differ.
+            # Computed from differences from the first sample, since sums of a large common part would lose digits.
             scaler.fit(np.nan_to_num(array - array[0]), sample_weight=weights)
         if self.scale:
             scaler.mean_ += array[0]
@@ -299,7 +301,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         return [Layer(int(layer), self.activation) if options.is_whole(layer) else layer for layer in self.layers]
 
     def _chosen_optimizer(self) -> Optimizer:
-        """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` where they are given."""
+        """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` if given."""
         auto = isinstance(self.optimizer, str) and self.optimizer == "auto"
         optimizer = AUTO_OPTIMIZER if auto else options.choose(Optimizer, self.optimizer, "optimizer")
         given = {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay}
@@ -315,7 +317,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         return EarlyStopping() if self.early_stopping else None
 
     def _check_partial(self) -> None:
-        """Refuse what a training that has no end and sees its data piece by piece cannot do."""
+        """Refuse options that need a fixed end of training or all data at once."""
         if self.early_stopping:
             raise ValueError("partial_fit cannot stop early: it sees no validation samples; set early_stopping=False")
         if self._minimises_all_at_once():
@@ -353,53 +355,51 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
     layers
         The sizes of the layers, or ``Layer`` objects.
     activation
-        That of the layers given by their size: tanh, sigmoid, softplus, relu, elu, gelu, silu or identity.
+        The activation of layers given by their size: tanh, sigmoid, softplus, relu, elu, gelu, silu or identity.
     feedback, skips, input_skips, constraint
-        Connections between layers, and what is promised of the recurrent weights, as in ``Network``.
+        Connections between layers, and the constraint on the recurrent weights, as in ``Network``.
     loss
-        "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets; the losses of
-        classification are refused.
+        "mse", "mae", "huber" or an object such as ``Huber(delta=0.5)``, in the units of the scaled targets; classification
+        losses are refused.
     optimizer
         An object such as ``Adam(beta1=0.8)``, or a name as in ``Network.fit``; "auto" is ``Adam(0.003, weight_decay=0.003)``.
     learning_rate, weight_decay
-        Where they are given, they take the place of the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on
-        all parameters.
+        If given, they replace the optimiser's own. Weight decay λ is a penalty ``λ ‖p‖² / 2`` on all parameters.
     schedule
         How the learning rate changes in the course of ``fit``: "constant", "cosine", "one_cycle", ...
     epochs
         Passes over the data in a call of ``fit``.
     batch_size
-        Samples in a step. "auto" takes all up to 200, and 200 of more; with LBFGS always all.
+        Samples per step. "auto" takes all samples, at most 200; with LBFGS always all.
     clip, jacobian_penalty, solver, adjoint
         As in ``Network.fit``.
     scale
-        Whether every feature and every target is brought to mean 0 and standard deviation 1, by the weights of the samples,
-        and predictions back.
+        Whether to scale every feature and every target to (weighted) mean 0 and standard deviation 1, and predictions back.
     early_stopping
-        ``True``, or an ``EarlyStopping``: ends the training when the loss on samples held out for that no longer improves.
+        ``True``, or an ``EarlyStopping``: ends the training when the loss on held-out samples no longer improves.
     validation_fraction
-        Their share of the samples; of every class the same.
+        The share of held-out samples, the same in every class.
     warm_start
-        Whether a further ``fit`` goes on: with the parameters, the scale and the state of the optimiser as they are.
+        Whether another ``fit`` continues with the current parameters, scaling and state of the optimiser.
     random_state
-        Of the parameters at the start, the order of the samples, and the choice of those held out.
+        The seed of the initial parameters, the order of the samples, and the choice of held-out samples.
     dtype
         "float64" or "float32".
     engine
-        "julia", "numpy", or ``None`` for what is there, as in ``Network``.
+        "julia", "numpy", or ``None`` for what is available, as in ``Network``.
     verbose
         Whether to show a progress bar on stderr.
 
     Attributes
     ----------
     network_
-        The ``Network``, between scaled features and scaled targets.
+        The ``Network``, from scaled features to scaled targets.
     n_iter_
-        Epochs done since training began anew.
+        Number of epochs since training last started afresh.
     loss_curve_
-        The mean training loss in each of them.
+        The mean training loss of each of these epochs.
     validation_loss_curve_
-        The loss on the samples held out, after each epoch with ``early_stopping``; otherwise empty.
+        The loss on the held-out samples after each epoch, with ``early_stopping``; otherwise empty.
     n_features_in_
         The number of features.
     feature_names_in_
@@ -447,7 +447,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         return self._fit(X, y, sample_weight, partial=True, multi_output=True, y_numeric=True)
 
     def predict(self, X: ArrayLike) -> Array:
-        """The targets (B,) or (B, targets), in the shape of those that were learnt.
+        """The targets (B,) or (B, targets), in the shape of the training targets.
 
         Parameters
         ----------
@@ -459,7 +459,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         ConvergenceError
             Where a sample has no equilibrium.
         """
-        outputs = self._predict_outputs(X).astype(np.float64)  # the units of the targets may need it
+        outputs = self._predict_outputs(X).astype(np.float64)  # the units of the targets may need this range
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
 
     def _learn_targets(self, y: Array, weights: Array | None) -> None:
@@ -507,8 +507,8 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
     Parameters
     ----------
     class_weight
-        Weights of the classes, by which those of their samples are multiplied; "balanced" for the inverse of their
-        frequencies, in which samples count by their weights, ``None`` for all equal.
+        Weights of the classes, which multiply those of their samples; "balanced" for the inverse of the weighted class
+        frequencies, ``None`` for all equal.
     layers, activation, ...
         All others are those of ``ImplicitRNNRegressor``.
 
@@ -560,7 +560,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         X, y, sample_weight
             As in ``fit``, as are the errors.
         classes
-            All labels there can be, which the first call has to name.
+            All possible labels; required in the first call.
         """
         with self._undone_if_it_fails():
             _check_partial_fit_first_call(self, classes)
@@ -583,7 +583,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         return np.asarray(self.classes_[chosen.astype(np.intp)])
 
     def decision_function(self, X: ArrayLike) -> Array:
-        """The logits (B, classes); of two classes only that of the second (B,).
+        """The logits (B, classes); for two classes only that of the second (B,).
 
         Parameters
         ----------
@@ -614,7 +614,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
 
     @without_underflow()
     def predict_log_proba(self, X: ArrayLike) -> Array:
-        """Their logarithms (B, classes), which are finite; errors as in ``decision_function``.
+        """The logarithms of the probabilities (B, classes), which are finite; errors as in ``decision_function``.
 
         Parameters
         ----------
@@ -634,7 +634,9 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             raise ValueError(f"y has 1 class, {self.classes_.tolist()[0]!r}{where}; expected 2 or more classes")
 
     def _encode(self, y: Array) -> Array:
-        if len(unseen := np.setdiff1d(y, self.classes_)):  # the encoder would cut them to the dtype of those it knows
+        if len(
+            unseen := np.setdiff1d(y, self.classes_)
+        ):  # the encoder would truncate them to the dtype of the known labels
             raise ValueError(
                 f"y contains previously unseen labels: {unseen.tolist()}; expected some of {self.classes_.tolist()}"
             )
@@ -643,7 +645,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
 
     def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         check_classification_targets(y)
-        if y.dtype == np.float64 and np.abs(y).max() >= 2**53:  # of whole numbers, as those of a nullable column
+        if y.dtype == np.float64 and np.abs(y).max() >= 2**53:  # labels that are integers, as from a nullable column
             raise ValueError(
                 f"y has labels up to {np.abs(y).max():.20g} in floating point, where whole numbers from 2**53 on are one; pass "
                 "y.astype('int64')"
@@ -667,7 +669,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
 
     @property
     def _balances(self) -> bool:
-        # An array would be compared with the word entry by entry.
+        # An array would be compared with the string entry by entry.
         return isinstance(self.class_weight, str) and self.class_weight == "balanced"
 
     def _check_partial(self) -> None:

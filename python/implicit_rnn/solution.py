@@ -13,7 +13,7 @@ from implicit_rnn import options
 class Status(IntEnum):
     """How the solve of one sample ended; a solution's ``status`` holds the numbers.
 
-    What each means and what to do about it is on the page *How to choose*.
+    The page *How to choose* explains what each means and what to do about it.
 
     Examples
     --------
@@ -32,8 +32,8 @@ class Status(IntEnum):
 
 
 CONVERGED, MAX_ITERATIONS, DIVERGED, NON_FINITE, UNSTABLE, SINGULAR = (int(status) for status in Status)
-# Plain numbers to compare arrays with: NumPy looks for attributes on the class of what it is given, which takes long for a
-# member of an enumeration, and a KeyboardInterrupt that comes then is lost in Python 3.10 and 3.11.
+# Plain numbers to compare arrays with: NumPy looks up attributes on the class of an operand, which is slow for a member of an
+# enumeration, and a KeyboardInterrupt during the lookup is lost in Python 3.10 and 3.11.
 
 
 @dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Solution:
     Attributes
     ----------
     state
-        (B, N) the state z of all neurons; of unconverged samples the last finite iterate. For samples on a device it is an
+        (B, N) the state z of all neurons; for unconverged samples the last finite iterate. For samples on a device it is an
         array there, with a method ``numpy``.
     status
         (B,) ``Status`` of each sample.
     iterations
-        (B,) evaluations of f, the most of any stage.
+        (B,) evaluations of f, the largest number of any stage.
     residual
         (B,) relative residual ‖f(u + Rz) - z‖₂ / max(‖f(u + Rz)‖₂, 1e-3 √n), the worst of any stage.
     rate
-        (B,) quotient of the last two residuals: the contraction observed.
+        (B,) quotient of the last two residuals: the observed contraction rate.
     bound
-        (B,) certified bound on max |z - z*|, NaN where the constraint gives none.
+        (B,) certified bound on max |z - z*|, NaN where the constraint provides none.
 
     Examples
     --------
@@ -123,7 +123,7 @@ class Solution:
 
 
 def remedy(unique: bool, status: np.ndarray | None = None) -> str:
-    """What to do about samples without equilibrium, which ended with these ``status`` (B,), under a constraint or none."""
+    """Remedies for samples that ended without equilibrium, with these ``status`` (B,); ``unique``: under a constraint."""
     failed = np.array([MAX_ITERATIONS]) if status is None else status[status != CONVERGED]
     ways = []
     if (failed == NON_FINITE).any():
@@ -131,7 +131,7 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
     if not np.isin(failed, (NON_FINITE, SINGULAR)).all():
         ways.append("raise max_iterations, loosen tol or damp the solver")
     if (failed == SINGULAR).any():
-        ways.append("where the Jacobian is singular, another start z0 or Anderson(), which needs no Jacobian")
+        ways.append("where the Jacobian is singular, use another start z0 or Anderson(), which needs no Jacobian")
     if not unique:
         ways.append("constraint=Perron() guarantees one equilibrium that is always reached")
     return "; ".join(ways)
@@ -139,7 +139,7 @@ def remedy(unique: bool, status: np.ndarray | None = None) -> str:
 
 @dataclass(frozen=True)
 class GradientReport:
-    """How the solves behind a gradient went, for each of B samples.
+    """Status and residuals of the solves behind a gradient, for each of B samples.
 
     Attributes
     ----------
@@ -148,7 +148,7 @@ class GradientReport:
     residual
         (B,) relative residual of the forward solve, as in ``Solution``.
     adjoint_residual
-        (B,) relative residual of the adjoint system, the worst of any stage; NaN where it was singular.
+        (B,) relative residual of the adjoint system, the worst of any stage; NaN where the system was singular.
 
     Examples
     --------
@@ -183,7 +183,7 @@ class GradientReport:
 
 
 def check_report(report: GradientReport | None, samples: int) -> None:
-    """``TypeError`` or ``ValueError`` unless the report is None, or one of so many samples."""
+    """``TypeError`` or ``ValueError`` unless the report is None, or one for that many samples."""
     if report is None:
         return
     if not isinstance(report, GradientReport):

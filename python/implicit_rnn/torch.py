@@ -1,6 +1,6 @@
-"""Networks as layers of PyTorch, and fixed points and roots of functions written in PyTorch, with exact gradients.
+"""Networks as PyTorch layers, and fixed points and roots of functions written in PyTorch, with exact gradients.
 
-The engines work in the memory of the tensors: on the CPU; and on an NVIDIA card for layers whose network is there, too, and for
+The engines work in the memory of the tensors: on the CPU, and on an NVIDIA card for layers whose network is on it and for
 equations in Julia code.
 """
 
@@ -43,15 +43,15 @@ __all__ = ["ImplicitRNN", "fixed_point", "root"]
 class ImplicitRNN(nn.Module):
     """A network as a layer: differentiable in its parameters and in its inputs, by the implicit function theorem.
 
-    The parameters, under the names of ``Network.weights``, are the memory of the network: what an optimiser of PyTorch
-    changes, ``net`` has at once, and the other way round. The layer runs in the precision of the network, on the CPU; or on an
-    NVIDIA card with a network of ``device="cuda"``, where inputs and outputs stay on the card, and parameters that are there too
+    The parameters, under the names of ``Network.weights``, share memory with the network: changes by a PyTorch optimiser are
+    visible in ``net`` at once, and vice versa. The layer runs in the precision of the network, on the CPU; or on an
+    NVIDIA card with a network of ``device="cuda"``, where inputs and outputs stay on the card, and parameters on the card
     are copied to ``net`` in each call. Derivatives are of first order, in reverse mode.
 
     Parameters
     ----------
     net
-        The network. ``layer.double()`` and ``layer.float()`` give the layer another, of that precision.
+        The network. ``layer.double()`` and ``layer.float()`` give the layer another network of that precision.
     of
         "outputs" for the outputs of the network, "state" for the equilibrium of all neurons.
     solver, adjoint, on_failure
@@ -60,12 +60,12 @@ class ImplicitRNN(nn.Module):
     Raises
     ------
     TypeError
-        For a ``net`` that is no ``Network``; in a call, for inputs of another dtype or on another device than the parameters,
-        and where these have become anything but float32 or float64.
+        If ``net`` is not a ``Network``; in a call, for inputs with another dtype or on another device than the parameters,
+        and if the parameters are no longer float32 or float64.
     ValueError
         For invalid settings; in a call, for inputs or parameters of the wrong shape, and inputs with NaN or infinity.
     ConvergenceError
-        In a call or its backward pass, for samples without equilibrium, unless ``on_failure`` says otherwise.
+        In a call or its backward pass, for samples without equilibrium, depending on ``on_failure``.
 
     Examples
     --------
@@ -100,7 +100,7 @@ class ImplicitRNN(nn.Module):
 
     @property
     def net(self) -> Network:
-        """The network, with the parameters that the layer has by now; a copy where these are parametrised."""
+        """The network, with the current parameters of the layer; a copy where these are parametrised."""
         return self.network(getattr(self, name) for name in self._net.weights)
 
     @net.setter
@@ -121,7 +121,7 @@ class ImplicitRNN(nn.Module):
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"x is a {type(x).__name__}; expected a tensor (..., {self._net.topology.inputs})")
-        weights = tuple(getattr(self, name) for name in self._net.weights)  # which may be parametrised
+        weights = tuple(getattr(self, name) for name in self._net.weights)  # they may be parametrised
         tensor = weights[0]
         if x.device != tensor.device or (x.device.type != "cpu" and not is_on_device(x, self._net.device)):
             raise TypeError(
@@ -142,7 +142,7 @@ class ImplicitRNN(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def network(self, weights: Iterable[Tensor]) -> Network:
-        """The network with these parameters: ``net`` for those of the layer, another for those of a ``functional_call``.
+        """The network with these parameters: ``net`` for the layer's own, another network in a ``functional_call``.
 
         Parameters
         ----------
@@ -159,7 +159,7 @@ class ImplicitRNN(nn.Module):
         net, own = self._net, self._has(tensors)
         if not own or net.dtype.name != dtype:
             net = Network.from_topology(self._net.topology, dtype, self._net.engine.name, self._net.device)
-        # Copied first, as they may be of each other's memory.
+        # Copied first, as they may share memory.
         values = {name: tensor.detach().cpu().numpy().copy() for name, tensor in tensors.items()}
         for name, view in net.weights.items():
             view[...] = values[name]
@@ -172,7 +172,7 @@ class ImplicitRNN(nn.Module):
         return net
 
     def _has(self, tensors: dict[str, Tensor]) -> bool:
-        """Whether these are the layer's own parameters, not those that ``functional_call`` has put in their place."""
+        """Whether these are the layer's own parameters, not substitutes from ``functional_call``."""
         return all(
             (own := self._own.get(name)) is not None
             and own is self._parameters.get(name)
@@ -181,7 +181,7 @@ class ImplicitRNN(nn.Module):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As of every module; the network follows the new parameter.
+        """As for every module; the network follows the new parameter.
 
         Parameters
         ----------
@@ -203,17 +203,17 @@ class ImplicitRNN(nn.Module):
             )
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a pickle or deep copy has parted them
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a pickle or deep copy separates their memory
         super().__setstate__(state)
         _share_memory(self)
 
     def extra_repr(self) -> str:
-        """What ``repr`` says of the layer."""
+        """The text for ``repr`` of the layer."""
         return f"{self._net!r}, of={self.of!r}"
 
 
 def _share_memory(layer: ImplicitRNN, _: object = None) -> None:
-    """Let the network follow the parameters where these have got memory of their own."""
+    """Make the network use the memory of parameters that have been given other memory."""
     own = [layer._parameters.get(name) for name in layer._net.weights]  # None where it is parametrised
     if all(weights is not None and weights.device.type == "cpu" for weights in own):
         layer.network(own)
@@ -241,7 +241,7 @@ def _same_memory(tensor: Tensor, view: np.ndarray) -> bool:
 
 
 def _refuse_tracing() -> None:
-    """``RuntimeError`` where PyTorch records what is done, in which the answer for these tensors would be a constant."""
+    """``RuntimeError`` where PyTorch traces the call, since the result for these tensors would be recorded as a constant."""
     modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
     if torch.jit.is_tracing() or modes & {"ProxyTorchDispatchMode", "FakeTensorMode"}:
         raise RuntimeError(
@@ -255,7 +255,7 @@ def _numpy(tensor: Tensor) -> np.ndarray:
 
 
 def _to_engine(tensor: Tensor, device: str) -> Any:
-    """What is taken for a tensor, without a copy: an array, or the tensor itself if it is on the device."""
+    """A tensor as an engine argument, without a copy: an array, or the tensor itself if it is on the device."""
     whole = tensor.detach().resolve_neg().contiguous()
     return whole if is_on_device(whole, device) else whole.numpy()
 
@@ -268,7 +268,7 @@ def _tensor(array: np.ndarray | DeviceArray) -> Tensor:
 
 
 def _one_by_one(function: Any, info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
-    """What ``torch.vmap`` asks of an ``autograd.Function``: its outputs, stacked, and the axes along which they are."""
+    """The rule that ``torch.vmap`` needs for an ``autograd.Function``: its stacked outputs, and the axes of stacking."""
     parts = [
         function.apply(
             *(each if axis is None else each.select(axis, k) for each, axis in zip(given, in_dims, strict=True))
@@ -297,7 +297,7 @@ def _of_one_cotangent(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _InReverseMode(torch.autograd.Function):
-    """What an engine solves, which has no derivatives in forward mode."""
+    """An operation of an engine, which has no derivatives in forward mode."""
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> None:
@@ -344,7 +344,7 @@ class _Pullback(torch.autograd.Function):
     def forward(layer: ImplicitRNN, v: Tensor, state: Tensor, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         if not len(x):
             return torch.zeros_like(x), *map(torch.zeros_like, weights)
-        if not (counts := v.ne(0).any(dim=1)).all():  # one without equilibrium would make the gradient NaN
+        if not (counts := v.ne(0).any(dim=1)).all():  # a sample without equilibrium would make the gradient NaN
             part, *gradients = _Pullback.forward(layer, v[counts], state[counts], x[counts], *weights)
             return torch.zeros_like(x).masked_scatter_(counts[:, None], part), *gradients
         net = layer.network(weights)
@@ -362,7 +362,7 @@ class _Pullback(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Nothing is kept."""
+        """Nothing is saved."""
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *given: Any) -> tuple[Any, ...]:
@@ -393,9 +393,9 @@ def fixed_point(
 ) -> Tensor:
     """The solution of ``z = f(z, *args)`` with f written in PyTorch or Julia, differentiable in the arguments.
 
-    Every sample is solved for itself, as by ``implicit_rnn.fixed_point``, with the derivatives of f from autograd. Gradients
+    Every sample is solved on its own, as by ``implicit_rnn.fixed_point``, with the derivatives of f from autograd. Gradients
     come from the implicit function theorem, ``∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args`` with c = f(z) - z, and so do second
-    derivatives; what happens on the way to the solution is not recorded. Julia code has first derivatives.
+    derivatives; the iterations of the solver are not recorded. Julia code has first derivatives only.
 
     Parameters
     ----------
@@ -404,14 +404,14 @@ def fixed_point(
         ``torch.func.vmap``; with ``vectorized`` it takes any number of samples at once, z (m, n) and batched arguments (m, ...).
         Or Julia code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64; f is evaluated in this precision, under ``autocast``, too.
+        The start: (n,), or (B, n) for a batch, float32 or float64; f is evaluated in this precision, even under ``autocast``.
     args
         The further arguments of f: tensors and numbers.
     batched, solver, vectorized, scale, on_failure
         As in ``implicit_rnn.fixed_point``. ``scale`` is a number or (n,).
     device
-        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card. Tensors of floats that are there are read without a copy, and
-        where z0 or an argument is there, so is the solution.
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card. Floating-point tensors on the card are read without a copy,
+        and if z0 or an argument is on the card, so is the solution.
 
     Returns
     -------
@@ -422,8 +422,8 @@ def fixed_point(
     ValueError, TypeError
         For arguments out of range or of the wrong kind, and an f that returns the wrong shape.
     ConvergenceError
-        For samples that do not converge, unless ``on_failure`` says otherwise; in the backward pass, where the derivative of
-        such a sample is asked for, or of one with a singular Jacobian.
+        For samples that do not converge, depending on ``on_failure``; in the backward pass, if the derivative of
+        such a sample is needed, or of one with a singular Jacobian.
 
     Examples
     --------
@@ -453,7 +453,7 @@ def root(
     Parameters
     ----------
     f, z0, args, batched, solver, vectorized, scale, on_failure, device
-        As for ``fixed_point``, but that f (n,) is what is to be zero, and that ``solver`` is one of ``implicit_rnn.root``.
+        As for ``fixed_point``, except that f (n,) is to be zero, and ``solver`` is one of ``implicit_rnn.root``.
 
     Returns
     -------
@@ -476,7 +476,7 @@ def root(
 
 
 _IN_FULL = partial(torch.autocast, "cpu", enabled=False)
-"""The precision of the start, in which alone an equation can be solved to its tolerance."""
+"""Disables ``autocast``: only in the precision of the start can an equation be solved to its tolerance."""
 
 
 class _Conditions:
@@ -488,7 +488,7 @@ class _Conditions:
         self.root = root
 
     def values(self, z: Tensor, *args: Tensor) -> Tensor:
-        """c (m, n), in the precision of z, whatever that of numbers which f closes over."""
+        """c (m, n), in the precision of z, whatever the precision of values that f closes over."""
         f = self.f(z, *args).to(z.dtype)
         return f if self.root else f - z
 
@@ -512,7 +512,7 @@ class _Conditions:
         return jacobians if self.root else jacobians - torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
 
     def terms_of_arguments(self, z: Tensor, args: Sequence[Tensor], c: Tensor) -> Tensor:
-        """The largest (m, n) of the terms of c that arguments of floats make, each for itself, whose rounding c has."""
+        """The largest (m, n) of the terms of c due to each floating-point argument, whose rounding errors c inherits."""
         stretch, terms = 2.0**-10, torch.zeros_like(c)
         for k, x in enumerate(args):
             if x.is_floating_point():
@@ -522,9 +522,9 @@ class _Conditions:
 
     @torch.no_grad()
     def equilibrated(self, z: Tensor, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Numbers for the rows (m, n, 1) and columns (m, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (m,).
+        """Scales for the rows (m, n, 1) and columns (m, 1, n) of A = ∂c/∂z that equilibrate it, and where it is regular (m,).
 
-        It is where it has an inverse that tells it apart from itself within the error of the solution z.
+        A is regular if it has an inverse and changes little within the error of the solution z, relative to A.
         """
         A, c = self.derivatives(z, *args), self.values(z, *args)
         left, right = (torch.from_numpy(scales) for scales in equilibration(A.numpy()))
@@ -560,9 +560,9 @@ class _Solution(_InReverseMode):
                 ctx.solution,
             )
         wanted = [k for k, needed in enumerate(ctx.needs_input_grad[3:]) if needed]
-        # Differentiated again, by the saved z and by v, which may then be of use where it is zero.
+        # Second derivatives are with respect to the saved z and to v, which then matters even where it is zero.
         rows = torch.from_numpy(ctx.solution.converged if torch.is_grad_enabled() else has_cotangent)
-        if not wanted or not rows.any():  # f need not take no samples
+        if not wanted or not rows.any():  # f may not accept an empty batch
             return None, None, None, *(torch.zeros_like(arg) if k in wanted else None for k, arg in enumerate(args))
         z = z[rows]
 
@@ -600,12 +600,12 @@ class _JuliaSolution(_InReverseMode):
     @staticmethod
     @_of_one_cotangent
     def backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, ...]:
-        _, *args = ctx.saved_tensors  # the first says whether the solution is what it was
+        _, *args = ctx.saved_tensors  # the first detects changes of the solution in place
         return None, None, None, *_JuliaPullback.apply(ctx.solution, ctx.device, v, *args)
 
 
 class _JuliaPullback(torch.autograd.Function):
-    """(solution, device, cotangent, *arguments) -> the cotangents of the arguments, None of integers."""
+    """(solution, device, cotangent, *arguments) -> the cotangents of the arguments, None for integers."""
 
     @staticmethod
     def forward(
@@ -715,7 +715,7 @@ def _check_place(name: str, tensor: Tensor, device: str) -> None:
 
 
 def _warn_of_lost_gradients(conditions: _Conditions, start: Tensor, args: Sequence[Tensor]) -> None:
-    """Warn where f has gradients with respect to something that is not among its arguments, to which none will flow."""
+    """Warn if f depends on tensors that require gradients but are not among its arguments; they get no gradients."""
     if not torch.is_grad_enabled():
         return
     value = conditions.f(*(tensor.detach().clone() for tensor in (start, *args)))
@@ -735,7 +735,7 @@ def _argument(name: str, value: Any) -> Tensor:
 
 
 def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
-    """The function of tensors as one of arrays, see ``_tensor``."""
+    """The function of tensors as a function of arrays, see ``_tensor``."""
 
     @torch.no_grad()
     @_IN_FULL()

@@ -18,7 +18,7 @@ _CONVERTIBLE = "biuf"
 _FEW = 4096
 
 LARGEST_SCALE, LARGEST_RATIO = 100.0, 1000.0
-"""Means and spreads of a column, and quotients of the spreads of two, beyond which nets do not learn."""
+"""Limits on the mean and standard deviation of a column, and on the ratio of two standard deviations, for nets to learn."""
 
 
 def as_real(name: str, value: ArrayLike, dtype: np.dtype) -> np.ndarray:
@@ -55,8 +55,8 @@ def as_samples(name: str, value: ArrayLike, columns: int, dtype: np.dtype, what:
     """``value`` as a C-contiguous (samples, columns) array of finite numbers; it is copied only where it must be.
 
     ``neurons`` is the size of the state each sample will need, for the check of memory. Raises ``TypeError`` for
-    dtypes that are no real numbers, ``ValueError`` for wrong shapes, no samples, NaN and infinity, and
-    ``MemoryError`` for more than the machine has.
+    dtypes that are not real, ``ValueError`` for wrong shapes, no samples, NaN and infinity, and
+    ``MemoryError`` for more than fits in the machine's memory.
     """
     array = as_array(name, value)
     check_shape_of_samples(name, array.shape, columns, what)
@@ -76,8 +76,8 @@ def check_finite(name: str, array: np.ndarray) -> None:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether there is neither NaN nor infinity."""
-    # Of few numbers the sum of squares is known sooner than whether each is finite; should that overflow, they are looked at.
+    """Whether the array has neither NaN nor infinity."""
+    # For few numbers the sum of squares is faster than a check of each; should it overflow, each is checked.
     return (array.size < _FEW and math.isfinite(np.vdot(array, array))) or bool(np.isfinite(array).all())
 
 
@@ -94,7 +94,7 @@ def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what
 
 
 def tell_of_nonfinite(name: str, bad: int, samples: int, first: int) -> None:
-    """``ValueError`` if there are ``bad`` samples with entries that are not finite, of which this is the first."""
+    """``ValueError`` if ``bad`` samples have entries that are not finite; ``first`` is the index of the first."""
     if bad:
         raise ValueError(f"{name} has NaN or infinity in {bad} of {samples} samples, first in sample {first}")
 
@@ -102,7 +102,7 @@ def tell_of_nonfinite(name: str, bad: int, samples: int, first: int) -> None:
 def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: np.dtype) -> np.ndarray:
     """Targets as a (samples, outputs) array.
 
-    A vector is refused: beside predictions (samples, 1) it broadcasts to (samples, samples), silently.
+    A vector is refused: with predictions (samples, 1) it would silently broadcast to (samples, samples).
     """
     array = as_array(name, value)
     if array.ndim == 1 and outputs == 1 and len(array) == samples:
@@ -116,7 +116,7 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
 
 
 def check_samples(name: str, array: np.ndarray, samples: int) -> None:
-    """``ValueError`` unless the first axis counts as many samples as X has."""
+    """``ValueError`` unless the first axis has as many samples as X."""
     if array.ndim == 0 or array.shape[0] != samples:
         found = f"{array.shape[0]} samples" if array.ndim else "no axis"
         raise ValueError(f"{name} has {found}, X has {samples}")
@@ -129,7 +129,7 @@ def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None
 
 
 def check_memory_of_parameters(parameters: int, dtype: np.dtype) -> None:
-    """``MemoryError`` if that many cannot fit in the machine's memory."""
+    """``MemoryError`` if that many parameters cannot fit in the machine's memory."""
     if (needed := parameters * dtype.itemsize) > _memory():
         raise _too_large(
             f"the network has {parameters} parameters", needed, "expected fewer inputs, neurons or outputs"
@@ -139,13 +139,13 @@ def check_memory_of_parameters(parameters: int, dtype: np.dtype) -> None:
 def _too_large(what: str, needed: int, remedy: str) -> MemoryError:
     available = _memory()
     return MemoryError(
-        f"{what}, for which {needed / 2**30:.3g} GiB are needed and {available / 2**30:.3g} GiB are there; {remedy}"
+        f"{what}, which need {needed / 2**30:.3g} GiB of memory, but the machine has {available / 2**30:.3g} GiB; {remedy}"
     )
 
 
 @functools.cache
 def _memory() -> float:
-    """Bytes of memory of the machine, infinity where that is not known."""
+    """The machine's memory in bytes, infinity where it is not known."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on every platform
@@ -154,7 +154,7 @@ def _memory() -> float:
 
 @without_underflow()
 def warn_of_scale(name: str, array: np.ndarray) -> None:
-    """Warn, at most once, of columns (samples, columns) that are so far from unit scale that training will come to nothing."""
+    """Warn, at most once, about columns of (samples, columns) so far from unit scale that training will fail."""
     if len(array) < 2 or not isinstance(array, np.ndarray):  # those on a device stay there
         return
     columns = array.astype(np.float64)
@@ -192,7 +192,7 @@ def _numbers(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def refuse_masked_or_sparse(name: str, value: object) -> None:
-    """``TypeError`` for arrays of which NumPy would silently take the hidden values, or one object."""
+    """``TypeError`` for masked arrays, whose hidden values NumPy would use, and sparse ones, which it takes as one object."""
     if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
         raise TypeError(
             f"{name} is a masked array with {int(np.ma.getmaskarray(value).sum())} masked entries, which have no value here: "
@@ -203,7 +203,7 @@ def refuse_masked_or_sparse(name: str, value: object) -> None:
 
 
 def as_array(name: str, value: ArrayLike) -> np.ndarray:
-    """``value`` as an array of whatever dtype; ``TypeError`` or ``ValueError`` for kinds that NumPy would misread."""
+    """``value`` as an array of any dtype; ``TypeError`` or ``ValueError`` for kinds that NumPy would misread."""
     if type(value) is np.ndarray:
         return value
     refuse_masked_or_sparse(name, value)
@@ -215,10 +215,10 @@ def as_array(name: str, value: ArrayLike) -> np.ndarray:
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:  # those of tensors of PyTorch
         kind = ValueError if isinstance(error, ValueError) else TypeError
-        raise kind(f"{name} is no array of numbers: {error}") from error
+        raise kind(f"{name} is not an array of numbers: {error}") from error
     if array.ndim == 0 and array.dtype == object and not isinstance(value, Real):
         what = (
-            " in the memory of a GPU, which is not taken here; copy it to a NumPy array first"
+            " in the memory of a GPU, which is not accepted here; copy it to a NumPy array first"
             if hasattr(value, "__cuda_array_interface__")
             else "; expected numbers, as an array or in lists"
         )
@@ -227,7 +227,7 @@ def as_array(name: str, value: ArrayLike) -> np.ndarray:
 
 
 def _from_pandas(name: str, table: Any) -> np.ndarray:
-    """A data frame or series, also of nullable or of different dtypes, as one array."""
+    """A data frame or series, also with nullable or mixed dtypes, as one array."""
     missing = table.isna()
     if bool(np.asarray(missing).any()):
         raise ValueError(
@@ -244,5 +244,5 @@ def _from_pandas(name: str, table: Any) -> np.ndarray:
 
 
 def as_generator(seed: int | None) -> np.random.Generator:
-    """The random numbers of a seed, which None draws; ``TypeError`` and ``ValueError`` for what is no whole number from 0."""
+    """The generator of a seed, at random for None; ``TypeError`` or ``ValueError`` unless it is a whole number from 0."""
     return np.random.default_rng(None if seed is None else check_whole("seed", seed, 0))

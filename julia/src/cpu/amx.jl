@@ -1,5 +1,5 @@
-# Products of bfloat16 numbers, which have 8 binary digits, by the matrix unit of Intel's server processors (AMX). Sums are of single
-# precision. Five times as fast as products of single precision.
+# Products of bfloat16 numbers, which have 8 binary digits, by the matrix unit of Intel's server processors (AMX). Sums are in single
+# precision. They are five times as fast as single-precision products.
 
 """
     has_matrix_unit()

@@ -1,4 +1,4 @@
-# Coarse products: of fewer digits than the precision that is asked for, and much faster. They do for the correction of an iterate, whose
+# Coarse products: of lower precision than the network's, and much faster. They are good enough for the correction of an iterate, whose
 # last digits do not matter; see `iterate_coarsely!`.
 
 """
@@ -19,10 +19,10 @@ function coarse_factor(::Type{T}, n::Int) where {T}
     return has_matrix_unit() ? BFloats(n) : T === Float64 && n >= SINGLE_NEURONS ? Singles(n) : nothing
 end
 
-"    accuracy_of(A)\n\nThe change of a correction from which on it is not worth another product."
+"    accuracy_of(A)\n\nThe change of a correction below which another product is not worth its cost."
 function accuracy_of end
 
-"What coarse products need besides their factors."
+"The buffers of coarse products besides their factors."
 abstract type CoarseBuffers end
 
 """
@@ -56,7 +56,7 @@ function solve_corrections! end
 "A step of that iteration: without a look at the change, with, and the last one, which is written out."
 const NEXT, CHECKED, LAST = Val(:next), Val(:checked), Val(:last)
 
-"Steps at most, and from one look at the change to another."
+"The largest number of steps, and the steps between two checks of the change."
 const MOST_SWEEPS, SWEEPS_UNSEEN = 128, 4
 
 # The last step when the sum of the squares of the changes is as small as this.

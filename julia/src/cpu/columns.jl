@@ -1,4 +1,4 @@
-# The samples of a stage that are still at work, as columns of dense arrays, and the moves that take a finished sample out.
+# The unfinished samples of a stage, as columns of dense arrays, and the moves that remove a finished sample.
 
 """
     ColumnEquation{T}
@@ -273,7 +273,7 @@ end
 # Whether columns of an equation are set aside unless a caller says otherwise.
 rescues(::ColumnEquation) = false
 
-"Take column j out of the active ones, unfinished."
+"Remove column j from the active ones, unfinished."
 function defer!(c::Columns, j::Int)
     swap_columns!(c, j, c.active)
     push!(c.deferred, c.active)
@@ -310,7 +310,7 @@ function stop_exhausted!(c::Columns, p::ColumnEquation)
     return
 end
 
-"A solver used alone: what it leaves is unconverged."
+"A solver used alone: columns that it leaves are unconverged."
 function solve!(s::Solver, c::Columns, p::FixedPoint)
     c.limit = s.max_iterations
     iterate!(s, c, p, s.max_iterations) || give_up!(c, p)

@@ -1,13 +1,13 @@
 # Newton's method on the columns of an equation, with its linear systems solved by coarse products: only evaluations of the equation
-# itself, which decide, take products with all digits.
+# itself, which decide convergence, take products in full precision.
 
-"Corrections at most, and what each has to leave at most of the residual for another one to follow."
+"The largest number of corrections, and the factor by which each must reduce the residual for another one to follow."
 const COARSE_PASSES, COARSE_GAIN = 8, 0.8
 
-"From this relative residual on, what is neglected of the equation is more than what coarse products round."
+"Above this relative residual, the linearisation error exceeds the round-off of coarse products."
 const ROUGH = 2.0^-2
 
-"Evaluations that all of them may take."
+"The largest number of evaluations of all corrections together."
 const COARSE_EVALUATIONS = 16
 
 "Where Picard's step led to before a correction, and the residual there."
@@ -114,7 +114,7 @@ end
 # F = f(S) for an S by coarse products, which settles nothing.
 evaluate_coarsely!(c::Columns, p::FixedPoint) = foreach(j -> evaluate!(c, p, j), 1:c.active)
 
-"The length of a correction, in residuals, from which on it is no improvement."
+"The length of a correction, relative to the residual, above which it is not an improvement."
 const FARTHEST = 1.0e3
 
 slopes!(D::Matrix{Float32}, c::Columns, p::Stationary) = slopes!(view(D, :, 1:c.active), p.f, c.S, c.F)

@@ -1,5 +1,5 @@
-# Elementwise operations as loops. Broadcasts say the same, but compile some twenty methods for each combination of functions and array
-# types: they were a fifth of the compiled package.
+# Elementwise operations as loops. Broadcasts would do the same, but compile about twenty methods for each combination of functions and
+# array types: they were a fifth of the compiled package.
 
 """
     @vectors for i in range … end

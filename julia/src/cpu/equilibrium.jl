@@ -1,5 +1,5 @@
-# The way through a network: a tile of samples goes stage by stage to its equilibrium, and the adjoint comes
-# back stage by stage. Everything else (solutions, gradients, training) is made of these two passes.
+# The passes through a network: a tile of samples is brought to its equilibrium stage by stage, and the adjoint
+# goes back stage by stage. Everything else (solutions, gradients, training) is made of these two passes.
 
 # --- forward -------------------------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ function unroll!(chain, c::Columns{T}, p::Stationary{T}, steps::Int) where {T}
     return
 end
 
-"U = input X + feed Z + bias: all that drives a stage from outside."
+"U = input X + feed Z + bias: the external drive of a stage."
 function drive!(U::Matrix, w::StageWeights, Z, X, m, threads = 1)
     multiply!(U, w.bias, w.input, X, m, threads)
     return multiply_add!(U, w.feed, Z, m, threads)

@@ -1,10 +1,10 @@
-# Products of matrices in the shapes there are here: the weights of a stage with the columns of a tile, and outer products of two
-# tiles. The bits of a column of `multiply!` are the same whatever the other columns and the number of threads; up to SMALL, sums are
-# taken term by term, as by nets side by side.
+# Matrix products in the shapes needed here: the weights of a stage with the columns of a tile, and outer products of two
+# tiles. A column of `multiply!` is identical to the bit whatever the other columns and the number of threads; up to SMALL, sums are
+# taken term by term, as for nets side by side.
 
 const Dense{T} = StridedMatrix{T}
 
-"Matrices whose columns are without gaps in memory."
+"Matrices whose columns are contiguous in memory."
 const Contiguous{T} = Union{Matrix{T}, SubArray{T, 2, Matrix{T}, <:Tuple{AbstractUnitRange, AbstractUnitRange}}}
 
 "    multiply_add!(S, A, B, m, threads = 1)\n\n`S[:, 1:m] += A B[1:k, 1:m]` for A with k columns."
@@ -114,7 +114,7 @@ in_registers(S, U, A, B) = false
 in_registers(S::Dense{T}, U::StridedVecOrMat{T}, A::Dense{T}, B::Dense{T}) where {T <: Hardware} =
     stride(S, 1) == stride(U, 1) == stride(A, 1) == 1
 
-"From so many rows on, half a register, whole registers of rows are computed; of fewer, the first lanes of one."
+"From this number of rows on, half a register, whole registers of rows are computed; below it, the first lanes of one."
 fewest_rows(::Type{T}) where {T} = register_lanes(T) ÷ 2
 
 "A matrix in memory: entry (i, j), counted from 0, is `i * down + j * across` numbers after the first."

@@ -1,6 +1,6 @@
 # The gradient of a batch, of its loss or of a product with any cotangent: the sum over tiles, shared among threads.
 
-# --- where the way back begins ----------------------------------------------------------------------------------
+# --- where the backward pass begins ----------------------------------------------------------------------------------
 
 """
     begin_back!(tile, seed, net, samples)

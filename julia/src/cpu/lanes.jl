@@ -1,7 +1,7 @@
-# Small stages: many samples side by side, one in each lane of the vector registers. Every operation of Newton's method, the
-# elimination included, is then a vector operation, which no layout with one sample per column gives for a few neurons.
+# Small stages: many samples side by side, one in each lane of the vector registers. Every operation of Newton's method,
+# including elimination, is then a vector operation, which is not possible for few neurons with one sample per column.
 
-"Samples side by side: those of a vector register of the widest kind, or of two, of which one need not wait for the other."
+"Samples side by side: those of the widest vector register, or of two independent ones."
 lane_count(::Type{T}, registers::Int) where {T} = registers * 64 ÷ sizeof(T)
 
 """
@@ -177,7 +177,7 @@ function drop_doubtful!(w::Lanes{T, L}, done::Int, k::Int, picard_steps::Int) wh
     return
 end
 
-"Squarings of D R for all lanes, before each is looked at by itself."
+"Squarings of D R for all lanes, before each lane is checked on its own."
 const LANE_SQUARINGS = 4
 
 # Newton's method may end at an equilibrium that repels, which is left to the general method.

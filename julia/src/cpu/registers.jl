@@ -1,10 +1,10 @@
-# Vector registers. The compiler is not to be trusted with finding these vectors by itself: whether it does changes with the loop
-# around them. The `Vec` of SIMD.jl is the same tuple with every operation there is; here a few are needed.
+# Vector registers. The compiler cannot be relied on to vectorise these operations: whether it does depends on the surrounding
+# loop. The `Vec` of SIMD.jl is the same tuple with all operations; only a few are needed here.
 
 "Numbers side by side in vector registers."
 const LaneVector{L, T} = NTuple{L, VecElement{T}}
 
-"The number types there are registers for."
+"The number types with vector registers."
 const Hardware = Union{Float32, Float64}
 
 "Bytes of a vector register of this processor. A `LaneVector` of more is taken apart by the compiler."

@@ -1,7 +1,7 @@
 # Tiny nets of one topology, trained side by side on the same batches: one net in each lane of the vector registers, one sample after
 # the other. Every operation is the one that a net alone would see, in the same order, and so is every bit of the result.
 
-"Nets side by side. Of two vector registers one need not wait for the other; of vectors of more entries Julia makes slow code."
+"Nets side by side. Two vector registers are independent of each other; for longer vectors Julia generates slow code."
 const NETS = 16
 
 """
@@ -260,7 +260,7 @@ end
 
 # --- training -----------------------------------------------------------------------------------------------------
 
-"Whether what a rule of Optimisers.jl does to a parameter depends on that parameter only."
+"Whether the step of a rule of Optimisers.jl for a parameter depends on that parameter only."
 is_elementwise(::Optimisers.AbstractRule) = false
 is_elementwise(
     ::Union{

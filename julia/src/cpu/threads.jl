@@ -1,4 +1,4 @@
-# Work shared among threads. What is computed never depends on how many there are: work is divided into pieces by its size
+# Work shared among threads. Results never depend on the number of threads: work is divided into pieces by its size
 # alone, and sums are taken over the pieces in their order.
 
 """
@@ -39,7 +39,7 @@ end
 # A sleeping thread takes as long to wake up as a tile to compute. So threads that have worked look out for the next job for a
 # while (`WATCHFUL`), and nobody waits for one that is only waking up.
 
-"What several threads do together: `work(thread, piece)` for all pieces."
+"The shared work of several threads: `work(thread, piece)` for all pieces."
 mutable struct Job
     const work::Any
     const pieces::Int
@@ -63,7 +63,7 @@ function take_pieces!(job::Job, thread::Int)
     return
 end
 
-"Another thread; `job` is what it has to do, or one of the three states."
+"Another thread; `job` is its work, or one of the three states."
 mutable struct Helper
     const thread::Int
     @atomic job::Union{Job, Symbol}
@@ -128,7 +128,7 @@ function wait_for(job::Job)
     return
 end
 
-"What was thrown where tasks failed, else the exception itself."
+"The original exception if tasks failed, else the exception itself."
 cause(error) = error
 cause(error::TaskFailedException) = cause(error.task.exception)
 cause(error::CompositeException) = cause(first(error))

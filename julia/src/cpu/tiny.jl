@@ -1,6 +1,6 @@
-# Tiny nets: one recurrent stage that goes through the lanes of the vector registers from its drive to its gradient. A lane is a sample
-# of one net, as here, or one of several nets (side_by_side.jl). Every operation is that of the passes by tiles, in the same order, and
-# so is every bit of the result; what tiles and columns cost is more than these operations.
+# Tiny nets: one recurrent stage that is computed in the lanes of the vector registers from its drive to its gradient. A lane is a sample
+# of one net, as here, or one of several nets (side_by_side.jl). The operations and their order are those of the passes by tiles, so the
+# results are identical to the bit; the overhead of tiles and columns would exceed these operations.
 
 """
     is_tiny(problem)

@@ -1,13 +1,13 @@
-# Numbers fitted to times: from which size on one way is faster than another. They change how long a result takes; for the sums that
-# are taken in another order they also change its last bits. Fitted on two cores of x86 processors with AVX-512, and OpenBLAS;
-# `python tests/benchmarks/run.py tune` measures on this machine what is marked with `tune`.
+# Thresholds fitted to timings: the sizes above which one method is faster than another. They affect the time of a result and, where
+# sums are taken in another order, its last bits. Fitted on two cores of x86 processors with AVX-512, and OpenBLAS;
+# `python tests/benchmarks/run.py tune` measures those marked with `tune` on the current machine.
 
 # --- products ---------------------------------------------------------------------------------------------------
 
-"Products with matrices of up to so many rows and columns are summed term by term, and not by BLAS, which has an order of its own."
+"Products with matrices of up to this number of rows and columns are summed term by term, not by BLAS, which uses another order."
 const SMALL = 12
 
-"Where threads share a product, large matrices are divided into blocks of so many rows or columns."
+"Where threads share a product, large matrices are divided into blocks of this number of rows or columns."
 const BLOCK = 256
 
 "Neurons and samples in a batch from which on coarse products are used; neurons where these are of single precision for double."
@@ -21,7 +21,7 @@ const SMALL_LU = 24
 "Columns of a triangular solve that a thread takes at a time."
 const RIGHT_HAND_SIDES = 32
 
-"Stages of up to so many neurons are solved side by side."
+"Stages of up to this number of neurons are solved side by side."
 const LANE_NEURONS = 24
 
 """
@@ -33,7 +33,7 @@ sides are fitted to times of 32 to 256 neurons in both precisions, in units in w
 pays(saved, n, B) = saved * B * n * (n + 50) > linearization_work(n)
 linearization_work(n) = 1.5e6 + 2200.0 * n^2 + 1.4 * n^3
 
-"More products are seldom saved, forward and adjoint together."
+"The largest number of products that are usually saved, forward and adjoint together."
 const MOST_SAVED = 10
 
 # --- tiles and threads ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-# The buffers of the CPU: those of a tile of samples, one set per thread, and what the tiles share.
+# The buffers of the CPU: those of a tile of samples, one set per thread, and those that tiles share.
 
 """
     Tile(net, width)

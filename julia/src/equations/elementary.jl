@@ -1,11 +1,11 @@
 # Elementary functions of numbers side by side. Polynomials are the best approximations in the sense of Chebyshev, by Remez'
-# algorithm in 300 bits, of what the text beside them says; arguments are reduced as by Cody and Waite, Software manual for the
+# algorithm in 300 bits, of the functions in the comments beside them; arguments are reduced as by Cody and Waite, Software manual for the
 # elementary functions (1980). Arguments for which that is not accurate enough go to Julia's own functions, lane by lane.
 
 "Adding it rounds to an integer, which is then in the lowest bits."
 const MAGIC = 6755399441055744.0
 
-# What has no kernel.
+# Functions without a kernel.
 for f in (
         :cbrt, :exp10, :log2, :log10, :sec, :csc, :cot, :asin, :acos, :atan, :sech, :csch, :coth, :asinh, :acosh, :atanh, :sind, :cosd,
         :tand, :sinpi, :cospi, :sinc, :cosc, :deg2rad, :rad2deg,
@@ -31,7 +31,7 @@ const EXP_SERIES = (
 @inline power_of_two(k::Vec) =
     reinterpret(Vec, (reinterpret(Integers, k + MAGIC) << 52) + reinterpret(Int64, 1.0))
 
-"The polynomial with these coefficients, in as few steps one after the other as there can be (Estrin)."
+"The polynomial with these coefficients, with as few sequential steps as possible (Estrin)."
 @inline polynomial(x::Vec, c::Tuple{Vararg{Float64}}) = estrin(x, map(Vec, c))
 @inline estrin(x::Vec, c::Tuple{Vec}) = c[1]
 @inline estrin(x::Vec, c::Tuple{Vec, Vec, Vararg{Vec}}) = estrin(x * x, in_pairs(x, c...))
@@ -121,7 +121,7 @@ end
     return ifelse(usual, y, ifelse(x == 0.0, -Inf, ifelse(x == Inf, Inf, NaN)))
 end
 
-# 1 + x is rounded, which is made good.
+# 1 + x is rounded; the error is compensated.
 @inline function Base.log1p(x::Vec)
     u = 1.0 + x
     k, f = log_parts(u)
@@ -135,7 +135,7 @@ end
 # π/2 in three parts, whose products with integers up to 2^20 are exact.
 const HALF_PI = (0x1.921fb544p+0, 0x1.0b4611a6p-34, 0x1.3198a2e037073p-69)
 
-"Beyond it the argument is reduced by Julia."
+"Beyond this size arguments are reduced by Julia."
 const CIRCULAR_LIMIT = 1.0e6
 
 # (sin(r) - r) / r³ and (cos(r) - 1 + r²/2) / r⁴ for r² on |r| <= π/4

@@ -19,9 +19,9 @@ include("text.jl")
 """
     ImplicitSolution{T}
 
-What [`fixed_point`](@ref) and [`root`](@ref) return: `value` (a number or an array like the start), and per sample `status`,
-`iterations` (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it, at the
-solution found, whatever is written to `value`.
+The result of [`fixed_point`](@ref) and [`root`](@ref): `value` (a number or an array like the start), and per sample `status`,
+`iterations` (evaluations of f), the relative `residual` and the `rate` of its last decrease. [`vjp`](@ref) differentiates it at the
+solution, even if `value` has been written to.
 """
 struct ImplicitSolution{T, A <: Union{T, AbstractArray{T}}, I} <: AbstractSolution
     problem::EquationProblem{T}
@@ -34,20 +34,20 @@ end
     fixed_point(f, z0, args...; solver = Auto(), batched = (), scale = nothing)
 
 Solve `z = f(z, args...)` from the start `z0`: a vector, a matrix whose columns are independent samples, or a number. `batched`
-lists the positions of the arguments whose last axis counts the samples. `f` is given a vector, or a number where `z0` is one, and
-returns the like; up to $(MAX_SHORT) entries it is given a vector it cannot write to. From $(MANY) samples on `f` is given $(LANES) of them at
-once where it can be evaluated so, each number being that of all of them, and may be called from several threads: a broadcast
-formula is the fastest, one that branches on values or has a `try` is solved one sample after the other.
+lists the positions of the arguments whose last axis is that of the samples. `f` is given a vector, or a number if `z0` is one, and
+returns the same; up to $(MAX_SHORT) entries it is given a vector that it cannot write to. From $(MANY) samples on `f` is given $(LANES)
+samples at once if it can be evaluated that way, where each number stands for those of all these samples, and may be called from several
+threads. A broadcast formula is the fastest; one that branches on values or has a `try` is solved one sample after the other.
 
 A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, at a solution that is zero to
-rounding, when it is below the rounding of the largest iterate on the way. `scale`, a number or a vector, are the typical sizes of
-entries that differ much: sizes are measured in it. Returns an [`ImplicitSolution`](@ref), whose `status` says what converged; a fixed point that was
-found but from which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do not look).
-Throws an `ArgumentError` for starts, arguments, `batched` and solvers that make no sense.
+rounding, when it is below the round-off of the largest iterate so far. `scale`, a number or a vector, gives the typical sizes of
+entries that differ much: sizes are measured in units of it. Returns an [`ImplicitSolution`](@ref), whose `status` says which samples
+converged; a fixed point from which Picard iteration would move away is `UNSTABLE` (beyond $(DENSE) unknowns, `Picard` and `Anderson` do
+not check). Throws an `ArgumentError` for invalid starts, arguments, `batched` and solvers.
 
-Where `z0` is an array of a device, such as a `CuArray`, all samples are solved there, one by each work-item, and the value is one as
-well. It takes up to $(MAX_SHORT) unknowns, and as arguments numbers and vectors of up to $(MAX_SHORT) entries; by the solvers `Auto`,
-`Newton` and `Picard`, of which those samples that need more than steps of Picard's and Newton's kind are handed to the CPU in one piece.
+If `z0` is a device array, such as a `CuArray`, all samples are solved on the device, one per work-item, and the value is a device
+array as well. This supports up to $(MAX_SHORT) unknowns, numbers and vectors of up to $(MAX_SHORT) entries as arguments, and the solvers
+`Auto`, `Newton` and `Picard`; samples for which Picard and Newton steps are not enough are passed to the CPU in one batch.
 
     solution = fixed_point((z, a) -> cos.(a .* z), [0.5], 0.8)
     vjp(solution, [1.0])                   # (dz/da,)
@@ -57,9 +57,9 @@ fixed_point(f, z0, args...; options...) = solve_equation(f, z0, args; root = fal
 """
     root(f, z0, args...; solver = Auto(), batched = (), scale = nothing)
 
-Solve `f(z, args...) = 0`; otherwise as [`fixed_point`](@ref). A sample has converged when the Newton step is that small, and
-that relative size is the residual. Solvers are `Auto`, `Newton` and `NLsolver`. A sample is `SINGULAR` if the Jacobian has no
-inverse and no step leads on: at a local minimum of ‖f‖, for one.
+Solve `f(z, args...) = 0`; otherwise like [`fixed_point`](@ref). A sample has converged when the Newton step is small in the same sense,
+relative to z, and that relative size is the residual. Solvers are `Auto`, `Newton` and `NLsolver`. A sample is `SINGULAR` if the Jacobian
+has no inverse and no step makes progress, for example at a local minimum of ‖f‖.
 """
 root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
 
@@ -73,16 +73,16 @@ function solve_from!(value::AbstractVecOrMat{T}, f, args; root, solver = Auto(),
     Z, outcome = reshape(value, problem.n, :), Outcome(problem.samples)
     check_option("solver", solver, Solver, "Auto() or Newton()")
     regular = solve!(Z, outcome, problem, solver)
-    # The user may write to the value; derivatives are taken at the solution.
+    # The user may write to the value; derivatives are taken at the stored solution.
     return ImplicitSolution(problem, copy(value), outcome, inverses_at(problem, Z, regular))
 end
 
-"    beside(value, x)\n\nAn equation or an array `x` where `value` is, and an array with entries of its type."
+"    beside(value, x)\n\nAn equation or an array `x` in the memory of `value`, and an array with entries of its type."
 beside(::Array, problem::EquationProblem) = (map!(on_host, problem.args, problem.args); problem)
 beside(::Array{T}, x::AbstractArray) where {T} = Array{T}(x)
 beside(::T, x::AbstractArray) where {T <: Real} = Array{T}(x)
 
-"A function of one number as one of a vector."
+"A function of one number as a function of a vector."
 struct OfNumber{F}
     f::F
 end

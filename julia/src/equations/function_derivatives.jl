@@ -4,10 +4,10 @@
 struct Seed end
 const Seeded{T, W} = ForwardDiff.Dual{ForwardDiff.Tag{Seed, T}, T, W}
 
-"What comes of them: f may have constants of another type."
+"Results with our dual numbers: f may have constants of another type."
 const Grown = ForwardDiff.Dual{<:ForwardDiff.Tag{Seed}}
 
-"Derivatives that one evaluation with dual numbers gives."
+"The number of derivatives from one evaluation with dual numbers."
 width(::Number) = 1
 width(::Short{N}) where {N} = N
 width(::AbstractArray) = MAX_SHORT
@@ -53,7 +53,7 @@ function along(g, x::AbstractArray{T}, d, n::Int) where {T}
     return T[partial(y[i], 1) for i in 1:n]
 end
 
-# Outside the domain of a function such as sqrt Julia throws; here that concerns this sample, or this trial step, only.
+# Outside the domain of a function such as sqrt Julia throws; here that affects only this sample or this trial step.
 @noinline outside_domain(error) = error isa DomainError || rethrow()
 
 """
@@ -79,7 +79,7 @@ call!(y, p::ErasedEquation, z, sample::Int) = (call!(y, p.equation, z, sample); 
 """
     call!(y, J, equation, z, sample)
 
-The same, and of a short z J = ∂c/∂z by the same evaluation; returns whether.
+The same, and for a short z also J = ∂c/∂z by the same evaluation; returns whether J was computed.
 """
 @inline function call!(y::Vector{T}, J::Matrix{T}, p::Equation{T, K}, z, sample::Int) where {T, K}
     check_interrupt()
@@ -105,7 +105,7 @@ call!(y, J, p::ErasedEquation, z, sample::Int) = call!(y, J, p.equation, z, samp
 """
     explaining_types(work, problem, Z)
 
-`work()`; where f takes numbers, but not the types that it is given here, the `ArgumentError` says what to do.
+`work()`; if f accepts numbers, but not the types that it is given here, the `ArgumentError` says what to do.
 """
 function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
     try
@@ -120,7 +120,7 @@ function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
             )
         end
         error isa MethodError && any(x -> x isa Union{Dual, Short, AbstractArray{<:Dual}}, error.args) || rethrow()
-        # Which says what else is wrong.
+        # This evaluation throws if anything else is wrong.
         checked(Base.invokelatest(problem.f, Z[:, 1], as_arrays(problem.args, problem.batched, 1)...), problem.n)
         what = any(x -> x isa Short, error.args) ? "is given vectors of up to $(MAX_SHORT) entries that are no Arrays" :
             "is differentiated by dual numbers of ForwardDiff.jl"

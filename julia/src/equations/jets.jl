@@ -18,7 +18,7 @@ Base.promote_rule(::Type{Jet{N}}, ::Type{Vec}) where {N} = Jet{N}
 
 "The jet of g(x), where y = g(x) and d = g′(x)."
 @inline chain(x::Jet{N}, y::Vec, d::Vec) where {N} = Jet{N}(y, map(p -> d * p, x.partials))
-"… of g(a, b), of which dₐ and d_b are the derivatives."
+"The jet of g(a, b), with the derivatives dₐ and d_b."
 @inline chain(a::Jet{N}, b::Jet{N}, y::Vec, da::Vec, db::Vec) where {N} =
     Jet{N}(y, map((p, q) -> muladd(da, p, db * q), a.partials, b.partials))
 
@@ -45,7 +45,7 @@ const Constant = Union{Vec, Plain}
 
 # --- functions -------------------------------------------------------------------------------------------------
 
-# Those of one number, with the derivative by x where y = f(x).
+# Functions of one number, with the derivative with respect to x, where y = f(x).
 for (f, derivative) in (
         (:sqrt, :(inv(y + y))), (:cbrt, :(inv(3 * y * y))), (:inv, :(-(y * y))), (:abs, :(copysign(one(x), x))), (:abs2, :(x + x)),
         (:exp, :y), (:exp2, :(log(2) * y)), (:exp10, :(log(10) * y)), (:expm1, :(y + 1)),
@@ -65,7 +65,7 @@ end
 @inline Base.sin(x::Jet) = sincos(x)[1]
 @inline Base.cos(x::Jet) = sincos(x)[2]
 
-# Of two, with the derivatives by a and b where y = f(a, b).
+# Functions of two numbers, with the derivatives with respect to a and b, where y = f(a, b).
 for (f, by_a, by_b) in (
         (:^, :(b * a^(b - 1)), :(ifelse(y == 0, zero(y), y * log(a)))), (:hypot, :(a / y), :(b / y)),
         (:atan, :(b / (a * a + b * b)), :(-a / (a * a + b * b))), (:mod, :(one(y)), :(-floor(a / b))), (:rem, :(one(y)), :(-trunc(a / b))),
@@ -82,11 +82,11 @@ end
 @inline Base.literal_pow(::typeof(^), x::Jet, ::Val{3}) = (y = x.value * x.value; chain(x, y * x.value, 3 * y))
 @inline Base.literal_pow(::typeof(^), x::LaneNumber, ::Val{n}) where {n} = x^n
 
-# Julia's own for any numbers branches.
+# Julia's own method for any numbers branches.
 @inline Base.hypot(x::LaneNumber, y::Plain) = hypot(promote(x, y)...)
 @inline Base.hypot(x::Plain, y::LaneNumber) = hypot(promote(x, y)...)
 
-# What has none, or that of one of its arguments.
+# Functions without a derivative, or with that of one of their arguments.
 for f in (:isnan, :isinf, :isfinite, :signbit, :sign, :floor, :ceil, :trunc, :round)
     @eval @inline Base.$f(x::Jet) = $f(x.value)
 end
@@ -103,7 +103,7 @@ end
 @inline Base.vect(x::LaneNumber, rest::Vararg{Union{LaneNumber, Plain}}) = Short(x, rest...)
 @inline Base.map(f, x::Short{N, <:LaneNumber}) where {N} = Short(map(f, x.entries))
 
-"The value of what f returned, and its derivative number k."
+"The value of a result of f, and its derivative number k."
 @inline value_of(y::Jet) = y.value
 @inline value_of(y::Real) = Vec(y)
 @inline partial_of(y::Jet, k::Int) = @inbounds y.partials[k]

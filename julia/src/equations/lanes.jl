@@ -1,7 +1,7 @@
-# Many samples of an equation of a few unknowns: side by side in vector registers, and on all threads. What does not settle there
-# within a few evaluations is solved by itself, from its start, as every sample of another equation is.
+# Many samples of an equation of a few unknowns: side by side in vector registers, and on all threads. Samples that do not converge
+# there within a few evaluations are solved one by one, from the start, like the samples of any other equation.
 
-"Evaluations of f before a sample is solved by itself."
+"Evaluations of f before a sample is solved on its own."
 const LANE_EVALUATIONS = 30
 
 "Buffers for samples side by side: ∂c/∂z, and right-hand sides of a linear system with it."
@@ -30,7 +30,7 @@ has_lanes(x::PerSample{K}) where {K} = K >= 0 && eltype(x.array) <: Union{Float3
     put_derivatives!(J, y, root, Val(K))
     return Short(ntuple(i -> (@inline; value_of(@inbounds y[i])), Val(K)))
 end
-# Row by row: what f returns may be an array of long jets.
+# Row by row: the result of f may be an array of long jets.
 @inline put_derivatives!(J::Matrix{Vec}, y, root::Val, K::Val) = ntuple(i -> (@inline; put_row!(J, @inbounds(y[i]), i, root, K)), K)
 @inline put_row!(J::Matrix{Vec}, y, i::Int, root::Val, K::Val) =
     (ntuple(k -> (@inline; @inbounds J[i, k] = derivative_of_condition(y, i, k, root); nothing), K); nothing)
@@ -52,7 +52,7 @@ end
     return ifelse(usual, largest * sqrt(sum(map(x -> abs2(x / largest), y))), largest)
 end
 
-# Not written where they are used: a closure on variables that change is slow.
+# Not written inline: a closure over variables that change is slow.
 @inline choose(m::Mask, a::Short{K}, b::Short{K}) where {K} = Short(map((x, y) -> ifelse(m, x, y), a.entries, b.entries))
 @inline plus(a::Short{K}, b::Short{K}, t::Vec = one(Vec)) where {K} = Short(map((x, y) -> muladd(t, y, x), a.entries, b.entries))
 @inline minus(a::Short{K}, b::Short{K}) where {K} = Short(map(-, a.entries, b.entries))
@@ -108,7 +108,7 @@ end
 
 # --- Newton's method -------------------------------------------------------------------------------------------
 
-"What came of samples side by side: where they are, which have converged, of which ∂c/∂z is known to be regular there, and how."
+"The outcome of samples side by side: their iterates, which have converged, where ∂c/∂z is known to be regular, and their counts."
 struct Ended{K}
     z::Short{K, Vec}
     converged::Mask
@@ -121,8 +121,8 @@ end
 """
     newton!(w, p, z, args, limit, tol, root)
 
-Newton's method as for one sample (`newton!`, `search_line!`, `near!`); each is evaluated once in a round. Those that do not converge
-have come across something that asks for more than Newton steps, halved where need be.
+Newton's method as for one sample (`newton!`, `search_line!`, `near!`); each sample is evaluated once per round. Samples that do not
+converge need more than Newton steps with halving.
 """
 @inline function newton!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, args, limit::Int, tol::Float64, root::Val{R}) where {T, K, R}
     if R
@@ -188,7 +188,7 @@ end
         moved = k == 1 ? active & isfinite(merit) : active & decreases(merit, merit_before, t)
         k == 1 && (active = moved)
 
-        # Where those stand that have moved.
+        # The state of the samples that have moved.
         new_step = newton_step!(w, c)
         size = measure(R ? z : value, p.weights)
         isempty(p.weights) || (size = max(size, Vec(sqrt(K))))
@@ -204,7 +204,7 @@ end
         lingering = valid & !near & (distance <= rounding)
         lingering &= later & (distance > SLOW * last_distance) | (distance <= Float64(eps(T)) * rounding)
         if R
-            near &= t == 1.0          # behind part of a step f may leap, see `leaps!`
+            near &= t == 1.0          # after part of a step f may jump, see `leaps!`
             doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
             if any(doubtful)
                 doubtful &= !is_steady!(w, p, z, new_step, args)
@@ -234,7 +234,7 @@ end
         evaluations = ifelse(near, Vec(k), evaluations)
         active &= !near & (valid | !moved)
 
-        # Where they go: a whole step on, or half of the last one.
+        # Their next iterates: a whole step on, or half of the last one.
         base, step = choose(moved, z, base), choose(moved, new_step, step)
         merit_before = ifelse(moved, merit, merit_before)
         t = ifelse(moved, one(Vec), 0.5 * t)
@@ -323,7 +323,7 @@ end
     return
 end
 
-"… all of them, and write to `regular` of which samples ∂c/∂z is known to be regular at the solution."
+"Solve all samples, and write to `regular` for which of them ∂c/∂z is known to be regular at the solution."
 function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equation{T, K}, solver, tol::Float64) where {T, K}
     total, threads = size(Z, 2), Threads.nthreads()
     buffers = [(LaneBuffers(K), Iteration{T}(K)) for _ in 1:threads]
@@ -335,9 +335,9 @@ function solve_side_by_side!(Z::Matrix{T}, outcome::Outcome, regular, p::Equatio
     return
 end
 
-# What f throws is thrown when it is the turn of the sample for which it does.
+# An error of f is thrown when it is the turn of the sample that causes it.
 function solve_piece!(w::LaneBuffers, s, Z, outcome, regular, p, solver, tol, range, root)
-    at = Ref(first(range))          # the block at work
+    at = Ref(first(range))          # the current block
     while at[] <= last(range)
         try
             solve_blocks!(w, s, Z, outcome, regular, p, solver, tol, at, last(range), root)
@@ -410,7 +410,7 @@ end
 """
     runs_side_by_side(p, Z)
 
-Whether f can be evaluated for samples side by side: found out by doing so for the first of them, as compared to one by one.
+Whether f can be evaluated for samples side by side: tested on the first of them, by comparison with one by one.
 """
 runs_side_by_side(::AbstractEquation, Z) = false
 runs_side_by_side(::Equation{T, -1}, Z::Matrix{T}) where {T} = false

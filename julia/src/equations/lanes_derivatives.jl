@@ -35,8 +35,8 @@ end
 """
     linearize!(w, p, inverses, b, wanted)
 
-w.B = A⁻¹ of the samples of a block; the jets of f by all variables, and for which of the `wanted` that is so: `inverse!` says why not.
-What is known to be regular is not looked at again.
+w.B = A⁻¹ of the samples of a block; returns the jets of f with respect to all variables, and for which of the `wanted` samples A⁻¹ was
+found; `inverse!` explains the failures. Samples known to be regular are not checked again.
 """
 @inline function linearize!(w::LaneBuffers, p::Equation{T, K}, inverses::Inverses{T}, b::Block, wanted::Mask, root::Val{R}) where {T, K, R}
     z, args = load_columns(inverses.Z, b, Val(K)), arguments(p, b)
@@ -71,7 +71,7 @@ end
 # Else `is_hidden!` is asked.
 @inline answers(found::Vec, way::Vec) = (way == 0.0) | (2.0 * abs(found - way) <= abs(way))
 
-# As `terms_of_arguments!`, by the derivatives that are there.
+# Like `terms_of_arguments!`, by the existing derivatives.
 @inline largest_term(y, ::Tuple{}, ::Val) = zero(Vec)
 @inline largest_term(y, args::Tuple, ::Val{O}) where {O} =
     max(term(y, args[1], O), largest_term(y, tail(args), Val(O + variables(args[1]))))
@@ -128,7 +128,7 @@ end
 own_gradient(g, ::PerSample) = g
 own_gradient(g, ::Shared) = zero(g)
 
-# `work` on all pieces; that of the first sample counts of the errors about samples.
+# `work` on all pieces; of errors about samples, that of the first sample is thrown.
 function find_pieces(work, pieces::Int, threads::Int)
     singular = zeros(Int, pieces)
     in_parallel(pieces, threads) do thread, k

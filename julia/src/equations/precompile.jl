@@ -1,5 +1,5 @@
-# What equations go through whatever their function, compiled when the package is; the loops over the samples are compiled for each
-# function, and NLsolve.jl when it is first asked for.
+# The code that all equations share, compiled together with the package; the loops over the samples are compiled for each
+# function, and NLsolve.jl at its first use.
 
 @setup_workload begin
     halve = (z, a) -> a .* z .+ 1

@@ -1,15 +1,15 @@
-# Equations as they are posed: a function, its arguments, how a sample gets its own, and the sizes that errors are related to.
+# Posing equations: a function, its arguments, those of each sample, and the sizes to which errors are relative.
 
 """
     EquationProblem{T}(f, z0, args, batched; root, scale = nothing)
 
 `z = f(z, args...)`, or `f(z, args...) = 0` if `root`, for as many vectors z as `z0` has columns. Arguments are arrays (a
-zero-dimensional one stands for a number); the last axis of a `batched` one counts the samples. `scale`, a number or a vector
+zero-dimensional one stands for a number); the last axis of a `batched` one is that of the samples. `scale`, a number or a vector
 like z, is the typical size of each entry, in units of which entries are compared. Throws an `ArgumentError` for arguments of
-another kind and for positions in `batched` that are not those of arrays.
+another type and for positions in `batched` that are not those of arrays.
 """
 struct EquationProblem{T}
-    # Left abstract: the loops over the samples are compiled for `f` behind a function barrier, see `Equation`.
+    # Of abstract types: the loops over the samples are compiled for `f` behind a function barrier, see `Equation`.
     f::Any
     root::Bool
     n::Int
@@ -62,7 +62,7 @@ function check_batched(batched, args)
 end
 is_single(x) = x isa Union{Number, AbstractArray{<:Any, 0}}
 
-"The start of z in floating-point numbers, in memory of its own; an `ArgumentError` where it cannot be one."
+"A copy of the start of z in floating-point numbers; an `ArgumentError` if it cannot be converted."
 function as_start(z0::AbstractVecOrMat)
     eltype(z0) <: Dual && refuse_duals("the start z0")
     eltype(z0) <: Real || throw(
@@ -125,7 +125,7 @@ struct Equation{T, K, F, A <: Tuple} <: AbstractEquation{T}
     weights::Vector{Float64}
 end
 
-"What is posed, for code that is compiled for it."
+"Whether the equation is a root or a fixed point, as a type, for code that is compiled for it."
 is_root(p::Equation) = p.root ? Val(true) : Val(false)
 
 function Equation(problem::EquationProblem{T}) where {T}
@@ -137,8 +137,8 @@ end
 """
     ErasedEquation(equation)
 
-The same to solvers that are compiled once for all functions, at the price of a dispatch per evaluation: what is done for few
-samples would else take longer to compile than to run.
+The same for solvers that are compiled once for all functions, at the price of a dispatch per evaluation: for few
+samples, compilation would otherwise take longer than the run.
 """
 struct ErasedEquation{T} <: AbstractEquation{T}
     equation::Any
@@ -149,12 +149,12 @@ end
 erased(p::AbstractEquation) = p
 erased(p::Equation{T}) where {T} = ErasedEquation{T}(p, p.root, p.n, p.weights)
 
-"The equation as is best for the number of samples."
+"The form of the equation that is best for the number of samples."
 suited(problem::EquationProblem) = problem.samples < MANY ? erased(Equation(problem)) : Equation(problem)
 
 @inline arguments(p::Equation, sample::Int) = map(x -> at(x, sample), p.args)
 
-# What f is given for z: its own copy, which it may write to.
+# The z that f is given: its own copy, which it may write to.
 @inline as_point(::Equation{T, K}, z::AbstractVector) where {T, K} = Short(ntuple(i -> (@inbounds z[i]), Val(K)))
 @inline as_point(::Equation{T, -1}, z::AbstractVector) where {T} = Array(z)
 
@@ -166,7 +166,7 @@ end
 Base.showerror(io::IO, e::WrongShape) =
     print(io, "f returned $(e.came); expected $(e.expected == 1 ? "a vector of 1 entry, or a number" : "a vector of $(e.expected) entries"), like z")
 
-# One unknown may be answered by a number.
+# For one unknown f may return a number.
 @inline function checked(y::AbstractVector, n::Int)
     length(y) == n && return y
     throw(WrongShape(n, described(y)))

@@ -1,10 +1,10 @@
-# Products of a vector with derivatives of the user's function, and its derivatives with respect to arguments, in the mode that is
-# cheaper: forward for an argument of a few entries, reverse for one of many.
+# Products of a vector with derivatives of the user's function, and its derivatives with respect to arguments, in the cheaper
+# mode: forward for an argument of a few entries, reverse for one of many.
 
 """
     add_pullbacks!(gradients, equation, z, sample, λ)
 
-Add λᵀ ∂f/∂argument to the gradient of every argument of floating-point numbers, at the place of the sample if it has its own.
+Add λᵀ ∂f/∂argument to the gradient of every floating-point argument, in the part of the sample if the argument is batched.
 """
 @inline add_pullbacks!(gradients::Tuple, p::Equation, z, sample::Int, λ) =
     add_pullbacks!(gradients, p, z, sample, λ, arguments(p, sample), Val(length(gradients)))
@@ -31,7 +31,7 @@ end
 """
     terms_of_arguments!(terms, equation, y, z, sample)
 
-The largest of the terms of y = f(z, ...) that arguments of floating-point numbers make, each for itself; y has their rounding.
+The largest of the terms of y = f(z, ...) due to each floating-point argument, whose rounding errors y inherits.
 """
 @inline function terms_of_arguments!(terms::Vector{T}, p::Equation{T}, y, z, sample::Int) where {T}
     fill!(terms, zero(T))

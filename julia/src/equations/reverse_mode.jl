@@ -1,8 +1,8 @@
 # Reverse mode for arguments of many entries: numbers that write every operation and its partial derivatives to a tape, which is
-# then read backwards. Our own, since all there is to compile is f itself: with ReverseDiff.jl the first derivative of a session
-# took 19 s, that of each further function 1 s, and loading it took longer than to load all else.
+# then read backwards. This is our own implementation, so that only f itself must be compiled: with ReverseDiff.jl the first derivative
+# of a session took 19 s, that of each further function 1 s, and loading it took longer than loading everything else.
 
-"One operation: the places of its operands on the tape, 0 for constants, and the derivatives with respect to them."
+"One operation: the positions of its operands on the tape, 0 for constants, and the derivatives with respect to them."
 struct Operation
     first::Int
     second::Int
@@ -10,20 +10,20 @@ struct Operation
     by_second::Float64
 end
 
-"What is being recorded. Guarded by `RECORDING`."
+"The operations being recorded. Guarded by `RECORDING`."
 const TAPE = Operation[]
 const RECORDING = ReentrantLock()
 
 "The task that records, if any."
 const RECORDER = Ref{Union{Nothing, Task}}(nothing)
 
-"Operations that a tape has room for: 512 MiB."
+"The largest number of operations on a tape: 512 MiB."
 const LONGEST_TAPE = 2^24
 
 "f cannot be recorded."
 struct NotRecorded <: Exception end
 
-"A number whose operations are recorded; `place` is its own operation on the tape, 0 for a constant."
+"A number whose operations are recorded; `place` is the position of its own operation on the tape, 0 for a constant."
 struct Traced <: Real
     value::Float64
     place::Int
@@ -59,7 +59,7 @@ Base.:*(x::Traced, y::Union{Float64, Float32, Int}) = record(x.value * y, x.plac
 Base.:*(x::Union{Float64, Float32, Int}, y::Traced) = y * x
 Base.fma(x::Traced, y::Traced, z::Traced) = x * y + z
 
-# What else has a derivative has it by ForwardDiff's rules.
+# All other derivatives come from ForwardDiff's rules.
 for f in (
         :abs, :abs2, :inv, :sqrt, :cbrt, :exp, :exp2, :exp10, :expm1, :log, :log2, :log10, :log1p, :sin, :cos, :tan, :sec, :csc,
         :cot, :asin, :acos, :atan, :sinh, :cosh, :tanh, :sech, :csch, :coth, :asinh, :acosh, :atanh, :sind, :cosd, :tand, :sinpi,
@@ -78,7 +78,7 @@ for f in (:^, :atan, :hypot, :log, :max, :min, :mod, :rem)
         return record(plain(r), x.place, partial(r, 1), y.place, partial(r, 2))
     end
 end
-# Those of ForwardDiff.jl for any real number would be as specific.
+# ForwardDiff.jl's methods for any real number would be equally specific.
 Base.hypot(x::Traced, y::Union{AbstractFloat, Integer}) = hypot(x, Traced(y))
 Base.hypot(x::Union{AbstractFloat, Integer}, y::Traced) = hypot(Traced(x), y)
 function power(x::Traced, n)
@@ -90,7 +90,7 @@ Base.:^(x::Traced, n::Rational) = power(x, n)
 Base.:^(x::Traced, n::Union{Float64, Float32}) = power(x, n)
 Base.literal_pow(::typeof(^), x::Traced, ::Val{n}) where {n} = power(x, n)
 
-# What has none.
+# Functions without a derivative.
 for f in (:isnan, :isinf, :isfinite, :signbit, :iszero, :isinteger)
     @eval Base.$f(x::Traced) = $f(x.value)
 end
@@ -103,7 +103,7 @@ for f in (:<, :<=, :(==), :isless, :isequal)
     @eval Base.$f(x::Traced, y::Traced) = $f(x.value, y.value)
 end
 
-"What has been recorded: the operations behind the `inputs`, which come first, and the places of the results."
+"A recording: the operations, of which the `inputs` come first, and the positions of the results."
 struct Recorded
     operations::Vector{Operation}
     inputs::Int
@@ -113,8 +113,8 @@ end
 """
     recorded(g, x, n)
 
-`y = g(x)` of n entries, recorded for the array x: a function that takes λ to λᵀ ∂g/∂x. `nothing` where g cannot be recorded, as
-where it computes in several tasks, or is called in what is being recorded.
+`y = g(x)` of n entries, recorded for the array x: a function that takes λ to λᵀ ∂g/∂x. `nothing` if g cannot be recorded, for
+example because it computes in several tasks, or is called within a recording.
 """
 function recorded(g, x::AbstractArray, n::Int)
     RECORDER[] === current_task() && return nothing

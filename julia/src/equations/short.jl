@@ -1,5 +1,5 @@
-# Vectors of a few entries that need no memory. As StaticArrays.jl has them too, whose loading takes 0.7 to 1.0 s where that of
-# ForwardDiff.jl takes 0.3 to 0.5 s, for what are twenty lines here.
+# Vectors of a few entries that need no memory. StaticArrays.jl has them too, but it takes 0.7 to 1.0 s to load, where
+# ForwardDiff.jl takes 0.3 to 0.5 s, and only twenty lines are needed here.
 
 "Entries of the longest [`Short`](@ref)."
 const MAX_SHORT = 8
@@ -7,8 +7,8 @@ const MAX_SHORT = 8
 """
     Short{N, T}
 
-A vector of N entries, at most $(MAX_SHORT), that lives in registers. What `f` is given for z and for vector arguments of that length,
-so that a broadcast formula such as `a .* sin.(z)` allocates nothing; whatever else is done with it gives an `Array`.
+A vector of N entries, at most $(MAX_SHORT), that lives in registers. `f` is given these for z and for vector arguments of that length,
+so that a broadcast formula such as `a .* sin.(z)` allocates nothing; every other operation on it returns an `Array`.
 """
 struct Short{N, T} <: AbstractVector{T}
     entries::NTuple{N, T}

@@ -1,6 +1,6 @@
 # Derivatives of the solution by the implicit function theorem, in loops over the samples compiled for the function.
 
-"The Jacobian of the conditions is singular at the solution of `sample`, which has no derivative, or so nearly that the derivative is lost in the error of the solution."
+"The Jacobian of the conditions is singular at the solution of `sample`, or singular within the error of the solution, so that there is no derivative."
 struct SingularSolution <: Exception
     sample::Int
 end
@@ -24,7 +24,7 @@ end
 Inverses(::EquationProblem{T}, Z::Matrix{T}, regular = zeros(Bool, size(Z, 2))) where {T} =
     Inverses{T}(Z, regular, Array{T}(undef, 0, 0, 0), Bool[], ReentrantLock())
 
-"What derivatives of the solution `Z` begin with, wherever that is."
+"The start of all derivatives of the solution `Z`, in host or device memory."
 inverses_at(problem::EquationProblem, Z::Matrix, regular = zeros(Bool, size(Z, 2))) = Inverses(problem, Z, regular)
 
 function make_room!(inverses::Inverses{T}) where {T}
@@ -65,8 +65,8 @@ const LARGEST_CHANGE = 0.25
     inverse!(inverses, w, p, sample)
 
 A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
-within the error δ = A⁻¹c of the solution, c no better than the rounding of the arguments, that no solution need exist or be isolated:
-by more than [`LARGEST_CHANGE`](@ref). All of it is done to A with equilibrated rows and columns: unknowns and conditions may have any unit.
+within the error δ = A⁻¹c of the solution (with c at least the rounding error of the arguments) that a solution may not exist or not be
+isolated: by more than [`LARGEST_CHANGE`](@ref). A has equilibrated rows and columns, so unknowns and conditions may have any unit.
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     kept = !isempty(inverses.known)
@@ -116,7 +116,7 @@ end
     return
 end
 
-"What z is moved by beyond its error, in the same direction, to find solutions that may be double roots to the rounding ε of f."
+"A displacement of z beyond its error, in the same direction, to find solutions that are double roots within the rounding ε of f."
 @inline beyond(z, error, ε) = copysign(8 * sqrt(ε) * z, error)
 
 # w.z = z - A⁻¹ w.r
@@ -140,7 +140,8 @@ end
     return largest_column_sum(A)
 end
 
-# Whether the change of A is hidden from f: its rounding leaves nothing of ways to w.z on which A changes, as of cosh(z) - 1 near zero.
+# Whether the change of A is hidden from f, because the path to w.z on which A changes is lost in the rounding of f, as for cosh(z) - 1
+# near zero.
 @noinline function is_hidden!(w::InverseBuffers{T}, inverse, p::AbstractEquation{T}, sample::Int) where {T}
     (; way, change) = w
     while true
@@ -167,8 +168,8 @@ function change_of_conditions!(w::InverseBuffers, p::AbstractEquation, sample::I
     return
 end
 
-# Constants in f have a rounding that no argument tells of: what the conditions at w.z are off the trapezoidal rule by, which is
-# exact where A is linear.
+# Constants in f have rounding errors that no argument shows: they are estimated by the deviation of the conditions at w.z from the
+# trapezoidal rule, which is exact where A is linear.
 @noinline function doubt_rounding!(w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     (; way, change) = w
     change_of_conditions!(w, p, sample)
@@ -183,7 +184,7 @@ end
     return
 end
 
-"Sweeps of `equilibrate!`, each of which takes the root of what is left: enough for entries from 1e-300 to 1e300."
+"Sweeps of `equilibrate!`, each of which takes the root of the remaining scale: enough for entries from 1e-300 to 1e300."
 const SWEEPS = 12
 
 """
@@ -262,8 +263,8 @@ is_small(problem::EquationProblem) = problem.n * problem.samples <= SMALL_SYSTEM
 """
     vjp!(gradients, problem, inverses, v)
 
-Write vᵀ ∂z/∂args for the solution of which `inverses` holds the Jacobians to `gradients`, which has an array like each argument,
-and is left alone for arguments that are not floating-point numbers. Samples with `v` (n × samples) zero are left out. From
+Write vᵀ ∂z/∂args to `gradients`, for the solution whose Jacobians are in `inverses`. `gradients` has an array like each argument;
+those of arguments that are not floating-point numbers are not changed. Samples with `v` (n × samples) zero are left out. From
 c(z, args) = 0 follows ∂z/∂args = -(∂c/∂z)⁻¹ ∂c/∂args. Throws [`SingularSolution`](@ref).
 """
 function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::Matrix{T}) where {T}
@@ -329,7 +330,7 @@ end
 end
 
 function solve_by_products(A, b::Vector{T}, sample::Int) where {T}
-    iszero(b) && return zero(b)  # of an argument that f does not depend on; a Krylov space needs a direction
+    iszero(b) && return zero(b)  # for an argument that f does not depend on; a Krylov space needs a direction
     x, info = @late linsolve(A, b, zero(b); rtol = 10eps(T), atol = zero(T), krylovdim = 60, maxiter = 20, verbosity = 0)
     # The last digits are the solution's own error.
     info.normres <= sqrt(eps(T)) * norm(b) || throw(SingularSolution(sample))

@@ -7,8 +7,8 @@ const FIXED_POINT_SOLVERS = Union{Auto, Picard, Anderson, Newton, NLsolver}
     solve!(Z, outcome, problem, solver)
 
 Solve an [`EquationProblem`](@ref) from the start `Z` (n × samples), which becomes the solution; `outcome` says how each sample
-ended. Returns the samples of which ∂c/∂z is known to be regular at the solution. Throws an `ArgumentError` where f has written to its
-arguments, which other samples and derivatives need as they were.
+ended. Returns the samples for which ∂c/∂z is known to be regular at the solution. Throws an `ArgumentError` if f has written to its
+arguments, which other samples and derivatives need unchanged.
 """
 function solve!(Z::Matrix{T}, outcome::Outcome, problem::EquationProblem{T}, solver::Solver) where {T}
     solver isa (problem.root ? ROOT_SOLVERS : FIXED_POINT_SOLVERS) ||
@@ -32,7 +32,7 @@ can_be_written_to(x::AbstractArray, batched::Bool) = ndims(x) - batched > 1 || n
 
 function solve_samples!(Z::Matrix{T}, outcome::Outcome, regular, p::AbstractEquation{T}, solver, tol::Float64) where {T}
     may_run_in_lanes(solver, p) && runs_side_by_side(p, Z) && return solve_side_by_side!(Z, outcome, regular, p, solver, tol)
-    # An equation that runs side by side need not have the rest compiled for it.
+    # For an equation that runs side by side the rest need not be compiled.
     return @late solve_one_by_one!(Z, outcome, p, solver, tol)
 end
 

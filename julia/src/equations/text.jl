@@ -1,6 +1,6 @@
-# Functions given as text.
+# Functions given as strings.
 
-"The functions that texts were compiled to: code cannot be unloaded, so a text is compiled once."
+"The functions compiled from strings: code cannot be unloaded, so each string is compiled once."
 const COMPILED = Dict{String, Function}()
 
 "The modules of these functions. Nothing else keeps a nameless module, and with it the type of its functions, from being collected."
@@ -9,12 +9,12 @@ const PLACES = Module[]
 """
     compiled_function(text)
 
-The anonymous function that a text defines, evaluated in a module of its own in which LinearAlgebra is in use. Throws
-`InvalidCode`, which says what is wrong with the text.
+The anonymous function that a string defines, evaluated in a module of its own with `using LinearAlgebra`. Throws
+`InvalidCode`, which says what is wrong with the string.
 """
 compiled_function(text::String) = get!(() -> compile_text(text), COMPILED, text)
 
-"A text is not the code of a function; `text` says why."
+"A string is not the code of a function; `text` says why."
 struct InvalidCode <: Exception
     text::String
 end

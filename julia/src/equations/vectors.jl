@@ -3,15 +3,15 @@
 "Samples side by side, one in each lane of the widest vector registers."
 const LANES = 16
 
-"What is evaluated for samples side by side: numbers ([`Vec`](@ref)), and those with derivatives ([`Jet`](@ref))."
+"Numbers of samples side by side: plain ([`Vec`](@ref)) or with derivatives ([`Jet`](@ref))."
 abstract type LaneNumber <: Real end
 
 @eval primitive type Vec <: LaneNumber $(64LANES) end
 """
     Vec
 
-A number of each of $(LANES) samples, in double precision: a real number as far as arithmetic goes, every operation being done for all of
-them. What they are compared by gives a [`Mask`](@ref); code that branches on that fails, and is run for one sample at a time.
+One number for each of $(LANES) samples, in double precision. It behaves as a real number in arithmetic, and every operation is done for
+all samples. Comparisons return a [`Mask`](@ref); code that branches on one fails, and is run for one sample at a time.
 """
 Vec
 # Not a tuple of `VecElement`: code for arrays of those relies on an alignment to 64 bytes, which Julia does not see to. So not the
@@ -20,14 +20,14 @@ Vec
 # An integer for each sample.
 @eval primitive type Integers $(64LANES) end
 
-# Truth of something for each of the samples, in a bit each.
+# A truth value for each of the samples, one bit each.
 @eval primitive type Mask $LANES end
 const Bits = LANES == 16 ? UInt16 : UInt8
 @inline Mask(bits::Bits) = reinterpret(Mask, bits)
 @inline bits(m::Mask) = reinterpret(Bits, m)
 const ALL, NONE = Mask(typemax(Bits)), Mask(zero(Bits))
 
-"What there may be one of for all samples."
+"Numbers that all samples may share."
 const Plain = Union{AbstractFloat, Integer, Rational, AbstractIrrational}
 
 # LLVM code from `inputs`, each a pair of its type and the name of its vector, and `code`, which gives the vector %r of type `result`.

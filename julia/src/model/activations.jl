@@ -64,7 +64,7 @@ name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 @inline expm1_taylor(r::Float32) =
     r + r * r * evalpoly(r, (0.5f0, 0.16666667f0, 0.041666668f0, 0.008333334f0, 0.0013888889f0, 0.0001984127f0))
 
-# (2^k, exp(r) - 1) with y = k ln 2 + r; y must lie within the exponent range of T.
+# (2^k, exp(r) - 1) with y = k ln 2 + r; y must be within the exponent range of T.
 @inline function reduce_exponent(y::T) where {T <: Union{Float32, Float64}}
     magic, bits, ln2_high, ln2_low, _ = constants(T)
     t = muladd(y, T(1.4426950408889634), magic)
@@ -103,8 +103,8 @@ end
 end
 @inline expm1_nonpositive(y::Real) = expm1(y)
 
-# log(1 + e) = 2 artanh(t), t = e/(2 + e), for 0 <= e <= 1, by the series of artanh up to where it is exact. So long a polynomial is
-# inlined only where that is asked for; loops that call it are not vectorised.
+# log(1 + e) = 2 artanh(t), t = e/(2 + e), for 0 <= e <= 1, by the series of artanh up to full precision. Such a long polynomial is
+# inlined only on request; loops that call it otherwise are not vectorised.
 @inline function log1p_unit(e::T) where {T <: Union{Float32, Float64}}
     t = e / (2 + e)
     return 2 * t * @inline evalpoly(t * t, artanh_series(T))
@@ -177,7 +177,7 @@ slope_bound(::Identity) = 1.0
 @inline curvature(::Silu, s, z) = (p = logistic(s); p * (1 - p) * (2 + s * (1 - 2p)))
 slope_bound(::Silu) = 1.0998393202   # at s = 2.3994
 
-# gelu(s) = s/2 (1 + tanh u), u = √(2/π)(s + 0.044715 s³). Far from 0, where s³ overflows early, tanh u has long ended at ±1.
+# gelu(s) = s/2 (1 + tanh u), u = √(2/π)(s + 0.044715 s³). Far from 0, where s³ overflows early, tanh u has long reached ±1.
 @inline function gelu_parts(s)
     T = float(typeof(s))
     s = clamp(s, T(-20), T(20))

@@ -1,11 +1,11 @@
 # Constraints on the recurrent weights: maps from the unconstrained parameters K of a recurrent stage to
-# weights R that keep its equilibrium well defined, with their exact derivatives and the certificate each
-# of them gives. With L = diag(slope bounds), everything is said of L R, so that any activation is covered.
+# weights R that keep its equilibrium well defined, with their exact derivatives and the certificate that each
+# provides. With L = diag(slope bounds), all conditions are on L R, so that any activation is covered.
 
 """
     Constraint
 
-A map from the raw recurrent weights of a stage to those in force: [`Free`](@ref), [`Perron`](@ref),
+A map from the raw recurrent weights of a stage to the weights in force: [`Free`](@ref), [`Perron`](@ref),
 [`InfNorm`](@ref), [`Spectral`](@ref) or [`Monotone`](@ref).
 """
 abstract type Constraint end
@@ -15,7 +15,7 @@ fraction(name, x) = (check_fraction(name, x); Float64(x))
 """
     Free()
 
-R = K: no constraint, as in Sanokowski (arXiv 2010.10564). Nothing is promised of the equilibrium.
+R = K: no constraint, as in Sanokowski (arXiv 2010.10564). Nothing is guaranteed about the equilibrium.
 """
 struct Free <: Constraint end
 
@@ -54,7 +54,7 @@ end
 """
     Monotone(margin = 0.05)
 
-I - (L R + RᵀL)/2 ⪰ `margin`⋅I: one equilibrium (Winston and Kolter, NeurIPS 2020), though Picard iteration
+I - (L R + RᵀL)/2 ⪰ `margin`⋅I: one equilibrium (Winston and Kolter, NeurIPS 2020), although Picard iteration
 need not converge to it.
 """
 struct Monotone <: Constraint
@@ -64,15 +64,15 @@ end
 
 const CONSTRAINTS = (; Free, Perron, InfNorm, Spectral, Monotone)
 
-"Whether the constraint promises exactly one equilibrium for every input."
+"Whether the constraint guarantees exactly one equilibrium for every input."
 guarantees_uniqueness(::Constraint) = true
 guarantees_uniqueness(::Free) = false
 
-"Whether an evaluation of the equation comes nearer to the equilibrium: it contracts, as one that is monotone need not."
+"Whether each evaluation of the equation reduces the error, as for a contraction, but not always for a monotone equation."
 evaluation_contracts(::Constraint) = true
 evaluation_contracts(::Monotone) = false
 
-"Learnt scales per neuron of a recurrent stage: `a` of Perron; none for the others."
+"Whether each neuron of a recurrent stage has a learnt scale: `a` of Perron; not for the others."
 has_scales(::Constraint) = false
 has_scales(::Perron) = true
 
@@ -89,8 +89,8 @@ function constrain! end
 """
     constrain_pullback!(g, constraint, w, slopes)
 
-Turn `g.recurrent` = ∂L/∂R into `g.raw` = ∂L/∂K and `g.scales` = ∂L/∂a, with `w` as [`constrain!`](@ref)
-left it.
+Turn `g.recurrent` = ∂L/∂R into `g.raw` = ∂L/∂K and `g.scales` = ∂L/∂a, with `w` as filled in by
+[`constrain!`](@ref).
 """
 function constrain_pullback! end
 
@@ -102,7 +102,7 @@ constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.stretch, 1))
 constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, exponentials!(w.stretch, w.scales))
 
-# e^a but for a factor that all share, since only quotients count; it keeps e^a of large a from overflowing.
+# e^a up to a common factor, since only quotients matter; the factor keeps e^a of large a from overflowing.
 function exponentials!(stretch, scales)
     low = high = first(scales)
     for a in scales
@@ -229,7 +229,7 @@ end
 """
     amplification(constraint, w, slopes)
 
-A with `‖z - z*‖ <= A ‖f(u + R z) - z‖` for every z: the a posteriori error bound a constraint gives, in the
+A with `‖z - z*‖ <= A ‖f(u + R z) - z‖` for every z: the a posteriori error bound that a constraint provides, in the
 norm max |e^{a_i} z_i| for the row constraints and in the Euclidean norm for the others; NaN for [`Free`](@ref).
 
 With D = f′ and M = L R: a contraction has ‖(I - D R)⁻¹‖ <= 1/(1 - κ); for a monotone M,

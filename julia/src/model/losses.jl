@@ -3,7 +3,7 @@
 """
     Loss
 
-A training loss: the mean over samples of `wⱼ ℓ(yⱼ, tⱼ)`, with w the weights of the samples (1 where none are given), y
+A training loss: the mean over samples of `wⱼ ℓ(yⱼ, tⱼ)`, with w the sample weights (by default 1), y
 the outputs and t the targets. [`MSE`](@ref), [`MAE`](@ref), [`Huber`](@ref) and [`BinaryCrossEntropy`](@ref) take the
 mean of a term per output for ℓ; [`CrossEntropy`](@ref) takes the outputs of a sample together.
 """
@@ -58,7 +58,7 @@ function loss_gradient!(G, ::CrossEntropy, Y, T, weights, scale)
     for j in axes(T, 2)
         w, top = scale * weight_of(weights, j), @inbounds(Y[1, j])
         @inbounds for i in axes(T, 1)
-            top = ifelse(Y[i, j] > top, Y[i, j], top)           # of a NaN, the exponentials tell
+            top = ifelse(Y[i, j] > top, Y[i, j], top)           # a NaN shows in the exponentials
         end
         mass = expected = partition = zero(eltype(Y))
         @inbounds @simd for i in axes(T, 1)

@@ -1,4 +1,4 @@
-# A network: its layers, the connections that exist, the stages in which its equilibrium is found, and the
+# A network: its layers, its connections, the stages in which its equilibrium is found, and the
 # layout of its parameters in one flat vector.
 
 """
@@ -22,8 +22,8 @@ Base.show(io::IO, layer::Layer) =
 """
     Connection
 
-A block of weights that exists: from layer `from` (0 is the input) to layer `to`, rows × cols, stored
-column by column behind `offset` in the parameter vector.
+An existing block of weights: from layer `from` (0 is the input) to layer `to`, rows × cols, stored
+column by column after `offset` entries of the parameter vector.
 """
 struct Connection
     to::Int
@@ -36,7 +36,7 @@ end
 """
     Stage
 
-Neighbouring layers whose equilibrium has to be found together: a strongly connected component of the
+Neighbouring layers whose equilibrium must be found together: a strongly connected component of the
 graph of layers. `rows` are its neurons in the state. A stage that is not `recurrent` (one layer without
 lateral connections) is evaluated in one step, so a feed-forward net is solved exactly, layer by layer.
 """
@@ -58,12 +58,12 @@ An implicit recurrent network: the state `z` of all neurons is an equilibrium of
 - `inputs`: number of features of `x`.
 - `layers`: a vector of [`Layer`](@ref); layer l feeds layer l + 1.
 - `feedback`: `true` for connections from every later to every earlier layer, or pairs `later => earlier`.
-- `skips`: pairs `earlier => later` of feed-forward connections that pass over a layer.
-- `input_skips`: layers other than the first that see the input as well.
+- `skips`: pairs `earlier => later` of feed-forward connections that skip a layer.
+- `input_skips`: layers other than the first that also receive the input.
 - `outputs`: a number of outputs `y = C z_last + d`, or a vector of neurons of the state.
-- `constraint`: what is promised of the recurrent weights, see [`Constraint`](@ref).
+- `constraint`: the constraint on the recurrent weights, see [`Constraint`](@ref).
 
-`length(net)` is the number of parameters, `neurons(net)` that of neurons.
+`length(net)` is the number of parameters, `neurons(net)` the number of neurons.
 """
 struct Network{T <: AbstractFloat}
     inputs::Int
@@ -84,7 +84,7 @@ function Base.show(io::IO, net::Network)
     )
 end
 
-# All that tells one network from another.
+# Everything that distinguishes networks.
 specification(net::Network{T}) where {T} = (T, net.inputs, net.layers, connections(net), net.constraint, net.readout, net.outputs)
 Base.:(==)(a::Network, b::Network) = specification(a) == specification(b)
 Base.hash(net::Network, h::UInt) = hash(specification(net), h)
@@ -130,7 +130,7 @@ function Network{T}(
     )
 end
 
-# All blocks of weights that exist, in their order in the parameter vector.
+# All existing blocks of weights, in their order in the parameter vector.
 function connect(inputs, layers, rows, pairs_back, skips, input_skips)
     offset = 0
     connections = Connection[]
@@ -151,7 +151,7 @@ function connect(inputs, layers, rows, pairs_back, skips, input_skips)
     return connections
 end
 
-# The stage of the layers `members`, whose scales, if it has any, lie behind `offset` in the parameter vector.
+# The stage of the layers `members`, whose scales, if any, come after `offset` entries of the parameter vector.
 function Stage(members, layers, rows, connections, constraint, offset::Int)
     recurrent = length(members) > 1 || layers[first(members)].lateral
     span = first(rows[first(members)]):last(rows[last(members)])

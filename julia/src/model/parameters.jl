@@ -1,10 +1,10 @@
-# The parameters by name, and those at the start.
+# The parameters by name, and the initial parameters.
 
 """
     initial_parameters([rng], net)
 
-Parameters to begin a training with, a vector of `length(net)` numbers: weights from the input W ~ N(0, 1/inputs), from an earlier
-layer of n neurons R ~ N(0, 1/n), from the same or a later one R ~ N(0, 0.09/n), those of the readout C ~ N(0, 1/n); all else is 0.
+Initial parameters for training, a vector of `length(net)` numbers: weights from the input W ~ N(0, 1/inputs), from an earlier
+layer of n neurons R ~ N(0, 1/n), from the same or a later one R ~ N(0, 0.09/n), those of the readout C ~ N(0, 1/n); the others are 0.
 
     p = initial_parameters(Xoshiro(1), Network(2, [Layer(16)]; outputs = 1))
 """
@@ -22,14 +22,14 @@ end
 """
     named_weights(net, p)
 
-The parts of the parameters `p` by name, as a dictionary of views: to change one is to change `p`. For a net of one layer `"W"`
-(neurons × inputs), `"R"` (neurons × neurons), the biases `"b"`, the scales `"a"` that [`Perron`](@ref) learns, and of the readout
+The parts of the parameters `p` by name, as a dictionary of views: changing one changes `p`. A net with one layer has `"W"`
+(neurons × inputs), `"R"` (neurons × neurons), the biases `"b"`, the scales `"a"` that [`Perron`](@ref) learns, and for the readout
 `"C"` (outputs × neurons) and `"d"`. With several layers `"W[l]"` goes from the input to layer l, `"R[l,k]"` from layer k to layer l,
-`"b"` holds the biases of all neurons, and `"a[l,…]"` the scales of the layers l, … whose equilibrium is found together. What the
-net does not have is not there. Throws an `ArgumentError` if `p` is no vector, and a `DimensionMismatch` if it does not have
+`"b"` holds the biases of all neurons, and `"a[l,…]"` the scales of the layers l, … whose equilibrium is found together. Only parts
+that the net has are listed. Throws an `ArgumentError` if `p` is not a vector, and a `DimensionMismatch` if it does not have
 `length(net)` entries.
 
-    named_weights(net, p)["R"] .= 0        # no lateral connections, for a beginning
+    named_weights(net, p)["R"] .= 0        # start without lateral connections
 """
 function named_weights(net::Network, p)
     check_shape("the parameters", p, 1)
@@ -53,8 +53,8 @@ end
 """
     recurrent_weights(net, p)
 
-The matrix R (neurons × neurons) in `z = f(W x + R z + b)` for the parameters `p`, as the constraint has it in force: with all
-connections between neurons, those from earlier layers included.
+The matrix R (neurons × neurons) in `z = f(W x + R z + b)` for the parameters `p`, with the constraint applied: it has all
+connections between neurons, including those from earlier layers.
 
     opnorm(recurrent_weights(net, p), Inf)
 """

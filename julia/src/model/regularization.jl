@@ -1,12 +1,12 @@
-# The Jacobian penalty, which keeps equilibria stable where no constraint does.
+# The Jacobian penalty, which favours stable equilibria where no constraint guarantees them.
 
 """
     JacobianPenalty(weight, probe, samples)
 
 Adds `weight ⋅ mean_b ‖J_b‖_F² / N` to the loss, with J = D R the Jacobian of a recurrent stage at the equilibrium of
 sample b and N the number of neurons of the network (Bai, Koltun, Kolter, ICML 2021), estimated by one random vector
-v ∈ {-1, 1}ⁿ per sample: E‖Jᵀv‖² = ‖J‖_F² (Hutchinson). The vectors depend on `probe`, the sample's place among the
-`samples` of the batch, and the neuron only.
+v ∈ {-1, 1}ⁿ per sample: E‖Jᵀv‖² = ‖J‖_F² (Hutchinson). The vectors depend only on `probe`, the sample's position among the
+`samples` of the batch, and the neuron.
 """
 struct JacobianPenalty
     weight::Float64

@@ -1,11 +1,11 @@
 # The weights of a network as dense matrices per stage, unpacked from the flat parameter vector; gradients
-# take the same shape and are packed back.
+# have the same form and are packed back.
 
 """
     StageWeights{T}
 
-What drives one stage of n neurons: `z = f(input x + feed z_before + recurrent z + bias)`. The same struct
-holds gradients. `raw` and `scales` are the parameters behind `recurrent`, see [`constrain!`](@ref).
+The weights of one stage of n neurons: `z = f(input x + feed z_before + recurrent z + bias)`. The same struct
+holds gradients. `raw` and `scales` are the parameters that determine `recurrent`, see [`constrain!`](@ref).
 """
 mutable struct StageWeights{T}
     const input::Matrix{T}          # n × d, or n × 0
@@ -14,7 +14,7 @@ mutable struct StageWeights{T}
     const recurrent::Matrix{T}
     const bias::Vector{T}
     const scales::Vector{T}
-    const stretch::Vector{T}        # exp.(scales), but for a common factor
+    const stretch::Vector{T}        # exp.(scales), up to a common factor
     const row_sum::Vector{T}
     const row_factor::Vector{T}
 end
@@ -44,7 +44,7 @@ function Weights(net::Network{V}, ::Type{T} = V) where {V, T}
     return Weights{T}(stages, zeros(T, net.outputs, net.outputs > 0 ? length(net.readout) : 0), zeros(T, net.outputs))
 end
 
-# Where a connection's block lies: the matrix of its stage, and the block's rows and columns in it.
+# The position of a connection's block: the matrix of its stage, and the block's rows and columns in it.
 function target(w::StageWeights, stage::Stage, c::Connection)
     start = first(stage.rows)
     rows = (first(c.rows) - start + 1):(last(c.rows) - start + 1)

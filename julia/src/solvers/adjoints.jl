@@ -1,4 +1,4 @@
-# How the gradient passes through an equilibrium: the options. What they do on the CPU is in cpu/adjoint.jl.
+# How the gradient passes through an equilibrium: the options. Their implementation on the CPU is in cpu/adjoint.jl.
 
 """
     Adjoint
@@ -14,14 +14,14 @@ The implicit function theorem: `(I - RᵀD) λ = ∂L/∂z*`, each sample to a r
 
 - `:lu`: one LU factorisation of `I - D R` per sample; exact. After [`Newton`](@ref), the last factorisation of the forward
   pass, refined.
-- `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product for all samples an iteration.
+- `:neumann`: `λ ← ∂L/∂z* + RᵀDλ`, one product per iteration for all samples.
 - `:anderson`: the same with [`Anderson`](@ref) acceleration.
 - `:gmres`: GMRES of KrylovKit.jl, sample by sample.
-- `:auto`: up to $(LANE_NEURONS) neurons a stage elimination for many samples side by side. Above, `:neumann` with coarse products where
-  there are some (`iterate_coarsely!`), or the linear part that is common to the batch first, as in [`Chord`](@ref), where the batch is
-  large enough for that to pay; else `:lu` up to $(SMALL_LU) neurons, above it `:neumann` as long as that is fast, then `:anderson`.
+- `:auto`: up to $(LANE_NEURONS) neurons per stage elimination for many samples side by side. Above that, `:neumann` with coarse products
+  where available (`iterate_coarsely!`), or first the common linear part of the batch, as in [`Chord`](@ref), if the batch is
+  large enough for that to pay; else `:lu` up to $(SMALL_LU) neurons, above that `:neumann` as long as it is fast, then `:anderson`.
 
-Samples which an iterative method leaves unsolved are solved by LU.
+Samples that an iterative method leaves unsolved are solved by LU.
 """
 struct Implicit <: Adjoint
     linear_solver::Symbol
@@ -47,8 +47,8 @@ struct JacobianFree <: Adjoint end
 """
     Unrolled(steps)
 
-Backpropagation through `steps` Picard iterations (BPTT) from zero, or from `start` where that is given. It is the exact gradient of that many steps, whether
-or not they reach an equilibrium; the forward solver is not used, and memory grows with the steps.
+Backpropagation through `steps` Picard iterations (BPTT) from zero, or from `start` if given. It is the exact gradient of that many
+steps, whether or not they reach an equilibrium; the forward solver is not used, and memory grows with the steps.
 """
 struct Unrolled <: Adjoint
     steps::Int

@@ -1,12 +1,12 @@
-# Anderson acceleration, each sample with a history of its own.
+# Anderson acceleration, each sample with its own history.
 
 """
     Anderson(; memory = 5, damping = 1.0, ridge = 1e-10, tol = nothing, max_iterations = 500)
 
 Anderson acceleration (Walker and Ni, SIAM J. Numer. Anal. 49, 2011): with the residual r = f(z) - z and the last
 `memory` differences ΔR, ΔF, `z ← f(z) - ΔF γ` where γ minimises ‖r - ΔR γ‖². The normal equations are regularised
-relative to their trace, so that the method does not fall back to Picard iteration as the residual becomes small. A
-sample whose residual doubles starts its history anew.
+relative to their trace, so that the method does not degrade to Picard iteration as the residual becomes small. The
+history of a sample is restarted when its residual doubles.
 """
 struct Anderson <: Solver
     memory::Int
@@ -68,7 +68,7 @@ end
 
 function accelerate!(s::Anderson, state::AndersonState{T}, c::Columns{T}, p::FixedPoint{T}, iterations::Int) where {T}
     equations = buffer!(() -> NormalEquations{T}(s.memory), c, NormalEquations{T}, e -> length(e.γ) == s.memory)
-    newest = 0                       # place of the newest difference
+    newest = 0                       # position of the newest difference
     for k in 1:iterations
         evaluate_all!(c, p; check = true) && return true
         newest = k == 1 ? 0 : mod1(newest + 1, s.memory)

@@ -1,15 +1,15 @@
-# The default: Picard iteration as long as it is fast, then what is faster for the samples that are slow.
+# The default: Picard iteration as long as it is fast, then faster methods for the slow samples.
 
-"Picard iterations between two looks at the rate."
+"Picard iterations between two checks of the rate."
 const AUTO_BLOCK = 8
 
 """
     Auto(; tol = nothing, max_iterations = 1000)
 
-Picard iteration first, or what the samples share where there is something (`correct_first!`). Every $(AUTO_BLOCK) iterations, a
-sample whose contraction rate predicts more work than the alternative
-is set aside; the samples set aside go on by Newton's method (stages of up to $(SMALL_LU) neurons) or Anderson acceleration and
-then Newton's method (above), and the last ones by NLsolve's trust region.
+Picard iteration first, or corrections by shared work where available (`correct_first!`). Every $(AUTO_BLOCK) iterations, samples
+whose contraction rate predicts more work than the alternative
+are set aside; these continue with Newton's method (stages of up to $(SMALL_LU) neurons) or with Anderson acceleration and
+then Newton's method (larger stages), and the last ones with NLsolve's trust region.
 """
 @kwdef struct Auto <: Solver
     tol::Union{Nothing, Float64} = nothing
@@ -24,7 +24,7 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
         c.cold = false
     end
     # Newton costs about 4 iterations of n/3 + 2 products each, at a third of the speed of a product.
-    # Without a guarantee Newton's method may find an equilibrium that repels; Picard iteration gets more time.
+    # Without a guarantee Newton's method may find a repelling equilibrium; Picard iteration gets more time.
     patience = (n <= SMALL_LU ? 4 * (n ÷ 3 + 2) : 30) * (p.unique ? 1 : 8)
     coarse = p.recurrence.coarse && c.limit >= COARSE_EVALUATIONS
     begun = coarse || p.recurrence.linearized
@@ -48,9 +48,9 @@ end
 """
     correct_first!(c, p, coarse)
 
-Begin with corrections by what the samples share: `coarse` products, or the linearised equation; true when all are done. Where an
-equilibrium may be one of several, these may lead to another than Picard iteration from the start does: they are then used only once
-that iteration is seen to contract. One coarse step, which takes a fraction of the time of a correction, always pays.
+Begin with corrections by shared work: `coarse` products, or the linearised equation; true when all are done. Where there may be
+several equilibria, these may lead to another one than Picard iteration from the start does: they are then used only once
+Picard iteration is seen to contract. One coarse step, which takes a fraction of the time of a correction, always pays.
 """
 function correct_first!(c::Columns{T}, p::Stationary{T}, coarse::Bool) where {T}
     evaluate_all!(c, p; check = true, rescue = true) && return reclaim!(c) == 0
@@ -76,20 +76,20 @@ predicted_iterations(goal::T, residual::T, rate::T) where {T <: AbstractFloat} =
 # --- one sample of an equation: what is cheap first, then what is robust ----------------------------------------
 
 """
-Ways of the trust region for what Newton's method with a line search leaves, each from the start. On the systems of Moré, Garbow
-and Hillstrom (1981), from their starts and from 10 and 100 times as far, each solves some that the others do not.
+Variants of the trust region for samples on which Newton's method with a line search fails, each from the start. On the systems of
+Moré, Garbow and Hillstrom (1981), from their starts and from 10 and 100 times as far, each solves some that the others do not.
 """
 const TRUST_REGIONS = (
     TrustRegion(true, 0.1, 1.0), TrustRegion(false, 0.0, 1.0), TrustRegion(true, 1.0, 100.0), TrustRegion(false, 0.0, 0.1),
 )
 
-"The part of the evaluations that each of them may use, and Newton's method before; the last gets what is left."
+"The share of the evaluations that each method may use, beginning with Newton's; the last gets all that are left."
 const ATTEMPT_SHARES = (0.2, 0.2, 0.3, 0.2, 1.0)
 
-"The part of the evaluations that Newton's method may use on a fixed point."
+"The share of the evaluations that Newton's method may use on a fixed point."
 const FIXED_POINT_SHARE = 0.05
 
-"Evaluations that each gets in any case, if there are so many."
+"Evaluations that each method gets in any case, if that many are left."
 const LEAST_ATTEMPT = 60
 
 iterate!(::Auto, s::Iteration, p::AbstractEquation, tol) = p.root ? find_root!(s, p, tol) : find_fixed_point!(s, p, tol)
@@ -111,7 +111,7 @@ function find_root!(s::Iteration, p::AbstractEquation, tol)
     return (@late trust_regions!(s, l, erased(p), tol))::Status
 end
 
-# Each way of the trust region from the start; what is left in the end belongs to one that was not finished.
+# Each variant of the trust region from the start; evaluations left in the end go to one that was not finished.
 function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     w = Dogleg(p.n)
     unfinished = nothing
@@ -128,7 +128,7 @@ function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol
     return verify(trust_region!(s, l, w, p, tol, unfinished), s, p, tol)
 end
 
-"Up to this many unknowns fixed points are found by methods with a matrix."
+"Up to this number of unknowns fixed points are found by methods with a matrix."
 const DENSE = 2000
 
 # Picard iteration while it is fast, else Newton's method, whose result counts if it attracts; else more of Picard iteration, and
@@ -163,10 +163,10 @@ function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol)
     return status === DIVERGED && !(found in (CONVERGED, UNSTABLE)) ? DIVERGED : found
 end
 
-"Picard iterations that a start of Newton's method is worth."
+"The number of Picard iterations that cost as much as a start of Newton's method."
 picard_patience(n::Int) = 4 * (n + 2)
 
-# Until the iteration ends, or is so slow that Newton's method is cheaper (`nothing`); what runs away begins anew.
+# Until the iteration ends, or is so slow that Newton's method is cheaper (`nothing`); a diverging iteration is restarted.
 function picard_while_fast!(s::Iteration{T}, p::AbstractEquation{T}, tol) where {T}
     patience = picard_patience(p.n)
     while evaluate!(s, p)

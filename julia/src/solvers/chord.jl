@@ -1,13 +1,13 @@
-# The chord method: Newton's method with one matrix for all samples, in one product an iteration.
+# The chord method: Newton's method with one matrix for all samples, with one product per iteration.
 
 """
     Chord(; tol = nothing, max_iterations = 200)
 
 The chord method with the mean slopes D̄ of the batch: the samples share the matrix `Q = (I - R D̄)⁻¹ R`, and the equation of
 each is solved in the form ([`Linearized`](@ref)) in which only the deviation of its slopes from D̄ is left to the iteration: one
-product an iteration, no factorisation per sample, and far fewer iterations than Picard's. What it finds is checked in
-the equation itself, and what that does not confirm goes on by Picard iteration. The iterates of a sample depend on its
-batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and what does not converge is
+product per iteration, no factorisation per sample, and far fewer iterations than Picard's. Its results are checked in
+the equation itself, and samples that fail the check continue with Picard iteration. The iterates of a sample depend on its
+batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and samples that do not converge are
 `SINGULAR`. Three evaluations of a few samples, from which D̄ is taken, are not counted.
 """
 @kwdef struct Chord <: Solver
@@ -23,9 +23,9 @@ The equation z = g(u + M z) with its mean linear part solved for. With s = u + M
 
     s = (I - M D̄)⁻¹ u + Q t,    Q = (I - M D̄)⁻¹ M,
 
-a fixed point in t which contracts at the rate of Q (D - D̄) instead of M D: an evaluation is a chord step of Newton's method in one product. In
-its columns `Z` is t, `F` the change of t, and `S` is updated by Q Δt; the first change is the residual g(s) - z at which
-the equation is taken up. As M Δt is what the equation itself leaves at s, an iterate with ‖Δt‖ below the tolerance solves it.
+a fixed point in t that contracts at the rate of Q (D - D̄) instead of M D: an evaluation is a chord step of Newton's method with one
+product. In its columns `Z` is t, `F` the change of t, and `S` is updated by Q Δt; the first change is the residual g(s) - z at which
+the iteration begins. Since M Δt is the residual of the equation itself at s, an iterate with ‖Δt‖ below the tolerance solves it.
 """
 struct Linearized{T, P <: FixedPoint{T}, V} <: ColumnEquation{T}
     M::Factor{T}                 # Q
@@ -58,16 +58,16 @@ function store_result!(p::Linearized, sample::Int, c::Columns, j::Int, ::Status)
     return
 end
 
-"Iterations in the linearised equation before something else is tried."
+"Iterations in the linearised equation before another method is tried."
 const LINEARIZED_PATIENCE = 40
 
 """
     iterate_linearized!(c, p, iterations; check = false)
 
-Let the active columns, which have been evaluated, go on in the linearised equation, and evaluate the outcome in the equation
+Continue the active columns, which have been evaluated, in the linearised equation, and evaluate the outcome in the equation
 itself; true when all are done. A column whose iteration fails keeps its iterate. Without a guarantee of uniqueness a solution is
-taken only if it is no farther away than the residual and the rate of the iteration before say; `check` asks whether it
-attracts as well.
+accepted only if it is no farther away than the residual and rate of the previous iteration allow; with `check` it must also
+attract.
 """
 function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; check = false) where {T}
     m, buffers = c.active, linearized_buffers(c)
@@ -84,7 +84,7 @@ function iterate_linearized!(c::Columns{T}, p::FixedPoint{T}, iterations::Int; c
         if lin.outcome.status[sample] <= MAX_ITERATIONS && distance(p.Z, sample, c.Z, j) <= trust_radius(p, c, j)
             copy_column!(c.Z, j, p.Z, sample)
         end
-        c.residual[j] = Inf            # the next is no step of this iteration, and has no rate
+        c.residual[j] = Inf            # the next step does not belong to this iteration and has no rate
     end
     return evaluate_all!(c, p; check)
 end
@@ -121,7 +121,7 @@ end
 
 linearized(p::Stationary, outcome) = Linearized(p, false, outcome)
 
-# How far from its iterate a solution for column j is taken.
+# How far from its iterate a solution for column j is accepted.
 trust_radius(::FixedPoint{T}, ::Columns, ::Int) where {T} = T(Inf)
 trust_radius(p::Stationary{T}, c::Columns, j::Int) where {T} = p.unique ? T(Inf) : trust_radius(c.residual[j], c.rate[j])
 

@@ -1,11 +1,11 @@
-# One sample of an equation at work: its state, how f is evaluated and counted, and when it has converged. What is done for the stages
+# The iteration of one sample of an equation: its state, evaluations of f and their count, and convergence. The iteration of the stages
 # of a network in columns, many samples at a time, is in cpu/columns.jl.
 
 """
     AbstractEquation{T}
 
-What solvers see of an equation of one sample, z = f(z), or f(z) = 0 for a `root`. A subtype has the fields `root`; `n`, the number of
-unknowns; and `weights`, by which entries are multiplied where sizes are taken, none where all count alike; and the methods
+The interface of solvers to an equation of one sample, z = f(z), or f(z) = 0 for a `root`. A subtype has the fields `root`; `n`, the
+number of unknowns; and `weights`, by which entries are multiplied in norms, empty if all count alike; and the methods
 
 - [`call!`](@ref)`(y, p, z, sample)`, and `call!(y, J, p, z, sample)` where the Jacobian comes with the value;
 - [`conditions_jacobian!`](@ref)`(J, p, z, sample)`.
@@ -24,8 +24,9 @@ Linearization{T}(n::Int) where {T} = Linearization{T}(zeros(T, n, n), zeros(T, n
 """
     Iteration{T}(n)
 
-The sample at work, of `n` unknowns: the iterate `z`, the `value` f(z), and the residual `c` of the conditions f(z) - z or f(z);
-`base` and `picard` are the z and f(z) that the step under way begins at (of a root, `picard` is a place looked at). Sizes are held in double precision. Made once and used for one sample after the other.
+The current sample, of `n` unknowns: the iterate `z`, the `value` f(z), and the residual `c` of the conditions f(z) - z or f(z);
+`base` and `picard` are the z and f(z) at which the current step begins (for a root, `picard` is a trial point). Norms are in double
+precision. Made once and used for one sample after the other.
 """
 mutable struct Iteration{T}
     const z::Vector{T}
@@ -40,18 +41,18 @@ mutable struct Iteration{T}
     evaluations::Int
     limit::Int                # of evaluations
     merit::Float64            # ‖c‖, which steps are to reduce
-    largest::Float64          # size on the way, that of f(z) for a fixed point: so that a distant start does not loosen the criterion
+    largest::Float64          # largest norm so far, that of f(z) for a fixed point: so that a distant start does not loosen the criterion
     outset::Float64           # size of z and f(z) at the start
     distance::Float64         # size of the last step: f(z) - z, or of Newton's method on a root
-    rate::Float64             # its quotient with the one before
-    relative::Float64         # its quotient with what it is related to
+    rate::Float64             # its quotient with the previous one
+    relative::Float64         # its quotient with the size it is relative to
     last_merit::Float64       # ‖c‖ at the Newton step of a root before
     const row_weights::Vector{Float64}    # of the conditions of a root in ‖c‖, none where all count alike
 end
 Iteration{T}(n::Int) where {T} =
     Iteration{T}((zeros(T, n) for _ in 1:6)..., nothing, false, 0, 0, 0, NaN, 0.0, 0.0, Inf, 0.0, Inf, Inf, Float64[])
 
-"Begin with a sample from the start `z`, allowing so many evaluations of f."
+"Begin with a sample from the start `z`, with a limit on the evaluations of f."
 @inline function begin!(s::Iteration, p::AbstractEquation, Z::Matrix, sample::Int, limit::Int)
     copy_column!(s.z, 1, Z, sample)
     copyto!(s.start, s.z)
@@ -59,7 +60,7 @@ Iteration{T}(n::Int) where {T} =
     return forget!(s, p)
 end
 
-"Begin again from the start, with the evaluations counted on."
+"Begin again from the start; the count of evaluations continues."
 @inline restart!(s::Iteration, p::AbstractEquation) = (copyto!(s.z, s.start); forget!(s, p))
 
 @inline function forget!(s::Iteration, p::AbstractEquation)
@@ -76,7 +77,7 @@ const NO_WEIGHTS = Float64[]
 
 weight(weights::Vector{Float64}, i) = isempty(weights) ? 1.0 : weights[i]
 
-"The Euclidean norm of x, each entry times its weight where there are weights, without overflow and underflow on the way."
+"The Euclidean norm of x, each entry times its weight if there are weights, without intermediate overflow or underflow."
 @inline function measure(x::AbstractVector, weights::Vector{Float64} = NO_WEIGHTS)
     total = 0.0
     if isempty(weights)
@@ -101,7 +102,7 @@ end
 """
     evaluate!(s, p)
 
-Evaluate f at the iterate; false, and nothing done, if no evaluation is left. This is the only place where evaluations are counted.
+Evaluate f at the iterate; return false without evaluating if no evaluation is left. Evaluations are counted only here.
 """
 @inline function evaluate!(s::Iteration, p::AbstractEquation)
     s.evaluations < s.limit || return false
@@ -147,15 +148,15 @@ end
     return all(isfinite, l.step)
 end
 
-"The quotient of two steps from which on they are so slow that zero is looked at, if they are below the rounding of the largest iterate."
+"The quotient of two steps above which convergence is so slow that zero is tried, if steps are below the round-off of the largest iterate."
 const SLOW = 0.4
 
 """
     near!(s, p, tol, distance, size)
 
-Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, in which entries
-count as no smaller than their scale if they have one; or, since a solution may be zero to rounding, one below the rounding of the
-largest iterate on the way, where steps do not shrink. Those to a root do not where no part of them leads on, see `found!`.
+Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, where entries
+count as no smaller than their scale if they have one; or, since a solution may be zero to rounding, one below the round-off of the
+largest iterate so far, if steps no longer shrink. Steps to a root no longer shrink if no part of them makes progress, see `found!`.
 """
 @inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
     isempty(p.weights) || (size = max(size, sqrt(p.n)))
@@ -169,11 +170,11 @@ end
 
 rounding(s::Iteration{T}) where {T} = Float64(eps(T)) * s.largest
 
-"Whether the last step was below the rounding of the largest iterate: good enough where nothing leads on."
+"Whether the last step was below the round-off of the largest iterate: good enough if no step makes progress."
 settled(s::Iteration) = s.distance <= rounding(s)
 
-# However far the start, steps that become smaller lead to a solution, which may be small; or to zero, and there is no end to them.
-"Whether small steps go to zero, which solves the equation, and as a fixed point attracts. It is the iterate then."
+# However far the start, shrinking steps lead to a solution, which may be small; or they approach zero without end.
+"Whether small steps approach zero, and zero solves the equation and, for a fixed point, attracts. Zero is then the iterate."
 @inline vanishes!(s::Iteration, p::AbstractEquation) = settled(s) && is_slow(s) && (@late zero_solves!(s, p))::Bool
 @inline is_slow(s::Iteration{T}) where {T} = s.rate > SLOW || s.distance <= eps(T) * rounding(s) || s.evaluations == s.limit
 
@@ -195,7 +196,7 @@ function zero_solves!(s::Iteration, p::AbstractEquation)
     return true
 end
 
-"How a fixed point stands after an evaluation of f; `nothing`: go on."
+"The status of a fixed-point iteration after an evaluation of f; `nothing`: continue."
 @inline function assess!(s::Iteration, p::AbstractEquation, tol::Float64)
     size = measure(s.value, p.weights)
     isfinite(s.merit) && isfinite(size) || return NON_FINITE
@@ -204,13 +205,13 @@ end
     return s.merit > BLOW_UP * s.outset ? DIVERGED : nothing
 end
 
-"Of a fixed point f(z), which is the better, is the solution, unless it is not finite."
+"The solution of a fixed point is f(z), which is more accurate than z, unless it is not finite."
 @inline function finish!(s::Iteration, status::Status)
     status === NON_FINITE || copyto!(s.z, s.value)
     return status
 end
 
-"The same of a fixed point that, where it is `doubtful`, may repel or be none: that is looked at where a matrix is affordable."
+"The same for a fixed point that, if `doubtful`, may repel or be spurious: this is checked where a matrix is affordable."
 function finish!(s::Iteration, status::Status, p::AbstractEquation, tol, doubtful::Bool)
     finish!(s, status)
     return doubtful && p.n <= DENSE ? verify(status, s, p, tol) : status

@@ -5,8 +5,8 @@
 
 Newton's method on `r(z) = f(u + R z) - z`, `z ← z + t (I - D R)⁻¹ r` with one LU factorisation per sample and iteration.
 The step t is halved while ‖r‖ does not decrease; where six halvings do not help, a Picard step is taken. Without a
-uniqueness guarantee (`Free`) the equilibrium found may be one that no iteration would stay at: it is then reported as
-`UNSTABLE`. Where I - D R is singular, the direction is that of the Picard step; a sample whose iterations end at such a place
+uniqueness guarantee (`Free`) the equilibrium may be one that Picard iteration moves away from: it is then reported as
+`UNSTABLE`. Where I - D R is singular, the direction is that of the Picard step; a sample whose iterations end at such a point
 is `SINGULAR`.
 """
 @kwdef struct Newton <: Solver
@@ -15,17 +15,17 @@ is `SINGULAR`.
     Newton(tol, max_iterations) = (check_options(tol, max_iterations); new(tol, max_iterations))
 end
 
-"The smallest part of a Newton step that is tried on a fixed point, for which a Picard step follows."
+"The smallest fraction of a Newton step that is tried on a fixed point, after which a Picard step follows."
 const SMALLEST_STEP = 2.0^-6
 
-"Whether the part `t` of a Newton step has reduced the norm of the residual as far as could be asked of it (Armijo's rule)."
+"Whether the fraction `t` of a Newton step has reduced the norm of the residual sufficiently (Armijo's rule)."
 @inline decreases(norm::N, before::N, t) where {N} = norm < (1 - N(1.0e-4) * t) * before
 
 """
     NewtonState{T}(n, width)
 
 The line search of each sample: its `base`, with the Picard step from there (`picard` = f(base)) and the `residual`, the
-`direction`, and the length of the step under way (0 where the iterate is taken as it is).
+`direction`, and the size of the current step (0 where the iterate is accepted as it is).
 """
 struct NewtonState{T} <: SolverState
     base::Matrix{T}
@@ -37,7 +37,7 @@ end
 NewtonState{T}(n::Int, width::Int) where {T} =
     NewtonState{T}((zeros(T, n, width) for _ in 1:3)..., zeros(T, width), zeros(T, width))
 
-"A factorisation, and the slopes that it is made of."
+"A factorisation, and the slopes from which it was computed."
 struct FactorBuffers{T}
     A::Matrix{T}
     pivots::Vector{Int}
@@ -126,7 +126,7 @@ end
 
 # --- one sample -------------------------------------------------------------------------------------------------
 
-"The smallest part of a Newton step that is tried on a root, for which nothing else follows; that of a fixed point is `SMALLEST_STEP`."
+"The smallest fraction of a Newton step that is tried on a root, which has no fallback; that of a fixed point is `SMALLEST_STEP`."
 const SMALLEST_ROOT_STEP = 2.0^-20
 
 function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
@@ -134,8 +134,8 @@ function iterate!(::Newton, s::Iteration, p::AbstractEquation, tol)
 end
 
 """
-How a fixed point that has been found stands: `UNSTABLE` if it repels, and `SINGULAR` if it may be far away however small f(z) - z is,
-as for z = z + 1/z, which has none.
+The status of a converged fixed point: `UNSTABLE` if it repels, and `SINGULAR` if the fixed point may be far away however small
+f(z) - z is, as for z = z + 1/z, which has none.
 """
 function verify(status::Status, s::Iteration, p::AbstractEquation, tol)
     status === CONVERGED && !p.root || return status
@@ -167,7 +167,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     return
 end
 
-"How a root stands, given the Newton step; `nothing`: go on. One that has converged takes the step, which is as good as another iteration."
+"The status of a root, given the Newton step; `nothing`: continue. A converged root takes the step, which is as good as another iteration."
 @inline function assess_root!(s::Iteration, l::Linearization, solvable::Bool, p::AbstractEquation, tol::Float64)
     size = measure(s.z, p.weights)
     proven = isfinite(s.distance) && s.merit <= LEFT_OF_CONDITIONS * s.last_merit
@@ -188,25 +188,25 @@ end
         return CONVERGED
     end
     s.merit == 0 || return nothing
-    # A condition that has faded away, as exp(-z) does, is zero with all its derivatives.
+    # A condition that has underflowed, as exp(-z) does, is zero with all its derivatives.
     s.evaluations > 1 && any(i -> all(iszero, view(l.J, i, :)), axes(l.J, 1)) && return SINGULAR
     near!(s, p, tol, 0.0, size)
     return CONVERGED
 end
 
-# A short step to a root makes the conditions much smaller than they were. Newton's steps are as short at a pole, from which they lead
+# A short step to a root makes the conditions much smaller. Newton steps are equally short at a pole, from which they lead
 # away, and where f has an infinite slope, as √z + 1 at zero.
-"What is left of ‖c‖ behind a step to a root, at most."
+"The largest fraction of ‖c‖ that remains after a step to a root."
 const LEFT_OF_CONDITIONS = 0.5
 
-"The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."
+"The largest last-but-one step of Newton's method near a root, relative to the largest iterate."
 far_step(tol) = max(1.0e-3, 10sqrt(tol))
 
-"The part of the last step that is taken back to see whether f answers, and the factor within which it does."
+"The fraction of the last step that is taken back to see whether f responds, and the factor within which the response must agree."
 const PROBE, ANSWER = 2.0^-10, 32.0
 
-# Whether f changes about as its derivatives say around a root that was suddenly there. If it does not, it is rounding that makes the
-# conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is anywhere.
+# Whether f changes roughly as its derivatives predict around a root that appeared suddenly. If it does not, it is rounding that makes
+# the conditions zero, as those of z/(1 + z) = 1 from 1e16 on, and z is not a root.
 @noinline function answers!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     expected, found = similar(s.z), similar(s.c)
     map_each!((z, before) -> z + T(PROBE) * (before - z), s.picard, s.z, s.base)
@@ -219,7 +219,7 @@ const PROBE, ANSWER = 2.0^-10, 32.0
 end
 is_answer(found, expected) = !(oftype(found, ANSWER) * abs(found) < abs(expected))
 
-"Whether a root has been found, to rounding, where nothing leads on."
+"Whether a root has been found, to rounding, if no step makes progress."
 function found!(s::Iteration, l::Linearization, p::AbstractEquation)
     settled(s) || return false
     p.root || return true
@@ -244,7 +244,7 @@ end
     return largest_column_sum(change) <= T(0.5)
 end
 
-# Whether f leaps a little further on or back, as floor(z) does at whole numbers: only parts of Newton steps lead to there.
+# Whether f jumps a little further on or back, as floor(z) does at whole numbers: only fractions of Newton steps lead there.
 @noinline function leaps!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     way, change = map_each!((step, z) -> 2step + copysign(8eps(T) * z, step), similar(s.z), l.step, s.z), similar(s.c)
     return any((1, -1)) do sign
@@ -262,8 +262,8 @@ function is_part(s::Iteration, p::AbstractEquation, size::Float64)
     return measure(s.picard, p.weights) < 0.9 * size < Inf
 end
 
-# Move along the step, halved while ‖c‖ does not decrease. Where that does not help, a fixed point moves by a Picard step, and the
-# conditions of a root are weighted anew. How the iteration ended, or `nothing`.
+# Move along the step, halved while ‖c‖ does not decrease. If that does not help, a fixed point takes a Picard step, and the
+# conditions of a root get new weights. Returns the status of the iteration if it ended, or `nothing`.
 function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}) where {T}
     copyto!(s.base, s.z)
     if !p.root
@@ -285,7 +285,7 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
     return found!(s, l, p) ? CONVERGED : SINGULAR
 end
 
-"Whether a part of the step, halved down to `smallest`, decreases ‖c‖; the iterate is then there. Not so, too, if no evaluation is left."
+"Whether a fraction of the step, halved down to `smallest`, decreases ‖c‖; the iterate is then there. Also false if no evaluation is left."
 @inline function halve_step!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::AbstractEquation{T}, smallest) where {T}
     before, t = s.merit, one(T)
     while solvable && t >= smallest
@@ -299,11 +299,11 @@ end
     return false
 end
 
-"Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."
+"Conditions whose terms differ by less than this factor at the start have equal weights in ‖c‖, as long as steps make progress."
 const EQUAL_TERMS = 1.0e8
 
-# Conditions of very different units hide each other in ‖c‖: what rounding leaves of a large one may be more than all of a small one.
-# So each is related to the terms of its linear model, |J| (|z| + |step|), unless those differ by less than `equal`.
+# Conditions of very different units hide each other in ‖c‖: the round-off of a large one may exceed the whole of a small one.
+# So each is divided by the terms of its linear model, |J| (|z| + |step|), unless those differ by less than `equal`.
 function weigh_rows!(s::Iteration, l::Linearization, p::AbstractEquation, equal::Float64)
     p.n > 1 || return
     J = jacobian!(s, l, p)

@@ -5,7 +5,7 @@
     NLsolver(; method = :trust_region, tol = nothing, max_iterations = 200)
 
 NLsolve.jl on `f(u + R z) - z = 0` with its exact Jacobian `D R - I`, one sample at a time and in double precision. `method` is
-`:trust_region`, `:newton` or `:anderson`. The slowest of the solvers and the hardest to defeat. A sample whose Jacobian is
+`:trust_region`, `:newton` or `:anderson`. It is the slowest and most robust of the solvers. A sample whose Jacobian is
 singular where the method ends is `SINGULAR`.
 """
 struct NLsolver <: Solver
@@ -31,7 +31,7 @@ function iterate!(solver::NLsolver, s::Iteration, p::AbstractEquation, tol)
     return verify(status, s, equation, tol)
 end
 
-# How the iteration ended; s.z is the solution, or how far it got.
+# The status at the end; s.z is the solution or the last iterate.
 function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol) where {T}
     l = linearization!(s)
     evaluate!(s, l, p) || return MAX_ITERATIONS
@@ -69,7 +69,7 @@ function nlsolve!(s::Iteration{T}, p::AbstractEquation{T}, solver::NLsolver, tol
     end
     both!(c, J, x) = (conditions!(c, x); jacobian!(J, x))
     p.root || assess!(s, p, tol) !== CONVERGED || return CONVERGED
-    # It also counts the trials of one point while its trust region shrinks, which are not evaluated; there may be no end to them.
+    # It also counts trials of the same point while its trust region shrinks, which are not evaluated and may go on without end.
     iterations = 4 * (s.limit - s.evaluations) + 200
     return call_nlsolve(Opaque(conditions!), Opaque(jacobian!), Opaque(both!), Float64.(s.z) ./ unit, solver.method, iterations)
 end
@@ -109,7 +109,7 @@ end
     StageEquation(p)
 
 The equilibrium of a stage for one sample, driven by `u`, in double precision and for whatever activation, so that all of this is
-compiled once. By its weights the smallest size that residuals are related to is the floor of the [`Stationary`](@ref) equation.
+compiled once. Its weights make the smallest size to which residuals are relative the floor of the [`Stationary`](@ref) equation.
 """
 struct StageEquation <: AbstractEquation{Float64}
     root::Bool
@@ -126,7 +126,7 @@ function StageEquation(p::Stationary)
     return StageEquation(false, n, fill(sqrt(n) / p.floor, n), Matrix{Float64}(p.recurrence.R), p.f, (zeros(n) for _ in 1:3)...)
 end
 
-# All that NLsolve.jl asks for: the value, and the Jacobian for little more.
+# The interface to NLsolve.jl: the value, and the Jacobian at little extra cost.
 function call!(y::Vector{Float64}, J::Matrix{Float64}, p::StageEquation, z, ::Int)
     check_interrupt()
     gemv!('N', true, p.R, z, true, copyto!(p.s, p.u))
@@ -143,12 +143,12 @@ function iterate!(solver::NLsolver, c::Columns{T}, p::Stationary{T}, iterations:
         evaluations > 0 || continue
         copyto!(equation.u, view(c.U, :, j))
         begin!(s, equation, c.Z, j, evaluations)
-        @late nlsolve!(s, equation, solver, Float64(p.tol) / 2)         # the rest is for the rounding of z
+        @late nlsolve!(s, equation, solver, Float64(p.tol) / 2)         # the other half is for the rounding of z
         copy_column!(c.Z, j, s.z, 1)
         c.iterations[j] += s.evaluations
         c.residual[j] = T(Inf)
     end
-    # What has converged is found by the same evaluation as for every other solver.
+    # Convergence is decided by the same evaluation as for every other solver.
     evaluate_all!(c, p; check = true) && return true
     (; A, pivots, slopes) = buffer!(() -> FactorBuffers{T}(size(c.F, 1)), c, FactorBuffers{T})
     foreach(j -> factorize!(A, pivots, slopes, c, p, j), 1:c.active)

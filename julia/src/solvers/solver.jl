@@ -1,9 +1,9 @@
-# What all solvers share: their options, and how a solve ended.
+# Common to all solvers: their options, and the status of a solve.
 
 """
 How the solve of one sample ended: `CONVERGED`, `MAX_ITERATIONS`, `DIVERGED`, `NON_FINITE`, `UNSTABLE` (an equilibrium that
 Picard iteration moves away from, the spectral radius of its Jacobian being >= 1), or `SINGULAR` (the Jacobian of the equation
-has no inverse, and no step leads on).
+has no inverse, and no step makes progress).
 """
 @enum Status::Int8 CONVERGED MAX_ITERATIONS DIVERGED NON_FINITE UNSTABLE SINGULAR
 
@@ -53,7 +53,7 @@ function reset!(o::Outcome)
     return o
 end
 
-"Take over the outcome of the first samples of `from` for those with these numbers."
+"Copy the outcome of the first samples of `from` to the `samples` with these numbers."
 function copy_outcome!(to::Outcome, samples, from::Outcome)
     checkbounds(to.status, samples)
     for (k, j) in enumerate(samples)

@@ -1,9 +1,9 @@
 # Whether an equilibrium attracts: the spectral radius of its Jacobian D R.
 
-"Up to this many rows all eigenvalues are computed."
+"Up to this number of rows all eigenvalues are computed."
 const DENSE_EIGEN = 256
 
-"Squarings of D R before its eigenvalues are computed, which take as long as some fifty."
+"Squarings of D R before its eigenvalues are computed, which take as long as about fifty squarings."
 const SQUARINGS = 10
 
 """
@@ -22,7 +22,7 @@ function spectral_radius(R::AbstractMatrix{T}, d) where {T}
     return abs(first(values))
 end
 
-# `eigvals` looks for symmetry and sorts, which is more to compile than all else here.
+# `eigvals` checks for symmetry and sorts, which takes longer to compile than everything else here.
 largest_eigenvalue!(A::Matrix) = largest_eigenvalue!(Matrix{Float64}(A))
 function largest_eigenvalue!(A::Matrix{T}) where {T <: BlasFloat}
     isempty(A) && return zero(T)
@@ -58,7 +58,7 @@ end
     repels(R, d)
 
 Whether the spectral radius of J = `diag(d) R` (n × n) is 1 or more. It is not where a power of J has a norm below 1, and it is where
-the trace of one, a sum of n powers of eigenvalues, is above n. Only what that does not settle needs eigenvalues.
+the trace of one, a sum of n powers of eigenvalues, is above n. Eigenvalues are computed only if this does not decide.
 """
 function repels(R::AbstractMatrix{T}, d) where {T}
     n, size2 = size(R, 1), zero(T)
@@ -78,8 +78,8 @@ end
 """
     is_spurious(c, p, j)
 
-Whether the iterate in column j has converged only because it is so large that what the equation lacks is lost in rounding, as where
-f(z) = z + b: its Jacobian is singular to rounding then.
+Whether the iterate in column j has converged only because it is so large that its residual is lost in rounding, as for
+f(z) = z + b: its Jacobian is then singular to rounding.
 """
 is_spurious(::Columns, ::ColumnEquation, ::Int) = false
 function is_spurious(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
@@ -89,17 +89,17 @@ function is_spurious(c::Columns{T}, p::Stationary{T}, j::Int) where {T}
     return !factorize!(A, pivots, slopes, c, p, j)
 end
 
-"States beyond this size are looked at."
+"States beyond this size are checked."
 const SUSPICIOUS_SIZE = 1.0e6
 
-# Where an equilibrium may be one of several, methods that jump may find another than the one that attracts the iterates. A
-# contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; that is believed, with some room
-# for q to change, of iterates which are seen to contract.
+# Where there may be several equilibria, methods that jump may find another than the one that attracts the iterates. A
+# contraction with rate q has its equilibrium within r / (1 - q) of an iterate with residual r; this is trusted, with some margin
+# for changes of q, for iterates that are seen to contract.
 
 "Whether the iterates contract fast enough for [`trust_radius`](@ref) to mean anything."
 contracts(rate::T) where {T} = rate < T(0.8)
 
-"    trust_radius(residual, rate)\n\nHow far from an iterate the equilibrium that attracts it may be."
+"    trust_radius(residual, rate)\n\nThe largest distance from an iterate to the equilibrium that attracts it."
 trust_radius(residual::T, rate::T) where {T} = 3 * residual / (1 - min(rate, T(0.9)))
 
 """

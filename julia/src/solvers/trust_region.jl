@@ -1,13 +1,13 @@
-# Powell's hybrid method, the dogleg in a trust region, with the exact Jacobian, for what Newton's method with a line search does
-# not solve. After Powell (1970) and Moré, Garbow and Hillstrom, User guide for MINPACK-1 (1980), with numbers that have no unit:
-# the residual in units of its norm, the unknowns in units in which every column of the Jacobian has the norm 1.
+# Powell's hybrid method, the dogleg in a trust region, with the exact Jacobian, for samples that Newton's method with a line search
+# does not solve. After Powell (1970) and Moré, Garbow and Hillstrom, User guide for MINPACK-1 (1980), with dimensionless numbers:
+# the residual in units of its norm, the unknowns in units in which every column of the Jacobian has norm 1.
 
 """
     TrustRegion(scaled, memory, radius)
 
-One way to measure steps: with each unknown in the unit in which its column of the Jacobian has the norm 1 (`scaled`), of which
-the largest norms so far count, times `memory` for each step that they are old; or with all unknowns in the same unit. The first
-`radius` is in units of the size of the start.
+One way to measure steps: with each unknown in the unit in which its column of the Jacobian has norm 1 (`scaled`), using
+the largest norms so far, reduced by the factor `memory` per step since; or with all unknowns in the same unit. The first
+`radius` is in units of the norm of the start.
 """
 struct TrustRegion
     scaled::Bool
@@ -41,7 +41,7 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
     fill!(w.units, 0)
     radius = NaN
     while true
-        # Where the iterate stands.
+        # The status of the iterate.
         status = p.root ? nothing : assess!(s, p, tol)
         status === nothing || status === DIVERGED || return finish!(s, status)
         solvable = newton_step!(s, l, p)
@@ -72,9 +72,9 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
     return
 end
 
-# c/‖c‖ and its Jacobian in the units of the way; false where the Jacobian is zero.
+# c/‖c‖ and its Jacobian in the units of this variant; false where the Jacobian is zero.
 function linear_model!(w::Dogleg, s::Iteration, l::Linearization, p::AbstractEquation, way::TrustRegion)
-    rows = p.root ? NO_WEIGHTS : p.weights         # as in the merit
+    rows = p.root ? NO_WEIGHTS : p.weights         # as in the merit function
     largest = 0.0
     for k in axes(l.J, 2)
         w.newton[k] = measure(view(l.J, :, k), rows)
@@ -123,7 +123,7 @@ function dogleg!(w::Dogleg, l::Linearization, solvable::Bool, radius::Float64, s
     return true
 end
 
-# z = base + step; false where that is no step any more.
+# z = base + step; false if the step no longer changes z.
 function take_step!(s::Iteration{T}, w::Dogleg, p::AbstractEquation, size_of_c::Float64) where {T}
     moved, size = false, measure(s.base, p.weights)
     for i in eachindex(s.z)

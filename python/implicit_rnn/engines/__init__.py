@@ -19,20 +19,20 @@ _engines: dict[str, Engine] = {}
 def get_engine(name: str | None = None) -> Engine:
     """The engine of that name, started at its first use.
 
-    Networks and equations do this by themselves; call it to choose the moment, or to learn which engine there is.
+    Networks and equations do this themselves; call it to choose the moment, or to find out which engine is available.
 
     Parameters
     ----------
     name
         "julia", "numpy", or "auto": the Julia engine, or the NumPy engine with one ``EngineWarning`` that says why the
-        Julia engine cannot be had. ``None`` reads IMPLICIT_RNN_ENGINE, else means "auto".
+        Julia engine is not available. ``None`` reads IMPLICIT_RNN_ENGINE, else means "auto".
 
     Raises
     ------
     ValueError
         For an unknown name.
     EngineError
-        If "julia" was asked for and cannot be had, or if the environment's settings contradict each other.
+        If "julia" was requested and is not available, or if the environment's settings contradict each other.
 
     Examples
     --------
@@ -54,7 +54,7 @@ def check_engine(name: str | None) -> str:
 
 
 def check_device(name: str) -> None:
-    """``ValueError`` unless it is the name of a device."""
+    """``ValueError`` unless ``name`` is the name of a device."""
     if not isinstance(name, str) or name not in DEVICES:
         raise ValueError(f"device is {name!r}; expected one of 'cpu', 'cuda', which is an NVIDIA card")
 

@@ -1,9 +1,10 @@
-"""The small protocol between the Python API and an engine: what is posed, compiled, becomes a handle that solves.
+"""The small protocol between the Python API and an engine: problems are compiled to handles, which solve them.
 
-A network's topology becomes a ``CompiledNetwork``, which has the memory of its computations, and that with the options of a
-``Problem`` a ``Program``; an ``Equation`` of any function becomes a ``CompiledEquation``. All arrays are C-contiguous NumPy
-arrays of the network's dtype unless said otherwise, and engines write results into arrays the caller allocated. An engine that
-computes on a device takes a ``DeviceArray`` for samples, targets, states and what is to be written of their kind.
+A network's topology is compiled to a ``CompiledNetwork``, which owns the memory of its computations; with the options of a
+``Problem`` this gives a ``Program``. An ``Equation`` of any function is compiled to a ``CompiledEquation``. All arrays are
+C-contiguous NumPy arrays of the network's dtype unless stated otherwise, and engines write results into arrays that the caller
+allocated. An engine that computes on a device takes a ``DeviceArray`` for samples, targets and states, and for results of their
+kind.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from implicit_rnn.solution import GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Solver
 
 Of = Literal["outputs", "state"]
-"""What of a network is differentiated."""
+"""The result of a network that is differentiated."""
 
 DEVICES = ("cpu", "cuda")
 """Where a network, or an equation of Julia code, can be computed."""
 
 WORST_ADJOINT = 1e-3
-"""A sample whose adjoint is solved to no better relative residual than this counts as unconverged."""
+"""A sample whose adjoint has a relative residual of this or more counts as unconverged."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """All that is chosen about the solution of a network and its training."""
+    """The options for solving a network and for its gradients."""
 
     solver: Solver
     adjoint: Adjoint
@@ -53,7 +54,7 @@ class TrainerOptions:
     """The largest Euclidean norm of a gradient."""
     guard: Guard
     warm_start: bool = False
-    """Whether the equilibrium of a sample at its last visit is the first iterate; a trainer is then for one set of samples."""
+    """Whether the last equilibrium of a sample is its next initial guess; a trainer is then for one set of samples."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Quality:
     """Summary of the solves behind a gradient."""
 
     unconverged: int
-    """Samples that did not reach their equilibrium."""
+    """Number of samples that did not reach their equilibrium."""
     residual: float
     """Worst relative residual of the forward solves."""
     adjoint_residual: float
@@ -70,12 +71,12 @@ class Quality:
 
 @dataclass(frozen=True)
 class Samples:
-    """What a loss is taken on."""
+    """The data on which a loss is evaluated."""
 
     X: np.ndarray
     """(B, inputs)"""
     Y: np.ndarray
-    """(B, outputs), or what else a loss of Python's takes, with B entries"""
+    """(B, outputs), or any other targets of a custom loss, with B entries"""
     weights: np.ndarray | None = None
     """(B,) with mean 1 over the whole data, None for all equal"""
 
@@ -84,7 +85,7 @@ class Samples:
 
 
 class Halt:
-    """Why a net takes no part in the training any more, as plain numbers (see ``solution``); engines set the first four."""
+    """Why a net is no longer in training, as plain numbers (see ``solution``); engines set the first four."""
 
     RUNNING = 0
     NOT_FINITE = 1
@@ -101,7 +102,7 @@ class Replicas:
     parameters: np.ndarray
     """(nets, parameters)"""
     good: np.ndarray
-    """(nets, parameters) those from which the last good epoch of each net began"""
+    """(nets, parameters) the parameters at the start of the last good epoch of each net"""
     halted: np.ndarray
     """(nets,) int8 ``Halt``"""
 
@@ -124,18 +125,18 @@ class Trainer(Protocol):
         losses: np.ndarray,
         unconverged: np.ndarray,
     ) -> None:
-        """Train the nets that run for len(order) epochs.
+        """Train the nets that are not halted for len(order) epochs.
 
-        Row e of order (epochs, samples) int64 gives the samples of epoch e in their order; rates (steps,) float64 are the
+        Row e of order (epochs, samples) int64 gives the order of the samples in epoch e; rates (steps,) float64 are the
         learning rates. Filled in: losses (nets, epochs) float64, the mean over the steps, each before its update, and
-        unconverged (nets, epochs) int64. A net that its guard halts ends with its good parameters; the losses of an
-        epoch with one that is not finite, and those after its halt, are NaN.
+        unconverged (nets, epochs) int64. A net that its guard halts ends with its good parameters; its losses are NaN in
+        epochs with a loss that is not finite and after its halt.
         """
 
     def state(self) -> np.ndarray:
         """The optimiser's state of each net as a row (nets, numbers) of float64, the same on every engine.
 
-        Where steps count, their number is the last of each row.
+        Where the optimiser counts steps, the count is the last entry of each row.
         """
 
     def restore(self, state: np.ndarray) -> None:
@@ -156,7 +157,7 @@ class Program(Protocol):
     ) -> tuple[float, Quality]:
         """The loss on the samples; its gradient goes to g (parameters,).
 
-        ``probe`` numbers the random vectors of the Jacobian penalty; a ``report`` is filled in.
+        ``probe`` is the seed of the random vectors of the Jacobian penalty; a ``report`` is filled in.
         """
 
     def vjp(
@@ -172,8 +173,8 @@ class Program(Protocol):
     ) -> Quality:
         """The gradient of ⟨V, outputs⟩ or ⟨V, state⟩ goes to g (parameters,), that of each sample to dX (B, inputs).
 
-        The equilibria are found from the start z0 (B, N) or zero, as in ``solve``; where z0 holds them, one evaluation of f
-        says so. The loss and the Jacobian penalty of the problem play no part. A ``report`` is filled in.
+        The equilibria are found from the start z0 (B, N) or zero, as in ``solve``; if z0 holds them, one evaluation of f
+        confirms it. The loss and the Jacobian penalty of the problem are not used. A ``report`` is filled in.
         """
 
     def jvp(
@@ -199,14 +200,14 @@ class Program(Protocol):
         """The largest spectral radius of the stages' Jacobians D R at the states (B, N) goes to out (B,) float64."""
 
     def trainer(self, options: TrainerOptions) -> Trainer:
-        """What trains nets so, by any optimiser but LBFGS."""
+        """A trainer with these options, for any optimiser but LBFGS."""
 
 
 class CompiledNetwork(Protocol):
-    """A topology in a dtype, with the memory of all that is computed of it, whatever the options."""
+    """A topology in a dtype, with the memory for all its computations, whatever the options."""
 
     def program(self, problem: Problem) -> Program:
-        """With these options; it shares the memory and is small, to be made and dropped at will."""
+        """The program with these options; it is small and shares the memory, so it can be made and dropped freely."""
 
 
 # --- equations -----------------------------------------------------------------------------------------------
@@ -219,43 +220,43 @@ class JuliaFunction:
     text: str
     """An anonymous function, such as ``(z, a) -> cos.(a .* z)``."""
     arguments: tuple[str, ...]
-    """The names of its parameters behind the first."""
+    """The names of its parameters after the first."""
 
 
 LARGE = 2048
-"""Unknowns beyond which no dense Jacobian is made of a Python function."""
+"""Number of unknowns beyond which no dense Jacobian of a Python function is formed."""
 
 LARGEST_CHANGE = 0.25
-"""Relative change of ∂c/∂z within the error of a solution from which on it need not be isolated; at a double root it is 1/2."""
+"""Relative change of ∂c/∂z within the error of a solution above which it may not be isolated; at a double root it is 1/2."""
 
 
-class Equation(NamedTuple):  # which takes half as long to make as a frozen dataclass
+class Equation(NamedTuple):  # twice as fast to make as a frozen dataclass
     """``z = f(z, *args)``, or ``f(z, *args) = 0`` if ``root``, for each of B samples z of n numbers.
 
     With the size ``‖x‖`` of a vector, which is its Euclidean norm after division by ``scale`` where there is one, a sample
     has converged when its ``step`` is ``f(z) - z``, or for a root the Newton step ``-(∂f/∂z)⁻¹ f(z)``, and
 
     1. ``‖step‖ <= tol · ‖z‖``, for a fixed point ``tol · ‖f(z)‖``; with a ``scale`` the right side is at least ``tol · √n``; or
-    2. ``‖step‖ <= eps · L``, with L the largest ``‖z‖``, for a fixed point ``‖f(z)‖``, of an iterate seen on the way, and
-       steps do not shrink, of a root: no part of the step makes the conditions smaller; or
-    3. the same with steps that shrink slowly (to more than 0.4 each), are below ``eps² · L`` or the last, where z = 0 is a
-       solution, and attracts if it is a fixed point: that is then the result.
+    2. ``‖step‖ <= eps · L``, with L the largest ``‖z‖`` (for a fixed point ``‖f(z)‖``) of all iterates so far, and
+       steps do not shrink (for a root: no part of the step makes the conditions smaller); or
+    3. ``‖step‖ <= eps · L`` and steps shrink slowly (each to more than 0.4 of the previous), are below ``eps² · L`` or the
+       last, and z = 0 is a solution, one that attracts if it is a fixed point: zero is then the result.
 
-    There is no other floor, so that the result does not depend on the unit of z. The relative residual reported is
+    There is no other floor, so the result does not depend on the unit of z. The reported relative residual is
     ``‖step‖`` over the larger of the right sides, times tol; it is at most tol where a sample has converged.
-    ``max_iterations`` bounds the evaluations of f at iterates, trial steps included, for each sample and every solver, a
-    compound one like Auto included; ``iterations`` counts them. Evaluations for derivatives are not counted. A sample ends as
-    SINGULAR where ∂c/∂z of the conditions c has no inverse, or ‖c‖ a minimum that is not zero, and no step leads on.
+    ``max_iterations`` bounds the evaluations of f at iterates, trial steps included, for each sample and every solver,
+    including compound ones like Auto; ``iterations`` counts them. Evaluations for derivatives are not counted. A sample ends as
+    SINGULAR where ∂c/∂z of the conditions c has no inverse, or ‖c‖ has a minimum that is not zero, and no step makes progress.
     """
 
     f: JuliaFunction | Callable[..., Any]
     root: bool
     start: np.ndarray
-    """(B, n) the first iterate, of the dtype in which all is done"""
+    """(B, n) the initial guess, in the dtype of the computation"""
     args: tuple[np.ndarray, ...]
     """of the dtype of ``start`` (these can be differentiated), int64 or bool"""
     batched: tuple[bool, ...]
-    """whether the first axis of each argument counts the samples"""
+    """whether the first axis of each argument is that of the samples"""
     names: tuple[str, ...]
     """of the arguments"""
     shape: tuple[int, ...]
@@ -273,7 +274,7 @@ class Equation(NamedTuple):  # which takes half as long to make as a frozen data
 
     @property
     def on_device(self) -> bool:
-        """Whether the start or an argument is on the device, as all results are then."""
+        """Whether the start or an argument is on the device; all results are then on it, too."""
         return self.device != "cpu" and any(isinstance(array, DeviceArray) for array in (self.start, *self.args))
 
     @property
@@ -283,7 +284,7 @@ class Equation(NamedTuple):  # which takes half as long to make as a frozen data
 
     @property
     def n(self) -> int:
-        """Numbers in a sample."""
+        """Number of unknowns of a sample."""
         return int(self.start.shape[1])
 
     @property
@@ -305,13 +306,13 @@ class Equation(NamedTuple):  # which takes half as long to make as a frozen data
 
 
 class CompiledEquation(Protocol):
-    """An equation ready to be solved; it keeps its solution, and the factorisation found there for all derivatives.
+    """An equation ready to be solved; it keeps its solution, and the factorisation there for all derivatives.
 
     Like the solution that holds it, it can be pickled if the function can.
     """
 
     def solve(self, solver: Solver, out: Solution) -> None:
-        """Solve from ``out.state``, which holds the start, and fill in ``out``, at whose state derivatives are then taken."""
+        """Solve from ``out.state``, which holds the start, and fill in ``out``; derivatives are then taken at its state."""
 
     def vjp(self, v: np.ndarray) -> list[np.ndarray | None]:
         """vᵀ ∂z/∂argument at the solution for v (B, n), per argument, None for those without gradient.
@@ -335,12 +336,12 @@ class SingularSolutionError(Exception):
 
 
 class Engine(Protocol):
-    """Something that can compile problems and equations; both are cheap, and to be repeated at will."""
+    """Compiles networks and equations; both are cheap and can be repeated freely."""
 
     name: str
 
     def compile(self, topology: Topology, dtype: str, device: str = "cpu") -> CompiledNetwork:
-        """Prepare a network, to be computed on one of ``DEVICES``; EngineError where the engine does not have it."""
+        """Prepare a network, to be computed on one of ``DEVICES``; EngineError if the engine does not support that device."""
 
     def compile_equation(self, equation: Equation) -> CompiledEquation:
-        """Prepare an equation: of a Python function on the NumPy engine, of Julia code on the Julia engine."""
+        """Prepare an equation: with a Python function on the NumPy engine, with Julia code on the Julia engine."""

@@ -1,4 +1,4 @@
-"""Training whose steps Python takes, on top of any engine's gradients."""
+"""Training with its steps in Python, on top of any engine's gradients."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from implicit_rnn.norms import norm
 Array = np.ndarray
 
 Gradients = Callable[[Array, Samples, int, Array | None], tuple[Array, Array, Array]]
-"""Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, with
-the number of the random vectors of the Jacobian penalty and, for warm starts, first iterates (S, B, N). These become the
-equilibria found, zero for samples that have not converged."""
+"""Losses (S,), gradients (S, P) and numbers of unconverged samples (S,) of the nets with parameters (S, P) on some samples, given
+the seed of the random vectors of the Jacobian penalty and, for warm starts, initial guesses (S, B, N). These are overwritten with
+the equilibria, zero for samples that have not converged."""
 
 
 class StepTrainer:
@@ -65,7 +65,7 @@ class StepTrainer:
         total, failed = np.zeros(len(P)), np.zeros(len(P), np.int64)
         alive = running.copy()
         for step, first in enumerate(range(0, len(samples), batch_size)):
-            # All samples in their own order, and not copied.
+            # All samples in their own order, without a copy.
             chosen = slice(None) if batch_size >= len(samples) else permutation[first : first + batch_size]
             batch = _select(samples, chosen)
             states = None if self._states is None else np.ascontiguousarray(self._states[:, chosen])
@@ -84,7 +84,7 @@ class StepTrainer:
         return total / len(samples), failed
 
     def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
-        """Halt the nets that went wrong in this epoch, and note what was good."""
+        """Halt the nets that went wrong in this epoch, and store the good parameters of the others."""
         limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
         size = norm(nets.parameters.astype(np.float64, copy=False))
         broken, too_many = ~np.isfinite(loss), unconverged > self._guard.unconverged

@@ -1,4 +1,4 @@
-"""The functions of equations: Julia code given as text, and the names of the arguments of any function."""
+"""The functions of equations: Julia code given as a string, and the names of the arguments of any function."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ _PARAMETER = re.compile(r"(?P<name>[^\W\d]\w*!?)\s*(::[^=,]+)?")
 def julia(text: str) -> JuliaFunction:
     """A function given as Julia code, for ``fixed_point`` and ``root``.
 
-    The code sees each sample as a vector z, arguments as numbers and arrays indexed as in NumPy but from 1, and it may use
-    Julia's LinearAlgebra. It is compiled at its first use, once per text. It must be differentiable by ForwardDiff.jl, so
-    parameters should not be declared Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
+    The code sees each sample as a vector z, and arguments as numbers and arrays indexed as in NumPy but from 1; it may use
+    Julia's LinearAlgebra. It is compiled at its first use, once per string. It must be differentiable by ForwardDiff.jl, so
+    do not declare parameters as Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
     vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in double
-    precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) is run
+    precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) runs
     for one sample at a time.
 
     Parameters
     ----------
     text
-        One anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; the names of its parameters behind
-        the first name the arguments.
+        One anonymous function, ``(z, a) -> cos.(a .* z)`` or ``function (z, a) … end``; its parameters after the first name
+        the arguments.
 
     Raises
     ------
     TypeError
         For anything but a string.
     ValueError
-        For text of another form.
+        For code of another form.
 
     Examples
     --------
@@ -65,7 +65,7 @@ def julia(text: str) -> JuliaFunction:
 
 
 def argument_names(f: Function, count: int) -> tuple[str, ...]:
-    """The names of the arguments behind z; ``ValueError`` if f does not take ``count`` of them."""
+    """The names of the arguments after z; ``ValueError`` if f does not take ``count`` of them."""
     names, least, most = _julia_parameters(f) if isinstance(f, JuliaFunction) else _python_parameters(f)
     if not least <= count <= most:
         listed = f" ({', '.join(names)})" if names else ""
@@ -98,15 +98,15 @@ def _julia_parameters(f: JuliaFunction) -> tuple[tuple[str, ...], int, float]:
 
 
 def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, float]:
-    """Names behind the first, and how few and how many arguments may follow it."""
-    if type(f) is FunctionType and not f.__dict__:  # as its signature would say, in no time
+    """The names after the first parameter, and the least and largest number of arguments that may follow it."""
+    if type(f) is FunctionType and not f.__dict__:  # what its signature says, but faster
         code = f.__code__
         names = code.co_varnames[1 : code.co_argcount]
         most = np.inf if code.co_flags & inspect.CO_VARARGS else len(names)
         return names, max(code.co_argcount - len(f.__defaults__ or ()) - 1, 0), most
     try:
         parameters = list(inspect.signature(f).parameters.values())
-    except (TypeError, ValueError):  # some builtins do not tell
+    except (TypeError, ValueError):  # some builtins have no signature
         return (), 0, np.inf
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     least = sum(p.default is p.empty for p in positional) - 1

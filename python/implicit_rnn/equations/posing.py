@@ -1,4 +1,4 @@
-"""An equation as it is posed: the start, the arguments and the scale, checked and converted."""
+"""Posing an equation: the start, the arguments and the scale, checked and converted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from implicit_rnn.validation import as_array, as_real, check_finite
 Array = np.ndarray
 
 _KEPT = {"b": np.dtype(np.bool_), "i": np.dtype(np.int64), "u": np.dtype(np.int64)}
-"""What becomes of arguments that are no floats, by their kind."""
+"""The dtypes to which arguments other than floats are converted, by their kind."""
 
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
 
@@ -35,7 +35,7 @@ def pose(
     root: bool,
     device: str,
 ) -> Equation:
-    """The equation of these arguments of ``fixed_point`` and ``root``, checked."""
+    """The equation for these arguments of ``fixed_point`` or ``root``, checked."""
     start, shape = _start(z0, device)
     names = argument_names(f, len(check_arguments(args)))
     per_sample = positions(batched, names)
@@ -74,7 +74,7 @@ def check_arguments(args: Sequence[Any]) -> Sequence[Any]:
 
 
 def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
-    """The position of the argument of that name or position; errors, which begin with the subject, for others."""
+    """The position of the argument with that name or position; otherwise an error that begins with the subject."""
     known = f"the arguments are {', '.join(map(repr, names))}" if names else "f has no arguments besides z"
     if isinstance(key, str):
         if key in names:
@@ -88,7 +88,7 @@ def position_of(key: object, names: tuple[str, ...], subject: str) -> int:
 
 
 def device_or_host_array(name: str, value: ArrayLike, device: str) -> Array | DeviceArray:
-    """An array on the device as it lies there, any other value as a NumPy array."""
+    """An array on the device as it is, any other value as a NumPy array."""
     there = as_device_array(name, value, device)
     return as_array(name, value) if there is None else there
 
@@ -135,12 +135,12 @@ def _argument(name: str, value: ArrayLike, dtype: np.dtype, device: str) -> Arra
     if array.dtype.kind == "u" and array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{name} has integers beyond 2**63 - 1")
     array = np.array(as_real(name, array, _KEPT.get(array.dtype.kind, dtype)), order="C")
-    array.flags.writeable = False  # it belongs to the solution, and f may be a Python function
+    array.flags.writeable = False  # it belongs to the solution, and a Python f could write to it
     return array
 
 
 def positions(batched: Any, names: tuple[str, ...]) -> set[int]:
-    """The positions of the arguments named in ``batched``, of those with these names; ``ValueError`` for others."""
+    """The positions of the arguments in ``batched``, given all names; ``ValueError`` for others."""
     if type(batched) is tuple and not batched:  # the usual case of one problem, without the checks of any iterable
         return set()
     listed = (batched,) if isinstance(batched, (str, int, np.integer)) else batched

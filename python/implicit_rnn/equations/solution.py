@@ -21,7 +21,7 @@ from implicit_rnn.validation import all_finite, as_real
 Array = np.ndarray
 
 _NO_BOUND = np.full(1, np.nan)
-"""The bound of every sample: none is certified."""
+"""The bound of every sample: NaN, since none is certified."""
 _NO_BOUND.flags.writeable = False
 
 
@@ -52,12 +52,12 @@ class ImplicitSolution(Solution):
         Parameters
         ----------
         solver, equation, compiled
-            How, what, and the handle that does it.
+            The solver, the equation, and the handle that solves it.
         """
         samples, start = equation.samples, equation.start
         state = cast("Array", DeviceArray.copy_of(start, equation.device)) if equation.on_device else start.copy()
         solution = object.__new__(cls)
-        solution.__dict__.update(  # a third of the time that the constructor of a frozen dataclass takes
+        solution.__dict__.update(  # three times as fast as the constructor of a frozen dataclass
             state=state,
             status=np.empty(samples, np.int8),
             iterations=np.empty(samples, np.int32),
@@ -72,7 +72,7 @@ class ImplicitSolution(Solution):
         return solution
 
     def _lock(self) -> None:
-        """Let nobody write to the state, at which derivatives are taken; an array on a device cannot be locked."""
+        """Make the state read-only, since derivatives are taken at it; an array on a device cannot be locked."""
         if isinstance(self.state, np.ndarray):
             self.state.flags.writeable = False
 
@@ -87,9 +87,9 @@ class ImplicitSolution(Solution):
 
     @property
     def value(self) -> Array:
-        """The solution, of the shape of z0; of unconverged samples the last finite iterate.
+        """The solution, of the shape of z0; for unconverged samples the last finite iterate.
 
-        Derivatives are taken at it, so it cannot be written to; ``value.copy()`` can.
+        Derivatives are taken at it, so it is read-only; ``value.copy()`` can be written to.
         """
         return self.state.reshape(self.equation.shape)
 
@@ -101,11 +101,11 @@ class ImplicitSolution(Solution):
         Parameters
         ----------
         v
-            Of the shape of ``value``, (n,) or (B, n): of a scalar loss L(value) it is ∂L/∂value, and the result ∂L/∂argument.
+            Of the shape of ``value``, (n,) or (B, n). For v = ∂L/∂value of a scalar loss L(value) the result is ∂L/∂argument.
 
         Returns
         -------
-        The products for all arguments that are floats, by name, each of the shape of its argument; those of shared arguments
+        The products for all floating-point arguments, by name, each of the shape of its argument; those of shared arguments
         are summed over the batch.
 
         Raises
@@ -114,7 +114,7 @@ class ImplicitSolution(Solution):
             Where the Jacobian of the equation is singular at a solution, and if v is not zero for a sample that has not
             converged.
         ValueError, TypeError
-            For a bad v.
+            For an invalid v.
 
         Examples
         --------
@@ -141,8 +141,8 @@ class ImplicitSolution(Solution):
 
         Returns
         -------
-        (n, size), or (B, n, size) for a batch, with ``size`` the entries of the argument, of one sample if it is batched, in C
-        order. Rows of samples that have not converged are NaN.
+        (n, size), or (B, n, size) for a batch, where ``size`` is the number of entries of the argument (of one sample, if it is
+        batched), in C order. Rows of samples that have not converged are NaN.
 
         Raises
         ------
@@ -151,7 +151,7 @@ class ImplicitSolution(Solution):
         ValueError
             For an unknown argument.
         TypeError
-            For one that is not of floats.
+            For an argument that is not of floats.
 
         Examples
         --------
@@ -178,7 +178,7 @@ class ImplicitSolution(Solution):
         return sentence and sentence.replace("reach an equilibrium", "converge")
 
     def _rows(self, v: ArrayLike) -> Array:
-        """The vectors to multiply with, (B, n), where they are."""
+        """The vectors to multiply with, (B, n), in the memory where they are."""
         array = device_or_host_array("v", v, self.equation.device)
         if array.shape != self.value.shape:
             raise ValueError(f"v has shape {array.shape}; expected {self.value.shape}, the shape of the value")
@@ -205,8 +205,8 @@ class ImplicitSolution(Solution):
         except SingularSolutionError as error:
             where = "the solution" if self.equation.single else f"the solution of sample {error.sample}"
             raise ConvergenceError(
-                f"the Jacobian of the equation is singular at {where}, or so nearly that its error decides: there the solution "
-                "has no derivative (it ceases to exist, or is not the only one nearby)",
+                f"the Jacobian of the equation is singular at {where}, or singular within the solution's error: there the "
+                "solution has no derivative (it ceases to exist, or is not the only one nearby)",
                 self,
             ) from None
 

@@ -21,7 +21,7 @@ from implicit_rnn.solution import NON_FINITE, SINGULAR, UNSTABLE
 from implicit_rnn.solvers import Anderson, Auto, Chord, Picard, Solver, SolverLike
 
 LONG = 2.0
-"""Seconds of calls sample by sample after which quicker ways are named."""
+"""Seconds of solving sample by sample after which a warning names faster ways."""
 
 
 def fixed_point(
@@ -48,55 +48,57 @@ def fixed_point(
         and returns (n,). A Python function is differentiated by the complex step where that gives the right derivative,
         else by central differences.
     z0
-        The start: (n,) for one problem or a number for one unknown, which f is then given as a number and may answer by one;
-        (B, n) for a batch, each row of which is solved for itself. float32 stays float32 with float32 arithmetic, all else is
-        done in float64.
+        The start: (n,) for one problem; a number for one unknown, in which case f is given a number and may return one;
+        (B, n) for a batch, each row of which is solved on its own. float32 stays float32 with float32 arithmetic, anything
+        else is computed in float64.
     args
-        The further arguments of f: numbers and arrays. Those of floats are converted to the dtype of z0 and can be
-        differentiated; integers and booleans remain what they are. A Python f cannot write to them, while its z is a copy.
+        The further arguments of f: numbers and arrays. Floats are converted to the dtype of z0 and can be
+        differentiated; integers and booleans keep their type. A Python f cannot write to them; its z is a copy.
     batched
-        The arguments, by name or position, whose first axis counts the samples; all others are shared by the batch.
+        The arguments, by name or position, whose first axis is that of the samples; all others are shared by the batch.
     solver
         ``Auto()``, ``Picard()``, ``Anderson()`` or ``Newton()``; ``NLsolve()`` for Julia code. A sample has converged when
-        ``‖f(z) - z‖₂ <= tol · ‖f(z)‖₂``, so that the answer does not depend on the unit of z; or, at a solution that is zero to
-        rounding, ``‖f(z) - z‖₂ <= eps · L``, L the largest ‖f(z)‖₂ seen on the way. ``tol=None`` is 1e-10 in float64 and 1e-6
-        in float32. A fixed point is reported as UNSTABLE if Picard iteration would move away from it, unless that led to it, as
-        from a start with a symmetry of f; ``root`` finds solutions of f(z) - z = 0 of any kind.
+        ``‖f(z) - z‖₂ <= tol · ‖f(z)‖₂``, so that the result does not depend on the unit of z; or, at a solution that is zero to
+        rounding, when ``‖f(z) - z‖₂ <= eps · L``, with L the largest ‖f(z)‖₂ so far. ``tol=None`` is 1e-10 in float64 and 1e-6
+        in float32. A fixed point is reported as UNSTABLE if Picard iteration would move away from it, unless Picard iteration
+        itself led to it, as from a start with a symmetry of f; ``root`` finds solutions of f(z) - z = 0 of any kind.
     vectorized
-        A Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
+        Whether a Python f takes any number of samples at once: z (m, n), batched arguments (m, ...), and returns (m, n).
     jac
-        The Jacobian ∂f/∂z of a Python f: ``jac(z, *args)`` returns (n, n), a NumPy array or a sparse matrix of SciPy; with
-        ``vectorized`` it takes what f takes and returns (m, n, n). Without it, and without ``vjp``, it is found from values of f.
+        The Jacobian ∂f/∂z of a Python f: ``jac(z, *args)`` returns (n, n), a NumPy array or a SciPy sparse matrix; with
+        ``vectorized`` it takes the arguments of f and returns (m, n, n). Without ``jac`` and ``vjp`` the Jacobian is found from
+        values of f.
     vjp
         The products of a Python f with a vector v (n,): ``vjp(v, z, *args)`` returns a tuple of v times ∂f/∂z, (n,), and of v
-        times ∂f/∂argument for each argument, of the shape of the argument; None stands for an argument of integers, or one that
-        is to be differentiated from values of f. With ``vectorized`` v and z are (m, n), and the products are (m, n), (m, ...)
+        times ∂f/∂argument for each argument, of the shape of the argument; return None for an argument of integers, or for one
+        to be differentiated from values of f. With ``vectorized`` v and z are (m, n), and the products are (m, n), (m, ...)
         for batched arguments, and sums over the samples for shared ones.
 
-        Both hooks are given numbers, and may answer by numbers, where z0 is a number. They are compared with the values of f
-        along a random direction where derivatives are taken, and where Newton's method begins unless its way proves them right.
+        Where z0 is a number, both hooks are given numbers and may return numbers. They are checked against the values of f
+        along a random direction where derivatives are taken, and at the start of Newton's method, unless its convergence proves
+        them correct.
 
-        Beyond 2048 unknowns no dense Jacobian is made: Newton steps and derivatives are found by GMRES, and by sparse LU where
-        ``jac`` gives a sparse matrix or the values of f show that few unknowns are coupled. A gradient then needs ``vjp``, or a
+        Beyond 2048 unknowns no dense Jacobian is formed: Newton steps and derivatives are found by GMRES, and by sparse LU if
+        ``jac`` returns a sparse matrix or the values of f show that few unknowns are coupled. A gradient then needs ``vjp``, or a
         sparse Jacobian of either origin, unless it is with respect to few numbers.
     scale
-        The typical size of z, a number or (n,), where its entries are of very different sizes: norms are taken of z / scale,
+        The typical size of z, a number or (n,), for entries of very different sizes: norms are taken of z / scale,
         and a step of tol · √n in these units is small enough.
     on_failure
         What happens if a sample does not converge: "raise" a ``ConvergenceError`` that holds the solution, "warn", or "ignore".
     engine
         Julia code needs "julia" or "auto", Python functions run on every engine. ``None`` reads IMPLICIT_RNN_ENGINE.
     device
-        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, one sample on each of its threads, for many samples of up to 8
+        Where Julia code runs: "cpu", or "cuda" for an NVIDIA card, one sample per thread, for many samples of up to 8
         unknowns. If z0 or an argument is an array on the card, so are the value and its derivatives; see the page *On a GPU*.
 
     Raises
     ------
     ValueError, TypeError
-        For arguments out of range or of the wrong kind, code that cannot be parsed, an f, jac or vjp that returns the wrong
+        For arguments out of range or of the wrong type, code that cannot be parsed, an f, jac or vjp that returns the wrong
         shape, and a jac or vjp that contradicts f.
     EngineError
-        If Julia code fails, or cannot be run. What a Python f raises is passed on as it is.
+        If Julia code fails, or cannot be run. An exception of a Python f is passed on unchanged.
     ConvergenceError
         See ``on_failure``.
 
@@ -136,16 +138,16 @@ def root(
     """Solve ``f(z, *args) = 0``.
 
     A sample has converged when the Newton step is at most ``tol · ‖z‖₂``, whatever the unit of f; or, at a solution that is zero
-    to rounding, at most ``eps · L``, L the largest ‖z‖₂ seen on the way. ``residual`` is that step over the larger of ‖z‖₂ and
-    ``eps · L / tol``.
+    to rounding, at most ``eps · L``, with L the largest ‖z‖₂ so far. ``residual`` is the norm of the step divided by the larger
+    of ‖z‖₂ and ``eps · L / tol``.
 
     Parameters
     ----------
     f, z0, args, batched, vectorized, jac, vjp, scale, on_failure, engine, device
-        As for ``fixed_point``, but that f returns what is to be zero, (n,).
+        As for ``fixed_point``, except that f returns the values (n,) that are to be zero.
     solver
-        ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``, which is the first and then, on samples
-        that it gave up, the second for Julia code, and MINPACK's hybrid method for Python functions with a dense Jacobian.
+        ``Newton()`` with a line search, ``NLsolve()`` for Julia code, or ``Auto()``: Newton's method, and then, for samples
+        on which it fails, NLsolve for Julia code, and MINPACK's hybrid method for Python functions with a dense Jacobian.
 
     Raises
     ------
@@ -189,9 +191,9 @@ def _solve(
     seconds = time.perf_counter() - begin
     if seconds > LONG and not (vectorized or equation.single or isinstance(f, JuliaFunction)):
         warn(
-            f"{equation.samples} samples took {seconds:.1f} s, and f is a Python function that is called for each of them alone; "
-            "if it is plain arithmetic, many times as fast are vectorized=True, for an f that takes all of them at once, and "
-            "Julia code, irnn.julia(text)",
+            f"{equation.samples} samples took {seconds:.1f} s, because f is a Python function that is called for one sample at a "
+            "time; if it is plain arithmetic, vectorized=True, with an f that takes all samples at once, or Julia code, "
+            "irnn.julia(text), is many times as fast",
             UserWarning,
         )
     if np.count_nonzero(solution.status) and (failure := solution.failure()):
@@ -214,17 +216,17 @@ def _check_function(f: Function, vectorized: bool, jac: object, vjp: object) -> 
 
 
 def check_device_for(f: Function, device: str, engine: str | None = None) -> None:
-    """Errors for a device that there is not, or that is not for f."""
+    """Errors for a device that does not exist, or on which f cannot run."""
     check_device(device)
     if device == "cpu":
         return
     if not isinstance(f, JuliaFunction):
         raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
-    _engine(f, check_engine(engine))  # where it cannot be had, that is what is to be said of arrays on the device
+    _engine(f, check_engine(engine))  # if it is not available, that is the error to raise for arrays on the device
 
 
 def choose_solver(solver: SolverLike, root: bool) -> Solver:
-    """The solver, or that of this name; ``ValueError`` for one that solves no such equations."""
+    """The solver, or the one of that name; ``ValueError`` for one that cannot solve such equations."""
     solver = options.choose(Solver, solver, "solver")
     if isinstance(solver, Chord):
         raise ValueError("Chord shares a matrix among the samples of a network; for equations use Newton() or Auto()")
@@ -253,14 +255,14 @@ def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: S
     if (solution.status == NON_FINITE).any():
         remedies.insert(0, "if NaN or infinity occurred, check that args and f(z0) are finite")
     if (solution.status == UNSTABLE).any():
-        remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that Picard iteration leaves"]
+        remedies = ["another z0", "irnn.root of f(z) - z, which also finds fixed points that repel Picard iteration"]
     if (solution.status == SINGULAR).any():
         remedies = [
-            "another z0, since the Jacobian has no inverse where the iteration came to",
-            "a larger tol or scale= where z is small beside the terms of f, whose rounding it has",
+            "another z0, since the Jacobian has no inverse where the iteration ended",
+            "a larger tol or scale= where z is small compared with the terms of f, whose rounding errors it inherits",
         ]
         if not isinstance(solver, Auto):
-            remedies.append("Auto(), which tries more ways")
+            remedies.append("Auto(), which tries more methods")
     equation = solution.equation
     if equation.n > LARGE and equation.jac is None and not isinstance(equation.f, JuliaFunction):
         remedies.append("jac= as a sparse matrix, which is factorised where GMRES does not solve the Newton steps")

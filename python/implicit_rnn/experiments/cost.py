@@ -6,9 +6,9 @@ float64. The gradient of the mean squared error with respect to all parameters i
 through K unrolled iterations (BPTT), implicitly at the equilibrium found by the same iteration (Picard), and implicitly with
 the default solver. Its error is the relative Euclidean distance to the implicit gradient at a residual of 1e-13.
 
-Each point is a process of its own. Time is the median of some calls after the first. Memory is how far the process grows
+Each point is a separate process. Time is the median of several calls after the first. Memory is the growth of the process
 during the first call, all buffers included, after a call on two samples has compiled the code: the high-water mark of the
-resident set, reset before the call where the system can do that (Linux), else an upper bound that may be 0.
+resident set, reset before the call where the system supports that (Linux), else an upper bound that may be 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS = (5, 10, 20, 50, 100, 200, 500, 1000)
 TOLERANCES = {"picard": (1e-3, 1e-5, 1e-7, 1e-9, 1e-11), "auto": (1e-3, 1e-6, 1e-9)}
 EXACT = 1e-13
 SECONDS, MOST_CALLS = 1.0, 20
-"""Aimed-at length of the timing of a point, and the most calls in it; at least three are made."""
+"""Target duration of the timing of a point, and the largest number of calls in it; at least three are made."""
 
 FILES = ("cost.json", "cost.png")
 LABELS = {"unrolled": "BPTT", "picard": "implicit, Picard", "auto": "implicit, default"}
@@ -50,7 +50,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Point:
-    """The cost of one way to the gradient."""
+    """The cost of one method of computing the gradient."""
 
     method: str
     """"unrolled", "picard" or "auto"."""
@@ -65,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """All points, and what is needed to repeat them."""
+    """All points, and the information needed to repeat them."""
 
     points: list[Point]
     engine: str
@@ -149,7 +149,7 @@ def measure(method: str, setting: float, engine: str | None) -> Point:
 
 
 class PeakMemory:
-    """How far the resident set of the process grows in a ``with`` block."""
+    """The growth of the resident set of the process in a ``with`` block."""
 
     STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -162,7 +162,7 @@ class PeakMemory:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.bytes = max(self._high_water() - self._before, 0)  # which the system counts by the page, not at once
+        self.bytes = max(self._high_water() - self._before, 0)  # the system counts pages, with a delay
 
     def _high_water(self) -> int:
         if self.STATUS.exists():
@@ -175,7 +175,7 @@ class PeakMemory:
 
 
 def measure_in_new_process(method: str, setting: float, engine: str) -> Point:
-    """One point, in a process of its own."""
+    """One point, in a separate process."""
     command = [sys.executable, "-m", "implicit_rnn.experiments.cost", method, repr(setting), engine]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode != 0:
@@ -213,7 +213,7 @@ def _threads(engine: str) -> int | None:
 
 
 def comparison(result: Result) -> list[dict[str, Any]]:
-    """For each implicit gradient the shortest chain measured that is at least as exact, and how much more it costs."""
+    """For each implicit gradient the shortest measured chain that is at least as accurate, and its relative cost."""
     rows = []
     for point in result.points:
         if point.method == "unrolled":
@@ -245,11 +245,11 @@ def table(result: Result) -> str:
     for row in comparison(result):
         text = f"{LABELS[row['method']]}, tol {row['tolerance']:.0e}: error {row['error']:.0e}; BPTT "
         if row["steps of BPTT"] is None:
-            lines.append(text + "is less exact with all numbers of steps measured")
+            lines.append(text + "is less accurate with every measured number of steps")
             continue
         memory = f" and {row['memory ratio']:.1f} times the memory" if row["memory ratio"] else ""
         lines.append(
-            text + f"is as exact with {row['steps of BPTT']} steps, {row['time ratio']:.1f} times the time{memory}"
+            text + f"is as accurate with {row['steps of BPTT']} steps, {row['time ratio']:.1f} times the time{memory}"
         )
     return "\n".join(lines)
 

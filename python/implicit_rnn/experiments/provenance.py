@@ -1,4 +1,4 @@
-"""What the numbers of an experiment come from."""
+"""The provenance of the numbers of an experiment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import implicit_rnn
 
 
 def versions() -> dict[str, str]:
-    """The versions of what computes, and the kind of machine."""
+    """The versions of the software, and the kind of machine."""
     return {
         "implicit-rnn": implicit_rnn.__version__,
         "numpy": np.__version__,

@@ -14,7 +14,7 @@ Z_95 = 1.959963984540054
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"{successes} successes of {trials} trials is no proportion")
+        raise ValueError(f"{successes} successes of {trials} trials is not a proportion")
     p, z2 = successes / trials, Z_95**2
     centre = p + z2 / (2 * trials)
     half = Z_95 * sqrt(p * (1 - p) / trials + z2 / (4 * trials**2))
@@ -60,7 +60,7 @@ def signed_rank_less(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values of several tests, adjusted so that any error has the stated probability (Holm, Scand. J. Stat. 6, 1979)."""
+    """P values of several tests, adjusted to control the family-wise error rate (Holm, Scand. J. Stat. 6, 1979)."""
     p = np.asarray(p_values, np.float64)
     order = np.argsort(p, kind="stable")
     adjusted = np.empty_like(p)

@@ -5,7 +5,7 @@ layer of n neurons whose first neuron is the output; W ~ N(0, 0.49), R ~ N(0, 0.
 full-batch steps in float64, gradients clipped to norm 10.
 
 A net has solved XOR if all four signs are right, all four samples converged and the mean squared error is below 0.01.
-It is multistable if, from 64 random starts in [-1, 1]ⁿ, any sample reaches a second equilibrium: its answer then
+It is multistable if any sample reaches a second equilibrium from 64 random starts in [-1, 1]ⁿ: its output then
 depends on where the iteration starts.
 """
 
@@ -38,7 +38,7 @@ RECURRENCES: dict[str, tuple[bool, Constraint]] = {
     "free": (True, Free()),
     "perron": (True, Perron(0.95)),
 }
-"""What each name of a recurrence means: lateral connections, and their constraint."""
+"""The recurrences by name: whether there are lateral connections, and their constraint."""
 
 OPTIMIZER = Adam(0.03)
 STEPS = 2000
@@ -57,7 +57,7 @@ DEFAULT_SEEDS = {"julia": 200, "numpy": 10}
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry of the table: so many nets of one kind."""
+    """One entry of the table: several nets of one kind."""
 
     recurrence: str
     neurons: int
@@ -110,7 +110,7 @@ def initial_net(recurrence: str, neurons: int, seed: int, engine: str | None = N
 
 
 def train(recurrence: str, neurons: int, seeds: int, engine: str | None = None) -> tuple[list[Network], list[Run]]:
-    """Nets of the seeds 0 to ``seeds`` - 1, trained side by side."""
+    """Nets with the seeds 0 to ``seeds`` - 1, trained side by side."""
     nets = [initial_net(recurrence, neurons, seed, engine) for seed in range(seeds)]
     runs = fit_many(
         nets,
@@ -150,7 +150,7 @@ def run(
     engine: str | None = None,
     report: Callable[[Cell], None] = lambda cell: None,
 ) -> Result:
-    """Train and judge all nets; ``report`` is called with each cell of the table as it is done.
+    """Train and evaluate all nets; ``report`` is called with each cell of the table when it is done.
 
     ``seeds`` defaults to 200 on the Julia engine and 10 on the NumPy engine. Raises ``ValueError`` for unknown names
     and numbers below 1.

@@ -1,4 +1,4 @@
-"""The activations by name: value, derivatives, and what the constraints ask of them."""
+"""The activations by name: value, derivatives, and the slope bounds that the constraints need."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _GELU_C, _GELU_Q, _GELU_END = 0.7978845608028654, 0.044715, 20.0
 
 
 def _gelu_parts(s: Array) -> tuple[Array, Array, Array, Array]:
-    """tanh u, u′ and u″, and s no farther off than where tanh u has ended at ±1, since s³ overflows early."""
+    """tanh u, u′, u″ and s, with s clipped to where tanh u has reached ±1, since s³ overflows early."""
     s = np.clip(s, -_GELU_END, _GELU_END)
     t = np.tanh(_GELU_C * s * (1 + _GELU_Q * s * s))
     return t, _GELU_C * (1 + 3 * _GELU_Q * s * s), 6 * _GELU_C * _GELU_Q * s, s

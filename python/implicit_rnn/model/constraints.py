@@ -1,7 +1,7 @@
-"""The constraints on the recurrent weights: what each promises, its formula, the exact derivative and the certificate.
+"""The constraints on the recurrent weights: the guarantee, the formula, the exact derivative and the certificate of each.
 
 Arrays have a leading axis of S nets: raw weights K and weights in force R (S, n, n), learnt scales (S, n), or (S, 0) for a
-constraint without. ``bounds`` (n,) bounds the slope of each neuron's activation; L = diag(bounds).
+constraint without scales. ``bounds`` (n,) bounds the slope of each neuron's activation; L = diag(bounds).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Constraint(Option):
-    """What is promised of the recurrent weights R, where L is the bound on the slope of the activation.
+    """A constraint on the recurrent weights R; L is the bound on the slope of the activation.
 
     Examples
     --------
@@ -55,9 +55,9 @@ class Constraint(Option):
         """Whether every input has exactly one equilibrium."""
 
     scaled: ClassVar[bool] = False
-    """Whether each stage has learnt scales beside K."""
+    """Whether each stage has learnt scales in addition to K."""
     needs_increasing: ClassVar[bool] = False
-    """Whether the promise holds only for activations whose slope is never negative."""
+    """Whether the guarantee holds only for activations whose slope is never negative."""
 
     @abstractmethod
     def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
@@ -86,7 +86,7 @@ class Constraint(Option):
         K, scales, bounds
             As for ``apply``: (S, n, n), (S, n) and (n,).
         R
-            What ``apply`` made of them, (S, n, n).
+            The result of ``apply``, (S, n, n).
         dR
             ∂L/∂R (S, n, n).
 
@@ -113,7 +113,7 @@ class Constraint(Option):
 
     @abstractmethod
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
-        """Elementwise bounds on |z - z*|, from those on the residuals.
+        """Elementwise bounds on |z - z*|, from bounds on the residuals.
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class Constraint(Option):
         """
 
     def check_activations(self, names: Iterable[str]) -> None:
-        """Refuse activations for which the promise does not hold.
+        """Refuse activations for which the guarantee does not hold.
 
         Parameters
         ----------
@@ -138,7 +138,7 @@ class Constraint(Option):
         Raises
         ------
         ValueError
-            If it does not hold for one of them.
+            If the guarantee does not hold for one of them.
         """
         falling = sorted({name for name in names if not ACTIVATIONS[name].increasing})
         if self.needs_increasing and falling:
@@ -150,7 +150,7 @@ class Constraint(Option):
 
 @dataclass(frozen=True)
 class Free(Constraint):
-    """No constraint, as in Sanokowski (arXiv 2010.10564): equilibria may be many, unstable or out of reach.
+    """No constraint, as in Sanokowski (arXiv 2010.10564): there may be several equilibria, unstable or unreachable ones.
 
     Examples
     --------
@@ -251,7 +251,7 @@ class Perron(InfNorm):
         return super().apply(K, scales, bounds) * _stretch(scales)
 
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
-        """∂L/∂K as that of ``InfNorm`` from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
+        """∂L/∂K as for ``InfNorm``, from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
         dK, _ = super().pullback(K, scales, bounds, R, dR * _stretch(scales))
         flow = dR * R
         return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
@@ -275,12 +275,12 @@ def _row_factors(kappa: float, K: Array, bounds: Array) -> tuple[Array, Array]:
 
 
 def _relative(terms: Array, size: Array, factor: Array, axis: int | tuple[int, int]) -> Array:
-    """Σ terms / size where the factor is below 1, elsewhere zero, for the size may be tiny or zero there."""
+    """Σ terms / size where the factor is below 1, elsewhere zero, since the size may be tiny or zero there."""
     return np.where(factor < 1, terms.sum(axis=axis, keepdims=True) / np.where(factor < 1, size, 1), 0)
 
 
 def _exponentials(scales: Array) -> Array:
-    """e^a but for a factor that all share, since only quotients count; it keeps e^a of large a from overflowing."""
+    """e^a up to a common factor, since only quotients matter; the factor keeps e^a of large a from overflowing."""
     ends = scales.max(axis=-1, keepdims=True), scales.min(axis=-1, keepdims=True)
     return np.asarray(np.exp(scales - (ends[0] / 2 + ends[1] / 2)))
 
@@ -428,7 +428,7 @@ class Monotone(WholeMatrix):
 
 
 def _of_finite(decompose: Callable[[Array], Sequence[Array]], M: Array) -> list[Array]:
-    """The parts of the decompositions of matrices (S, n, n); LAPACK refuses NaN and infinity, and what comes of them is NaN."""
+    """The parts of the decompositions of matrices (S, n, n); for NaN and infinity, which LAPACK refuses, they are NaN."""
     finite = np.isfinite(M).all(axis=(-2, -1))
     parts = [part.copy() for part in decompose(np.where(finite[:, None, None], M, 0))]
     for part in parts:

@@ -1,4 +1,4 @@
-"""The guard that halts a training."""
+"""The guard that halts training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from implicit_rnn.options import Option, check_positive, check_share
 
 @dataclass(frozen=True)
 class Guard(Option):
-    """When the training of a net is halted, besides a loss or gradient that is not finite.
+    """Conditions that halt the training of a net, besides a loss or gradient that is not finite.
 
-    A net that is halted has the parameters from which its last good epoch began: one with finite losses and no more
+    A halted net gets the parameters at the start of its last good epoch: one with finite losses and no more
     unconverged samples than allowed.
 
     Parameters
     ----------
     unconverged
-        Largest share of an epoch's samples that may miss their equilibrium, from 0 to 1, which lets all pass.
+        Largest share of an epoch's samples that may fail to reach an equilibrium, from 0 to 1; 1 allows all.
     parameter_norm
         Largest Euclidean norm of the parameters after an epoch; None for any.
 

@@ -1,7 +1,7 @@
 """The losses: their options, their formulas, and the targets each of them takes.
 
 The loss of B samples is ``Σ_b w_b ℓ(y_b, t_b) / Σ_b w_b``, with w the weights of the samples (1 where none are given), y the
-outputs and t the targets. Of the losses that look at each output by itself, ℓ is the mean over the outputs.
+outputs and t the targets. For losses that treat each output separately, ℓ is the mean over the outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Loss(Option):
-    """What is minimised.
+    """The function to be minimised.
 
     Examples
     --------
@@ -43,7 +43,7 @@ class Loss(Option):
     averaged: ClassVar[bool] = True
     """Whether ℓ is the mean over the outputs rather than their sum."""
     bounded: ClassVar[bool] = False
-    """Whether there are numbers that cannot be targets."""
+    """Whether only some numbers are valid targets."""
 
     @abstractmethod
     def values_and_derivatives(self, Y: Array, T: Array) -> tuple[Array, Array]:
@@ -90,11 +90,11 @@ class Loss(Option):
         Parameters
         ----------
         name
-            What messages call them.
+            Their name in error messages.
         Y
             The targets (samples, outputs); for ``CrossEntropy`` class labels (samples,) as well.
         samples, outputs, dtype
-            The numbers and the type that are expected.
+            The expected numbers and dtype.
 
         Returns
         -------
@@ -103,7 +103,7 @@ class Loss(Option):
         Raises
         ------
         ValueError, TypeError
-            For targets this loss does not take.
+            For targets that this loss does not accept.
         """
         return as_targets(name, Y, samples, outputs, dtype)
 
@@ -237,7 +237,7 @@ class CrossEntropy(Loss):
                 "cross-entropy needs an output per class, at least 2; for one output use BinaryCrossEntropy"
             )
         refuse_masked_or_sparse(name, Y)
-        array = np.asarray(Y) if hasattr(Y, "iloc") else as_array(name, Y)  # of pandas, labels may be of any dtype
+        array = np.asarray(Y) if hasattr(Y, "iloc") else as_array(name, Y)  # pandas labels may have any dtype
         if array.ndim == 1 or (array.ndim == 2 and array.shape[1] == 1):
             return _one_hot(name, array.reshape(-1), samples, outputs, dtype)
         targets = super().targets(name, array, samples, outputs, dtype)
@@ -255,26 +255,26 @@ class CrossEntropy(Loss):
 
 @dataclass(frozen=True, repr=False)
 class CustomLoss(Loss):
-    """A custom loss: the mean over the samples of a function's values, with their weights.
+    """A custom loss: the weighted mean of a function's values over the samples.
 
-    Both engines take it; on the Julia engine the equilibria and the gradient through them are still Julia's, but every step of
-    a training comes back to Python for its loss.
+    Both engines support it; on the Julia engine the equilibria and the gradient through them are still computed in Julia, but
+    every training step returns to Python for its loss.
 
     Parameters
     ----------
     function
         ``(outputs, targets) -> (values, derivatives)``: it takes the outputs y (B, outputs) in float64 and the targets
-        t, an array of B numbers or rows as it was given, and returns the values ℓ (B,), one per sample, and the
-        derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with batches of any size and must treat samples alike. Both are
-        copies, which it may write to, NumPy arrays wherever the network computes: data on a card are copied to host
-        memory once.
+        t, an array of B numbers or rows passed on unchanged, and returns the values ℓ (B,), one per sample, and the
+        derivatives ∂ℓ_b/∂y_b (B, outputs). It is called with batches of any size and must treat all samples alike. Outputs and
+        targets are copies, which it may write to, and NumPy arrays wherever the network computes: data on a card are copied to
+        host memory once.
 
     Raises
     ------
     TypeError
-        For what cannot be called, and for results that are no real numbers.
+        If it cannot be called, or its results are not real numbers.
     ValueError
-        For results of other shapes than these, and, at the first call, for derivatives that are not those of the values.
+        For results of other shapes, and, at the first call, for derivatives that do not match the values.
 
     Examples
     --------
@@ -297,7 +297,7 @@ class CustomLoss(Loss):
         if not callable(self.function):
             raise TypeError(f"function must take outputs and targets, got {self.function!r}")
 
-    # Functions that are objects may hold arrays, which have no truth value, and a state, which makes equal ones differ.
+    # Compared by identity: callable objects may hold arrays, which have no truth value, or a state in which equal ones differ.
     def __eq__(self, other: object) -> bool:
         return isinstance(other, CustomLoss) and self._identity == other._identity
 
@@ -306,7 +306,7 @@ class CustomLoss(Loss):
 
     @property
     def _identity(self) -> tuple[int, ...]:
-        """The same for the same function; a method is made anew whenever it is asked for."""
+        """Equal for the same function; a bound method is a new object at each access."""
         f = self.function
         return (id(f.__self__), id(f.__func__)) if isinstance(f, MethodType) else (id(f),)
 
@@ -345,9 +345,9 @@ class CustomLoss(Loss):
         return arrays[0], arrays[1]
 
     def _verify(self, Y: Array, T: Array) -> None:
-        """``ValueError`` unless, in most samples, the derivative lies between the difference quotients of both sides.
+        """``ValueError`` unless, in most samples, the derivative lies between the one-sided difference quotients.
 
-        Where the loss has a kink that is a subgradient. The tolerances allow for a function that computes in float32.
+        At a kink of the loss this admits every subgradient. The tolerances allow for a function that computes in float32.
         """
         direction = np.random.default_rng(0).choice([-1.0, 1.0], Y.shape)
         h = 1e-3 * np.maximum(1, np.abs(Y).max())
@@ -378,7 +378,7 @@ class CustomLoss(Loss):
 
 
 _VERIFIED = 64
-"""Samples on which derivatives are compared with differences."""
+"""Number of samples on which derivatives are compared with difference quotients."""
 
 
 LossLike = Loss | Literal["mse", "mae", "huber", "cross_entropy", "binary_cross_entropy"]
@@ -389,7 +389,7 @@ LossLike = Loss | Literal["mse", "mae", "huber", "cross_entropy", "binary_cross_
 
 
 def as_weights(name: str, value: ArrayLike | None, samples: int, dtype: np.dtype) -> Array | None:
-    """Weights of samples (samples,), scaled to a mean of 1, so that the loss is ``Σ_b w_b ℓ_b / B``; None stays None.
+    """Sample weights (samples,), scaled to a mean of 1, so that the loss is ``Σ_b w_b ℓ_b / B``; None stays None.
 
     Raises ``TypeError``/``ValueError`` for wrong shapes, negative weights and a sum of zero.
     """

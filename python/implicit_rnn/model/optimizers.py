@@ -1,4 +1,4 @@
-"""The optimisers with their formulas, those of Optimisers.jl.
+"""The optimisers and their formulas, which are those of Optimisers.jl.
 
 Arrays have a leading axis of S nets: parameters p and gradients g (S, P).
 """
@@ -99,12 +99,12 @@ class GradientDescent(Optimizer):
         )
 
     def step(self, state: Moments, p: Array, g: Array, rate: float) -> Array:
-        """What is to be subtracted from the parameters, weight decay included.
+        """The change to be subtracted from the parameters, weight decay included.
 
         Parameters
         ----------
         state
-            The moments, which are brought up to date.
+            The moments, which are updated.
         p
             Parameters (nets, parameters).
         g
@@ -121,12 +121,12 @@ class GradientDescent(Optimizer):
 
     @abstractmethod
     def change(self, state: Moments, g: Array, rate: float) -> Array:
-        """What is to be subtracted by the gradient alone; parameters as for ``step``.
+        """The change to be subtracted due to the gradient alone; parameters as for ``step``.
 
         Parameters
         ----------
         state
-            The moments, which are brought up to date.
+            The moments, which are updated.
         g
             Gradients (nets, parameters).
         rate
@@ -203,7 +203,7 @@ class Momentum(GradientDescent):
 
 @dataclass(frozen=True)
 class Nesterov(Momentum):
-    """Nesterov's accelerated gradient in its momentum form: v ← ρ v - η g; p ← p - ρ² v + (1 + ρ) η g, v that before.
+    """Nesterov's accelerated gradient in momentum form: v ← ρ v - η g; p ← p + ρ² v - (1 + ρ) η g, with v before its update.
 
     Parameters
     ----------
@@ -284,14 +284,14 @@ class Adam(GradientDescent):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam whose weight decay is apart from its step (Loshchilov and Hutter, arXiv 1711.05101).
+    """Adam with weight decay separate from its step (Loshchilov and Hutter, arXiv 1711.05101).
 
     Parameters
     ----------
     learning_rate, beta1, beta2, epsilon
         η, β₁, β₂ and ε, as for ``Adam``.
     weight_decay
-        λ >= 0; the parameters shrink by η λ p beside each step.
+        λ >= 0; the parameters shrink by η λ p in addition to each step.
 
     Examples
     --------
@@ -350,7 +350,7 @@ class RMSProp(GradientDescent):
 
 
 def _with_finite_squares(g: Array) -> Array:
-    """The gradients, cut to what can be squared: an infinite average of squares would hold a parameter for ever."""
+    """The gradients, clipped so that squares are finite: an infinite average of squares would freeze a parameter for ever."""
     largest = np.finfo(g.dtype).max ** 0.5 / 2
     return np.clip(g, -largest, largest)
 
@@ -360,18 +360,18 @@ def _with_finite_squares(g: Array) -> Array:
 
 @dataclass(frozen=True)
 class LBFGS(Optimizer):
-    """The quasi-Newton method of limited memory (Liu and Nocedal 1989), for all samples at once.
+    """The limited-memory quasi-Newton method (Liu and Nocedal 1989), for all samples at once.
 
-    An epoch is one iteration: a search along the direction that the last ``memory`` steps suggest for one that meets the
-    strong Wolfe conditions; most often one or two gradients are enough. Where no step lowers the loss any more, the
+    An epoch is one iteration: a line search, along the direction given by the last ``memory`` steps, for a step that meets
+    the strong Wolfe conditions; usually one or two gradients are enough. Where no step lowers the loss any more, the
     parameters stay as they are.
 
     Parameters
     ----------
     memory
-        Steps that the direction is made from.
+        Number of steps from which the direction is computed.
     search_steps
-        Largest number of lengthenings in a line search.
+        Largest number of step-length increases in a line search.
 
     Examples
     --------

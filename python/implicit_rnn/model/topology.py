@@ -27,7 +27,7 @@ class Layer:
     Parameters
     ----------
     neurons
-        How many.
+        Number of neurons.
     activation
         "tanh", "sigmoid", "softplus", "relu", "elu", "gelu", "silu" or "identity".
     lateral
@@ -36,7 +36,7 @@ class Layer:
     Raises
     ------
     ValueError, TypeError
-        For a number of neurons that is no whole number from 1, and for an unknown activation.
+        If the number of neurons is not a whole number from 1, and for an unknown activation.
 
     Examples
     --------
@@ -61,7 +61,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Block:
-    """One weight array: its name, its shape and the place of its first number in the parameter vector."""
+    """One weight array: its name, its shape and the position of its first number in the parameter vector."""
 
     name: str
     shape: tuple[int, ...]
@@ -84,7 +84,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers whose equilibrium has to be found together: a strongly connected component of the layers' graph.
+    """Layers whose equilibrium must be found together: a strongly connected component of the graph of layers.
 
     A stage that is not recurrent is evaluated in one step, so feed-forward nets are solved exactly.
     """
@@ -102,7 +102,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Topology:
-    """The structure of a network; what each argument means stands at ``Network``."""
+    """The structure of a network; ``Network`` explains the arguments."""
 
     inputs: int
     layers: tuple[Layer, ...]
@@ -159,12 +159,12 @@ class Topology:
 
     @property
     def linear_readout(self) -> bool:
-        """Whether the output is C z + d of the last layer, not chosen neurons."""
+        """Whether the output is C z + d of the last layer rather than a selection of neurons."""
         return isinstance(self.outputs, int)
 
     @property
     def read_neurons(self) -> np.ndarray:
-        """The neurons of the state which the output reads, linearly or as they are."""
+        """The neurons of the state that the output reads, linearly or directly."""
         if isinstance(self.outputs, int):
             return np.arange(self.rows[-1].start, self.rows[-1].stop)
         return np.array(self.outputs)
@@ -214,7 +214,7 @@ class Topology:
         if not self.linear_readout:
             return np.asarray(Z[..., self.read_neurons])
         C, d = (block.view(flat) for block in self._readout)
-        with np.errstate(under="ignore"):  # which takes less time than a decorator
+        with np.errstate(under="ignore"):  # faster than a decorator
             return np.asarray(Z[..., self.rows[-1]] @ C.swapaxes(-1, -2) + d[..., None, :])
 
     @cached_property
@@ -283,7 +283,7 @@ class Topology:
     # --- description -------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, str]:
-        """What a person wants to know of it, in a few words each."""
+        """A summary for people, in a few words each."""
         connections = {
             "feedback": [f"{later}->{earlier}" for later, earlier in self.feedback],
             "skips": [f"{earlier}->{later}" for earlier, later in self.skips],
@@ -378,7 +378,7 @@ def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, 
 
 
 def _some(entries: Iterable[object]) -> str:
-    """The entries, or the first eight of many and the number of the rest."""
+    """The entries, or of many the first eight and the number of the others."""
     texts = [str(entry) for entry in entries]
     rest = [f"and {len(texts) - 8} more"] if len(texts) > 8 else []
     return ", ".join([*texts[:8], *rest])

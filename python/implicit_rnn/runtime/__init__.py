@@ -1,12 +1,12 @@
-"""Julia in this process: which one, its start, its threads, and how Ctrl-C stops it.
+"""Julia in this process: its choice and start, its threads, and how Ctrl-C stops it.
 
 - ``environments``: the Julia and the packages to use, found and checked before anything is started
-- ``start``: the Julia that runs, and the one way into it
+- ``start``: the running Julia, and the only way to call it
 - ``sources``: where the Julia sources of this package are compiled, once for all installations
-- ``threads``: how many, and whose signals are whose
+- ``threads``: the number of threads, and which signals Julia and Python handle
 - ``interrupt``: Ctrl-C
-- ``install``: what juliapkg does, in a process of its own, with its progress
-- ``package_server``: whether packages can be had
+- ``install``: installation by juliapkg, in a separate process, with its progress
+- ``package_server``: whether packages can be downloaded
 - ``gpu``: CUDA.jl for an environment, and the self-test of a card
 - ``setup``, ``doctor``: `implicit-rnn setup` and `implicit-rnn doctor`
 """

@@ -1,4 +1,4 @@
-"""`implicit-rnn doctor`: which engines, Julia, project, versions and threads there are, and what is wrong with them."""
+"""`implicit-rnn doctor`: the available engines, Julia, project, versions and threads, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ PACKAGES = ("implicit-rnn", "juliacall", "juliapkg", "numpy", "matplotlib", "saf
 
 
 def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
-    """What there is and what is wrong with it, as plain data; starts Julia if it is there, or may be installed.
+    """What is available and what is wrong with it, as plain data; starts Julia if it is installed, or may be.
 
-    "ok" says whether an engine is ready, with the settings as they are; with ``gpu``, whether the self-test of the device is
-    passed as well.
+    "ok" says whether an engine is ready with the current settings; with ``gpu``, also whether the self-test of the device
+    passes.
     """
     report: dict[str, Any] = {
         "python": f"{platform.python_version()} on {platform.platform()}",
@@ -35,7 +35,7 @@ def diagnose(install: bool = False, gpu: bool = False) -> dict[str, Any]:
         check_engine(None)
         report["threads setting"] = threads.setting()
         explicit = environments.explicit_environment()
-    except (EngineError, ValueError) as error:  # a contradiction, which stops every engine but the one that is named
+    except (EngineError, ValueError) as error:  # a contradiction, which stops every engine except one chosen by name
         ok = report["engine setting"] == "numpy" and not gpu
         return report | {"julia engine": f"not available: {error}", "ok": ok}
     without_julia = report["engine setting"] != "julia" and not gpu

@@ -1,4 +1,4 @@
-"""Which Julia and which packages: found and checked before anything is started."""
+"""The choice of Julia and its packages: found and checked before anything is started."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Environment:
     """whether `implicit-rnn setup` installed it, and can bring it up to date"""
 
     def check(self) -> None:
-        """EngineError where this environment cannot work with the installed juliacall."""
+        """EngineError if this environment cannot work with the installed juliacall."""
         if shutil.which(self.exe) is None:
             raise EngineError(f"the Julia executable {self.exe!r} ({self.source}) does not exist or cannot be run")
         if not os.path.isdir(self.project):
@@ -94,7 +94,7 @@ def manifest_versions(project: str | Path) -> dict[str, str | None]:
 
 
 def installation() -> str:
-    """A name for this installation of the package, of which one user may have many, each with Julia packages of its own."""
+    """A name for this installation of the package; a user may have several, each with its own Julia packages."""
     place = f"{os.path.realpath(sys.prefix)}\n{JULIA_SOURCES.parent.resolve()}"
     return hashlib.sha256(place.encode("utf-8", "surrogateescape")).hexdigest()[:12]
 
@@ -105,14 +105,14 @@ def installed_path() -> Path:
 
 
 def named_path() -> Path:
-    """Where `implicit-rnn setup --julia EXE --project DIR` remembers what it named for all installations of this user."""
+    """Where `implicit-rnn setup --julia EXE --project DIR` remembers these two for all installations of this user."""
     return platformdirs.user_config_path("implicit-rnn") / "environment.json"
 
 
 def remember(environment: Environment) -> None:
     """Record an environment, so that it is found from now on.
 
-    One that was named counts for all installations that have none of their own, and for this one in any case.
+    One given by the user applies to all installations that have none of their own, and to this one in any case.
     """
     path = installed_path() if environment.ours else named_path()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -125,7 +125,7 @@ def remember(environment: Environment) -> None:
 
 
 def prepared_environment() -> Environment | None:
-    """The environment that `implicit-rnn setup` installed for this installation, or else the one that was named to it."""
+    """The environment that `implicit-rnn setup` installed for this installation, or else the one it was given."""
     for path in (installed_path(), named_path()):
         try:
             if path.is_file():
@@ -161,7 +161,7 @@ def find_environment(may_install: bool = True) -> Environment | None:
     """The environment to start; None leaves it to juliapkg, which has resolved one or can install it now.
 
     In this order: PYTHON_JULIACALL_EXE with PYTHON_JULIACALL_PROJECT, what `implicit-rnn setup` prepared, juliapkg.
-    Raises EngineError where none of them can work, and where juliapkg would have to install something and not ``may_install``.
+    Raises EngineError if none of them can work, and if juliapkg would have to install something but not ``may_install``.
     """
     environment = explicit_environment() or prepared_environment()
     if environment is None:
@@ -171,7 +171,7 @@ def find_environment(may_install: bool = True) -> Environment | None:
 
 
 def _from_juliapkg(may_install: bool) -> Environment | None:
-    """None where juliapkg has, or now installs, what is needed; else what it installed earlier, if that still serves."""
+    """None if juliapkg has, or now installs, what is needed; else an earlier installation of it, if that still works."""
     # With it comes Python's OpenSSL, which a process that finds Julia ready is spared.
     from implicit_rnn.runtime import package_server
 
@@ -203,15 +203,15 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
 def _juliapkg_project() -> str:
     with install.stdout_kept_clean():
         try:
-            from juliapkg.state import STATE  # juliapkg.project() would install before it answers
-        except Exception as error:  # a setting that it does not take
+            from juliapkg.state import STATE  # juliapkg.project() would install before it returns
+        except Exception as error:  # a setting that it does not accept
             raise EngineError(f"juliapkg failed: {error}") from error
 
     return str(STATE["project"])
 
 
 def _is_resolved() -> bool:
-    """Whether juliapkg takes its project, in which it has to write a lock to tell, for up to date."""
+    """Whether juliapkg considers its project up to date; to decide, it must write a lock to it."""
     with install.stdout_kept_clean():
         import juliapkg
 
@@ -234,7 +234,7 @@ def _nearest_folder(path: str) -> Path:
 
 
 def _installed_earlier(project: str) -> Environment | None:
-    """What juliapkg left in its project, where it can do nothing about it now; None where that would not work."""
+    """The earlier installation in juliapkg's project, for when juliapkg cannot update it; None if it would not work."""
     try:
         record = json.loads((Path(project) / "pyjuliapkg" / "meta.json").read_text(encoding="utf-8"))
         recorded = str(record["executable"])
@@ -252,5 +252,5 @@ def _installed_earlier(project: str) -> Environment | None:
 
 
 def julia_string(text: str) -> str:
-    """The text as a literal of Julia."""
+    """The text as a Julia literal."""
     return json.dumps(text, ensure_ascii=False).replace("$", "\\$")

@@ -1,4 +1,4 @@
-"""Networks on a GPU: CUDA.jl for an environment, the card in words, and a self-test against the CPU."""
+"""Networks on a GPU: adding CUDA.jl to an environment, a description of the card, and a self-test against the CPU."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ SIZES = ((16, 4096), (64, 4096), (256, 4096))
 
 
 def add_cuda(environment: Environment) -> None:
-    """Add CUDA.jl to the project of an environment. Raises ``EngineError`` where that fails."""
+    """Add CUDA.jl to the project of an environment. Raises ``EngineError`` if that fails."""
     command = [environment.exe, f"--project={environment.project}", "--startup-file=no", "-e", ADD_CUDA]
     if install.run(command) != 0:
         raise EngineError(f"CUDA.jl could not be added to {environment.project}: {install.cause()}")
 
 
 def describe(device: str = "cuda") -> str:
-    """The device in words: name, memory, driver; or why there is none that works."""
+    """A description of the device: name, memory, driver; or why none works."""
     from implicit_rnn.engines.julia.calls import call
 
     try:
@@ -45,7 +45,7 @@ def self_test(device: str = "cuda", sizes: tuple[tuple[int, int], ...] = SIZES) 
     """Compute states, gradients, a fit and an equation on the device and on the CPU, and time a gradient on both.
 
     Returns the largest relative differences by precision, the times in ms by size (neurons x samples), and ``ok``: whether
-    the differences are those of rounding. Raises ``EngineError`` where the device cannot be had.
+    the differences are at rounding level. Raises ``EngineError`` if the device is not available.
     """
     differences = {dtype: _differences(device, dtype) for dtype in ("float64", "float32")}
     bounds = {"float64": 1e-6, "float32": 1e-3}
@@ -83,7 +83,7 @@ def _difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _milliseconds(device: str, neurons: int, samples: int) -> float:
-    """The median of some gradients in float32, after one that compiles."""
+    """The median time of several gradients in float32, after one that compiles."""
     net, (X, Y) = _network(device, neurons, "float32"), _data(samples, "float32")
     times = []
     for _ in range(6):

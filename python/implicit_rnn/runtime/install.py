@@ -1,4 +1,4 @@
-"""The installation of Julia and its packages by juliapkg, in processes of their own, with a line for each phase and a log."""
+"""The installation of Julia and its packages by juliapkg, in separate processes, with a line for each phase and a log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PHASES = (
     (re.compile(r"^ *Installed "), "downloading the packages"),
     (re.compile(r"Precompiling|precompiled", re.IGNORECASE), "precompiling the packages"),
 )
-"""What a line of the output tells of the phase."""
+"""The phases of an installation, each with the output lines that announce it."""
 
 TRUST = "name a file of the certificates to trust in SSL_CERT_FILE and JULIA_SSL_CA_ROOTS_PATH, then "
 RESOLVE = "import juliapkg; juliapkg.resolve(force={force})"
@@ -40,7 +40,7 @@ def log_path() -> Path:
 
 
 def resolve_with_juliapkg(env: Mapping[str, str] | None = None, *, force: bool = False) -> None:
-    """Let juliapkg install what is needed, anew if ``force``. Raises ``EngineError`` where it cannot."""
+    """Let juliapkg install what is needed, afresh if ``force``. Raises ``EngineError`` if it cannot."""
     begin = time.perf_counter()
     if run(python(RESOLVE.format(force=force)), env) != 0:
         why = cause()
@@ -56,15 +56,15 @@ def julia_of_juliapkg(env: Mapping[str, str]) -> str:
     """The Julia executable that juliapkg uses with these settings."""
     done = subprocess.run(python(EXECUTABLE), env=env, capture_output=True, text=True, errors="replace")
     if done.returncode != 0 or not done.stdout.strip():
-        said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise EngineError(f"juliapkg does not tell which Julia it has installed: {said[0]}")
+        said = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise EngineError(f"juliapkg does not report which Julia it has installed: {said[0]}")
     return str(json.loads(done.stdout.splitlines()[-1]))
 
 
 def python(code: str) -> list[str]:
     """The command that runs code in a Python like this one.
 
-    It looks for modules where this one does, and juliapkg for requirements there, not in the current folder.
+    It searches modules where this Python does, and juliapkg searches requirements there, not in the current folder.
     """
     settings = [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
     path = [entry for entry in sys.path if isinstance(entry, str)]
@@ -74,7 +74,7 @@ def python(code: str) -> list[str]:
 def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
     """Run a command to its end, its output in the log and a line for each of its phases on stderr; returns its exit code.
 
-    What it starts ends with it when this process is interrupted or ended. Raises ``EngineError`` where the log cannot be written.
+    Its child processes end with it when this process is interrupted or ended. Raises ``EngineError`` if there can be no log.
     """
     begin, phase = time.perf_counter(), -1
     with (
@@ -97,7 +97,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
                 log.write(line)
                 log.flush()
                 now = next((k for k, (pattern, _) in enumerate(PHASES) if pattern.search(line)), phase)
-                if now > phase:  # juliapkg and Pkg come back to what they have done, which is no news
+                if now > phase:  # juliapkg and Pkg repeat earlier phases, which are not reported again
                     phase = now
                     say(f"{PHASES[phase][1]} ({time.perf_counter() - begin:.0f} s, log in {log_path()})")
             return process.wait()
@@ -108,7 +108,7 @@ def run(command: list[str], env: Mapping[str, str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _exit_when_told_to_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP, which would end this process alone, raise SystemExit; handlers of the user's stay."""
+    """SIGTERM and SIGHUP, which would end this process alone, raise SystemExit; the user's handlers are kept."""
     names = ("SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -134,7 +134,7 @@ def _open_log() -> TextIO:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a process and all that it started."""
+    """End a process and all its children."""
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         with contextlib.suppress(OSError):
             if hasattr(os, "killpg"):
@@ -147,20 +147,20 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def cause(output: str | None = None) -> str:
-    """What went wrong by the output, else the last log: its first error, with the list that this announces, or its last line."""
+    """The cause of a failure from the output or the last log: its first error, with any list that follows, or its last line."""
     output = log_path().read_text(encoding="utf-8") if output is None else output
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    # Of a warning of Julia, which begins with its own message.
+    # The exception in a Julia warning, which begins with its own message.
     lines = [line.removeprefix("│   exception = ") for line in lines]
     errors = [line for line in lines if re.match(r"(ERROR|.*Error|Exception)\b.*:", line)]
     if not errors:
-        return (lines or ["it said nothing"])[-1]
+        return (lines or ["it printed nothing"])[-1]
     entries = itertools.takewhile(lambda line: line.startswith("- "), lines[lines.index(errors[0]) + 1 :])
     return " ".join([errors[0], *entries])
 
 
 @contextlib.contextmanager
 def stdout_kept_clean() -> Iterator[None]:
-    """Let what is printed meanwhile go to stderr, since stdout may be read by a program."""
+    """Redirect output to stderr meanwhile, since stdout may be read by a program."""
     with contextlib.redirect_stdout(sys.stderr):
         yield

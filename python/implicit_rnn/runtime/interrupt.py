@@ -1,8 +1,8 @@
 """Ctrl-C while Julia computes or starts: SIGINT raises the flag at which Julia's loops stop.
 
-Python runs its handler of SIGINT, which raises KeyboardInterrupt, when the main thread is back from Julia. But at once it
-writes the number of the signal to the file descriptor that ``signal.set_wakeup_fd`` names. That is a socket here, at which a
-thread waits to raise the flag. A call costs no more than to name the socket and to name again what was named before.
+Python runs its SIGINT handler, which raises KeyboardInterrupt, only when the main thread returns from Julia. But it writes
+the number of the signal at once to the file descriptor set by ``signal.set_wakeup_fd``. Here this is a socket, on which a
+thread waits to raise the flag. The only cost of a call is to set this descriptor and to restore the previous one.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def held() -> Iterator[None]:
-    """Around the start of Julia, in the main thread: Ctrl-C waits for its end, and takes the place of an error.
+    """Around the start of Julia, in the main thread: Ctrl-C waits until the start has ended, and replaces any error of it.
 
-    A Julia that is left half started cannot be started again, and one whose processes were stopped is no reason to fall back.
+    A half-started Julia cannot be started again, and a start that failed because of Ctrl-C is no reason to fall back.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if not callable(handler):  # nothing of Python's happens at a Ctrl-C
+    if not callable(handler):  # Python does not handle Ctrl-C
         yield
         return
     come: list[tuple[Any, ...]] = []
@@ -50,15 +50,15 @@ class Interrupter:
         self._name_socket = functools.partial(signal.set_wakeup_fd, self._sender.fileno(), warn_on_full_buffer=False)
         self._other = -1
         self._main = threading.main_thread().ident
-        # Held while what has come is read and acted upon, so that no signal counts after its call.
+        # Held while signals are read and acted upon, so that none takes effect after its call.
         self._lock = threading.Lock()
         threading.Thread(target=self._watch, name="implicit-rnn-interrupt", daemon=True).start()
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """``function(*arguments)``, which Ctrl-C stops with ``KeyboardInterrupt``.
 
-        On other threads than the main one, and where SIGINT has another handler than Python's own, nothing is stopped: what
-        is to happen then is not ours to say, and the handler runs when the call is over.
+        On threads other than the main one, and if SIGINT has a handler other than Python's own, nothing is stopped: that
+        handler decides what happens, and runs when the call is over.
         """
         if threading.get_ident() != self._main:
             return function(*arguments)
@@ -81,7 +81,7 @@ class Interrupter:
         self._flag.value = 1
 
     def settle(self) -> None:
-        """Forget the interrupts that have come."""
+        """Discard the interrupts that have arrived."""
         with self._lock:
             self._read()
             self._flag.value = 0
@@ -97,7 +97,7 @@ class Interrupter:
                         self._flag.value = 1
 
     def _read(self) -> bytes:
-        """The numbers of the signals that have come, which are passed on to whom they would have been told."""
+        """The numbers of the signals that have arrived, which are passed on to the previous wakeup descriptor."""
         try:
             numbers = self._receiver.recv(4096)
         except BlockingIOError:

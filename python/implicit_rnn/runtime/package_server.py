@@ -1,4 +1,4 @@
-"""Whether the Julia package server can be reached, through the proxies that Julia would go through."""
+"""Whether the Julia package server can be reached, through the proxies that Julia would use."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PROBE_SECONDS = 4.0
 
 
 def address() -> str:
-    """The address of the Julia package server, JULIA_PKG_SERVER or the public one; empty where there is to be none."""
+    """The address of the Julia package server, JULIA_PKG_SERVER or the public one; empty if it is disabled."""
     server = os.environ.get("JULIA_PKG_SERVER", PUBLIC).rstrip("/")
     return server if not server or "://" in server else f"https://{server}"
 
 
 def answers() -> bool:
-    """Whether the package server answers, whatever it says: the certificates and passwords are Julia's affair."""
+    """Whether the package server answers in any way: Julia handles certificates and passwords."""
     server, proxies = address(), _proxies()
     if not server or any(proxy.startswith("socks") for proxy in proxies.values()):
-        return True  # packages come from elsewhere, or in a way that is not Python's: nothing is known here
+        return True  # packages come from elsewhere, or in a way that Python cannot check
     open_url = urllib.request.build_opener(urllib.request.ProxyHandler(proxies)).open
-    # In a thread of its own: name look-ups have no time-out.
+    # In a separate thread, since name look-ups have no time-out.
     reached = threading.Event()
 
     def probe() -> None:
@@ -47,7 +47,7 @@ def answers() -> bool:
 
 
 def _proxies() -> dict[str, str]:
-    """Proxies by scheme; that of ALL_PROXY, which Julia knows and Python does not, where a scheme has none of its own."""
+    """Proxies by scheme; for schemes without one that of ALL_PROXY, which Julia uses and Python does not."""
     proxies = urllib.request.getproxies()
     if common := proxies.get("all"):
         proxies = {"http": common, "https": common} | proxies

@@ -48,7 +48,7 @@ def setup(julia: str | None = None, project: str | None = None, *, cuda: bool = 
 
 
 def remove() -> list[str]:
-    """Delete what ``setup`` made for this installation, and the record of what it named; returns what was deleted."""
+    """Delete what ``setup`` installed for this installation, and its record of a given Julia; returns what was deleted."""
     deleted = []
     for path in (environments.installed_path(), environments.named_path(), install.log_path()):
         if path.is_file():
@@ -77,7 +77,7 @@ def _install() -> Environment:
 
 
 def _precompile(environment: Environment) -> None:
-    # A process like the user's, so that the flags of the cached code are the ones that will be asked for.
+    # A process like the user's, so that the cached code has the flags that will be requested.
     settings = os.environ | {
         "PYTHON_JULIACALL_EXE": environment.exe,
         "PYTHON_JULIACALL_PROJECT": environment.project,

@@ -1,9 +1,9 @@
-"""The Julia sources that run: those shipped with this package, at a place that all installations share.
+"""The Julia sources that run: those shipped with this package, at a location that all installations share.
 
-The code that Julia compiles holds for sources at one place. Beside Julia's own packages, under a name made of their content,
+Compiled Julia code is valid for sources at one location. Beside Julia's own packages, under a name made from their content,
 they are compiled once for each depot and version, not once for each virtual environment. Julia's ``Pkg.gc()`` deletes
-the copies along with other packages that no project names; what is needed is then copied again, and its compiled code still
-holds.
+the copies along with other packages that no project uses; needed ones are then copied again, and their compiled code is still
+valid.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from implicit_rnn.runtime.environments import JULIA_SOURCES
 
 MODIFIED = 315532800.0
-"""When every copy says that it was modified (1980): Julia 1.10 compares the times of the files, not their content."""
+"""The modification time of every copy (1980): Julia 1.10 compares the times of the files, not their content."""
 
 
 def locate(depots: Iterable[str]) -> Path:
-    """Where the sources are that Julia is to load: in one of the depots, into the first of which they are copied if need be.
+    """The location of the sources that Julia is to load: in one of the depots, copied to the first one if necessary.
 
-    A checkout goes on with its own tree, and so does an installation whose copy cannot be written or read, or has been changed.
+    A checkout uses its own tree, and so does an installation whose copy cannot be written or read, or has been changed.
     """
     shipped = JULIA_SOURCES.resolve()
     if JULIA_SOURCES.is_symlink():
@@ -39,7 +39,7 @@ def locate(depots: Iterable[str]) -> Path:
 
 
 def _holds(place: Path, name: str) -> bool:
-    """Whether the copy at a place is there, may be read, and is what its name says."""
+    """Whether the copy at a location exists, is readable, and has the content that its name states."""
     try:
         return os.path.isdir(place) and _digest(place) == name
     except OSError:
@@ -58,7 +58,7 @@ def _digest(folder: Path) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a folder in one step for others, of whom one may do the same: who is second fails, with an OSError."""
+    """Copy a folder atomically; if another process does the same, the second fails with an OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         copy = Path(temporary) / target.name

@@ -1,6 +1,6 @@
-"""The Julia that runs in this process: its start, once, and the one way into it.
+"""The Julia that runs in this process: its start, once, and the only way to call it.
 
-The Julia sources that run are always the ones shipped with this package: they are added to Julia's load path, behind
+The Julia sources that run are always the ones shipped with this package: they are added to Julia's load path, after
 the environment, which only has to provide their dependencies and PythonCall.
 """
 
@@ -26,7 +26,7 @@ from implicit_rnn.runtime.interrupt import Interrupter
 EntryPoint = Callable[..., Any]
 
 LOCK = threading.RLock()
-"""Held around every entry into Julia: one at a time per process."""
+"""Held around every call of Julia: one at a time per process."""
 
 _entry_points: dict[str, EntryPoint] | None = None
 _interrupter: Interrupter | None = None
@@ -37,7 +37,7 @@ SECONDS_TO_STOP = 5.0
 
 
 def _is_running() -> bool:
-    """Whether Julia runs in this process, started here or by somebody else."""
+    """Whether Julia runs in this process, started here or by another package."""
     return bool(getattr(sys.modules.get("juliacall"), "CONFIG", {}).get("inited", False))
 
 
@@ -64,7 +64,7 @@ def check_not_forked() -> None:
 
 
 def entry_points() -> dict[str, EntryPoint]:
-    """The functions of the Julia side, with Julia started if it was not; EngineError where that fails."""
+    """The functions of the Julia side, with Julia started if necessary; EngineError if that fails."""
     global _entry_points, _interrupter, _fault_handler
     check_not_forked()
     if _entry_points is None:
@@ -81,9 +81,9 @@ def entry_points() -> dict[str, EntryPoint]:
 
 
 def _end_calls() -> None:
-    """Stop what a daemon thread computes, and let no other thread begin, as Julia is about to end with the process.
+    """Stop the computation of a daemon thread, and let no other thread begin, as Julia is about to end with the process.
 
-    Where it cannot be stopped, Julia is left as it is: its end would be a crash of the thread.
+    If it cannot be stopped, Julia is left running: ending it would crash the thread.
     """
     global _ending
     assert _interrupter is not None
@@ -109,7 +109,7 @@ def interruptible(point: EntryPoint, arguments: tuple[Any, ...]) -> Any:
 
 
 def evaluate(code: str) -> Any:
-    """The value of a Julia expression, for reports; not for hot paths, it is parsed each time."""
+    """The value of a Julia expression, for reports; not for hot paths, since it is parsed each time."""
     entry_points()
     import juliacall
 
@@ -142,7 +142,7 @@ def _start() -> dict[str, EntryPoint]:
         except EngineError as error:
             where = "the Julia that was already running in this process" if running else "Julia"
             raise EngineError(
-                f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` tells more", str(error)
+                f"{where} could not load ImplicitRNN: {first_line(error)}; `implicit-rnn doctor` shows more", str(error)
             ) from None
         finally:
             _allow_collection_from_other_threads()
@@ -150,9 +150,9 @@ def _start() -> dict[str, EntryPoint]:
 
 @contextlib.contextmanager
 def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
-    """Settings for the Julia that is started here, which processes started from this one don't inherit.
+    """Settings for the Julia that is started here, which child processes don't inherit.
 
-    Nor do they what Julia sets for its own OpenBLAS, past ``os.environ``: NumPy would have one thread in them.
+    Nor do they inherit Julia's settings for its own OpenBLAS, which bypass ``os.environ``: NumPy would have one thread in them.
     """
     before = {name: os.environ[name] for name in settings if name in os.environ}
     os.environ.update(settings)
@@ -179,7 +179,7 @@ def _import_juliacall() -> Any:
             why = f"{error.cmd[0]} ended with status {error.returncode}: {install.cause(str(error.stderr))}"
         raise EngineError(f"Julia did not start: {why}{hint}") from error
     if not hasattr(juliacall, "CONFIG"):
-        raise EngineError(f"{juliacall.__file__} was imported as juliacall, which it is not; give it another name")
+        raise EngineError(f"{juliacall.__file__} was imported as juliacall, but is another module; rename it")
     if not hasattr(juliacall, "Main"):  # which it has in a Julia that runs Python, too
         raise EngineError(
             "juliacall did not start Julia, as PYTHON_JULIACALL_INIT or -X juliacall-init forbids it; unset that"
@@ -213,7 +213,7 @@ _handed_over: dict[str, EntryPoint] = {}
 
 
 def receive(points: dict[str, EntryPoint], arguments: list[Any]) -> None:
-    """What the Julia side calls, once, with its entry points and the list in which they find their arguments."""
+    """Called by the Julia side, once, with its entry points and the list through which they get their arguments."""
     _handed_over.update({name: _taking(arguments, points[name]) for name in points})
 
 
@@ -229,11 +229,11 @@ def _taking(list_of_arguments: list[Any], point: EntryPoint) -> EntryPoint:
 
 
 def _evaluate(code: str) -> str:
-    """The string that a Julia expression gives; EngineError with Julia's message where it throws.
+    """The string value of a Julia expression; EngineError with Julia's message if it throws.
 
-    It is evaluated in Base, as the names in Main are the user's.
-    This asks libjulia itself: what juliacall converts, Julia compiles at the first use, for seconds. The extension comes with
-    what its own conversions need.
+    It is evaluated in Base, since the names in Main are the user's.
+    This calls libjulia directly: Julia compiles juliacall's conversions at their first use, which takes seconds. The extension
+    has its own conversions precompiled.
     """
     library = sys.modules["juliacall"].CONFIG.get("lib")
     api = library if isinstance(library, ctypes.PyDLL) else ctypes.PyDLL(None)
@@ -252,10 +252,10 @@ def _evaluate(code: str) -> str:
 
 
 def _allow_collection_from_other_threads() -> None:
-    """Mark this thread, which Julia knows since its start, as safe for garbage collection while it runs Python.
+    """Mark this thread, known to Julia since its start, as safe for garbage collection while it runs Python.
 
     Otherwise a collection that starts on another Python thread waits for it forever. Every call into Julia leaves the
-    safe region and comes back to it. The functions are exported by libjulia but not documented.
+    safe region and returns to it. The functions are exported by libjulia but not documented.
     """
     try:
         api = ctypes.PyDLL(None)

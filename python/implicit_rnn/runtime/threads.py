@@ -1,7 +1,7 @@
-"""How many threads Julia gets, and what several threads take: Julia's signal handlers, without the loss of Python's.
+"""The number of Julia's threads, and the signal handlers that several threads need, without losing Python's.
 
-Julia stops its threads for a garbage collection by a segmentation fault that its own handler answers. With several threads
-it therefore has to handle signals; it would then take others as well, which Python gets back here.
+Julia stops its threads for a garbage collection by a segmentation fault that its own handler catches. With several threads
+it must therefore handle signals; it would then take over others as well, which are given back to Python here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from implicit_rnn.errors import EngineError, EngineWarning, warn
 VARIABLE = "IMPLICIT_RNN_THREADS"
 OURS = {signal.SIGINT, signal.SIGTERM}
 OTHERS = {getattr(signal, name) for name in ("SIGQUIT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)}
-"""Signals that Julia takes, and needs for its profiler: they are Python's where somebody has given them a handler there."""
+"""Signals that Julia takes over, and needs for its profiler: they are given back if they had a handler in Python."""
 
 
 def requested() -> int | None:
@@ -48,7 +48,7 @@ def setting() -> str:
 
 
 def _choice() -> tuple[str, str]:
-    """The threads and where they come from; ``ValueError`` for what would make Julia end the process."""
+    """The threads and the setting they come from; ``ValueError`` for values with which Julia would end the process."""
     threads, origin = _given()
     if not re.fullmatch("(auto|[1-9][0-9]{0,3})(,(auto|[1-9][0-9]{0,3}))?", threads.strip()):
         raise ValueError(
@@ -70,15 +70,15 @@ def _given() -> tuple[str, str]:
 
 
 def juliacall_option(name: str) -> str | None:
-    """What the user told juliacall, by -X or by the environment."""
+    """The user's option for juliacall, by -X or by the environment."""
     value = sys._xoptions.get(f"juliacall-{name.replace('_', '-')}")
     return str(value) if value is not None else os.environ.get(f"PYTHON_JULIACALL_{name.upper()}")
 
 
 def juliacall_settings() -> dict[str, str]:
-    """What juliacall is told, in its environment variables, of threads and signals.
+    """The environment variables that set threads and signals for juliacall.
 
-    Raises ``ValueError`` for a bad IMPLICIT_RNN_THREADS and ``EngineError`` for options under which Julia would crash.
+    Raises ``ValueError`` for an invalid IMPLICIT_RNN_THREADS and ``EngineError`` for options under which Julia would crash.
     """
     threads, _ = _choice()
     if threads == "1":
@@ -93,7 +93,7 @@ def juliacall_settings() -> dict[str, str]:
 
 @contextlib.contextmanager
 def signals_kept() -> Iterator[None]:
-    """Around the start of Julia, which may take signals: afterwards Python has its own again."""
+    """Around the start of Julia, which may take signals: restores those of Python afterwards."""
     takes_signals = juliacall_option("handle_signals") == "yes"
     blocked = _blocked()
     if takes_signals:
@@ -107,9 +107,9 @@ def signals_kept() -> Iterator[None]:
 
 
 class FaultHandler:
-    """Julia's handler of segmentation faults, by which it stops its threads; put back where something has replaced it.
+    """Julia's handler of segmentation faults, by which it stops its threads; restored if something has replaced it.
 
-    Ray, for one, resets the handlers of its process when it shuts down; the next garbage collection would be a crash.
+    Ray, for example, resets the handlers of its process when it shuts down; the next garbage collection would crash.
     """
 
     _LARGEST = 512
@@ -129,21 +129,21 @@ class FaultHandler:
 
 
 def check_running(config: dict[str, Any], threads: int) -> None:
-    """Judge a Julia that something else has started in this process with so many threads.
+    """Check a Julia that another package has started in this process with that many threads.
 
-    Raises ``EngineError`` if it would crash; warns if it has another number of threads than was asked for.
+    Raises ``EngineError`` if it would crash; warns if it does not have the requested number of threads.
     """
     if threads > 1 and config.get("opt_handle_signals") != "yes":
         raise EngineError(
             f"Julia was already started in this process, with {threads} threads but without "
             "PYTHON_JULIACALL_HANDLE_SIGNALS=yes, and would crash at a garbage collection; set that before Python starts, or "
-            "call implicit_rnn.get_engine() before what else uses Julia"
+            "call implicit_rnn.get_engine() before anything else uses Julia"
         )
     wanted = requested()
     if wanted is not None and wanted != threads:
         warn(
             f"Julia was already started in this process with {threads} thread{'s' * (threads > 1)}, so {VARIABLE}={wanted} has "
-            "no effect; call implicit_rnn.get_engine() before what else uses Julia, or set PYTHON_JULIACALL_THREADS",
+            "no effect; call implicit_rnn.get_engine() before anything else uses Julia, or set PYTHON_JULIACALL_THREADS",
             EngineWarning,
         )
 

@@ -1,8 +1,8 @@
-"""Training: settings, the loop over chunks of epochs, and what a run leaves behind.
+"""Training: settings, the loop over chunks of epochs, and the records of a run.
 
-``fit`` holds the call, ``settings`` what decides its result, ``loop`` the run from chunk to chunk, ``schedules`` the
-learning rates, ``lbfgs`` the optimiser that is no engine's, ``stopping`` what ends a run early, ``snapshot`` what a run is
-resumed from, ``checkpoints`` its file, ``history`` the record of a run.
+``fit`` holds the call, ``settings`` the settings that affect its result, ``loop`` the run from chunk to chunk, ``schedules``
+the learning rates, ``lbfgs`` the optimiser that is not part of an engine, ``stopping`` the conditions that end a run early,
+``snapshot`` the state from which a run is resumed, ``checkpoints`` its file, ``history`` the record of a run.
 """
 
 from implicit_rnn.training.checkpoints import Checkpoint

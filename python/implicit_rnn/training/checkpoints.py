@@ -1,4 +1,4 @@
-"""Checkpoints: snapshots of a run as safetensors files, with a checksum that tells of any damage."""
+"""Checkpoints: snapshots of a run as safetensors files, with a checksum that detects any damage."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ TEXTS = ("run", "epoch", "seconds", "random")
 
 @dataclass(frozen=True)
 class Checkpoint(Option):
-    """Where and when to write checkpoints: at the start, every so many epochs or minutes, at the end, and at Ctrl-C
+    """Where and when to write checkpoints: at the start, at intervals of epochs or minutes, at the end, and at Ctrl-C
     or another exception.
 
-    The file is replaced as a whole: it always holds a complete checkpoint, the last.
+    The file is replaced atomically: it always holds a complete checkpoint, the last.
 
     Parameters
     ----------
     path
         The file.
     every_epochs
-        Epochs between two checkpoints; None for no such rule.
+        Epochs between two checkpoints; None disables this rule.
     every_minutes
-        Minutes between two checkpoints; None for no such rule.
+        Minutes between two checkpoints; None disables this rule.
 
     Raises
     ------
@@ -98,7 +98,7 @@ def write(path: Path, snapshot: Snapshot) -> None:
 def read(path: Path) -> Snapshot:
     """The snapshot that ``write`` wrote.
 
-    Raises ``FileNotFoundError``, and ``CheckpointError`` for a file that is no checkpoint or a damaged one.
+    Raises ``FileNotFoundError``, and ``CheckpointError`` for a file that is not a checkpoint or is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}")
@@ -134,7 +134,7 @@ class Writer:
         self._write()
 
     def __call__(self) -> None:
-        """Take a snapshot at the end of an epoch, and write it if it is time for it."""
+        """Take a snapshot at the end of an epoch, and write it if a checkpoint is due."""
         state, checkpoint = self.training.state, self.checkpoint
         self.latest = Snapshot.of(self.training)
         minutes = (time.perf_counter() - self.when) / 60
@@ -144,7 +144,7 @@ class Writer:
             self._write()
 
     def save(self) -> None:
-        """Write the latest snapshot, whatever the training has come to since, unless the file has it."""
+        """Write the latest snapshot, whatever has happened in training since, unless the file has it already."""
         if self.latest is not self.written:
             self._write()
 
@@ -152,13 +152,13 @@ class Writer:
         try:
             write(self.path, self.latest)
         except OSError:
-            self.failed = True  # which is to be told, and not that a second attempt failed too
+            self.failed = True  # this failure is to be reported, not a second one
             raise
         self.written, self.when = self.latest, time.perf_counter()
 
 
 def _checksum(arrays: Mapping[str, Array], texts: Mapping[str, str]) -> str:
-    """A digest of all that a file holds."""
+    """A digest of the whole contents of a file."""
     digest = hashlib.blake2b(digest_size=16)
     layout = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
     digest.update(json.dumps([layout, dict(texts)], sort_keys=True).encode())

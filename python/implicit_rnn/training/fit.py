@@ -64,7 +64,7 @@ def fit_many(
 ) -> list[Run]:
     """Train nets of one topology, each from its own parameters, on the same samples.
 
-    Many small nets in one call cost little more than the arithmetic.
+    Training many small nets in one call costs little more than the arithmetic.
 
     Parameters
     ----------
@@ -77,10 +77,10 @@ def fit_many(
     epochs, batch_size
         Passes over the data, and samples per step; ``None`` takes all samples at once.
     loss
-        "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``;
-        ``CustomLoss(function)`` is your own.
+        "mse", "mae", "huber", "cross_entropy", "binary_cross_entropy" or an object such as ``Huber(delta=0.5)``, or
+        your own ``CustomLoss(function)``.
     sample_weights
-        Weights w (B,) of the samples: the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. A minibatch of m samples takes
+        Weights w (B,) of the samples: the loss is ``Σ_b w_b ℓ_b / Σ_b w_b``. For a minibatch of m samples it is
         ``Σ_b w_b ℓ_b / m`` with the weights scaled to a mean of 1 over all samples.
     schedule
         How the learning rate changes: ``Constant()``, ``Cosine()``, ``Step()``, ``OneCycle()`` or ``WarmUp()``.
@@ -89,37 +89,37 @@ def fit_many(
     clip
         Largest Euclidean norm of a gradient; longer ones are scaled down to it.
     jacobian_penalty
-        Adds that much of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
+        Adds this multiple of mean_b ‖J_b‖_F² / N to the loss, see ``Network.loss_and_gradient``.
     warm_start
-        Whether the solver starts each sample from its equilibrium in the epoch before, rather than from zero, which saves
-        iterations and keeps nets × B × neurons numbers. Equilibria and gradients are the same to the
-        tolerance of the solver where a constraint makes them unique; under ``Free`` they may be others. A sample that does
-        not converge starts from zero at its next visit, as does a run that is resumed. Not for ``Unrolled`` and ``LBFGS``.
+        Whether the solver starts each sample from its equilibrium in the previous epoch rather than from zero, which saves
+        iterations but stores nets × B × neurons numbers. Equilibria and gradients are the same to the
+        tolerance of the solver where a constraint makes them unique; under ``Free`` they may differ. A sample that does
+        not converge starts from zero in the next epoch, as do all when a run is resumed. Not for ``Unrolled`` and ``LBFGS``.
     validation, validation_every
-        Samples (V, inputs), targets (V, outputs) and optionally their weights (V,), on which the loss is taken every so
-        many epochs.
+        Samples (V, inputs), targets (V, outputs) and optionally their weights (V,), on which the loss is evaluated every
+        ``validation_every`` epochs.
     restore_best
         Leave the nets with the parameters of their lowest validation loss rather than the last.
     early_stopping
         An ``EarlyStopping``: ends the training of a net whose validation loss no longer improves.
     guard
-        Halts the training of a net that goes wrong, which keeps its last good parameters.
+        Halts the training of a net that goes wrong; the net gets its last good parameters.
     callbacks, callback_every
-        Functions that are called with a ``Progress`` for each net in training after every so many epochs, after the
-        validation of that epoch. One that returns True, rather than False or None, ends the training of the net, one
-        that raises ``StopTraining`` that of all nets.
+        Functions that are called with a ``Progress`` for each net in training every ``callback_every`` epochs, after the
+        validation of that epoch. One that returns True, rather than False or None, ends the training of the net; one
+        that raises ``StopTraining`` ends the training of all nets.
     checkpoint
-        A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, now and then, at the end, and
+        A ``Checkpoint`` or its path: writes the state of the run to a file, at the start, at intervals, at the end, and
         before Ctrl-C or another exception leaves the call.
     resume
-        The path of such a file, or what an earlier call returned (a ``Run``, of several nets their list): the run goes on
-        from there and ends, bit by bit, as if it had never stopped (with ``warm_start`` to the tolerance). Data, nets,
-        engine and all settings that decide the result must be those of the earlier call; ``epochs``, which counts from
-        the start of the run, may be another number where the schedule does not depend on it (``Constant``, ``Step``,
-        and ``WarmUp`` to one of these). The parameters of the nets at the call do not count, but that nets in another order
-        than their runs are told by them. A run that a callback ended goes on; of several nets, those that were in it to its end.
+        The path of such a file, or the result of an earlier call (a ``Run``, or a list of them for several nets): the run
+        continues from there and ends, bit by bit, as if it had never stopped (with ``warm_start`` to the tolerance). Data,
+        nets, engine and all settings that affect the result must be those of the earlier call; ``epochs``, which counts from
+        the start of the run, may change where the schedule does not depend on it (``Constant``, ``Step``, and ``WarmUp`` to
+        one of these). The current parameters of the nets are ignored, except to detect nets in another order than their
+        runs. A run that a callback ended continues; of several nets, those that were trained to its end.
     seed
-        Of the order of the minibatches, the same on every engine; None draws one, so that no other run has that order.
+        The seed of the order of the minibatches, which is the same on every engine; None draws one at random.
     progress
         A progress bar on stderr; ``None`` shows it on a terminal and in a notebook.
     on_failure
@@ -135,17 +135,17 @@ def fit_many(
     ValueError, TypeError
         For bad data or options.
     CheckpointError
-        If ``resume`` names a file that is no checkpoint or a damaged one, is of another run (the message says what differs)
-        or of these nets in another order, or is a ``Run`` that has all its epochs.
+        If ``resume`` names a file that is not a checkpoint or is damaged, belongs to another run (the message says what
+        differs) or to these nets in another order, or is a ``Run`` that already has all its epochs.
     OSError
-        If a checkpoint cannot be written; the one before and the parameters are kept.
+        If a checkpoint cannot be written; the previous one and the parameters are kept.
     RuntimeError
         For a net that another call is training.
     ConvergenceError
         With ``on_failure="raise"``.
     KeyboardInterrupt
-        At Ctrl-C, at once, after the ``checkpoint`` has been written: of the last epoch at whose end Python had control. A
-        single net has the parameters of the last step then, several those of some epoch before.
+        At Ctrl-C, at once, after the ``checkpoint`` has been written, for the last epoch at whose end Python had control. A
+        single net then has the parameters of its last step, several nets those of an earlier epoch.
 
     Examples
     --------
@@ -209,7 +209,7 @@ def _check_nets(nets: Sequence[Network]) -> None:
     kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
     if any(kind != kinds[0] for kind in kinds):
         raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
-    refuse_nets_in_training(nets)  # here, as what is resumed is put into them before they are trained
+    refuse_nets_in_training(nets)  # here already, since resuming writes to them before they are trained
     if not all(net.parameters.flags.writeable for net in nets):
         raise ValueError(
             "the parameters of a net cannot be written to; set net.parameters.flags.writeable = True to train it"
@@ -217,7 +217,7 @@ def _check_nets(nets: Sequence[Network]) -> None:
 
 
 def _held_out(net: Network, loss: Loss, validation: tuple[ArrayLike, ...]) -> Samples:
-    """The samples of ``validation``, in host memory, where their loss is taken."""
+    """The samples of ``validation``, in host memory, where their loss is evaluated."""
     if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
         raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
     arrays = [to_host(f"validation[{k}]", array, net.dtype, net.device) for k, array in enumerate(validation)]
@@ -256,9 +256,9 @@ def _resume(training: Training, resume: str | os.PathLike[str] | Run | Sequence[
         raise CheckpointError("resume has the same Run twice; expected the list that one call of fit_many returned")
     parts = [run.snapshot for run in runs if run.snapshot is not None]
     if len(parts) < len(runs):
-        raise CheckpointError("resume has no state to go on from; expected a Run that fit has returned")
+        raise CheckpointError("resume has no state to continue from; expected a Run that fit has returned")
     whole = Snapshot.join(parts)
-    # A script that is run again may find its checkpoint finished; who goes on from a Run means to train.
+    # A script that is run again may find its checkpoint finished; a call that resumes from a Run is meant to train.
     whole.restore(training, "resume", epochs - 1 if whole.going_on.any() else epochs)
 
 
@@ -268,9 +268,9 @@ One = Callable[Concatenate["Network", ArrayLike, ArrayLike, P], Run]
 
 
 def with_settings_of(many: Many[P]) -> Callable[[Callable[..., Run]], One[P]]:
-    """A decorator: gives the method that trains one net the settings of the function that trains many.
+    """A decorator that gives the method that trains one net the settings of the function that trains many.
 
-    Type checkers, editors and ``inspect.signature`` see them, and a misspelt one is refused with the nearest.
+    Type checkers, editors and ``inspect.signature`` see them, and a misspelt one is refused with a suggestion.
     """
     settings = list(inspect.signature(many).parameters.values())[1:]
 

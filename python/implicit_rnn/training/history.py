@@ -24,27 +24,27 @@ class Run:
     Attributes
     ----------
     loss
-        (E,) mean training loss of each epoch, each step's before its update.
+        (E,) mean training loss of each epoch, each step's loss taken before its update.
     unconverged
-        (E,) samples that did not reach their equilibrium.
+        (E,) number of samples that did not reach their equilibrium.
     learning_rate
-        (E,) of the first step of each epoch.
+        (E,) learning rate of the first step of each epoch.
     validation_epochs
-        (V,) the epochs (from 1) after which the validation loss was taken.
+        (V,) the epochs (from 1) after which the validation loss was evaluated.
     validation_loss
         (V,) the validation loss at those epochs; empty without validation data.
     validation_unconverged
-        (V,) validation samples that did not reach their equilibrium at those epochs.
+        (V,) number of validation samples that did not reach their equilibrium at those epochs.
     best_epoch
         The epoch after which the validation loss was lowest; None if there is none.
     stopped
-        Why training ended before the last epoch that was asked for; None if it did not.
+        Why training ended before the last requested epoch; None if it did not.
     seconds
         How long the training took.
     engine
         The name of the engine.
     snapshot
-        The state at the end, optimiser and order of the minibatches included, from which ``fit(resume=run)`` goes on.
+        The state at the end, optimiser and order of the minibatches included, from which ``fit(resume=run)`` continues.
 
     Examples
     --------

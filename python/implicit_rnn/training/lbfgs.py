@@ -1,4 +1,4 @@
-"""L-BFGS on top of any engine's gradient; the line search is SciPy's, to the strong Wolfe conditions."""
+"""L-BFGS on top of any engine's gradient; the line search is SciPy's, with the strong Wolfe conditions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from implicit_rnn.model.optimizers import LBFGS
 Array = np.ndarray
 
 PROBE = 1
-"""One set of random vectors of the Jacobian penalty for the whole run: a line search needs one function."""
+"""The seed of the Jacobian penalty's random vectors, the same for the whole run: a line search needs a fixed function."""
 
 
 class LBFGSTrainer:
@@ -78,19 +78,19 @@ class LBFGSTrainer:
 
 
 class _Curvature:
-    """The last changes s of the parameters and y of the gradient, newest last, and what they say of the Hessian."""
+    """The last changes s of the parameters and y of the gradient, newest last, which approximate the Hessian."""
 
     def __init__(self, memory: int, parameters: int) -> None:
         self._pairs: list[tuple[Array, Array]] = []
         self._memory, self._parameters = memory, parameters
 
     def directions(self, g: Array) -> list[Array]:
-        """Where to search: first by the two-loop recursion (Nocedal and Wright 2006, algorithm 7.4), then along -g."""
+        """Directions to search: first that of the two-loop recursion (Nocedal and Wright 2006, algorithm 7.4), then -g."""
         downhill = -g / max(1.0, float(np.abs(g).sum()))
         return [-self._inverse_hessian_times(g), downhill] if self._pairs else [downhill]
 
     def add(self, s: Array, y: Array) -> None:
-        """Remember a step; one along which the gradient did not grow says nothing of use."""
+        """Store a step, unless the gradient did not grow along it (no positive curvature)."""
         if s @ y > np.finfo(np.float64).eps * (y @ y):
             self._pairs = [*self._pairs, (s, y)][-self._memory :]
 
@@ -124,7 +124,7 @@ class _Curvature:
 
 
 class _Objective:
-    """The loss of one net as a function of its parameters; remembers the last two points it was taken at."""
+    """The loss of one net as a function of its parameters; remembers the last two points of evaluation."""
 
     def __init__(self, program: Program, samples: Samples, like: Array) -> None:
         self._program, self._samples, self._dtype = program, samples, like.dtype
@@ -145,7 +145,7 @@ class _Objective:
         return self._known[key]
 
     def search(self, start: Array, direction: Array, loss: float, g: Array, steps: int) -> float | None:
-        """The length of a step along ``direction`` that meets the strong Wolfe conditions; None if none was found."""
+        """The step size along ``direction`` that meets the strong Wolfe conditions; None if none was found."""
         from scipy.optimize import line_search
 
         if not np.isfinite(direction).all() or not g @ direction < 0:
@@ -157,6 +157,6 @@ class _Objective:
         def slope(x: Array) -> Array:
             return self.at(x)[1]
 
-        with silenced(), np.errstate(all="ignore"):  # a search that fails says so by its result
+        with silenced(), np.errstate(all="ignore"):  # a failed search is seen by its result
             step, *_, after, _, _ = line_search(value, slope, start, direction, gfk=g, old_fval=loss, maxiter=steps)
         return float(step) if step is not None and after is not None and np.isfinite(after) and after < loss else None

@@ -1,4 +1,4 @@
-"""The loop over chunks of epochs, each chunk one call of the engine, with what happens between them."""
+"""The loop over chunks of epochs, each chunk one call of the engine, and the work between them."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 CHUNK_SECONDS = 0.25
-"""Aimed-at length of a chunk: the delay of Ctrl-C and of the progress bar."""
+"""Target length of a chunk: the delay of Ctrl-C and of the progress bar."""
 
 _taking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Watch:
-    """What accompanies a run without changing its result, unless a callback ends it."""
+    """Settings that accompany a run without changing its result, unless a callback ends it."""
 
     callbacks: tuple[Callback, ...]
     callback_every: int
@@ -53,25 +53,25 @@ class Watch:
 
 @dataclass
 class State:
-    """All that a run of S nets is at the end of an epoch, but for the state of its optimiser."""
+    """The whole state of a run of S nets at the end of an epoch, except that of its optimiser."""
 
     nets: Replicas
     rng: np.random.Generator
     losses: Array
-    """(S, epochs), filled in for the epochs done, as is the next"""
+    """(S, epochs), filled in for the finished epochs, as is the next"""
     unconverged: Array
     origin: Array
     """(S, 16) the digests of the parameters at the start"""
     ended: Array
-    """(S,) the last epoch of nets that were halted; 0 for those that run"""
+    """(S,) the last epoch of nets that were halted; 0 for those in training"""
     best: Array
-    """(S, parameters) those of the lowest validation loss"""
+    """(S, parameters) the parameters with the lowest validation loss"""
     best_loss: Array
     """(S,)"""
     best_epoch: Array
     """(S,) 0 if there is none"""
     improved_loss: Array
-    """(S,) the validation loss at the last improvement in the sense of early stopping, as is the next"""
+    """(S,) the validation loss at the last improvement in the sense of early stopping; likewise the next"""
     improved_epoch: Array
     validation_epochs: list[int] = field(default_factory=list)
     validation_losses: list[Array] = field(default_factory=list)
@@ -130,11 +130,11 @@ class Training:
 
     @cached_property
     def description(self) -> dict[str, Any]:
-        """What must be equal for another run to go on from this one."""
+        """A description that must be equal for another run to continue from this one."""
         return describe(self)
 
     def run(self, watch: Watch) -> list[Run]:
-        """Train to the end; the nets have their parameters then."""
+        """Train to the end, and give the nets their parameters."""
         self._take_nets()
         try:
             return self._run(watch)
@@ -145,7 +145,7 @@ class Training:
         with _taking:
             refuse_nets_in_training(self.nets)
             self.runs = True
-            # Weak: an interrupt before the call can say that it no longer runs must not leave a net taken.
+            # Weak: an interrupt before the call can mark its end must not leave a net locked.
             for net in self.nets:
                 net._training = weakref.ref(self)
 
@@ -165,16 +165,16 @@ class Training:
                     net.parameters = best
             if not state.validation_epochs:
                 warn(
-                    f"there is no validation loss by which to stop or to choose parameters: with validation_every="
-                    f"{settings.validation_every} the first is that of epoch {settings.validation_every}, and training ended "
-                    f"at {state.epoch}; the net has the last parameters",
+                    f"there is no validation loss for stopping or for choosing parameters: with validation_every="
+                    f"{settings.validation_every} the first is that of epoch {settings.validation_every}, but training ended "
+                    f"at epoch {state.epoch}; the net has the last parameters",
                     UserWarning,
                 )
             elif not state.best_epoch.all():
                 without = np.flatnonzero(state.best_epoch == 0)
                 which = "" if len(self.nets) == 1 else f" of {len(without)} of {len(self.nets)} nets"
                 warn(
-                    f"no validation loss{which} was finite, so there are no best parameters: they are the last; look at "
+                    f"no validation loss{which} was finite, so the last parameters are kept instead of the best; look at "
                     "the validation data and at Run.validation_loss",
                     UserWarning,
                 )
@@ -202,7 +202,7 @@ class Training:
                 chunk = int(min(max(count * CHUNK_SECONDS / max(elapsed, 1e-9), 1), 10 * count))
 
     def _quiet(self) -> AbstractContextManager[object]:
-        """NumPy without its warnings of overflow, which the guard tells in words; those of a custom loss are heard."""
+        """Suppress NumPy's overflow warnings, since the guard reports overflow; those of a custom loss are shown."""
         if isinstance(self.settings.loss, CustomLoss):
             return np.errstate(under="ignore")
         return np.errstate(all="ignore")
@@ -218,7 +218,7 @@ class Training:
         return min(chunk, *(every - self.state.epoch % every for every in intervals))
 
     def _train(self, count: int) -> None:
-        """Train for ``count`` epochs and note how they went."""
+        """Train for ``count`` epochs and record their losses."""
         state, settings = self.state, self.settings
         span = slice(state.epoch, state.epoch + count)
         order = _orders(state.rng, count, len(self.samples), settings.batch_size)
@@ -233,13 +233,13 @@ class Training:
         self.publish()
 
     def publish(self) -> None:
-        """Give the nets their parameters; a single net shares them anyway."""
+        """Copy the parameters to the nets; a single net shares them anyway."""
         if len(self.nets) > 1:
             for net, p in zip(self.nets, self.state.nets.parameters, strict=True):
                 net.parameters = p
 
     def _validate(self) -> None:
-        """Take the validation loss if this is the epoch for it, and halt nets that no longer improve."""
+        """Evaluate the validation loss if it is due, and halt nets that no longer improve."""
         state, stopping = self.state, self.settings.early_stopping
         if self.held_out is None or state.epoch % self.settings.validation_every:
             return
@@ -273,7 +273,7 @@ class Training:
         self.state.ended[chosen] = self.state.epoch
 
     def _call_back(self, watch: Watch) -> None:
-        """Call the callbacks if this is the epoch for it."""
+        """Call the callbacks if they are due."""
         state = self.state
         if not watch.callbacks or state.epoch % watch.callback_every:
             return

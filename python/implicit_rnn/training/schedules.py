@@ -17,7 +17,7 @@ Array = np.ndarray
 class Schedule(Option):
     """How the learning rate changes in the course of a run.
 
-    The rate of a step is ``learning_rate`` of the optimiser times a factor that depends on the number t of the step
+    The rate of a step is the optimiser's ``learning_rate`` times a factor that depends on the index t of the step
     (from 0), the steps per epoch, and with some schedules on the number T of steps of the whole run.
 
     Examples
@@ -30,7 +30,7 @@ class Schedule(Option):
 
     @property
     def needs_end(self) -> bool:
-        """Whether the factors depend on T, so that such a run cannot be prolonged."""
+        """Whether the factors depend on T, so that the run cannot be extended."""
         return True
 
     @abstractmethod
@@ -40,9 +40,9 @@ class Schedule(Option):
         Parameters
         ----------
         t
-            Numbers of steps (n,), from 0.
+            Indices of steps (n,), from 0.
         steps_per_epoch, total
-            How many steps an epoch has, and the whole run.
+            The number of steps of an epoch and of the whole run.
 
         Returns
         -------
@@ -138,7 +138,7 @@ class Step(Schedule):
 class OneCycle(Schedule):
     """Rises from ``start`` to 1 in the first ``rise`` of the run and falls to ``final``, both along half a cosine.
 
-    The learning rate of the optimiser is that of the peak. Smith and Topin, arXiv 1708.07120.
+    The optimiser's learning rate is reached at the peak. Smith and Topin, arXiv 1708.07120.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class WarmUp(Schedule):
-    """Rises in equal steps to 1 in the course of ``epochs`` epochs; ``then`` has the rest of the run for its own.
+    """Rises in equal steps to 1 over ``epochs`` epochs; ``then`` schedules the rest of the run as a run of its own.
 
     Parameters
     ----------
@@ -204,7 +204,7 @@ class WarmUp(Schedule):
 
     @property
     def needs_end(self) -> bool:
-        """Whether ``then`` does."""
+        """Whether ``then`` needs it."""
         return cast("Schedule", self.then).needs_end
 
     def factors(self, t: Array, steps_per_epoch: int, total: int) -> Array:

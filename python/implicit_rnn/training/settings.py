@@ -1,4 +1,4 @@
-"""The settings that decide the result of a run, checked, apart from those that only watch it."""
+"""The settings that affect the result of a run, checked; those that only monitor it are elsewhere."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Array = np.ndarray
 
 @dataclass(frozen=True)
 class Settings:
-    """What, with the data and the parameters at the start, decides the result of a run; see ``fit_many``."""
+    """The settings that, with the data and the initial parameters, determine the result of a run; see ``fit_many``."""
 
     optimizer: Optimizer
     schedule: Schedule
@@ -60,7 +60,7 @@ class Settings:
         guard: Guard = Guard(),
         warm_start: bool = False,
     ) -> Settings:
-        """The settings that a user has chosen for so many samples; ``ValueError`` and ``TypeError`` as in ``fit_many``."""
+        """The user's settings for that many samples, checked; ``ValueError`` and ``TypeError`` as in ``fit_many``."""
         if early_stopping is not None and not isinstance(early_stopping, EarlyStopping):
             raise TypeError(f"early_stopping must be an EarlyStopping(patience=...), got {early_stopping!r}")
         if clip is not None:
@@ -111,16 +111,16 @@ class Settings:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The last of which may be of fewer samples."""
+        """The number of steps per epoch, of which the last may have fewer samples."""
         return -(-self.samples // self.batch_size)
 
     @property
     def reader(self) -> Solver:
-        """What computes the outputs of a net in training."""
+        """The solver that computes the outputs of a net in training."""
         return self.adjoint.reader(self.solver)
 
     def rates(self, steps: Array) -> Array:
-        """The learning rates of the steps of these numbers, counted from 0 at the start of the run."""
+        """The learning rates of the steps with these indices, counted from 0 at the start of the run."""
         if not isinstance(self.optimizer, GradientDescent):
             return np.full(len(steps), np.nan)
         found = self.schedule.factors(steps, self.steps_per_epoch, self.epochs * self.steps_per_epoch)

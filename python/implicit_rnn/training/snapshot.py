@@ -1,4 +1,4 @@
-"""A run at the end of an epoch, taken out of the loop to be put back later: it goes on as if it had never stopped."""
+"""The state of a run at the end of an epoch, from which the run can continue later as if it had never stopped."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 Array = np.ndarray
 
 PER_NET = ("origin", "ended", "best", "best_loss", "best_epoch", "improved_loss", "improved_epoch")
-"""The arrays that are taken from the state of a run as they are."""
+"""The arrays that are copied from the state of a run unchanged."""
 COMMON = "validation_epochs"
 """The one array that has no leading axis of nets."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that S nets in training are at the end of an epoch."""
+    """The whole state of S nets in training at the end of an epoch."""
 
     run: Mapping[str, Any]
-    """What must be equal for a run to go on from here bit by bit, see ``describe``."""
+    """The description that must be equal for a run to continue from here bit by bit, see ``describe``."""
     epoch: int
     seconds: float
     random: Mapping[str, Any]
@@ -67,7 +67,7 @@ class Snapshot:
 
     @classmethod
     def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
-        """The whole from the parts of its nets; ``CheckpointError`` for parts of several runs, or some of one."""
+        """The whole from the parts of its nets; ``CheckpointError`` for parts of several runs, or an incomplete list."""
         first = parts[0]
         if len(parts) != first.run["nets"]:
             raise CheckpointError(
@@ -84,16 +84,16 @@ class Snapshot:
 
     @property
     def going_on(self) -> Array:
-        """(S,) which nets can be trained on: those in training; where there are none, those that a callback ended last."""
+        """(S,) which nets can continue: those in training; if there are none, those that a callback ended last."""
         halted, ended = self.arrays["halted"], self.arrays["ended"]
         running = halted == Halt.RUNNING
         return np.asarray(running if running.any() else (halted == Halt.BY_CALLBACK) & (ended == self.epoch))
 
     def restore(self, training: Training, origin: str, last: int) -> None:
-        """Put a run into this state, in which nets go on that a callback has ended if it so ended the run.
+        """Put a run into this state; nets that a callback ended continue if that ended the whole run.
 
-        Raises ``CheckpointError``, which calls this ``origin``, for a run that differs in its data, nets or settings, for nets
-        in another order, and for a state behind the epoch ``last``.
+        Raises ``CheckpointError``, whose message calls this snapshot ``origin``, for a run that differs in its data, nets or
+        settings, for nets in another order, and for a state after the epoch ``last``.
         """
         self._check(training, origin, last)
         self._check_order(training, origin)
@@ -130,7 +130,7 @@ class Snapshot:
             )
 
     def _check_order(self, training: Training, origin: str) -> None:
-        """``CheckpointError`` for a net with the parameters with which another began or ended, in whose place it is not found."""
+        """``CheckpointError`` if a net has the parameters with which another net, at a different position, began or ended."""
         places: dict[bytes, set[int]] = {}
         for k in range(len(training.nets)):
             for each in (
@@ -149,7 +149,7 @@ class Snapshot:
 
 
 def digest(parameters: Array) -> Array:
-    """(16,) bytes by which the parameters of a net are known again."""
+    """(16,) bytes that identify the parameters of a net."""
     made = hashlib.blake2b(np.ascontiguousarray(parameters).data, digest_size=16).digest()
     return np.frombuffer(made, np.uint8)
 
@@ -158,7 +158,7 @@ def digest(parameters: Array) -> Array:
 
 
 def describe(training: Training) -> dict[str, Any]:
-    """Engine, nets, settings and data of a run, as JSON knows them; equal only if a run may go on in the other."""
+    """Engine, nets, settings and data of a run as JSON data; equal only if one run may continue the other."""
     first, held_out = training.nets[0], training.held_out
     run = {
         "engine": first.engine.name,
@@ -183,12 +183,12 @@ def _fingerprints(samples: Samples | None, names: Sequence[str]) -> dict[str, An
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """What differs between two descriptions, field by field, but for the epochs."""
-    for name in {**here, **there}:  # a later version may have settings of which this one knows nothing
+    """The differences between two descriptions, field by field, except the epochs."""
+    for name in {**here, **there}:  # a later version may have settings that are unknown here
         if name == "data":
             for array in here[name]:
                 yield from _data_difference(array, there[name][array], here[name][array])
-        elif name not in ("epochs", "samples"):  # the shape of X tells of the samples
+        elif name not in ("epochs", "samples"):  # the shape of X shows the samples
             yield from _field_differences(name, there.get(name), here.get(name))
 
 

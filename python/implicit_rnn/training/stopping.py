@@ -1,4 +1,4 @@
-"""What ends the training of a net before its last epoch: early stopping, callbacks, and a guard."""
+"""Ending the training of a net before its last epoch: early stopping, callbacks, and a guard."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class EarlyStopping(Option):
     Parameters
     ----------
     patience
-        Epochs without an improvement that are waited for.
+        Number of epochs without an improvement before training ends.
     min_delta
         How much lower than at the last improvement a loss must be to count as one.
     restore_best
@@ -55,28 +55,28 @@ class EarlyStopping(Option):
 
 @dataclass(frozen=True)
 class Progress:
-    """What a callback is told about a net in training.
+    """The information about a net in training that a callback gets.
 
     Attributes
     ----------
     net
-        The net, with the parameters of this epoch; not to be changed.
+        The net, with the parameters of this epoch; do not change it.
     index
-        Its place among the nets of the call.
+        Its position among the nets of the call.
     epoch
-        Epochs done.
+        Number of finished epochs.
     epochs
-        Epochs asked for.
+        Number of requested epochs.
     loss
         Mean training loss of this epoch.
     unconverged
-        Samples of this epoch that did not reach their equilibrium.
+        Number of samples of this epoch that did not reach their equilibrium.
     validation_loss
-        The last one taken.
+        The latest validation loss.
     best_epoch
         The epoch of the lowest validation loss so far.
     learning_rate
-        Of the first step of this epoch.
+        The learning rate of the first step of this epoch.
 
     Examples
     --------
@@ -104,7 +104,7 @@ Callback = Callable[[Progress], bool | None]
 
 
 class StopTraining(Exception):  # noqa: N818
-    """Raised by a callback: the training of all nets of the call ends in good order.
+    """Raised by a callback to end the training of all nets of the call without an error.
 
     Examples
     --------
@@ -120,7 +120,7 @@ class StopTraining(Exception):  # noqa: N818
 
 
 def ends_training(callback: Callback, progress: Progress) -> bool:
-    """Call it; whether it ends the training of the net. ``TypeError`` for an answer other than True, False or None."""
+    """Call it; return whether it ends the training of the net. ``TypeError`` for results other than True, False and None."""
     answer = callback(progress)
     if answer is not None and not isinstance(answer, bool | np.bool_):
         name = getattr(callback, "__qualname__", repr(callback))
@@ -132,7 +132,7 @@ def ends_training(callback: Callback, progress: Progress) -> bool:
 
 
 def reason(halt: int, epoch: int, unconverged: int, settings: Settings, remedy: str) -> str:
-    """A sentence on what halted a net in ``epoch``, when so many samples had no equilibrium; ``remedy`` is for these."""
+    """Why a net was halted in ``epoch``, with ``unconverged`` samples without equilibrium, for which ``remedy`` is given."""
     if halt == Halt.NO_IMPROVEMENT:
         assert settings.early_stopping is not None
         patience = settings.early_stopping.patience

@@ -1,4 +1,4 @@
-"""The Julia engine: hands NumPy arrays to ImplicitRNN.jl as they lie in memory."""
+"""The Julia engine: passes NumPy arrays to ImplicitRNN.jl without a copy."""
 
 from __future__ import annotations
 

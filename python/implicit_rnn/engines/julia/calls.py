@@ -10,7 +10,7 @@ from implicit_rnn.errors import EngineError
 from implicit_rnn.runtime import start
 
 _released: deque[int] = deque()
-"""Handles of collected objects: garbage is collected on any thread, so they go with the arguments of the next call."""
+"""Handles of collected objects: garbage may be collected on any thread, so they are sent with the next call's arguments."""
 
 
 def call(name: str, *arguments: Any) -> Any:
@@ -23,7 +23,7 @@ def call(name: str, *arguments: Any) -> Any:
             return start.interruptible(points[name], arguments)
         except Exception as error:
             if start.is_stopped():
-                raise SystemExit from None  # which ends a thread without a word
+                raise SystemExit from None  # which ends a thread silently
             if type(error).__name__ != "JuliaError":
                 raise
             reason = start.first_line(error)

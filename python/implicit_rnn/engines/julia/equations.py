@@ -67,7 +67,7 @@ class JuliaEquation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._equation = state["equation"]
-        # joblib gives them as memmaps, which the bridge does not know.
+        # joblib passes memmaps, which the bridge does not accept.
         self._args, self._state = tuple(map(np.asarray, _to_julia(self._equation))), np.asarray(state["state"])
         self._form = _form_of(self._equation)
         self._handle = Handle(_ask("equation_at", self._form.number, self._state.reshape(-1), self._args))
@@ -109,7 +109,7 @@ def _form(
     args: tuple[tuple[np.dtype, tuple[int, ...], bool], ...],
     device: str,
 ) -> Handle:
-    """What equations in a loop have in common."""
+    """The parts that equations solved in a loop share."""
     samples, n = shape
     description = {
         "code": code,
@@ -135,7 +135,7 @@ def _solver(solver: Solver) -> Handle:
 
 
 def _to_julia(equation: Equation) -> tuple[Array, ...]:
-    """The arguments as flat arrays in Julia's order, such that A[i, j] is the same number in both languages."""
+    """The arguments as flat arrays in Julia's order, so that A[i, j] is the same number in both languages."""
     return tuple([_flat(array, batched) for array, batched in zip(equation.args, equation.batched, strict=True)])
 
 
@@ -146,7 +146,7 @@ def _flat(array: Array, batched: bool) -> Array:
 
 
 def _like(array: Array, equation: Equation) -> Array:
-    """An array to be filled in, where the results of the equation are."""
+    """An array to be filled in, in the memory where the results of the equation are."""
     if equation.on_device:
         return cast("Array", DeviceArray.empty(array.shape, array.dtype, equation.device))
     return np.empty_like(array)
@@ -161,5 +161,5 @@ def _from_julia(flat: Array, shape: tuple[int, ...], batched: bool) -> Array:
 
 
 def _reversal(axes: int, batched: bool) -> tuple[int, ...]:
-    """All axes in reversed order, but the one that counts the samples, which comes first; its own inverse."""
+    """All axes in reversed order, except that of the samples, which comes first; its own inverse."""
     return (0, *range(axes - 1, 0, -1)) if batched else tuple(range(axes - 1, -1, -1))

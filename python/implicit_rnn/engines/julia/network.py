@@ -69,7 +69,7 @@ class JuliaProgram:
     ) -> tuple[float, Quality]:
         """Forward in Julia, the loss in Python, and back in Julia from the equilibria found.
 
-        ``states`` (B, N) are first iterates and become the equilibria, see ``engines.steps``.
+        ``states`` (B, N) are initial guesses and become the equilibria, see ``engines.steps``.
         """
         topology, X = self._network.topology, samples.X
         found = Solution.empty(len(X), topology.neurons, X.dtype)
@@ -81,7 +81,7 @@ class JuliaProgram:
         back = GradientReport.empty(len(X)) if report is None else report
         start = found.state if self._problem.adjoint.needs_equilibrium else None
         penalty, _ = self._vjp(p, X, start, V, "outputs", g, np.empty_like(X), back, probe)
-        # A sample that has not converged goes on in the second solve, while the loss is that of the first.
+        # A sample that has not converged continues in the second solve, while the loss is that of the first.
         unsolved = found.status != CONVERGED
         back.status[unsolved], back.residual[unsolved] = found.status[unsolved], found.residual[unsolved]
         failed = (back.status != CONVERGED) | ~(back.adjoint_residual < WORST_ADJOINT)
@@ -115,7 +115,7 @@ class JuliaProgram:
         report: GradientReport | None,
         probe: int,
     ) -> tuple[float, Quality]:
-        """The Jacobian penalty of the problem, which is part of the gradient, and how the solves went."""
+        """The Jacobian penalty of the problem, which is part of the gradient, and the quality of the solves."""
         arrays = (p, X.reshape(-1), _start(z0, X), V.reshape(-1), g, dX.reshape(-1), *_per_sample(report))
         penalty, *quality = call("vjp", self._handle.number, arrays, of == "state", probe)
         return penalty, Quality(*quality)
@@ -163,7 +163,7 @@ class JuliaProgram:
         return JuliaTrainer(Handle(call("trainer", self._handle.number, description)), options.nets)
 
     def _gradients(self, P: Array, samples: Samples, probe: int, states: Array | None) -> tuple[Array, Array, Array]:
-        """Net by net, of a loss of Python's, for a trainer in Python."""
+        """The gradients net by net, for a custom loss and a trainer in Python."""
         losses, G, unconverged = np.empty(len(P)), np.empty_like(P), np.empty(len(P), np.int64)
         for s, p in enumerate(P):
             own = None if states is None else states[s]
@@ -203,7 +203,7 @@ class JuliaTrainer:
 
 
 def refuse_others(kind: str, option: Option, base: type[Option], remedy: str = "") -> None:
-    """``EngineError`` for a class of the caller's: Julia would know nothing of it, or take it for its namesake."""
+    """``EngineError`` for a class of the caller's: Julia does not know it, or would confuse it with its namesake."""
     if type(option).__module__ != base.__module__:
         raise EngineError(f"the Julia engine has no {kind} {option.name}; use one of the package{remedy}")
 
@@ -218,7 +218,7 @@ def _per_sample(report: GradientReport | None) -> tuple[Array, ...]:
 
 
 def _start(z0: Array | None, X: Array) -> Array:
-    """An empty vector stands for none."""
+    """The start for Julia, where an empty vector stands for none."""
     return np.empty(0, X.dtype) if z0 is None else z0.reshape(-1)
 
 
@@ -239,7 +239,7 @@ def _options(problem: Problem) -> dict[str, Any]:
     return {
         "solver": describe(problem.solver),
         "adjoint": describe(problem.adjoint),
-        # A loss of Python's stays here, and Julia is asked for vector-Jacobian products only.
+        # A custom loss stays in Python, and Julia only computes vector-Jacobian products.
         "loss": describe(MSE() if isinstance(problem.loss, CustomLoss) else problem.loss),
         "jacobian_penalty": float(problem.jacobian_penalty),
     }

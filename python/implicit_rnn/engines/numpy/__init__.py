@@ -1,14 +1,14 @@
-"""The NumPy engine: the reference every result is checked against, and what runs where no Julia can be had.
+"""The NumPy engine: the reference for every result, and the fallback where Julia is not available.
 
-Arrays have a leading axis of nets, so that many small nets are trained in one go: parameters P (S, P), states (S, B, N).
+Arrays have a leading axis of nets, so that many small nets are trained together: parameters P (S, P), states (S, B, N).
 A single net is S = 1. The formulas are those of the Julia engine.
 
 - ``network``: the passes of a network; ``weights`` unpacks its parameters, ``solvers`` finds equilibria, ``systems`` solves
-  those of adjoints and tangents, ``unrolled`` has steps in the place of an equilibrium
-- ``equations``: those of Python functions; ``single`` solves one problem of few unknowns, ``fixed_points`` and ``roots``
-  many, all with respect to ``sizes``
-- ``functions``: derivatives of a Python function, by hooks or by ``differences`` of its ``values``; ``sparsity`` says which
-  unknowns are coupled, ``operators`` stand for Jacobians that are too large
+  the linear systems of adjoints and tangents, ``unrolled`` takes steps instead of finding an equilibrium
+- ``equations``: equations of Python functions; ``single`` solves one problem of few unknowns, ``fixed_points`` and ``roots``
+  many; ``sizes`` defines the norms they use
+- ``functions``: derivatives of a Python function, by hooks or by ``differences`` of its ``values``; ``sparsity`` finds which
+  unknowns are coupled, ``operators`` replace Jacobians that are too large
 """
 
 from __future__ import annotations

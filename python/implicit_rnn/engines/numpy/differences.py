@@ -1,7 +1,7 @@
 """Derivatives of a Python function from its values: by the complex step, or by difference quotients.
 
-None is believed without a look at the values: the complex step is compared with a difference quotient along one direction,
-and difference quotients with those of another step.
+None is trusted without a check against the values: the complex step is compared with a difference quotient along one
+direction, and difference quotients with those of another step.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Block = tuple[Array, Array, Array]
 """Entries of a variable, the outputs that depend on them, and the derivatives (m, len(outputs)) of the second by the first."""
 
 _ALIKE = 1e3
-"""Entries of a variable are moved together where their sizes differ by less than this factor."""
+"""Entries of a variable are perturbed together if their sizes differ by less than this factor."""
 FEW = 128
-"""Entries of a variable up to which each is moved for itself."""
+"""Number of entries of a variable up to which each is perturbed on its own."""
 _LARGEST_DOUBT = 0.1
-"""The doubt, relative to the largest derivative, up to which a quotient is believed in any precision."""
+"""The uncertainty, relative to the largest derivative, up to which a quotient is trusted in any precision."""
 _FLAT_STEP = 0.06
-"""The step, relative to what moves, at which an f that does not change is believed to be flat."""
+"""The relative step at which an f that does not change is accepted as flat."""
 
 
 class _Quotients(NamedTuple):
@@ -43,7 +43,7 @@ class _Quotients(NamedTuple):
     flat: Array
     """(m,) whether f has not changed at all"""
     good: Array
-    """(m,) whether the two agree, second differences shrink, as of a smooth function they do, and rounding counts for little"""
+    """(m,) whether the two agree, second differences shrink, as for a smooth function, and rounding matters little"""
 
 
 class Differences:
@@ -57,10 +57,10 @@ class Differences:
     def derivatives(self, Z: Array, rows: Array, variable: int, certain: bool = False) -> Iterable[Block]:
         """∂f/∂x for all entries x of a variable as one sample sees it.
 
-        By the complex step for rows on which it agrees with a difference quotient, else by difference quotients, of which
-        those of one step and of half of it have to agree. If it is to be ``certain``, each row is examined at this Z, and
-        rows without a trustworthy derivative are NaN and warned of; otherwise what was found at the first Z counts, and
-        their best quotient serves. Entries that share no output are moved together.
+        By the complex step for rows on which it agrees with a difference quotient, else by difference quotients, where
+        those of one step and of half of it must agree. If ``certain``, each row is checked at this Z, and
+        rows without a trustworthy derivative are NaN, with a warning; otherwise the check at the first Z is reused, and
+        such rows get their best quotient. Entries that share no output are perturbed together.
         """
         if not len(rows):
             return []
@@ -69,7 +69,7 @@ class Differences:
         return self._one_by_one(Z, rows, variable, certain, analytic) if grouped is None else grouped
 
     def is_analytic(self, Z: Array, rows: Array, variable: int, certain: bool) -> Array:
-        """Whether the complex step serves for these rows, at this Z if that is to be ``certain``, else at the first."""
+        """Whether the complex step is valid for these rows, checked at this Z if ``certain``, else at the first."""
         known = self._analytic.get(variable)
         if certain or known is None:
             known = np.zeros(self._f.equation.samples, bool) if known is None else known
@@ -79,10 +79,10 @@ class Differences:
         return known[rows]
 
     def directional(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, Array, Array]:
-        """The derivative (m, n) along a direction, whether it is by the complex step (m,), and the doubt left (m,).
+        """The derivative (m, n) along a direction, whether it is by the complex step (m,), and its uncertainty (m,).
 
-        The complex step is believed where it agrees with a difference quotient, as it does not where f drops Im x. The doubt is
-        infinite where quotients disagree.
+        The complex step is trusted where it agrees with a difference quotient, which it does not if f drops Im x. The
+        uncertainty is infinite where quotients disagree.
         """
         D, doubt = self._difference(Z, rows, variable, direction)
         try:
@@ -102,7 +102,7 @@ class Differences:
                 distance = self._distances(Z[lost], rows[lost], found[lost])
                 distance = np.fmax(distance, self._sizes(Z[lost], rows[lost], variable, direction)[0])
                 was_flat = np.full(len(lost), True)
-                # What is zero to rounding moves by too little to tell: farther, until f has changed and once more.
+                # Entries that are zero to rounding move too little: increase the step until f changes, and once more.
                 while len(lost):
                     again = self._difference(Z[lost], rows[lost], variable, direction, distance)
                     analytic[lost] = agree(*again, found[lost])
@@ -232,11 +232,11 @@ class Differences:
     def _difference(
         self, Z: Array, rows: Array, variable: int, direction: Array, size: Array | None = None
     ) -> tuple[Array, Array]:
-        """Richardson's extrapolation of two central differences (m, n), and the doubt (m,) about it: how far they differ.
+        """Richardson's extrapolation of two central differences (m, n), and its uncertainty (m,): how far they differ.
 
-        The doubt is infinite where they are not good. Several steps are tried, in units of ``size`` (m,) or of the variable,
-        until there is little doubt; the one with the least counts. That f does not change at all is believed of a step of some
-        per cent, since a small one may be lost in rounding.
+        The uncertainty is infinite where they are not good. Several steps are tried, in units of ``size`` (m,) or of the
+        variable, until the uncertainty is small; the best one is used. That f does not change at all is accepted only for a
+        step of a few per cent, since a small one may be lost in rounding.
         """
         m, eps = len(rows), float(np.finfo(Z.dtype).eps)
         own, vanishes = self._sizes(Z, rows, variable, direction)
@@ -261,7 +261,7 @@ class Differences:
             best[left[good | first]] = value[good | first]
             doubt[left[good]] = found.doubt[good]
             doubtful = ~(doubt <= self._accuracy(Z) * np.abs(best).max(axis=1))
-        # What is so small that f may lose it in rounding may be seen by a step as large as f allows.
+        # A variable so small that f may lose it in rounding may need a step as large as f allows.
         lost = np.flatnonzero(doubtful & (size < eps**0.5 * terms) & (terms < np.inf))
         if len(lost):
             step = 2.0 ** np.round(np.log2(eps ** (1 / 3) * terms[lost]))
@@ -273,7 +273,7 @@ class Differences:
 
     @staticmethod
     def _accuracy(Z: Array) -> float:
-        """To which differences are good."""
+        """The relative accuracy required of differences."""
         return 2e-2 if Z.dtype == np.float32 else 1e-6
 
     def _sizes(self, Z: Array, rows: Array, variable: int, direction: Array) -> tuple[Array, bool]:

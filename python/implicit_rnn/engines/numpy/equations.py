@@ -24,9 +24,9 @@ from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, toleran
 Array = np.ndarray
 
 _FORWARD = 64
-"""Numbers among the arguments for each of which a system may be solved where the transposed one cannot be."""
+"""The largest number of argument entries for each of which a system is solved if the transposed one cannot be."""
 _PART = 2**24
-"""Numbers that derivatives may take at a time."""
+"""The largest number of array entries for derivatives at a time."""
 
 
 class PythonEquation:
@@ -37,7 +37,7 @@ class PythonEquation:
         self._state = equation.start
         self._inverses: Array | None = None
         self._operators: dict[int, Operator] = {}
-        self._differentiating = RLock()  # what is found for one derivative is kept for the next
+        self._differentiating = RLock()  # results for one derivative are kept for the next
 
     @cached_property
     def _f(self) -> PythonFunction:  # of which one problem of few unknowns needs nothing until it is differentiated
@@ -175,10 +175,10 @@ class PythonEquation:
     def _inverse(self, rows: Array) -> Array:
         """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
 
-        ``SingularSolutionError`` where A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution,
-        c no better than the rounding of the arguments, that none need be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4, which at a double
-        root is 1/2 (Newton and Kantorovich). All of it is done to B, which is A with equilibrated rows and columns: unknowns and
-        conditions may have any unit.
+        ``SingularSolutionError`` if A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution
+        (with c at least the rounding error of the arguments) that the solution may not be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4;
+        at a double root it is 1/2 (Newton and Kantorovich). The computation uses B, which is A with equilibrated rows and
+        columns, so unknowns and conditions may have any unit.
         """
         n = self._equation.n
         if self._inverses is None:
@@ -209,7 +209,7 @@ class PythonEquation:
                 J, changed = changes(left_over, beyond[left_over])
                 answering = left_over[~changed]
                 way, here = beyond[answering] - Z[answering], f.conditions(Z[answering], new[answering])
-                # Rounding of f may leave nothing of ways on which A changes, as of cosh(z) - 1 near zero.
+                # Displacements on which A changes may be lost in the rounding of f, as for cosh(z) - 1 near zero.
                 while len(answering):
                     change = f.conditions(Z[answering] + way, new[answering]) - here
                     off = np.abs(np.einsum("bij,bj->bi", inverse[answering], change) - way)
@@ -238,7 +238,7 @@ class PythonEquation:
 
 
 def _find_single(equation: Equation, tol: float, solver: Solver) -> single.Found | None:
-    """The solution of one problem, or None where the methods for batches have to find it, or to tell what is wrong."""
+    """The solution of one problem, or None if the methods for batches must find it, or report what is wrong."""
     if equation.samples > 1 or equation.n > single.MOST or equation.start.dtype != np.float64:
         return None
     limit = int(solver.max_iterations)

@@ -15,7 +15,7 @@ Array = np.ndarray
 
 
 class FixedPoint(Solve):
-    """The solvers of the NumPy engine with f in the place of R z, the identity as activation, and u = 0."""
+    """The solvers of the NumPy engine with f in place of R z, the identity as activation, and u = 0."""
 
     def __init__(self, f: PythonFunction, tol: float, outcome: Outcome) -> None:
         identity = StageEquation(np.empty((1, 0, 0)), lambda S: S, lambda S, F: S, tol, check_stability=True)
@@ -45,7 +45,7 @@ class FixedPoint(Solve):
         return self.f.equation.start[rows.index]
 
     def settle(self, rows: Rows, scale: Array, spent: Array) -> Array:
-        """Which rows have converged; those whose small steps go to zero, which solves the equation, are put there."""
+        """Which rows have converged; rows whose small steps approach zero are set to zero if it solves the equation."""
         size = self.sizes(rows.F)
         near = self.sizes.near(rows.residual, size, rows.index, self.rate)
         zero = self.sizes.lingers(rows.residual, size, rows.index, self.rate, spent) & ~near
@@ -69,9 +69,9 @@ class FixedPoint(Solve):
         return np.where(exists[:, None], step, r)
 
     def are_located(self, rows: Rows) -> Array:
-        """Whether the Newton steps from fixed points, which estimate their errors, are such that lead to them.
+        """Whether the Newton steps from fixed points, which estimate their errors, lead to a fixed point.
 
-        There may be none however small f(z) - z is, as for z = z + 1/z.
+        There may be no fixed point however small f(z) - z is, as for z = z + 1/z.
         """
         r = rows.F - rows.Z
         located = ~r.any(axis=1)

@@ -1,6 +1,6 @@
 """The derivatives of a Python function of an equation: by its hooks ``jac`` and ``vjp``, or by its values.
 
-The hooks are not believed either without a look at the values: they are compared with them along one direction.
+The hooks are not trusted without a check either: they are compared with the values along one direction.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class PythonFunction:
         return self._conditions_of(self.values.real(Z, rows), Z)
 
     def conditions_in_doubt(self, Z: Array, rows: Array) -> Array:
-        """c, off zero by at least what the rounding of the arguments may have made of it."""
+        """c, at least as far from zero as the rounding of the arguments may have moved it."""
         F = self.values.real(Z, rows)
         C = self._conditions_of(F, Z)
         doubt = np.finfo(Z.dtype).eps * self.values.terms_of_arguments(Z, rows, F)
         return C + np.copysign(doubt, C).astype(Z.dtype)
 
     def rounding(self, Z: Array, there: Array, A: Array, A_there: Array, rows: Array) -> Array:
-        """What c is off the trapezoidal rule by, which is exact where A is linear: constants are rounded, too."""
+        """The deviation of c from the trapezoidal rule, which is exact where A is linear: it shows the rounding of constants."""
         way = there - Z
         change = self.conditions(there, rows) - self.conditions(Z, rows)
         change -= np.einsum("bij,bj->bi", A + A_there, way) / 2
@@ -173,7 +173,7 @@ class PythonFunction:
         except ValueError:
             array = np.array(None)
         if array.size == 1 and np.prod(shape) == 1 and array.ndim < len(shape):
-            array = array.reshape(shape)  # one unknown may be answered by a number
+            array = array.reshape(shape)  # for one unknown a number may be returned
         if array.shape != shape or array.dtype.kind not in "biuf":
             came = f"a {type(value).__name__}" if array.dtype.kind == "O" else f"an array of {array.dtype}"
             raise ValueError(
@@ -266,9 +266,9 @@ class PythonFunction:
     def _check_jacobian(
         self, products: Array, sizes: Array, direction: Array, Z: Array, rows: Array, certain: bool
     ) -> None:
-        """``ValueError`` where ∂f/∂z times a direction, of terms that add up to ``sizes``, is not what the values of f say.
+        """``ValueError`` if ∂f/∂z times a direction, with terms of total size ``sizes``, disagrees with the values of f.
 
-        It is looked at where the iteration begins and, if it is to be ``certain``, at each Z.
+        It is checked where the iteration begins and, if ``certain``, at each Z.
         """
         new = np.flatnonzero(~self._hook_checked[rows] | certain)
         if not len(new):
@@ -296,7 +296,7 @@ class PythonFunction:
         self._compare(hook, self.values.name(variable), products, D, allowed, rows, certain)
 
     def check_products(self, V: Array, products: list[Any], Z: Array, rows: Array) -> None:
-        """``ValueError`` where what ``vjp`` gave, of z or an argument, is not what the values of f say along a direction."""
+        """``ValueError`` if the result of ``vjp`` for z or an argument disagrees with the values of f along a direction."""
         for variable, w in enumerate(products, STATE):
             if w is None:
                 continue

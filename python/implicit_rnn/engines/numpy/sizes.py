@@ -1,4 +1,4 @@
-"""Sizes of iterates and steps of equations, whatever their unit, and what is asked of steps."""
+"""Norms of iterates and steps of equations, independent of units, and the criteria for steps."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from implicit_rnn.norms import scaled_norm
 Array = np.ndarray
 
 SLOW = 0.4
-"""The quotient of two steps from which on zero is looked at, if they are below the rounding of the largest iterate."""
+"""The quotient of two steps above which zero is tried, if they are below the round-off of the largest iterate."""
 SMALLEST_ROOT_STEP = 2.0**-20
-"""Share of a Newton step to a root below which no shorter one is tried."""
+"""The smallest fraction of a Newton step to a root that is tried."""
 
 PROBE, ANSWER = 2.0**-10, 32.0
-"""The part of the last step that is taken back to see whether f answers, and the factor within which it does."""
+"""The fraction of the last step that is taken back to see whether f responds, and the factor within which it must."""
 
 
 def far_step(tol: float) -> float:
-    """The last step but one of Newton's method near a root is no longer than this, relative to the largest iterate."""
+    """The largest last-but-one step of Newton's method near a root, relative to the largest iterate."""
     return max(1e-3, 10 * sqrt(tol))
 
 
@@ -32,7 +32,7 @@ def is_near(step: Any, size: Any, tol: float, rounding: Any, flat: Any) -> Any:
 
 
 def lingers(step: Any, rounding: Any, eps: float, rate: Any, spent: Any) -> Any:
-    """Whether steps, numbers or arrays, are so small that they may be going to zero."""
+    """Whether steps, numbers or arrays, are so small that they may be approaching zero."""
     return (step <= rounding) & ((rate > SLOW) | spent | (step <= eps * rounding))
 
 
@@ -49,19 +49,19 @@ class Sizes:
         return scaled_norm(V.astype(np.float64) * self.weights)
 
     def begin(self, index: Array) -> None:
-        """The samples ``index`` begin, whatever was seen on the way before."""
+        """Begin the samples ``index``, forgetting earlier iterates."""
         self.largest[index] = 0
 
     def pass_by(self, size: Array, index: Array) -> None:
-        """Iterates of that size are on the way of the samples ``index``; trial steps that are taken back are not."""
+        """Record iterates of that size for the samples ``index``; trial steps that are taken back do not count."""
         self.largest[index] = np.fmax(self.largest[index], size)
 
     def reference(self, size: Array, index: Array) -> Array:
-        """What a step is related to, at iterates of that size of the samples ``index``."""
+        """The size to which a step is relative, at iterates of that size of the samples ``index``."""
         return np.maximum(np.maximum(size, self.floor), self.rounding(size, index) / self.tol)
 
     def rounding(self, size: Array, index: Array) -> Array:
-        """That of the largest iterate on the way."""
+        """The round-off of the largest iterate so far."""
         return np.asarray(self.eps * np.fmax(self.largest[index], size))
 
     def near(self, step: Array, size: Array, index: Array, rate: Array) -> Array:
@@ -70,5 +70,5 @@ class Sizes:
         return np.asarray(is_near(step, np.maximum(size, self.floor), self.tol, self.rounding(size, index), flat))
 
     def lingers(self, step: Array, size: Array, index: Array, rate: Array, spent: Array) -> Array:
-        """Whether small steps may be going to zero."""
+        """Whether small steps may be approaching zero."""
         return np.asarray(lingers(step, self.rounding(size, index), self.eps, rate, spent))

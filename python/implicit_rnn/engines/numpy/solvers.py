@@ -1,4 +1,4 @@
-"""The forward solvers on many samples of one or more nets at once; samples that are done leave the arrays."""
+"""The forward solvers on many samples of one or more nets at once; finished samples leave the arrays."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Array = np.ndarray
 Elementwise = Callable[[Array], Array]
 
 BLOW_UP = 1e6
-"""A residual so much larger than what there was at the start is divergence."""
+"""The growth of the residual since the start that counts as divergence."""
 AUTO_BLOCK = 8
 """Picard steps that Auto takes before it sets slow samples aside."""
 PATIENCE = 128
-"""Further Picard steps that Auto allows a sample; a quarter where there is one equilibrium, and what follows is faster."""
+"""Further Picard steps that Auto allows a sample; a quarter of it if the equilibrium is unique and the next method faster."""
 _LEAST = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
 _TINY, _DENSE = 8, 64
@@ -61,7 +61,7 @@ class Outcome:
 
 @dataclass
 class StageEquation:
-    """z = f(u + R z) for one stage of n neurons, and how exactly it is to be solved."""
+    """z = f(u + R z) for one stage of n neurons, and the tolerance of its solution."""
 
     R: Array
     """(S, n, n)"""
@@ -74,7 +74,7 @@ class StageEquation:
 
 @dataclass
 class Rows:
-    """The samples still at work, one row each, at the flat index ``index`` of (S, B); R per row if there are many nets."""
+    """The unfinished samples, one row each, at the flat index ``index`` of (S, B); R per row if there are many nets."""
 
     U: Array
     Z: Array
@@ -147,9 +147,9 @@ class Solve:
         return np.maximum(norm(rows.F), self.floor)
 
     def evaluate(self, *extra: Array, steps: int = 1) -> tuple[Array, ...]:
-        """Evaluate f at all rows and take out those that are done; returns ``extra`` (rows first) without them.
+        """Evaluate f at all rows and remove those that are done; returns ``extra`` (rows first) without them.
 
-        ``steps`` counts the evaluations since the last call, this one included; rows that have had all of theirs are done.
+        ``steps`` counts the evaluations since the last call, this one included; rows that have used all of theirs are done.
         """
         rows, equation = self.rows, self.equation
         rows.S = self.product(rows, rows.Z) + rows.U
@@ -182,10 +182,10 @@ class Solve:
         return tuple(array[left] for array in extra)
 
     def accept(self, rows: Rows) -> None:
-        """Take note of the iterates of ``rows``, from which a method goes on; trial steps that it takes back are none."""
+        """Record the iterates of ``rows``, from which a method continues; trial steps that it takes back do not count."""
 
     def restart(self, rows: Rows) -> Array:
-        """Where rows that blew up begin again."""
+        """The restart of rows that diverged."""
         return np.zeros_like(rows.Z)
 
     def size(self, V: Array) -> Array:
@@ -193,7 +193,7 @@ class Solve:
         return norm(V)
 
     def settle(self, rows: Rows, scale: Array, spent: Array) -> Array:
-        """Which rows have converged, by their residual; ``spent`` are those without another evaluation."""
+        """Which rows have converged, by their residual; ``spent`` are those without evaluations left."""
         return np.asarray(rows.residual <= self.equation.tol * scale)
 
     def largest(self, rows: Rows) -> Array | float:
@@ -215,11 +215,11 @@ class Solve:
     # --- methods -----------------------------------------------------------------------------------------
 
     stability_in_question = False
-    """Whether the method at work may find equilibria that do not attract."""
+    """Whether the current method may find equilibria that do not attract."""
     trial: Array | None = None
-    """Which rows are at a trial step, of which a shorter one is taken where it leads too far; None for methods without."""
+    """Which rows are at a trial step, which is shortened if it leads too far; None for methods without trial steps."""
     rescued: list[Rows] | None = None
-    """Rows that blew up, to start again from zero by another method; None ends them."""
+    """Rows that diverged, to be restarted from zero with another method; None if they end instead."""
 
     def picard(self, limit: int, damping: float = 1.0, slow: list[Rows] | None = None) -> None:
         """``limit`` evaluations of all rows, which have had equally many; those that are going to need many more join ``slow``,
@@ -252,9 +252,9 @@ class Solve:
                         return
 
     def until_look(self, first: int) -> int:
-        """Evaluations from the ``first`` on to the next look at the residuals, which takes longer than a few of a small f.
+        """Evaluations from the ``first`` on to the next check of the residuals, which takes longer than a few of a small f.
 
-        Whatever the other samples do, of which no result depends.
+        It does not depend on the other samples, on which no result may depend.
         """
         return max(4, first // 3) if self.shape[-1] <= _DENSE else 2
 
@@ -342,14 +342,14 @@ class Solve:
         return np.asarray(self.equation.slope(rows.S, rows.F)[..., None] * R)
 
     def are_located(self, rows: Rows) -> Array:
-        """Whether the equilibria found are where they were found, as far as can be told at a glance."""
+        """Whether the equilibria are where the iterates are, as far as a cheap check shows."""
         return np.ones(len(rows.Z), bool)
 
     def repels(self, rows: Rows) -> Array:
         """Whether the spectral radius of the Jacobian J is 1 or more.
 
         It is not where a power of J has a norm below 1, and it is where the trace of one, a sum of n powers of eigenvalues, is
-        above n. Only what that does not settle needs eigenvalues.
+        above n. Eigenvalues are computed only if this does not decide.
         """
         J = self.jacobian(rows)
         n, eps = J.shape[-1], float(np.finfo(J.dtype).eps)
@@ -396,7 +396,7 @@ METHODS: dict[type[Solver], Callable[[Solve, Any], None]] = {
     Anderson: lambda solve, solver: solve.anderson(solver, solver.max_iterations),
     Newton: lambda solve, solver: solve.newton(),
 }
-"""How each solver of this engine works; its subclasses are not known to it."""
+"""The method of each solver of this engine; subclasses are not supported."""
 
 
 def _join(parts: list[Rows]) -> Rows:
@@ -410,12 +410,12 @@ def _join(parts: list[Rows]) -> Rows:
 
 
 def decreases(norm: Any, before: Any, t: Any) -> Any:
-    """Whether the part ``t`` of a Newton step has reduced the norm of the residual as far as could be asked of it (Armijo)."""
+    """Whether the fraction ``t`` of a Newton step has reduced the norm of the residual sufficiently (Armijo)."""
     return norm < (1 - 1e-4 * t) * before
 
 
 def solve_each(A: Array, b: Array) -> Array:
-    """x with A x = b for a stack of systems (..., n, n) and (..., n, 1); NaN for a singular one, which harms no other."""
+    """x with A x = b for a stack of systems (..., n, n) and (..., n, 1); NaN for a singular one, without affecting others."""
     if A.shape[-1] == 1:
         with np.errstate(all="ignore"):  # as LAPACK is silent
             return np.divide(b, A, out=np.full_like(b, np.nan), where=A != 0)

@@ -1,8 +1,8 @@
 """Which outputs of a function depend on which of its many inputs, so that many inputs can be differenced at once.
 
-Inputs that no output shares form a group: one evaluation with all of them moved gives the derivatives with respect to each
-(Curtis, Powell and Reid, J. Inst. Maths Applics 13, 1974). Who depends on whom is seen by evaluations with NaN among the
-inputs: first in large blocks of neighbours, then in quarters of the blocks, as many blocks at once as share no output.
+Inputs that share no output form a group: one evaluation with all of them perturbed gives the derivatives with respect to each
+(Curtis, Powell and Reid, J. Inst. Maths Applics 13, 1974). The dependences are found by evaluations with NaN among the
+inputs: first in large blocks of neighbours, then in quarters of the blocks, with blocks that share no output at the same time.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ Array = np.ndarray
 _FEW_SAMPLES, _TINY = 32, 8
 """Samples and neurons up to which LU is faster than the Neumann series."""
 _SERIES, _STEPS = 60, 4
-"""Terms of the series that cost no more than LU, at least, and terms between two looks at the residual."""
+"""The least number of terms of the series that cost no more than LU, and the terms between two checks of the residual."""
 _TINY_SIZE = {name: 16 * float(np.sqrt(np.finfo(name).tiny) / np.finfo(name).eps) for name in ("float32", "float64")}
 """The norm of a right-hand side below which the square of a residual may vanish, whatever the tolerance."""
 _TILE_NUMBERS = 1 << 22
@@ -31,7 +31,7 @@ def solve_systems(
     into ``residual`` (S, B).
     """
     n, dtype = b.shape[-1], b.dtype
-    # Squares of tiny numbers vanish, and residuals with them: such systems are solved for a multiple.
+    # Squares of tiny numbers underflow, and residuals with them: such systems are solved scaled up.
     tiny = norm(b) < _TINY_SIZE[dtype.name]
     if tiny.any():
         largest = np.abs(b).max(axis=-1)

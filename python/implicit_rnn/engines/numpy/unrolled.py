@@ -1,4 +1,4 @@
-"""Picard steps of a stage in the place of its equilibrium, and their derivatives (backpropagation through time)."""
+"""Picard steps of a stage instead of its equilibrium, and their derivatives (backpropagation through time)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Chain = list[tuple[Array, Array, Array]]
 
 
 def unroll(equation: StageEquation, U: Array, z: Array, steps: int) -> Chain:
-    """So many steps from z (S, B, n), with the drive U (S, B, n)."""
+    """The given number of steps from z (S, B, n), with the drive U (S, B, n)."""
     chain = []
     for _ in range(steps):
         s = z @ transposed(equation.R) + U

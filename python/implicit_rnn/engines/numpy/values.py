@@ -16,7 +16,7 @@ STATE = -1
 
 
 class Values:
-    """The function of an equation: it is given a copy of z, and arguments that cannot be written to; what it returns is copied,
+    """The function of an equation: it is given a copy of z, and read-only arguments; its result is copied,
     so that it may reuse its memory.
 
     Z (m, n) are iterates of the samples ``rows`` (m,).
@@ -37,7 +37,7 @@ class Values:
         return np.stack([self._checked(equation.f(self.as_posed(z), *own), z.shape) for z, own in self.each(Z, args)])
 
     def real(self, Z: Array, rows: Array) -> Array:
-        """f for real z, of which it has to be real."""
+        """f for real z, where it must be real."""
         F = self(Z, rows)
         if F.dtype.kind == "c":
             raise TypeError(f"f returned an array of dtype {F.dtype} for real input; expected real numbers")
@@ -81,12 +81,12 @@ class Values:
         return (self.equation.n,) if variable == STATE else self.equation.entry_shape(variable)
 
     def terms(self, Z: Array, rows: Array, F: Array) -> Array:
-        """The size (m,) of the terms of f, whose rounding it has, though it may be small as the difference of large ones."""
+        """The size (m,) of the terms of f, whose rounding errors it inherits even where large terms cancel."""
         stretch = Z.dtype.type(2.0**-10)
         return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1))
 
     def terms_of_arguments(self, Z: Array, rows: Array, F: Array) -> Array:
-        """The largest (m, n) of the terms of f that arguments of floats make, each for itself."""
+        """The largest (m, n) of the terms of f due to each floating-point argument."""
         stretch, terms = Z.dtype.type(2.0**-10), np.zeros_like(F)
         for index in range(len(self.equation.args)):
             if self.equation.is_differentiable(index):
@@ -96,9 +96,9 @@ class Values:
         return terms
 
     def check_separate(self, Z: Array) -> None:
-        """``ValueError`` where f gives a sample another value beside others than alone; Z (B, n) are all samples.
+        """``ValueError`` if f returns a different value for a sample among others than alone; Z (B, n) are all samples.
 
-        Such samples are one equation, whose Jacobian is not that of each.
+        Such samples are one coupled equation, whose Jacobian is not that of each sample.
         """
         if not self.takes_all:
             return
@@ -145,7 +145,7 @@ class Values:
         if array.shape == () and shape == (1,):
             array = array.reshape(1)  # one unknown may be answered by a number
         if array.shape != shape:
-            whole = array.shape == self.equation.shape  # unknowns that are a matrix
+            whole = array.shape == self.equation.shape  # the unknowns form a matrix
             hint = (
                 f": each row of z0 {array.shape} is one sample; pass unknowns of two axes as z0.ravel()"
                 if whole
@@ -164,5 +164,5 @@ def _rows(argument: Array, rows: Array) -> Array:
 
 
 def tolerance(dtype: np.dtype) -> float:
-    """How far a derivative, or another value, may be off the values of f, relative to the sum of the sizes of the terms."""
+    """The allowed deviation of a derivative, or another value, from the values of f, relative to the sum of term sizes."""
     return 1e-3 if dtype == np.float32 else 1e-6

@@ -13,7 +13,7 @@ Array = np.ndarray
 
 @dataclass
 class StageWeights:
-    """What drives one stage of n neurons, each with a leading axis of nets; also holds gradients."""
+    """The weights of one stage of n neurons, each with a leading axis of nets; also holds gradients."""
 
     input: Array  # (S, n, d), or (S, n, 0)
     feed: Array  # (S, n, neurons of the stages before)
@@ -24,7 +24,7 @@ class StageWeights:
 
 
 class Weights:
-    """How the weights of all stages lie in the parameters P (S, parameters) of S nets."""
+    """The layout of the weights of all stages in the parameters P (S, parameters) of S nets."""
 
     def __init__(self, topology: Topology, dtype: np.dtype) -> None:
         self.topology = topology

@@ -1,7 +1,7 @@
 """The length and damping of a pendulum from its measured trajectory (claim ii of arXiv 2010.10564).
 
-The paper's own settings are not published in full; the protocol here is ours and stands in docs/experiments.md.
-``study`` trains, ``report`` and ``figures`` tell what came out, ``results`` keeps it, ``measured`` reads a pendulum of one's own.
+The paper's own settings are not published in full; the protocol here is ours and is described in docs/experiments.md.
+``study`` trains, ``report`` and ``figures`` present the results, ``results`` saves them, ``measured`` analyses your own pendulum.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The data sets of a seed, and the scaling in which networks see them."""
+"""The data sets of a seed, and their scaling for networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HELD_OUT_SEED = 999
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many pendulums each data set has."""
+    """The number of pendulums in each data set."""
 
     train: int = 1000
     validation: int = 500
@@ -29,7 +29,7 @@ class Sizes:
 class Normalisation:
     """Inputs lose their mean at each time and are divided by one number; targets get mean 0 and standard deviation 1.
 
-    All from the training set, so that the shape of a trajectory survives and nothing is learnt from held-out data.
+    A single divisor preserves the shape of a trajectory. All statistics are from the training set, none from held-out data.
     """
 
     input_mean: Array
@@ -45,11 +45,11 @@ class Normalisation:
         )
 
     def inputs(self, measured: Array) -> Array:
-        """Measured angles (B, 32) as a network sees them."""
+        """Measured angles (B, 32) as inputs of a network."""
         return (measured - self.input_mean) / self.input_scale
 
     def targets(self, parameters: Array) -> Array:
-        """Lengths and dampings (B, 2) as a network learns them."""
+        """Lengths and dampings (B, 2) as targets of a network."""
         return (parameters - self.target_mean) / self.target_scale
 
     def parameters(self, outputs: Array) -> Array:
@@ -71,7 +71,7 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Data:
-    """What a network of one seed is trained, selected and judged on."""
+    """The training, validation and test data of one seed."""
 
     train: Pendulums
     validation: Pendulums

@@ -39,7 +39,7 @@ FINE = np.linspace(0, TIMES[-1], 400)
 
 
 def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> None:
-    """A measured trajectory, the true one behind it, and the one of the parameters that a net sees in it."""
+    """A measured trajectory, the true one, and the one for the parameters that a net estimates from it."""
     from scipy.interpolate import CubicSpline
 
     pendulum = pendulums[index : index + 1]
@@ -61,7 +61,7 @@ def trajectory(ax: Axes, reader: Reader, pendulums: Pendulums, index: int) -> No
 
 
 def record(axes: Sequence[Axes], found: Estimate) -> None:
-    """A record and the pendulum found in it; where there are three axes, a part of it; in the last axes what remains."""
+    """A record and the pendulum fitted to it; with three axes, a part of it as well; in the last axes the residual."""
     record, motion = found.record, found.motion
     used = (record.times >= motion.begin) & (record.times <= found.end_time)
     quantity = f"{record.quantity} / {found.unit}"
@@ -87,7 +87,7 @@ def record(axes: Sequence[Axes], found: Estimate) -> None:
 
 
 def draw_record(found: Estimate, path: Path) -> Path:
-    """Write the figure of a record and the pendulum found in it; of a long one also the first periods."""
+    """Write the figure of a record and the pendulum fitted to it; for a long record with the first periods as well."""
     from matplotlib.figure import Figure
 
     long = found.periods > LONG
@@ -121,7 +121,7 @@ def predicted_against_true(ax: Axes, true: Array, predicted: Array, quantity: st
 
 
 def ratios(ax: Axes, study: Study, reference: str) -> None:
-    """The error of every model against that of one, seed by seed, with the geometric mean and its interval."""
+    """The error of every model relative to that of one, seed by seed, with the geometric mean and its interval."""
     names = [name for name in study.outcomes if name != reference][::-1]
     spread = np.random.default_rng(0).uniform(-0.16, 0.16, len(study.seeds))
     for row, name in enumerate(names):

@@ -1,9 +1,9 @@
-"""Length and damping of a pendulum of one's own, from what was recorded of it.
+"""Length and damping of your own pendulum, from a recording.
 
-A record may begin before the release or in mid-swing, its zero may be anywhere, and its pendulum of any length. The release
-is found and what precedes it cut; similarity maps the swing into the range that the networks know: with the time in units
-of s, a pendulum of l and γ is one of l/s² and γ s. A network reads it, and least squares of the equation of motion refine
-the answer. The errors of both are those that the residual of this record implies.
+A record may begin before the release or in mid-swing, its zero may be anywhere, and its pendulum may have any length. The
+release is located and everything before it cut; similarity maps the swing into the range of the training data: with the time
+in units of s, a pendulum of l and γ is one of l/s² and γ s. A network reads it, and least squares of the equation of motion
+refine the estimate. The errors of both are those implied by the residual of this record.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from implicit_rnn.experiments.pendulum.units import VELOCITY
 Array = np.ndarray
 
 TYPICAL_LENGTH = 1.1
-"""To which a length is mapped, if the record lasts long enough, in m."""
+"""The length in m to which a pendulum is mapped, if the record is long enough."""
 PERIODS = 1.5
-"""After the release that a record must have."""
+"""Number of periods that a record must have after the release."""
 LONGEST_GAP = 0.5
-"""In a record after the release, in periods."""
+"""The longest gap allowed in a record after the release, in periods."""
 PLAUSIBLE = (0.01, 100.0)
-"""Lengths of pendulums in m; others come from a wrong unit of time."""
+"""Plausible lengths of pendulums in m; others indicate a wrong unit of time."""
 NOISY, STRANGE = 0.5, 0.01
 """The largest shares of the record's variance that may be residual, and residual that is not noise."""
 POOR = 0.1
-"""The share that is residual from which on the refinement begins anew, from the rough fit."""
+"""The share of residual above which the refinement is repeated, starting from the rough fit."""
 MOST = 0.6
 """The share of a record that must be free swing for the rest to be left out."""
 GROWTH = 0.02
@@ -44,9 +44,9 @@ GROWTH = 0.02
 UNCERTAIN = 0.01
 """The largest relative difference in length between two equations that fit."""
 MISFIT = 1.2
-"""Residual by noise, in a long record, from which on a remark says what does not fit."""
+"""The ratio of residual to noise, in a long record, above which a remark says what does not fit."""
 NEGLIGIBLE = 1e-4
-"""Residual by range up to which it is rounding, and not remarked upon."""
+"""The ratio of residual to range up to which the residual is rounding, and causes no remark."""
 BETTER = 0.8
 """Largest share of the residual that another equation may leave to count as its cause."""
 EVIDENCE = 25.0
@@ -54,9 +54,9 @@ EVIDENCE = 25.0
 DECISIVE = 5.0
 """Logarithm of the ratio of likelihoods by which one unit of angles is preferred to the other."""
 OUTLIER, OUTLIERS = 8.0, 0.02
-"""Residual by its median size beyond which a sample is left out as misread, and the largest share of such samples."""
+"""The residual relative to its median size beyond which a sample is left out as misread, and their largest share."""
 TRIALS = 200
-"""Simulated records by which the error of the network's answer is found."""
+"""Number of simulated records for the error of the network's estimate."""
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,22 @@ class Reading:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a pendulum from a record of it."""
+    """The estimate of a pendulum from a record of it."""
 
     network: Reading
-    """The network's answer; the errors are those of its answers to simulated records of this pendulum and this residual."""
+    """The network's estimate; the errors are those of its estimates on simulated records of this pendulum and this residual."""
     refined: Reading
     """Least squares of the equation of motion; the errors follow from the residual."""
     release: float
     """The angle at the release or the first turning point, from the position of rest, in rad."""
     release_time: float
-    """When that was, in s from the first sample of the record; what precedes it is not used."""
+    """The time of the release, in s from the first sample of the record; everything before it is not used."""
     end_time: float
     """The time of the last sample that is used."""
     zero: float
-    """What the record shows at the position of rest, in rad, or rad/s for angular velocities."""
+    """The value of the record at the position of rest, in rad, or rad/s for angular velocities."""
     periods: float
-    """From the release to the end of what is used."""
+    """Number of periods from the release to the end of the used part."""
     residual: float
     """Standard deviation of the record from the refined pendulum, in rad or rad/s."""
     noise: float
@@ -101,7 +101,7 @@ class Estimate:
     understood: str
     """How the file was read."""
     remarks: tuple[str, ...]
-    """What the reader has to know to believe the numbers."""
+    """Remarks needed to judge the reliability of the numbers."""
     record: Record = field(repr=False)
     motion: Motion = field(repr=False)
 
@@ -124,7 +124,7 @@ class Estimate:
 
 
 def estimate(reader: Reader, record: Record | str | Path) -> Estimate:
-    """The pendulum in a record; ``ValueError`` says why there is none that could be believed."""
+    """The pendulum in a record; the ``ValueError`` says why no reliable one was found."""
     if not isinstance(record, Record):
         record = read(record)
     if record.assumed:
@@ -134,7 +134,7 @@ def estimate(reader: Reader, record: Record | str | Path) -> Estimate:
 
 @dataclass(frozen=True)
 class _Analysis:
-    """A record with the motion found in it, not yet judged."""
+    """A record with the motion fitted to it, not yet judged."""
 
     record: Record
     view: _View
@@ -143,12 +143,12 @@ class _Analysis:
     found: Fit
     times: Array
     values: Array
-    """What was fitted."""
+    """The values that were fitted."""
     remarks: tuple[str, ...]
 
     @property
     def negligible(self) -> bool:
-        """Whether the residual is but rounding."""
+        """Whether the residual is only rounding."""
         return self.found.residual <= NEGLIGIBLE * np.ptp(self.values)
 
 
@@ -163,7 +163,7 @@ def _analysed(reader: Reader, record: Record) -> _Analysis:
     remarks: tuple[str, ...] = ()
     if _strange(found, values) and (end := _free_until(found, times, values, period)) is not None:
         free = times <= end
-        remarks = (f"what follows {end:.3g} s (line {lines[free][-1]}) is no free swing any more, and is left out",)
+        remarks = (f"the record after {end:.3g} s (line {lines[free][-1]}) is no longer free swing, and is left out",)
         times, values, lines = times[free], values[free], lines[free]
         found = grow(found.motion, times, values, period)
     outliers = _outliers(found, values)
@@ -175,7 +175,7 @@ def _analysed(reader: Reader, record: Record) -> _Analysis:
 
 
 def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
-    """The estimate with its errors and remarks; ``ValueError`` for what is no pendulum."""
+    """The estimate with its errors and remarks; ``ValueError`` if it is not a pendulum."""
     record, found, motion = analysis.record, analysis.found, analysis.found.motion
     remarks = list(analysis.remarks)
     other = None
@@ -221,8 +221,8 @@ def _judged(reader: Reader, analysis: _Analysis) -> Estimate:
 def _in_either_unit(reader: Reader, record: Record) -> Estimate:
     """The estimate in rad or in degrees, whichever fits, for a record that does not say.
 
-    A wide swing takes longer than a narrow one, so that the record itself tells which it is, if its swing is wide or its
-    noise small; where it does not, rad is taken and the other answer mentioned.
+    A wide swing has a longer period than a narrow one, so the record itself shows the unit if its swing is wide or its
+    noise small; otherwise rad is assumed and the other result mentioned.
     """
     degrees = _analysed(reader, record.in_degrees())
     try:
@@ -230,7 +230,7 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
     except ValueError:
         return _noted(
             _judged(reader, degrees),
-            "the angles have no unit; as rad they are no swing, so that they are taken as degrees",
+            "the angles have no unit; as rad they are not a swing, so they are taken as degrees",
         )
     # The logarithm of the ratio of the likelihoods, with the residuals of both in the same unit; of correlated residuals
     # only so many count as are independent.
@@ -239,7 +239,7 @@ def _in_either_unit(reader: Reader, record: Record) -> Estimate:
     if evidence > DECISIVE:
         return _noted(
             _judged(reader, degrees),
-            "the angles have no unit; they are taken as degrees, as the swing is not that of so many rad",
+            "the angles have no unit; they are taken as degrees, as no pendulum swings like this in rad",
         )
     found, length = _judged(reader, rad), degrees.found.motion.length
     if evidence < -DECISIVE or abs(length - found.refined.length) < found.refined.length_error:
@@ -280,7 +280,7 @@ def _check_extent(record: Record, times: Array, lines: Array, period: float) -> 
 
 
 def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
-    """Refuse what is not the swing of a pendulum, and what is not known well enough to be one."""
+    """Refuse records that are not the swing of a pendulum, or not accurate enough to show that they are."""
     record, found, times, values = analysis.record, analysis.found, analysis.times, analysis.values
     length, residual, unit = found.motion.length, found.residual, _unit(record)
     variance = np.var(values)
@@ -302,19 +302,19 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
         )
     if other is not None and abs(other.fit.motion.length - length) > UNCERTAIN * length:
         raise ValueError(
-            f"{record.name} does not tell the length: as it is, a pendulum of {length:.4g} m leaves a residual of "
+            f"{record.name} does not determine the length: as it is, a pendulum of {length:.4g} m leaves a residual of "
             f"{residual:.2g} {unit}; {other.words} would leave {other.fit.residual:.2g} and make it "
             f"{other.fit.motion.length:.4g} m. Remove the cause, or record a smaller swing"
         )
 
 
 def _strange(found: Fit, values: Array) -> bool:
-    """Whether more of the residual is not noise than in the record of a pendulum."""
+    """Whether the residual has a larger part beyond the noise than the record of a pendulum has."""
     return found.residual**2 - found.noise**2 > STRANGE * np.var(values)
 
 
 def _free_until(found: Fit, times: Array, values: Array, period: float) -> float | None:
-    """The time at which a free swing is stopped, if most of the record is one; None if the fault is elsewhere."""
+    """The time at which a free swing is stopped, if most of the record is free swing; None if the problem is elsewhere."""
     early = times <= times[0] + MOST * (times[-1] - times[0])
     part = grow(found.motion, times[early], values[early], period)
     if _strange(part, values[early]) or times[early][-1] - times[0] < PERIODS * period:
@@ -334,7 +334,7 @@ def _worst(found: Fit, times: Array) -> float:
 
 
 def _outliers(found: Fit, values: Array) -> Array:
-    """(n,) which samples are misread: far from the motion and from their neighbours; none if they are many."""
+    """(n,) which samples are misread: far from the motion and from their neighbours; none if there are too many."""
     from scipy.ndimage import median_filter
 
     size = np.abs(found.residuals)
@@ -374,9 +374,9 @@ def _misfit(analysis: _Analysis, other: Alternative | None) -> list[str]:
 
 @dataclass(frozen=True)
 class _View:
-    """How a network sees a record: from the release on, in units in which its pendulum is one of those that were learnt.
+    """A record as inputs of a network: from the release on, in units in which its pendulum is within the training data.
 
-    Small swings are those of a linear equation: those below the releases that were learnt are enlarged.
+    Small swings obey a linear equation: those below the releases of the training data are enlarged.
     """
 
     motion: Motion
@@ -395,9 +395,9 @@ class _View:
         return cls(motion, times, period, scale, gain)
 
     def angles(self, values: Array) -> Array:
-        """(B, 32) what the network sees of B records (n, B), by splines through averages.
+        """(B, 32) the network's inputs for B records (n, B), by splines through averages.
 
-        Before the release they go on as the mirror image of what follows.
+        Before the release they are extended by the mirror image of what follows.
         """
         from scipy.interpolate import CubicSpline
 
@@ -423,17 +423,17 @@ class _View:
         return answers * [self.scale**2, 1 / self.scale]
 
     def errors(self, reader: Reader, found: Fit) -> Array:
-        """(2,) root mean squared errors of the answers to simulated records of the pendulum and the residual found."""
+        """(2,) root mean squared errors of the estimates on simulated records of the fitted pendulum and residual."""
         noise = found.residual * np.random.default_rng(0).standard_normal((len(self.times), TRIALS))
         answers = self.read(reader, found.motion.observed(self.times)[:, None] + noise)
         truth = [found.motion.length, found.motion["damping"]]
         return np.sqrt(np.mean((answers - truth) ** 2, axis=0))
 
     def out_of_range(self, motion: Motion) -> list[str]:
-        """Remarks on what the network sees and has not learnt."""
+        """Remarks on inputs that are outside the training data."""
         return [
-            f"the network has learnt {what} of {low} to {high} {unit} and sees one of {value:.3g}: rely on the "
-            "refined answer"
+            f"the network was trained on {what} of {low} to {high} {unit}, and this record has {value:.3g} {unit}: rely on "
+            "the refined estimate"
             for what, value, (low, high), unit in (
                 ("releases", abs(self.gain * motion["angle"]), RELEASES, "rad"),
                 ("lengths", motion.length / self.scale**2, LENGTHS, "m"),
@@ -447,7 +447,7 @@ class _View:
 
 
 def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: float) -> Fit:
-    """Least squares from the network's answer; from the rough fit if that leads nowhere."""
+    """Least squares from the network's estimate; from the rough fit if that fails."""
     fits = []
     if answer[0] > 0:
         parameters = rough.parameters.copy()
@@ -460,7 +460,7 @@ def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: 
 
 
 def _with_error(value: float, error: float) -> str:
-    """The value to the second digit of its error: 1.1023 ± 0.0014."""
+    """The value rounded to the second digit of its error: 1.1023 ± 0.0014."""
     if not (np.isfinite(error) and error > 0):
         return f"{value:.6g} ± {error:.2g}"
     digits = int(np.clip(1 - np.floor(np.log10(error)), 0, 12))

@@ -1,4 +1,4 @@
-"""The networks that are compared, at about the same number of parameters, and their tuned learning rates."""
+"""The compared networks, with about the same number of parameters, and their tuned learning rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from implicit_rnn.solvers import Adjoint, Auto, Implicit, Solver, Unrolled
 
 SOLVER = Auto(tol=1e-8, max_iterations=200)
 INITIAL_SEED = 10_000
-"""Added to a seed for its initial weights, which are thus not drawn from the numbers that its data were drawn from."""
+"""Added to a seed for its initial weights, so that they are not drawn from the same numbers as its data."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Model:
 
     @property
     def guaranteed(self) -> bool:
-        """Whether it is recurrent and every input is promised one equilibrium."""
+        """Whether it is recurrent and every input is guaranteed one equilibrium."""
         return self.recurrent and self.constraint.unique
 
     @property
@@ -37,7 +37,7 @@ class Model:
 
     @property
     def solver(self) -> Solver:
-        """What computes the outputs: a net trained by K unrolled steps is its K steps, not a fixed point."""
+        """The solver for the outputs: a net trained with K unrolled steps is evaluated by K steps, not at a fixed point."""
         return self.adjoint.reader(SOLVER)
 
     def network(self, seed: int | None = None, engine: str | None = None) -> Network:
@@ -74,4 +74,4 @@ MODELS = {
 """The models by the names that the command and the files use. The last layer is linear and is the output."""
 
 SHIPPED = "lateral-monotone"
-"""The model that is trained to read a pendulum of one's own."""
+"""The model that is trained to analyse the user's own pendulum."""

@@ -288,7 +288,7 @@ def _swing(
             "Record the angle itself: atan2(x - x0, y0 - y) with the pivot at x0, y0; in Tracker it is θ with the origin at "
             "the pivot"
         ) from None
-    return values, ANGLE, "rad about the pivot that they tell", 1.0
+    return values, ANGLE, "rad about the pivot computed from them", 1.0
 
 
 def _unit(
@@ -342,9 +342,7 @@ def _settled_time_unit(
 ) -> tuple[str, float]:
     """The unit of the times where frames are counted or no unit is given, too."""
     if fps is not None and size is not None:
-        raise ValueError(
-            f"{table.file}: {source} is a time in {unit}, so that --fps says nothing; leave one of them out"
-        )
+        raise ValueError(f"{table.file}: {source} is a time in {unit}, so --fps has no meaning; leave one of them out")
     if fps is not None:
         return f"frames at {fps:g} per second", 1 / fps
     if unit == "frames":
