@@ -72,13 +72,15 @@ function fit!(
     1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))
     check_number("clip", clip, >(0), "be positive")
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
+    schedule === nothing || applicable(schedule, 1) ||
+        throw(ArgumentError("schedule is $(repr(schedule)); expected a function of the step that gives a learning rate, such as t -> 0.01 / t"))
     trainer = Trainer(Problem(net; options...), rule; clip, guard, warm_start, batch_size = batch_size < samples ? batch_size : 0)
     trained = eltype(p) == T ? p : Vector{T}(p)
     nets, order, steps = Replicas(reshape(trained, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
     X, Y, weights = Matrix{T}(X), Matrix{T}(Y), weights === nothing ? nothing : Vector{T}(weights)
     loss, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)
     for epoch in 1:epochs
-        rates = schedule === nothing ? fill(NaN, steps) : Float64[schedule(trainer.steps + k) for k in 1:steps]
+        rates = schedule === nothing ? fill(NaN, steps) : [scheduled_rate(schedule, trainer.steps + k) for k in 1:steps]
         shuffle!(rng, order)
         now = epoch:epoch
         train!(trainer, nets, X, Y, order, batch_size, rates, view(loss, now, :), view(unconverged, now, :); weights)
@@ -89,4 +91,10 @@ function fit!(
     end
     trained === p || copyto!(p, trained)
     return (; loss = vec(loss), unconverged = vec(unconverged))
+end
+
+function scheduled_rate(schedule, step::Int)
+    rate = schedule(step)
+    check_number("the learning rate of step $step that schedule gives", rate, >=(0), "be a number that is not negative")
+    return Float64(rate)
 end

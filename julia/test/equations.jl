@@ -327,6 +327,16 @@ end
     @test fixed_point(z -> T[0 1; -1 0] * z, ones(T, 2); solver = Newton()).status == [ImplicitRNN.UNSTABLE]
 end
 
+@testset "large arguments of many digits are differentiated to as many" begin
+    n = 40
+    W, b = BigFloat.(0.4 .* randn(Xoshiro(1), n, n) ./ sqrt(n)), BigFloat.(randn(Xoshiro(2), n))
+    solution = root((z, W, b) -> z .+ z .^ 3 .+ W * z .- b, zeros(BigFloat, n), W, b)
+    λ = -(Diagonal(1 .+ 3 .* solution.value .^ 2) + W)' \ ones(BigFloat, n)
+    of_W, of_b = vjp(solution, ones(BigFloat, n))
+    @test of_W ≈ λ * solution.value' rtol = 1.0e-60
+    @test of_b ≈ -λ rtol = 1.0e-60
+end
+
 @testset "a far start costs no digits, in $T" for T in (Float32, Float64, BigFloat)
     far = eps(T)^-1 * 1000
     for z0 in (T[far], fill(far, 1, 5000))[1:(T == BigFloat ? 1 : 2)], solver in (Newton(; max_iterations = 400), Auto(; max_iterations = 4000))
@@ -408,6 +418,7 @@ end
         x -> x^2, x -> x^3, x -> x^-1, x -> x^0.7, x -> 2^x, x -> 1 / x, x -> x / 3, x -> 3x - 1, x -> -x, x -> hypot(x, 2), x -> max(x, 0.3),
         x -> min(x, 0.3), x -> atan(x, 2), x -> mod(x, 0.4), x -> x > 0.2 ? x^2 : x, x -> clamp(x, 0.1, 0.9) * x, x -> muladd(x, x, 1),
         x -> sincos(x)[1], x -> x * sign(x), x -> float(x) * one(x) + zero(x), x -> x^x, x -> floor(x) + x, x -> x + π, x -> x * (1 // 3),
+        x -> x * big"0.1", x -> big"0.1" - x, x -> x + big(2),
     )
     for f in functions
         pull = ImplicitRNN.recorded(x -> [f(only(x))], [0.7], 1)

@@ -143,6 +143,16 @@ end
     @test length(blocks) >= 3
 end
 
+@testset "a schedule that is no function, or gives no learning rate, is refused in words" begin
+    net = one_layer()
+    X, Y, p = samples(net, 4), targets(net, 4), parameters(net)
+    fit_by(schedule) = fit!(p, net, X, Y; epochs = 2, schedule)
+    @test_throws "schedule is 0.1; expected a function of the step" fit_by(0.1)
+    for (given, said) in ((nothing, "nothing"), (NaN, "NaN"), (-0.1, "-0.1"), (0.1im, "0.0 + 0.1im"))
+        @test_throws "the learning rate of step 2 that schedule gives must be a number that is not negative, got $said" fit_by(t -> t == 1 ? 0.1 : given)
+    end
+end
+
 @testset "a rule may have a rate of any type, with and without a schedule ($(T))" for T in (Float64, Float32)
     (; Adam, Descent, OptimiserChain, WeightDecay) = ImplicitRNN.Optimisers
     net = one_layer(; T)

@@ -37,6 +37,20 @@ spread(rng, count) = [randn(rng, count); 30 .* randn(rng, count); 1000 .* randn(
     end
 end
 
+@testset "truths are compared sample by sample" begin
+    a = [ones(1, 16) (-1.0) .^ (1:ImplicitRNN.MANY)']          # the first of them, by which f is tried, all alike
+    for f in (
+            (z, a) -> ifelse.((z .> 0) .== (a .> 0), z .- 3, z .- 5), (z, a) -> ifelse.((z .> 0) .!= (a .> 0), z .- 5, z .- 3),
+            (z, a) -> ifelse.((a .> 0) .== true, z .- 3, z .- 5), (z, a) -> ifelse.(false .== (a .> 0), z .- 5, z .- 3),
+            (z, a) -> z .- 4 .+ copysign.(z .* a, 2.0),
+        )
+        solution = root(f, ones(1, size(a, 2)), a; batched = (1,))
+        @test all(converged(solution))
+        few = root(f, ones(1, 48), a[:, 1:48]; batched = (1,))          # one by one
+        @test solution.value[:, 1:48] == few.value
+    end
+end
+
 @testset "near multiples of π/2, 1 and 0" begin
     multiples = [prevfloat(k * (π / 2), j) for k in 0:3:600_000 for j in -1:1][1:50:end]
     @test worst_error(sin, multiples) <= 1

@@ -39,6 +39,7 @@ end
 Traced(x::Traced) = x
 Traced(x::Real) = Traced(Float64(x), 0)
 Base.promote_rule(::Type{Traced}, ::Type{<:Real}) = Traced
+Base.promote_rule(::Type{BigFloat}, ::Type{Traced}) = Traced          # which also has a rule for any real number
 Base.promote_rule(::Type{Traced}, ::Type{ForwardDiff.Dual{T, V, N}}) where {T, V, N} = ForwardDiff.Dual{T, promote_type(Traced, V), N}
 Base.float(x::Traced) = x
 Base.float(::Type{Traced}) = Traced
@@ -114,9 +115,10 @@ end
     recorded(g, x, n)
 
 `y = g(x)` of n entries, recorded for the array x: a function that takes λ to λᵀ ∂g/∂x. `nothing` if g cannot be recorded, for
-example because it computes in several tasks, or is called within a recording.
+example because it computes in several tasks or is called within a recording, or because x has more digits than the tape.
 """
-function recorded(g, x::AbstractArray, n::Int)
+recorded(g, x::AbstractArray, n::Int) = nothing
+function recorded(g, x::AbstractArray{<:Base.IEEEFloat}, n::Int)
     RECORDER[] === current_task() && return nothing
     @lock RECORDING try
         RECORDER[] = current_task()

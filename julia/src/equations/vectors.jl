@@ -82,6 +82,9 @@ for f in (:&, :|, :xor)
     @eval @inline Base.$f(a::Bool, b::Mask) = $f(b, a)
 end
 @inline Base.:!(m::Mask) = Mask(~bits(m))
+# Without these, `==` of truths would be whether they are the same object.
+@inline Base.:(==)(a::Mask, b::Union{Mask, Bool}) = !xor(a, b)
+@inline Base.:(==)(a::Bool, b::Mask) = b == a
 @inline Base.any(m::Mask) = bits(m) != zero(Bits)
 @inline Base.all(m::Mask) = bits(m) == typemax(Bits)
 
