@@ -382,13 +382,17 @@ def test_many_unknowns_need_no_dense_jacobian(hooks, solve, ring_problem):
     np.testing.assert_allclose(gradient["k"], ring_problem["gradient"][1], rtol=1e-6)
 
 
-def test_stiff_system_of_many_unknowns_is_factorised():
+@pytest.mark.parametrize("hook", [False, True], ids=["values", "vjp"])
+def test_stiff_system_of_many_unknowns_is_factorised(hook):
     n = 5000
 
     def diffusion(z, b):
         return 2 * z - np.append(0, z[:-1]) - np.append(z[1:], 0) + 1e-6 * z**3 - b
 
-    sol = root(diffusion, np.zeros(n), args=(np.full(n, 1e-5),))
+    def diffusion_vjp(v, z, b):
+        return (2 + 3e-6 * z**2) * v - np.append(0, v[:-1]) - np.append(v[1:], 0), -v
+
+    sol = root(diffusion, np.zeros(n), args=(np.full(n, 1e-5),), vjp=diffusion_vjp if hook else None)
     c = diffusion(sol.value, np.full(n, 1e-5))
     assert np.abs(c).max() < 1e-10
     J = sparse.diags([2 + 3e-6 * sol.value**2, -np.ones(n - 1), -np.ones(n - 1)], [0, 1, -1], format="csc")
