@@ -518,3 +518,18 @@ def test_many_unknowns_that_do_not_depend_on_an_argument_have_a_derivative_of_ze
     sol = root(f, np.zeros(2500), args=(1.0, 1.0), engine="julia")
     assert not sol.jacobian("b").any()
     np.testing.assert_allclose(sol.jacobian("a"), 1 / 1.9)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["values", "vjp"])
+def test_complex_step_that_is_wrong_in_small_terms_of_a_stiff_system_gives_no_gradient(hook):
+    n = 2500
+
+    def with_drag(z, b):  # of |z| z the complex step gives half the derivative
+        return (2 * z - np.append(0, z[:-1]) - np.append(z[1:], 0)) * n**2 + np.abs(z) * z - b
+
+    def its_vjp(v, z, b):
+        return (2 * v - np.append(0, v[:-1]) - np.append(v[1:], 0)) * n**2 + 2 * np.abs(z) * v, -v.sum()
+
+    sol = root(with_drag, np.zeros(n), args=(10.0,), vjp=its_vjp if hook else None)
+    with pytest.raises(ConvergenceError, match="GMRES did not solve the linear system of 2500 unknowns"):
+        sol.vjp(np.ones(n))
