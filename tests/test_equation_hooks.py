@@ -382,13 +382,17 @@ def test_many_unknowns_need_no_dense_jacobian(hooks, solve, ring_problem):
     np.testing.assert_allclose(gradient["k"], ring_problem["gradient"][1], rtol=1e-6)
 
 
-def test_stiff_system_of_many_unknowns_is_factorised():
+@pytest.mark.parametrize("hook", [False, True], ids=["values", "vjp"])
+def test_stiff_system_of_many_unknowns_is_factorised(hook):
     n = 5000
 
     def diffusion(z, b):
         return 2 * z - np.append(0, z[:-1]) - np.append(z[1:], 0) + 1e-6 * z**3 - b
 
-    sol = root(diffusion, np.zeros(n), args=(np.full(n, 1e-5),))
+    def diffusion_vjp(v, z, b):
+        return (2 + 3e-6 * z**2) * v - np.append(0, v[:-1]) - np.append(v[1:], 0), -v
+
+    sol = root(diffusion, np.zeros(n), args=(np.full(n, 1e-5),), vjp=diffusion_vjp if hook else None)
     c = diffusion(sol.value, np.full(n, 1e-5))
     assert np.abs(c).max() < 1e-10
     J = sparse.diags([2 + 3e-6 * sol.value**2, -np.ones(n - 1), -np.ones(n - 1)], [0, 1, -1], format="csc")
@@ -514,3 +518,18 @@ def test_many_unknowns_that_do_not_depend_on_an_argument_have_a_derivative_of_ze
     sol = root(f, np.zeros(2500), args=(1.0, 1.0), engine="julia")
     assert not sol.jacobian("b").any()
     np.testing.assert_allclose(sol.jacobian("a"), 1 / 1.9)
+
+
+@pytest.mark.parametrize("hook", [False, True], ids=["values", "vjp"])
+def test_complex_step_that_is_wrong_in_small_terms_of_a_stiff_system_gives_no_gradient(hook):
+    n = 2500
+
+    def with_drag(z, b):  # of |z| z the complex step gives half the derivative
+        return (2 * z - np.append(0, z[:-1]) - np.append(z[1:], 0)) * n**2 + np.abs(z) * z - b
+
+    def its_vjp(v, z, b):
+        return (2 * v - np.append(0, v[:-1]) - np.append(v[1:], 0)) * n**2 + 2 * np.abs(z) * v, -v.sum()
+
+    sol = root(with_drag, np.zeros(n), args=(10.0,), vjp=its_vjp if hook else None)
+    with pytest.raises(ConvergenceError, match="GMRES did not solve the linear system of 2500 unknowns"):
+        sol.vjp(np.ones(n))

@@ -539,7 +539,7 @@ def test_a_warm_start_with_another_network_is_refused(estimator, data):
 
 def test_a_warm_start_with_other_targets_is_refused(regressor, classifier, friedman, iris):
     X, y = friedman
-    with pytest.raises(ValueError, match=r"y has shape \(120, 2\); expected \('samples',\), as it was at first"):
+    with pytest.raises(ValueError, match=r"y has shape \(120, 2\); expected \(samples,\), as it was at first"):
         regressor.set_params(warm_start=True, epochs=1).fit(X, y).fit(X, np.stack([y, y], axis=1))
     with pytest.raises(ValueError, match="previously unseen labels"):
         classifier.set_params(warm_start=True, epochs=1).fit(iris[0][:100], iris[1][:100]).fit(*iris)

@@ -470,7 +470,8 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
 
     def _encode(self, y: Array) -> Array:
         if y.shape[1:] != self._target_shape:
-            raise ValueError(f"y has shape {y.shape}; expected {('samples', *self._target_shape)}, as it was at first")
+            shape = f"(samples, {self._target_shape[0]})" if self._target_shape else "(samples,)"
+            raise ValueError(f"y has shape {y.shape}; expected {shape}, as it was at first")
         return np.asarray(self._target_scaler.transform(self._columns(y)))
 
     @staticmethod

@@ -105,7 +105,10 @@ class Differences:
                 # Entries that are zero to rounding move too little: increase the step until f changes, and once more.
                 while len(lost):
                     again = self._difference(Z[lost], rows[lost], variable, direction, distance)
-                    analytic[lost] = agree(*again, found[lost])
+                    # One that comes no nearer to the complex step, but leaves more doubt, says nothing for it.
+                    off, off_before = (np.abs(found[lost] - quotient).max(axis=1) for quotient in (again[0], D[lost]))
+                    surer = (off <= off_before / 2) | (again[1] < doubt[lost]) | ~D[lost].any(axis=1)
+                    analytic[lost] = agree(*again, found[lost]) & surer
                     flat = (again[0] == 0).all(axis=1)
                     going = ~analytic[lost] & (flat | was_flat) & (distance < np.inf)
                     lost, distance, was_flat = lost[going], distance[going] * 1e8, flat[going]

@@ -120,7 +120,12 @@ class PythonFunction:
 
         tol = 1e-4 if z.dtype == np.float32 else 1e-10
         product_tol = tol if analytic or matrix is not None else max(tol, 1e-6)
-        make = None if equation.n > LARGE else lambda: np.asarray(self.jacobian(Z, rows)[0], np.float64)
+
+        def make() -> Any | None:
+            if equation.n > LARGE:
+                return self._sparse_jacobian(Z, rows, certain)
+            return np.asarray(self.jacobian(Z, rows)[0], np.float64)
+
         return Operator(equation.n, 0 if equation.root else 1, product, transposed, matrix, make, tol, product_tol)
 
     def newton_steps(self, Z: Array, rows: Array, C: Array) -> tuple[Array, Array]:

@@ -28,8 +28,8 @@ class Operator:
     """A = J - shift · I by products J d and, where they are known, vᵀJ; or by J as a sparse, or a dense, ``matrix``.
 
     All is done in double precision. Every solution is judged by its true residual: ``tol`` relative to the right side, which
-    is ``product_tol`` for A itself if its products are not exact. ``make_matrix`` gives J where GMRES does not do. Where there
-    is a matrix, its rows and columns are equilibrated.
+    is ``product_tol`` for A itself if its products are not exact. ``make_matrix`` gives J, or None, where GMRES does not do.
+    Where there is a matrix, its rows and columns are equilibrated.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Operator:
         product: Callable[[Array], Array],
         transposed: Callable[[Array], Array] | None,
         matrix: Any | None,
-        make_matrix: Callable[[], Array] | None,
+        make_matrix: Callable[[], Any | None],
         tol: float,
         product_tol: float,
     ) -> None:
@@ -83,7 +83,7 @@ class Operator:
             y = _gmres(product, left * b, tol / 100)
             if np.linalg.norm(left * b - product(y)) <= tol * np.linalg.norm(left * b):
                 return right * y
-            if self.matrix is None and self._make_matrix is not None:
+            if self.matrix is None:
                 self.matrix = self._make_matrix()
             if self.matrix is None:
                 raise UnsolvedError
