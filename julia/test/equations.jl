@@ -212,6 +212,18 @@ end
     @test solution.status == [Status(0), Status(3)]
 end
 
+@testset "a start at a guard of f is left: $n unknowns" for n in (1, 12, 40)
+    bernoulli(x) = x == 0 ? one(x) : x / expm1(x)
+    found = root((z, a) -> bernoulli.(z) .- a, zeros(n), 0.5)
+    @test found.status == [CONVERGED] && all(x -> isapprox(x, 1.2564312086261697), found.value)
+    # Drift and diffusion between two contacts; the differences that f guards are zero at first. Its solution is linear.
+    current(z) = (φ = [0; z; 3]; [φ[i] - 2φ[i + 1] + φ[i + 2] + bernoulli(φ[i + 1] - φ[i]) - bernoulli(φ[i + 2] - φ[i + 1]) for i in 1:n])
+    found = root(current, zeros(n))
+    @test found.status == [CONVERGED] && found.value ≈ (1:n) .* 3 / (n + 1)
+    found = fixed_point((z, a) -> bernoulli.(z) .- a, zeros(n), 0.5; solver = Newton())
+    @test found.status == [CONVERGED] && all(x -> isapprox(bernoulli(x) - 0.5, x), found.value)
+end
+
 @testset "what does not converge is reported" begin
     @test fixed_point((z) -> cos.(z), [0.5]; solver = Picard(max_iterations = 3)).status == [Status(1)]
     solution = root(z -> z .^ 2 .+ 1, [0.5])
