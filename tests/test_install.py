@@ -261,15 +261,15 @@ def no_proxies(monkeypatch):
 @pytest.mark.usefixtures("no_proxies")
 def test_mirror_is_asked_instead_of_the_public_server(monkeypatch, server):
     monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
-    assert package_server.answers()  # that it wants a password is Julia's affair
+    assert package_server.is_reachable()  # that it wants a password is Julia's affair
     assert server.asked == ["/registries"]
     monkeypatch.setenv("JULIA_PKG_SERVER", "127.0.0.1:9")
-    assert not package_server.answers()
+    assert not package_server.is_reachable()
 
 
 def test_no_package_server_at_all_leaves_it_to_julia(monkeypatch):
     monkeypatch.setenv("JULIA_PKG_SERVER", "")
-    assert package_server.answers()
+    assert package_server.is_reachable()
 
 
 @pytest.mark.usefixtures("no_proxies")
@@ -277,7 +277,7 @@ def test_no_package_server_at_all_leaves_it_to_julia(monkeypatch):
 def test_mirror_is_asked_through_the_proxy(monkeypatch, server, variable):
     monkeypatch.setenv("JULIA_PKG_SERVER", "http://mirror.invalid")
     monkeypatch.setenv(variable, server.url)
-    assert package_server.answers()
+    assert package_server.is_reachable()
     assert server.asked == ["http://mirror.invalid/registries"]
 
 
@@ -286,7 +286,7 @@ def test_mirror_is_asked_through_the_proxy(monkeypatch, server, variable):
 def test_proxy_that_lets_nobody_through_to_the_server_is_no_network(monkeypatch, server, variable):
     monkeypatch.setenv("JULIA_PKG_SERVER", "https://mirror.invalid")
     monkeypatch.setenv(variable, server.url)
-    assert not package_server.answers()
+    assert not package_server.is_reachable()
     assert server.asked == ["mirror.invalid:443"]
 
 
@@ -294,16 +294,16 @@ def test_proxy_that_lets_nobody_through_to_the_server_is_no_network(monkeypatch,
 def test_mirror_within_the_house_is_not_asked_through_the_proxy(monkeypatch, server):
     monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
     monkeypatch.setenv("http_proxy", NOWHERE)
-    assert not package_server.answers()
+    assert not package_server.is_reachable()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert package_server.answers()
+    assert package_server.is_reachable()
 
 
 @pytest.mark.usefixtures("no_proxies")
 def test_proxy_of_a_kind_that_python_does_not_know_leaves_it_to_julia(monkeypatch):
     monkeypatch.setenv("JULIA_PKG_SERVER", "https://mirror.invalid")
     monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
-    assert package_server.answers()
+    assert package_server.is_reachable()
 
 
 @pytest.mark.usefixtures("no_proxies")
@@ -315,7 +315,7 @@ def test_whether_the_certificate_of_the_mirror_is_trusted_is_for_julia_to_say(mo
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     with PackageServer({}, certificate=certificate) as server:
         monkeypatch.setenv("JULIA_PKG_SERVER", server.url)
-        assert package_server.answers()
+        assert package_server.is_reachable()
 
 
 def test_certificate_that_is_not_trusted_is_said_with_the_remedy(tmp_path, monkeypatch):

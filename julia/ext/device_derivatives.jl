@@ -22,13 +22,13 @@ end
 @inline largest_terms(f::F, value::Short{K, T}, z, args, ::Val{0}) where {F, K, T} = Short(unroll(_ -> zero(T), Val(K)))
 @inline function largest_terms(f::F, value::Short{K, T}, z, args, ::Val{I}) where {F, K, T, I}
     others = largest_terms(f, value, z, args, Val(I - 1))
-    stretch = T(0x1p-10)
-    moved = evaluate(f, z, unroll(i -> i == I ? stretched(args[i], 1 + stretch) : args[i], Val(length(args))))
-    return Short(unroll(i -> largest_term(others[i], abs(moved[i] - value[i]) / stretch), Val(K)))
+    perturbation = T(0x1p-10)
+    moved = evaluate(f, z, unroll(i -> i == I ? perturbed(args[i], 1 + perturbation) : args[i], Val(length(args))))
+    return Short(unroll(i -> largest_term(others[i], abs(moved[i] - value[i]) / perturbation), Val(K)))
 end
-@inline stretched(x::AbstractFloat, factor) = x * factor
-@inline stretched(x::Short{M, <:AbstractFloat}, factor) where {M} = Short(unroll(i -> x[i] * factor, Val(M)))
-@inline stretched(x, factor) = x
+@inline perturbed(x::AbstractFloat, factor) = x * factor
+@inline perturbed(x::Short{M, <:AbstractFloat}, factor) where {M} = Short(unroll(i -> x[i] * factor, Val(M)))
+@inline perturbed(x, factor) = x
 @inline largest_term(a, b) = isfinite(b) ? max(a, b) : a
 
 @inline in_doubt(c::Short{K, T}, terms::Short{K, T}) where {K, T} = Short(unroll(i -> c[i] + copysign(eps(T) * terms[i], c[i]), Val(K)))

@@ -39,7 +39,7 @@ end
     settled = distance <= rounding && (distance == 0 || (!root && rate >= 1))
     return distance <= r.tol * size || settled, Course(largest, c.outset, distance, rate, relative, c.evaluations)
 end
-"Whether small steps shrink slowly: if they go to zero is seen on the CPU, see `vanishes!`."
+"Whether small steps shrink slowly: if they go to zero is seen on the CPU, see `converges_to_zero!`."
 @inline lingers(c::Course, r::SampleRule) = c.distance <= r.eps * c.largest && c.rate > SLOW
 
 "How a fixed point stands at f(z) = `value`: whether it has converged, whether it goes on, and its course; see `assess!`."
@@ -78,7 +78,7 @@ end
             !converged && lingers(after, r) && return SampleEnd(z, false, after)
             doubtful = converged && merit > 0 && (isinf(c.distance) || merit > oftype(merit, LEFT_OF_CONDITIONS) * before)
             steady = !doubtful || is_steady!(A, t, f, z, step, args)
-            # Whether f answers to a step back, and leaps behind part of one, is seen on the CPU.
+            # Whether f responds to a step back, and jumps behind part of one, is checked on the CPU.
             doubtful = far_step(r.tol) * after.largest < c.distance < Inf || part < 1
             converged && steady && return SampleEnd(plus(z, step, one(T)), !doubtful, after)
             c = steady ? after : Course(after.largest, after.outset, Inf, after.rate, after.relative, after.evaluations)

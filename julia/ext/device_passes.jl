@@ -125,7 +125,7 @@ function hand_over!(outcome, ws::DeviceWorkspace, problem, X, start, left)
     return
 end
 
-function ImplicitRNN.settle!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start)
+function ImplicitRNN.solve_batch!(solution::Solution, ws::DeviceWorkspace, problem::Problem, p, X, start)
     check_solver(problem.solver)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
@@ -153,9 +153,9 @@ function certify!(bound, ws::DeviceWorkspace{T}, X) where {T}
         foreach(((l, block),) -> mul!(e, abs.(block), ws.arrays[l].E, true, true), w.feeds)
         e .= abs.(a.G .- a.Z) .+ w.slopes .* e
         if stage.recurrent
-            stretch = w.stretch
-            sizes = in_rows ? maximum(stretch .* e; dims = 1) : norms(e)
-            in_rows ? (e .= constants[k] .* sizes ./ stretch) : (e .= constants[k] .* sizes)
+            scaling = w.scaling
+            sizes = in_rows ? maximum(scaling .* e; dims = 1) : norms(e)
+            in_rows ? (e .= constants[k] .* sizes ./ scaling) : (e .= constants[k] .* sizes)
         end
         largest .= max.(largest, maximum(e; dims = 1))
     end

@@ -9,7 +9,7 @@ struct DeviceStage{T, M <: AbstractMatrix{T}, V <: AbstractVector{T}}
     recurrent::M
     transposed::M                         # of `recurrent`
     bias::V
-    stretch::V                            # exp of the learnt scales
+    scaling::V                            # exp of the learnt scales
     readout::M                            # outputs × neurons of the stage; no rows where nothing reads it
     slopes::V                             # bounds on |f′|
 end
@@ -69,7 +69,7 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
             block_of(net, stage, w.input, w.feeds, w.raw, c) .= connection_weights(p, c)
         end
         w.bias .= view(p, net.bias .+ stage.rows)
-        isempty(stage.scales) || exponentials!(w.stretch, view(p, stage.scales))
+        isempty(stage.scales) || exponentials!(w.scaling, view(p, stage.scales))
         if stage.recurrent
             apply_constraint!(w, constraint, stage.slopes)
             permutedims!(w.transposed, w.recurrent, (2, 1))
@@ -82,16 +82,16 @@ function unpack_stages!(stages, offset, net::Network, p, constraint = net.constr
 end
 
 # The extremes stay on the device.
-function ImplicitRNN.exponentials!(stretch::AbstractGPUArray, scales)
+function ImplicitRNN.exponentials!(scaling::AbstractGPUArray, scales)
     low, high = minimum(scales; dims = 1), maximum(scales; dims = 1)
-    return stretch .= exp.(scales .- (low ./ 2 .+ high ./ 2))
+    return scaling .= exp.(scales .- (low ./ 2 .+ high ./ 2))
 end
 
 # --- constraints and their derivatives ------------------------------------------------------------------------------------
 
 apply_constraint!(w::DeviceStage, ::Free, slopes) = copyto!(w.recurrent, w.raw)
 function apply_constraint!(w::DeviceStage, c::Union{InfNorm, Perron}, slopes)
-    w.recurrent .= row_factors(w, c) .* w.raw .* (w.stretch' ./ w.stretch)
+    w.recurrent .= row_factors(w, c) .* w.raw .* (w.scaling' ./ w.scaling)
     return
 end
 function apply_constraint!(w::DeviceStage{T}, c::Union{Spectral, Monotone}, slopes) where {T}
@@ -111,7 +111,7 @@ function pull_back_constraint!(G, c::Union{InfNorm, Perron}, w::DeviceStage{T}, 
     inner = sum(flow; dims = 2)
     scales = c isa Perron ? vec(sum(flow; dims = 1)) .- vec(inner) : nothing
     loss = ifelse.(factors .< 1, inner ./ sum(abs, w.raw; dims = 2), zero(T))
-    G .= G .* factors .* (w.stretch' ./ w.stretch) .- sign.(w.raw) .* loss
+    G .= G .* factors .* (w.scaling' ./ w.scaling) .- sign.(w.raw) .* loss
     return G, scales
 end
 function pull_back_constraint!(G, c::Union{Spectral, Monotone}, w::DeviceStage{T}, slopes) where {T}

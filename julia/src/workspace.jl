@@ -7,7 +7,7 @@ Computes batches of a network on some hardware, with all buffers of its passes. 
 call is given the [`Problem`](@ref) with the current options. A subtype has the network as its field `net`, an [`Owner`](@ref) as
 its field `owner` if its methods are to work [`exclusively`](@ref), and the methods
 
-- `settle!(solution, ws, problem, p, X, start)`, which [`equilibrium!`](@ref) calls
+- `solve_batch!(solution, ws, problem, p, X, start)`, which [`equilibrium!`](@ref) calls
 - `pull_back!(g, ws, problem, p, X, seed; dX, start, probe, report, states)`, which [`loss_and_gradient!`](@ref) and [`vjp!`](@ref)
   call: the [`Summary`](@ref), from one of the seeds below
 - `push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report)`, which [`jvp!`](@ref) calls
@@ -61,7 +61,7 @@ function equilibrium!(solution::Solution, ws::AbstractWorkspace, problem::Proble
     check_features(problem.net, X)
     check_start(problem.net, X, start)
     check_size("states of the solution", solution.state, neurons(problem.net), size(X, 2))
-    return exclusively(() -> settle!(solution, ws, problem, p, X, start), ws)
+    return exclusively(() -> solve_batch!(solution, ws, problem, p, X, start), ws)
 end
 
 """

@@ -221,7 +221,7 @@ def _pendulum(options: argparse.Namespace) -> int:
     with prepared_folder(options.out):
         engine = get_engine(options.engine).name
         say(f"{engine} engine")
-        return _pendulum_of_ones_own(options, engine) if options.data else _pendulum_study(options, engine)
+        return _own_pendulum(options, engine) if options.data else _pendulum_study(options, engine)
 
 
 def _pendulum_study(options: argparse.Namespace, engine: str) -> int:
@@ -247,7 +247,7 @@ def _pendulum_study(options: argparse.Namespace, engine: str) -> int:
     return 0
 
 
-def _pendulum_of_ones_own(options: argparse.Namespace, engine: str) -> int:
+def _own_pendulum(options: argparse.Namespace, engine: str) -> int:
     from implicit_rnn.experiments import pendulum
 
     record = pendulum.read(options.data, options.columns, options.units, options.fps)

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 
 from implicit_rnn import dlpack
-from implicit_rnn.validation import check_shape_of_samples, tell_of_nonfinite
+from implicit_rnn.validation import check_shape_of_samples, refuse_nonfinite
 
 Array = np.ndarray
 
@@ -197,7 +197,7 @@ def check_finite(name: str, array: DeviceArray) -> None:
     from implicit_rnn.engines.julia.calls import call
 
     bad, first = call("find_nonfinite", array.device, array.reshape(-1), array.shape[1])
-    tell_of_nonfinite(name, int(bad), len(array), int(first))
+    refuse_nonfinite(name, int(bad), len(array), int(first))
 
 
 def to_host(name: str, value: object, dtype: np.dtype, device: str) -> Any:

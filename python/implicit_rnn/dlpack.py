@@ -70,7 +70,7 @@ def memory_of(capsule: object) -> Memory:
     return Memory((tensor.data or 0) + tensor.byte_offset, shape, strides, f"{kind}{tensor.dtype.bits}{lanes}")
 
 
-_given_out: dict[int, tuple[object, ...]] = {}
+_exported: dict[int, tuple[object, ...]] = {}
 """The objects that exported capsules need, by the address of their tensors, until the consumers release them."""
 
 
@@ -94,20 +94,20 @@ def capsule_of(address: int, shape: tuple[int, ...], bits: int, device: tuple[in
         ctypes.cast(strides, pointer),
         0,
     )
-    managed = _Managed(tensor, None, _take_back)
+    managed = _Managed(tensor, None, _DELETER)
     place = ctypes.addressof(managed)
-    _given_out[place] = (managed, lengths, strides, owner)
-    return _new(place, _NAME, _discard)
+    _exported[place] = (managed, lengths, strides, owner)
+    return _new(place, _NAME, _DESTRUCTOR)
 
 
-def _forget(address: int) -> None:
-    _given_out.pop(address, None)
+def _release(address: int) -> None:
+    _exported.pop(address, None)
 
 
-def _forget_unused(capsule: int) -> None:
+def _release_unused(capsule: int) -> None:
     """Release the objects of a capsule that was never used, which still has its first name."""
     if _is_valid(capsule, _NAME):
-        _forget(_pointer_of_dying(capsule, _NAME))
+        _release(_pointer_of_dying(capsule, _NAME))
 
 
-_take_back, _discard = _Deleter(_forget), _Destructor(_forget_unused)
+_DELETER, _DESTRUCTOR = _Deleter(_release), _Destructor(_release_unused)

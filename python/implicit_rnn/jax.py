@@ -544,10 +544,12 @@ class _Problem:
 
     def terms_of_arguments(self, z: jax.Array, args: Sequence[jax.Array], c: jax.Array) -> jax.Array:
         """The largest (B, n) of the terms of c due to each floating-point argument, whose rounding errors c inherits."""
-        stretch, terms = 2.0**-10, jnp.zeros_like(c)
+        perturbation, terms = 2.0**-10, jnp.zeros_like(c)
         for k, x in enumerate(args):
             if jnp.issubdtype(x.dtype, np.floating):
-                moved = jnp.abs(self.conditions(z, [*args[:k], x + stretch * x, *args[k + 1 :]]) - c) / stretch
+                moved = (
+                    jnp.abs(self.conditions(z, [*args[:k], x + perturbation * x, *args[k + 1 :]]) - c) / perturbation
+                )
                 terms = jnp.fmax(terms, jnp.where(jnp.isfinite(moved), moved, 0))
         return terms
 

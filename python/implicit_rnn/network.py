@@ -130,9 +130,9 @@ class Network:
         self._engine_name = engine
         self._device = device
         check_memory_of_parameters(topology.parameters, self.dtype)
-        self._take(np.zeros(topology.parameters, self.dtype))
+        self._adopt(np.zeros(topology.parameters, self.dtype))
 
-    def _take(self, parameters: Array) -> None:
+    def _adopt(self, parameters: Array) -> None:
         """Adopt these parameters, with nothing compiled yet."""
         self._parameters = parameters
         self._weights = MappingProxyType(self.topology.views(parameters))
@@ -509,7 +509,7 @@ class Network:
         check_report(report, len(x))
         program = self.program(solver, adjoint, loss, jacobian_penalty)
         value, quality = program.gradient(self._parameters, samples, gradient, int(probe), report)
-        self._tell(quality, len(x), on_failure, "the gradient is not that of the loss")
+        self._report_quality(quality, len(x), on_failure, "the gradient is not that of the loss")
         return value, gradient
 
     def vjp(
@@ -565,7 +565,7 @@ class Network:
         gradient, dX = np.empty_like(self._parameters), self._empty(x, self.topology.inputs)
         program = self.program(solver, adjoint)
         quality = program.vjp(self._parameters, x, start, v, of, gradient, dX, report)
-        self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
+        self._report_quality(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
         return gradient, dX
 
     def jvp(
@@ -621,7 +621,7 @@ class Network:
         tangent = self._empty(x, width)
         program = self.program(solver, adjoint)
         quality = program.jvp(self._parameters, x, start, dp, dx, of, tangent, report)
-        self._tell(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
+        self._report_quality(quality, len(x), on_failure, "the result is not the derivative at an equilibrium")
         return tangent
 
     def hessian_vector_product(
@@ -850,7 +850,7 @@ class Network:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._take(np.array(self._parameters))  # a copy, where joblib passes a memmap
+        self._adopt(np.array(self._parameters))  # a copy, where joblib passes a memmap
 
     # --- checks and conversions --------------------------------------------------------------------------
 
@@ -908,7 +908,7 @@ class Network:
             raise ValueError(f"{name} has shape {vector.shape}; expected {self._parameters.shape}")
         return np.ascontiguousarray(vector)
 
-    def _tell(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
+    def _report_quality(self, quality: Quality, samples: int, on_failure: str, consequence: str) -> None:
         """Report samples without equilibrium or adjoint, as ``on_failure`` says."""
         if quality.unconverged:
             failure = (

@@ -138,14 +138,14 @@ def run_many(
     except _WorkerDied as error:
         left = [name for name in missing if name not in results and name not in failures]
         raise RunError(
-            f"a worker process died ({error}) with {len(left)} of {len(tasks)} runs to do, among them {_some(left)}; the "
+            f"a worker process died ({error}) with {len(left)} of {len(tasks)} runs to do, among them {_abbreviated(left)}; the "
             "usual cause is too little memory for that many workers: try fewer jobs. "
             + (f"Finished results are kept in {folder}" if store else "Nothing was kept, as no folder was given")
         ) from error
     if failures:
         name, (reason, _) = next(iter(failures.items()))
         raise RunError(
-            f"{len(failures)} of {len(tasks)} runs failed: {_some(list(failures))}. {name}: {reason}",
+            f"{len(failures)} of {len(tasks)} runs failed: {_abbreviated(list(failures))}. {name}: {reason}",
             {name: text for name, (_, text) in failures.items()},
         )
     return {name: results[name] for name in tasks}
@@ -293,7 +293,7 @@ def _check_name(name: object) -> None:
         )
 
 
-def _some(names: list[str]) -> str:
+def _abbreviated(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 

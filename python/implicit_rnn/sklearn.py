@@ -93,7 +93,7 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     # --- what each knows of its targets ------------------------------------------------------------------
 
     @abstractmethod
-    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+    def _fit_targets(self, y: Array, weights: Array | None) -> None:
         """Learn from the first targets, or from all possible labels, what later targets must agree with."""
 
     @abstractmethod
@@ -110,16 +110,16 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _chosen_loss(self) -> Loss:
         """The loss to be minimised."""
 
-    def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
+    def _weights_of(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         """The weights of samples with these targets, from the caller's weights; ``ValueError`` for invalid targets."""
         return weights
 
     # --- training ----------------------------------------------------------------------------------------
 
     def _fit(self: Self, *data: Any, **how: Any) -> Self:
-        """``_learn``, all or nothing: an error or Ctrl-C leaves no untrained network behind."""
+        """``_fit_network``, all or nothing: an error or Ctrl-C leaves no untrained network behind."""
         with self._undone_if_it_fails():
-            return self._learn(*data, **how)
+            return self._fit_network(*data, **how)
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
@@ -138,7 +138,9 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
             raise
 
     @without_underflow()
-    def _learn(self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any) -> Self:
+    def _fit_network(
+        self: Self, X: Any, y: Any, sample_weight: Any, partial: bool, known: Any = None, **checks: Any
+    ) -> Self:
         """One more epoch if ``partial``, else a whole training, which continues the last one with ``warm_start``.
 
         ``known`` are all possible labels, where not all of them may be present.
@@ -161,13 +163,13 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
         if first:
             self._random = check_random_state(self.random_state)
         stopping = self._check_partial() if partial else self._early_stopping()
-        weights = self._weigh(y, weights, known)
+        weights = self._weights_of(y, weights, known)
         held_out = None
         if stopping is not None:
             (X, y, weights), held_out = self._split(X, y, weights)
         if first:
             self._input_scaler = self._scaler_of("X", X, weights)
-            self._learn_targets(y if known is None else known, weights)
+            self._fit_targets(y if known is None else known, weights)
         self._take_network(X.shape[1], first)
         samples = self._samples(X, y, weights)
         warn_of_scale("X", samples.X)
@@ -462,7 +464,7 @@ class ImplicitRNNRegressor(RegressorMixin, _ImplicitRNN):
         outputs = self._predict_outputs(X).astype(np.float64)  # the units of the targets may need this range
         return np.asarray(self._target_scaler.inverse_transform(outputs).reshape((-1, *self._target_shape)))
 
-    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+    def _fit_targets(self, y: Array, weights: Array | None) -> None:
         if y.dtype.kind in "mM":
             raise TypeError(f"y has dtype {y.dtype}; expected numbers: divide it by a unit, y / np.timedelta64(1, 's')")
         self._target_shape = y.shape[1:]
@@ -569,7 +571,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
                 raise ValueError(
                     f"classes has 1 class, {self.classes_.tolist()[0]!r}; expected all there can be, 2 or more"
                 )
-            return self._learn(X, y, sample_weight, partial=True, known=self.classes_)
+            return self._fit_network(X, y, sample_weight, partial=True, known=self.classes_)
 
     def predict(self, X: ArrayLike) -> Array:
         """The most probable class (B,) of each sample; errors as in ``decision_function``.
@@ -627,7 +629,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return np.stack([log_expit(-decision), log_expit(decision)], axis=1)
         return np.asarray(log_softmax(decision, axis=1))
 
-    def _learn_targets(self, y: Array, weights: Array | None) -> None:
+    def _fit_targets(self, y: Array, weights: Array | None) -> None:
         self._label_encoder = LabelEncoder().fit(y)
         self.classes_ = self._label_encoder.classes_
         if len(self.classes_) < 2:
@@ -644,7 +646,7 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
         labels = self._label_encoder.transform(y)
         return labels[:, None].astype(np.float64) if len(self.classes_) == 2 else labels
 
-    def _weigh(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
+    def _weights_of(self, y: Array, weights: Array | None, known: Array | None) -> Array | None:
         check_classification_targets(y)
         if y.dtype == np.float64 and np.abs(y).max() >= 2**53:  # labels that are integers, as from a nullable column
             raise ValueError(

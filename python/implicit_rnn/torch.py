@@ -513,10 +513,10 @@ class _Conditions:
 
     def terms_of_arguments(self, z: Tensor, args: Sequence[Tensor], c: Tensor) -> Tensor:
         """The largest (m, n) of the terms of c due to each floating-point argument, whose rounding errors c inherits."""
-        stretch, terms = 2.0**-10, torch.zeros_like(c)
+        perturbation, terms = 2.0**-10, torch.zeros_like(c)
         for k, x in enumerate(args):
             if x.is_floating_point():
-                moved = (self.values(z, *args[:k], x + stretch * x, *args[k + 1 :]) - c).abs() / stretch
+                moved = (self.values(z, *args[:k], x + perturbation * x, *args[k + 1 :]) - c).abs() / perturbation
                 terms = torch.fmax(terms, torch.where(moved.isfinite(), moved, 0))
         return terms
 

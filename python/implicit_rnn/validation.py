@@ -72,7 +72,7 @@ def check_finite(name: str, array: np.ndarray) -> None:
     """``ValueError`` for NaN and infinity in an array (samples, columns)."""
     if not all_finite(array):
         bad = np.flatnonzero(~np.isfinite(array).all(axis=1))
-        tell_of_nonfinite(name, len(bad), len(array), int(bad[0]))
+        refuse_nonfinite(name, len(bad), len(array), int(bad[0]))
 
 
 def all_finite(array: np.ndarray) -> bool:
@@ -93,7 +93,7 @@ def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what
         raise ValueError(f"{name} has no samples: shape {shape}")
 
 
-def tell_of_nonfinite(name: str, bad: int, samples: int, first: int) -> None:
+def refuse_nonfinite(name: str, bad: int, samples: int, first: int) -> None:
     """``ValueError`` if ``bad`` samples have entries that are not finite; ``first`` is the index of the first."""
     if bad:
         raise ValueError(f"{name} has NaN or infinity in {bad} of {samples} samples, first in sample {first}")

@@ -269,7 +269,7 @@ products(rate, tol) = log(tol) / log(clamp(rate, 0.02, 0.98))
 
 # --- solutions ------------------------------------------------------------------------------------------------
 
-function settle!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start)
+function solve_batch!(solution::Solution, ws::CPUWorkspace, problem::Problem, p, X, start)
     net, B = problem.net, size(X, 2)
     unpack!(ws, p)
     problem.solver isa Chord && prepare!(ws, problem, X)
@@ -312,7 +312,7 @@ function certify!(bound, ws::Tile, net::Network, X, amplifications)
         drive!(c.U, w, ws.Z, X, m)
         stage.recurrent ? multiply!(c.S, c.U, w.recurrent, c.Z, m) : copyto!(c.S, c.U)
         f = stage.activation
-        @usual f Tanh bound_errors!(fed, c, f, stage.slopes, amplifications[k], stage.recurrent ? w.stretch : nothing, weighted, m)
+        @usual f Tanh bound_errors!(fed, c, f, stage.slopes, amplifications[k], stage.recurrent ? w.scaling : nothing, weighted, m)
     end
     for j in 1:m
         largest = 0.0
@@ -325,20 +325,20 @@ function certify!(bound, ws::Tile, net::Network, X, amplifications)
 end
 
 # From what the error of the stages before does to the argument of a stage, |feed| e, to the bounds on its own errors: in the norm
-# weighted with `stretch` of a recurrent stage, the largest entry or the Euclidean one.
-function bound_errors!(fed, c::Columns, f::Activation, slopes, amplification, stretch, weighted::Bool, m::Int)
+# weighted with `scaling` of a recurrent stage, the largest entry or the Euclidean one.
+function bound_errors!(fed, c::Columns, f::Activation, slopes, amplification, scaling, weighted::Bool, m::Int)
     for j in 1:m
         activate!(c.F, f, c.S, c.Z, j)
         largest = 0.0
         @inbounds for i in axes(fed, 1)
             e = abs(Float64(c.F[i, j]) - c.Z[i, j]) + slopes[i] * fed[i, j]
             fed[i, j] = e
-            stretch === nothing || (largest = worse(stretch[i] * e, largest))
+            scaling === nothing || (largest = worse(scaling[i] * e, largest))
         end
-        stretch === nothing && continue
+        scaling === nothing && continue
         norm = weighted ? zero(largest) : euclidean_norm(view(fed, :, j))
         @inbounds for i in axes(fed, 1)
-            fed[i, j] = amplification * (weighted ? largest / stretch[i] : norm)
+            fed[i, j] = amplification * (weighted ? largest / scaling[i] : norm)
         end
     end
     return

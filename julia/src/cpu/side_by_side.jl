@@ -17,7 +17,7 @@ struct LaneWeights{T}
     transposed::Array{T, 3}        # the recurrent weights, for the adjoint
     bias::Matrix{T}
     scales::Matrix{T}
-    stretch::Matrix{T}
+    scaling::Matrix{T}
     row_sum::Matrix{T}
     row_factor::Matrix{T}
     C::Array{T, 3}
@@ -127,9 +127,9 @@ constrain_lanes!(w::LaneWeights, ::Free, slopes) = copyto!(w.recurrent, w.raw)
 constrain_pullback_lanes!(g::LaneWeights, ::Free, w::LaneWeights) = copyto!(g.raw, g.recurrent)
 
 function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) where {T}
-    (; raw, recurrent, stretch, row_sum, row_factor) = w
+    (; raw, recurrent, scaling, row_sum, row_factor) = w
     n = size(raw, 2)
-    c isa Perron && exponentials_lanes!(stretch, w.scales)
+    c isa Perron && exponentials_lanes!(scaling, w.scales)
     fill!(row_sum, 0)
     @inbounds for j in 1:n, i in 1:n
         @lanes T for l in 1:NETS
@@ -144,13 +144,13 @@ function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) 
     end
     @inbounds for j in 1:n, i in 1:n
         @lanes T for l in 1:NETS
-            recurrent[l, i, j] = row_factor[l, i] * raw[l, i, j] * (stretch[l, j] / stretch[l, i])
+            recurrent[l, i, j] = row_factor[l, i] * raw[l, i, j] * (scaling[l, j] / scaling[l, i])
         end
     end
     return w
 end
 
-function exponentials_lanes!(stretch::Matrix{T}, scales) where {T}
+function exponentials_lanes!(scaling::Matrix{T}, scales) where {T}
     lanes = Val(NETS)
     low = high = vector(scales, 1, lanes)
     for i in axes(scales, 2)
@@ -160,16 +160,16 @@ function exponentials_lanes!(stretch::Matrix{T}, scales) where {T}
     half = same_in_all(T(0.5), lanes)
     middle = muladd_lanes(half, low, times_lanes(half, high))
     for i in axes(scales, 2)
-        put_vector!(stretch, i, minus_lanes(vector(scales, i, lanes), middle))
+        put_vector!(scaling, i, minus_lanes(vector(scales, i, lanes), middle))
         @inbounds @lanes T for l in 1:NETS
-            stretch[l, i] = exp_bounded(stretch[l, i])
+            scaling[l, i] = exp_bounded(scaling[l, i])
         end
     end
-    return stretch
+    return scaling
 end
 
 function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron}, w::LaneWeights{T}) where {T}
-    (; raw, recurrent, stretch, row_factor, row_sum) = w
+    (; raw, recurrent, scaling, row_factor, row_sum) = w
     n = size(raw, 2)
     inner, scaled = fill!(g.row_sum, 0), c isa Perron
     scaled && fill!(g.scales, 0)
@@ -188,7 +188,7 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
     end
     @inbounds for j in 1:n, i in 1:n
         @lanes T for l in 1:NETS
-            h = g.recurrent[l, i, j] * row_factor[l, i] * (stretch[l, j] / stretch[l, i])
+            h = g.recurrent[l, i, j] * row_factor[l, i] * (scaling[l, j] / scaling[l, i])
             g.raw[l, i, j] = h - sign(raw[l, i, j]) * inner[l, i]
         end
     end

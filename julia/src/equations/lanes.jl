@@ -109,7 +109,7 @@ end
 # --- Newton's method -------------------------------------------------------------------------------------------
 
 "The outcome of samples side by side: their iterates, which have converged, where ∂c/∂z is known to be regular, and their counts."
-struct Ended{K}
+struct LaneOutcome{K}
     z::Short{K, Vec}
     converged::Mask
     regular::Mask
@@ -128,7 +128,7 @@ converge need more than Newton steps with halving.
     if R
         ended, usual = whole_steps!(w, p, z, args, limit, tol)
         usual && return ended
-        return (@late damped_steps!(w, p, z, args, limit, tol, root))::Ended{K}
+        return (@late damped_steps!(w, p, z, args, limit, tol, root))::LaneOutcome{K}
     end
     return damped_steps!(w, p, z, args, limit, tol, root)
 end
@@ -204,7 +204,7 @@ end
         lingering = valid & !near & (distance <= rounding)
         lingering &= later & (distance > SLOW * last_distance) | (distance <= Float64(eps(T)) * rounding)
         if R
-            near &= t == 1.0          # after part of a step f may jump, see `leaps!`
+            near &= t == 1.0          # after part of a step f may jump, see `jumps!`
             doubtful = near & (merit > 0.0) & ((last_distance == Inf) | (merit > LEFT_OF_CONDITIONS * merit_before))
             if any(doubtful)
                 doubtful &= !is_steady!(w, p, z, new_step, args)
@@ -213,7 +213,7 @@ end
             end
             sudden = near & (last_distance > far_step(tol) * largest) & (last_distance < Inf)
             if any(sudden)
-                sudden &= !answers!(w, p, z, base, args)
+                sudden &= !responds!(w, p, z, base, args)
                 near &= !sudden
                 valid &= !sudden
             end
@@ -250,7 +250,7 @@ end
 @inline function ended_at(z, converged::Mask, regular::Mask, evaluations, distance, last_distance, related)
     moving = distance > 0.0
     residual = ifelse(moving, distance / related, zero(Vec))
-    return Ended(z, converged, regular, evaluations, residual, ifelse(moving & (last_distance < Inf), distance / last_distance, zero(Vec)))
+    return LaneOutcome(z, converged, regular, evaluations, residual, ifelse(moving & (last_distance < Inf), distance / last_distance, zero(Vec)))
 end
 
 # As for one sample.
@@ -264,13 +264,13 @@ end
     return largest_column_sum(w.B) <= 0.5
 end
 
-@noinline function answers!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, base::Short{K, Vec}, args) where {T, K}
-    there = plus(z, minus(base, z), Vec(PROBE))
+@noinline function responds!(w::LaneBuffers, p::Equation{T, K}, z::Short{K, Vec}, base::Short{K, Vec}, args) where {T, K}
+    there = plus(z, minus(base, z), Vec(BACKSTEP))
     expected = minus(there, z)
     found = evaluate!(w.J, p, there, args, Val(true))
     found = newton_step!(w, minus(evaluate!(w.J, p, z, args, Val(true)), found))
-    each = reduce(&, ntuple(k -> is_answer(found[k], expected[k]), Val(K)))
-    return each & !(measure(found, p.weights) > ANSWER * measure(expected, p.weights))
+    each = reduce(&, ntuple(k -> is_response(found[k], expected[k]), Val(K)))
+    return each & !(measure(found, p.weights) > RESPONSE * measure(expected, p.weights))
 end
 
 # --- solvers ---------------------------------------------------------------------------------------------------
@@ -287,13 +287,13 @@ may_run_in_lanes(::Auto, p::AbstractEquation) = p.root
     newton!(w, p, z, args, min(limit, max(ceil(Int, ATTEMPT_SHARES[1] * limit), LEAST_ATTEMPT)), tol, root)
 
 "Those of the fixed points found that attract and are where they were found, as far as the norm of ∂f/∂z proves."
-@inline attracting!(w, p, args, ended::Ended, tol, ::Val{true}) = ended
-@inline function attracting!(w::LaneBuffers, p::Equation{T, K}, args, ended::Ended, tol, ::Val{false}) where {T, K}
+@inline attracting!(w, p, args, ended::LaneOutcome, tol, ::Val{true}) = ended
+@inline function attracting!(w::LaneBuffers, p::Equation{T, K}, args, ended::LaneOutcome, tol, ::Val{false}) where {T, K}
     any(ended.converged) || return ended
     evaluate!(w.J, p, ended.z, args, Val(true))
     rate = largest_column_sum(w.J)
     attracts = (rate < 1.0) & (ended.residual <= far_step(tol) * (1.0 - rate))
-    return Ended(ended.z, ended.converged & attracts, NONE, ended.evaluations, ended.residual, ended.rate)
+    return LaneOutcome(ended.z, ended.converged & attracts, NONE, ended.evaluations, ended.residual, ended.rate)
 end
 
 "Solve the samples of a block; those that do not converge side by side one by one."

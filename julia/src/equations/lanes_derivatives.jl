@@ -61,7 +61,7 @@ end
     way, found = minus(there, z), evaluate!(w.J, p, there, args, root)
     change = ntuple(i -> found[i] - value_of(y[i]) - (R ? zero(Vec) : way[i]), Val(K))
     regular &= deviation(w.B, w.J, Val(K)) <= LARGEST_CHANGE
-    regular &= reduce(&, ntuple(k -> answers(sum(ntuple(i -> @inbounds(w.B[k, i]) * change[i], Val(K))), way[k]), Val(K)))
+    regular &= reduce(&, ntuple(k -> responds(sum(ntuple(i -> @inbounds(w.B[k, i]) * change[i], Val(K))), way[k]), Val(K)))
     for (l, j) in enumerate(samples(b))
         @inbounds inverses.regular[j] = lane(regular, l)
     end
@@ -69,7 +69,7 @@ end
 end
 
 # Else `is_hidden!` is asked.
-@inline answers(found::Vec, way::Vec) = (way == 0.0) | (2.0 * abs(found - way) <= abs(way))
+@inline responds(found::Vec, way::Vec) = (way == 0.0) | (2.0 * abs(found - way) <= abs(way))
 
 # Like `terms_of_arguments!`, by the existing derivatives.
 @inline largest_term(y, ::Tuple{}, ::Val) = zero(Vec)

@@ -36,27 +36,27 @@ The largest of the terms of y = f(z, ...) due to each floating-point argument, w
 @inline function terms_of_arguments!(terms::Vector{T}, p::Equation{T}, y, z, sample::Int) where {T}
     fill!(terms, zero(T))
     args = arguments(p, sample)
-    stretch_arguments!(terms, p, y, z, args, Val(length(args)))
+    perturb_arguments!(terms, p, y, z, args, Val(length(args)))
     return
 end
 terms_of_arguments!(terms, p::ErasedEquation, y, z, sample::Int) = (terms_of_arguments!(terms, p.equation, y, z, sample); nothing)
 
 # Of the arguments 1:I.
-@inline stretch_arguments!(terms, p::Equation, y, z, args, ::Val{0}) = nothing
-@inline function stretch_arguments!(terms, p::Equation{T}, y, z, args, ::Val{I}) where {T, I}
+@inline perturb_arguments!(terms, p::Equation, y, z, args, ::Val{0}) = nothing
+@inline function perturb_arguments!(terms, p::Equation{T}, y, z, args, ::Val{I}) where {T, I}
     if eltype(args[I]) <: AbstractFloat
-        stretch = T(2)^-10
+        perturbation = T(2)^-10
         try
-            moved = checked(p.f(as_point(p, z), replaced(args, args[I] .* (1 + stretch), Val(I))...), p.n)
+            moved = checked(p.f(as_point(p, z), replaced(args, args[I] .* (1 + perturbation), Val(I))...), p.n)
             for i in eachindex(terms)
-                term = abs(moved[i] - y[i]) / stretch
+                term = abs(moved[i] - y[i]) / perturbation
                 isfinite(term) && (terms[i] = max(terms[i], term))
             end
         catch error
             outside_domain(error)
         end
     end
-    return stretch_arguments!(terms, p, y, z, args, Val(I - 1))
+    return perturb_arguments!(terms, p, y, z, args, Val(I - 1))
 end
 
 "λᵀ ∂c/∂z"

@@ -99,23 +99,23 @@ constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 
 # Rows: R_ij = c_i K_ij e^{a_j - a_i} with c_i = min(1, κ / (L_i Σ_j |K_ij|)).
 
-constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.stretch, 1))
-constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, exponentials!(w.stretch, w.scales))
+constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.scaling, 1))
+constrain!(w, c::Perron, slopes) = scale_rows!(w, c.kappa, slopes, exponentials!(w.scaling, w.scales))
 
 # e^a up to a common factor, since only quotients matter; the factor keeps e^a of large a from overflowing.
-function exponentials!(stretch, scales)
+function exponentials!(scaling, scales)
     low = high = first(scales)
     for a in scales
         low, high = min(low, a), max(high, a)
     end
     middle = low / 2 + high / 2
-    @inbounds @vectors for i in eachindex(stretch, scales)
-        stretch[i] = exp_bounded(scales[i] - middle)
+    @inbounds @vectors for i in eachindex(scaling, scales)
+        scaling[i] = exp_bounded(scales[i] - middle)
     end
-    return stretch
+    return scaling
 end
 
-function scale_rows!(w, kappa, slopes, stretch)
+function scale_rows!(w, kappa, slopes, scaling)
     (; raw, recurrent, row_factor, row_sum) = w
     T = eltype(raw)
     fill!(row_sum, 0)
@@ -129,7 +129,7 @@ function scale_rows!(w, kappa, slopes, stretch)
     end
     for j in axes(raw, 2)
         @inbounds @simd for i in axes(raw, 1)
-            recurrent[i, j] = row_factor[i] * raw[i, j] * (stretch[j] / stretch[i])
+            recurrent[i, j] = row_factor[i] * raw[i, j] * (scaling[j] / scaling[i])
         end
     end
     return w
@@ -140,7 +140,7 @@ end
 ∂L/∂a_k = Σ_i ∂L/∂R_ik R_ik - Σ_j ∂L/∂R_kj R_kj.
 """
 function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
-    (; raw, recurrent, stretch, row_factor, row_sum) = w
+    (; raw, recurrent, scaling, row_factor, row_sum) = w
     T = eltype(raw)
     inner = fill!(g.row_sum, 0)                      # Σ_j ∂L/∂R_ij R_ij = c_i Σ_j H_ij K_ij
     scaled = c isa Perron
@@ -160,7 +160,7 @@ function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
     end
     for j in axes(raw, 2)
         @inbounds @simd for i in axes(raw, 1)
-            h = g.recurrent[i, j] * row_factor[i] * (stretch[j] / stretch[i])
+            h = g.recurrent[i, j] * row_factor[i] * (scaling[j] / scaling[i])
             g.raw[i, j] = h - sign(raw[i, j]) * inner[i]
         end
     end

@@ -14,7 +14,7 @@ mutable struct StageWeights{T}
     const recurrent::Matrix{T}
     const bias::Vector{T}
     const scales::Vector{T}
-    const stretch::Vector{T}        # exp.(scales), up to a common factor
+    const scaling::Vector{T}        # exp.(scales), up to a common factor
     const row_sum::Vector{T}
     const row_factor::Vector{T}
 end

@@ -146,14 +146,14 @@ function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
 end
 
 "Picard iterations between two trials of Newton's method."
-const STRETCHES = (32, 128, 512)
+const PICARD_BURSTS = (32, 128, 512)
 
 function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol)
     p.n <= DENSE || return iterate!(Anderson(), s, p, tol)
     status = MAX_ITERATIONS
-    for stretch in STRETCHES
+    for burst in PICARD_BURSTS
         restart!(s, p)
-        status = with_limit!(() -> iterate!(Picard(), s, p, tol), s, s.evaluations + stretch)
+        status = with_limit!(() -> iterate!(Picard(), s, p, tol), s, s.evaluations + burst)
         status === CONVERGED && return CONVERGED
         status === MAX_ITERATIONS || break
         copyto!(s.start, s.z)

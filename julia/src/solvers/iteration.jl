@@ -172,7 +172,7 @@ const SLOW = 0.4
 
 Whether a step of size `distance` from an iterate of that `size` ends the iteration: one of at most `tol ⋅ size`, where entries
 count as no smaller than their scale if they have one; or, since a solution may be zero to rounding, one below the round-off of the
-largest iterate so far, if steps no longer shrink. Steps to a root no longer shrink if no part of them makes progress, see `found!`.
+largest iterate so far, if steps no longer shrink. Steps to a root no longer shrink if no part of them makes progress, see `is_at_root!`.
 """
 @inline function near!(s::Iteration{T}, p::AbstractEquation, tol::Float64, distance::Float64, size::Float64) where {T}
     isempty(p.weights) || (size = max(size, sqrt(p.n)))
@@ -191,7 +191,7 @@ settled(s::Iteration) = s.distance <= rounding(s)
 
 # However far the start, shrinking steps lead to a solution, which may be small; or they approach zero without end.
 "Whether small steps approach zero, and zero solves the equation and, for a fixed point, attracts. Zero is then the iterate."
-@inline vanishes!(s::Iteration, p::AbstractEquation) = settled(s) && is_slow(s) && (@late zero_solves!(s, p))::Bool
+@inline converges_to_zero!(s::Iteration, p::AbstractEquation) = settled(s) && is_slow(s) && (@late zero_solves!(s, p))::Bool
 @inline is_slow(s::Iteration{T}) where {T} = s.rate > SLOW || s.distance <= eps(T) * rounding(s) || s.evaluations == s.limit
 
 function zero_solves!(s::Iteration, p::AbstractEquation)
@@ -217,7 +217,7 @@ end
     size = measure(s.value, p.weights)
     isfinite(s.merit) && isfinite(size) || return NON_FINITE
     s.evaluations == 1 && (s.outset = max(s.outset, size))
-    (near!(s, p, tol, s.merit, size) || vanishes!(s, p)) && return CONVERGED
+    (near!(s, p, tol, s.merit, size) || converges_to_zero!(s, p)) && return CONVERGED
     return s.merit > BLOW_UP * s.outset ? DIVERGED : nothing
 end
 

@@ -175,13 +175,13 @@ end
     if solvable
         last = s.distance
         is_sudden = far_step(tol) * max(size, s.largest) < last < Inf
-        near!(s, p, tol, measure(l.step, p.weights), size) || return vanishes!(s, p) ? CONVERGED : nothing
-        is_part(s, p, last) && leaps!(s, l, p) && return nothing
+        near!(s, p, tol, measure(l.step, p.weights), size) || return converges_to_zero!(s, p) ? CONVERGED : nothing
+        is_part(s, p, last) && jumps!(s, l, p) && return nothing
         if !proven && s.merit > 0 && !is_steady!(s, l, p)
             s.distance = Inf
             return nothing
         end
-        is_sudden && !answers!(s, l, p) && return SINGULAR
+        is_sudden && !responds!(s, l, p) && return SINGULAR
         @inbounds for i in eachindex(s.z)
             s.z[i] += l.step[i]
         end
@@ -203,29 +203,29 @@ const LEFT_OF_CONDITIONS = 0.5
 far_step(tol) = max(1.0e-3, 10sqrt(tol))
 
 "The fraction of the last step that is taken back to see whether f responds, and the factor within which the response must agree."
-const PROBE, ANSWER = 2.0^-10, 32.0
+const BACKSTEP, RESPONSE = 2.0^-10, 32.0
 
 # Whether f changes roughly as its derivatives predict around a root that appeared suddenly. If it does not, it is rounding that makes
 # the conditions zero, as those of z/(1 + z) = 1 from 1e16 on, and z is not a root.
-@noinline function answers!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
+@noinline function responds!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     expected, found = similar(s.z), similar(s.c)
-    map_each!((z, before) -> z + T(PROBE) * (before - z), s.picard, s.z, s.base)
+    map_each!((z, before) -> z + T(BACKSTEP) * (before - z), s.picard, s.z, s.base)
     map_each!(-, expected, s.picard, s.z)
     call!(found, p, s.picard, s.sample)
     subtract!(found, s.c)
     lu_solve!(found, l.LU, l.pivots)
-    return all(i -> is_answer(found[i], expected[i]), eachindex(found)) &&
-        !(measure(found, p.weights) > ANSWER * measure(expected, p.weights))
+    return all(i -> is_response(found[i], expected[i]), eachindex(found)) &&
+        !(measure(found, p.weights) > RESPONSE * measure(expected, p.weights))
 end
-is_answer(found, expected) = !(oftype(found, ANSWER) * abs(found) < abs(expected))
+is_response(found, expected) = !(oftype(found, RESPONSE) * abs(found) < abs(expected))
 
 "Whether a root has been found, to rounding, if no step makes progress."
-function found!(s::Iteration, l::Linearization, p::AbstractEquation)
+function is_at_root!(s::Iteration, l::Linearization, p::AbstractEquation)
     settled(s) || return false
     p.root || return true
     conditions_jacobian!(l.J, p, s.z, s.sample)
     call!(s.c, p, s.z, s.sample)
-    return is_steady!(s, l, p) && !leaps!(s, l, p)
+    return is_steady!(s, l, p) && !jumps!(s, l, p)
 end
 
 # Whether the Jacobian is about the same two steps further, as at a root at which one may have started; in any units of the unknowns.
@@ -245,7 +245,7 @@ end
 end
 
 # Whether f jumps a little further on or back, as floor(z) does at whole numbers: only fractions of Newton steps lead there.
-@noinline function leaps!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
+@noinline function jumps!(s::Iteration{T}, l::Linearization{T}, p::AbstractEquation{T}) where {T}
     way, change = map_each!((step, z) -> 2step + copysign(8eps(T) * z, step), similar(s.z), l.step, s.z), similar(s.c)
     return any((1, -1)) do sign
         map_each!((z, d) -> z + sign * d, s.picard, s.z, way)
@@ -282,7 +282,7 @@ function search_line!(s::Iteration{T}, l::Linearization{T}, solvable::Bool, p::A
         copyto!(s.z, s.base)
         s.evaluations < s.limit || return MAX_ITERATIONS
     end
-    return found!(s, l, p) ? CONVERGED : SINGULAR
+    return is_at_root!(s, l, p) ? CONVERGED : SINGULAR
 end
 
 "Whether a fraction of the step, halved down to `smallest`, decreases ‖c‖; the iterate is then there. Also false if no evaluation is left."

@@ -62,7 +62,7 @@ function trust_region!(s::Iteration{T}, l::Linearization{T}, w::Dogleg, p::Abstr
             moved = take_step!(s, w, p, before)
             if !moved || !evaluate!(s, l, p)
                 copyto!(s.z, s.base)
-                return moved ? MAX_ITERATIONS : found!(s, l, p) ? CONVERGED : SINGULAR
+                return moved ? MAX_ITERATIONS : is_at_root!(s, l, p) ? CONVERGED : SINGULAR
             end
             ratio = isfinite(s.merit) ? (1 - (s.merit / before)^2) / predicted_reduction(w) : -Inf
             radius = next_radius(radius, before * norm(w.step), ratio)

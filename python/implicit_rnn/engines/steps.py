@@ -56,7 +56,7 @@ class StepTrainer:
             )
             losses[:, epoch] = np.where(running, loss, np.nan)
             unconverged[:, epoch] = np.where(running, failed, 0)
-            self._judge(nets, running, before, loss, failed / len(samples))
+            self._check_guard(nets, running, before, loss, failed / len(samples))
 
     def _epoch(
         self, P: Array, running: Array, samples: Samples, permutation: Array, batch_size: int, rates: Array
@@ -83,7 +83,7 @@ class StepTrainer:
             P -= np.where(alive[:, None], change, 0).astype(P.dtype)
         return total / len(samples), failed
 
-    def _judge(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
+    def _check_guard(self, nets: Replicas, running: Array, before: Array, loss: Array, unconverged: Array) -> None:
         """Halt the nets that went wrong in this epoch, and store the good parameters of the others."""
         limit = np.inf if self._guard.parameter_norm is None else self._guard.parameter_norm
         size = norm(nets.parameters.astype(np.float64, copy=False))

@@ -248,23 +248,23 @@ class Perron(InfNorm):
 
     def apply(self, K: Array, scales: Array, bounds: Array) -> Array:
         """R_ij = e^{a_j - a_i} c_i K_ij, with the c of ``InfNorm``."""
-        return super().apply(K, scales, bounds) * _stretch(scales)
+        return super().apply(K, scales, bounds) * _scaling(scales)
 
     def pullback(self, K: Array, scales: Array, bounds: Array, R: Array, dR: Array) -> tuple[Array, Array]:
         """∂L/∂K as for ``InfNorm``, from dR_ij e^{a_j - a_i}; ∂L/∂a_k = Σ_i dR_ik R_ik - Σ_j dR_kj R_kj."""
-        dK, _ = super().pullback(K, scales, bounds, R, dR * _stretch(scales))
+        dK, _ = super().pullback(K, scales, bounds, R, dR * _scaling(scales))
         flow = dR * R
         return dK, flow.sum(axis=-2) - flow.sum(axis=-1)
 
     def pushforward(self, K: Array, scales: Array, bounds: Array, R: Array, dK: Array, dscales: Array) -> Array:
         """That of ``InfNorm`` times e^{a_j - a_i}, and R_ij (a′_j - a′_i)."""
         rows = super().pushforward(K, scales, bounds, R, dK, dscales)
-        return rows * _stretch(scales) + R * (dscales[:, None, :] - dscales[:, :, None])
+        return rows * _scaling(scales) + R * (dscales[:, None, :] - dscales[:, :, None])
 
     def certify(self, R: Array, scales: Array, bounds: Array, residual: Array) -> Array:
         """That of ``InfNorm`` for e^{A} z."""
-        stretch = _exponentials(scales)[:, None, :]
-        return super().certify(R, scales, bounds, stretch * residual) / stretch
+        scaling = _exponentials(scales)[:, None, :]
+        return super().certify(R, scales, bounds, scaling * residual) / scaling
 
 
 def _row_factors(kappa: float, K: Array, bounds: Array) -> tuple[Array, Array]:
@@ -285,7 +285,7 @@ def _exponentials(scales: Array) -> Array:
     return np.asarray(np.exp(scales - (ends[0] / 2 + ends[1] / 2)))
 
 
-def _stretch(scales: Array) -> Array:
+def _scaling(scales: Array) -> Array:
     e = _exponentials(scales)
     return np.asarray(e[:, None, :] / e[:, :, None])
 

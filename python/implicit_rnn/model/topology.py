@@ -293,9 +293,9 @@ class Topology:
         outputs = f"{self.output_size} outputs"
         return {
             "inputs": str(self.inputs),
-            "layers": _some(layers),
-            **{name: _some(arrows) for name, arrows in connections.items() if arrows},
-            "outputs": outputs if self.linear_readout else f"{outputs} (neurons {_some(self.read_neurons)})",
+            "layers": _abbreviated(layers),
+            **{name: _abbreviated(arrows) for name, arrows in connections.items() if arrows},
+            "outputs": outputs if self.linear_readout else f"{outputs} (neurons {_abbreviated(self.read_neurons)})",
             "constraint": str(self.constraint),
             "parameters": str(self.parameters),
         }
@@ -377,7 +377,7 @@ def _as_outputs(outputs: int | Sequence[int], neurons: int) -> int | tuple[int, 
     return chosen
 
 
-def _some(entries: Iterable[object]) -> str:
+def _abbreviated(entries: Iterable[object]) -> str:
     """The entries, or of many the first eight and the number of the others."""
     texts = [str(entry) for entry in entries]
     rest = [f"and {len(texts) - 8} more"] if len(texts) > 8 else []

@@ -180,7 +180,7 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
     resolved = writeable and _is_resolved()
     if resolved and not _missing(manifest_versions(project)):
         return None
-    if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server.answers()):
+    if not writeable or not (os.environ.get("PYTHON_JULIAPKG_OFFLINE") == "yes" or package_server.is_reachable()):
         if (earlier := _installed_earlier(project)) is not None:
             return earlier
         if not writeable:

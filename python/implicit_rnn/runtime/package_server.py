@@ -19,7 +19,7 @@ def address() -> str:
     return server if not server or "://" in server else f"https://{server}"
 
 
-def answers() -> bool:
+def is_reachable() -> bool:
     """Whether the package server answers in any way: Julia handles certificates and passwords."""
     server, proxies = address(), _proxies()
     if not server or any(proxy.startswith("socks") for proxy in proxies.values()):

@@ -66,7 +66,7 @@ def _project() -> Path:
 
 def _install() -> Environment:
     settings = os.environ | {"PYTHON_JULIAPKG_PROJECT": str(_project())}
-    if settings.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not package_server.answers():
+    if settings.get("PYTHON_JULIAPKG_OFFLINE") != "yes" and not package_server.is_reachable():
         raise EngineError(
             f"the Julia package server {package_server.address()} cannot be reached; without it, use a Julia and a project "
             "that has the packages: implicit-rnn setup --julia EXE --project DIR"

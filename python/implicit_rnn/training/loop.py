@@ -368,17 +368,17 @@ class _Report:
         halted = running & (state.nets.halted != Halt.RUNNING) & (state.nets.halted <= Halt.TOO_LARGE)
         if halted.any() and "halted" not in self.warned:
             first = int(np.flatnonzero(halted)[np.argmin(state.ended[halted])])
-            self._tell("halted", str(self.training.why_halted(first)))
+            self._announce("halted", str(self.training.why_halted(first)))
         elif unconverged.any() and "unconverged" not in self.warned:
             failing = np.argwhere(unconverged > 0)
             net, epoch = failing[np.argmin(failing[:, 1])]
-            self._tell(
+            self._announce(
                 "unconverged",
                 f"{unconverged[net, epoch]} of {settings.samples} samples did not reach an equilibrium in epoch "
                 f"{before + epoch + 1}; their gradient is not that of the loss. Remedies: {self.training.remedy}",
             )
 
-    def _tell(self, what: str, message: str) -> None:
+    def _announce(self, what: str, message: str) -> None:
         self.warned.add(what)
         report_failure(message, self.on_failure)
 

@@ -24,9 +24,9 @@ class FixedPoint(Solve):
         self.f, self.sizes = f, Sizes(f.equation, tol)
         self.outset = np.full(f.equation.samples, np.nan)
 
-    def until_look(self, first: int) -> int:
+    def until_check(self, first: int) -> int:
         """Few, as f may take long."""
-        return min(super().until_look(first), 4)
+        return min(super().until_check(first), 4)
 
     def product(self, rows: Rows, V: Array) -> Array:
         return self.f.values.real(V, rows.index)
@@ -38,7 +38,7 @@ class FixedPoint(Solve):
         return self.sizes.reference(self.sizes(rows.F), rows.index)
 
     def accept(self, rows: Rows) -> None:
-        self.sizes.pass_by(self.sizes(rows.F), rows.index)
+        self.sizes.record(self.sizes(rows.F), rows.index)
 
     def restart(self, rows: Rows) -> Array:
         self.sizes.begin(rows.index)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from implicit_rnn.engines.numpy.functions import PythonFunction
-from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SMALLEST_ROOT_STEP, Sizes, far_step
+from implicit_rnn.engines.numpy.sizes import BACKSTEP, RESPONSE, SMALLEST_ROOT_STEP, Sizes, far_step
 from implicit_rnn.engines.numpy.solvers import Outcome, decreases
 from implicit_rnn.engines.numpy.values import tolerance
 from implicit_rnn.errors import silenced
@@ -179,7 +179,7 @@ class _Newton:
         if first:
             self.weights[going] = _row_weights(terms, EQUAL_TERMS)
         merit, size = scaled_norm(c * self.weights[going]), self.sizes(z)
-        self.sizes.pass_by(size, rows)
+        self.sizes.record(size, rows)
         length = np.where(exists, self.sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
         rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
         spent = self.evaluations[going] >= self.limit
@@ -191,7 +191,7 @@ class _Newton:
         """Take back that samples are done where their steps are short without a root."""
         self.doubt_faded(s)
         doubtful = self.doubt_poles(s)
-        self.doubt_leaps(s)
+        self.doubt_jumps(s)
         self.doubt_sudden(s)
         self.last[s.going] = np.where(doubtful & ~s.done, np.inf, s.length)
 
@@ -208,11 +208,11 @@ class _Newton:
             s.done[doubtful] = _is_steady(self.f, s.z[doubtful], s.rows[doubtful], s.step[doubtful], s.c[doubtful])
         return doubtful
 
-    def doubt_leaps(self, s: _Steps) -> None:
+    def doubt_jumps(self, s: _Steps) -> None:
         """Leaps of f over zero: only parts of Newton steps lead to there."""
         moved = self.sizes(self.back[s.going])
         if (part := s.done & s.exists & (moved > 0) & ~(moved >= 0.9 * self.last[s.going])).any():
-            s.done[part] = ~_leaps(self.f, s.z[part], s.rows[part], s.step[part], s.c[part], s.terms[part])
+            s.done[part] = ~_jumps(self.f, s.z[part], s.rows[part], s.step[part], s.c[part], s.terms[part])
 
     def doubt_sudden(self, s: _Steps) -> None:
         """Conditions that only rounding makes zero: the root is suddenly there, behind a long step or the way to the start."""
@@ -220,7 +220,7 @@ class _Newton:
         far = (last > far_step(self.sizes.tol) * largest) & (last < np.inf)
         at_start = self.back[s.going].any(axis=1) & ~np.isfinite(last)
         if (sudden := s.done & s.exists & (far | at_start)).any():
-            sudden[sudden] = ~self.answers(s.z[sudden], self.back[s.going[sudden]], s.rows[sudden], s.c[sudden])
+            sudden[sudden] = ~self.responds(s.z[sudden], self.back[s.going[sudden]], s.rows[sudden], s.c[sudden])
             s.done, s.exists = s.done & ~sudden, s.exists & ~sudden
 
     def vanish(self, s: _Steps) -> None:
@@ -255,7 +255,7 @@ class _Newton:
         if (found := (self.status[searched] == SINGULAR) & settled).any():  # a root to rounding, if nothing leads on
             at = searched[found]
             there = self.f, self.Z[at], self.rows[at], step[found], self.F[at]
-            found[found] = _is_steady(*there) & ~_leaps(*there, s.terms[moving][found])
+            found[found] = _is_steady(*there) & ~_jumps(*there, s.terms[moving][found])
             self.status[searched[found]] = CONVERGED
         self.back[searched] = base - self.Z[searched]
         return going
@@ -279,7 +279,7 @@ class _Newton:
         self.status[going[~better & (self.evaluations[going] < self.limit)]] = SINGULAR
         return going[better]
 
-    def answers(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:
+    def responds(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:
         """Whether f changes about as its derivatives say on the way ``back`` from roots that were suddenly there.
 
         If it does not, it is rounding that makes the conditions zero, as those of z/(1 + z) = 1 from 1e16 on: that root is
@@ -287,10 +287,10 @@ class _Newton:
         """
         if self.f.is_large:
             return np.ones(len(Z), bool)
-        there = Z + Z.dtype.type(PROBE) * back
+        there = Z + Z.dtype.type(BACKSTEP) * back
         found, expected = self.f.newton_steps(Z, rows, C - self.f.conditions(there, rows))[0], there - Z
-        each = ~(ANSWER * np.abs(found) < np.abs(expected)).any(axis=1)
-        return np.asarray(each & ~(self.sizes(found) > ANSWER * self.sizes(expected)))
+        each = ~(RESPONSE * np.abs(found) < np.abs(expected)).any(axis=1)
+        return np.asarray(each & ~(self.sizes(found) > RESPONSE * self.sizes(expected)))
 
 
 def _row_weights(terms: Array, equal: float = 1.0) -> Array:
@@ -322,8 +322,8 @@ def _is_steady(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array)
     return np.asarray(scaled_norm(products + C) <= 0.5 * scaled_norm(C))
 
 
-def _leaps(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array, terms: Array) -> Array:
-    """Whether f, a sum of these ``terms``, leaps a little further on or back, as floor(z) does at whole numbers."""
+def _jumps(f: PythonFunction, Z: Array, rows: Array, steps: Array, C: Array, terms: Array) -> Array:
+    """Whether f, a sum of these ``terms``, jumps a little further on or back, as floor(z) does at whole numbers."""
     way = 2 * steps + np.copysign(8 * np.finfo(Z.dtype).eps * Z, steps)
     there = np.maximum(*(scaled_norm(f.conditions(Z + d, rows)) for d in (way, -way)))
     return (3 * scaled_norm(C) + tolerance(Z.dtype) * scaled_norm(terms) < there) & (there < np.inf)

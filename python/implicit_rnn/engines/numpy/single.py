@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from implicit_rnn.engines.base import Equation, JuliaFunction
-from implicit_rnn.engines.numpy.sizes import ANSWER, PROBE, SMALLEST_ROOT_STEP, far_step, is_near, lingers
+from implicit_rnn.engines.numpy.sizes import BACKSTEP, RESPONSE, SMALLEST_ROOT_STEP, far_step, is_near, lingers
 from implicit_rnn.engines.numpy.solvers import BLOW_UP, decreases
 from implicit_rnn.errors import silenced
 
@@ -111,7 +111,7 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
                 continue
             if t < 1 or merit > _LAST * before or not _has_vanished(c, seen):
                 return None
-            if far_step(tol) * largest < last < inf and not _answers(calls, z, start, c):
+            if far_step(tol) * largest < last < inf and not _responds(calls, z, start, c):
                 return None
             residual = length / max(here, floor, rounding / tol) if length else 0.0
             return Found([*map(add, z, step)], evaluations, residual, rate)
@@ -131,11 +131,13 @@ def newton(equation: Equation, tol: float, limit: int) -> Found | None:
         seen.append(c)
 
 
-def _answers(calls: _Calls, z: Numbers, base: Numbers, c: Numbers) -> bool:
+def _responds(calls: _Calls, z: Numbers, base: Numbers, c: Numbers) -> bool:
     """Whether f changes about as its derivatives say on the way back from a root that was suddenly there, see ``Root``."""
-    there = [a + PROBE * (b - a) for a, b in zip(z, base, strict=True)]
+    there = [a + BACKSTEP * (b - a) for a, b in zip(z, base, strict=True)]
     found = calls.newton_step(z, [*map(sub, c, calls.real(there))])
-    return all(abs(b - a) <= ANSWER * abs(x) <= ANSWER**2 * abs(b - a) for a, b, x in zip(z, there, found, strict=True))
+    return all(
+        abs(b - a) <= RESPONSE * abs(x) <= RESPONSE**2 * abs(b - a) for a, b, x in zip(z, there, found, strict=True)
+    )
 
 
 def _size(equation: Equation) -> tuple[Callable[[Numbers], float], float]:

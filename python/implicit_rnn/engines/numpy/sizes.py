@@ -17,7 +17,7 @@ SLOW = 0.4
 SMALLEST_ROOT_STEP = 2.0**-20
 """The smallest fraction of a Newton step to a root that is tried."""
 
-PROBE, ANSWER = 2.0**-10, 32.0
+BACKSTEP, RESPONSE = 2.0**-10, 32.0
 """The fraction of the last step that is taken back to see whether f responds, and the factor within which it must."""
 
 
@@ -52,7 +52,7 @@ class Sizes:
         """Begin the samples ``index``, forgetting earlier iterates."""
         self.largest[index] = 0
 
-    def pass_by(self, size: Array, index: Array) -> None:
+    def record(self, size: Array, index: Array) -> None:
         """Record iterates of that size for the samples ``index``; trial steps that are taken back do not count."""
         self.largest[index] = np.fmax(self.largest[index], size)
 

@@ -231,7 +231,7 @@ class Solve:
         while first < limit:
             # Undamped iteration ends at what attracts it, unless it starts there.
             self.stability_in_question = self.equation.check_stability and (at_start or damping < 1)
-            count = 1 if at_start and self.equation.check_stability else min(self.until_look(first), limit - first)
+            count = 1 if at_start and self.equation.check_stability else min(self.until_check(first), limit - first)
             at_start = False
             first += count
             for _ in range(count - 1):
@@ -251,7 +251,7 @@ class Solve:
                     if not len(self.rows.index):
                         return
 
-    def until_look(self, first: int) -> int:
+    def until_check(self, first: int) -> int:
         """Evaluations from the ``first`` on to the next check of the residuals, which takes longer than a few of a small f.
 
         It does not depend on the other samples, on which no result may depend.

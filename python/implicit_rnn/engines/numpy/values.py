@@ -82,16 +82,16 @@ class Values:
 
     def terms(self, Z: Array, rows: Array, F: Array) -> Array:
         """The size (m,) of the terms of f, whose rounding errors it inherits even where large terms cancel."""
-        stretch = Z.dtype.type(2.0**-10)
-        return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + stretch * Z, rows) - F) / stretch).max(axis=1))
+        perturbation = Z.dtype.type(2.0**-10)
+        return np.asarray(np.fmax(np.abs(F), np.abs(self(Z + perturbation * Z, rows) - F) / perturbation).max(axis=1))
 
     def terms_of_arguments(self, Z: Array, rows: Array, F: Array) -> Array:
         """The largest (m, n) of the terms of f due to each floating-point argument."""
-        stretch, terms = Z.dtype.type(2.0**-10), np.zeros_like(F)
+        perturbation, terms = Z.dtype.type(2.0**-10), np.zeros_like(F)
         for index in range(len(self.equation.args)):
             if self.equation.is_differentiable(index):
                 x = self.variable(Z, rows, index)[0]
-                moved = np.abs(self(Z, rows, index, x + stretch * x) - F) / stretch
+                moved = np.abs(self(Z, rows, index, x + perturbation * x) - F) / perturbation
                 terms = np.fmax(terms, np.where(np.isfinite(moved), moved, 0))
         return terms
 

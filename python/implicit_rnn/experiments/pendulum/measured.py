@@ -33,9 +33,9 @@ LONGEST_GAP = 0.5
 """The longest gap allowed in a record after the release, in periods."""
 PLAUSIBLE = (0.01, 100.0)
 """Plausible lengths of pendulums in m; others indicate a wrong unit of time."""
-NOISY, STRANGE = 0.5, 0.01
+NOISY, UNEXPLAINED = 0.5, 0.01
 """The largest shares of the record's variance that may be residual, and residual that is not noise."""
-POOR = 0.1
+POOR_FIT = 0.1
 """The share of residual above which the refinement is repeated, starting from the rough fit."""
 MOST = 0.6
 """The share of a record that must be free swing for the rest to be left out."""
@@ -161,7 +161,7 @@ def _analysed(reader: Reader, record: Record) -> _Analysis:
     answer = view.read(reader, values[:, None])[0]
     found = _refined(answer, rough, times, values, period)
     remarks: tuple[str, ...] = ()
-    if _strange(found, values) and (end := _free_until(found, times, values, period)) is not None:
+    if _is_unexplained(found, values) and (end := _free_until(found, times, values, period)) is not None:
         free = times <= end
         remarks = (f"the record after {end:.3g} s (line {lines[free][-1]}) is no longer free swing, and is left out",)
         times, values, lines = times[free], values[free], lines[free]
@@ -284,7 +284,7 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
     record, found, times, values = analysis.record, analysis.found, analysis.times, analysis.values
     length, residual, unit = found.motion.length, found.residual, _unit(record)
     variance = np.var(values)
-    if _strange(found if other is None else other.fit, values):
+    if _is_unexplained(found if other is None else other.fit, values):
         raise ValueError(
             f"{record.name} is not the free swing of a pendulum: the best that fits, {length:.3g} m long, leaves a "
             f"residual of {residual:.3g} {unit} of a root mean square of {np.std(values):.3g}, most of it around "
@@ -308,16 +308,16 @@ def _check_pendulum(analysis: _Analysis, other: Alternative | None) -> None:
         )
 
 
-def _strange(found: Fit, values: Array) -> bool:
+def _is_unexplained(found: Fit, values: Array) -> bool:
     """Whether the residual has a larger part beyond the noise than the record of a pendulum has."""
-    return found.residual**2 - found.noise**2 > STRANGE * np.var(values)
+    return found.residual**2 - found.noise**2 > UNEXPLAINED * np.var(values)
 
 
 def _free_until(found: Fit, times: Array, values: Array, period: float) -> float | None:
     """The time at which a free swing is stopped, if most of the record is free swing; None if the problem is elsewhere."""
     early = times <= times[0] + MOST * (times[-1] - times[0])
     part = grow(found.motion, times[early], values[early], period)
-    if _strange(part, values[early]) or times[early][-1] - times[0] < PERIODS * period:
+    if _is_unexplained(part, values[early]) or times[early][-1] - times[0] < PERIODS * period:
         return None
     tolerance = 3 * part.residual + AGREEMENT * np.ptp(values[early]) / 2
     middles, means = binned(times, values - part.motion.observed(times), period)
@@ -454,7 +454,7 @@ def _refined(answer: Array, rough: Motion, times: Array, values: Array, period: 
         parameters[:2] = np.log(answer[0]), answer[1]
         with suppress(FloatingPointError, np.linalg.LinAlgError):
             fits.append(grow(replace(rough, parameters=parameters), times, values, period))
-    if not fits or np.var(fits[0].residuals) > POOR * np.var(values):
+    if not fits or np.var(fits[0].residuals) > POOR_FIT * np.var(values):
         fits.append(grow(rough, times, values, period))
     return min(fits, key=lambda found: found.residual)
 
