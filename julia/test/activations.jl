@@ -25,6 +25,17 @@ for (name, f) in pairs(ACTIVATIONS)
     end
 end
 
+@testset "the exponential of scales is accurate to a few ulp, and bounded: $T" for T in (Float32, Float64)
+    largest = T == Float64 ? T(700) : T(86)
+    for y in range(-largest, largest, 1001)
+        @test ImplicitRNN.exp_bounded(y) ≈ exp(y) rtol = 4eps(T)
+    end
+    @test ImplicitRNN.exp_bounded(zero(T)) == 1
+    @test ImplicitRNN.exp_bounded(T(Inf)) == ImplicitRNN.exp_bounded(largest) < Inf
+    @test ImplicitRNN.exp_bounded(T(-Inf)) == ImplicitRNN.exp_bounded(-largest) > 0
+    @test isnan(ImplicitRNN.exp_bounded(T(NaN)))
+end
+
 @testset "tanh and sigmoid are accurate to a few ulp" begin
     for T in (Float32, Float64), s in T.(vcat(-12:0.037:12, [0, 1.0e-6, -1.0e-4, 30, -30, 1.0e6]))
         @test value(ACTIVATIONS.tanh, s) ≈ tanh(s) rtol = 4eps(T)
