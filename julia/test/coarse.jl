@@ -34,7 +34,7 @@ end
     δ, changes = corrected(A, r, D)
     exact = reduce(hcat, [(I - Diagonal(D[:, j]) * M) \ r[:, j] for j in 1:m])
     @test norm(δ - exact) < accuracy_of(A) * norm(exact)
-    @test norm(changes - M * exact) < accuracy_of(A) * norm(M * exact)
+    @test norm(changes - M * exact) < 2 * accuracy_of(A) * norm(M * exact)          # the product rounds as well
     @test corrected(A, r, D; threads = 2) == (δ, changes)
     r[:, 1], D[:, m] = fill(NaN, 130), fill(3, 130)
     @test all(j -> isapprox(corrected(A, r, D)[1][:, j], exact[:, j]; rtol = 5 * accuracy_of(A)), 2:(m - 1))
