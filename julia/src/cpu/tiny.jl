@@ -10,7 +10,7 @@ lanes have.
 """
 function is_tiny(problem::Problem)
     (; net, solver, adjoint, loss, jacobian_penalty) = problem
-    length(net.stages) == 1 && only(net.stages).recurrent || return false
+    length(net.stages) == 1 && first(net.stages).recurrent || return false       # only(…) allocates in Julia 1.10
     return max(neurons(net), net.inputs, net.outputs) <= SMALL && net.constraint isa Union{Free, Perron, InfNorm} &&
         solver isa Auto && solver.max_iterations >= LANE_ITERATIONS && adjoint isa Implicit && adjoint.linear_solver === :auto &&
         loss isa ElementwiseLoss && jacobian_penalty == 0
