@@ -150,17 +150,17 @@ def test_a_result_on_a_card_has_the_interface_of_cupy():
         np.asarray(result)
 
 
-def test_a_result_is_given_out_by_dlpack_and_kept_as_long_as_it_is_used():
+def test_a_result_is_exported_by_dlpack_and_kept_as_long_as_it_is_used():
     memory = np.arange(12.0).reshape(4, 3)
     result = DeviceArray("jl", memory.ctypes.data, (4, 3), memory.dtype, NOTHING, memory)
     taken = np.from_dlpack(result)
     assert taken.ctypes.data == memory.ctypes.data
     np.testing.assert_array_equal(taken, memory)
     result.__dlpack__()  # a capsule that nobody takes
-    assert [kept[-1] is memory for kept in dlpack._given_out.values()] == [True]
+    assert [kept[-1] is memory for kept in dlpack._exported.values()] == [True]
     del taken
     gc.collect()
-    assert not dlpack._given_out
+    assert not dlpack._exported
     with pytest.raises(BufferError, match="without a copy"):
         result.__dlpack__(copy=True)
 
@@ -495,10 +495,10 @@ def test_an_equation_of_torch_is_solved_and_differentiated_in_the_memory_of_its_
     results = []
     for f, device in ((KEPLER, "jl"), (lambda E, M, e: E - e * torch.sin(E) - M, "cpu")):
         M, e = (torch.tensor(array, requires_grad=True) for array in orbits)
-        before = len(dlpack._given_out)
+        before = len(dlpack._exported)
         z = root(f, M.detach()[:, None], args=(M, e), batched=("M", "e"), device=device)
         (z**2).sum().backward()
-        assert len(dlpack._given_out) - before == (3 if device == "jl" else 0)  # all three in memory of the engine's
+        assert len(dlpack._exported) - before == (3 if device == "jl" else 0)  # all three in memory of the engine's
         results.append([z.detach(), M.grad, e.grad])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)

@@ -82,6 +82,15 @@ end
     @test same_bits(both_ways(Network(2, [Layer(2)]; outputs = 1); rule)...)
 end
 
+@testset "a solve in lanes begins at zero, whatever the lanes held before: $T" for T in (Float64, Float32)
+    net = Network{T}(1, [Layer(1)]; outputs = [1])
+    p, Y = T[1, 0.5, 0, 0], fill(T(0.3), 1, 1)          # W, R, b and the scale
+    ws, problem, g = Workspace(net), Problem(net), zeros(T, 4)
+    loss_and_gradient!(g, ws, problem, p, fill(T(0.3), 1, 1), Y)
+    X = atanh.(ws.sample_lanes[1].lanes.Z[1:1, 1:1])          # tanh(x) is what is there, and no equilibrium
+    @test loss_and_gradient!(g, ws, problem, p, X, Y) == loss_and_gradient!(zeros(T, 4), Workspace(net), problem, p, X, Y)
+end
+
 @testset "side by side: layers, activations, outputs" begin
     two = [Layer(2, :sigmoid), Layer(3, :softplus; lateral = false)]
     @test same_bits(both_ways(Network(3, two; feedback = true, outputs = 2))...)

@@ -76,7 +76,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         check_interrupt()
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
-        cold ? fill!(w.Z, 0) : load!(w.Z, c.Z, first_sample, count)
+        cold || load!(w.Z, c.Z, first_sample, count)
         newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
         relate_residuals!(w, p.floor^2)
         find_rates!(w)
@@ -124,6 +124,7 @@ The equilibria of z = f(U + M z) from Z, or from zero if `cold`. The result is i
 """
 function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
     picard_steps, lanes = p.unique ? 1 : 3, Val(L)
+    cold && fill!(w.Z, 0)
     w.active, w.failed = bits_up_to(L), 0
     put_vector!(w.residual2, 1, same_in_all(T(Inf), lanes))
     put_vector!(w.last2, 1, same_in_all(T(Inf), lanes))
