@@ -39,7 +39,7 @@
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 200)
             exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Chord)
         end
-        exercise(Float64, 2, "tanh", Perron, Auto; nets = 2NETS)
+        exercise(Float64, 2, "tanh", Perron, Auto; nets = 2nets_side_by_side(Float64))
         exercise(Float64, 3, "sigmoid", Perron, Auto)
         exercise(Float64, 3, "tanh", Perron, Picard; damping = (; damping = 1.0))
     end

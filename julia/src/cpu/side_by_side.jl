@@ -1,8 +1,8 @@
 # Tiny nets of one topology, trained side by side on the same batches: one net in each lane of the vector registers, one sample after
 # the other. Every operation is the one that a net alone would see, in the same order, and so is every bit of the result.
 
-"Nets side by side. Two vector registers are independent of each other; for longer vectors Julia generates slow code."
-const NETS = 16
+"The number of nets side by side: those of two vector registers, of which one need not wait for the other."
+nets_side_by_side(::Type{T}) where {T} = lane_count(T, 2)
 
 """
     LaneWeights(net)
@@ -25,7 +25,7 @@ struct LaneWeights{T}
 end
 
 function LaneWeights(net::Network{T}) where {T}
-    L, stage = NETS, only(net.stages)
+    L, stage = nets_side_by_side(T), only(net.stages)
     n, k = length(stage.rows), net.outputs
     return LaneWeights{T}(
         zeros(T, L, n, net.inputs), (zeros(T, L, n, n) for _ in 1:3)..., zeros(T, L, n), zeros(T, L, length(stage.scales)),
@@ -64,7 +64,7 @@ end
 
 function SideBySide(problem::Problem{T}) where {T}
     (; net, loss) = problem
-    L, stage = NETS, only(net.stages)
+    L, stage = nets_side_by_side(T), only(net.stages)
     n, f, k = length(stage.rows), stage.activation, output_size(net)
     criterion, adjoint_tol = lane_criteria(problem, f)
     return SideBySide{T, L, typeof(f), typeof(net.constraint), typeof(loss)}(
@@ -132,18 +132,18 @@ function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) 
     c isa Perron && exponentials_lanes!(scaling, w.scales)
     fill!(row_sum, 0)
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             row_sum[l, i] += abs(raw[l, i, j])
         end
     end
     @inbounds for i in 1:n
         limit = T(c.kappa / slopes[i])
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             row_factor[l, i] = min(one(T), limit / row_sum[l, i])
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             recurrent[l, i, j] = row_factor[l, i] * raw[l, i, j] * (scaling[l, j] / scaling[l, i])
         end
     end
@@ -151,7 +151,7 @@ function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) 
 end
 
 function exponentials_lanes!(scaling::Matrix{T}, scales) where {T}
-    lanes = Val(NETS)
+    lanes = Val(nets_side_by_side(T))
     low = high = vector(scales, 1, lanes)
     for i in axes(scales, 2)
         a = vector(scales, i, lanes)
@@ -161,7 +161,7 @@ function exponentials_lanes!(scaling::Matrix{T}, scales) where {T}
     middle = muladd_lanes(half, low, times_lanes(half, high))
     for i in axes(scales, 2)
         put_vector!(scaling, i, minus_lanes(vector(scales, i, lanes), middle))
-        @inbounds @lanes T for l in 1:NETS
+        @inbounds @lanes T for l in 1:nets_side_by_side(T)
             scaling[l, i] = exp_bounded(scaling[l, i])
         end
     end
@@ -174,7 +174,7 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
     inner, scaled = fill!(g.row_sum, 0), c isa Perron
     scaled && fill!(g.scales, 0)
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             flow = g.recurrent[l, i, j] * recurrent[l, i, j]
             inner[l, i] += flow
             scaled && (g.scales[l, j] += flow)
@@ -182,12 +182,12 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
     end
     scaled && subtract!(g.scales, inner)
     @inbounds for i in 1:n
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             inner[l, i] = ifelse(row_factor[l, i] < 1, inner[l, i] / row_sum[l, i], zero(T))
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:NETS
+        @lanes T for l in 1:nets_side_by_side(T)
             h = g.recurrent[l, i, j] * row_factor[l, i] * (scaling[l, j] / scaling[l, i])
             g.raw[l, i, j] = h - sign(raw[l, i, j]) * inner[l, i]
         end
@@ -275,8 +275,8 @@ function goes_side_by_side(trainer::Trainer, nets::Replicas, batches::Batches)
     runs_in_lanes(trainer, nets, batches) || return false
     net, samples, count = trainer.problem.net, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
     cld(samples, tile_width(net, samples)) <= shares_of(net) || return false
-    threads = Threads.nthreads()
-    return cld(cld(count, NETS), threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
+    threads, groups = Threads.nthreads(), cld(count, nets_side_by_side(eltype(net)))
+    return cld(groups, threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
 end
 
 function runs_in_lanes(trainer::Trainer{T}, nets::Replicas, batches::Batches) where {T}
@@ -287,7 +287,7 @@ end
 
 function train_side_by_side!(trainer::Trainer{T}, nets::Replicas, batches::Batches, losses, unconverged) where {T}
     running = findall(==(Int8(RUNNING)), nets.halted)
-    groups = [view(running, group) for group in pieces_of(length(running), NETS)]
+    groups = [view(running, group) for group in pieces_of(length(running), nets_side_by_side(T))]
     for s in setdiff(axes(nets.parameters, 2), running)
         end_losses!(view(losses, :, s), view(unconverged, :, s), 1)
     end
@@ -428,7 +428,7 @@ keep_state!(trainer::Trainer, g::NetGroup, l::Int) =
 
 "The sum of the squares of the entries of every row."
 function sum_of_squares!(squares::Vector{T}, A::Matrix{T}) where {T}
-    lanes = Val(NETS)
+    lanes = Val(nets_side_by_side(T))
     sum = same_in_all(zero(T), lanes)
     for q in axes(A, 2)
         x = vector(A, q, lanes)
