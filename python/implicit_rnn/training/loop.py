@@ -158,7 +158,7 @@ class Training:
                 writer.save()
             raise
         state, settings = self.state, self.settings
-        end = Snapshot.of(self)
+        ends = Snapshot.of_each(self)
         if settings.restore_best or (settings.early_stopping and settings.early_stopping.restore_best):
             for net, best, epoch in zip(self.nets, state.best, state.best_epoch, strict=True):
                 if epoch:
@@ -178,7 +178,8 @@ class Training:
                     "the validation data and at Run.validation_loss",
                     UserWarning,
                 )
-        return [self._record(k, end.of_net(k)) for k in range(len(self.nets))]
+        rates = settings.rates(np.arange(state.epoch) * settings.steps_per_epoch)
+        return [self._record(k, rates, end) for k, end in enumerate(ends)]
 
     def _train_to_the_end(self, watch: Watch, writer: Writer | None) -> None:
         state, settings = self.state, self.settings
@@ -236,7 +237,7 @@ class Training:
         """Copy the parameters to the nets; a single net shares them anyway."""
         if len(self.nets) > 1:
             for net, p in zip(self.nets, self.state.nets.parameters, strict=True):
-                net.parameters = p
+                net.parameters[...] = p
 
     def _validate(self) -> None:
         """Evaluate the validation loss if it is due, and halt nets that no longer improve."""
@@ -310,14 +311,14 @@ class Training:
         bar.set_postfix(shown, refresh=False)
         bar.update(count)
 
-    def _record(self, k: int, end: Snapshot) -> Run:
-        state, settings = self.state, self.settings
+    def _record(self, k: int, rates: Array, end: Snapshot) -> Run:
+        state = self.state
         epochs = int(state.ended[k]) or state.epoch
         taken = [n for n, counts in enumerate(state.validation_unconverged) if counts[k] >= 0]
         return Run(
             loss=state.losses[k, :epochs].copy(),
             unconverged=state.unconverged[k, :epochs].copy(),
-            learning_rate=settings.rates(np.arange(epochs) * settings.steps_per_epoch),
+            learning_rate=rates[:epochs].copy(),
             validation_epochs=np.array([state.validation_epochs[n] for n in taken], np.int64),
             validation_loss=np.array([state.validation_losses[n][k] for n in taken]),
             validation_unconverged=np.array([state.validation_unconverged[n][k] for n in taken], np.int64),

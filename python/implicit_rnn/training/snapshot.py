@@ -42,6 +42,17 @@ class Snapshot:
     @classmethod
     def of(cls, training: Training) -> Snapshot:
         """The state of a run, copied."""
+        return cls._shared(training)._copied(slice(None))
+
+    @classmethod
+    def of_each(cls, training: Training) -> list[Snapshot]:
+        """The part of each net, copied."""
+        whole = cls._shared(training)
+        return [whole._copied(slice(k, k + 1)) for k in range(len(training.nets))]
+
+    @classmethod
+    def _shared(cls, training: Training) -> Snapshot:
+        """The state of a run, whose arrays change when it goes on."""
         state = training.state
         table = (len(state.validation_epochs), len(training.nets))
         arrays = {
@@ -56,14 +67,11 @@ class Snapshot:
             "validation_losses": np.array(state.validation_losses, np.float64).reshape(table).T,
             "validation_unconverged": np.array(state.validation_unconverged, np.int64).reshape(table).T,
         }
-        copies = {name: np.array(array, order="C") for name, array in arrays.items()}
-        return cls(training.description, state.epoch, state.seconds, state.rng.bit_generator.state, copies)
+        return cls(training.description, state.epoch, state.seconds, state.rng.bit_generator.state, arrays)
 
-    def of_net(self, k: int) -> Snapshot:
-        """The part of one net."""
-        return replace(
-            self, arrays={name: a if name == COMMON else a[k : k + 1].copy() for name, a in self.arrays.items()}
-        )
+    def _copied(self, nets: slice) -> Snapshot:
+        arrays = {name: (a if name == COMMON else a[nets]).copy(order="C") for name, a in self.arrays.items()}
+        return Snapshot(self.run, self.epoch, self.seconds, self.random, arrays)
 
     @classmethod
     def join(cls, parts: Sequence[Snapshot]) -> Snapshot:
