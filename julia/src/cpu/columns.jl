@@ -90,9 +90,10 @@ function start!(c::Columns{T}, samples::Int; cold = false) where {T}
     cold && fill!(view(c.Z, :, 1:samples), 0)
     empty!(c.deferred)
     copyto!(c.sample, 1:samples)
-    for j in 1:samples
-        c.residual[j], c.rate[j], c.iterations[j], c.singular[j] = T(Inf), zero(T), 0, false
-    end
+    fill!(view(c.residual, 1:samples), T(Inf))
+    fill!(view(c.rate, 1:samples), zero(T))
+    fill!(view(c.iterations, 1:samples), 0)
+    fill!(view(c.singular, 1:samples), false)
     return c
 end
 

@@ -77,7 +77,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         cold || load!(w.Z, c.Z, first_sample, count)
-        newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations)
+        newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations, p.recurrence)
         relate_residuals!(w, p.floor^2)
         find_rates!(w)
         if w.failed & bits_up_to(count) == 0
@@ -117,12 +117,14 @@ function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l:
 end
 
 """
-    newton_lanes!(w, M, p, cold, evaluations)
+    newton_lanes!(w, M, p, cold, evaluations, recurrence = nothing)
 
 The equilibria of z = f(U + M z) from Z, or from zero if `cold`. The result is in `F`; lanes that did not converge are marked in
-`failed`. `M` is that of all lanes or, with the lane as its first index, one for each.
+`failed`. `M` is that of all lanes, of which the `recurrence` may know the norm, or, with the lane as its first index, one for each.
 """
-function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
+function newton_lanes!(
+        w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int, recurrence = nothing
+    ) where {T, L}
     picard_steps, lanes = p.unique ? 1 : 3, Val(L)
     cold && fill!(w.Z, 0)
     w.active, w.failed = bits_up_to(L), 0
@@ -144,7 +146,7 @@ function newton_lanes!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::B
         end
     end
     w.failed |= w.active
-    p.unique || check_stability!(w, M, p, picard_steps)
+    p.unique || check_stability!(w, M, p, picard_steps, recurrence)
     return
 end
 
@@ -182,11 +184,13 @@ end
 const LANE_SQUARINGS = 4
 
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
-function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
+function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int, recurrence) where {T, L}
     lanes = Val(L)
     doubtful = below(same_in_all(T(picard_steps), lanes), vector(w.iterations, 1, lanes)) & ~w.failed
     doubtful == 0 && return
     slopes_lanes!(w, p.f)
+    recurrence === nothing || (doubtful &= ~below(largest_slopes(w, lanes), same_in_all(inv(norm_of(recurrence)), lanes)))
+    doubtful == 0 && return
     power, next = jacobian_lanes!(w.power, w.D, M, lanes), w.A
     for k in 0:LANE_SQUARINGS
         k == 0 || ((power, next) = (square_lanes!(next, power, lanes), power))
@@ -198,6 +202,15 @@ function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, pica
         (@late repels(matrix_of(M, l), w.D[l, :]))::Bool && (w.failed |= bit(l))
     end
     return
+end
+
+function largest_slopes(w::Lanes{T}, lanes) where {T}
+    largest = same_in_all(zero(T), lanes)
+    for i in axes(w.D, 2)
+        slope = abs_lanes(vector(w.D, i, lanes))
+        largest = select(below(slope, largest), largest, slope)
+    end
+    return largest
 end
 
 matrix_of(M::Matrix, l::Int) = M
