@@ -225,6 +225,16 @@ end
     end
 end
 
+@testset "the norm of few rows is never estimated too small, and by 5 % too large at most ($n rows, $T)" for n in (1, 2, 7, 24), T in (Float64, Float32)
+    rng = Xoshiro(n)
+    for scale in (1.0e-15, 1, 1.0e15), R in (randn(rng, n, n), randn(rng, n) * randn(rng, n)', Matrix(qr(randn(rng, n, n)).Q), zeros(n, n))
+        A = T.(scale .* R)
+        @test opnorm(Float64.(A)) <= ImplicitRNN.norm_estimate(A) * (1 + n * eps(T))
+        @test ImplicitRNN.norm_estimate(A) <= 1.05 * opnorm(Float64.(A))
+    end
+    @test ImplicitRNN.norm_estimate(fill(floatmax(T), n, n)) >= floatmax(T)
+end
+
 @testset "the spectral radius is right on rotations and for large stages" begin
     rotation = 1.5 .* [0.0 -1.0; 1.0 0.0]
     @test ImplicitRNN.spectral_radius(rotation, ones(2)) ≈ 1.5

@@ -146,8 +146,8 @@ function norm_by_squaring(R::Matrix{T}) where {T}
         map_each!(x -> x / size, power, power)
         logarithm += log(size) / 2^k
     end
-    rounding = 1 + 4 * length(R) * eps(T)
-    return rounding * exp(logarithm / 2)
+    rounding = (4 * length(R) + abs(logarithm)) * eps(T)
+    return (1 + rounding) * exp(logarithm / 2)
 end
 
 """
