@@ -128,22 +128,22 @@ constrain_pullback_lanes!(g::LaneWeights, ::Free, w::LaneWeights) = copyto!(g.ra
 
 function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) where {T}
     (; raw, recurrent, scaling, row_sum, row_factor) = w
-    n = size(raw, 2)
+    n, L = size(raw, 2), nets_side_by_side(T)
     c isa Perron && exponentials_lanes!(scaling, w.scales)
     fill!(row_sum, 0)
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             row_sum[l, i] += abs(raw[l, i, j])
         end
     end
     @inbounds for i in 1:n
         limit = T(c.kappa / slopes[i])
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             row_factor[l, i] = min(one(T), limit / row_sum[l, i])
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             recurrent[l, i, j] = row_factor[l, i] * raw[l, i, j] * (scaling[l, j] / scaling[l, i])
         end
     end
@@ -151,7 +151,8 @@ function constrain_lanes!(w::LaneWeights{T}, c::Union{InfNorm, Perron}, slopes) 
 end
 
 function exponentials_lanes!(scaling::Matrix{T}, scales) where {T}
-    lanes = Val(nets_side_by_side(T))
+    L = nets_side_by_side(T)
+    lanes = Val(L)
     low = high = vector(scales, 1, lanes)
     for i in axes(scales, 2)
         a = vector(scales, i, lanes)
@@ -161,7 +162,7 @@ function exponentials_lanes!(scaling::Matrix{T}, scales) where {T}
     middle = muladd_lanes(half, low, times_lanes(half, high))
     for i in axes(scales, 2)
         put_vector!(scaling, i, minus_lanes(vector(scales, i, lanes), middle))
-        @inbounds @lanes T for l in 1:nets_side_by_side(T)
+        @inbounds @lanes T for l in 1:L
             scaling[l, i] = exp_bounded(scaling[l, i])
         end
     end
@@ -170,11 +171,11 @@ end
 
 function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron}, w::LaneWeights{T}) where {T}
     (; raw, recurrent, scaling, row_factor, row_sum) = w
-    n = size(raw, 2)
+    n, L = size(raw, 2), nets_side_by_side(T)
     inner, scaled = fill!(g.row_sum, 0), c isa Perron
     scaled && fill!(g.scales, 0)
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             flow = g.recurrent[l, i, j] * recurrent[l, i, j]
             inner[l, i] += flow
             scaled && (g.scales[l, j] += flow)
@@ -182,12 +183,12 @@ function constrain_pullback_lanes!(g::LaneWeights{T}, c::Union{InfNorm, Perron},
     end
     scaled && subtract!(g.scales, inner)
     @inbounds for i in 1:n
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             inner[l, i] = ifelse(row_factor[l, i] < 1, inner[l, i] / row_sum[l, i], zero(T))
         end
     end
     @inbounds for j in 1:n, i in 1:n
-        @lanes T for l in 1:nets_side_by_side(T)
+        @lanes T for l in 1:L
             h = g.recurrent[l, i, j] * row_factor[l, i] * (scaling[l, j] / scaling[l, i])
             g.raw[l, i, j] = h - sign(raw[l, i, j]) * inner[l, i]
         end
