@@ -54,15 +54,17 @@ name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 @inline constants(::Type{Float64}) = (6.755399441055744e15, 52, 0.6931471803691238, 1.9082149292705877e-10, 20.0)
 @inline constants(::Type{Float32}) = (1.2582912f7, 23, 0.693145752f0, 1.42860677f-6, 10.0f0)
 
-# exp(r) - 1 on |r| <= ln(2)/2 by its Taylor polynomial, to half an ulp.
-@inline expm1_taylor(r::Float64) = r + r * r * evalpoly(
-    r, (
-        1 / 2, 1 / 6, 1 / 24, 1 / 120, 1 / 720, 1 / 5040, 1 / 40320, 1 / 362880, 1 / 3628800,
-        1 / 39916800, 1 / 479001600, 1 / 6227020800,
-    )
+# exp(r) - 1 on |r| <= ln(2)/2 by its Taylor polynomial, to half an ulp. Even and odd powers are summed side by side, which takes half as
+# long where nothing else is to be done meanwhile.
+@inline expm1_taylor(r::Float64) = by_parity(
+    r, (1 / 2, 1 / 24, 1 / 720, 1 / 40320, 1 / 3628800, 1 / 479001600),
+    (1 / 6, 1 / 120, 1 / 5040, 1 / 362880, 1 / 39916800, 1 / 6227020800),
 )
-@inline expm1_taylor(r::Float32) =
-    r + r * r * evalpoly(r, (0.5f0, 0.16666667f0, 0.041666668f0, 0.008333334f0, 0.0013888889f0, 0.0001984127f0))
+@inline expm1_taylor(r::Float32) = by_parity(r, (0.5f0, 0.041666668f0, 0.0013888889f0), (0.16666667f0, 0.008333334f0, 0.0001984127f0))
+@inline function by_parity(r, even::Tuple, odd::Tuple)
+    r2 = r * r
+    return muladd(r2, muladd(r, evalpoly(r2, odd), evalpoly(r2, even)), r)
+end
 
 # (2^k, exp(r) - 1) with y = k ln 2 + r; y must be within the exponent range of T.
 @inline function reduce_exponent(y::T) where {T <: Union{Float32, Float64}}
