@@ -328,6 +328,15 @@ def test_times_of_day_may_have_a_time_zone(tmp_path, zone):
     np.testing.assert_allclose(record.times, T, atol=6e-4)
 
 
+@pytest.mark.parametrize("date", ["", "2026-11-30T"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_times_of_day_run_on_past_midnight(tmp_path, date, order):
+    clock = [f"{date}23:59:{t:06.3f}" if t < 60 else f"{date}00:00:{t - 60:06.3f}" for t in T + 58.5]
+    record = reads(tmp_path, table(["", *clock[::order]], ["", *A[::order]], header="time,angle"))
+    np.testing.assert_allclose(record.times, T, atol=1.1e-3)
+    np.testing.assert_allclose(record.values, A, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

@@ -41,6 +41,7 @@ _MISSING = re.compile(
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[ed][+-]?\d+)?)\s*([a-zµμ°º/]*)", re.IGNORECASE)
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+")
 _CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)(?:Z|[+-]\d{2}:?\d{2})?")
+_DAY = 86400.0
 _SAMPLE = 400
 """Lines by which the layout is judged."""
 _SHARE = 0.1
@@ -84,7 +85,7 @@ class Table:
     def numbers(self, column: int) -> tuple[Array, str]:
         """(rows,) the numbers of a column, NaN for empty cells, and the unit written in its cells, if any.
 
-        Times of day come in seconds. ``ValueError`` names the first cell that is not a number.
+        Times of day come in seconds, and run on past midnight. ``ValueError`` names the first cell that is not a number.
         """
         values = np.empty(len(self.cells))
         units: set[str] = set()
@@ -97,6 +98,9 @@ class Table:
                 )
             values[row] = number[0]
             units.add(number[1])
+        if any(":" in cells[column] for cells in self.cells):
+            there = np.isfinite(values)
+            values[there] = np.unwrap(values[there], period=_DAY)
         return values, max(units, default="")
 
 
