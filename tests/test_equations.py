@@ -14,6 +14,7 @@ from typing import Any
 import joblib
 import numpy as np
 import pytest
+import scipy.sparse
 
 import implicit_rnn as irnn
 from implicit_rnn import (
@@ -337,6 +338,45 @@ def test_no_derivative_at_a_double_root(given):
             sol.vjp([1.0])
         with pytest.raises(ConvergenceError, match="singular at the solution"):
             sol.jacobian("a")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("form", ["python", "vectorized", pytest.param("julia", marks=pytest.mark.julia)])
+def test_an_argument_of_the_samples_that_was_not_named_in_batched_is_suggested(form, n):
+    f = irnn.julia("(z, a, b) -> z.^2 .- a .* b") if form == "julia" else lambda z, a, b: z**2 - a * b
+    of_samples, shared = np.arange(1.0, 4 * n + 1).reshape(4, n), np.ones(1)
+    for b, named in ((shared, "a"), (of_samples, "a and b")):
+        message = f"If the 4 rows of {named} belong to the samples, as those of z0 do, name {named} in batched$"
+        with pytest.raises((ValueError, irnn.EngineError), match=message):
+            root(f, np.ones((4, n)), args=(of_samples, b), vectorized=form == "vectorized")
+    with pytest.raises((ValueError, irnn.EngineError), match=r"(?s)^((?!batched$).)*$"):
+        root(f, np.ones(n), args=(of_samples, shared))  # one problem
+
+
+@pytest.mark.parametrize("n", [1, 12])
+def test_one_error_names_all_singular_samples_or_the_first_of_many(given, n):
+    for samples, named in ((7, "samples 1, 4, or"), (66, "samples 1, 4, 7, .*, 58, …")):
+        a = np.where(np.arange(samples) % 3 == 1, 0.0, 1.0)[:, None]
+        sol = root(given("power"), np.repeat(a, n, axis=1), args=(a, 2), batched="a")  # from the solutions
+        for differentiate in (lambda sol=sol: sol.vjp(np.ones_like(sol.value)), lambda sol=sol: sol.jacobian("a")):
+            with pytest.raises(ConvergenceError, match=f"at the solution of {named}"):
+                differentiate()
+
+
+def test_one_error_names_the_singular_samples_of_many_unknowns():
+    def slopes(z, a):
+        return scipy.sparse.diags(2 * z)
+
+    sol = root(
+        lambda z, a: z**2 - a,
+        np.tile([[1.0], [0.0], [0.0]], 600),
+        args=([[1.0], [0.0], [0.0]],),
+        batched="a",
+        jac=slopes,
+    )
+    for differentiate in (lambda: sol.vjp(np.ones_like(sol.value)), lambda: sol.jacobian("a")):
+        with pytest.raises(ConvergenceError, match="at the solution of samples 1, 2, or"):
+            differentiate()
 
 
 def test_the_singular_sample_is_named(given):

@@ -61,6 +61,16 @@ def test_unusual_numbers_come_back_bit_by_bit(path, value):
     assert irnn.load(path).parameters.tobytes() == net.parameters.tobytes()
 
 
+def test_a_constraint_that_no_file_could_make_again_is_refused_when_it_is_saved(path):
+    class Mine(irnn.Perron):
+        pass
+
+    net = irnn.Network(2, [irnn.Layer(3)], outputs=1, constraint=Mine(), engine="numpy")
+    with pytest.raises(TypeError, match="the constraint Mine is not one of the package"):
+        net.save(path)
+    assert not path.exists()
+
+
 def test_net_trained_and_saved_on_one_engine_can_be_trained_on_after_loading(engine, path, X, Y):
     net = make_net(engine)
     net.fit(X, Y, epochs=5)

@@ -168,3 +168,13 @@ def test_solver_of_the_other_engine_is_refused_by_name(option, data):
         irnn.EngineError, match=rf'{option.name} is not available on the NumPy engine; use engine="julia"'
     ):
         build("one layer", irnn.Perron(), "numpy").equilibrium(data[0], solver=option)
+
+
+def test_a_solver_of_ones_own_is_not_sent_to_the_other_engine(data):
+    class Mine(irnn.Picard):
+        pass
+
+    with pytest.raises(
+        irnn.EngineError, match="the solver Mine is not available on the NumPy engine; use one of the package"
+    ):
+        build("one layer", irnn.Perron(), "numpy").equilibrium(data[0], solver=Mine())

@@ -328,6 +328,24 @@ def test_times_of_day_may_have_a_time_zone(tmp_path, zone):
     np.testing.assert_allclose(record.times, T, atol=6e-4)
 
 
+@pytest.mark.parametrize(("before", "after"), [("11", "12"), ("12", "1")])
+@pytest.mark.parametrize("halves", ["AM PM", "PM AM", "a.m. p.m.", "pm am"])
+def test_times_of_day_may_have_twelve_hours(tmp_path, before, after, halves):
+    first, second = halves.split() if before == "11" else halves.split()[:1] * 2
+    clock = [f"{before}:59:{t:06.3f} {first}" if t < 60 else f"{after}:00:{t - 60:06.3f} {second}" for t in T + 58.5]
+    record = reads(tmp_path, table([f"11/30/2026 {time}" for time in clock], A, header="time,angle"))
+    np.testing.assert_allclose(record.times, T, atol=1.1e-3)
+
+
+@pytest.mark.parametrize("date", ["", "2026-11-30T"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_times_of_day_run_on_past_midnight(tmp_path, date, order):
+    clock = [f"{date}23:59:{t:06.3f}" if t < 60 else f"{date}00:00:{t - 60:06.3f}" for t in T + 58.5]
+    record = reads(tmp_path, table(["", *clock[::order]], ["", *A[::order]], header="time,angle"))
+    np.testing.assert_allclose(record.times, T, atol=1.1e-3)
+    np.testing.assert_allclose(record.values, A, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [

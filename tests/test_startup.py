@@ -387,6 +387,21 @@ def test_processes_started_from_one_with_julia_have_its_environment_without_what
     assert done.stdout == "julia [] True\n", str(done)
 
 
+def test_a_warning_of_juliacall_does_not_keep_julia_from_starting_where_warnings_are_errors(
+    run_python: RunPython, given_julia
+):
+    code = """
+        import sys, types, warnings
+        sys.modules["torch"] = types.ModuleType("torch")  # of which juliacall warns
+        warnings.simplefilter("error")
+        import implicit_rnn as irnn
+        print(irnn.get_engine("julia").name, ("error", None, Warning, None, 0) in warnings.filters)
+    """
+    done = run_python(code, given_julia)
+    assert done.stdout == "julia True\n", str(done)
+    assert "torch was imported before juliacall" in done.stderr
+
+
 def test_julia_that_somebody_else_has_started_is_used_whatever_names_are_in_its_main_module(
     run_python: RunPython, given_julia
 ):

@@ -506,11 +506,11 @@ def test_equations_are_solved_in_full_precision_under_autocast():
 
 
 def test_a_singular_solution_has_no_derivative_and_does_not_spoil_that_of_others():
-    a = torch.tensor([[4.0], [0.0]], dtype=torch.float64, requires_grad=True)
-    z = root(lambda z, a: z**2 - a, torch.ones(2, 1, dtype=torch.float64), args=(a,), batched="a")
+    a = torch.tensor([[4.0], [0.0], [0.0]], dtype=torch.float64, requires_grad=True)
+    z = root(lambda z, a: z**2 - a, torch.ones(3, 1, dtype=torch.float64), args=(a,), batched="a")
     z[0].sum().backward(retain_graph=True)
-    np.testing.assert_allclose(a.grad, [[0.25], [0]])
-    with pytest.raises(irnn.ConvergenceError, match="singular at the solution of sample 1"):
+    np.testing.assert_allclose(a.grad, [[0.25], [0], [0]])
+    with pytest.raises(irnn.ConvergenceError, match="singular at the solution of samples 1, 2,"):
         z.sum().backward()
 
 

@@ -299,6 +299,17 @@ end
     many = root((z, a) -> z .^ 2 .- a, fill(3.0, 1, 8192), a; batched = (1,))
     @test_throws SingularSolution vjp(many, ones(1, 8192))
     @test vjp(many, reshape(Float64.(a .> 0), 1, :))[1] ≈ [x > 0 ? 0.5 / sqrt(x) : 0.0 for x in a] rtol = 1.0e-12
+    # All that are singular are named, up to more than one wants to read.
+    for n in (1, 12), samples in (7, 5000)
+        some = root((z, a) -> z .^ 2 .- a, ones(n, samples), [Float64(k % 3 != 1) for k in 1:samples]; batched = (1,))
+        error = try
+            vjp(some, ones(n, samples))
+        catch e
+            e
+        end
+        @test error isa SingularSolution && first(error.sample, 20) == first(1:3:samples, 20)
+        @test occursin(samples == 7 ? "samples 1, 4, 7, which" : "samples 1, 4, 7, 10", sprint(showerror, error))
+    end
     # Near a fold, but not at it.
     @test vjp(root((z, a) -> z .^ 2 .- a, [1.0], 1.0e-8), [1.0])[1] ≈ 5000 rtol = 1.0e-6
 end

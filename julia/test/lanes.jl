@@ -181,11 +181,11 @@ end
     end
 end
 
-@testset "a singular solution among many is named" begin
+@testset "singular solutions among many are named" begin
     a = fill(2.0, MANY)
     a[[777, 3000]] .= 0
     solution = root((z, a) -> z .^ 2 .- a, ones(1, MANY), a; batched = (1,))
-    @test_throws SingularSolution(777) vjp(solution, ones(1, MANY))
+    @test_throws SingularSolution([777, 3000]) vjp(solution, ones(1, MANY))
     v = ones(1, MANY)
     v[[777, 3000]] .= 0
     expected = 1 ./ (2 .* solution.value[:])

@@ -799,6 +799,8 @@ class Network:
         ------
         OSError
             If it cannot be written; an existing file is kept.
+        TypeError
+            If the constraint is a class of your own, which ``irnn.load`` could not make again.
 
         Examples
         --------

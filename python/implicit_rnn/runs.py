@@ -60,8 +60,8 @@ def run_many(
         The arguments of each run, by its name. A name has up to 200 ASCII letters, digits, ``.``, ``_`` and ``-``, and is not
         the name of a device on Windows, such as "con". The arguments, too, are data that JSON can hold.
     jobs
-        How many runs at once. 1 runs them here in series; more run in as many worker processes, or on the backend that
-        ``joblib.parallel_config`` names.
+        How many runs at once. 1 runs them here in series, where an exit (``SystemExit``) ends this process; more run in as many
+        worker processes, where it fails only that run, or on the backend that ``joblib.parallel_config`` names.
     folder
         Where each result is stored in a file NAME.json as soon as its run has ended, or, on a backend that returns results in
         groups only, such as Ray's, as soon as the group of ``jobs`` runs has. A later call reuses results whose arguments,

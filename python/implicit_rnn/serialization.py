@@ -15,6 +15,7 @@ from safetensors.numpy import save as serialize
 from implicit_rnn.engines import check_device, check_engine
 from implicit_rnn.errors import ModelFileError, warn
 from implicit_rnn.files import as_path, read_tensors, write_atomically
+from implicit_rnn.model.constraints import Constraint
 from implicit_rnn.model.topology import Topology
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ FORMAT_VERSION = 1
 
 def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write ``net`` to ``path``, atomically: temporary file, fsync, rename. ``notes`` are texts stored with it, by name."""
+    constraint = net.topology.constraint
+    if type(constraint).__module__ != Constraint.__module__:
+        raise TypeError(
+            f"the constraint {constraint.name} is not one of the package, and load could not make it again from a file: pickle "
+            "the network, or keep net.parameters"
+        )
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),

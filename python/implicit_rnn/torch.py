@@ -19,6 +19,7 @@ from implicit_rnn.engines.numpy.operators import equilibration
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
+from implicit_rnn.equations.solution import named_samples
 from implicit_rnn.equations.solving import check_device_for
 from implicit_rnn.errors import ConvergenceError, warn
 from implicit_rnn.network import Network
@@ -573,9 +574,10 @@ class _Solution(_InReverseMode):
         with _IN_FULL():
             left, right, regular = ctx.conditions.equilibrated(z, *given())
             if (bad := ~regular).any():
+                where = rows.nonzero()[bad].ravel().tolist()
                 raise ConvergenceError(
-                    f"the Jacobian of the equation is singular at the solution of sample {int(rows.nonzero()[bad][0])}, or so "
-                    "nearly that its error decides: there the solution has no derivative",
+                    f"the Jacobian of the equation is singular at the solution of {named_samples(where)}, or so nearly that its "
+                    "error decides: there the solution has no derivative",
                     ctx.solution,
                 )
             scaled = left * ctx.conditions.derivatives(z, *given()) * right

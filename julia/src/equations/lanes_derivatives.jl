@@ -128,24 +128,20 @@ end
 own_gradient(g, ::PerSample) = g
 own_gradient(g, ::Shared) = zero(g)
 
-# `work` on all pieces; of errors about samples, that of the first sample is thrown.
+# `work` on all pieces, in order, until enough samples are known to be singular for an error to name; they are the first.
 function find_pieces(work, pieces::Int, threads::Int)
-    singular = zeros(Int, pieces)
+    singular, count = [Int[] for _ in 1:pieces], Threads.Atomic{Int}(0)
     in_parallel(pieces, threads) do thread, k
-        try
-            work(thread, k)
-        catch error
-            error isa SingularSolution || rethrow()
-            singular[k] = error.sample
-        end
+        count[] > MOST_NAMED && return
+        note_singular!(() -> work(thread, k), singular[k], typemax(Int))
+        Threads.atomic_add!(count, length(singular[k]))
     end
-    k = findfirst(>(0), singular)
-    k === nothing || throw(SingularSolution(singular[k]))
+    throw_singular(foldl(append!, singular; init = Int[]))
     return
 end
 
 function vjp_piece!(gradients::Tuple, w::LaneBuffers, one::InverseBuffers, p::Equation{T, K}, inverses, v, range, root) where {T, K}
-    sums = map(x -> zeros(Vec, x isa Shared ? max(variables(x.value), 0) : 0), p.args)
+    sums, singular = map(x -> zeros(Vec, x isa Shared ? max(variables(x.value), 0) : 0), p.args), Int[]
     for sample in first(range):LANES:last(range)
         check_interrupt()
         b = Block(sample, last(range))
@@ -161,9 +157,11 @@ function vjp_piece!(gradients::Tuple, w::LaneBuffers, one::InverseBuffers, p::Eq
         map((g, sum, x, o) -> put_products!(product, g, sum, x, o, b), gradients, sums, p.args, offsets(K, arguments(p, b)))
         all(regular | !wanted) && continue
         for (l, j) in enumerate(samples(b))
-            lane(wanted, l) && !lane(regular, l) && @late add_vjp_of_sample!(gradients, one, p, inverses, v, j)
+            lane(wanted, l) && !lane(regular, l) || continue
+            note_singular!(() -> @late(add_vjp_of_sample!(gradients, one, p, inverses, v, j)), singular)
         end
     end
+    throw_singular(singular)
     map(add_lanes!, gradients, sums)
     return
 end
@@ -208,6 +206,7 @@ function jacobian_side_by_side!(J::Array{T, 3}, p::Equation{T, K}, inverses, ind
 end
 
 function jacobian_piece!(J, w::LaneBuffers, one::InverseBuffers, B, p::Equation{T, K}, inverses, index::Val{I}, wanted, range, root) where {T, K, I}
+    singular = Int[]
     for sample in first(range):LANES:last(range)
         check_interrupt()
         b = Block(sample, last(range))
@@ -223,8 +222,10 @@ function jacobian_piece!(J, w::LaneBuffers, one::InverseBuffers, B, p::Equation{
         end
         all(regular | !asked) && continue
         for (l, j) in enumerate(samples(b))
-            lane(asked, l) && !lane(regular, l) && @late jacobian_of_sample!(J, one, B, p, inverses, index, j)
+            lane(asked, l) && !lane(regular, l) || continue
+            note_singular!(() -> @late(jacobian_of_sample!(J, one, B, p, inverses, index, j)), singular)
         end
     end
+    throw_singular(singular)
     return
 end

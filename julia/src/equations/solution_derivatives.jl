@@ -1,12 +1,33 @@
 # Derivatives of the solution by the implicit function theorem, in loops over the samples compiled for the function.
 
-"The Jacobian of the conditions is singular at the solution of `sample`, or singular within the error of the solution, so that there is no derivative."
+"The Jacobian of the conditions is singular at the solution of each `sample`, or singular within its error, so that there is no derivative."
 struct SingularSolution <: Exception
-    sample::Int
+    sample::Vector{Int}
 end
-Base.showerror(io::IO, e::SingularSolution) = print(
-    io, "the Jacobian of the equation is singular at the solution of sample $(e.sample), which has no derivative there"
-)
+SingularSolution(sample::Int) = SingularSolution([sample])
+function Base.showerror(io::IO, e::SingularSolution)
+    named = join(Iterators.take(e.sample, MOST_NAMED), ", ") * (length(e.sample) > MOST_NAMED ? ", …" : "")
+    return print(
+        io, "the Jacobian of the equation is singular at the solution of ", length(e.sample) == 1 ? "sample " : "samples ", named,
+        ", which has no derivative there",
+    )
+end
+
+"Singular samples that an error names; none are looked for beyond one more."
+const MOST_NAMED = 20
+
+# An error of `work()` about singular samples is put off until `most` are known, and `throw_singular` throws one for all.
+@inline function note_singular!(work::F, singular::Vector{Int}, most::Int = MOST_NAMED) where {F}
+    try
+        work()
+    catch error
+        error isa SingularSolution || rethrow()
+        append!(singular, error.sample)
+    end
+    length(singular) > most && throw_singular(singular)
+    return
+end
+throw_singular(singular::Vector{Int}) = isempty(singular) || throw(SingularSolution(singular))
 
 """
     Inverses(problem, Z, regular = zeros(Bool, samples))
@@ -284,8 +305,9 @@ has_cotangent(v, j) = any(!iszero, view(v, :, j))
 
 function find_inverses!(inverses::Inverses{T}, p::AbstractEquation{T}) where {T}
     make_room!(inverses)
-    w = InverseBuffers{T}(p.n)
-    foreach(j -> inverse!(inverses, w, p, j), axes(inverses.Z, 2))
+    w, singular = InverseBuffers{T}(p.n), Int[]
+    foreach(j -> note_singular!(() -> inverse!(inverses, w, p, j), singular), axes(inverses.Z, 2))
+    throw_singular(singular)
     return
 end
 
@@ -298,10 +320,11 @@ end
 function vjp_one_by_one!(gradients::Tuple, p::AbstractEquation{T}, inverses, v) where {T}
     foreach(g -> eltype(g) <: AbstractFloat && fill!(g, 0), gradients)
     make_room!(inverses)
-    w = InverseBuffers{T}(p.n)
+    w, singular = InverseBuffers{T}(p.n), Int[]
     for j in axes(inverses.Z, 2)
-        has_cotangent(v, j) && add_vjp_of_sample!(gradients, w, p, inverses, v, j)
+        has_cotangent(v, j) && note_singular!(() -> add_vjp_of_sample!(gradients, w, p, inverses, v, j), singular)
     end
+    throw_singular(singular)
     return gradients
 end
 
@@ -364,11 +387,16 @@ end
 function jacobian_one_by_one!(J::Array{T, 3}, p::AbstractEquation{T}, inverses, index::Val, wanted) where {T}
     make_room!(inverses)
     n, entries, samples = size(J)
-    w = InverseBuffers{T}(n)
+    w, singular = InverseBuffers{T}(n), Int[]
     B = zeros(T, n, entries)
     for j in 1:samples
-        wanted[j] ? jacobian_of_sample!(J, w, B, p, inverses, index, j) : fill!(view(J, :, :, j), T(NaN))
+        if wanted[j]
+            note_singular!(() -> jacobian_of_sample!(J, w, B, p, inverses, index, j), singular)
+        else
+            fill!(view(J, :, :, j), T(NaN))
+        end
     end
+    throw_singular(singular)
     return J
 end
 

@@ -325,11 +325,11 @@ class CompiledEquation(Protocol):
 
 
 class SingularSolutionError(Exception):
-    """The Jacobian of the equation is singular at the solution of ``sample``."""
+    """The Jacobian of the equation is singular at the solutions of ``samples``."""
 
-    def __init__(self, sample: int) -> None:
-        super().__init__(sample)
-        self.sample = sample
+    def __init__(self, samples: list[int]) -> None:
+        super().__init__(samples)
+        self.samples = samples
 
 
 # --- engines -------------------------------------------------------------------------------------------------

@@ -203,7 +203,7 @@ class ImplicitSolution(Solution):
         try:
             return work()
         except SingularSolutionError as error:
-            where = "the solution" if self.equation.single else f"the solution of sample {error.sample}"
+            where = "the solution" if self.equation.single else f"the solution of {named_samples(error.samples)}"
             raise ConvergenceError(
                 f"the Jacobian of the equation is singular at {where}, or singular within the solution's error: there the "
                 "solution has no derivative (it ceases to exist, or is not the only one nearby)",
@@ -216,3 +216,9 @@ class ImplicitSolution(Solution):
             f"{self.converged.sum()} of {len(self.status)} converged, iterations up to {self.iterations.max()}, "
             f"residual up to {self.residual.max():.2g})"
         )
+
+
+def named_samples(samples: list[int]) -> str:
+    """Samples in an error message: all, or the first of many."""
+    named = ", ".join(map(str, samples[:20])) + (", …" if len(samples) > 20 else "")
+    return f"sample{'s' if len(samples) > 1 else ''} {named}"

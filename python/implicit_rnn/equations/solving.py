@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_device, check_engine, get_engine
-from implicit_rnn.engines.base import LARGE, Engine, JuliaFunction
+from implicit_rnn.engines.base import LARGE, Engine, Equation, JuliaFunction
 from implicit_rnn.equations.functions import Function
 from implicit_rnn.equations.posing import pose
 from implicit_rnn.equations.solution import ImplicitSolution
@@ -187,7 +188,12 @@ def _solve(
     check_device_for(f, device, engine)
     equation = pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     begin = time.perf_counter()
-    solution = ImplicitSolution.found_by(chosen, equation, _engine(f, engine).compile_equation(equation))
+    compiled = _engine(f, engine).compile_equation(equation)
+    try:
+        solution = ImplicitSolution.found_by(chosen, equation, compiled)
+    except Exception as error:
+        _suggest_batched(error, equation)
+        raise
     seconds = time.perf_counter() - begin
     if seconds > LONG and not (vectorized or equation.single or isinstance(f, JuliaFunction)):
         warn(
@@ -246,6 +252,24 @@ def _engine(f: Function, engine: str) -> Engine:
             "choose engine='julia' or give f as a Python function"
         )
     return get_engine("julia")
+
+
+def _suggest_batched(error: Exception, equation: Equation) -> None:
+    """Say at an error about shapes which arguments look as if they belonged to the samples and were not named in batched."""
+    if (
+        equation.single
+        or len(error.args) != 1
+        or not re.search("shape|size|dimension|broadcast", str(error), re.IGNORECASE)
+    ):
+        return
+    arguments = zip(equation.names, equation.args, equation.batched, strict=True)
+    names = [name for name, array, own in arguments if not own and array.shape[:1] == (equation.samples,)]
+    if names:
+        text, those = str(error).rstrip(" ."), " and ".join(names)
+        error.args = (
+            f"{text}. If the {equation.samples} rows of {those} belong to the samples, as those of z0 do, name {those} in "
+            "batched",
+        )
 
 
 def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: Solver) -> None:

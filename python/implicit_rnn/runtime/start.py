@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -169,7 +170,12 @@ def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
 
 def _import_juliacall() -> Any:
     try:
-        with install.stdout_kept_clean():
+        with install.stdout_kept_clean(), warnings.catch_warnings():
+            # Where warnings are errors, as under python -W error, one of juliacall's would end it.
+            warnings.filters = [
+                ("default" if action == "error" else action, text, category, module, line)
+                for action, text, category, module, line in warnings.filters
+            ]
             import juliacall
     except Exception as error:
         settings = [name for name in ("JULIA_LOAD_PATH", "JULIA_DEPOT_PATH", "JULIA_BINDIR") if name in os.environ]

@@ -79,7 +79,7 @@ def _ask(name: str, *arguments: Any) -> Any:
         return answer
     kind, text = answer
     if kind == "singular":
-        raise SingularSolutionError(int(text))
+        raise SingularSolutionError([int(sample) for sample in text.split()])
     raise ValueError(str(text))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from math import inf
@@ -70,11 +71,9 @@ class PythonEquation:
             rows = np.flatnonzero(v.any(axis=1))
             if not self._f.is_large:
                 return self._products(-np.einsum("bki,bk->bi", self._inverse(rows), v[rows]), rows)
-            operators = [self._operator(int(row)) for row in rows]
+            operators = _of_each(self._operator, rows)
             if all(operator.has_transpose for operator in operators):
-                solutions = [
-                    self._solved(o, v[row], int(row), transposed=True) for o, row in zip(operators, rows, strict=True)
-                ]
+                solutions = _of_each(lambda row: self._solved(self._operator(row), v[row], row, transposed=True), rows)
                 return self._products(-np.stack(solutions).astype(v.dtype) if len(rows) else v[rows], rows)
             return self._products_forward(v, rows)
 
@@ -135,16 +134,20 @@ class PythonEquation:
         J = np.full((equation.samples, equation.n, equation.entries(index)), np.nan, self._state.dtype)
         rows = np.flatnonzero(wanted)
         with self._differentiating:
+            if f.is_large:
+                for row, own in zip(rows, _of_each(lambda row: self._jacobian_of(row, index), rows), strict=True):
+                    J[row] = own
+                return J
+            self._inverse(rows)
             for part in _parts(len(rows), equation.n * equation.entries(index)):
                 own = rows[part]
-                B = f.argument_jacobian(self._state[own], own, index)
-                if not f.is_large:
-                    J[own] = -self._inverse(own) @ B
-                    continue
-                for row, b in zip(own, B, strict=True):
-                    operator = self._operator(int(row))
-                    J[row] = -np.stack([self._solved(operator, column, int(row)) for column in b.T], axis=-1)
+                J[own] = -self._inverse(own) @ f.argument_jacobian(self._state[own], own, index)
         return J
+
+    def _jacobian_of(self, row: int, index: int) -> Array:
+        own, operator = np.array([row]), self._operator(row)
+        B = self._f.argument_jacobian(self._state[own], own, index)[0]
+        return -np.stack([self._solved(operator, column, row) for column in B.T], axis=-1)
 
     def _operator(self, row: int) -> Operator:
         """∂c/∂z at the solution of one sample with many unknowns, found once; ``SingularSolutionError`` as ``_inverse``."""
@@ -155,9 +158,9 @@ class PythonEquation:
             nearby = f.operator((z - δ).astype(z.dtype), row)
             try:
                 if not is_isolated(operator, nearby, δ):
-                    raise SingularSolutionError(row)
+                    raise SingularSolutionError([row])
             except UnsolvedError:
-                raise SingularSolutionError(row) from None
+                raise SingularSolutionError([row]) from None
             self._operators[row] = operator
         return self._operators[row]
 
@@ -166,7 +169,7 @@ class PythonEquation:
             return operator.solve(b, transposed)
         except UnsolvedError:
             if operator.matrix is not None:
-                raise SingularSolutionError(row) from None
+                raise SingularSolutionError([row]) from None
             raise ConvergenceError(
                 f"GMRES did not solve the linear system of {operator.n} unknowns at the solution, which has no derivative if the "
                 "Jacobian of f is singular there; if it is not, give jac= as a sparse matrix, which is then factorised"
@@ -194,7 +197,7 @@ class PythonEquation:
             scaled = solve_each(B, np.broadcast_to(identity, B.shape))
             singular = finite & ~(_column_sums(B) * _column_sums(scaled) * np.finfo(B.dtype).eps * n < 1)
             inverse = transposed(right) * scaled * transposed(left)
-            if not singular.any():
+            if not singular.all():
                 C = f.conditions_in_doubt(Z, new)
                 δ = np.einsum("bij,bj->bi", inverse, C)
                 beyond = Z - δ - np.copysign(8 * np.sqrt(np.finfo(Z.dtype).eps) * Z, δ)
@@ -205,7 +208,7 @@ class PythonEquation:
                         _column_sums(scaled[rows] @ (left[rows] * J * right[rows]) - identity) <= LARGEST_CHANGE
                     )
 
-                left_over = np.flatnonzero(finite)
+                left_over = np.flatnonzero(finite & ~singular)
                 J, changed = changes(left_over, beyond[left_over])
                 answering = left_over[~changed]
                 way, here = beyond[answering] - Z[answering], f.conditions(Z[answering], new[answering])
@@ -225,7 +228,7 @@ class PythonEquation:
                     corrected = Z[left_over] - np.einsum("bij,bj->bi", inverse[left_over], C)
                     singular[left_over] = changes(left_over, corrected)[1]
             if singular.any():
-                raise SingularSolutionError(int(new[np.flatnonzero(singular)[0]]))
+                raise SingularSolutionError(new[singular].tolist())
             self._inverses[new], self._known[new] = inverse, True
         return self._inverses[rows]
 
@@ -250,6 +253,19 @@ def _find_single(equation: Equation, tol: float, solver: Solver) -> single.Found
         if isinstance(solver, Picard) and solver.damping == 1:
             return single.picard(equation, tol, limit, limit, inf)
     return None
+
+
+def _of_each(work: Callable[[int], Any], rows: Array) -> list[Any]:
+    """``work`` of each sample; one ``SingularSolutionError`` names all that are singular."""
+    results, singular = [], []
+    for row in rows.tolist():
+        try:
+            results.append(work(row))
+        except SingularSolutionError as error:
+            singular += error.samples
+    if singular:
+        raise SingularSolutionError(singular)
+    return results
 
 
 def _parts(rows: int, numbers: int) -> list[slice]:

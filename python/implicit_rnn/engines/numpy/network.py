@@ -18,6 +18,7 @@ from implicit_rnn.errors import EngineError, without_underflow
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Stage, Topology
+from implicit_rnn.options import Option
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled, tolerance
 
@@ -35,16 +36,21 @@ class NumpyNetwork:
 
     def program(self, problem: Problem) -> NumpyProgram:
         if type(problem.solver) not in METHODS:
-            raise _unsupported(f"the solver {problem.solver.name}")
+            raise _unsupported(f"the solver {problem.solver.name}", type(problem.solver))
         if type(problem.adjoint) not in ADJOINTS:
-            raise _unsupported(f"the adjoint {problem.adjoint.name}")
+            raise _unsupported(f"the adjoint {problem.adjoint.name}", type(problem.adjoint))
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
             raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
         return NumpyProgram(self.topology, np.dtype(self.dtype), problem)
 
 
-def _unsupported(what: str) -> EngineError:
-    return EngineError(f'{what} is not available on the NumPy engine; use engine="julia"')
+def _unsupported(what: str, option: type = Option) -> EngineError:
+    elsewhere = option.__module__.startswith(
+        Option.__module__.split(".")[0] + "."
+    )  # the Julia engine knows no other classes
+    return EngineError(
+        f"{what} is not available on the NumPy engine; use " + ('engine="julia"' if elsewhere else "one of the package")
+    )
 
 
 @dataclass
@@ -171,7 +177,7 @@ class NumpyProgram:
 
     def trainer(self, options: TrainerOptions) -> StepTrainer:
         if not isinstance(options.optimizer, GradientDescent):
-            raise _unsupported(f"the optimizer {options.optimizer.name}")
+            raise _unsupported(f"the optimizer {options.optimizer.name}", type(options.optimizer))
         return StepTrainer(self._train_gradients, options, self.topology, self.dtype)
 
     def _train_gradients(

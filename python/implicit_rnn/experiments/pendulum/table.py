@@ -40,7 +40,10 @@ _MISSING = re.compile(
 )
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[ed][+-]?\d+)?)\s*([a-zµμ°º/]*)", re.IGNORECASE)
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+")
-_CLOCK = re.compile(r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)(?:Z|[+-]\d{2}:?\d{2})?")
+_CLOCK = re.compile(
+    r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)(?: ?([AaPp])\.?[Mm]\.?|Z|[+-]\d{2}:?\d{2})?"
+)
+_DAY = 86400.0
 _SAMPLE = 400
 """Lines by which the layout is judged."""
 _SHARE = 0.1
@@ -84,7 +87,7 @@ class Table:
     def numbers(self, column: int) -> tuple[Array, str]:
         """(rows,) the numbers of a column, NaN for empty cells, and the unit written in its cells, if any.
 
-        Times of day come in seconds. ``ValueError`` names the first cell that is not a number.
+        Times of day come in seconds, and run on past midnight. ``ValueError`` names the first cell that is not a number.
         """
         values = np.empty(len(self.cells))
         units: set[str] = set()
@@ -97,6 +100,9 @@ class Table:
                 )
             values[row] = number[0]
             units.add(number[1])
+        if any(":" in cells[column] for cells in self.cells):
+            there = np.isfinite(values)
+            values[there] = np.unwrap(values[there], period=_DAY)
         return values, max(units, default="")
 
 
@@ -218,7 +224,10 @@ def _number(cell: str, decimal: str) -> tuple[float, str] | None:
             return None
         return float(match[1].lower().replace("d", "e")), unit
     if match := _CLOCK.fullmatch(text):
-        return 3600 * float(match[1] or 0) + 60 * float(match[2]) + float(match[3]), "s"
+        hour = int(match[1] or 0)
+        if match[4]:  # 12 AM is midnight
+            hour = hour % 12 + (12 if match[4] in "Pp" else 0)
+        return 3600.0 * hour + 60 * float(match[2]) + float(match[3]), "s"
     return None
 
 
