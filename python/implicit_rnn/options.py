@@ -75,6 +75,11 @@ class Option(metaclass=_OptionType):
         return asdict(self)
 
 
+def is_of_package(kind: type[Option]) -> bool:
+    """Whether it is a class of the package: the Julia engine and files know no others, by their names."""
+    return kind.__module__.startswith("implicit_rnn.")
+
+
 # --- choice by name ------------------------------------------------------------------------------------------
 
 
@@ -115,7 +120,7 @@ def from_description(kind: type[Kind], data: Mapping[str, Any]) -> Kind:
 
 def _known(kind: type[Kind]) -> dict[str, type[Kind]]:
     """The concrete classes of that kind in this package, by their names."""
-    children = [child for child in kind.__subclasses__() if child.__module__.startswith("implicit_rnn.")]
+    children = [child for child in kind.__subclasses__() if is_of_package(child)]
     if not children:
         return {kind.__name__: kind}
     known: dict[str, type[Kind]] = {}

@@ -15,8 +15,8 @@ from safetensors.numpy import save as serialize
 from implicit_rnn.engines import check_device, check_engine
 from implicit_rnn.errors import ModelFileError, warn
 from implicit_rnn.files import as_path, read_tensors, write_atomically
-from implicit_rnn.model.constraints import Constraint
 from implicit_rnn.model.topology import Topology
+from implicit_rnn.options import is_of_package
 
 if TYPE_CHECKING:
     from implicit_rnn.network import Network
@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 def save(net: Network, path: str | Path, notes: Mapping[str, str] = MappingProxyType({})) -> None:
     """Write ``net`` to ``path``, atomically: temporary file, fsync, rename. ``notes`` are texts stored with it, by name."""
     constraint = net.topology.constraint
-    if type(constraint).__module__ != Constraint.__module__:
+    if not is_of_package(type(constraint)):
         raise TypeError(
             f"the constraint {constraint.name} is not one of the package, and load could not make it again from a file: pickle "
             "the network, or keep net.parameters"

@@ -130,7 +130,7 @@ def _form(
 
 @lru_cache(maxsize=64)
 def _solver(solver: Solver) -> Handle:
-    refuse_others("solver", solver, Solver)
+    refuse_others("solver", solver)
     return Handle(_ask("equation_solver", solver.name, solver.options()))
 
 

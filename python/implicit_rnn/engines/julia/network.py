@@ -10,13 +10,11 @@ from implicit_rnn.engines.base import WORST_ADJOINT, Of, Problem, Quality, Repli
 from implicit_rnn.engines.julia.calls import Handle, call
 from implicit_rnn.engines.steps import StepTrainer
 from implicit_rnn.errors import EngineError
-from implicit_rnn.model.constraints import Constraint
-from implicit_rnn.model.losses import MSE, CustomLoss, Loss
-from implicit_rnn.model.optimizers import GradientDescent, Optimizer
+from implicit_rnn.model.losses import MSE, CustomLoss
+from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Topology
-from implicit_rnn.options import Option, describe
+from implicit_rnn.options import Option, describe, is_of_package
 from implicit_rnn.solution import CONVERGED, GradientReport, Solution
-from implicit_rnn.solvers import Adjoint, Solver
 
 Array = np.ndarray
 
@@ -25,7 +23,7 @@ class JuliaNetwork:
     """See ``engines.base.CompiledNetwork``."""
 
     def __init__(self, topology: Topology, dtype: str, device: str) -> None:
-        refuse_others("constraint", topology.constraint, Constraint, ", or engine='numpy'")
+        refuse_others("constraint", topology.constraint, ", or engine='numpy'")
         self.topology, self.dtype = topology, dtype
         number, parameters = call("compile", _describe(topology, dtype, device))
         self._handle = Handle(number)
@@ -35,10 +33,10 @@ class JuliaNetwork:
             )
 
     def program(self, problem: Problem) -> JuliaProgram:
-        refuse_others("solver", problem.solver, Solver)
-        refuse_others("adjoint", problem.adjoint, Adjoint)
+        refuse_others("solver", problem.solver)
+        refuse_others("adjoint", problem.adjoint)
         if not isinstance(problem.loss, CustomLoss):
-            refuse_others("loss", problem.loss, Loss, " or CustomLoss, or engine='numpy'")
+            refuse_others("loss", problem.loss, " or CustomLoss, or engine='numpy'")
         return JuliaProgram(self, Handle(call("program", self._handle.number, _options(problem))), problem)
 
 
@@ -146,7 +144,7 @@ class JuliaProgram:
 
     def trainer(self, options: TrainerOptions) -> Trainer:
         optimizer, guard = options.optimizer, options.guard
-        refuse_others("optimizer", optimizer, Optimizer, ", or engine='numpy'")
+        refuse_others("optimizer", optimizer, ", or engine='numpy'")
         if isinstance(self._problem.loss, CustomLoss) and isinstance(optimizer, GradientDescent):
             topology, dtype = self._network.topology, np.dtype(self._network.dtype)
             return StepTrainer(self._gradients, options, topology, dtype)
@@ -202,9 +200,9 @@ class JuliaTrainer:
         call("restore", self._handle.number, np.append(state[:, :-1], state[0, -1]))
 
 
-def refuse_others(kind: str, option: Option, base: type[Option], remedy: str = "") -> None:
+def refuse_others(kind: str, option: Option, remedy: str = "") -> None:
     """``EngineError`` for a class of the caller's: Julia does not know it, or would confuse it with its namesake."""
-    if type(option).__module__ != base.__module__:
+    if not is_of_package(type(option)):
         raise EngineError(f"the Julia engine has no {kind} {option.name}; use one of the package{remedy}")
 
 

@@ -18,7 +18,7 @@ from implicit_rnn.errors import EngineError, without_underflow
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Stage, Topology
-from implicit_rnn.options import Option
+from implicit_rnn.options import Option, is_of_package
 from implicit_rnn.solution import CONVERGED, NON_FINITE, GradientReport, Solution
 from implicit_rnn.solvers import Adjoint, Implicit, JacobianFree, Unrolled, tolerance
 
@@ -36,21 +36,17 @@ class NumpyNetwork:
 
     def program(self, problem: Problem) -> NumpyProgram:
         if type(problem.solver) not in METHODS:
-            raise _unsupported(f"the solver {problem.solver.name}", type(problem.solver))
+            raise _unsupported(f"the solver {problem.solver.name}", problem.solver)
         if type(problem.adjoint) not in ADJOINTS:
-            raise _unsupported(f"the adjoint {problem.adjoint.name}", type(problem.adjoint))
+            raise _unsupported(f"the adjoint {problem.adjoint.name}", problem.adjoint)
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
-            raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
+            raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"', problem.adjoint)
         return NumpyProgram(self.topology, np.dtype(self.dtype), problem)
 
 
-def _unsupported(what: str, option: type = Option) -> EngineError:
-    elsewhere = option.__module__.startswith(
-        Option.__module__.split(".")[0] + "."
-    )  # the Julia engine knows no other classes
-    return EngineError(
-        f"{what} is not available on the NumPy engine; use " + ('engine="julia"' if elsewhere else "one of the package")
-    )
+def _unsupported(what: str, option: Option) -> EngineError:
+    remedy = 'engine="julia"' if is_of_package(type(option)) else "one of the package"
+    return EngineError(f"{what} is not available on the NumPy engine; use {remedy}")
 
 
 @dataclass
@@ -160,7 +156,7 @@ class NumpyProgram:
         return (outcome.status != CONVERGED) | ~(adjoint_residual < WORST_ADJOINT)
 
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
-        raise _unsupported("the Hessian-vector product")
+        raise EngineError('the Hessian-vector product is not available on the NumPy engine; use engine="julia"')
 
     @without_underflow()
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
@@ -177,7 +173,7 @@ class NumpyProgram:
 
     def trainer(self, options: TrainerOptions) -> StepTrainer:
         if not isinstance(options.optimizer, GradientDescent):
-            raise _unsupported(f"the optimizer {options.optimizer.name}", type(options.optimizer))
+            raise _unsupported(f"the optimizer {options.optimizer.name}", options.optimizer)
         return StepTrainer(self._train_gradients, options, self.topology, self.dtype)
 
     def _train_gradients(
