@@ -270,6 +270,19 @@ else
         @test all(<=(1.0e-10), there.residual[converged(there)])
     end
 
+    @testset "samples that are not finite do not spoil the mean slopes of the others" begin
+        E, net = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt), one_layer()
+        ws, R, U = on_device(net), 0.3 .* randn(Xoshiro(1), 5, 5), randn(Xoshiro(2), 5, 3)
+        slopes(U) = Array(E.mean_slopes(ws, E.BatchEquation(JLArray(zero(U)), JLArray(zero(U)), JLArray(U), JLArray(R), E.Activated(only(net.stages).activation), nothing)))
+        @test slopes([U fill(NaN, 5)]) ≈ slopes(U)
+    end
+
+    @testset "exponentials are bounded as on the CPU: $T" for T in (Float64, Float32)
+        scales = T[-1000, 0, 1, 1000]
+        here, there = ImplicitRNN.exponentials!(zeros(T, 4), scales), ImplicitRNN.exponentials!(JLArray(zeros(T, 4)), JLArray(scales))
+        @test all(isfinite, here) && Array(there) ≈ here
+    end
+
     @testset "where I - D R is singular" begin
         # z = x + z has no solution: f is the identity, R = 1.
         net = Network(1, [Layer(1, :identity)]; outputs = [1], constraint = Free())
