@@ -150,7 +150,7 @@ const PICARD_BURSTS = (32, 128, 512)
 
 function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol, status::Status)
     p.n <= DENSE || return iterate!(Anderson(), s, p, tol)
-    repelling = Repelling(s, status)
+    repelling = as_repelling(s, status)
     for burst in PICARD_BURSTS
         restart!(s, p)
         status = with_limit!(() -> iterate!(Picard(), s, p, tol), s, s.evaluations + burst)
@@ -159,7 +159,7 @@ function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol, status::Statu
         copyto!(s.start, s.z)
         found = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
         found === CONVERGED && return CONVERGED
-        repelling = something(repelling, Repelling(s, found), Some(nothing))
+        repelling = something(repelling, as_repelling(s, found), Some(nothing))
     end
     found = trust_regions!(s, linearization!(s), p, tol)
     found in (CONVERGED, UNSTABLE) && return found
@@ -167,13 +167,13 @@ function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol, status::Statu
     return status === DIVERGED ? DIVERGED : found
 end
 
-"A fixed point that has been found, and repels; nothing for another status."
+"A fixed point that has been found, and repels."
 struct Repelling{T}
     z::Vector{T}
     relative::Float64
     rate::Float64
 end
-Repelling(s::Iteration, status::Status) = status === UNSTABLE ? Repelling(copy(s.z), s.relative, s.rate) : nothing
+as_repelling(s::Iteration, status::Status) = status === UNSTABLE ? Repelling(copy(s.z), s.relative, s.rate) : nothing
 function return_to!(s::Iteration, r::Repelling)
     copyto!(s.z, r.z)
     s.relative, s.rate = r.relative, r.rate
