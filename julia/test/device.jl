@@ -121,6 +121,21 @@ else
         @test relative_error(there.state ./ 1.0e160, here.state ./ 1.0e160) < 1.0e-9
     end
 
+    @testset "adjoint residuals are told where squares overflow or vanish: $linear_solver" for linear_solver in (:auto, :lu, :anderson)
+        net = one_layer()
+        p, X, problem = parameters(net), samples(net, 9), Problem(net; adjoint = Implicit(; linear_solver))
+        for size in (1.0e160, 1.0e-160)
+            V, report = size .* randn(Xoshiro(4), 2, 9), (Vector{Status}(undef, 9), zeros(9), zeros(9))
+            here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
+                g = zero(p)
+                ImplicitRNN.vjp!(g, zero(X), ws, problem, p, X, V; report)
+                g ./ size
+            end
+            @test relative_error(there, here) < 1.0e-9
+            @test all(residual -> 0 < residual < 1.0e-9, report[3])
+        end
+    end
+
     @testset "a report per sample" begin
         net = one_layer(; constraint = Free(), neurons = 6)
         p, X, Y = parameters(net; gain = 0.6), samples(net, 60), targets(net, 60)
