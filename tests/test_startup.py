@@ -245,6 +245,20 @@ def test_manifest_for_one_version_of_julia_is_read(fake_julia):
     Environment(exe, project, "a test").check()
 
 
+def test_manifest_is_the_one_that_julia_takes(tmp_path):
+    in_order = [
+        "Manifest.toml",
+        "JuliaManifest.toml",
+        "Manifest-v1.9.toml",
+        "Manifest-v1.11.toml",
+        "JuliaManifest-v1.11.toml",
+    ]
+    (tmp_path / "OldManifest-v1.12.toml").write_text('[[deps.P]]\nversion = "99.0"\n')
+    for number, name in enumerate(in_order):
+        (tmp_path / name).write_text(f'[[deps.P]]\nversion = "{number}.0"\n')
+        assert environments.manifest_versions(tmp_path) == {"P": f"{number}.0"}
+
+
 def test_manifest_that_cannot_be_read_is_an_engine_error(fake_julia):
     exe, project = fake_julia()
     Path(project, "Manifest.toml").write_bytes(b"\xff\xfe")

@@ -150,7 +150,7 @@ function vjp_on_device!(gradients, problem::EquationProblem{T}, Z, V, unknowns) 
     isempty(left) || add_left!(gradients, problem, Z, V, left)
     return
 end
-variables_of(x, own) = !is_differentiable(x) ? 0 : own ? div(length(x), last(size(x))) : length(x)
+variables_of(x, own) = is_differentiable(x) ? entries_of(x, own) : 0
 
 "Those of the samples whose derivative the CPU has to find, or to say that there is none."
 function add_left!(gradients, problem::EquationProblem{T}, Z, V, left) where {T}

@@ -43,9 +43,11 @@ function check_offered(problem::EquationProblem{T}, solver) where {T}
     isbits(problem.f) || refused("functions that refer to variables outside, as $(problem.f) does")
     return
 end
+"The entries of an argument that a sample is given; of those of each sample's own, the last axis is that of the samples."
+entries_of(x, own::Bool) = own ? prod(Base.front(size(x))) : length(x)
 function check_arguments(problem::EquationProblem)
     for (i, (x, own)) in enumerate(zip(problem.args, problem.batched))
-        entries, axes = own ? (div(length(x), problem.samples), ndims(x) - 1) : (length(x), ndims(x))
+        entries, axes = entries_of(x, own), ndims(x) - own
         axes <= 1 && entries <= MAX_SHORT ||
             refused("arguments but numbers and vectors of up to $MAX_SHORT entries (number $i is an array of $entries entries, $axes axes)")
     end
@@ -84,6 +86,7 @@ function ImplicitRNN.solve!(Z::AbstractGPUArray{T, 2}, outcome::Outcome, problem
 end
 
 function solve_samples_on_device!(Z::AbstractGPUArray{T, 2}, outcome, problem, solver, unknowns::Val{K}) where {T, K}
+    isempty(Z) && return
     args, samples = arguments_of(problem), size(Z, 2)
     check_function(problem, args, unknowns)
     fresh(value) = fill!(similar(Z, typeof(value), samples), value)

@@ -261,7 +261,7 @@ function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = fa
     q = BatchEquation(a.E, a.S, a.G, tangent ? w.recurrent : w.transposed, Scaled(), a.D)
     record = record_of(ws, samples)
     left = collect(1:samples)
-    # Squares of tiny numbers vanish, and residuals with them: such columns are solved for a multiple.
+    # Squares of tiny numbers vanish, those of huge ones overflow, and residuals with them: such columns are solved for a multiple.
     multiples = multiple_of.(maximum(abs, a.G; dims = 1), tiny_size(ws, s))
     a.G .*= multiples
     fill!(a.E, 0)
@@ -277,10 +277,11 @@ function solve_linear!(merged, ws::DeviceWorkspace, s::Implicit, k; tangent = fa
     return
 end
 
-"The largest number of a column below which its square, to the tolerance, would vanish."
+"The largest number of a column below which its square, to the tolerance, would vanish; beyond its inverse squares might overflow."
 tiny_size(::DeviceWorkspace{T}, s::Implicit) where {T} = 16 * sqrt(floatmin(T)) / T(tolerance(s, T))
 
-@inline multiple_of(largest::T, tiny) where {T} = 0 < largest < tiny ? inv(max(largest, floatmin(T))) : one(T)
+@inline multiple_of(largest::T, tiny) where {T} =
+    0 < largest < tiny || inv(tiny) < largest < T(Inf) ? max(inv(max(largest, floatmin(T))), floatmin(T)) : one(T)
 
 "The [`Rule`](@ref) by which adjoint systems are iterated."
 adjoint_rule(ws::DeviceWorkspace{T}, s::Implicit, limit = iterations(s); rescue = true, least = 0) where {T} =

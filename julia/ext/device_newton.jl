@@ -39,8 +39,9 @@ end
     settled = distance <= rounding && (distance == 0 || (!root && rate >= 1))
     return distance <= r.tol * size || settled, Course(largest, c.outset, distance, rate, relative, c.evaluations)
 end
-"Whether small steps shrink slowly: if they go to zero is seen on the CPU, see `converges_to_zero!`."
-@inline lingers(c::Course, r::SampleRule) = c.distance <= r.eps * c.largest && c.rate > SLOW
+"Whether small steps shrink slowly, or without end: if they go to zero is seen on the CPU, see `converges_to_zero!`."
+@inline lingers(c::Course, r::SampleRule) =
+    c.distance <= r.eps * c.largest && (c.rate > SLOW || c.distance <= r.eps^2 * c.largest || c.evaluations == r.limit)
 
 "How a fixed point stands at f(z) = `value`: whether it has converged, whether it goes on, and its course; see `assess!`."
 @inline function assess(c::Course, r::SampleRule, value, merit, first)
@@ -163,17 +164,23 @@ end
     return SampleEnd(z, false, c), false
 end
 
+# What undamped iteration leads to attracts, but not what it starts at, which is `doubtful`.
+@inline verified(A, t, f::F, args, r::SampleRule, ended::SampleEnd, doubtful) where {F} =
+    SampleEnd(ended.z, ended.converged && !(doubtful && !is_verified!(A, t, f, ended.z, args, r, ended.course)), ended.course)
+
 # By each solver, of which a kernel is given the type.
 @inline solve_by(::Union{Val{Newton}, Val{Auto}}, A, t, f::F, z, args, r::SampleRule, root::Val{true}) where {F} =
     newton(A, t, f, z, args, r, begin_course(z, r, zero(Int32)), r.newton_limit, root)
 @inline solve_by(::Val{Newton}, A, t, f::F, z, args, r::SampleRule, root::Val{false}) where {F} =
     newton(A, t, f, z, args, r, begin_course(z, r, zero(Int32)), r.newton_limit, root)
-@inline solve_by(::Val{Picard}, A, t, f::F, z, args, r::SampleRule, ::Val{false}) where {F} = first(picard(f, z, args, r))
+@inline function solve_by(::Val{Picard}, A, t, f::F, z, args, r::SampleRule, root::Val{false}) where {F}
+    ended, _ = picard(f, z, args, r)
+    return verified(A, t, f, args, r, ended, r.damping < 1 || ended.course.evaluations == 1)
+end
 @inline function solve_by(::Val{Auto}, A, t, f::F, z, args, r::SampleRule, root::Val{false}) where {F}
     ended, unfinished = picard(f, z, args, r)
     evaluations = ended.course.evaluations
-    # What iteration leads to attracts, but not what it starts at.
-    ended.converged && return SampleEnd(ended.z, evaluations > 1 || is_verified!(A, t, f, ended.z, args, r, ended.course), ended.course)
+    ended.converged && return verified(A, t, f, args, r, ended, evaluations == 1)
     unfinished && evaluations < r.limit || return ended
     c, limit = begin_course(ended.z, r, evaluations), min(r.limit, evaluations + r.newton_limit)
     return newton(A, t, f, ended.z, args, r, c, limit, root)

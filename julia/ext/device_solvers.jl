@@ -320,7 +320,7 @@ function iterate!(s::Chord, ws::DeviceWorkspace{T}, q::BatchEquation, progress, 
     return
 end
 
-"The mean slopes of a few samples that are spread over the batch, after a few Picard iterations."
+"The mean slopes of a few samples that are spread over the batch, after a few Picard iterations, and are finite then."
 function mean_slopes(ws::DeviceWorkspace, q::BatchEquation)
     samples = size(q.Z, 2)
     pilots = 1:cld(samples, PILOTS):samples
@@ -331,7 +331,8 @@ function mean_slopes(ws::DeviceWorkspace, q::BatchEquation)
         activate!(ws.backend)(z, s, q.g.f; ndrange = size(z))
     end
     slopes_at!(ws.backend)(d, s, z, q.g.f; ndrange = size(d))
-    return vec(sum(d; dims = 2)) ./ length(pilots)
+    finite = all(isfinite, d; dims = 1)
+    return vec(sum(ifelse.(finite, d, zero(eltype(d))); dims = 2) ./ sum(finite; dims = 2))
 end
 
 "Q on the device; nothing where I - R D̄ is singular."

@@ -84,7 +84,7 @@ end
 # The extremes stay on the device.
 function ImplicitRNN.exponentials!(scaling::AbstractGPUArray, scales)
     low, high = minimum(scales; dims = 1), maximum(scales; dims = 1)
-    return scaling .= exp.(scales .- (low ./ 2 .+ high ./ 2))
+    return scaling .= exp_bounded.(scales .- (low ./ 2 .+ high ./ 2))
 end
 
 # --- constraints and their derivatives ------------------------------------------------------------------------------------

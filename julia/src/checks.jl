@@ -5,6 +5,11 @@
 check_option(name, option, kind, examples) = option isa kind ||
     throw(ArgumentError("$name is $(repr(option)); expected one made by its constructor, such as $examples"))
 check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
+function check_count(name, x)
+    check_number(name, x, >(0), "be a positive whole number", Integer)
+    check_number(name, x, <=(typemax(Int)), "be at most $(typemax(Int))")
+    return
+end
 check_fraction(name, x) = check_number(name, x, x -> 0 < x < 1, "lie strictly between 0 and 1")
 
 "An `ArgumentError` if a workspace was made for a network other than that of a problem."
@@ -45,6 +50,16 @@ const EXPECTED = ("a vector, as `initial_parameters` gives", "a matrix with a co
 function check_shape(what, A, axes::Int, expected = EXPECTED[axes])
     A isa AbstractArray && ndims(A) == axes || throw(ArgumentError("$what are $(described(A)); expected $expected"))
     return check_indices(what, A)
+end
+
+# Views and arrays of other packages may be written to, static arrays and ranges may not.
+function check_writable(what, A)
+    try
+        A[begin] = A[begin]
+    catch
+        throw(ArgumentError("$what are a $(nameof(typeof(A))), which cannot be written to; give them as a Vector"))
+    end
+    return
 end
 
 # Loops in registers and on devices begin at 1, without bounds checks.

@@ -34,7 +34,7 @@ function read_out(net::Network, p, Z)
 end
 
 """
-    fit!(p, net, X, Y; epochs = 100, batch_size = size(X, 2), rule = Adam(), schedule = nothing, options...)
+    fit!(p, net, X, Y; epochs = 100, batch_size = size(X, 2), rule = Adam(), schedule = nothing, …)
 
 Train the parameters `p` in place on the samples `X` (features × samples) and the targets `Y` (outputs × samples).
 
@@ -60,12 +60,13 @@ for options out of range and for anything but arrays of real numbers.
 function fit!(
         p, net::Network{T}, X, Y; epochs::Int = 100, batch_size::Int = X isa AbstractMatrix ? size(X, 2) : 1,
         rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
-        guard::Guard = Guard(), warm_start::Bool = false, options...,
+        guard::Guard = Guard(), warm_start::Bool = false, solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0,
     ) where {T}
     check_arrays(p, X, "targets" => Y)
     eltype(p) <: AbstractFloat || throw(ArgumentError("the parameters are of type $(eltype(p)), which cannot be trained; give them as $T.(p)"))
     samples = size(X, 2)
     check_length(net, p)
+    check_writable("the parameters", p)
     check_supervised(net, X, Y, weights)
     samples > 0 || throw(ArgumentError("there are no samples to train on"))
     epochs > 0 || throw(ArgumentError("epochs must be positive, got $epochs"))
@@ -74,23 +75,24 @@ function fit!(
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
     schedule === nothing || applicable(schedule, 1) ||
         throw(ArgumentError("schedule is $(repr(schedule)); expected a function of the step that gives a learning rate, such as t -> 0.01 / t"))
-    trainer = Trainer(Problem(net; options...), rule; clip, guard, warm_start, batch_size = batch_size < samples ? batch_size : 0)
+    problem = Problem(net; solver, adjoint, loss, jacobian_penalty)
+    trainer = Trainer(problem, rule; clip, guard, warm_start, batch_size = batch_size < samples ? batch_size : 0)
     trained = eltype(p) == T ? p : Vector{T}(p)
     nets, order, steps = Replicas(reshape(trained, :, 1)), collect(reshape(1:samples, :, 1)), cld(samples, batch_size)
     X, Y, weights = Matrix{T}(X), Matrix{T}(Y), weights === nothing ? nothing : Vector{T}(weights)
-    loss, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)
+    losses, unconverged = fill(NaN, epochs, 1), zeros(Int, epochs, 1)
     for epoch in 1:epochs
         rates = schedule === nothing ? fill(NaN, steps) : [scheduled_rate(schedule, trainer.steps + k) for k in 1:steps]
         shuffle!(rng, order)
         now = epoch:epoch
-        train!(trainer, nets, X, Y, order, batch_size, rates, view(loss, now, :), view(unconverged, now, :); weights)
+        train!(trainer, nets, X, Y, order, batch_size, rates, view(losses, now, :), view(unconverged, now, :); weights)
         halt = Halt(only(nets.halted))
         halt == RUNNING && continue
         @warn "the training halted in epoch $epoch of $epochs: $halt; the parameters are those before it" unconverged[epoch]
         break
     end
     trained === p || copyto!(p, trained)
-    return (; loss = vec(loss), unconverged = vec(unconverged))
+    return (; loss = vec(losses), unconverged = vec(unconverged))
 end
 
 function scheduled_rate(schedule, step::Int)

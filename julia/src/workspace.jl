@@ -177,10 +177,13 @@ The [`Loss`](@ref) of the outputs for `X` (features × samples) against the targ
 gradient with respect to the parameters `p`; with a [`JacobianPenalty`](@ref) if its weight is not zero, where
 `probe` is the seed of its random vectors. Throws an `ErrorException` if a sample does not converge, unless the adjoint is `Unrolled`.
 """
-function loss_and_gradient(net::Network{T}, p, X, Y; weights = nothing, probe = 0, options...) where {T}
+function loss_and_gradient(
+        net::Network{T}, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0.0, probe = 0
+    ) where {T}
     check_arrays(p, X, "targets" => Y)
     g = zeros(T, length(net))
-    value, quality = loss_and_gradient!(g, Workspace(net), Problem(net; options...), p, X, Y; probe, weights)
+    problem = Problem(net; solver, adjoint, loss, jacobian_penalty)
+    value, quality = loss_and_gradient!(g, Workspace(net), problem, p, X, Y; probe, weights)
     check_converged(quality, size(X, 2))
     return value, g
 end
@@ -191,10 +194,10 @@ end
 The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to the samples `X` (features × samples), see
 [`vjp!`](@ref): the gradients of any loss L for V = ∂L/∂outputs (outputs × samples). Throws like [`loss_and_gradient`](@ref).
 """
-function vjp(net::Network{T}, p, X, V; of = :outputs, start = nothing, options...) where {T}
+function vjp(net::Network{T}, p, X, V; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit()) where {T}
     check_arrays(p, X, "cotangents" => V, "states" => start)
     g, dX = zeros(T, length(net)), zeros(T, size(X))
-    _, quality = vjp!(g, dX, Workspace(net), Problem(net; options...), p, X, V; of, start)
+    _, quality = vjp!(g, dX, Workspace(net), Problem(net; solver, adjoint), p, X, V; of, start)
     check_converged(quality, size(X, 2))
     return g, dX
 end
@@ -205,11 +208,11 @@ end
 The derivative of the outputs along the direction `dp` of the parameters and `dX` of the samples, see [`jvp!`](@ref). Throws like
 [`loss_and_gradient`](@ref).
 """
-function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, options...) where {T}
+function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit()) where {T}
     check_arrays(p, X, "directions" => dX, "states" => start)
     check_array("the direction of the parameters", dp, 1)
     tangent = zeros(T, rows_of(net, of), size(X, 2))
-    check_converged(jvp!(tangent, Workspace(net), Problem(net; options...), p, X, dp, dX; of, start), size(X, 2))
+    check_converged(jvp!(tangent, Workspace(net), Problem(net; solver, adjoint), p, X, dp, dX; of, start), size(X, 2))
     return tangent
 end
 

@@ -121,6 +121,21 @@ else
         @test relative_error(there.state ./ 1.0e160, here.state ./ 1.0e160) < 1.0e-9
     end
 
+    @testset "adjoint residuals are told where squares overflow or vanish: $linear_solver" for linear_solver in (:auto, :lu, :anderson)
+        net = one_layer()
+        p, X, problem = parameters(net), samples(net, 9), Problem(net; adjoint = Implicit(; linear_solver))
+        for size in (1.0e160, 1.0e-160)
+            V, report = size .* randn(Xoshiro(4), 2, 9), (Vector{Status}(undef, 9), zeros(9), zeros(9))
+            here, there = map((ImplicitRNN.Workspace(net), on_device(net))) do ws
+                g = zero(p)
+                ImplicitRNN.vjp!(g, zero(X), ws, problem, p, X, V; report)
+                g ./ size
+            end
+            @test relative_error(there, here) < 1.0e-9
+            @test all(residual -> 0 < residual < 1.0e-9, report[3])
+        end
+    end
+
     @testset "a report per sample" begin
         net = one_layer(; constraint = Free(), neurons = 6)
         p, X, Y = parameters(net; gain = 0.6), samples(net, 60), targets(net, 60)
@@ -268,6 +283,19 @@ else
         both = same .& converged(here)
         @test relative_error(there.state[:, both], here.state[:, both]) < 1.0e-7
         @test all(<=(1.0e-10), there.residual[converged(there)])
+    end
+
+    @testset "samples that are not finite do not spoil the mean slopes of the others" begin
+        E, net = Base.get_extension(ImplicitRNN, :ImplicitRNNGPUArraysExt), one_layer()
+        ws, R, U = on_device(net), 0.3 .* randn(Xoshiro(1), 5, 5), randn(Xoshiro(2), 5, 3)
+        slopes(U) = Array(E.mean_slopes(ws, E.BatchEquation(JLArray(zero(U)), JLArray(zero(U)), JLArray(U), JLArray(R), E.Activated(only(net.stages).activation), nothing)))
+        @test slopes([U fill(NaN, 5)]) ≈ slopes(U)
+    end
+
+    @testset "exponentials are bounded as on the CPU: $T" for T in (Float64, Float32)
+        scales = T[-1000, 0, 1, 1000]
+        here, there = ImplicitRNN.exponentials!(zeros(T, 4), scales), ImplicitRNN.exponentials!(JLArray(zeros(T, 4)), JLArray(scales))
+        @test all(isfinite, here) && Array(there) ≈ here
     end
 
     @testset "where I - D R is singular" begin

@@ -72,6 +72,14 @@ end
         agree(here, there; tol = 1.0e-9)
     end
 
+    @testset "of no samples" begin
+        for (solve, f) in ((root, (z, a, b) -> z .- a .* b), (fixed_point, (z, a, b) -> a .* b .+ z ./ 2)), own in (zeros(0), zeros(2, 0))
+            here, there = on_both(solve, f, zeros(2, 0), own, [1.0, 2.0]; batched = (1,))
+            @test isempty(there.status) && size(there.value) == (2, 0)
+            @test map(on_cpu, vjp(there, JLArray(zeros(2, 0)))) == vjp(here, zeros(2, 0))
+        end
+    end
+
     @testset "from a start on the CPU, there" begin
         f, a, b = (z, a, b) -> z .^ 2 .- a .* b, rand(rng, 1, 5), [2.0]
         here, found = (root(f, ones(1, 5), args...; batched = (1,)) for args in ((a, b), (JLArray(a), JLArray(b))))
@@ -96,6 +104,12 @@ end
         here, there = on_both(fixed_point, (z, a) -> a .* cos.(z), fill(0.5, 1, 40), collect(range(0.2, 3, 40)); batched = (1,), solver = Newton())
         @test there.status == here.status
         @test 0 < count(==(UNSTABLE), there.status) < 40
+        for solver in (Picard(), Picard(damping = 0.5))                   # from where it rests, and to where only damped iteration leads
+            here, there = on_both(fixed_point, (z, a) -> a .* sin.(z), [0 0 1 1.0], [0.5, 2.0, 0.5, -1.5]; batched = (1,), solver)
+            @test there.status == here.status && UNSTABLE in here.status
+        end
+        here, there = on_both(fixed_point, (z, a) -> a .* z ./ (1 .+ z .^ 2), ones(1, 3), [0.2, 0.3, 0.5]; batched = (1,), solver = Picard())
+        @test there.iterations == here.iterations && all(<(80), here.iterations)        # zero is seen to solve it
         @test all(==(ImplicitRNN.NON_FINITE), root(z -> sqrt.(z .- 2), JLArray(ones(1, 3))).status)      # outside the domain
         start = JLArray(rand(rng, 1, 5) .+ 1)
         @test !any(converged(root(z -> z ./ (1 .+ z) .- 1, start)))                          # zero by rounding alone

@@ -640,6 +640,14 @@ end
         @test f(solution.value) ≈ solution.value atol = 1.0e-9
     end
     @test fixed_point(z -> 1 .+ z .^ 2, [0.3]).status == [ImplicitRNN.DIVERGED]
+    # Iteration goes on without end, and leads the other methods nowhere.
+    a = collect(range(2.0, 6.0, 400))
+    for f in ((z, a) -> cos.(a .* z), (z, a) -> a .* cos.(z))
+        solution = fixed_point(f, zeros(1, 400), a; batched = (1,))
+        found = in.(solution.status, Ref((CONVERGED, ImplicitRNN.UNSTABLE)))
+        @test count(!, found) < 12
+        @test maximum(solution.residual[found]) < 1.0e-10 && f(solution.value, a')[:, found] ≈ solution.value[:, found]
+    end
 end
 
 helped(z, a) = try

@@ -128,6 +128,14 @@ end
     @test_throws "epochs must be positive" fit!(p, net, X, Y; epochs = 0)
     @test_throws "there are no samples" fit!(p, net, X[:, 1:0], Y[:, 1:0])
     @test_throws "clip must be positive" fit!(p, net, X, Y; clip = 0)
+    @test_throws "the parameters are a StepRangeLen, which cannot be written to; give them as a Vector" fit!(range(0, 1, length(net)), net, X, Y)
+    for (call, name) in (
+            (() -> fit!(p, net, X, Y; epoch = 3), "fit!"), (() -> loss_and_gradient(net, p, X, Y; weight = ones(10)), "loss_and_gradient"),
+            (() -> vjp(net, p, X, Y; solvers = Newton()), "vjp"), (() -> jvp(net, p, X, p, X; solvers = Newton()), "jvp"),
+            (() -> root(z -> z, [1.0]; tol = 1.0e-9), "root"), (() -> fixed_point(z -> z ./ 2, [1.0]; tol = 1.0e-9), "fixed_point"),
+        )
+        @test_throws "no method matching $name(" call()               # which Julia explains by the keywords that there are
+    end
     @test_throws DimensionMismatch predict(net, p[1:2], X)
     @test_throws DimensionMismatch named_weights(net, p[1:2])
     @test_throws DimensionMismatch read_out(net, p, ones(4, 2))

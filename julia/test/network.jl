@@ -218,6 +218,7 @@ end
             @test_throws "tol must lie strictly between 0 and 1, got $(repr(tol))" kind(; tol)
         end
         @test_throws "max_iterations must be a positive whole number, got 2.5" kind(max_iterations = 2.5)
+        @test_throws "max_iterations must be at most $(typemax(Int)), got $(big(10)^30)" kind(max_iterations = big(10)^30)
     end
     for kind in (Picard, Anderson)
         @test_throws "damping must lie in (0, 1], got nothing" kind(damping = nothing)

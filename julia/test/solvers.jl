@@ -258,3 +258,12 @@ end
     @test all(converged(clean)) && findall(.!converged(spoilt)) == [1]
     @test spoilt.state[:, 2:end] ≈ clean.state[:, 2:end]
 end
+
+@testset "samples that the linearised equation takes no nearer to their equilibrium go on with Picard iteration" begin
+    net = one_layer(; neurons = 20, constraint = Free())
+    p, X = parameters(net), samples(net, 130)
+    X[:, 7] .= (Inf, 0, 0)                                     # f is at its bounds there, and the linearised equation has no numbers
+    picard, chord = (converged(equilibrium(net, p, X; solver)) for solver in (Picard(), Chord(max_iterations = 1000)))
+    @test picard[7] && chord[7]
+    @test count(chord[picard]) > 30
+end

@@ -52,7 +52,8 @@ array as well. This supports up to $(MAX_SHORT) unknowns, numbers and vectors of
     solution = fixed_point((z, a) -> cos.(a .* z), [0.5], 0.8)
     vjp(solution, [1.0])                   # (dz/da,)
 """
-fixed_point(f, z0, args...; options...) = solve_equation(f, z0, args; root = false, options...)
+fixed_point(f, z0, args...; solver = Auto(), batched = (), scale = nothing) =
+    solve_equation(f, z0, args; root = false, solver, batched, scale)
 
 """
     root(f, z0, args...; solver = Auto(), batched = (), scale = nothing)
@@ -61,7 +62,8 @@ Solve `f(z, args...) = 0`; otherwise like [`fixed_point`](@ref). A sample has co
 relative to z, and that relative size is the residual. Solvers are `Auto`, `Newton` and `NLsolver`. A sample is `SINGULAR` if the Jacobian
 has no inverse and no step makes progress, for example at a local minimum of ‖f‖.
 """
-root(f, z0, args...; options...) = solve_equation(f, z0, args; root = true, options...)
+root(f, z0, args...; solver = Auto(), batched = (), scale = nothing) =
+    solve_equation(f, z0, args; root = true, solver, batched, scale)
 
 ChainRulesCore.rrule(::Union{typeof(root), typeof(fixed_point)}, args...; options...) =
     throw(ArgumentError("a solution is differentiated by vjp(solution, v), not through the solver"))

@@ -11,7 +11,7 @@ struct Layer
     activation::Activation
     lateral::Bool
     function Layer(neurons, f = :tanh; lateral::Bool = true)
-        check_number("neurons", neurons, >(0), "be a positive whole number", Integer)
+        check_count("neurons", neurons)
         return new(neurons, activation(f), lateral)
     end
 end
@@ -107,7 +107,7 @@ function Network{T}(
         outputs, constraint = Perron(),
     ) where {T}
     T <: Hardware || throw(ArgumentError("a network computes in Float32 or Float64, not in $T"))
-    check_number("inputs", inputs, >(0), "be a positive whole number", Integer)
+    check_count("inputs", inputs)
     layers isa AbstractVector{Layer} || throw(ArgumentError("layers is $(repr(layers)); expected a vector of layers, such as [Layer(16)]"))
     check_option("constraint", constraint, Constraint, "Perron()")
     isempty(layers) && throw(ArgumentError("a network needs at least one layer"))

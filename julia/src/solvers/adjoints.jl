@@ -53,7 +53,7 @@ steps, whether or not they reach an equilibrium; the forward solver is not used,
 struct Unrolled <: Adjoint
     steps::Int
     function Unrolled(steps)
-        check_number("steps", steps, >(0), "be a positive whole number", Integer)
+        check_count("steps", steps)
         return new(steps)
     end
 end

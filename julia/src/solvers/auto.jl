@@ -132,7 +132,7 @@ end
 const DENSE = 2000
 
 # Picard iteration while it is fast, else Newton's method, whose result counts if it attracts; else more of Picard iteration, and
-# trust regions in the end.
+# trust regions in the end. Where none finds a fixed point that attracts, one that Newton's method has found is `UNSTABLE`.
 function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
     status = picard_while_fast!(s, p, tol)
     status === nothing || return status
@@ -142,25 +142,42 @@ function find_fixed_point!(s::Iteration, p::AbstractEquation, tol)
         status = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
         status === CONVERGED && return CONVERGED
     end
-    return (@late slow_fixed_point!(s, erased(p), tol))::Status
+    return (@late slow_fixed_point!(s, erased(p), tol, status))::Status
 end
 
 "Picard iterations between two trials of Newton's method."
 const PICARD_BURSTS = (32, 128, 512)
 
-function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol)
+function slow_fixed_point!(s::Iteration, p::AbstractEquation, tol, status::Status)
     p.n <= DENSE || return iterate!(Anderson(), s, p, tol)
-    status = MAX_ITERATIONS
+    repelling = as_repelling(s, status)
     for burst in PICARD_BURSTS
         restart!(s, p)
         status = with_limit!(() -> iterate!(Picard(), s, p, tol), s, s.evaluations + burst)
         status === CONVERGED && return CONVERGED
         status === MAX_ITERATIONS || break
         copyto!(s.start, s.z)
-        with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE) === CONVERGED && return CONVERGED
+        found = with_share!(() -> iterate!(Newton(), s, p, tol), s, FIXED_POINT_SHARE)
+        found === CONVERGED && return CONVERGED
+        repelling = something(repelling, as_repelling(s, found), Some(nothing))
     end
     found = trust_regions!(s, linearization!(s), p, tol)
-    return status === DIVERGED && !(found in (CONVERGED, UNSTABLE)) ? DIVERGED : found
+    found in (CONVERGED, UNSTABLE) && return found
+    repelling === nothing || return return_to!(s, repelling)
+    return status === DIVERGED ? DIVERGED : found
+end
+
+"A fixed point that has been found, and repels."
+struct Repelling{T}
+    z::Vector{T}
+    relative::Float64
+    rate::Float64
+end
+as_repelling(s::Iteration, status::Status) = status === UNSTABLE ? Repelling(copy(s.z), s.relative, s.rate) : nothing
+function return_to!(s::Iteration, r::Repelling)
+    copyto!(s.z, r.z)
+    s.relative, s.rate = r.relative, r.rate
+    return UNSTABLE
 end
 
 "The number of Picard iterations that cost as much as a start of Newton's method."

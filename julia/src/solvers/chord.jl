@@ -6,9 +6,9 @@
 The chord method with the mean slopes D̄ of the batch: the samples share the matrix `Q = (I - R D̄)⁻¹ R`, and the equation of
 each is solved in the form ([`Linearized`](@ref)) in which only the deviation of its slopes from D̄ is left to the iteration: one
 product per iteration, no factorisation per sample, and far fewer iterations than Picard's. Its results are checked in
-the equation itself, and samples that fail the check continue with Picard iteration. The iterates of a sample depend on its
-batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and samples that do not converge are
-`SINGULAR`. Three evaluations of a few samples, from which D̄ is taken, are not counted.
+the equation itself; samples that it takes no nearer to their equilibrium continue with Picard iteration. The iterates of a
+sample depend on its batch, its equilibrium does not. Where I - R D̄ is singular only Picard iteration is left, and samples that
+do not converge are `SINGULAR`. Three evaluations of a few samples, from which D̄ is taken, are not counted.
 """
 @kwdef struct Chord <: Solver
     tol::Union{Nothing, Float64} = nothing
@@ -137,10 +137,18 @@ end
 
 function iterate!(::Chord, c::Columns{T}, p::Stationary{T}, iterations::Int) where {T}
     evaluate_all!(c, p; check = true) && return true
-    while p.recurrence.linearized
-        iterate_linearized!(c, p, LINEARIZED_PATIENCE - 1; check = true) && return true
+    before = buffer!(() -> zeros(T, size(c.Z, 2)), c, Vector{T})           # ‖F - Z‖ of each sample
+    foreach(j -> before[c.sample[j]] = c.residual[j], 1:c.active)
+    while p.recurrence.linearized && c.active > 0
+        iterate_linearized!(c, p, LINEARIZED_PATIENCE - 1; check = true) && break
+        for j in c.active:-1:1
+            sample, residual = c.sample[j], c.residual[j]
+            residual <= before[sample] / 2 || defer!(c, j)
+            before[sample] = residual
+        end
     end
+    p.recurrence.linearized || fill!(view(c.singular, 1:c.active), true)
+    reclaim!(c) == 0 && return true
     advance!(c, one(T))
-    fill!(view(c.singular, 1:c.active), true)
     return iterate!(Picard(), c, p, iterations)
 end

@@ -118,7 +118,7 @@ end
     s.evaluations < s.limit || return false
     s.evaluations += 1
     s.linearized = call!(s.value, l.J, p, s.z, s.sample)
-    if s.linearized && !all(isfinite, s.value)          # dual numbers may have missed a guard, see `jacobian_beside!`
+    if s.linearized && !all(isfinite, s.value)          # dual numbers may have missed a guard, see `step_beside!`
         call!(s.value, p, s.z, s.sample)
         s.linearized = false
     end
@@ -143,22 +143,24 @@ end
 
 # A guard such as `x == 0 ? 1 : x / expm1(x)` is not seen by dual numbers, which differ from 0 by their derivatives. Where f has a value,
 # a step by the derivatives a little beside the iterate serves as well.
-@noinline function jacobian_beside!(s::Iteration, l::Linearization, p::AbstractEquation{T}) where {T}
-    all(isfinite, s.c) || return
+@noinline function step_beside!(s::Iteration, l::Linearization, p::AbstractEquation{T}) where {T}
+    all(isfinite, s.c) && !all(isfinite, l.J) || return false
     unit(k) = iszero(s.z[k]) ? inv(T(weight(p.weights, k))) : abs(s.z[k])
     beside = s.z .+ T(2)^-17 .* unit.(eachindex(s.z)) .* direction(s.z)
     conditions_jacobian!(l.J, p, beside, s.sample)
-    return
+    return solve_step!(l, s.c)
 end
 
 "The Newton step -(∂c/∂z)⁻¹ c; false where the matrix has no inverse."
 @inline function newton_step!(s::Iteration, l::Linearization, p::AbstractEquation)
     jacobian!(s, l, p)
-    all(isfinite, l.J) || jacobian_beside!(s, l, p)
+    return solve_step!(l, s.c) || step_beside!(s, l, p)
+end
+@inline function solve_step!(l::Linearization, c)
     copyto!(l.LU, l.J)
     lu_factor!(l.LU, l.pivots) || return false
     @inbounds for i in eachindex(l.step)
-        l.step[i] = -s.c[i]
+        l.step[i] = -c[i]
     end
     lu_solve!(l.step, l.LU, l.pivots)
     return all(isfinite, l.step)

@@ -21,7 +21,7 @@ tolerance(s, ::Type{T}) where {T} = T(something(s.tol, default_tolerance(T)))
 
 function check_options(tol, max_iterations)
     tol === nothing || check_fraction("tol", tol)
-    check_number("max_iterations", max_iterations, >(0), "be a positive whole number", Integer)
+    check_count("max_iterations", max_iterations)
     return
 end
 

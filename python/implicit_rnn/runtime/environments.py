@@ -72,9 +72,10 @@ def dependencies() -> list[str]:
 def manifest_versions(project: str | Path) -> dict[str, str | None]:
     """Packages of a Julia project's manifest with their versions; empty where it has none. EngineError if it cannot be read."""
     folder = Path(project)
-    names = ["JuliaManifest.toml", "Manifest.toml"]
-    # A manifest for one version of Julia comes before one for all, and that of the newest is the likeliest.
-    names = sorted((path.name for path in folder.glob("*Manifest-v*.toml")), reverse=True) + names
+    # As Julia takes them; of those for one version of Julia each, that of the newest is the likeliest.
+    matches = [re.fullmatch(r"(Julia)?Manifest-v(\d+)\.(\d+)\.toml", path.name) for path in folder.glob("*.toml")]
+    versioned = sorted((int(m[2]), int(m[3]), bool(m[1]), m[0]) for m in matches if m)
+    names = [*(name for *_, name in reversed(versioned)), "JuliaManifest.toml", "Manifest.toml"]
     path = next((folder / name for name in names if os.path.isfile(folder / name)), None)
     if path is None:
         return {}
