@@ -171,7 +171,7 @@ on_kind_of(g::AbstractGPUArray, x) = copyto!(similar(g, size(x)), x)
 naming_samples(work, left) = try
     work()
 catch error
-    error isa ImplicitRNN.SingularSolution ? throw(ImplicitRNN.SingularSolution(left[error.sample])) : rethrow()
+    error isa ImplicitRNN.SingularSolution ? throw(ImplicitRNN.SingularSolution(left[error.samples])) : rethrow()
 end
 
 function ImplicitRNN.jacobian!(J::AbstractArray{T, 3}, problem::EquationProblem{T}, inverses::DeviceInverses{T}, index::Int, wanted = trues(size(J, 3))) where {T}

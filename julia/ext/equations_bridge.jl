@@ -25,7 +25,7 @@ shape(d::Py) = (integers(d["shape"])...,)
 
 fault(::Exception) = nothing
 fault(e::ImplicitRNN.WrongShape) = "shape", sprint(showerror, e)
-fault(e::ImplicitRNN.SingularSolution) = "singular", join(e.sample .- 1, " ")
+fault(e::ImplicitRNN.SingularSolution) = "singular", join(e.samples .- 1, " ")
 fault(e::ImplicitRNN.InvalidCode) = "code", e.text
 
 "The value of `work()`; what the user's function did wrong is returned, other errors are thrown."

@@ -307,7 +307,7 @@ end
         catch e
             e
         end
-        @test error isa SingularSolution && first(error.sample, 20) == first(1:3:samples, 20)
+        @test error isa SingularSolution && first(error.samples, 20) == first(1:3:samples, 20)
         @test occursin(samples == 7 ? "samples 1, 4, 7, which" : "samples 1, 4, 7, 10", sprint(showerror, error))
     end
     # Near a fold, but not at it.

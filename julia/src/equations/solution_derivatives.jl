@@ -1,14 +1,14 @@
 # Derivatives of the solution by the implicit function theorem, in loops over the samples compiled for the function.
 
-"The Jacobian of the conditions is singular at the solution of each `sample`, or singular within its error, so that there is no derivative."
+"The Jacobian of the conditions is singular at the solutions of the `samples`, or singular within its error, so that there is no derivative."
 struct SingularSolution <: Exception
-    sample::Vector{Int}
+    samples::Vector{Int}
 end
 SingularSolution(sample::Int) = SingularSolution([sample])
 function Base.showerror(io::IO, e::SingularSolution)
-    named = join(Iterators.take(e.sample, MOST_NAMED), ", ") * (length(e.sample) > MOST_NAMED ? ", …" : "")
+    named = join(Iterators.take(e.samples, MOST_NAMED), ", ") * (length(e.samples) > MOST_NAMED ? ", …" : "")
     return print(
-        io, "the Jacobian of the equation is singular at the solution of ", length(e.sample) == 1 ? "sample " : "samples ", named,
+        io, "the Jacobian of the equation is singular at the solution of ", length(e.samples) == 1 ? "sample " : "samples ", named,
         ", which has no derivative there",
     )
 end
@@ -22,7 +22,7 @@ const MOST_NAMED = 20
         work()
     catch error
         error isa SingularSolution || rethrow()
-        append!(singular, error.sample)
+        append!(singular, error.samples)
     end
     length(singular) > most && throw_singular(singular)
     return
