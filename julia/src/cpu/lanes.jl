@@ -225,19 +225,23 @@ function jacobian_lanes!(J::Array{<:Any, 3}, D, M, lanes)
     return J
 end
 
-# P = A A. Two columns at a time: what they are sums of is read half as often.
+# P = A A. Two rows and two columns at a time: what they are sums of is read half as often.
 function square_lanes!(P::Array{T, 3}, A::Array{T, 3}, lanes) where {T}
     n, zero_lanes = size(A, 2), same_in_all(zero(T), lanes)
-    GC.@preserve P A for j in 1:2:n, i in 1:n
-        next = min(j + 1, n)
-        sum, sum_of_next = zero_lanes, zero_lanes
+    place(i, j) = (j - 1) * n + i
+    GC.@preserve P A for j in 1:2:n, i in 1:2:n
+        below, next = min(i + 1, n), min(j + 1, n)
+        a = b = c = d = zero_lanes
         for k in 1:n
-            a = vector(A, (k - 1) * n + i, lanes)
-            sum = muladd_lanes(a, vector(A, (j - 1) * n + k, lanes), sum)
-            sum_of_next = muladd_lanes(a, vector(A, (next - 1) * n + k, lanes), sum_of_next)
+            upper, lower = vector(A, place(i, k), lanes), vector(A, place(below, k), lanes)
+            left, right = vector(A, place(k, j), lanes), vector(A, place(k, next), lanes)
+            a, b = muladd_lanes(upper, left, a), muladd_lanes(lower, left, b)
+            c, d = muladd_lanes(upper, right, c), muladd_lanes(lower, right, d)
         end
-        put_vector!(P, (j - 1) * n + i, sum)
-        put_vector!(P, (next - 1) * n + i, sum_of_next)
+        put_vector!(P, place(i, j), a)
+        put_vector!(P, place(below, j), b)
+        put_vector!(P, place(i, next), c)
+        put_vector!(P, place(below, next), d)
     end
     return P
 end
