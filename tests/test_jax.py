@@ -260,6 +260,17 @@ def test_check_grads_passes_for_equations_to_the_second_order():
     check_grads(kepler, (0.5,), order=2)
 
 
+@pytest.mark.parametrize("second", [jax.hessian, lambda f: jax.grad(jax.jacfwd(f))], ids=["hessian", "forward"])
+def test_second_derivatives_of_equations_within_scan_are_those_of_a_loop(second):
+    def step(x, a):  # of the implicit Euler method
+        return door.root(lambda z, x, a: z - x + a * z**3, x, args=(x, a))
+
+    def scanned(a):
+        return jax.lax.scan(lambda x, _: (step(x, a), None), jnp.ones(1), length=2)[0][0]
+
+    close(second(scanned)(0.1), jax.grad(jax.grad(lambda a: step(step(jnp.ones(1), a), a)[0]))(0.1), rtol=1e-8)
+
+
 def test_equations_do_without_promotion_of_ranks():
     with jax.numpy_rank_promotion("raise"):
         close(jax.grad(lambda a: door.fixed_point(lambda z, a: a * z + 1, jnp.ones(1), args=(a,))[0])(0.5), 4.0)
