@@ -359,6 +359,19 @@ def test_arguments_may_be_pytrees():
         door.fixed_point(f, np.zeros((2, 3)), args=({"W": {1.0}}, x))
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+@pytest.mark.parametrize("held", [False, True], ids=["argument", "closure"])
+def test_arguments_may_be_complex(wrap, held):
+    def sizes(c):  # |c|² of each sample
+        if held:
+            return door.root(lambda z: z - (c * c.conj()).real, np.ones(2))
+        return door.root(lambda z, c: z - (c * c.conj()).real, np.ones((2, 1)), args=(c,), batched="c")[:, 0]
+
+    c = jnp.array([1 + 2j, 3 - 1j]) if held else jnp.array([[1 + 2j], [3 - 1j]])
+    close(wrap(sizes)(c), [5, 10])
+    close(wrap(jax.grad(lambda c: sizes(c).sum()))(c), 2 * c.conj())
+
+
 def test_random_numbers_of_a_key_may_drive_an_equation():
     def drift(z, key):
         return 0.5 * z + jax.random.normal(key, (1,))
