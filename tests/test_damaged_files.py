@@ -179,7 +179,7 @@ def test_folder_in_place_of_a_file_is_refused(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
 def test_device_is_written_and_never_replaced_by_a_file():
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         net().save("/dev/full")
     net().save(os.devnull)
     assert Path("/dev/full").is_char_device()

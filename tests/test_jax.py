@@ -260,6 +260,17 @@ def test_check_grads_passes_for_equations_to_the_second_order():
     check_grads(kepler, (0.5,), order=2)
 
 
+@pytest.mark.parametrize("second", [jax.hessian, lambda f: jax.grad(jax.jacfwd(f))], ids=["hessian", "forward"])
+def test_second_derivatives_of_equations_within_scan_are_those_of_a_loop(second):
+    def step(x, a):  # of the implicit Euler method
+        return door.root(lambda z, x, a: z - x + a * z**3, x, args=(x, a))
+
+    def scanned(a):
+        return jax.lax.scan(lambda x, _: (step(x, a), None), jnp.ones(1), length=2)[0][0]
+
+    close(second(scanned)(0.1), jax.grad(jax.grad(lambda a: step(step(jnp.ones(1), a), a)[0]))(0.1), rtol=1e-8)
+
+
 def test_equations_do_without_promotion_of_ranks():
     with jax.numpy_rank_promotion("raise"):
         close(jax.grad(lambda a: door.fixed_point(lambda z, a: a * z + 1, jnp.ones(1), args=(a,))[0])(0.5), 4.0)
@@ -346,6 +357,19 @@ def test_arguments_may_be_pytrees():
         door.fixed_point(f, np.zeros((2, 3)), args=(p, x), batched=["p", "x"])
     with pytest.raises(TypeError, match=r"args\[0\]\['W'\] is a set; expected a number or an array"):
         door.fixed_point(f, np.zeros((2, 3)), args=({"W": {1.0}}, x))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
+@pytest.mark.parametrize("held", [False, True], ids=["argument", "closure"])
+def test_arguments_may_be_complex(wrap, held):
+    def sizes(c):  # |c|² of each sample
+        if held:
+            return door.root(lambda z: z - (c * c.conj()).real, np.ones(2))
+        return door.root(lambda z, c: z - (c * c.conj()).real, np.ones((2, 1)), args=(c,), batched="c")[:, 0]
+
+    c = jnp.array([1 + 2j, 3 - 1j]) if held else jnp.array([[1 + 2j], [3 - 1j]])
+    close(wrap(sizes)(c), [5, 10])
+    close(wrap(jax.grad(lambda c: sizes(c).sum()))(c), 2 * c.conj())
 
 
 def test_random_numbers_of_a_key_may_drive_an_equation():

@@ -18,6 +18,7 @@ import runs
 from joblib import parallel_config
 
 import implicit_rnn as irnn
+from implicit_rnn import files
 from implicit_rnn.errors import RunError
 from implicit_rnn.runs import prepare_worker, run_many
 
@@ -67,6 +68,19 @@ def test_run_that_fails_is_named_with_its_reason_after_all_others_are_done(jobs,
     with pytest.raises(RunError, match=r"1 of 6 runs failed: x3\. x3: ValueError: 3 is no number") as caught:
         run_many(runs.fail_for_3, TASKS, jobs=jobs, folder=tmp_path)
     assert "fail_for_3" in caught.value.tracebacks["x3"]
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_result_that_cannot_be_kept_costs_no_other_run_its_result(jobs, tmp_path, monkeypatch):
+    def write(path, data):
+        if path.name == "x3.json":
+            raise OSError(28, "No space left on device", str(path))
+        files.write_atomically(path, data)
+
+    monkeypatch.setattr("implicit_rnn.runs.write_atomically", write)
+    with pytest.raises(RunError, match=r"1 of 6 runs failed: x3\. x3: its result could not be kept: .*x3\.json"):
+        run_many(runs.square, TASKS, jobs=jobs, folder=tmp_path)
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["x0", "x1", "x2", "x4", "x5"]
 
 

@@ -353,6 +353,13 @@ def test_run_draws_its_losses(overfitting):
 
 
 @pytest.mark.usefixtures("pyplot")
+@pytest.mark.parametrize("epochs", [1, 3, 20])
+def test_epochs_are_numbered_by_whole_numbers(epochs, X, Y):
+    ticks = make_net("numpy").fit(X, Y, epochs=epochs).plot().get_xticks()
+    assert all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.usefixtures("pyplot")
 @pytest.mark.parametrize(("factor", "shift", "scale"), [(1, 0, "log"), (1, -9, "linear"), (0, 0, "linear")])
 def test_losses_below_and_at_zero_are_drawn_too(factor, shift, scale, X, Y):
     loss = irnn.CustomLoss(lambda y, t: (factor * ((y - t) ** 2).sum(axis=1) + shift, factor * 2 * (y - t)))

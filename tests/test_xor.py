@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,6 +142,15 @@ def test_figure_of_an_earlier_result_does_not_stay_beside_one_without(feed_forwa
     (tmp_path / "xor.png").touch()
     xor.save(feed_forward, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["xor.json"]
+
+
+def test_result_that_cannot_be_written_leaves_the_earlier_one(feed_forward, tmp_path, monkeypatch):
+    xor.save(feed_forward, tmp_path)
+    before = (tmp_path / "xor.json").read_text()
+    monkeypatch.setattr("os.fsync", mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match=r"No space left on device: '.*xor\.json'"):
+        xor.save(feed_forward, tmp_path)
+    assert (tmp_path / "xor.json").read_text() == before
 
 
 @pytest.mark.julia

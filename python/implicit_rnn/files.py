@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
+import json
 import os
 import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 QUIET_SECONDS = 600
 """How long a temporary file is left alone: it may still be being written to a slow disk."""
@@ -33,7 +39,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """Write ``data`` to a temporary file in the folder of ``path``, and rename it to ``path`` once it is on the disk.
 
     If anything fails, ``path`` keeps its contents; otherwise it holds all of ``data``. A file that is replaced keeps its
-    permissions. For a symbolic link the target is written; a device or a pipe is written directly. Raises ``OSError``.
+    permissions. For a symbolic link the target is written; a device or a pipe is written directly. Raises ``OSError``
+    that names ``path``.
     """
     _check_working_folder(path)
     if not path.parent.is_dir():
@@ -41,17 +48,19 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise FileNotFoundError(errno.ENOENT, reason)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, f"{path} is a folder; expected the name of a file")
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)
-        return
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+        else:
+            _replace(Path(os.path.realpath(path)) if path.is_symlink() else path, data)
+    except OSError as error:  # which names the temporary file, or none
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _replace(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(8)}.tmp")
     try:
-        file = temporary.open("xb")
-    except OSError as error:  # its message names the temporary file
-        raise type(error)(error.errno, error.strerror, str(path)) from error
-    try:
-        with file:
+        with temporary.open("xb") as file:
             if path.exists():  # keep its permissions, set before there is anything to read
                 temporary.chmod(path.stat().st_mode & 0o777)
             file.write(data)
@@ -62,6 +71,18 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write data as JSON to be read, as ``write_atomically``."""
+    write_atomically(path, json.dumps(data, indent=2).encode())
+
+
+def write_figure(path: Path, figure: Figure) -> None:
+    """Write a figure of Matplotlib as PNG, as ``write_atomically``."""
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
+    write_atomically(path, image.getvalue())
 
 
 def prepare_folder(folder: Path, names: Iterable[str] = ()) -> None:

@@ -563,7 +563,7 @@ def _solution(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) ->
     solution = problem.pose(
         _on_arrays(problem.f, dtypes),
         np.asarray(start),
-        args=[np.asarray(array) for array in args],
+        args=[_real(np.asarray(array)) for array in args],
         batched=problem.batched,
         solver=problem.solver,
         vectorized=True,
@@ -637,14 +637,23 @@ def _equilibration(A: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _on_arrays(f: Callable[..., jax.Array], dtypes: Sequence[np.dtype]) -> Callable[..., Array]:
-    """The JAX function as a function of NumPy arrays, compiled; integers keep the dtypes they were given with."""
+    """The JAX function as a function of real NumPy arrays, compiled; its arguments have the dtypes they were given with."""
     compiled = jax.jit(f)
 
     def g(*arrays: Array) -> Array:
-        given = [array.astype(d, copy=False) for array, d in zip(arrays, dtypes, strict=True)]
+        given = [_of_real(array, d).astype(d, copy=False) for array, d in zip(arrays, dtypes, strict=True)]
         return np.asarray(compiled(*given))
 
     return g
+
+
+def _real(x: Array) -> Array:
+    """Complex numbers with a last axis of their two parts, which the solvers of equations take."""
+    return np.stack([x.real, x.imag], axis=-1) if x.dtype.kind == "c" else x
+
+
+def _of_real(x: Array, dtype: np.dtype) -> Array:
+    return x[..., 0] + 1j * x[..., 1] if dtype.kind == "c" else x
 
 
 def _newton(problem: _Problem, start: jax.Array, args: Sequence[jax.Array]) -> jax.Array:

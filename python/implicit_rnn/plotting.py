@@ -107,6 +107,8 @@ def loss_curve(run: Run, ax: Axes) -> None:
     >>> run = net.fit([[0.1], [0.2]], [[0.3], [0.5]], epochs=3, progress=False)
     >>> plotting.loss_curve(run, pyplot.figure().gca())
     """
+    from matplotlib.ticker import MaxNLocator
+
     marker = "o" if len(run.loss) == 1 else None  # a line through one point is invisible
     ax.plot(np.arange(1, len(run.loss) + 1), run.loss, color=NEUTRAL, label="training", marker=marker)
     if len(run.validation_loss):
@@ -118,6 +120,8 @@ def loss_curve(run: Run, ax: Axes) -> None:
     losses = np.append(run.loss, run.validation_loss)
     if (losses > 0).any() and not (losses < 0).any():
         ax.set_yscale("log")
+    if ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     ax.set(xlabel="epoch", ylabel="loss")
     ax.spines[["top", "right"]].set_visible(False)
 

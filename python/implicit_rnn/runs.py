@@ -86,8 +86,8 @@ def run_many(
     OSError
         If nothing can be written to ``folder``.
     RunError
-        If runs failed, after all others are done, or as soon as a worker process died. It names them; finished results are
-        kept in ``folder``, so that repeating the call continues from there.
+        If runs failed, or their results could not be kept, after all others are done, or as soon as a worker process died.
+        It names them; finished results are kept in ``folder``, so that repeating the call continues from there.
 
     Examples
     --------
@@ -132,7 +132,11 @@ def run_many(
                 failures[name] = failure
                 continue
             if store:
-                store.keep(name, missing[name], result)
+                try:
+                    store.keep(name, missing[name], result)
+                except OSError as error:  # a full disk, say, which may have room again for those still to come
+                    failures[name] = f"its result could not be kept: {error}", traceback.format_exc()
+                    continue
             results[name] = result
             report(name, False)
     except _WorkerDied as error:

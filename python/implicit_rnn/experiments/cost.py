@@ -28,6 +28,7 @@ import numpy as np
 from implicit_rnn.engines import get_engine
 from implicit_rnn.errors import EngineError
 from implicit_rnn.experiments.provenance import versions
+from implicit_rnn.files import write_figure, write_json
 from implicit_rnn.model.constraints import Free
 from implicit_rnn.model.topology import Layer
 from implicit_rnn.network import Network
@@ -258,7 +259,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     """Write cost.json and cost.png; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / name for name in FILES]
-    written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
+    write_json(written[0], result.as_dict())
     draw(result, written[1])
     return written
 
@@ -289,7 +290,7 @@ def draw(result: Result, path: Path) -> None:
         axes.grid(color="#edf2f7")
         axes.spines[["top", "right"]].set_visible(False)
     memory.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ depends on where the iteration starts.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from implicit_rnn.engines import get_engine
 from implicit_rnn.experiments.provenance import versions
 from implicit_rnn.experiments.statistics import wilson_interval
+from implicit_rnn.files import write_figure, write_json
 from implicit_rnn.model.constraints import Constraint, Free, Perron
 from implicit_rnn.model.optimizers import Adam
 from implicit_rnn.model.topology import Layer
@@ -199,7 +199,7 @@ def save(result: Result, folder: Path) -> list[Path]:
     """Write xor.json and, if a net was found that solves XOR, xor.png, else remove an older one; returns what was written."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / FILES[0]]
-    written[0].write_text(json.dumps(result.as_dict(), indent=2), encoding="utf-8")
+    write_json(written[0], result.as_dict())
     figure = folder / FILES[1]
     if result.net is not None and result.run is not None:
         written.append(figure)
@@ -222,4 +222,4 @@ def _figure(net: Network, run: Run, path: Path) -> None:
     graph.set_title("Weights: $x \\to z$ and lateral $z \\leftrightarrow z$")
     plotting.loss_curve(run, curve)
     curve.set_title("Mean squared error")
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)

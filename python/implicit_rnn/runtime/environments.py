@@ -17,7 +17,7 @@ import platformdirs
 
 from implicit_rnn.console import say
 from implicit_rnn.errors import EngineError
-from implicit_rnn.files import write_atomically
+from implicit_rnn.files import write_json
 from implicit_rnn.runtime import install
 from implicit_rnn.runtime.threads import juliacall_option
 
@@ -120,7 +120,7 @@ def remember(environment: Environment) -> None:
     from implicit_rnn import __version__
 
     record = {"exe": environment.exe, "project": environment.project, "version": __version__}
-    write_atomically(path, json.dumps(record, indent=2).encode())
+    write_json(path, record)
     if not environment.ours:
         installed_path().unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from implicit_rnn.experiments.pendulum.reader import Reader
 from implicit_rnn.experiments.pendulum.report import ratio
 from implicit_rnn.experiments.pendulum.simulation import TIMES, Pendulums, trajectories
 from implicit_rnn.experiments.pendulum.study import Study
+from implicit_rnn.files import write_figure
 from implicit_rnn.plotting import NEUTRAL, POSITIVE
 
 if TYPE_CHECKING:
@@ -229,5 +230,5 @@ def draw(study: Study, model: str, index: int, folder: Path) -> list[Path]:
 def _save(figure: Figure, path: Path) -> Path:
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure)
     return path

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from implicit_rnn.experiments.pendulum.measured import Estimate
 from implicit_rnn.experiments.pendulum.models import MODELS
 from implicit_rnn.experiments.pendulum.report import as_dict, tuning_as_dict
 from implicit_rnn.experiments.pendulum.study import Study, Tuning
+from implicit_rnn.files import write_json
 
 MODEL_FILE = "model.safetensors"
 
@@ -28,7 +28,7 @@ def save(study: Study, folder: Path) -> list[Path]:
 
     folder.mkdir(parents=True, exist_ok=True)
     data, model = folder / "pendulum.json", folder / MODEL_FILE
-    data.write_text(json.dumps(as_dict(study), indent=2), encoding="utf-8")
+    write_json(data, as_dict(study))
     name, index = best_net(study)
     study.reader(name, index).save(model)
     return [data, model, *figures.draw(study, name, index, folder)]
@@ -46,5 +46,5 @@ def save_tuning(tuning: Tuning, folder: Path) -> Path:
     """Write tuning.json; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "tuning.json"
-    path.write_text(json.dumps(tuning_as_dict(tuning), indent=2), encoding="utf-8")
+    write_json(path, tuning_as_dict(tuning))
     return path
