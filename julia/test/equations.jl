@@ -186,6 +186,11 @@ end
     end
 end
 
+@testset "a root behind a local minimum is found" begin
+    found = [root((z, a) -> z .^ 3 .- a .* z .- 2a, [start], a) for a in (0.5, 1.0, 1.5), start in -3:0.37:1]
+    @test all(s -> s.status == [CONVERGED], found)
+end
+
 @testset "a fixed point that repels is reported" begin
     @test fixed_point(POISED, [0.0]; solver = Newton()).status == [Status(4)]
     @test fixed_point(POISED, [0.0]).value[1] > 0.5
