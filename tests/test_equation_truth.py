@@ -760,6 +760,34 @@ def test_rounding_does_not_give_a_double_root_a_derivative(kind, fold, samples):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("samples", [1, 50, 5000])
+def test_a_solution_at_a_guard_of_f_has_its_derivative(kind, samples):
+    f = either(
+        kind,
+        lambda z, a: np.where(z == 0, 1.0, z / np.where(z == 0, 1.0, np.expm1(z))) - a,
+        "(z, a) -> [z[1] == 0 ? 1.0 : z[1] / expm1(z[1])] .- a",
+    )
+    a = np.resize([[1.0], [0.75]], (samples, 1))
+    solution = root(f, np.zeros((samples, 1)), args=(a,), batched="a", **MANY[kind])
+    products = solution.vjp(np.ones((samples, 1)))["a"]
+    np.testing.assert_allclose(products[::2], -2, rtol=1e-9)
+    np.testing.assert_allclose(products, solution.jacobian("a")[:, 0], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [3, 200])
+def test_coupled_unknowns_at_a_guard_of_f_have_their_derivative(kind, n):
+    f = either(
+        kind,
+        lambda z, a: (
+            np.where(z == 0, 1.0, z / np.where(z == 0, 1.0, np.expm1(z))) + 0.1 * (np.roll(z, 1) + np.roll(z, -1)) - a
+        ),
+        "(z, a) -> [x == 0 ? one(x) : x / expm1(x) for x in z] .+ 0.1 .* (circshift(z, 1) .+ circshift(z, -1)) .- a",
+    )
+    np.testing.assert_allclose(root(f, np.zeros(n), args=(1.0,)).jacobian("a"), -1 / 0.3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("samples", [1, 50, 5000])
 def test_rounding_of_constants_does_not_give_a_double_root_a_derivative(kind, samples):
     f = either(kind, lambda z, a: z**2 - 2 * z + 1 + a, "(z, a) -> z .^ 2 .- 2 .* z .+ 1 .+ a")
     many = MANY[kind]

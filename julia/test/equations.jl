@@ -186,6 +186,11 @@ end
     end
 end
 
+@testset "a root behind a local minimum is found" begin
+    found = [root((z, a) -> z .^ 3 .- a .* z .- 2a, [start], a) for a in (0.5, 1.0, 1.5), start in -3:0.37:1]
+    @test all(s -> s.status == [CONVERGED], found)
+end
+
 @testset "a fixed point that repels is reported" begin
     @test fixed_point(POISED, [0.0]; solver = Newton()).status == [Status(4)]
     @test fixed_point(POISED, [0.0]).value[1] > 0.5
@@ -222,6 +227,47 @@ end
     @test found.status == [CONVERGED] && found.value ≈ (1:n) .* 3 / (n + 1)
     found = fixed_point((z, a) -> bernoulli.(z) .- a, zeros(n), 0.5; solver = Newton())
     @test found.status == [CONVERGED] && all(x -> isapprox(bernoulli(x) - 0.5, x), found.value)
+end
+
+@testset "a solution at a guard of f has its derivative: $n unknowns, $T" for n in (1, 4, 12, 130), T in (Float64, Float32)
+    bernoulli(x) = x == 0 ? one(x) : x / expm1(x)          # 1 - x / 2 + …
+    f(z, a, b) = bernoulli.(z) .+ sum(z) ./ 10 .- a .* bernoulli.(b)
+    found = root(f, zeros(T, n), ones(T, n), zero(T))
+    slope, rtol = inv(T(n) / 10 - T(0.5)), T(Float64(eps(T))^0.6)
+    if n == 130                                            # by GMRES
+        @test all(isapprox.(vjp(found, ones(T, n))[1], slope; rtol = sqrt(rtol)))
+    else
+        by_a, by_b = vjp(found, ones(T, n))
+        @test all(isapprox.(by_a, slope; rtol)) && isapprox(by_b, -n * slope / 2; rtol)
+        J = zeros(T, n, n, 1)
+        ImplicitRNN.jacobian!(J, found.problem, found.inverses, 1)
+        @test all(isapprox.(sum(J; dims = 1), slope; rtol))
+    end
+end
+
+@testset "a guard of f among many samples and in many arguments" begin
+    bernoulli(x) = x == 0 ? one(x) : x / expm1(x)
+    masked(x) = ifelse(x == 0, one(x), x / expm1(x))
+    for (f, slope) in (((z, a) -> bernoulli.(z) .- a) => -2, ((z, a) -> masked.(z) .- a) => -2, ((z, a) -> z .+ masked.(z) .- a) => 2),
+            samples in (3, 3ImplicitRNN.MANY)
+        a = repeat([0.75, 1.0, 1.5], samples ÷ 3)
+        each = vjp(root(f, zeros(1, samples), a; batched = (1,)), ones(1, samples))[1]
+        @test all(isapprox(slope), each[2:3:end]) && all(isfinite, each)
+    end
+    a = [0.0; ones(1999)]
+    @test vjp(root((z, a) -> [z[1] - sum(bernoulli, a)], [0.3], a), [1.0])[1][1] ≈ -0.5
+    found = root((z, b, a) -> z .^ 3 .+ z .- b .- masked.(a), fill(0.5, 1, ImplicitRNN.MANY), fill(1.0, ImplicitRNN.MANY), 0.0; batched = (1,))
+    @test vjp(found, ones(1, ImplicitRNN.MANY))[2] ≈ -ImplicitRNN.MANY / 8
+end
+
+@testset "there is none at a kink, a jump, or where the slope is infinite" begin
+    at_zero(g) = x -> x == 0 ? zero(x) : g(x)
+    for g in (cbrt, x -> sqrt(abs(x)), x -> sign(x) * abs(x)^1.5, x -> x * log(abs(x)), x -> x + x^2 / abs(x) / 2, x -> x + x^2 * sin(1 / x), x -> 1 / x, x -> x / expm1(x))
+        found = root((x, a) -> at_zero(g)(x) - a, 0.0, 0.0)
+        @test_throws SingularSolution vjp(found, 1.0)
+    end
+    @test vjp(root((x, a) -> x + at_zero(x -> abs(x)^1.5)(x) - a, 0.0, 0.0), 1.0)[1] ≈ 1
+    @test isnan(vjp(root((x, a) -> x - sqrt(abs(a)), 0.0, 0.0), 1.0)[1])
 end
 
 @testset "what does not converge is reported" begin

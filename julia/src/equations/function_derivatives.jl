@@ -26,20 +26,23 @@ plain(y::Number) = y
 partial(y::Grown, k) = ForwardDiff.partials(y, k)
 partial(y::Number, k) = zero(y)                 # y does not depend on what was seeded
 
-# `use(k, y, l)` for each entry k of x, where y = g(x seeded) holds the derivative as partial number l of its entries.
-@inline function each_derivative(use::U, g::G, x, n::Int) where {U, G}
+# `use(k, y, l)` for each entry k of x, where y = g(x seeded) holds the derivative as partial number l of its entries; with `guards` see
+# `derivative_at_guard`.
+@inline function each_derivative(use::U, g::G, x, n::Int, ::Val{guards}) where {U, G, guards}
     for first in 1:width(x):length(x)
         y = checked(g(seeded(x, first)), n)
+        missed = guards && !all(is_differentiated, y)
         for l in 1:min(width(x), length(x) - first + 1)
-            use(first + l - 1, y, l)
+            k = first + l - 1
+            missed ? use(k, (@late derivative_at_guard(g, x, eachindex(x) .== k, n)), 1) : use(k, y, l)
         end
     end
     return
 end
 
 "J = ∂g/∂x."
-@inline function derivative!(J, g::G, x) where {G}
-    each_derivative(g, x, size(J, 1)) do k, y, l
+@inline function derivative!(J, g::G, x, guards::Val) where {G}
+    each_derivative(g, x, size(J, 1), guards) do k, y, l
         for i in axes(J, 1)
             @inbounds J[i, k] = partial(y[i], l)
         end
@@ -48,10 +51,50 @@ end
 end
 
 "The derivative of the n entries of g at the array x in the direction d."
-function along(g, x::AbstractArray{T}, d, n::Int) where {T}
-    y = checked(g(reshape([Seeded{T, 1}(x[i], ForwardDiff.Partials((T(d[i]),))) for i in eachindex(x)], size(x))), n)
-    return T[partial(y[i], 1) for i in 1:n]
+along(g, x::AbstractArray{T}, d, n::Int) where {T} = T[partial(y, 1) for y in derivative_at_guard(g, x, d, n)]
+
+# x + h d, as it moves along d.
+moved(x::T, d, h) where {T <: Number} = Seeded{T, 1}(x + h * d[1], ForwardDiff.Partials((T(d[1]),)))
+moved(x::Short, d, h) = Short(ntuple(i -> moved(x[i], d[i], h), length(x)))
+moved(x::AbstractArray, d, h) = reshape([moved(x[i], d[i], h) for i in eachindex(x)], size(x))
+
+is_differentiated(y::Grown) = all(isfinite, ForwardDiff.partials(y))
+is_differentiated(y::Number) = true
+
+"""
+    derivative_at_guard(g, x, d, n)
+
+g(x) with its derivative in the direction d. A guard such as `x == 0 ? 1 : x / expm1(x)` is not seen by dual numbers, which differ from
+0 by their derivatives: where g has a value, the derivative is then the mean of those on both sides, extrapolated from two distances. It
+is NaN if the means differ, or if the two sides or the values there do not approach each other, as at a kink or a jump.
+"""
+function derivative_at_guard(g, x, d, n::Int)
+    y, T = checked(g(moved(x, d, 0)), n), eltype(x)
+    all(is_differentiated, y) && return y
+    step, largest = exp2(round(log2(eps(T)) / 5)), maximum(abs, x)
+    tol = 4step^2
+    unit(i) = iszero(x[i]) ? (iszero(largest) ? one(T) : largest) : abs(x[i])
+    step /= maximum(i -> abs(d[i]) / unit(i), eachindex(x))
+    try
+        here = checked(g(x .+ zero(T)), n)
+        for h in step ./ 64 .^ (0:5)
+            far, near = (map(on_both_sides, checked(g(moved(x, d, r)), n), checked(g(moved(x, d, -r)), n), here) for r in (h, h / 2))
+            all(splat((a, b) -> is_smooth(a, b, tol, h)), zip(far, near)) &&
+                return [Seeded{T, 1}(b.value, ForwardDiff.Partials((T(b.mean + (b.mean - a.mean) / 3),))) for (a, b) in zip(far, near)]
+        end
+    catch error
+        outside_domain(error)
+    end
+    return fill(Seeded{T, 1}(T(NaN), ForwardDiff.Partials((T(NaN),))), n)
 end
+
+function on_both_sides(right, left, value)
+    a, b = partial(right, 1), partial(left, 1)
+    off = (plain(right) - value) + (plain(left) - value)
+    return (; value, mean = (a + b) / 2, gap = abs(a - b), off = abs(off), size = max(abs(a), abs(b)))
+end
+is_smooth(far, near, tol, h) = abs(far.mean - near.mean) <= tol * near.size && near.gap <= 0.75far.gap + tol * near.size &&
+    near.off <= 0.75far.off + h * tol * near.size + 8eps(near.value)
 
 # Outside the domain of a function such as sqrt Julia throws; here that affects only this sample or this trial step.
 @noinline outside_domain(error) = error isa DomainError || rethrow()
@@ -133,11 +176,16 @@ function explaining_types(work, problem::EquationProblem{T}, Z) where {T}
     end
 end
 
-"J = ∂c/∂z for the conditions `c = f(z, ...) - z`, or `c = f(z, ...)` of a root; NaN outside the domain of f."
-@inline function conditions_jacobian!(J::Matrix{T}, p::Equation{T}, z, sample::Int) where {T}
+"""
+    conditions_jacobian!(J, equation, z, sample, guards = Val(false))
+
+J = ∂c/∂z for the conditions `c = f(z, ...) - z`, or `c = f(z, ...)` of a root; NaN outside the domain of f, and unless
+`guards = Val(true)` at guards of f that dual numbers miss, see [`derivative_at_guard`](@ref).
+"""
+@inline function conditions_jacobian!(J::Matrix{T}, p::Equation{T}, z, sample::Int, guards::Val = Val(false)) where {T}
     args = arguments(p, sample)
     try
-        derivative!(J, z -> p.f(z, args...), as_point(p, z))
+        derivative!(J, z -> p.f(z, args...), as_point(p, z), guards)
     catch error
         outside_domain(error)
         fill!(J, T(NaN))
@@ -145,7 +193,8 @@ end
     of_conditions!(J, p)
     return
 end
-conditions_jacobian!(J, p::ErasedEquation, z, sample::Int) = (conditions_jacobian!(J, p.equation, z, sample); nothing)
+conditions_jacobian!(J, p::ErasedEquation, z, sample::Int, guards::Val = Val(false)) =
+    (conditions_jacobian!(J, p.equation, z, sample, guards); nothing)
 
 # ∂f/∂z → ∂c/∂z
 @inline function of_conditions!(J::Matrix{T}, p::Equation) where {T}

@@ -90,9 +90,11 @@ end
 for f in (:isnan, :isinf, :isfinite, :signbit, :sign, :floor, :ceil, :trunc, :round)
     @eval @inline Base.$f(x::Jet) = $f(x.value)
 end
-for f in (:<, :<=, :(==))
+for f in (:<, :<=)
     @eval @inline Base.$f(a::J, b::J) where {J <: Jet} = $f(a.value, b.value)
 end
+# As those of dual numbers: a branch of `x == 0` has no derivative by x, see `derivative_at_guard`.
+@inline Base.:(==)(a::J, b::J) where {J <: Jet} = reduce(&, map(==, a.partials, b.partials); init = a.value == b.value)
 @inline Base.ifelse(m::Mask, a::J, b::J) where {J <: Jet} =
     J(ifelse(m, a.value, b.value), map((p, q) -> ifelse(m, p, q), a.partials, b.partials))
 @inline Base.ifelse(m::Mask, a::Jet, b::Constant) = ifelse(m, promote(a, b)...)

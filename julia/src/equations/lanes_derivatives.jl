@@ -62,6 +62,9 @@ end
     change = ntuple(i -> found[i] - value_of(y[i]) - (R ? zero(Vec) : way[i]), Val(K))
     regular &= deviation(w.B, w.J, Val(K)) <= LARGEST_CHANGE
     regular &= reduce(&, ntuple(k -> responds(sum(ntuple(i -> @inbounds(w.B[k, i]) * change[i], Val(K))), way[k]), Val(K)))
+    # At guards of arguments, see `derivative_at_guard`.
+    slopes = sum(ntuple(i -> y[i] isa Jet ? sum(y[i].partials) : zero(Vec), Val(K)))
+    regular &= slopes - slopes == 0.0
     for (l, j) in enumerate(samples(b))
         @inbounds inverses.regular[j] = lane(regular, l)
     end

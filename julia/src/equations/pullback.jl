@@ -96,7 +96,7 @@ function add_pullback!(gradient, offset::Int, g::Opaque, x::AbstractArray, λ)
 end
 
 @inline function add_forward!(gradient, offset::Int, g::G, x, λ) where {G}
-    each_derivative(g, x, length(λ)) do k, y, l
+    each_derivative(g, x, length(λ), Val(true)) do k, y, l
         for i in eachindex(λ)
             @inbounds gradient[offset + k] += λ[i] * partial(y[i], l)
         end
@@ -112,11 +112,11 @@ function reverse_pullback(g::Opaque, x::AbstractArray, λ)
     return agree(dot(gradient, d), dot(λ, along(g, x, d, length(λ))), dot(abs.(gradient), abs.(d)), x) ? gradient : nothing
 end
 
-@inline jacobian_of!(J, g::G, x::Union{Number, Short}) where {G} = derivative!(J, g, x)
+@inline jacobian_of!(J, g::G, x::Union{Number, Short}) where {G} = derivative!(J, g, x, Val(true))
 function jacobian_of!(J, g, x::AbstractArray)
     many = length(x) >= REVERSE_FROM && length(x) >= MAX_SHORT * size(J, 1)
     many && reverse_jacobian!(J, Opaque(g), x) && return J
-    return derivative!(J, Opaque(g), x)
+    return derivative!(J, Opaque(g), x, Val(true))
 end
 
 "J = ∂g/∂x in reverse mode; whether that could be done."
@@ -131,4 +131,4 @@ function reverse_jacobian!(J, g::Opaque, x::AbstractArray)
     return all(agree.(J * d, along(g, x, d, n), abs.(J) * abs.(d), Ref(x)))
 end
 
-agree(a, b, size, ::AbstractArray{T}) where {T} = !(abs(a - b) > sqrt(eps(T)) * size)
+agree(a, b, size, ::AbstractArray{T}) where {T} = abs(a - b) <= sqrt(eps(T)) * size

@@ -82,12 +82,15 @@ end
 "Largest ‖A(z)⁻¹A(z - δ) - I‖ at a solution that has a derivative: at a double root it is 1/2 (the test of Newton and Kantorovich)."
 const LARGEST_CHANGE = 0.25
 
+"The factor by which an error is multiplied to tell a change of A, which grows with it, from rounding errors of A."
+const FARTHER = 2^10
+
 """
     inverse!(inverses, w, p, sample)
 
 A⁻¹ at the solution of the sample. Throws [`SingularSolution`](@ref) where A is singular to rounding, or where it changes so much
 within the error δ = A⁻¹c of the solution (with c at least the rounding error of the arguments) that a solution may not exist or not be
-isolated: by more than [`LARGEST_CHANGE`](@ref). A has equilibrated rows and columns, so unknowns and conditions may have any unit.
+isolated: by more than [`LARGEST_CHANGE`](@ref), there and farther out. A has equilibrated rows and columns, so unknowns and conditions may have any unit.
 """
 @inline function inverse!(inverses::Inverses{T}, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     kept = !isempty(inverses.known)
@@ -101,7 +104,7 @@ end
 
 @inline function invert!(inverse, w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     A, z, n = w.A, w.at, p.n
-    conditions_jacobian!(A, p, z, sample)
+    conditions_jacobian!(A, p, z, sample, Val(true))
     n == 1 || equilibrate!(w.rows, w.columns, A)
     size_of_A = largest_column_sum(A)
     lu_factor!(A, w.pivots) || throw(SingularSolution(sample))
@@ -133,6 +136,9 @@ end
     end
     doubt_rounding!(w, p, sample)
     correct!(w, inverse)
+    change!(w, inverse, p, sample) <= LARGEST_CHANGE && return
+    # Near to zero the derivative of x / expm1(x) is a rounding error, which vanishes farther out.
+    map_each!((z, z₀) -> z₀ + T(FARTHER) * (z - z₀), w.z, w.z, w.at)
     change!(w, inverse, p, sample) <= LARGEST_CHANGE || throw(SingularSolution(sample))
     return
 end
@@ -152,7 +158,7 @@ end
 # ‖A⁻¹A(w.z) - I‖ with the rows and columns in the units of `equilibrate!`.
 @inline function change!(w::InverseBuffers{T}, inverse, p::AbstractEquation{T}, sample::Int) where {T}
     A, n = w.A, p.n
-    conditions_jacobian!(w.corrected, p, w.z, sample)
+    conditions_jacobian!(w.corrected, p, w.z, sample, Val(true))
     n <= SMALL_LU ? multiply!(A, inverse, w.corrected) : gemm!('N', 'N', true, inverse, w.corrected, false, A)
     for i in 1:n
         @inbounds A[i, i] -= one(T)
@@ -194,7 +200,7 @@ end
 @noinline function doubt_rounding!(w::InverseBuffers{T}, p::AbstractEquation{T}, sample::Int) where {T}
     (; way, change) = w
     change_of_conditions!(w, p, sample)
-    conditions_jacobian!(w.A, p, w.at, sample)
+    conditions_jacobian!(w.A, p, w.at, sample, Val(true))
     for i in eachindex(change)
         off = change[i]
         for k in eachindex(way)
@@ -294,9 +300,9 @@ function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::
         if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
             Base.invokelatest(find_inverses!, inverses, p)
             Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
-        else
-            Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
+            all(g -> all(isfinite, g), gradients) && return             # else f may have a guard there
         end
+        Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
     end
     return gradients
 end
@@ -372,9 +378,9 @@ function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Invers
         if is_small(problem) && all(wanted)
             Base.invokelatest(find_inverses!, inverses, p)
             Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
-        else
-            Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
+            all(isfinite, J) && return
         end
+        Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
     end
     return J
 end

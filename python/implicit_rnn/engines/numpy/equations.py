@@ -24,6 +24,8 @@ from implicit_rnn.solvers import Anderson, Auto, Newton, Picard, Solver, toleran
 
 Array = np.ndarray
 
+_FARTHER = 2**10
+"""The factor by which an error is multiplied to tell a change of A, which grows with it, from rounding errors of A."""
 _FORWARD = 64
 """The largest number of argument entries for each of which a system is solved if the transposed one cannot be."""
 _PART = 2**24
@@ -155,9 +157,12 @@ class PythonEquation:
             f, z, own = self._f, self._state[row], np.array([row])
             operator = f.operator(z, row, certain=True)
             δ = self._solved(operator, f.conditions_in_doubt(z[None], own)[0], row)
-            nearby = f.operator((z - δ).astype(z.dtype), row)
+
+            def stays(error: Array) -> bool:
+                return is_isolated(operator, f.operator((z - error).astype(z.dtype), row), error)
+
             try:
-                if not is_isolated(operator, nearby, δ):
+                if not (stays(δ) or stays(_FARTHER * δ)):
                     raise SingularSolutionError([row])
             except UnsolvedError:
                 raise SingularSolutionError([row]) from None
@@ -179,9 +184,9 @@ class PythonEquation:
         """A⁻¹ = (∂c/∂z)⁻¹ at the solution of the samples ``rows``, each found once.
 
         ``SingularSolutionError`` if A is singular to rounding, or changes so much within the error δ = A⁻¹c of the solution
-        (with c at least the rounding error of the arguments) that the solution may not be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4;
-        at a double root it is 1/2 (Newton and Kantorovich). The computation uses B, which is A with equilibrated rows and
-        columns, so unknowns and conditions may have any unit.
+        (with c at least the rounding error of the arguments) that the solution may not be isolated: ‖A(z)⁻¹A(z - δ) - I‖ > 1/4,
+        and farther out; at a double root it is 1/2 (Newton and Kantorovich). The computation uses B, which is A with
+        equilibrated rows and columns, so unknowns and conditions may have any unit.
         """
         n = self._equation.n
         if self._inverses is None:
@@ -226,7 +231,10 @@ class PythonEquation:
                     rounding = f.rounding(Z[left_over], beyond[left_over], A[left_over], J, new[left_over])
                     C = C[left_over] + np.copysign(8 * rounding, C[left_over])
                     corrected = Z[left_over] - np.einsum("bij,bj->bi", inverse[left_over], C)
-                    singular[left_over] = changes(left_over, corrected)[1]
+                    changed = changes(left_over, corrected)[1]
+                    # Near to zero the derivative of x / expm1(x) is a rounding error, which vanishes farther out.
+                    left_over, way = left_over[changed], (corrected - Z[left_over])[changed]
+                    singular[left_over] = changes(left_over, Z[left_over] + _FARTHER * way)[1]
             if singular.any():
                 raise SingularSolutionError(new[singular].tolist())
             self._inverses[new], self._known[new] = inverse, True
