@@ -122,24 +122,24 @@ function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol
         status === CONVERGED && return verify(status, s, p, tol)
         status === MAX_ITERATIONS && (unfinished = way)
     end
-    unfinished === nothing && return p.root ? leap!(s, l, p, tol) : SINGULAR
+    unfinished === nothing && return p.root ? try_whole_steps!(s, l, p, tol) : SINGULAR
     s.evaluations < s.limit || return MAX_ITERATIONS
     restart!(s, p)
     return verify(trust_region!(s, l, w, p, tol, unfinished), s, p, tol)
 end
 
 # Whole Newton steps, which leave the local minima of ‖f‖ where everything else ends; else the minimum found before remains.
-function leap!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+function try_whole_steps!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     z, relative, rate = copy(s.z), s.relative, s.rate
     restart!(s, p)
-    found = with_limit!(() -> leaps!(s, l, p, tol), s, s.evaluations + LEAST_ATTEMPT)
+    found = with_limit!(() -> take_whole_steps!(s, l, p, tol), s, s.evaluations + LEAST_ATTEMPT)
     found === CONVERGED && return CONVERGED
     copyto!(s.z, z)
     s.relative, s.rate = relative, rate
     return SINGULAR
 end
 
-function leaps!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+function take_whole_steps!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     while evaluate!(s, l, p) && isfinite(s.merit)
         solvable = newton_step!(s, l, p)
         status = assess_root!(s, l, solvable, p, tol)
