@@ -254,6 +254,11 @@ end
         each = vjp(root(f, zeros(1, samples), a; batched = (1,)), ones(1, samples))[1]
         @test all(isapprox(slope), each[2:3:end]) && all(isfinite, each)
     end
+    a, J = repeat([0.0, 0.5, 1.0], ImplicitRNN.MANY), zeros(1, 1, 3ImplicitRNN.MANY)
+    found = root((z, a) -> z .- masked.(a), ones(1, length(a)), a; batched = (1,))
+    each, _ = vjp(found, ones(1, length(a)))[1], ImplicitRNN.jacobian!(J, found.problem, found.inverses, 1)
+    @test all(isapprox(-0.5), each[1:3:end]) && all(isfinite, each)
+    @test vec(J) ≈ each
     a = [0.0; ones(1999)]
     @test vjp(root((z, a) -> [z[1] - sum(bernoulli, a)], [0.3], a), [1.0])[1][1] ≈ -0.5
     found = root((z, b, a) -> z .^ 3 .+ z .- b .- masked.(a), fill(0.5, 1, ImplicitRNN.MANY), fill(1.0, ImplicitRNN.MANY), 0.0; batched = (1,))

@@ -93,8 +93,16 @@ end
 for f in (:<, :<=)
     @eval @inline Base.$f(a::J, b::J) where {J <: Jet} = $f(a.value, b.value)
 end
-# As those of dual numbers: a branch of `x == 0` has no derivative by x, see `derivative_at_guard`.
-@inline Base.:(==)(a::J, b::J) where {J <: Jet} = reduce(&, map(==, a.partials, b.partials); init = a.value == b.value)
+"How often values were equal and derivatives were not, as where `x == 0` guards a quotient: the derivative may be NaN there."
+const MISSED_GUARDS = Threads.Atomic{Int}(0)
+
+# As for dual numbers: a branch of `x == 0` has no derivative by x, see `derivative_at_guard`.
+@inline function Base.:(==)(a::J, b::J) where {J <: Jet}
+    values = a.value == b.value
+    equal = reduce(&, map(==, a.partials, b.partials); init = values)
+    any(xor(values, equal)) && Threads.atomic_add!(MISSED_GUARDS, 1)
+    return equal
+end
 @inline Base.ifelse(m::Mask, a::J, b::J) where {J <: Jet} =
     J(ifelse(m, a.value, b.value), map((p, q) -> ifelse(m, p, q), a.partials, b.partials))
 @inline Base.ifelse(m::Mask, a::Jet, b::Constant) = ifelse(m, promote(a, b)...)

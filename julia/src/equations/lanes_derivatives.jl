@@ -62,9 +62,6 @@ end
     change = ntuple(i -> found[i] - value_of(y[i]) - (R ? zero(Vec) : way[i]), Val(K))
     regular &= deviation(w.B, w.J, Val(K)) <= LARGEST_CHANGE
     regular &= reduce(&, ntuple(k -> responds(sum(ntuple(i -> @inbounds(w.B[k, i]) * change[i], Val(K))), way[k]), Val(K)))
-    # At guards of arguments, see `derivative_at_guard`.
-    slopes = sum(ntuple(i -> y[i] isa Jet ? sum(y[i].partials) : zero(Vec), Val(K)))
-    regular &= slopes - slopes == 0.0
     for (l, j) in enumerate(samples(b))
         @inbounds inverses.regular[j] = lane(regular, l)
     end
@@ -112,7 +109,7 @@ end
 # --- vjp -------------------------------------------------------------------------------------------------------
 
 function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Inverses{T}, v::Matrix{T}) where {T, K}
-    total, threads = size(v, 2), Threads.nthreads()
+    total, threads, missed = size(v, 2), Threads.nthreads(), MISSED_GUARDS[]
     buffers = [(LaneBuffers(K), InverseBuffers{T}(K)) for _ in 1:threads]
     pieces = cld(total, PIECE)
     own = [map(own_gradient, gradients, p.args) for _ in 1:pieces]
@@ -125,6 +122,7 @@ function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Invers
         fill!(gradients[i], 0)
         foreach(g -> gradients[i] .+= g[i], own)
     end
+    missed == MISSED_GUARDS[] || all(g -> all(isfinite, g), gradients) || @late vjp_one_by_one!(gradients, p, inverses, v)
     return gradients
 end
 
@@ -200,11 +198,13 @@ end
 # --- Jacobians -------------------------------------------------------------------------------------------------
 
 function jacobian_side_by_side!(J::Array{T, 3}, p::Equation{T, K}, inverses, index::Val, wanted) where {T, K}
-    total, threads = size(J, 3), Threads.nthreads()
+    total, threads, missed = size(J, 3), Threads.nthreads(), MISSED_GUARDS[]
     buffers = [(LaneBuffers(K), InverseBuffers{T}(K), zeros(T, K, size(J, 2))) for _ in 1:threads]
     find_pieces(cld(total, PIECE), threads) do thread, k
         jacobian_piece!(J, buffers[thread]..., p, inverses, index, wanted, piece(k, PIECE, total), is_root(p))
     end
+    missed == MISSED_GUARDS[] || all(j -> !wanted[j] || all(isfinite, view(J, :, :, j)), 1:total) ||
+        @late jacobian_one_by_one!(J, p, inverses, index, wanted)
     return J
 end
 
