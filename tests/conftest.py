@@ -104,8 +104,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests of the Julia package first: one of them takes longer than all others of a module."""
-    items.sort(key=lambda item: item.path.stem != "test_julia_package")
+    """The modules that take longest first, so that with ``-n`` no worker is at one of them when the others are done."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+LONGEST = ("test_julia_package", "test_vjp", "test_threads")
 
 
 SHARED_WITH_DEVICES = ("test_layered", "test_losses", "test_vjp")
