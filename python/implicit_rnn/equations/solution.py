@@ -20,6 +20,8 @@ from implicit_rnn.validation import all_finite, as_real
 
 Array = np.ndarray
 
+MOST_NAMED = 20
+"""Singular samples that an error names."""
 _NO_BOUND = np.full(1, np.nan)
 """The bound of every sample: NaN, since none is certified."""
 _NO_BOUND.flags.writeable = False
@@ -220,5 +222,5 @@ class ImplicitSolution(Solution):
 
 def named_samples(samples: list[int]) -> str:
     """Samples in an error message: all, or the first of many."""
-    named = ", ".join(map(str, samples[:20])) + (", …" if len(samples) > 20 else "")
+    named = ", ".join(map(str, samples[:MOST_NAMED])) + (", …" if len(samples) > MOST_NAMED else "")
     return f"sample{'s' if len(samples) > 1 else ''} {named}"

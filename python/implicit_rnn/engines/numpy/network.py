@@ -40,12 +40,12 @@ class NumpyNetwork:
         if type(problem.adjoint) not in ADJOINTS:
             raise _unsupported(f"the adjoint {problem.adjoint.name}", problem.adjoint)
         if isinstance(problem.adjoint, Implicit) and problem.adjoint.linear_solver not in ("auto", "lu"):
-            raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"', problem.adjoint)
+            raise _unsupported(f'the linear solver "{problem.adjoint.linear_solver}"')
         return NumpyProgram(self.topology, np.dtype(self.dtype), problem)
 
 
-def _unsupported(what: str, option: Option) -> EngineError:
-    remedy = 'engine="julia"' if is_of_package(type(option)) else "one of the package"
+def _unsupported(what: str, option: Option | None = None) -> EngineError:
+    remedy = 'engine="julia"' if option is None or is_of_package(type(option)) else "one of the package"
     return EngineError(f"{what} is not available on the NumPy engine; use {remedy}")
 
 
@@ -156,7 +156,7 @@ class NumpyProgram:
         return (outcome.status != CONVERGED) | ~(adjoint_residual < WORST_ADJOINT)
 
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
-        raise EngineError('the Hessian-vector product is not available on the NumPy engine; use engine="julia"')
+        raise _unsupported("the Hessian-vector product")
 
     @without_underflow()
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
