@@ -226,6 +226,15 @@ def test_order_of_the_settings(no_settings, settings, expected):
     assert threads.setting() == expected
 
 
+@pytest.mark.parametrize(
+    ("cores", "given", "expected"), [(2, "", "2"), (3, "", "3"), (2, "1", "1"), (1, "", ""), (4, "", "")]
+)
+def test_few_cores_all_precompile(no_settings, cores, given, expected):
+    no_settings.setenv("JULIA_IMAGE_THREADS", given)
+    no_settings.setattr(threads, "usable_cores", lambda: cores)
+    assert (os.environ | threads.precompilation_settings())["JULIA_IMAGE_THREADS"] == expected
+
+
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "auto", " 2", "²"])
 def test_bad_number_of_threads_is_refused(no_settings, value):
     no_settings.setenv("IMPLICIT_RNN_THREADS", value)

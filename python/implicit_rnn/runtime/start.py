@@ -151,7 +151,7 @@ def _start() -> dict[str, EntryPoint]:
 
 @contextlib.contextmanager
 def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
-    """Settings for the Julia that is started here, which child processes don't inherit.
+    """Settings for the Julia of this process, which later child processes don't inherit.
 
     Nor do they inherit Julia's settings for its own OpenBLAS, which bypass ``os.environ``: NumPy would have one thread in them.
     """
@@ -200,7 +200,8 @@ def _load() -> dict[str, EntryPoint]:
     if _evaluate(known) != "true":
         say("precompiling the Julia sources (once)")
     begin = time.perf_counter()
-    loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
+    with _environment_restored(threads.precompilation_settings()):
+        loaded = _evaluate("string(pkgdir(Base.require(Main, :ImplicitRNN)))")
     if time.perf_counter() - begin > 15:
         say(f"precompiled in {time.perf_counter() - begin:.0f} s")
     if not os.path.samefile(loaded, source):
