@@ -141,8 +141,8 @@ end
     return l.J
 end
 
-# A guard such as `x == 0 ? 1 : x / expm1(x)` is not seen by dual numbers, which differ from 0 by their derivatives. Where f has a value,
-# a step by the derivatives a little beside the iterate serves as well.
+# A guard such as `x == 0 ? 1 : x / expm1(x)` is not seen by dual numbers, which differ from 0 by their derivatives, and the slope of
+# cbrt at 0 is infinite. Where f has a value, a step by the derivatives a little beside the iterate, on one side of it, leads on.
 @noinline function step_beside!(s::Iteration, l::Linearization, p::AbstractEquation{T}) where {T}
     all(isfinite, s.c) && !all(isfinite, l.J) || return false
     unit(k) = iszero(s.z[k]) ? inv(T(weight(p.weights, k))) : abs(s.z[k])
