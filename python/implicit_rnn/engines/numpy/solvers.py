@@ -256,7 +256,7 @@ class Solve:
 
         It does not depend on the other samples, on which no result may depend.
         """
-        return max(8, first // 2) if self.shape[-1] <= _DENSE else 2
+        return max(8, first // 3) if self.shape[-1] <= _DENSE else 2
 
     def advance(self, rows: Rows, F: Array, damping: float) -> None:
         rows.Z = F if damping == 1 else rows.Z + rows.Z.dtype.type(damping) * (F - rows.Z)
