@@ -179,6 +179,14 @@ end
     @test count(found) >= 95
 end
 
+@testset "of no samples, the derivatives are empty" begin
+    for (a, batched, entries) in ((zeros(0), (1,), 1), (zeros(2, 0), (1,), 2), (zeros(2), (), 2))
+        found = root((z, a) -> z .^ 3 .+ z .- a, zeros(2, 0), a; batched)
+        @test vjp(found, zeros(2, 0)) == (zero(a),)
+        @test size(ImplicitRNN.jacobian!(zeros(2, entries, 0), found.problem, found.inverses, 1)) == (2, entries, 0)
+    end
+end
+
 @testset "one unknown may be a number, and has a number as its value" begin
     solution = root((z, a) -> z^2 - a, 1.0, 2.0)
     @test solution.value isa Float64 && solution.value ≈ sqrt(2)
