@@ -100,20 +100,20 @@ mutable struct Trainer{T, R, O, B <: StepBuffers{T}}
 end
 
 function Trainer(
-        problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
-        guard::Guard = Guard(), batch_size::Int = 0, warm_start::Bool = false,
+        problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets = 1, clip = Inf,
+        guard::Guard = Guard(), batch_size = 0, warm_start::Bool = false,
     ) where {T}
     check_workspace(workspace, problem.net)
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
-    check_number("nets", nets, >(0), "be a positive whole number")
+    check_count("nets", nets)
     check_number("clip", clip, >(0), "be positive")
-    check_number("batch_size", batch_size, >=(0), "not be negative")
+    check_number("batch_size", batch_size, x -> 0 <= x <= typemax(Int), "be a whole number, 0 where batches are all samples", Integer)
     warm_start && problem.adjoint isa Unrolled &&
         throw(ArgumentError("warm_start gives a solver its first iterate, which Unrolled does not use: its steps begin at zero"))
-    buffers = StepBuffers(problem.net, workspace, rule, batch_size, warm_start)
+    buffers = StepBuffers(problem.net, workspace, rule, Int(batch_size), warm_start)
     states = [Optimisers.init(rule, buffers.gradient) for _ in 1:nets]
     equilibria = AbstractMatrix{T}[]
-    return Trainer(problem, rule, states, T(clip), guard, batch_size, warm_start, equilibria, [buffers], Any[], 0)
+    return Trainer(problem, rule, states, T(clip), guard, Int(batch_size), warm_start, equilibria, [buffers], Any[], 0)
 end
 
 Base.show(io::IO, t::Trainer) =
