@@ -622,6 +622,16 @@ def test_what_minpack_solves_is_solved_and_nothing_wrong_is_called_converged(nam
         assert np.linalg.norm(f(sol.value)) < 1e-6 * max(1, np.abs(sol.value).max())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_newton_steps_lead_out_of_the_minima_in_which_the_other_methods_end(kind):
+    f = either(kind, lambda z, A, B, c: A @ z**3 + B @ z + c, "(z, A, B, c) -> A * z .^ 3 .+ B * z .+ c")
+    rng, found = np.random.default_rng(3), 0
+    for _ in range(40):
+        args = rng.standard_normal((5, 5)), rng.standard_normal((5, 5)), rng.standard_normal(5)
+        found += root(f, 10 * rng.standard_normal(5), args=args, on_failure="ignore").converged.all()
+    assert found >= 38
+
+
 # --- what was seen on the way --------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ end
 "The [`Rule`](@ref) by which a solver iterates stage k."
 rule_of(ws::DeviceWorkspace{T}, k, solver) where {T} = Rule{T}(;
     tol = tolerance(solver, T), floor = scale_floor(T, length(ws.net.stages[k].rows)), limit = iterations(solver),
-    damping = solver isa Picard ? solver.damping : 1, patience = solver isa Auto ? PATIENCE : Inf, rescue = solver isa Auto,
+    damping = solver isa Picard ? solver.damping : 1, patience = solver isa Auto ? PATIENCE : Inf, rescue = true,
     settled = is_settled(ws, k), checked = !(solver isa Union{Auto, Picard}) && !guarantees_uniqueness(ws.net.constraint),
 )
 

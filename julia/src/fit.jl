@@ -58,7 +58,7 @@ for options out of range and for anything but arrays of real numbers.
     history.loss[end]
 """
 function fit!(
-        p, net::Network{T}, X, Y; epochs::Int = 100, batch_size::Int = X isa AbstractMatrix ? size(X, 2) : 1,
+        p, net::Network{T}, X, Y; epochs = 100, batch_size = X isa AbstractMatrix ? size(X, 2) : 1,
         rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
         guard::Guard = Guard(), warm_start::Bool = false, solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0,
     ) where {T}
@@ -69,8 +69,8 @@ function fit!(
     check_writable("the parameters", p)
     check_supervised(net, X, Y, weights)
     samples > 0 || throw(ArgumentError("there are no samples to train on"))
-    epochs > 0 || throw(ArgumentError("epochs must be positive, got $epochs"))
-    1 <= batch_size <= samples || throw(ArgumentError("batch_size must be from 1 to the $samples samples, got $batch_size"))
+    check_count("epochs", epochs)
+    check_number("batch_size", batch_size, in(1:samples), "be from 1 to the $samples samples", Integer)
     check_number("clip", clip, >(0), "be positive")
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
     schedule === nothing || applicable(schedule, 1) ||
@@ -85,7 +85,7 @@ function fit!(
         rates = schedule === nothing ? fill(NaN, steps) : [scheduled_rate(schedule, trainer.steps + k) for k in 1:steps]
         shuffle!(rng, order)
         now = epoch:epoch
-        train!(trainer, nets, X, Y, order, batch_size, rates, view(losses, now, :), view(unconverged, now, :); weights)
+        train!(trainer, nets, X, Y, order, Int(batch_size), rates, view(losses, now, :), view(unconverged, now, :); weights)
         halt = Halt(only(nets.halted))
         halt == RUNNING && continue
         @warn "the training halted in epoch $epoch of $epochs: $halt; the parameters are those before it" unconverged[epoch]

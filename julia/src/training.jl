@@ -100,20 +100,20 @@ mutable struct Trainer{T, R, O, B <: StepBuffers{T}}
 end
 
 function Trainer(
-        problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets::Int = 1, clip = Inf,
-        guard::Guard = Guard(), batch_size::Int = 0, warm_start::Bool = false,
+        problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets = 1, clip = Inf,
+        guard::Guard = Guard(), batch_size = 0, warm_start::Bool = false,
     ) where {T}
     check_workspace(workspace, problem.net)
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
-    check_number("nets", nets, >(0), "be a positive whole number")
+    check_count("nets", nets)
     check_number("clip", clip, >(0), "be positive")
-    check_number("batch_size", batch_size, >=(0), "not be negative")
+    check_number("batch_size", batch_size, x -> 0 <= x <= typemax(Int), "be a whole number, 0 where batches are all samples", Integer)
     warm_start && problem.adjoint isa Unrolled &&
         throw(ArgumentError("warm_start gives a solver its first iterate, which Unrolled does not use: its steps begin at zero"))
-    buffers = StepBuffers(problem.net, workspace, rule, batch_size, warm_start)
+    buffers = StepBuffers(problem.net, workspace, rule, Int(batch_size), warm_start)
     states = [Optimisers.init(rule, buffers.gradient) for _ in 1:nets]
     equilibria = AbstractMatrix{T}[]
-    return Trainer(problem, rule, states, T(clip), guard, batch_size, warm_start, equilibria, [buffers], Any[], 0)
+    return Trainer(problem, rule, states, T(clip), guard, Int(batch_size), warm_start, equilibria, [buffers], Any[], 0)
 end
 
 Base.show(io::IO, t::Trainer) =
@@ -323,12 +323,12 @@ end
 
 # The same to the last bit for Adam, except subnormal averages, which are zero here. `sqrt` checks for negative numbers, which
 # prevents the loops of Optimisers.jl from being vectorised.
-const AdamState{T} = Tuple{Vector{T}, Vector{T}, NTuple{2, T}}
+const AdamState{T, V <: AbstractVector{T}} = Tuple{V, V, NTuple{2, T}}
 
-descend!(rule::Optimisers.Adam, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat} =
+descend!(rule::Optimisers.Adam, state::AdamState{T}, p::AbstractVector{T}, g::AbstractVector{T}) where {T <: BlasFloat} =
     adam_step!((p, direction, η) -> p - direction * η, rule, state, p, g)
 
-function descend!(rule::Optimisers.AdamW, state::AdamState{T}, p::StridedVector{T}, g::Vector{T}) where {T <: BlasFloat}
+function descend!(rule::Optimisers.AdamW, state::AdamState{T}, p::AbstractVector{T}, g::AbstractVector{T}) where {T <: BlasFloat}
     λ = T(rule.lambda)
     rule.couple && return adam_step!((p, direction, η) -> p - η * (direction + λ * p), rule, state, p, g)
     return adam_step!((p, direction, η) -> p - (η * direction + λ * p), rule, state, p, g)
@@ -336,15 +336,18 @@ end
 
 function descend!(
         rule::Optimisers.OptimiserChain{<:Tuple{Optimisers.WeightDecay, Optimisers.Adam}}, (decay, state)::Tuple{Any, AdamState{T}},
-        p::StridedVector{T}, g::Vector{T}
+        p::AbstractVector{T}, g::AbstractVector{T}
     ) where {T <: BlasFloat}
     g .+= T(first(rule.opts).lambda) .* p
     return decay, descend!(last(rule.opts), state, p, g)
 end
 
-function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
+"Larger slopes count as this: an infinite average of squares would freeze a parameter for ever."
+largest_slope(::Type{T}) where {T} = sqrt(floatmax(T)) / 2
+
+function adam_step!(step::S, rule, (m, v, powers)::AdamState{T, Vector{T}}, p, g) where {S, T}
     η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
-    largest = sqrt(floatmax(T)) / 2          # an infinite average of squares would freeze a parameter for ever
+    largest = largest_slope(T)
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
         slope = clamp(g[i], -largest, largest)
         m[i] = without_subnormals(β1 * m[i] + (1 - β1) * slope)

@@ -121,6 +121,14 @@ else
         @test relative_error(there.state ./ 1.0e160, here.state ./ 1.0e160) < 1.0e-9
     end
 
+    @testset "samples of huge drives have not blown up: $(nameof(typeof(solver)))" for solver in (Picard(), Anderson(), Newton(), Chord())
+        net = one_layer(; constraint = InfNorm(0.9), activation = :relu)
+        p, X = parameters(net), 1.0e30 .* samples(net, 20)
+        here, there = (solved(ws, p, X; solver) for ws in (ImplicitRNN.Workspace(net), on_device(net)))
+        @test there.status == here.status == fill(CONVERGED, 20)
+        @test relative_error(there.state, here.state) < 1.0e-8
+    end
+
     @testset "adjoint residuals are told where squares overflow or vanish: $linear_solver" for linear_solver in (:auto, :lu, :anderson)
         net = one_layer()
         p, X, problem = parameters(net), samples(net, 9), Problem(net; adjoint = Implicit(; linear_solver))
@@ -203,6 +211,44 @@ else
         @test all(E -> E isa JLArray, results[2][5])
         @test all(relative_error(Array(there), here) < 1.0e-8 for (here, there) in zip(results[1][5], results[2][5]))
         @test on_device(net) isa ImplicitRNN.AbstractWorkspace && first(Trainer(Problem(net), rule; workspace = on_device(net)).buffers).gradient isa JLArray
+    end
+
+    @testset "a norm, as of a gradient, is taken there: $n numbers" for n in (3, 100), T in (Float32, Float64), size in (0, 1, sqrt(floatmax(T)))
+        x = T(size) .* rand(Xoshiro(n), T, n)
+        @test ImplicitRNN.euclidean_norm(JLArray(x)) ≈ ImplicitRNN.euclidean_norm(x)
+    end
+
+    @testset "a net of few parameters is trained there, also on a batch of no weight" begin
+        net = one_layer(; neurons = 3)
+        X, Y, weights, order = samples(net, 4), targets(net, 4), [0.0, 0.0, 1.0, 1.0], reshape(1:4, :, 1)
+        results = map((ImplicitRNN.Workspace(net), on_device(net))) do workspace
+            nets, losses = Replicas(reshape(parameters(net), :, 1)), zeros(1, 1)
+            trainer = Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(0.01); workspace, batch_size = 2)
+            train!(trainer, nets, X, Y, collect(order), 2, [0.01, 0.01], losses, zeros(Int, 1, 1); weights)
+            [nets.parameters; losses]
+        end
+        @test results[2] ≈ results[1] rtol = 1.0e-8
+    end
+
+    @testset "Adam bounds huge slopes and leaves no subnormal averages" begin
+        rules = (
+            ImplicitRNN.Optimisers.Adam(0.01), ImplicitRNN.Optimisers.AdamW(0.01, (0.9, 0.999), 0.1),
+            ImplicitRNN.Optimisers.OptimiserChain(ImplicitRNN.Optimisers.WeightDecay(0.1), ImplicitRNN.Optimisers.Adam(0.01)),
+        )
+        for rule in rules, T in (Float32, Float64), slope in T.((1.0e-3, 1.0e30, -1.0e30, floatmin(T), sqrt(floatmin(T))))
+            found = map((Array, JLArray)) do A
+                p, g = A(T[1, 2]), A(T[slope, slope])
+                state = ImplicitRNN.Optimisers.init(rule, p)
+                for _ in 1:3
+                    state = ImplicitRNN.descend!(rule, state, p, copy(g))
+                end
+                numbers = Float64.(Array(p))
+                ImplicitRNN.flatten!(numbers, state)
+                numbers
+            end
+            @test found[2] ≈ found[1] rtol = 4eps(T)
+            @test all(isfinite, found[2]) && !any(x -> issubnormal(T(x)), found[2])
+        end
     end
 
     @testset "a batch larger than the memory is done in pieces" begin

@@ -168,6 +168,25 @@ end
     end
 end
 
+@testset "whole Newton steps lead out of the minima of ‖f‖ in which the other methods end" begin
+    cubic(z, A, B, c) = A * z .^ 3 .+ B * z .+ c
+    rng = Xoshiro(1)
+    found = map(1:100) do _
+        A, B, c, start = randn(rng, 5, 5), randn(rng, 5, 5), randn(rng, 5), 10 .* randn(rng, 5)
+        solution = root(cubic, start, A, B, c)
+        converged(solution) == [true] && norm(cubic(solution.value, A, B, c)) < 1.0e-8
+    end
+    @test count(found) >= 95
+end
+
+@testset "of no samples, the derivatives are empty" begin
+    for (a, batched, entries) in ((zeros(0), (1,), 1), (zeros(2, 0), (1,), 2), (zeros(2), (), 2))
+        found = root((z, a) -> z .^ 3 .+ z .- a, zeros(2, 0), a; batched)
+        @test vjp(found, zeros(2, 0)) == (zero(a),)
+        @test size(ImplicitRNN.jacobian!(zeros(2, entries, 0), found.problem, found.inverses, 1)) == (2, entries, 0)
+    end
+end
+
 @testset "one unknown may be a number, and has a number as its value" begin
     solution = root((z, a) -> z^2 - a, 1.0, 2.0)
     @test solution.value isa Float64 && solution.value ≈ sqrt(2)

@@ -231,7 +231,7 @@ end
     @test_throws "`halted` of length 0" train(Replicas(zeros(N, 1), zeros(N, 1), Int8[]))
     @test_throws "`good` is ($N, 2)" train(Replicas(zeros(N, 1), zeros(N, 2), Int8[0]))
     @test_throws "those of one are reshape(p, :, 1)" Replicas(zeros(N))
-    for option in ((; nets = 0), (; clip = 0), (; clip = NaN), (; batch_size = -1))
+    for option in ((; nets = 0), (; nets = 2.5), (; nets = "2"), (; clip = 0), (; clip = NaN), (; batch_size = -1), (; batch_size = 2.5))
         @test_throws "$(only(keys(option))) must" Trainer(Problem(net), ImplicitRNN.Optimisers.Adam(); option...)
     end
     @test_throws "rule is :adam" Trainer(Problem(net), :adam)

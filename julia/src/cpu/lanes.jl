@@ -77,7 +77,7 @@ function solve_lanes!(w::Lanes{T, L}, c::Columns{T}, p::Stationary{T}) where {T,
         count = min(L, samples - first_sample + 1)
         load!(w.U, c.U, first_sample, count)
         cold || load!(w.Z, c.Z, first_sample, count)
-        newton_lanes!(w, p.recurrence.R, criterion, cold, evaluations, p.recurrence)
+        newton_lanes!(w, p.recurrence, criterion, cold, evaluations)
         relate_residuals!(w, p.floor^2)
         find_rates!(w)
         if w.failed & bits_up_to(count) == 0
@@ -117,15 +117,13 @@ function status_of_failed!(c::Columns, j::Int, w::Lanes{T}, p::Stationary{T}, l:
 end
 
 """
-    newton_lanes!(w, M, p, cold, evaluations, recurrence = nothing)
+    newton_lanes!(w, recurrence, p, cold, evaluations)
 
 The equilibria of z = f(U + M z) from Z, or from zero if `cold`. The result is in `F`; lanes that did not converge are marked in
-`failed`. `M` is that of all lanes, of which the `recurrence` may know the norm, or, with the lane as its first index, one for each.
+`failed`. M is that of a `Recurrence` for all lanes, or a matrix, or, with the lane as its first index, one for each.
 """
-function newton_lanes!(
-        w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, cold::Bool, evaluations::Int, recurrence = nothing
-    ) where {T, L}
-    picard_steps, lanes = p.unique ? 1 : 3, Val(L)
+function newton_lanes!(w::Lanes{T, L}, recurrence, p::LaneCriterion{T}, cold::Bool, evaluations::Int) where {T, L}
+    M, picard_steps, lanes = matrix_of(recurrence), p.unique ? 1 : 3, Val(L)
     cold && fill!(w.Z, 0)
     w.active, w.failed = bits_up_to(L), 0
     put_vector!(w.residual2, 1, same_in_all(T(Inf), lanes))
@@ -146,7 +144,7 @@ function newton_lanes!(
         end
     end
     w.failed |= w.active
-    p.unique || check_stability!(w, M, p, picard_steps, recurrence)
+    p.unique || check_stability!(w, recurrence, p, picard_steps)
     return
 end
 
@@ -184,12 +182,12 @@ end
 const LANE_SQUARINGS = 4
 
 # Newton's method may end at an equilibrium that repels, which is left to the general method.
-function check_stability!(w::Lanes{T, L}, M::Array{T}, p::LaneCriterion{T}, picard_steps::Int, recurrence) where {T, L}
-    lanes = Val(L)
+function check_stability!(w::Lanes{T, L}, recurrence, p::LaneCriterion{T}, picard_steps::Int) where {T, L}
+    M, lanes = matrix_of(recurrence), Val(L)
     doubtful = below(same_in_all(T(picard_steps), lanes), vector(w.iterations, 1, lanes)) & ~w.failed
     doubtful == 0 && return
     slopes_lanes!(w, p.f)
-    recurrence === nothing || (doubtful &= ~below(largest_slopes(w, lanes), same_in_all(inv(norm_of(recurrence)), lanes)))
+    recurrence isa Recurrence && (doubtful &= ~below(largest_slopes(w, lanes), same_in_all(inv(norm_of(recurrence)), lanes)))
     doubtful == 0 && return
     power, next = jacobian_lanes!(w.power, w.D, M, lanes), w.A
     for k in 0:LANE_SQUARINGS
@@ -213,6 +211,8 @@ function largest_slopes(w::Lanes{T}, lanes) where {T}
     return largest
 end
 
+matrix_of(r::Recurrence) = r.R
+matrix_of(M::Array) = M
 matrix_of(M::Matrix, l::Int) = M
 matrix_of(M::Array{<:Any, 3}, l::Int) = M[l, :, :]
 

@@ -76,6 +76,7 @@ function vjp_by_implicit_function!(gradients, problem::EquationProblem{T}, inver
 end
 
 function jacobian_by_implicit_function!(J, problem::EquationProblem{T}, inverses, index) where {T}
+    isempty(J) && return J
     θ = stacked(problem)
     implicit = implicit_function(problem, inverses; transposed = false)
     full = reshape(ForwardDiff.jacobian(x -> first(implicit(x)), θ), problem.n, problem.samples, :)

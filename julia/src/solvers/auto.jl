@@ -86,6 +86,12 @@ const TRUST_REGIONS = (
 "The share of the evaluations that each method may use, beginning with Newton's; the last gets all that are left."
 const ATTEMPT_SHARES = (0.2, 0.2, 0.3, 0.2, 1.0)
 
+"""
+The share of the evaluations that whole Newton steps may use after the first trust region. They leave the local minima of ‖f‖, where
+everything else ends; the roots they find are farther from the start than those of a trust region.
+"""
+const WHOLE_STEPS_SHARE = 0.1
+
 "The share of the evaluations that Newton's method may use on a fixed point."
 const FIXED_POINT_SHARE = 0.05
 
@@ -111,7 +117,7 @@ function find_root!(s::Iteration, p::AbstractEquation, tol)
     return (@late trust_regions!(s, l, erased(p), tol))::Status
 end
 
-# Each variant of the trust region from the start; evaluations left in the end go to one that was not finished.
+# Each variant of the trust region from the start, and whole Newton steps; evaluations left in the end go to one that was not finished.
 function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
     w = Dogleg(p.n)
     unfinished = nothing
@@ -121,33 +127,30 @@ function trust_regions!(s::Iteration, l::Linearization, p::AbstractEquation, tol
         status = with_share!(() -> trust_region!(s, l, w, p, tol, way), s, share)
         status === CONVERGED && return verify(status, s, p, tol)
         status === MAX_ITERATIONS && (unfinished = way)
+        p.root && way === first(TRUST_REGIONS) && whole_steps_lead!(s, l, p, tol) && return CONVERGED
     end
-    unfinished === nothing && return p.root ? try_whole_steps!(s, l, p, tol) : SINGULAR
+    unfinished === nothing && return SINGULAR
     s.evaluations < s.limit || return MAX_ITERATIONS
     restart!(s, p)
     return verify(trust_region!(s, l, w, p, tol, unfinished), s, p, tol)
 end
 
-# Whole Newton steps, which leave the local minima of ‖f‖ where everything else ends; else the minimum found before remains.
-function try_whole_steps!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+# Whether whole Newton steps from the start lead to a root; else what was found before remains.
+function whole_steps_lead!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+    s.evaluations < s.limit || return false
     z, relative, rate = copy(s.z), s.relative, s.rate
     restart!(s, p)
-    found = with_limit!(() -> take_whole_steps!(s, l, p, tol), s, s.evaluations + LEAST_ATTEMPT)
-    found === CONVERGED && return CONVERGED
+    with_share!(() -> newton!(s, l, p, tol, step_wholly!), s, WHOLE_STEPS_SHARE) === CONVERGED && return true
     copyto!(s.z, z)
     s.relative, s.rate = relative, rate
-    return SINGULAR
+    return false
 end
 
-function take_whole_steps!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
-    while evaluate!(s, l, p) && isfinite(s.merit)
-        solvable = newton_step!(s, l, p)
-        status = assess_root!(s, l, solvable, p, tol)
-        status === nothing && solvable || return something(status, SINGULAR)
-        copyto!(s.base, s.z)
-        s.z .+= l.step
-    end
-    return SINGULAR
+function step_wholly!(s::Iteration, l::Linearization, solvable::Bool, p::AbstractEquation)
+    solvable || return SINGULAR
+    copyto!(s.base, s.z)
+    s.z .+= l.step
+    return evaluate!(s, l, p) && isfinite(s.merit) ? nothing : SINGULAR
 end
 
 "Up to this number of unknowns fixed points are found by methods with a matrix."

@@ -144,12 +144,12 @@ function verify(status::Status, s::Iteration, p::AbstractEquation, tol)
 end
 
 """
-    newton!(s, l, p, tol)
+    newton!(s, l, p, tol, move! = search_line!)
 
-`z ← z + t δ` with the Newton step δ, which is halved until ‖c‖ decreases. A fixed point has converged by ‖f(z) - z‖; a root, whose
-f may have any unit, by ‖δ‖, which estimates the error of z.
+`z ← z + t δ` with the Newton step δ, which is halved until ‖c‖ decreases, or taken as `move!` does. A fixed point has converged by
+‖f(z) - z‖; a root, whose f may have any unit, by ‖δ‖, which estimates the error of z.
 """
-function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
+function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol, move!::M = search_line!) where {M}
     evaluate!(s, l, p) || return MAX_ITERATIONS
     isfinite(s.merit) || return NON_FINITE
     while true
@@ -161,7 +161,7 @@ function newton!(s::Iteration, l::Linearization, p::AbstractEquation, tol)
             status = assess_root!(s, l, solvable, p, tol)
             status === nothing || return status
         end
-        status = search_line!(s, l, solvable, p)
+        status = move!(s, l, solvable, p)
         status === nothing || return status
     end
     return

@@ -44,13 +44,17 @@ class Root:
         first = newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = _Newton(self, start, samples, np.zeros(len(start)), first).run()
         for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
+            one = slice(k, k + 1)
             for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
                 if evaluations[k] >= self.limit:
                     break
                 z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
                 evaluations[k] += used
-                one = slice(k, k + 1)
                 found = _Newton(self, z[None], samples[one], evaluations[one], self.limit, start[one] - z).run()
+                if factor == 100 and found[1][0] != CONVERGED and found[2][0] < self.limit:
+                    # Whole Newton steps leave the local minima of ‖f‖, where everything else ends.
+                    limit = min(self.limit, int(found[2][0]) + max(self.limit // 10, 60))
+                    found = _Newton(self, start[one], samples[one], found[2], limit, whole=True).run()
                 if found[1][0] == CONVERGED or factor == 0.1:
                     Z[one], status[one], evaluations[one], residual[one], rate[one] = found
                     if status[k] == CONVERGED:
@@ -139,13 +143,22 @@ class _Newton:
     """Newton's method on the samples ``rows`` of an equation, which have ``used`` some evaluations before.
 
     ``back`` leads to where the start has come from; without it a root that one starts at is believed. ``last`` is the length of
-    the step before and ``last_merit`` is ‖c‖ where it began, infinite where there was none.
+    the step before and ``last_merit`` is ‖c‖ where it began, infinite where there was none. Steps are taken
+    ``whole``, or halved until ‖c‖ decreases.
     """
 
     def __init__(
-        self, root: Root, start: Array, rows: Array, used: Array, limit: int, back: Array | None = None
+        self,
+        root: Root,
+        start: Array,
+        rows: Array,
+        used: Array,
+        limit: int,
+        back: Array | None = None,
+        *,
+        whole: bool = False,
     ) -> None:
-        count = len(rows)
+        count, self.whole = len(rows), whole
         self.f, self.sizes, self.rows, self.limit = root.f, root.sizes, rows, limit
         self.Z, self.F = start.copy(), np.full_like(start, np.nan)
         self.weights = np.ones(start.shape)
@@ -272,7 +285,8 @@ class _Newton:
             z = base[trying] + base.dtype.type(t) * step[trying]
             c = self.f.conditions(z, self.rows[at])
             self.evaluations[at] += 1
-            good = decreases(scaled_norm(c * self.weights[at]), merit[trying], t) & np.isfinite(z).all(axis=1)
+            good = self.whole | decreases(scaled_norm(c * self.weights[at]), merit[trying], t)
+            good &= np.isfinite(z).all(axis=1)
             self.Z[at[good]], self.F[at[good]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2
