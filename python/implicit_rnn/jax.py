@@ -330,7 +330,8 @@ def fixed_point(
         A function of arrays, given one sample z (n,) and returning (n,); it is mapped over a batch by ``jax.vmap``. Or Julia
         code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64.
+        The start: (n,), float32 or float64; a number for one unknown, in which case f is given a number and may return one;
+        or (B, n) for a batch.
     args
         The further arguments of f: arrays, numbers, and pytrees of them; for Julia code arrays and numbers.
     batched
@@ -412,7 +413,7 @@ def _solve(
         raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
     check_device_for(f, device)
     start = _start(z0)
-    batch = start.reshape(-1, start.shape[-1])
+    batch = jnp.atleast_2d(start)
     check_on_failure(on_failure)
     chosen = choose_solver(solver, pose is equations.root)
     given = tuple(check_arguments(args))
@@ -432,8 +433,8 @@ def _solve(
         in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
-    equation = _of_leaves(f, tree)
-    _check_value(equation, sample)
+    equation = _of_leaves(f, tree) if start.ndim else _of_number(_of_leaves(f, tree))
+    _check_value(equation, sample, start.ndim == 0)
     f, held, traced = _hoist(lambda z, *leaves: equation(z, *leaves).astype(z.dtype), sample)
     axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
     F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
@@ -446,13 +447,13 @@ def _start(z0: Any) -> jax.Array:
         start = jnp.asarray(z0)
     except (TypeError, ValueError) as error:
         raise TypeError(f"z0 is a {type(z0).__name__}; expected one array, (n,) or (B, n)") from error
-    if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
+    if start.ndim > 2 or start.dtype not in (np.float32, np.float64):
         raise TypeError(
-            f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64"
+            f"z0 has shape {start.shape} and dtype {start.dtype}; expected a number, (n,) or (B, n) of float32 or float64"
         )
     if not start.size:
         raise ValueError(f"z0 has shape {start.shape}; expected (n,) or (B, n), none of them 0")
-    return start
+    return jnp.asarray(start, start.dtype)  # numbers of Python have a weak type, which would change on the way
 
 
 def _argument(name: str, value: Any) -> jax.Array:
@@ -480,13 +481,19 @@ def _of_leaves(f: Callable[..., jax.Array], tree: Any) -> Callable[..., jax.Arra
     return lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves))
 
 
-def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> None:
-    """Errors unless f of z and the arguments of one sample is like z."""
+def _of_number(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f of a number, and of leaves, as a function of z (1,)."""
+    return lambda z, *leaves: jax.tree.map(jnp.atleast_1d, f(z[0], *leaves))
+
+
+def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array], number: bool) -> None:
+    """Errors unless f of z and the arguments of one sample is like z, or if z is a number, one, too."""
     z, found = sample[0], jax.eval_shape(f, *sample)
     if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
         raise TypeError(f"f returned {found}; expected an array of {z.dtype}")
     if found.shape != z.shape:
-        raise ValueError(f"f returned an array of shape {found.shape}; expected {z.shape}, the shape of one z")
+        expected = "a number, as z is one" if number else f"{z.shape}, the shape of one z"
+        raise ValueError(f"f returned an array of shape {found.shape}; expected {expected}")
 
 
 def _hoist(
