@@ -43,20 +43,22 @@ class Root:
         samples = np.arange(len(start))
         first = newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = _Newton(self, start, samples, np.zeros(len(start)), first).run()
-        for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
-            for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
-                if evaluations[k] >= self.limit:
-                    break
-                z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
+        left = np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else samples[:0]
+        for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
+            left = left[evaluations[left] < self.limit]
+            if not len(left):
+                break
+            near = start[left]
+            for z, k in zip(near, left, strict=True):
+                z[:], used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
                 evaluations[k] += used
-                one = slice(k, k + 1)
-                found = _Newton(self, z[None], samples[one], evaluations[one], self.limit, start[one] - z).run()
-                if found[1][0] == CONVERGED or factor == 0.1:
-                    Z[one], status[one], evaluations[one], residual[one], rate[one] = found
-                    if status[k] == CONVERGED:
-                        break
-                else:
-                    evaluations[one] = found[2]
+            found = _Newton(self, near, left, evaluations[left], self.limit, start[left] - near).run()
+            converged = found[1] == CONVERGED
+            ended = converged | (factor == 0.1)
+            for whole, part in zip((Z, status, residual, rate), (*found[:2], *found[3:]), strict=True):
+                whole[left[ended]] = part[ended]
+            evaluations[left] = found[2]
+            left = left[~converged]
         outcome.merge(samples, status, evaluations, residual, rate)
         return Z
 
