@@ -198,9 +198,16 @@ class _Newton:
         self.last[s.going] = np.where(doubtful & ~s.done, np.inf, s.length)
 
     def doubt_faded(self, s: _Steps) -> None:
-        """A condition that has faded away, as exp(-z) does, is zero with all its derivatives."""
+        """A condition that has faded away, as exp(-z) does, is zero with all its derivatives and all around; |z| at 0 is not."""
         if (ended := ~s.exists & s.done & (self.evaluations[s.going] > 1)).any() and not self.f.is_large:
-            s.done[ended] = (self.f.conditions_jacobian(s.z[ended], s.rows[ended]) != 0).any(axis=2).all(axis=1)
+            z, rows, going = s.z[ended], s.rows[ended], s.going[ended]
+            way = z.dtype.type(BACKSTEP) * self.back[going]
+            around = np.stack([self.f.conditions(z + way, rows), self.f.conditions(z - way, rows)])
+            merits = np.stack([scaled_norm(c * self.weights[going]) for c in around])
+            expected = BACKSTEP * self.last_merit[going]
+            responds = ((expected <= RESPONSE * merits) & (merits <= RESPONSE * expected)).all(axis=0)
+            kinked = (around != 0).all(axis=0) & responds[:, None]
+            s.done[ended] = (kinked | (self.f.conditions_jacobian(z, rows) != 0).any(axis=2)).all(axis=1)
 
     def doubt_poles(self, s: _Steps) -> Array:
         """Poles, from which steps lead away: ‖c‖ has not shrunk on the way there. Returns which were doubted."""
