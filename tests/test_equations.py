@@ -671,6 +671,7 @@ BAD = {
     "batched beyond": ({"batched": 1}, ValueError, "batched has 1, which is not the position of an argument"),
     "batched strange": ({"batched": [None]}, TypeError, "batched has None; expected the name or the position"),
     "batched single": ({"batched": "a"}, ValueError, "z0 of shape .1,. is one problem"),
+    "batched for a number": ({"batched": "a", "z0": 1.0}, ValueError, "z0 of shape .. is one problem"),
     "batched length": (
         {"z0": np.ones((3, 1)), "args": (np.ones(2),), "batched": "a"},
         ValueError,

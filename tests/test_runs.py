@@ -178,7 +178,7 @@ def test_name_that_every_system_takes_is_that_of_a_file(name, tmp_path):
 
 
 def test_folder_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="path is ''; expected a file name"):
+    with pytest.raises(ValueError, match="folder is ''; expected a file name"):
         run_many(runs.square, TASKS, folder="")
 
 
@@ -196,7 +196,7 @@ def test_folder_that_is_a_file_is_refused_in_words(tmp_path):
         ({"report": "yes"}, "report is 'yes'; expected a function"),
         ({"tasks": [{"x": 1}]}, "tasks is a list; expected the arguments of each run by its name"),
         ({"tasks": {"a": 1}}, r"tasks\['a'\] is 1; expected the arguments of the run by name"),
-        ({"folder": 3}, "path is 3; expected a file name"),
+        ({"folder": 3}, "folder is 3; expected a file name"),
         ({"settings": "yes"}, "settings is 'yes'; expected a dict of what results depend on"),
     ],
 )

@@ -117,7 +117,7 @@ def run_many(
         _check_name(name)
         if not isinstance(arguments, Mapping):
             raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
-    store = None if folder is None else _Store(as_path(folder), describe_function(run), settings or {})
+    store = None if folder is None else _Store(as_path(folder, "folder"), describe_function(run), settings or {})
     results: dict[str, Any] = {}
     for name, arguments in tasks.items():
         if store and (kept := store.find(name, arguments)) is not None:

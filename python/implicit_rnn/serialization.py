@@ -89,7 +89,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
 
     source = as_path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"no model file {source}")
+        raise FileNotFoundError(f"no model file {source}{', which is a folder' * source.is_dir()}")
     tensors, metadata = read_tensors(source, ModelFileError)
     if metadata.get("format") != FORMAT:
         raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")

@@ -119,7 +119,12 @@ def check_samples(name: str, array: np.ndarray, samples: int) -> None:
     """``ValueError`` unless the first axis has as many samples as X."""
     if array.ndim == 0 or array.shape[0] != samples:
         found = f"{array.shape[0]} samples" if array.ndim else "no axis"
-        raise ValueError(f"{name} has {found}, X has {samples}")
+        raise ValueError(f"{name} has {found}, {samples_of(name)} has {samples}")
+
+
+def samples_of(name: str) -> str:
+    """The argument with the samples to which another belongs."""
+    return "validation[0]" if name.startswith("validation[") else "X"
 
 
 def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None:

@@ -101,7 +101,7 @@ def read(path: Path) -> Snapshot:
     Raises ``FileNotFoundError``, and ``CheckpointError`` for a file that is not a checkpoint or is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(f"no checkpoint {path}{', which is a folder' * path.is_dir()}")
     arrays, texts = read_tensors(path, CheckpointError)
     if texts.get("format") != FORMAT:
         raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint")
