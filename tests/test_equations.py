@@ -697,6 +697,25 @@ def test_bad_input_is_refused(case, code):
         fixed_point(irnn.julia(text) if code else function, **arguments)
 
 
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("(z, a) -> z^2 - a", r"no method matching \^\(.*; a dot makes an operation one of each entry, as in z \.\^ 2"),
+        ("(z, a) -> sin(z)", r"no method matching sin\(.*; a dot makes"),
+        ("(z, a) -> z[0] - a", r"at index \[0\]; indices count from 1"),
+        (
+            "(z, a) -> z .- b",
+            "`b` not defined .*; f knows its arguments, Julia and its LinearAlgebra; pass other values in args",
+        ),
+    ],
+)
+def test_julia_code_written_like_python_is_told_how_julia_says_it(code, remedy):
+    with pytest.raises(irnn.EngineError, match=remedy) as caught:
+        root(irnn.julia(code), [1.0], args=(2.0,))
+    assert caught.value.julia_traceback
+
+
 @pytest.mark.parametrize(("f", "message"), [("z -> z", r"irnn\.julia\(text\)"), (3, "expected irnn.julia")])
 def test_what_is_no_function_is_refused(f, message):
     with pytest.raises(TypeError, match=message):

@@ -528,6 +528,10 @@ def test_an_equation_may_be_of_another_precision_than_its_start(wrap):
         close(wrap(jax.grad(z))(a).astype("float64"), 0.125, rtol=1e-6)
 
 
+def branches(z, a):
+    return z if z[0] > 0 else a
+
+
 def test_bad_equations_are_refused_by_name():
     for wrap in (lambda g: g, jax.jit):
         with pytest.raises(ValueError, match=r"f returned an array of shape \(1,\); expected \(2,\)"):
@@ -546,6 +550,14 @@ def test_bad_equations_are_refused_by_name():
             wrap(lambda: door.root(lambda z: z, np.ones(2), solver="picard"))()
         with pytest.raises(ValueError, match=r"z0 has shape \(0, 2\)"):
             wrap(lambda: door.root(lambda z: z, np.ones((0, 2))))()
+    for rows in (np.ones((3, 1)), np.ones(3)):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"the 3 rows of a belong to the samples, .*, name a in batched"
+        ):
+            door.root(lambda z, a: z - a, np.ones((3, 2)), args=(rows,))
+    with pytest.raises(TypeError, match=r"tracing the function branches at .*test_jax\.py") as caught:
+        door.root(branches, np.ones((3, 1)), args=(np.ones((3, 1)),))
+    assert "batched" not in str(caught.value)
     with pytest.raises(TypeError, match=r"args\[0\] is a str; expected a number or an array"):
         door.root(lambda z, a: z, np.ones(2), args=("text",))
     with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):

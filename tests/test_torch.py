@@ -612,8 +612,12 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=2.0)
     with pytest.raises(ValueError, match=r"z0 has shape \(0,\)"):
         root(lambda z: z, z0[0, :0])
-    with pytest.raises(ValueError, match=r"args\[0\] has shape \(2, 2\); expected \(3, \.\.\.\), as z0 has 3 samples"):
+    with pytest.raises(ValueError, match=r"a has shape \(2, 2\); expected \(3, \.\.\.\), as z0 has 3 samples"):
         root(lambda z, a: z - a, z0, args=(z0[:2],), batched="a")
+    with pytest.raises(
+        ValueError, match=r"the 3 rows of a belong to the samples, as those of z0 do, name a in batched"
+    ):
+        root(lambda z, a: z - a, z0, args=(z0,))
     with pytest.raises(TypeError, match="f returned a list; expected a tensor"):
         root(lambda z: [z], z0)
     with pytest.raises(TypeError, match="scale is a str; expected a tensor or a number"):

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args
 
 import numpy as np
@@ -25,7 +25,7 @@ from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
-from implicit_rnn.equations.solving import check_device_for, choose_solver
+from implicit_rnn.equations.solving import check_device_for, choose_solver, suggest_batched
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
@@ -422,7 +422,8 @@ def _solve(
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     arrays = [_argument(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
     arrays = [array.astype(start.dtype) if jnp.issubdtype(array.dtype, np.floating) else array for array in arrays]
-    own = positions(batched, argument_names(f, len(given)))
+    of_f = argument_names(f, len(given))
+    own = positions(batched, of_f)
     per_sample = {k for k, (path, _) in enumerate(paths) if path[0].idx in own}
     for k in per_sample:
         if not arrays[k].ndim or len(arrays[k]) != len(batch):
@@ -434,7 +435,15 @@ def _solve(
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
     equation = _of_leaves(f, tree) if start.ndim else _of_number(_of_leaves(f, tree))
-    _check_value(equation, sample, start.ndim == 0)
+    try:
+        _check_value(equation, sample, start.ndim == 0)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, jax.errors.JAXTypeError):  # of a tracer, whose shape it tells in any case
+            raise
+        places = [path[0].idx for path, _ in paths]
+        shapes = {of_f[k]: array.shape for k, array in zip(places, arrays, strict=True) if k not in own}
+        suggest_batched(error, len(batch) if start.ndim == 2 else 1, shapes)
+        raise
     f, held, traced = _hoist(lambda z, *leaves: equation(z, *leaves).astype(z.dtype), sample)
     axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
     F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
@@ -478,12 +487,12 @@ def _argument(name: str, value: Any) -> jax.Array:
 
 def _of_leaves(f: Callable[..., jax.Array], tree: Any) -> Callable[..., jax.Array]:
     """f as a function of z and the leaves of its arguments."""
-    return lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves))
+    return wraps(f)(lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves)))  # JAX names the f of the user in errors
 
 
 def _of_number(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """f of a number, and of leaves, as a function of z (1,)."""
-    return lambda z, *leaves: jax.tree.map(jnp.atleast_1d, f(z[0], *leaves))
+    return wraps(f)(lambda z, *leaves: jax.tree.map(jnp.atleast_1d, f(z[0], *leaves)))
 
 
 def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array], number: bool) -> None:

@@ -7,7 +7,7 @@ equations in Julia code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args
 
 import numpy as np
@@ -711,6 +711,7 @@ def _check_start(z0: Tensor) -> None:
 def _of_number(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """f of a number as a function of z (1,)."""
 
+    @wraps(f)
     def g(z: Tensor, *args: Tensor) -> Tensor:
         value = f(z[0], *args)
         if not isinstance(value, Tensor):
@@ -755,6 +756,7 @@ def _argument(name: str, value: Any) -> Tensor:
 def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
     """The function of tensors as a function of arrays, see ``_tensor``."""
 
+    @wraps(f)  # whose names of arguments messages give
     @torch.no_grad()
     @_IN_FULL()
     def g(*arrays: np.ndarray) -> np.ndarray:
