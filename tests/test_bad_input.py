@@ -594,6 +594,7 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
+        ({"guard": None}, TypeError, r"guard is None; expected an object Guard\(\.\.\.\)"),
         ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
         ({"seed": "a"}, TypeError, "seed must be a whole number from 0, got 'a'"),
         ({"seed": [1, 2]}, TypeError, r"seed must be a whole number from 0, got \[1, 2\]"),
