@@ -39,7 +39,7 @@ def net():
         (np.zeros((12, 4)), r"shape \(12, 4\); expected \(samples, 3\): the network has 3 features"),
         (np.zeros((0, 3)), r"no samples: shape \(0, 3\)"),
         ([], r"shape \(0,\); expected \(samples, 3 features\)"),
-        (np.zeros(3), r"shape \(3,\); expected \(samples, 3 features\); one sample is X\[None, :\]"),
+        (np.zeros(3), r"shape \(3,\); expected \(samples, 3 features\); one sample is np\.reshape\(X, \(1, -1\)\)"),
         (np.zeros((2, 3, 3)), r"shape \(2, 3, 3\); expected \(samples, 3 features\)"),
         (1.0, r"shape \(\); expected"),
     ],
@@ -57,8 +57,20 @@ def test_sample_that_is_not_finite_is_refused(net, call, X, value):
 
 
 def test_a_vector_of_samples_of_one_feature_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"X has shape \(5,\); .*; samples of one number are X\[:, None\]"):
+    with pytest.raises(
+        ValueError, match=r"X has shape \(5,\); .*; samples of one number are np\.reshape\(X, \(-1, 1\)\)"
+    ):
         make_neuron("numpy", 0.5).predict(np.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "kind", [np.asarray, list, lambda y: pytest.importorskip("pandas").Series(y)], ids=["array", "list", "series"]
+)
+def test_remedy_for_a_vector_works_for_what_was_given(X, kind):
+    Y = kind(np.arange(12.0))
+    with pytest.raises(ValueError, match=r"Y has shape .*: pass np\.reshape\(Y, \(-1, 1\)\)$"):
+        make_neuron("numpy", 0.5).fit(X[:, :1], Y)
+    make_neuron("numpy", 0.5).fit(X[:, :1], np.reshape(Y, (-1, 1)), epochs=1)
 
 
 def test_ragged_list_is_refused_by_name(net, call):

@@ -722,6 +722,12 @@ def test_what_is_no_function_is_refused(f, message):
         root(f, [0.5])
 
 
+@pytest.mark.parametrize("f", [lambda: 3.0, "abc".upper], ids=["function", "method"])
+def test_function_without_an_argument_is_refused(f):
+    with pytest.raises(ValueError, match="f takes no argument; expected a function of z"):
+        root(f, 1.0)
+
+
 @pytest.mark.parametrize("solver", [Picard(), Anderson()])
 def test_fixed_point_solvers_do_not_find_roots(solver):
     with pytest.raises(ValueError, match=f"{solver.name} iterates z = f"):
