@@ -382,6 +382,7 @@ def test_seconds_that_go_back_elsewhere_than_at_midnight_are_not_a_day_later(tmp
         (table([f"{t:.3f}" for t in T], [f"{a:.3f}" for a in A], header="time,angle").replace(".", ","), {}, "decimal commas"),
         (table(np.floor(T / 2), A, header="time,angle"), {}, "2 different times in 90 rows, too coarse"),
         (table(np.arange(90), A), {}, "counts 0, 1, 2, ... and has no unit; give --fps N"),
+        (table(T, A, header="time (s),angle"), {"columns": ["time"]}, "--columns time names the time alone; .* TIME,ANGLE"),
         (table(np.arange(90), A, header="frame,angle"), {}, "counts frames; give --fps N"),
         (table(A, header="angle"), {}, "no times; give --fps N"),
         (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so --fps has no meaning"),

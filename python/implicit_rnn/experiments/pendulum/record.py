@@ -133,6 +133,10 @@ def _columns(
             )
         if len(found) > 1:
             return found[0], tuple(found[1:])
+        if headings[found[0]].quantity == TIME:
+            raise ValueError(
+                f"--columns {wanted[0]} names the time alone; expected that of the angle, too: --columns TIME,ANGLE"
+            )
         time = None if fps is not None else _time_column(table, headings, None, found[0])
         return time, (found[0],)
     time = _time_column(table, headings, fps, None)
