@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def append_to(layers: list[int]) -> dict[str, list[int]]:
 
 def go_to(folder: str) -> None:
     os.chdir(folder)
+
+
+def wait(x: float, log: str) -> dict[str, float]:
+    with Path(log).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    time.sleep(60)
+    return {"y": x}
 
 
 def fail_for_3(x: float) -> dict[str, float]:

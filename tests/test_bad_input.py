@@ -39,7 +39,7 @@ def net():
         (np.zeros((12, 4)), r"shape \(12, 4\); expected \(samples, 3\): the network has 3 features"),
         (np.zeros((0, 3)), r"no samples: shape \(0, 3\)"),
         ([], r"shape \(0,\); expected \(samples, 3 features\)"),
-        (np.zeros(3), r"shape \(3,\); expected \(samples, 3 features\); one sample is X\[None, :\]"),
+        (np.zeros(3), r"shape \(3,\); expected \(samples, 3 features\); one sample is np\.reshape\(X, \(1, -1\)\)"),
         (np.zeros((2, 3, 3)), r"shape \(2, 3, 3\); expected \(samples, 3 features\)"),
         (1.0, r"shape \(\); expected"),
     ],
@@ -57,8 +57,20 @@ def test_sample_that_is_not_finite_is_refused(net, call, X, value):
 
 
 def test_a_vector_of_samples_of_one_feature_is_refused_with_the_remedy():
-    with pytest.raises(ValueError, match=r"X has shape \(5,\); .*; samples of one number are X\[:, None\]"):
+    with pytest.raises(
+        ValueError, match=r"X has shape \(5,\); .*; samples of one number are np\.reshape\(X, \(-1, 1\)\)"
+    ):
         make_neuron("numpy", 0.5).predict(np.zeros(5))
+
+
+@pytest.mark.parametrize(
+    "kind", [np.asarray, list, lambda y: pytest.importorskip("pandas").Series(y)], ids=["array", "list", "series"]
+)
+def test_remedy_for_a_vector_works_for_what_was_given(X, kind):
+    Y = kind(np.arange(12.0))
+    with pytest.raises(ValueError, match=r"Y has shape .*: pass np\.reshape\(Y, \(-1, 1\)\)$"):
+        make_neuron("numpy", 0.5).fit(X[:, :1], Y)
+    make_neuron("numpy", 0.5).fit(X[:, :1], np.reshape(Y, (-1, 1)), epochs=1)
 
 
 def test_ragged_list_is_refused_by_name(net, call):
@@ -130,8 +142,12 @@ def test_bad_targets_are_refused_by_name(net, method, X, targets, error, message
 def test_bad_validation_data_are_refused_by_name(net, X, Y):
     with pytest.raises(ValueError, match=r"validation\[0\] has shape"):
         net.fit(X, Y, validation=(X[:, :2], Y))
-    with pytest.raises(ValueError, match=r"validation\[1\] has 3 samples"):
+    with pytest.raises(ValueError, match=r"validation\[1\] has 3 samples, validation\[0\] has 12"):
         net.fit(X, Y, validation=(X, Y[:3]))
+    with pytest.raises(TypeError, match=r"validation must be a tuple of samples, targets .*, got a float"):
+        net.fit(X, Y, validation=0.2)
+    with pytest.raises(TypeError, match=r"validation must be a tuple .*, got 1 of them"):
+        net.fit(X, Y, validation=(X,))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +278,23 @@ def test_outputs_of_another_kind_are_refused(outputs):
         ({"feedback": [("1", "0")]}, TypeError, "feedback has '1'; expected True, False or pairs"),
         ({"input_skips": [1.5]}, TypeError, r"input_skips has 1\.5; expected layers that see the input"),
         ({"input_skips": [[1]]}, TypeError, r"input_skips has \[1\]; expected layers"),
+        (
+            {"input_skips": [3]},
+            ValueError,
+            r"input_skips is \(3,\); expected layers from 1 to 2: layer 0 sees the input",
+        ),
+        (
+            {"layers": [2], "input_skips": [1]},
+            ValueError,
+            r"input_skips is \(1,\); expected none, as layer 0 is the only",
+        ),
+        (
+            {"skips": [(0, 5)]},
+            ValueError,
+            r"skips has \(0, 5\); expected pairs .* of the layers 0 to 2 that are not neigh",
+        ),
         ({"layers": []}, ValueError, "layers is empty"),
+        ({"layers": [2, 0]}, ValueError, "layers has 0; expected numbers of neurons from 1"),
         ({"layers": 2}, TypeError, "layers is 2; expected a list of Layer"),
         ({"layers": None}, TypeError, "layers is None; expected a list of Layer"),
         ({"layers": irnn.Layer(2)}, TypeError, r"layers is Layer\(.*\); expected a list of Layer"),
@@ -404,6 +436,20 @@ def test_unknown_setting_of_fit_is_refused_with_the_valid_names(net, X, Y):
 
 
 @pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [
+        ("learning_rate", r"optimizer=Adam\(learning_rate=\.\.\.\)"),
+        ("lr", r"optimizer=Adam\(learning_rate=\.\.\.\)"),
+        ("tol", r"solver=Auto\(tol=\.\.\.\)"),
+        ("patience", r"early_stopping=EarlyStopping\(patience=\.\.\.\)"),
+    ],
+)
+def test_option_of_a_setting_of_fit_is_told_its_place(net, X, Y, setting, remedy):
+    with pytest.raises(TypeError, match=f"fit has no setting {setting}, which is an option of .*: pass {remedy}"):
+        net.fit(X, Y, **{setting: 1})
+
+
+@pytest.mark.parametrize(
     ("option", "name", "values", "message"),
     [
         (irnn.Perron, "kappa", (0, 1, -0.5, 1.5, np.nan), "kappa must lie strictly between 0 and 1, got {}"),
@@ -531,8 +577,14 @@ def test_what_is_no_path_is_refused(net, path):
     [
         (lambda net: [], "nets is empty"),
         (lambda net: [net, net], "nets has the same Network twice; expected one for each training"),
-        (lambda net: [net, make_net("numpy", neurons=4)], "same topology, dtype, engine and device"),
-        (lambda net: [net, make_net("numpy", dtype="float32")], "same topology, dtype, engine and device"),
+        (
+            lambda net: [net, make_net("numpy", neurons=4)],
+            r"the topology of nets\[0\] and nets\[1\] differ: Network\(.*",
+        ),
+        (
+            lambda net: [net, make_net("numpy", dtype="float32")],
+            r"same topology, dtype, engine and device, but the dtype of nets\[0\] and nets\[1\] differ: float64 and float32",
+        ),
         pytest.param(lambda net: [net, make_net("julia")], "topology, dtype, engine", marks=pytest.mark.julia),
     ],
 )
@@ -554,6 +606,7 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
 @pytest.mark.parametrize(
     ("setting", "error", "message"),
     [
+        ({"guard": None}, TypeError, r"guard is None; expected an object Guard\(\.\.\.\)"),
         ({"seed": -1}, ValueError, "seed must be a whole number from 0, got -1"),
         ({"seed": "a"}, TypeError, "seed must be a whole number from 0, got 'a'"),
         ({"seed": [1, 2]}, TypeError, r"seed must be a whole number from 0, got \[1, 2\]"),
@@ -563,14 +616,14 @@ def test_nothing_is_trained_if_an_argument_is_refused(net, X, Y):
         ({"progress": np.zeros(2)}, TypeError, r"progress must be True or False, got array\(\[0., 0.\]\)"),
         ({"callbacks": 3}, TypeError, "callbacks must be functions that are called with a Progress, got 3"),
         ({"callbacks": [print, None]}, TypeError, "callbacks must be functions .* got None"),
-        ({"checkpoint": ""}, ValueError, "path is ''; expected a file name"),
-        ({"checkpoint": "a\0b"}, ValueError, r"path is 'a\\x00b'; expected a file name"),
-        ({"checkpoint": "a\ud800b"}, ValueError, r"path is 'a\\ud800b'; expected a file name"),
+        ({"checkpoint": ""}, ValueError, "checkpoint is ''; expected a file name"),
+        ({"checkpoint": "a\0b"}, ValueError, r"checkpoint is 'a\\x00b'; expected a file name"),
+        ({"checkpoint": "a\ud800b"}, ValueError, r"checkpoint is 'a\\ud800b'; expected a file name"),
         *(({"clip": clip}, ValueError, "clip must be positive") for clip in (0, -1, np.nan)),
         *(({"clip": clip}, TypeError, "clip must be a number") for clip in ("1", [1.0], np.array([1.0]), True)),
         ({"clip": 10**400}, ValueError, r"clip must be a number below 1.8e\+308"),
         ({"sample_weights": [10**400] * 12}, ValueError, "sample_weights has whole numbers beyond"),
-        ({"resume": ""}, ValueError, "path is ''; expected a file name"),
+        ({"resume": ""}, ValueError, "resume is ''; expected a file name"),
         ({"checkpoint": 3}, TypeError, "checkpoint must be a path or a Checkpoint, got 3"),
         ({"epochs": 2**31}, ValueError, r"epochs must be a whole number below 2\*\*31, got 2147483648"),
     ],

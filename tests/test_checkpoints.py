@@ -603,7 +603,7 @@ def test_missing_checkpoint_is_reported_as_such(path, X, Y):
 
 def test_files_that_are_no_checkpoints_are_refused(path, X, Y):
     make_net("numpy").save(path)
-    with pytest.raises(Failure, match="not a checkpoint"):
+    with pytest.raises(Failure, match=r"not a checkpoint: it is a model that Network\.save wrote"):
         make_net("numpy").fit(X, Y, resume=path)
     save_file({"parameters": np.zeros(3)}, path, {"format": "implicit-rnn checkpoint", "format_version": "7"})
     with pytest.raises(Failure, match="format version 7"):

@@ -717,6 +717,36 @@ def test_leap_over_zero_is_no_root(kind, start, samples):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("function", "code", "start", "expected"),
+    [
+        (np.abs, "z -> abs.(z)", [3.0], [0.0]),
+        (np.abs, "z -> abs.(z)", [-300.0], [0.0]),
+        (lambda z: np.abs(z - 2), "z -> abs.(z .- 2)", [3.1], [2.0]),
+        (
+            lambda z: np.array([np.abs(z[0]), z[1] - 1 + z[0]]),
+            "z -> [abs(z[1]), z[2] - 1 + z[1]]",
+            [3.0, 7.0],
+            [0.0, 1.0],
+        ),
+    ],
+    ids=["near", "far", "away from zero", "one of two"],
+)
+def test_root_at_a_kink_where_the_slopes_cancel_is_found(kind, function, code, start, expected):
+    for solver in (Auto(), Newton()):
+        np.testing.assert_allclose(root(either(kind, function, code), start, solver=solver).value, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("function", "code"),
+    [(np.sign, "z -> sign.(z)"), (lambda z: np.floor(z.real) - 2 + 0 * z, "z -> floor.(z) .- 2 .+ 0 .* z")],
+)
+def test_steps_have_no_root_that_could_be_told_from_the_points_around(kind, function, code):
+    assert not root(either(kind, function, code), [3.1], on_failure="ignore").converged.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_root_of_infinite_slope_is_found(kind):
     f = either(kind, lambda z: np.sqrt(z) - 1, "z -> sqrt.(z) .- 1")
     np.testing.assert_allclose(root(f, [[3.0], [0.2]]).value, 1)

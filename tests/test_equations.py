@@ -671,6 +671,7 @@ BAD = {
     "batched beyond": ({"batched": 1}, ValueError, "batched has 1, which is not the position of an argument"),
     "batched strange": ({"batched": [None]}, TypeError, "batched has None; expected the name or the position"),
     "batched single": ({"batched": "a"}, ValueError, "z0 of shape .1,. is one problem"),
+    "batched for a number": ({"batched": "a", "z0": 1.0}, ValueError, "z0 of shape .. is one problem"),
     "batched length": (
         {"z0": np.ones((3, 1)), "args": (np.ones(2),), "batched": "a"},
         ValueError,
@@ -696,10 +697,35 @@ def test_bad_input_is_refused(case, code):
         fixed_point(irnn.julia(text) if code else function, **arguments)
 
 
+@pytest.mark.julia
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        ("(z, a) -> z^2 - a", r"no method matching \^\(.*; a dot makes an operation one of each entry, as in z \.\^ 2"),
+        ("(z, a) -> sin(z)", r"no method matching sin\(.*; a dot makes"),
+        ("(z, a) -> z[0] - a", r"at index \[0\]; indices count from 1"),
+        (
+            "(z, a) -> z .- b",
+            "`b` not defined .*; f knows its arguments, Julia and its LinearAlgebra; pass other values in args",
+        ),
+    ],
+)
+def test_julia_code_written_like_python_is_told_how_julia_says_it(code, remedy):
+    with pytest.raises(irnn.EngineError, match=remedy) as caught:
+        root(irnn.julia(code), [1.0], args=(2.0,))
+    assert caught.value.julia_traceback
+
+
 @pytest.mark.parametrize(("f", "message"), [("z -> z", r"irnn\.julia\(text\)"), (3, "expected irnn.julia")])
 def test_what_is_no_function_is_refused(f, message):
     with pytest.raises(TypeError, match=message):
         root(f, [0.5])
+
+
+@pytest.mark.parametrize("f", [lambda: 3.0, "abc".upper], ids=["function", "method"])
+def test_function_without_an_argument_is_refused(f):
+    with pytest.raises(ValueError, match="f takes no argument; expected a function of z"):
+        root(f, 1.0)
 
 
 @pytest.mark.parametrize("solver", [Picard(), Anderson()])

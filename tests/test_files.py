@@ -105,8 +105,14 @@ def test_file_that_is_no_model_is_refused(path, content):
 def test_safetensors_file_of_somebody_else_is_refused(path):
     save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(
-        irnn.ModelFileError, match=r"net\.safetensors is a safetensors file, but not a model of implicit-rnn"
+        irnn.ModelFileError, match=r"net\.safetensors is a safetensors file, but not a model of implicit-rnn$"
     ):
+        irnn.load(path)
+
+
+def test_checkpoint_is_no_model_and_told_what_reads_it(path):
+    make_net("numpy").fit(np.zeros((1, 3)), np.zeros((1, 2)), epochs=1, checkpoint=path, progress=False)
+    with pytest.raises(irnn.ModelFileError, match=r"not a model .*: it is a checkpoint, from which fit\(.*resume=path"):
         irnn.load(path)
 
 
@@ -164,7 +170,7 @@ def test_weights_that_do_not_fit_the_topology_are_refused(saved):
 
 
 def test_folder_is_no_model(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no model file"):
+    with pytest.raises(FileNotFoundError, match=r"no model file .*, which is a folder"):
         irnn.load(tmp_path)
 
 

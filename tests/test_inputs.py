@@ -26,7 +26,9 @@ def samples() -> np.ndarray:
 @pytest.mark.parametrize("loss", ["mse", "mae", "huber", "binary_cross_entropy"])
 def test_targets_of_one_axis_are_refused_since_they_would_broadcast_against_predictions(X, loss):
     y = (X[:, 0] > 0).astype(float)
-    with pytest.raises(ValueError, match=r"Y has shape \(8,\), but predictions have shape \(8, 1\).*pass Y\[:, None\]"):
+    with pytest.raises(
+        ValueError, match=r"Y has shape \(8,\), but predictions have shape \(8, 1\).*pass np\.reshape\(Y, "
+    ):
         net().fit(X, y, loss=loss, epochs=1)
     assert np.isfinite(net().fit(X, y[:, None], loss=loss, epochs=1).loss).all()
 

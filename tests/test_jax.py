@@ -250,6 +250,31 @@ def test_fixed_point_of_each_sample_with_and_without_jit(solver):
         close(z, np.tanh(z @ COUPLING.T + DRIVE))
 
 
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.jit])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, a: z**3 + z - a,
+        lambda z, a: (z**3 + z - a)[None],
+        pytest.param(irnn.julia("(z, a) -> z.^3 .+ z .- a"), marks=pytest.mark.julia),
+    ],
+    ids=["number", "one entry", "julia"],
+)
+def test_one_unknown_may_be_a_number(f, wrap):
+    def z(a, start=1.0):
+        return door.root(f, start, args=(a,))
+
+    expected = irnn.root(lambda z, a: z**3 + z - a, 1.0, args=(2.5,))
+    assert wrap(z)(2.5).shape == ()
+    close(wrap(z)(2.5), expected.value)
+    close(wrap(jax.grad(z))(2.5), expected.vjp(1.0)["a"])
+    for values, one in zip(
+        wrap(jax.vmap(jax.value_and_grad(z)))(np.full(2, 2.5)), jax.value_and_grad(z)(2.5), strict=True
+    ):
+        close(values, np.full(2, one))
+    close(wrap(jax.vmap(z))(np.full(2, 2.5), np.array([1.0, 3.0])), np.full(2, expected.value))
+
+
 def test_check_grads_passes_for_equations_to_the_second_order():
     def solve(W, x):
         start = np.zeros((2, 3))
@@ -503,10 +528,16 @@ def test_an_equation_may_be_of_another_precision_than_its_start(wrap):
         close(wrap(jax.grad(z))(a).astype("float64"), 0.125, rtol=1e-6)
 
 
+def branches(z, a):
+    return z if z[0] > 0 else a
+
+
 def test_bad_equations_are_refused_by_name():
     for wrap in (lambda g: g, jax.jit):
         with pytest.raises(ValueError, match=r"f returned an array of shape \(1,\); expected \(2,\)"):
             wrap(lambda: door.root(lambda z: z[:1], np.ones(2)))()
+        with pytest.raises(ValueError, match=r"f returned an array of shape \(3,\); expected a number, as z is one"):
+            wrap(lambda: door.root(lambda z: z * jnp.ones(3), 1.0))()
         with pytest.raises(TypeError, match="f returned None; expected an array of float64"):
             wrap(lambda: door.root(lambda z: None, np.ones(2)))()
         with pytest.raises(TypeError, match=r"f returned .*int.*; expected an array of float64"):
@@ -519,6 +550,14 @@ def test_bad_equations_are_refused_by_name():
             wrap(lambda: door.root(lambda z: z, np.ones(2), solver="picard"))()
         with pytest.raises(ValueError, match=r"z0 has shape \(0, 2\)"):
             wrap(lambda: door.root(lambda z: z, np.ones((0, 2))))()
+    for rows in (np.ones((3, 1)), np.ones(3)):
+        with pytest.raises(
+            (TypeError, ValueError), match=r"the 3 rows of a belong to the samples, .*, name a in batched"
+        ):
+            door.root(lambda z, a: z - a, np.ones((3, 2)), args=(rows,))
+    with pytest.raises(TypeError, match=r"tracing the function branches at .*test_jax\.py") as caught:
+        door.root(branches, np.ones((3, 1)), args=(np.ones((3, 1)),))
+    assert "batched" not in str(caught.value)
     with pytest.raises(TypeError, match=r"args\[0\] is a str; expected a number or an array"):
         door.root(lambda z, a: z, np.ones(2), args=("text",))
     with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):

@@ -346,6 +346,23 @@ def test_times_of_day_run_on_past_midnight(tmp_path, date, order):
     np.testing.assert_allclose(record.values, A, atol=1e-6)
 
 
+@pytest.mark.parametrize(("header", "unit"), [("time (s)", 1), ("time (ms)", 1e3), ("time", 1)])
+@pytest.mark.parametrize("order", [1, -1])
+def test_seconds_since_midnight_run_on_past_it(tmp_path, header, unit, order):
+    since = [f"{t * unit:.6f}" for t in (T + 86398.5) % 86400]
+    record = reads(tmp_path, table(since[::order], [f"{a:.9f}" for a in A[::order]], header=f"{header},angle"))
+    np.testing.assert_allclose(record.times, T, atol=1e-5)
+    np.testing.assert_allclose(record.values, A, atol=1e-6)
+
+
+def test_seconds_that_go_back_elsewhere_than_at_midnight_are_not_a_day_later(tmp_path):
+    for start in (86400 - T[-1] - 5, 86000.0):  # 5 s before midnight, and 400 s
+        times = np.append(start + T, T)
+        text = table([f"{t:.6f}" for t in times], np.tile(A, 2), header="time (s),angle")
+        with pytest.raises(ValueError, match=r"line 92: .* goes back from .* to 0; expected one record per file"):
+            reads(tmp_path, text)
+
+
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
@@ -365,6 +382,7 @@ def test_times_of_day_run_on_past_midnight(tmp_path, date, order):
         (table([f"{t:.3f}" for t in T], [f"{a:.3f}" for a in A], header="time,angle").replace(".", ","), {}, "decimal commas"),
         (table(np.floor(T / 2), A, header="time,angle"), {}, "2 different times in 90 rows, too coarse"),
         (table(np.arange(90), A), {}, "counts 0, 1, 2, ... and has no unit; give --fps N"),
+        (table(T, A, header="time (s),angle"), {"columns": ["time"]}, "--columns time names the time alone; .* TIME,ANGLE"),
         (table(np.arange(90), A, header="frame,angle"), {}, "counts frames; give --fps N"),
         (table(A, header="angle"), {}, "no times; give --fps N"),
         (table(T, A, header="time (s),angle"), {"fps": 30}, "is a time in s, so --fps has no meaning"),

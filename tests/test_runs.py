@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 from functools import partial
 from pathlib import Path
@@ -96,6 +97,40 @@ def test_worker_that_dies_is_reported_with_what_is_left_to_do(tmp_path):
     assert len(run_many(runs.square, TASKS, jobs=2)) == 6  # the next call works again
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there a process does not know that its parent has ended")
+def test_workers_end_with_the_process_that_has_started_them(tmp_path):
+    code = f"""
+        import runs
+        from implicit_rnn.runs import run_many
+        run_many(runs.wait, {{str(x): {{"x": x, "log": {str(tmp_path / "log")!r}}} for x in range(6)}}, jobs=2)
+        """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    caller = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=environment)
+    until(lambda: (tmp_path / "log").exists() and len((tmp_path / "log").read_text().split()) == 2)
+    caller.kill()
+    caller.wait()
+    workers = [int(process) for process in (tmp_path / "log").read_text().split()]
+    until(lambda: not any(map(is_running, workers)))
+
+
+def until(condition, seconds=50):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def is_running(process):
+    try:
+        os.kill(process, 0)
+        of_linux = Path(f"/proc/{process}/stat")
+        return (
+            not of_linux.exists() or of_linux.read_text().rpartition(") ")[2][0] != "Z"
+        )  # ended, and nobody has asked
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
 def test_run_that_cannot_be_sent_to_workers_is_refused_in_words():
     lock = threading.Lock()
     with pytest.raises(TypeError, match="cannot be pickled and sent to worker processes; jobs=1 does not need that"):
@@ -143,7 +178,7 @@ def test_name_that_every_system_takes_is_that_of_a_file(name, tmp_path):
 
 
 def test_folder_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="path is ''; expected a file name"):
+    with pytest.raises(ValueError, match="folder is ''; expected a file name"):
         run_many(runs.square, TASKS, folder="")
 
 
@@ -161,7 +196,7 @@ def test_folder_that_is_a_file_is_refused_in_words(tmp_path):
         ({"report": "yes"}, "report is 'yes'; expected a function"),
         ({"tasks": [{"x": 1}]}, "tasks is a list; expected the arguments of each run by its name"),
         ({"tasks": {"a": 1}}, r"tasks\['a'\] is 1; expected the arguments of the run by name"),
-        ({"folder": 3}, "path is 3; expected a file name"),
+        ({"folder": 3}, "folder is 3; expected a file name"),
         ({"settings": "yes"}, "settings is 'yes'; expected a dict of what results depend on"),
     ],
 )

@@ -427,8 +427,11 @@ def test_too_few_samples_for_early_stopping_are_said(iris):
 def test_weights_of_classes_below_zero_are_refused(iris):
     with pytest.raises(ValueError, match=r"class_weight gives class 'setosa' the weight -1.0"):
         ImplicitRNNClassifier(class_weight={"setosa": -1.0, "versicolor": 1.0, "virginica": 1.0}).fit(*iris)
-    with pytest.raises(ValueError, match="'class_weight' parameter"):
-        ImplicitRNNClassifier(class_weight=np.ones(3)).fit(*iris)
+    for weights in (np.ones(3), "balance"):
+        with pytest.raises(
+            ValueError, match=r"class_weight is .*; expected a dict of the weights of classes, 'balanced' or"
+        ):
+            ImplicitRNNClassifier(class_weight=weights).fit(*iris)
 
 
 def test_predictions_before_a_fit_are_refused(estimator, data):
@@ -563,7 +566,7 @@ def test_partial_fit_refuses_what_it_cannot_do(iris, parameters, message):
     ("parameters", "error", "message"),
     [
         ({"layers": 8}, TypeError, "layers must be a sequence of sizes or Layer objects"),
-        ({"layers": (0,)}, ValueError, "neurons"),
+        ({"layers": (0,)}, ValueError, "layers has 0; expected numbers of neurons from 1"),
         ({"layers": (True,)}, TypeError, "layers has True; expected a Layer or a number of neurons"),
         ({"skips": 3}, TypeError, "skips is 3; expected pairs"),
         ({"input_skips": 3}, TypeError, "input_skips is 3; expected layers"),

@@ -612,8 +612,12 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=2.0)
     with pytest.raises(ValueError, match=r"z0 has shape \(0,\)"):
         root(lambda z: z, z0[0, :0])
-    with pytest.raises(ValueError, match=r"args\[0\] has shape \(2, 2\); expected \(3, \.\.\.\), as z0 has 3 samples"):
+    with pytest.raises(ValueError, match=r"a has shape \(2, 2\); expected \(3, \.\.\.\), as z0 has 3 samples"):
         root(lambda z, a: z - a, z0, args=(z0[:2],), batched="a")
+    with pytest.raises(
+        ValueError, match=r"the 3 rows of a belong to the samples, as those of z0 do, name a in batched"
+    ):
+        root(lambda z, a: z - a, z0, args=(z0,))
     with pytest.raises(TypeError, match="f returned a list; expected a tensor"):
         root(lambda z: [z], z0)
     with pytest.raises(TypeError, match="scale is a str; expected a tensor or a number"):
@@ -622,6 +626,32 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=(torch.zeros(2, device="meta"),))
     with pytest.raises(TypeError, match=r"args\[0\] has the layout torch.sparse_coo; .* args\[0\].to_dense\(\)"):
         root(lambda z, a: z - a, z0, args=(torch.zeros(2).to_sparse(),))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, a: z**3 + z - a,
+        lambda z, a: (z**3 + z - a)[None],
+        pytest.param(irnn.julia("(z, a) -> z.^3 .+ z .- a"), marks=pytest.mark.julia),
+    ],
+    ids=["number", "one entry", "julia"],
+)
+def test_one_unknown_may_be_a_number(f):
+    a = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
+    z = root(f, torch.tensor(1.0, dtype=torch.float64), args=(a,))
+    z.backward()
+    expected = irnn.root(lambda z, a: z**3 + z - a, 1.0, args=(2.5,))
+    assert (z.shape, a.grad.shape) == ((), ())
+    assert z.item() == pytest.approx(float(expected.value))
+    assert a.grad.item() == pytest.approx(float(expected.vjp(1.0)["a"]))
+
+
+def test_a_function_of_a_number_returns_one():
+    with pytest.raises(ValueError, match=r"f returned a tensor of shape \(3,\); expected a number, as z is one"):
+        root(lambda z: z * torch.ones(3), torch.tensor(1.0))
+    with pytest.raises(TypeError, match="f returned a int; expected a tensor"):
+        root(lambda z: 1, torch.tensor(1.0))
 
 
 @pytest.mark.julia

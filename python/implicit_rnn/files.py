@@ -25,14 +25,17 @@ QUIET_SECONDS = 600
 """How long a temporary file is left alone: it may still be being written to a slow disk."""
 
 
-def as_path(path: object) -> Path:
-    """The path that a string or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for an invalid name."""
+def as_path(path: object, name: str = "path") -> Path:
+    """The path that a string or an ``os.PathLike`` names; ``TypeError`` for anything else, ``ValueError`` for an invalid name.
+
+    ``name`` is that of the argument.
+    """
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
-        raise TypeError(f"path is {path!r}; expected a file name, as a string or a pathlib.Path")
+        raise TypeError(f"{name} is {path!r}; expected a file name, as a string or a pathlib.Path")
     with contextlib.suppress(UnicodeEncodeError):  # an unpaired surrogate
         if os.fsencode(path) and "\0" not in os.fspath(path):
             return Path(path)
-    raise ValueError(f"path is {path!r}; expected a file name, as a string or a pathlib.Path")
+    raise ValueError(f"{name} is {path!r}; expected a file name, as a string or a pathlib.Path")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args
 
 import numpy as np
@@ -25,7 +25,7 @@ from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
-from implicit_rnn.equations.solving import check_device_for, choose_solver
+from implicit_rnn.equations.solving import check_device_for, choose_solver, suggest_batched
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
@@ -330,7 +330,8 @@ def fixed_point(
         A function of arrays, given one sample z (n,) and returning (n,); it is mapped over a batch by ``jax.vmap``. Or Julia
         code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64.
+        The start: (n,), float32 or float64; a number for one unknown, in which case f is given a number and may return one;
+        or (B, n) for a batch.
     args
         The further arguments of f: arrays, numbers, and pytrees of them; for Julia code arrays and numbers.
     batched
@@ -412,7 +413,7 @@ def _solve(
         raise TypeError(f"f is {f!r}; expected a function of arrays, or irnn.julia(text)")
     check_device_for(f, device)
     start = _start(z0)
-    batch = start.reshape(-1, start.shape[-1])
+    batch = jnp.atleast_2d(start)
     check_on_failure(on_failure)
     chosen = choose_solver(solver, pose is equations.root)
     given = tuple(check_arguments(args))
@@ -421,7 +422,8 @@ def _solve(
     names = [f"args{jax.tree_util.keystr(path)}" for path, _ in paths]
     arrays = [_argument(name, leaf) for name, (_, leaf) in zip(names, paths, strict=True)]
     arrays = [array.astype(start.dtype) if jnp.issubdtype(array.dtype, np.floating) else array for array in arrays]
-    own = positions(batched, argument_names(f, len(given)))
+    of_f = argument_names(f, len(given))
+    own = positions(batched, of_f)
     per_sample = {k for k, (path, _) in enumerate(paths) if path[0].idx in own}
     for k in per_sample:
         if not arrays[k].ndim or len(arrays[k]) != len(batch):
@@ -432,8 +434,16 @@ def _solve(
         in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]
-    equation = _of_leaves(f, tree)
-    _check_value(equation, sample)
+    equation = _of_leaves(f, tree) if start.ndim else _of_number(_of_leaves(f, tree))
+    try:
+        _check_value(equation, sample, start.ndim == 0)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, jax.errors.JAXTypeError):  # of a tracer, whose shape it tells in any case
+            raise
+        places = [path[0].idx for path, _ in paths]
+        shapes = {of_f[k]: array.shape for k, array in zip(places, arrays, strict=True) if k not in own}
+        suggest_batched(error, len(batch) if start.ndim == 2 else 1, shapes)
+        raise
     f, held, traced = _hoist(lambda z, *leaves: equation(z, *leaves).astype(z.dtype), sample)
     axes = (0, *(0 if k in per_sample else None for k in range(len(arrays))), *(None for _ in held))
     F, J = jax.vmap(f, axes), jax.vmap(jax.jacfwd(f), axes)
@@ -446,13 +456,13 @@ def _start(z0: Any) -> jax.Array:
         start = jnp.asarray(z0)
     except (TypeError, ValueError) as error:
         raise TypeError(f"z0 is a {type(z0).__name__}; expected one array, (n,) or (B, n)") from error
-    if start.ndim not in (1, 2) or start.dtype not in (np.float32, np.float64):
+    if start.ndim > 2 or start.dtype not in (np.float32, np.float64):
         raise TypeError(
-            f"z0 has shape {start.shape} and dtype {start.dtype}; expected (n,) or (B, n) of float32 or float64"
+            f"z0 has shape {start.shape} and dtype {start.dtype}; expected a number, (n,) or (B, n) of float32 or float64"
         )
     if not start.size:
         raise ValueError(f"z0 has shape {start.shape}; expected (n,) or (B, n), none of them 0")
-    return start
+    return jnp.asarray(start, start.dtype)  # numbers of Python have a weak type, which would change on the way
 
 
 def _argument(name: str, value: Any) -> jax.Array:
@@ -477,16 +487,22 @@ def _argument(name: str, value: Any) -> jax.Array:
 
 def _of_leaves(f: Callable[..., jax.Array], tree: Any) -> Callable[..., jax.Array]:
     """f as a function of z and the leaves of its arguments."""
-    return lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves))
+    return wraps(f)(lambda z, *leaves: f(z, *jax.tree.unflatten(tree, leaves)))  # JAX names the f of the user in errors
 
 
-def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array]) -> None:
-    """Errors unless f of z and the arguments of one sample is like z."""
+def _of_number(f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """f of a number, and of leaves, as a function of z (1,)."""
+    return wraps(f)(lambda z, *leaves: jax.tree.map(jnp.atleast_1d, f(z[0], *leaves)))
+
+
+def _check_value(f: Callable[..., jax.Array], sample: Sequence[jax.Array], number: bool) -> None:
+    """Errors unless f of z and the arguments of one sample is like z, or if z is a number, one, too."""
     z, found = sample[0], jax.eval_shape(f, *sample)
     if not isinstance(found, jax.ShapeDtypeStruct) or not jnp.issubdtype(found.dtype, np.floating):
         raise TypeError(f"f returned {found}; expected an array of {z.dtype}")
     if found.shape != z.shape:
-        raise ValueError(f"f returned an array of shape {found.shape}; expected {z.shape}, the shape of one z")
+        expected = "a number, as z is one" if number else f"{z.shape}, the shape of one z"
+        raise ValueError(f"f returned an array of shape {found.shape}; expected {expected}")
 
 
 def _hoist(

@@ -93,7 +93,9 @@ def choose(kind: type[Kind], value: object, argument: str) -> Kind:
         raise TypeError(
             f"{argument} is the class {value.__name__}; pass an object: {value.__name__}({', '.join(_required(value))})"
         )
-    raise TypeError(f"{argument} is {value!r}; expected one of {', '.join(_known(kind))}")
+    known = list(_known(kind))
+    expected = f"one of {', '.join(known)}" if len(known) > 1 else f"an object {known[0]}(...)"
+    raise TypeError(f"{argument} is {value!r}; expected {expected}")
 
 
 @lru_cache(maxsize=128)

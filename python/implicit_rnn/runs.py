@@ -12,9 +12,12 @@ import hashlib
 import json
 import os
 import re
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any
@@ -114,7 +117,7 @@ def run_many(
         _check_name(name)
         if not isinstance(arguments, Mapping):
             raise TypeError(f"tasks[{name!r}] is {arguments!r}; expected the arguments of the run by name, a dict")
-    store = None if folder is None else _Store(as_path(folder), describe_function(run), settings or {})
+    store = None if folder is None else _Store(as_path(folder, "folder"), describe_function(run), settings or {})
     results: dict[str, Any] = {}
     for name, arguments in tasks.items():
         if store and (kept := store.find(name, arguments)) is not None:
@@ -213,7 +216,7 @@ def _on_joblib(
     from joblib import Parallel, delayed
 
     settings: dict[str, Any] = {"n_jobs": jobs, "batch_size": 1, "pre_dispatch": "all", "max_nbytes": None}
-    attempts = [delayed(_attempt_in_worker)(run, name, arguments) for name, arguments in tasks.items()]
+    attempts = [delayed(_attempt_in_child)(os.getpid(), run, name, task) for name, task in tasks.items()]
     try:
         parallel, bunch = Parallel(return_as="generator_unordered", **settings), len(attempts)
     except ValueError:  # joblib's answer where the backend, such as Ray's, returns lists only
@@ -281,6 +284,24 @@ def _attempt_in_worker(
 ) -> tuple[str, Result | None, tuple[str, str] | None]:
     os.environ.update(dict.fromkeys(THREADS, "1"))
     return _attempt(run, name, arguments, (Exception, SystemExit))  # an exit ends only this run
+
+
+def _attempt_in_child(parent: int, *attempt: Any) -> tuple[str, Result | None, tuple[str, str] | None]:
+    if os.getppid() == parent:  # else a backend has started the worker, which looks after it
+        _end_with(parent)
+    return _attempt_in_worker(*attempt)
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """End this process when its parent has ended, which may not have had the time to say so."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_name(name: object) -> None:

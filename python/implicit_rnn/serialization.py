@@ -89,10 +89,12 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
 
     source = as_path(path)
     if not source.is_file():
-        raise FileNotFoundError(f"no model file {source}")
+        raise FileNotFoundError(f"no model file {source}{', which is a folder' * source.is_dir()}")
     tensors, metadata = read_tensors(source, ModelFileError)
     if metadata.get("format") != FORMAT:
-        raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}")
+        is_checkpoint = metadata.get("format", "").startswith(FORMAT)
+        hint = ": it is a checkpoint, from which fit(X, Y, resume=path) continues" * is_checkpoint
+        raise ModelFileError(f"{source} is a safetensors file, but not a model of {FORMAT}{hint}")
     version = metadata.get("format_version", "")
     if not re.fullmatch("[0-9]{1,9}", version) or int(version) > FORMAT_VERSION:
         raise ModelFileError(

@@ -300,7 +300,10 @@ class _ImplicitRNN(BaseEstimator, metaclass=ABCMeta):
     def _chosen_layers(self) -> list[int | Layer]:
         if not isinstance(self.layers, Iterable):
             raise TypeError(f"layers must be a sequence of sizes or Layer objects such as (32,), got {self.layers!r}")
-        return [Layer(int(layer), self.activation) if options.is_whole(layer) else layer for layer in self.layers]
+        return [  # of which Network refuses those that are none
+            Layer(int(layer), self.activation) if options.is_whole(layer) and layer > 0 else layer
+            for layer in self.layers
+        ]
 
     def _chosen_optimizer(self) -> Optimizer:
         """The optimiser, with the estimator's ``learning_rate`` and ``weight_decay`` if given."""
@@ -657,6 +660,10 @@ class ImplicitRNNClassifier(ClassifierMixin, _ImplicitRNN):
             return weights
         encoder = LabelEncoder().fit(y if known is None else known)
         labels = encoder.transform(y)
+        if not isinstance(self.class_weight, Mapping) and not self._balances:
+            raise ValueError(
+                f"class_weight is {self.class_weight!r}; expected a dict of the weights of classes, 'balanced' or None"
+            )
         if self._balances:
             totals = np.bincount(labels, weights)
             of_class = totals.sum() / (len(totals) * np.where(totals > 0, totals, np.inf))

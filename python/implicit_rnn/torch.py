@@ -7,7 +7,7 @@ equations in Julia code.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, get_args
 
 import numpy as np
@@ -405,7 +405,8 @@ def fixed_point(
         ``torch.func.vmap``; with ``vectorized`` it takes any number of samples at once, z (m, n) and batched arguments (m, ...).
         Or Julia code, ``implicit_rnn.julia(text)``.
     z0
-        The start: (n,), or (B, n) for a batch, float32 or float64; f is evaluated in this precision, even under ``autocast``.
+        The start: a tensor (n,), float32 or float64; without an axis for one unknown, in which case f is given such a tensor and
+        may return one; or (B, n) for a batch. f is evaluated in this precision, even under ``autocast``.
     args
         The further arguments of f: tensors and numbers.
     batched, solver, vectorized, scale, on_failure
@@ -675,7 +676,8 @@ def _solve(
         return _JuliaSolution.apply(solve_julia, device, z0, *floats)
 
     per_sample = positions(batched, argument_names(f, len(tensors)))
-    conditions = _Conditions(f, [k in per_sample for k in range(len(tensors))], vectorized, pose is equations.root)
+    one = f if vectorized or z0.ndim else _of_number(f)
+    conditions = _Conditions(one, [k in per_sample for k in range(len(tensors))], vectorized, pose is equations.root)
 
     def solve(start: np.ndarray, *arrays: np.ndarray) -> equations.ImplicitSolution:
         return pose(
@@ -688,7 +690,7 @@ def _solve(
             **settings,
         )
 
-    start = z0.reshape(-1, z0.shape[-1])
+    start = torch.atleast_2d(z0)
     solution = _Solution.apply(solve, conditions, start, *floats)
     _warn_of_lost_gradients(conditions, start, floats)
     return solution.reshape(z0.shape)
@@ -696,14 +698,29 @@ def _solve(
 
 def _check_start(z0: Tensor) -> None:
     if not isinstance(z0, Tensor):
-        raise TypeError(f"z0 is a {type(z0).__name__}; expected a tensor (n,) or (B, n) of float32 or float64")
+        raise TypeError(f"z0 is a {type(z0).__name__}; expected a tensor (), (n,) or (B, n) of float32 or float64")
     shape = tuple(z0.shape)
-    if z0.dtype not in (torch.float32, torch.float64) or z0.ndim not in (1, 2):
+    if z0.dtype not in (torch.float32, torch.float64) or z0.ndim > 2:
         raise TypeError(
-            f"z0 has shape {shape} and dtype {z0.dtype}; expected a tensor (n,) or (B, n) of float32 or float64"
+            f"z0 has shape {shape} and dtype {z0.dtype}; expected a tensor (), (n,) or (B, n) of float32 or float64"
         )
     if not z0.numel():
         raise ValueError(f"z0 has shape {shape}; expected (n,) or (B, n), none of them 0")
+
+
+def _of_number(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """f of a number as a function of z (1,)."""
+
+    @wraps(f)
+    def g(z: Tensor, *args: Tensor) -> Tensor:
+        value = f(z[0], *args)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
+        if value.shape not in ((), (1,)):
+            raise ValueError(f"f returned a tensor of shape {tuple(value.shape)}; expected a number, as z is one")
+        return value.reshape(1)
+
+    return g
 
 
 def _check_place(name: str, tensor: Tensor, device: str) -> None:
@@ -739,6 +756,7 @@ def _argument(name: str, value: Any) -> Tensor:
 def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
     """The function of tensors as a function of arrays, see ``_tensor``."""
 
+    @wraps(f)  # whose names of arguments messages give
     @torch.no_grad()
     @_IN_FULL()
     def g(*arrays: np.ndarray) -> np.ndarray:

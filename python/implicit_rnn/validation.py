@@ -84,8 +84,12 @@ def all_finite(array: np.ndarray) -> bool:
 def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what: str) -> None:
     """``ValueError`` unless the shape is (samples, columns), with at least one sample."""
     if len(shape) != 2:
-        remedy = f"one sample is {name}[None, :]" if columns > 1 else f"samples of one number are {name}[:, None]"
-        hint = f"; {remedy}" if len(shape) == 1 and columns in (1, shape[0]) else ""
+        one = (
+            "one sample is np.reshape({}, (1, -1))"
+            if columns > 1
+            else "samples of one number are np.reshape({}, (-1, 1))"
+        )
+        hint = f"; {one.format(name)}" if len(shape) == 1 and columns in (1, shape[0]) else ""
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns} {what}){hint}")
     if shape[1] != columns:
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns}): the network has {columns} {what}")
@@ -108,7 +112,7 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
     if array.ndim == 1 and outputs == 1 and len(array) == samples:
         raise ValueError(
             f"{name} has shape {array.shape}, but predictions have shape ({samples}, 1), and the difference of the two would "
-            f"broadcast to ({samples}, {samples}): pass {name}[:, None], or {name}.reshape(-1, 1)"
+            f"broadcast to ({samples}, {samples}): pass np.reshape({name}, (-1, 1))"
         )
     array = as_samples(name, array, outputs, dtype, "outputs")
     check_samples(name, array, samples)
@@ -119,7 +123,12 @@ def check_samples(name: str, array: np.ndarray, samples: int) -> None:
     """``ValueError`` unless the first axis has as many samples as X."""
     if array.ndim == 0 or array.shape[0] != samples:
         found = f"{array.shape[0]} samples" if array.ndim else "no axis"
-        raise ValueError(f"{name} has {found}, X has {samples}")
+        raise ValueError(f"{name} has {found}, {samples_of(name)} has {samples}")
+
+
+def samples_of(name: str) -> str:
+    """The argument with the samples to which another belongs."""
+    return "validation[0]" if name.startswith("validation[") else "X"
 
 
 def check_memory(name: str, samples: int, numbers: int, dtype: np.dtype) -> None:

@@ -67,6 +67,8 @@ def julia(text: str) -> JuliaFunction:
 def argument_names(f: Function, count: int) -> tuple[str, ...]:
     """The names of the arguments after z; ``ValueError`` if f does not take ``count`` of them."""
     names, least, most = _julia_parameters(f) if isinstance(f, JuliaFunction) else _python_parameters(f)
+    if most < 0:
+        raise ValueError("f takes no argument; expected a function of z, and of args where there are any")
     if not least <= count <= most:
         listed = f" ({', '.join(names)})" if names else ""
         number = least if count < least else most
@@ -102,7 +104,7 @@ def _python_parameters(f: Callable[..., Any]) -> tuple[tuple[str, ...], int, flo
     if type(f) is FunctionType and not f.__dict__:  # what its signature says, but faster
         code = f.__code__
         names = code.co_varnames[1 : code.co_argcount]
-        most = np.inf if code.co_flags & inspect.CO_VARARGS else len(names)
+        most = np.inf if code.co_flags & inspect.CO_VARARGS else code.co_argcount - 1
         return names, max(code.co_argcount - len(f.__defaults__ or ()) - 1, 0), most
     try:
         parameters = list(inspect.signature(f).parameters.values())

@@ -43,9 +43,7 @@ def pose(
     for index in sorted(per_sample):
         own = arrays[index].shape
         if len(shape) < 2:
-            raise ValueError(
-                f"batched has {names[index]!r}, but z0 of shape {start[0].shape} is one problem; a batch is (B, n)"
-            )
+            raise ValueError(f"batched has {names[index]!r}, but z0 of shape {shape} is one problem; a batch is (B, n)")
         if not own or own[0] != len(start):
             raise ValueError(
                 f"{names[index]} has shape {own}; expected ({len(start)}, ...), as z0 has {len(start)} samples"

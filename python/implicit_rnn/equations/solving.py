@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn import options
 from implicit_rnn.engines import check_device, check_engine, get_engine
-from implicit_rnn.engines.base import LARGE, Engine, Equation, JuliaFunction
+from implicit_rnn.engines.base import LARGE, Engine, JuliaFunction
 from implicit_rnn.equations.functions import Function
 from implicit_rnn.equations.posing import pose
 from implicit_rnn.equations.solution import ImplicitSolution
@@ -192,7 +192,12 @@ def _solve(
     try:
         solution = ImplicitSolution.found_by(chosen, equation, compiled)
     except Exception as error:
-        _suggest_batched(error, equation)
+        arguments = zip(equation.names, equation.args, equation.batched, strict=True)
+        suggest_batched(
+            error, 0 if equation.single else equation.samples, {n: x.shape for n, x, own in arguments if not own}
+        )
+        if isinstance(f, JuliaFunction):
+            _suggest_julia(error)
         raise
     seconds = time.perf_counter() - begin
     if seconds > LONG and not (vectorized or equation.single or isinstance(f, JuliaFunction)):
@@ -254,22 +259,40 @@ def _engine(f: Function, engine: str) -> Engine:
     return get_engine("julia")
 
 
-def _suggest_batched(error: Exception, equation: Equation) -> None:
-    """Say at an error about shapes which arguments look as if they belonged to the samples and were not named in batched."""
+def suggest_batched(error: Exception, samples: int, shared: Mapping[str, tuple[int, ...]]) -> None:
+    """Say at an error about shapes which arguments look as if they belonged to the samples and were not named in batched.
+
+    ``samples`` is less than 2 where there is no batch, and ``shared`` are the shapes of the arguments that it shares.
+    """
     if (
-        equation.single
+        samples < 2
         or len(error.args) != 1
         or not re.search("shape|size|dimension|broadcast", str(error), re.IGNORECASE)
     ):
         return
-    arguments = zip(equation.names, equation.args, equation.batched, strict=True)
-    names = [name for name, array, own in arguments if not own and array.shape[:1] == (equation.samples,)]
-    if names:
+    if names := [name for name, shape in shared.items() if shape[:1] == (samples,)]:
         text, those = str(error).rstrip(" ."), " and ".join(names)
         error.args = (
-            f"{text}. If the {equation.samples} rows of {those} belong to the samples, as those of z0 do, name {those} in "
-            "batched",
+            f"{text}. If the {samples} rows of {those} belong to the samples, as those of z0 do, name {those} in batched",
         )
+
+
+_OF_PYTHON = (
+    (
+        r"MethodError: no method matching [^(]*\(.*::(Vector|Matrix|Array)",
+        "a dot makes an operation one of each entry, as in z .^ 2 or sin.(z)",
+    ),
+    (r"BoundsError.* at index \[0", "indices count from 1"),
+    ("UndefVarError", "f knows its arguments, Julia and its LinearAlgebra; pass other values in args"),
+)
+"""What newcomers to Julia write as in Python, by the error that it leads to, and the remedy."""
+
+
+def _suggest_julia(error: Exception) -> None:
+    """Say at an error in Julia code how Julia says what a user of Python may mean."""
+    for pattern, remedy in _OF_PYTHON:
+        if isinstance(error, EngineError) and re.search(pattern, str(error)):
+            error.args = (f"{error}; {remedy}", *error.args[1:])
 
 
 def _report(on_failure: str, failure: str, solution: ImplicitSolution, solver: Solver) -> None:

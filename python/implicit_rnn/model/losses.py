@@ -17,7 +17,15 @@ from numpy.typing import ArrayLike
 
 from implicit_rnn.errors import without_underflow
 from implicit_rnn.options import Option, check_positive
-from implicit_rnn.validation import as_array, as_real, as_targets, check_finite, check_samples, refuse_masked_or_sparse
+from implicit_rnn.validation import (
+    as_array,
+    as_real,
+    as_targets,
+    check_finite,
+    check_samples,
+    refuse_masked_or_sparse,
+    samples_of,
+)
 
 Array = np.ndarray
 
@@ -417,7 +425,7 @@ def _one_hot(name: str, labels: Array, samples: int, classes: int, dtype: np.dty
             f"classes, labels = np.unique({name}, return_inverse=True) makes such labels, and classes[k] is the name of label k"
         )
     if len(labels) != samples:
-        raise ValueError(f"{name} has {len(labels)} samples, X has {samples}")
+        raise ValueError(f"{name} has {len(labels)} samples, {samples_of(name)} has {samples}")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
             f"{name} has labels from {labels.min()} to {labels.max()}; with {classes} outputs they must lie from 0 to "

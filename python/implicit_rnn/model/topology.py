@@ -134,13 +134,15 @@ class Topology:
         for a, b in forward:
             if not 0 <= a < b - 1 < len(stack) - 1:
                 raise ValueError(
-                    f"skips has {(a, b)}; expected pairs (earlier, later) of layers that are not neighbours"
+                    f"skips has {(a, b)}; expected pairs (earlier, later) of the layers 0 to {len(stack) - 1} that are not "
+                    "neighbours"
                 )
         seeing = "layers that see the input, such as (2,)"
         listed = _listed("input_skips", input_skips, seeing)
         extra = tuple(sorted({_whole("input_skips", layer, seeing) for layer in listed}))
         if any(not 1 <= layer < len(stack) for layer in extra):
-            raise ValueError(f"input_skips is {extra}; expected layers from 1 to {len(stack) - 1}")
+            expected = f"layers from 1 to {len(stack) - 1}" if len(stack) > 1 else "none, as layer 0 is the only one"
+            raise ValueError(f"input_skips is {extra}; expected {expected}: layer 0 sees the input in any case")
         neurons = sum(layer.neurons for layer in stack)
         return cls(int(inputs), stack, pairs_back, forward, extra, _as_outputs(outputs, neurons), constraint)
 
@@ -330,8 +332,10 @@ class Topology:
 def _as_layer(layer: Layer | int) -> Layer:
     if isinstance(layer, Layer):
         return layer
-    if is_whole(layer):
+    if is_whole(layer) and layer > 0:
         return Layer(int(layer))
+    if is_whole(layer):
+        raise ValueError(f"layers has {layer}; expected numbers of neurons from 1")
     raise TypeError(f"layers has {layer!r}; expected a Layer or a number of neurons")
 
 

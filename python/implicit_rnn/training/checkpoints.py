@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from safetensors.numpy import save
 
+from implicit_rnn import serialization
 from implicit_rnn.errors import CheckpointError, warn
 from implicit_rnn.files import as_path, read_tensors, remove_leftovers, write_atomically
 from implicit_rnn.options import Option, check_count, check_positive
@@ -101,10 +102,12 @@ def read(path: Path) -> Snapshot:
     Raises ``FileNotFoundError``, and ``CheckpointError`` for a file that is not a checkpoint or is damaged.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint {path}")
+        raise FileNotFoundError(f"no checkpoint {path}{', which is a folder' * path.is_dir()}")
     arrays, texts = read_tensors(path, CheckpointError)
     if texts.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint")
+        is_model = texts.get("format") == serialization.FORMAT
+        hint = ": it is a model that Network.save wrote; fit(X, Y, checkpoint=path) writes checkpoints" * is_model
+        raise CheckpointError(f"{path} is a safetensors file, but not a checkpoint{hint}")
     if texts.get("format_version") != str(FORMAT_VERSION):
         raise CheckpointError(
             f"{path} has format version {texts.get('format_version')}; this version of implicit-rnn reads {FORMAT_VERSION}"

@@ -18,7 +18,7 @@ from implicit_rnn.files import as_path
 from implicit_rnn.model.guard import Guard
 from implicit_rnn.model.losses import CustomLoss, Loss, LossLike, as_weights
 from implicit_rnn.model.optimizers import Adam, OptimizerLike
-from implicit_rnn.options import OnFailure
+from implicit_rnn.options import OnFailure, Option
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, SolverLike
 from implicit_rnn.training.checkpoints import Checkpoint, read
 from implicit_rnn.training.history import Run
@@ -206,9 +206,14 @@ def _check_nets(nets: Sequence[Network]) -> None:
         raise ValueError("nets is empty")
     if len(set(map(id, nets))) < len(nets):
         raise ValueError("nets has the same Network twice; expected one for each training, such as copy.deepcopy(net)")
-    kinds = [(net.topology, net.dtype, net.engine, net.device) for net in nets]
-    if any(kind != kinds[0] for kind in kinds):
-        raise ValueError("all nets of one call must have the same topology, dtype, engine and device")
+    for k, net in enumerate(nets):
+        for name in ("topology", "dtype", "engine", "device"):
+            if getattr(net, name) != getattr(nets[0], name):
+                one, other = (each if name == "topology" else getattr(each, name) for each in (nets[0], net))
+                raise ValueError(
+                    "all nets of one call must have the same topology, dtype, engine and device, but the "
+                    f"{name} of nets[0] and nets[{k}] differ: {one} and {other}"
+                )
     refuse_nets_in_training(nets)  # here already, since resuming writes to them before they are trained
     if not all(net.parameters.flags.writeable for net in nets):
         raise ValueError(
@@ -219,7 +224,10 @@ def _check_nets(nets: Sequence[Network]) -> None:
 def _held_out(net: Network, loss: Loss, validation: tuple[ArrayLike, ...]) -> Samples:
     """The samples of ``validation``, in host memory, where their loss is evaluated."""
     if not isinstance(validation, tuple | list) or len(validation) not in (2, 3):
-        raise TypeError("validation must be a tuple of samples, targets and optionally their weights")
+        came = (
+            f"{len(validation)} of them" if isinstance(validation, tuple | list) else f"a {type(validation).__name__}"
+        )
+        raise TypeError(f"validation must be a tuple of samples, targets and optionally their weights, got {came}")
     arrays = [to_host(f"validation[{k}]", array, net.dtype, net.device) for k, array in enumerate(validation)]
     X, Y, weights = (*arrays, None)[:3]
     x = as_samples("validation[0]", X, net.topology.inputs, net.dtype, "features", net.topology.neurons)
@@ -239,14 +247,14 @@ def _checkpoint(checkpoint: Checkpoint | str | os.PathLike[str] | None) -> Check
     if checkpoint is None or isinstance(checkpoint, Checkpoint):
         return checkpoint
     if isinstance(checkpoint, str | os.PathLike):
-        return Checkpoint(checkpoint)
+        return Checkpoint(as_path(checkpoint, "checkpoint"))
     raise TypeError(f"checkpoint must be a path or a Checkpoint, got {checkpoint!r}")
 
 
 def _resume(training: Training, resume: str | os.PathLike[str] | Run | Sequence[Run]) -> None:
     epochs = training.settings.epochs
     if isinstance(resume, str | os.PathLike):
-        path = as_path(resume)
+        path = as_path(resume, "resume")
         read(path).restore(training, str(path), epochs)
         return
     runs = [resume] if isinstance(resume, Run) else resume
@@ -276,9 +284,18 @@ def with_settings_of(many: Many[P]) -> Callable[[Callable[..., Run]], One[P]]:
 
     def decorate(one: Callable[..., Run]) -> One[P]:
         names = [setting.name for setting in settings[2:]]
+        homes = {s.name: s.default for s in settings if isinstance(s.default, Option)}
+        homes["early_stopping"] = EarlyStopping()
 
         @wraps(one)
         def fit(net: Network, *data: Any, **given: Any) -> Run:
+            for name in sorted(given.keys() - names):
+                option = "learning_rate" if name == "lr" else name
+                if place := next((place for place, home in homes.items() if option in home.options()), None):
+                    raise TypeError(
+                        f"{one.__name__} has no setting {name}, which is an option of {place}: pass "
+                        f"{place}={homes[place].name}({option}=...)"
+                    )
             options.check_names(one.__name__, "setting", given.keys() - {"X", "Y"}, names)
             return one(net, *data, **given)
 

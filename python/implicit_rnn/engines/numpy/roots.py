@@ -21,6 +21,8 @@ EQUAL_TERMS = 1e8
 """Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."""
 _LEFT_OF_CONDITIONS = 0.5
 """What is left of ‖c‖ behind a step to a root, at most."""
+_POWELL = ((100.0, True), (1.0, True), (1.0, False), (0.1, True))
+"""The attempts by Powell's method: the ``factor`` of MINPACK, its first trust region, and whether it scales the unknowns."""
 
 
 def newton_limit(solver: Solver) -> int:
@@ -43,24 +45,31 @@ class Root:
         samples = np.arange(len(start))
         first = newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = _Newton(self, start, samples, np.zeros(len(start)), first).run()
-        for k in np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else ():
-            one = slice(k, k + 1)
-            for factor, scaled in ((100.0, True), (1.0, True), (1.0, False), (0.1, True)):
-                if evaluations[k] >= self.limit:
-                    break
-                z, used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
+        left = np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else samples[:0]
+
+        def keep(newton: _Newton, last: bool = False) -> Array:
+            """Keep what has converged, or the ``last`` there is; returns the samples that go on."""
+            rows, found = newton.rows, newton.run()
+            ended = (found[1] == CONVERGED) | last
+            for kept, part in zip((Z, status, residual, rate), (*found[:2], *found[3:]), strict=True):
+                kept[rows[ended]] = part[ended]
+            evaluations[rows] = found[2]
+            return rows[~ended & (evaluations[rows] < self.limit)]
+
+        left = left[evaluations[left] < self.limit]
+        for attempt, (factor, scaled) in enumerate(_POWELL):
+            if not len(left):
+                break
+            near = start[left]
+            for z, k in zip(near, left, strict=True):
+                z[:], used = self.powell(start[k], int(k), self.limit - int(evaluations[k]), factor, scaled)
                 evaluations[k] += used
-                found = _Newton(self, z[None], samples[one], evaluations[one], self.limit, start[one] - z).run()
-                if factor == 100 and found[1][0] != CONVERGED and found[2][0] < self.limit:
-                    # Whole Newton steps leave the local minima of ‖f‖, where everything else ends.
-                    limit = min(self.limit, int(found[2][0]) + max(self.limit // 10, 60))
-                    found = _Newton(self, start[one], samples[one], found[2], limit, whole=True).run()
-                if found[1][0] == CONVERGED or factor == 0.1:
-                    Z[one], status[one], evaluations[one], residual[one], rate[one] = found
-                    if status[k] == CONVERGED:
-                        break
-                else:
-                    evaluations[one] = found[2]
+            newton = _Newton(self, near, left, evaluations[left], self.limit, start[left] - near)
+            left = keep(newton, last=attempt == len(_POWELL) - 1)
+            if attempt == 0 and len(left):
+                # Whole Newton steps leave the local minima of ‖f‖, where everything else ends.
+                limits = np.minimum(self.limit, evaluations[left] + max(self.limit // 10, 60))
+                left = keep(_Newton(self, start[left], left, evaluations[left], limits, whole=True))
         outcome.merge(samples, status, evaluations, residual, rate)
         return Z
 
@@ -153,13 +162,14 @@ class _Newton:
         start: Array,
         rows: Array,
         used: Array,
-        limit: int,
+        limit: int | Array,
         back: Array | None = None,
         *,
         whole: bool = False,
     ) -> None:
         count, self.whole = len(rows), whole
-        self.f, self.sizes, self.rows, self.limit = root.f, root.sizes, rows, limit
+        self.f, self.sizes, self.rows = root.f, root.sizes, rows
+        self.limit = np.broadcast_to(limit, count)
         self.Z, self.F = start.copy(), np.full_like(start, np.nan)
         self.weights = np.ones(start.shape)
         self.back = np.zeros_like(start) if back is None else back
@@ -195,7 +205,7 @@ class _Newton:
         self.sizes.record(size, rows)
         length = np.where(exists, self.sizes(np.where(exists[:, None], step, 0)), np.where(merit == 0, 0, np.inf))
         rate = np.where(np.isfinite(last), length / np.where(last > 0, last, 1), 0)
-        spent = self.evaluations[going] >= self.limit
+        spent = self.evaluations[going] >= self.limit[going]
         broken = ~(np.isfinite(merit) & np.isfinite(size))
         done = self.sizes.near(length, size, rows, rate) & ~broken
         return _Steps(going, rows, z, c, step, terms, exists, merit, length, size, rate, spent, broken, done)
@@ -209,9 +219,16 @@ class _Newton:
         self.last[s.going] = np.where(doubtful & ~s.done, np.inf, s.length)
 
     def doubt_faded(self, s: _Steps) -> None:
-        """A condition that has faded away, as exp(-z) does, is zero with all its derivatives."""
+        """A condition that has faded away, as exp(-z) does, is zero with all its derivatives and all around; |z| at 0 is not."""
         if (ended := ~s.exists & s.done & (self.evaluations[s.going] > 1)).any() and not self.f.is_large:
-            s.done[ended] = (self.f.conditions_jacobian(s.z[ended], s.rows[ended]) != 0).any(axis=2).all(axis=1)
+            z, rows, going = s.z[ended], s.rows[ended], s.going[ended]
+            way = z.dtype.type(BACKSTEP) * self.back[going]
+            around = np.stack([self.f.conditions(z + way, rows), self.f.conditions(z - way, rows)])
+            merits = np.stack([scaled_norm(c * self.weights[going]) for c in around])
+            expected = BACKSTEP * self.last_merit[going]
+            responds = ((expected <= RESPONSE * merits) & (merits <= RESPONSE * expected)).all(axis=0)
+            kinked = (around != 0).all(axis=0) & responds[:, None]
+            s.done[ended] = (kinked | (self.f.conditions_jacobian(z, rows) != 0).any(axis=2)).all(axis=1)
 
     def doubt_poles(self, s: _Steps) -> Array:
         """Poles, from which steps lead away: ‖c‖ has not shrunk on the way there. Returns which were doubted."""
@@ -278,7 +295,7 @@ class _Newton:
         base, t, better = self.Z[going].copy(), 1.0, np.zeros(len(going), bool)
         merit = scaled_norm(self.F[going] * self.weights[going])
         while t >= SMALLEST_ROOT_STEP:
-            trying = np.flatnonzero(~better & (self.evaluations[going] < self.limit))
+            trying = np.flatnonzero(~better & (self.evaluations[going] < self.limit[going]))
             if not len(trying):
                 break
             at = going[trying]
@@ -290,7 +307,7 @@ class _Newton:
             self.Z[at[good]], self.F[at[good]] = z[good], c[good]
             better[trying[good]] = True
             t /= 2
-        self.status[going[~better & (self.evaluations[going] < self.limit)]] = SINGULAR
+        self.status[going[~better & (self.evaluations[going] < self.limit[going])]] = SINGULAR
         return going[better]
 
     def responds(self, Z: Array, back: Array, rows: Array, C: Array) -> Array:

@@ -16,7 +16,7 @@ import numpy as np
 from implicit_rnn.experiments.pendulum import units as kinds
 from implicit_rnn.experiments.pendulum.oscillation import rough_period
 from implicit_rnn.experiments.pendulum.positions import angles_about_the_pivot
-from implicit_rnn.experiments.pendulum.table import SEPARATORS, Table, read_table
+from implicit_rnn.experiments.pendulum.table import DAY, SEPARATORS, Table, read_table
 from implicit_rnn.experiments.pendulum.units import ANGLE, FRAME, OTHER, TIME, UNITS, VELOCITY, Heading, heading
 
 Array = np.ndarray
@@ -87,7 +87,8 @@ def read(
     values, quantity, unit, size = _swing(table, headings, swing_columns, given)
     times, time_unit, time_size, source = _times(table, time_column, headings, given)
     there = np.isfinite(times) & np.isfinite(values)
-    times, values, lines = _in_order(table, times[there], values[there], table.lines[there], source)
+    times, values, lines = times[there], values[there], table.lines[there]
+    times, values, lines = _in_order(table, _past_midnight(times, time_size), values, lines, source)
     if np.ptp(values) <= 1e-12 * np.abs(values).max():
         raise ValueError(f"{table.file}: {swing} is {values[0]:g} in every row; expected the swing of a pendulum")
     assumed = False
@@ -132,6 +133,10 @@ def _columns(
             )
         if len(found) > 1:
             return found[0], tuple(found[1:])
+        if headings[found[0]].quantity == TIME:
+            raise ValueError(
+                f"--columns {wanted[0]} names the time alone; expected that of the angle, too: --columns TIME,ANGLE"
+            )
         time = None if fps is not None else _time_column(table, headings, None, found[0])
         return time, (found[0],)
     time = _time_column(table, headings, fps, None)
@@ -384,6 +389,20 @@ def _guessed_time_unit(table: Table, times: Array, values: Array, source: str) -
 
 
 # --- rows ----------------------------------------------------------------------------------------------------
+
+
+def _past_midnight(times: Array, size: float | None) -> Array:
+    """Times counted from midnight run on where the record passes it, at about the pace of the others; all others are kept."""
+    for second in (1.0, 1e3, 1e6, 1e9) if size is None else (1 / size,):
+        day = DAY * second
+        jumps = np.abs(np.diff(times)) > day / 2
+        if jumps.sum() == 1 and len(jumps) > 1 and ((times >= 0) & (times < day)).all():
+            whole = np.unwrap(times, period=day)
+            steps = np.diff(whole)
+            ordered = (steps >= 0).all() or (steps <= 0).all()
+            if ordered and np.abs(steps[jumps]).max() <= 2 * np.abs(steps[~jumps]).max():
+                return whole
+    return times
 
 
 def _in_order(table: Table, times: Array, values: Array, lines: Array, source: str) -> tuple[Array, Array, Array]:

@@ -43,7 +43,8 @@ _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+\.\d+")
 _CLOCK = re.compile(
     r"(?:\S+[T ]\s*)?(?:(\d{1,2}):)?(\d{1,2}):(\d{1,2}(?:\.\d*)?)(?: ?([AaPp])\.?[Mm]\.?|Z|[+-]\d{2}:?\d{2})?"
 )
-_DAY = 86400.0
+DAY = 86400.0
+"""Seconds."""
 _SAMPLE = 400
 """Lines by which the layout is judged."""
 _SHARE = 0.1
@@ -102,7 +103,7 @@ class Table:
             units.add(number[1])
         if any(":" in cells[column] for cells in self.cells):
             there = np.isfinite(values)
-            values[there] = np.unwrap(values[there], period=_DAY)
+            values[there] = np.unwrap(values[there], period=DAY)
         return values, max(units, default="")
 
 
