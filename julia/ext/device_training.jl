@@ -18,16 +18,6 @@ end
 
 ImplicitRNN.euclidean_norm(x::AbstractGPUArray{T, 1}) where {T <: BlasFloat} = norm(x)
 
-# As on the CPU.
-function ImplicitRNN.adam_step!(step, rule, (m, v, powers)::AdamState{T, <:AbstractGPUArray{T}}, p, g) where {T}
-    η, ε, (β1, β2), (c1, c2), largest = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers, largest_slope(T)
-    g .= clamp.(g, -largest, largest)
-    m .= without_subnormals.(β1 .* m .+ (1 - β1) .* g)
-    v .= without_subnormals.(β2 .* v .+ (1 - β2) .* abs2.(g))
-    p .= step.(p, m ./ c1 ./ (sqrt.(v ./ c2) .+ ε), η)
-    return m, v, without_subnormals.(powers .* (β1, β2))
-end
-
 ImplicitRNN.flatten!(numbers, x::AbstractGPUArray) = append!(numbers, on_host(x))
 function ImplicitRNN.refill(x::AbstractGPUArray, numbers, position)
     copyto!(x, convert(Array{eltype(x)}, numbers[position[] .+ (1:length(x))]))

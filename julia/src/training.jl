@@ -321,8 +321,7 @@ function descend!(rule::Optimisers.AbstractRule, state, p, g)
     return state
 end
 
-# The same to the last bit for Adam, except subnormal averages, which are zero here. `sqrt` checks for negative numbers, which
-# prevents the loops of Optimisers.jl from being vectorised.
+# The same to the last bit for Adam, except subnormal averages, which are zero here.
 const AdamState{T, V <: AbstractVector{T}} = Tuple{V, V, NTuple{2, T}}
 
 descend!(rule::Optimisers.Adam, state::AdamState{T}, p::AbstractVector{T}, g::AbstractVector{T}) where {T <: BlasFloat} =
@@ -345,9 +344,18 @@ end
 "Larger slopes count as this: an infinite average of squares would freeze a parameter for ever."
 largest_slope(::Type{T}) where {T} = sqrt(floatmax(T)) / 2
 
-function adam_step!(step::S, rule, (m, v, powers)::AdamState{T, Vector{T}}, p, g) where {S, T}
-    η, ε, (β1, β2), (c1, c2) = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers
-    largest = largest_slope(T)
+function adam_step!(step::S, rule, (m, v, powers)::AdamState{T}, p, g) where {S, T}
+    η, ε, (β1, β2), (c1, c2), largest = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers, largest_slope(T)
+    g .= clamp.(g, -largest, largest)
+    m .= without_subnormals.(β1 .* m .+ (1 - β1) .* g)
+    v .= without_subnormals.(β2 .* v .+ (1 - β2) .* abs2.(g))
+    p .= step.(p, m ./ c1 ./ (sqrt.(v ./ c2) .+ ε), η)
+    return m, v, without_subnormals.(powers .* (β1, β2))
+end
+
+# `sqrt` checks for negative numbers, which prevents loops from being vectorised, as those of Optimisers.jl.
+function adam_step!(step::S, rule, (m, v, powers)::AdamState{T, Vector{T}}, p::StridedVector{T}, g::Vector{T}) where {S, T}
+    η, ε, (β1, β2), (c1, c2), largest = T(rule.eta), T(rule.epsilon), T.(rule.beta), 1 .- powers, largest_slope(T)
     @inbounds @simd ivdep for i in eachindex(p, g, m, v)
         slope = clamp(g[i], -largest, largest)
         m[i] = without_subnormals(β1 * m[i] + (1 - β1) * slope)
