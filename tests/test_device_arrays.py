@@ -291,7 +291,7 @@ def test_bad_arrays_of_the_device_are_refused_as_others_are(nets, X, Y):
         device.loss_and_gradient(OnCard(X), OnCard(Y), sample_weights=OnCard(np.ones(11)))
     with pytest.raises(TypeError, match=r"validation\[0\] has dtype float32, the network float64.*convert it there"):
         device.fit(X, Y, validation=(OnCard(X.astype(np.float32)), Y), epochs=1, progress=False)
-    with pytest.raises(ValueError, match=r"validation\[1\] has 11 samples, X has 12"):
+    with pytest.raises(ValueError, match=r"validation\[1\] has 11 samples, validation\[0\] has 12"):
         device.fit(X, Y, validation=(OnCard(X), ByDLPack(Y[:11].copy())), epochs=1, progress=False)
     with pytest.raises(TypeError, match=r"Y has dtype float32, the network float64.*convert it there"):
         device.loss_and_gradient(X, OnCard(Y.astype(np.float32)), loss=irnn.CustomLoss(squared))
