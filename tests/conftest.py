@@ -261,6 +261,18 @@ def net(engine: str) -> irnn.Network:
     return make_net(engine)
 
 
+OF_A_NUMBER = pytest.mark.parametrize(
+    "f",
+    [
+        lambda z, a: z**3 + z - a,
+        lambda z, a: (z**3 + z - a)[None],
+        pytest.param(irnn.julia("(z, a) -> z.^3 .+ z .- a"), marks=pytest.mark.julia),
+    ],
+    ids=["number", "one entry", "julia"],
+)
+"""Tests of an equation of one number in another library: z³ + z = a, by functions of a number and in Julia code."""
+
+
 def make_net(engine: str | None, activation: str = "tanh", neurons: int = 5, **settings: object) -> irnn.Network:
     """A net of one layer for the data above, with nonzero scales and biases."""
     settings = {"outputs": 2, "seed": 7} | settings

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_net, make_oscillating, make_overflowing
+from conftest import OF_A_NUMBER, make_net, make_oscillating, make_overflowing
 
 import implicit_rnn as irnn
 
@@ -251,15 +251,7 @@ def test_fixed_point_of_each_sample_with_and_without_jit(solver):
 
 
 @pytest.mark.parametrize("wrap", [lambda function: function, jax.jit])
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda z, a: z**3 + z - a,
-        lambda z, a: (z**3 + z - a)[None],
-        pytest.param(irnn.julia("(z, a) -> z.^3 .+ z .- a"), marks=pytest.mark.julia),
-    ],
-    ids=["number", "one entry", "julia"],
-)
+@OF_A_NUMBER
 def test_one_unknown_may_be_a_number(f, wrap):
     def z(a, start=1.0):
         return door.root(f, start, args=(a,))

@@ -7,7 +7,7 @@ import io
 
 import numpy as np
 import pytest
-from conftest import make_net, make_oscillating, make_overflowing
+from conftest import OF_A_NUMBER, make_net, make_oscillating, make_overflowing
 
 import implicit_rnn as irnn
 
@@ -628,15 +628,7 @@ def test_bad_equations_are_refused_by_name():
         root(lambda z, a: z - a, z0, args=(torch.zeros(2).to_sparse(),))
 
 
-@pytest.mark.parametrize(
-    "f",
-    [
-        lambda z, a: z**3 + z - a,
-        lambda z, a: (z**3 + z - a)[None],
-        pytest.param(irnn.julia("(z, a) -> z.^3 .+ z .- a"), marks=pytest.mark.julia),
-    ],
-    ids=["number", "one entry", "julia"],
-)
+@OF_A_NUMBER
 def test_one_unknown_may_be_a_number(f):
     a = torch.tensor(2.5, dtype=torch.float64, requires_grad=True)
     z = root(f, torch.tensor(1.0, dtype=torch.float64), args=(a,))

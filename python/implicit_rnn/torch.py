@@ -713,9 +713,7 @@ def _of_number(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @wraps(f)
     def g(z: Tensor, *args: Tensor) -> Tensor:
-        value = f(z[0], *args)
-        if not isinstance(value, Tensor):
-            raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
+        value = _returned(f(z[0], *args))
         if value.shape not in ((), (1,)):
             raise ValueError(f"f returned a tensor of shape {tuple(value.shape)}; expected a number, as z is one")
         return value.reshape(1)
@@ -760,9 +758,13 @@ def _on_arrays(f: Callable[..., Tensor]) -> Callable[..., np.ndarray]:
     @torch.no_grad()
     @_IN_FULL()
     def g(*arrays: np.ndarray) -> np.ndarray:
-        value = f(*map(_tensor, arrays))
-        if not isinstance(value, Tensor):
-            raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
-        return value.resolve_neg().numpy()
+        return _returned(f(*map(_tensor, arrays))).resolve_neg().numpy()
 
     return g
+
+
+def _returned(value: object) -> Tensor:
+    """What f returned, which must be a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"f returned a {type(value).__name__}; expected a tensor")
+    return value

@@ -84,12 +84,9 @@ def all_finite(array: np.ndarray) -> bool:
 def check_shape_of_samples(name: str, shape: tuple[int, ...], columns: int, what: str) -> None:
     """``ValueError`` unless the shape is (samples, columns), with at least one sample."""
     if len(shape) != 2:
-        one = (
-            "one sample is np.reshape({}, (1, -1))"
-            if columns > 1
-            else "samples of one number are np.reshape({}, (-1, 1))"
-        )
-        hint = f"; {one.format(name)}" if len(shape) == 1 and columns in (1, shape[0]) else ""
+        what_fits, shaped = ("one sample is", (1, -1)) if columns > 1 else ("samples of one number are", (-1, 1))
+        fits = len(shape) == 1 and columns in (1, shape[0])
+        hint = f"; {what_fits} np.reshape({name}, {shaped})" if fits else ""
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns} {what}){hint}")
     if shape[1] != columns:
         raise ValueError(f"{name} has shape {shape}; expected (samples, {columns}): the network has {columns} {what}")
@@ -120,7 +117,7 @@ def as_targets(name: str, value: ArrayLike, samples: int, outputs: int, dtype: n
 
 
 def check_samples(name: str, array: np.ndarray, samples: int) -> None:
-    """``ValueError`` unless the first axis has as many samples as X."""
+    """``ValueError`` unless the first axis has that many samples, those of X or of the validation."""
     if array.ndim == 0 or array.shape[0] != samples:
         found = f"{array.shape[0]} samples" if array.ndim else "no axis"
         raise ValueError(f"{name} has {found}, {samples_of(name)} has {samples}")

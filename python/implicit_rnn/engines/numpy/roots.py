@@ -21,6 +21,8 @@ EQUAL_TERMS = 1e8
 """Conditions whose terms differ less at the start count alike in ‖c‖, as long as that leads on."""
 _LEFT_OF_CONDITIONS = 0.5
 """What is left of ‖c‖ behind a step to a root, at most."""
+_LEAST_ATTEMPT = 60
+"""Evaluations that an attempt may use, whatever its share."""
 _POWELL = ((100.0, True), (1.0, True), (1.0, False), (0.1, True))
 """The attempts by Powell's method: the ``factor`` of MINPACK, its first trust region, and whether it scales the unknowns."""
 
@@ -28,7 +30,7 @@ _POWELL = ((100.0, True), (1.0, True), (1.0, False), (0.1, True))
 def newton_limit(solver: Solver) -> int:
     """Evaluations of the first attempt at a root, which leaves some for the next."""
     limit = int(solver.max_iterations)
-    return max(limit // 5, min(limit, 60)) if isinstance(solver, Auto) else limit
+    return max(limit // 5, min(limit, _LEAST_ATTEMPT)) if isinstance(solver, Auto) else limit
 
 
 class Root:
@@ -45,7 +47,6 @@ class Root:
         samples = np.arange(len(start))
         first = newton_limit(self.solver) if self.hybrid else self.limit
         Z, status, evaluations, residual, rate = _Newton(self, start, samples, np.zeros(len(start)), first).run()
-        left = np.flatnonzero((status == SINGULAR) | (status == MAX_ITERATIONS)) if self.hybrid else samples[:0]
 
         def keep(newton: _Newton, last: bool = False) -> Array:
             """Keep what has converged, or the ``last`` there is; returns the samples that go on."""
@@ -56,7 +57,8 @@ class Root:
             evaluations[rows] = found[2]
             return rows[~ended & (evaluations[rows] < self.limit)]
 
-        left = left[evaluations[left] < self.limit]
+        unsolved = ((status == SINGULAR) | (status == MAX_ITERATIONS)) & (evaluations < self.limit)
+        left = np.flatnonzero(unsolved & self.hybrid)
         for attempt, (factor, scaled) in enumerate(_POWELL):
             if not len(left):
                 break
@@ -68,7 +70,7 @@ class Root:
             left = keep(newton, last=attempt == len(_POWELL) - 1)
             if attempt == 0 and len(left):
                 # Whole Newton steps leave the local minima of ‖f‖, where everything else ends.
-                limits = np.minimum(self.limit, evaluations[left] + max(self.limit // 10, 60))
+                limits = np.minimum(self.limit, evaluations[left] + max(self.limit // 10, _LEAST_ATTEMPT))
                 left = keep(_Newton(self, start[left], left, evaluations[left], limits, whole=True))
         outcome.merge(samples, status, evaluations, residual, rate)
         return Z
