@@ -28,19 +28,19 @@ using KernelAbstractions
 using KernelAbstractions: Adapt, Backend
 using LinearAlgebra: BlasFloat, I, issuccess, lu!, mul!, norm
 
-include("device_kernels.jl")
-include("device_weights.jl")
-include("device_workspace.jl")
-include("device_fused.jl")
-include("device_lu.jl")
-include("device_solvers.jl")
-include("device_passes.jl")
-include("device_gradient.jl")
-include("device_fused_gradient.jl")
-include("device_training.jl")
-include("device_functions.jl")
-include("device_newton.jl")
-include("device_equations.jl")
-include("device_derivatives.jl")
+include("kernels.jl")
+include("weights.jl")
+include("workspace.jl")
+include("fused.jl")
+include("lu.jl")
+include("solvers.jl")
+include("passes.jl")
+include("gradient.jl")
+include("fused_gradient.jl")
+include("training.jl")
+include("functions.jl")
+include("newton.jl")
+include("equations.jl")
+include("derivatives.jl")
 
 end

@@ -386,7 +386,7 @@ function restore(handle::Py, numbers::Py)
     return nothing
 end
 
-include("equations_bridge.jl")
+include("equations.jl")
 
 const ENTRY_POINTS = (
     compile, program, solve, read_out, gradient, vjp, jvp, hessian_vector_product, spectral_radius, trainer, train, state, restore,
