@@ -135,7 +135,8 @@ def test_child_that_installs_has_the_path_and_the_options_of_its_parent(stand_in
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_end_of_an_installation_by_a_signal_is_that_of_all_its_processes(stand_in, name):
     (home(stand_in) / "slow").touch()
-    code = "import implicit_rnn as irnn; irnn.get_engine('julia')"
+    # Under nohup the tests, and what they start, ignore SIGHUP.
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\nimport implicit_rnn as irnn; irnn.get_engine('julia')"
     process = subprocess.Popen([sys.executable, "-c", code], env=stand_in, stderr=subprocess.PIPE, text=True)
     child = home(stand_in) / "child"
     deadline = time.monotonic() + 30
