@@ -1,46 +1,120 @@
-# The calls from Python with the common types, compiled together with the package.
+# What a first use from Python needs with the common types, inferred and compiled together with the package. Nothing of it runs: what
+# runs while a package is compiled is compiled twice. Inference ends where a call is dispatched at run time, so the methods behind
+# such calls are named here, and those within before those around them, as it also ends where shared work shares work. A test tells
+# which are missing.
 
-@setup_workload begin
-    options(; values...) = Dict{Symbol, Any}(values)
-    adam = options(; learning_rate = 0.01, beta1 = 0.9, beta2 = 0.999, epsilon = 1.0e-8, weight_decay = 0.0)
-    limits = options(; tol = nothing, max_iterations = 1000)
-    # With the keywords of the bridge, each set of which is a method of its own.
-    function exercise(
-            ::Type{T}, neurons, activation, @nospecialize(constraint), @nospecialize(solver);
-            samples = 3, damping = (;), products = false, nets = 1
-        ) where {T}
-        net = Network{T}(
-            2, [Layer(neurons, activation; lateral = true)]; feedback = Pair{Int, Int}[], skips = Pair{Int, Int}[],
-            input_skips = Int[], outputs = 1, constraint = constraint(0.9),
+"Compile `f` for arguments and keyword arguments of these types."
+function compile_ahead(f, arguments::Type...; keywords...)
+    isempty(keywords) && return precompile(f, arguments)
+    return precompile(Core.kwcall, (NamedTuple{keys(keywords), Tuple{values(keywords)...}}, Core.Typeof(f), arguments...))
+end
+
+function compile_options_ahead()
+    compile_ahead(Layer, Int, String; lateral = Bool)
+    for f in (Tanh, Sigmoid)
+        compile_ahead(Stage, UnitRange{Int}, Bool, Bool, f, Vector{Float64}, Vector{Connection}, UnitRange{Int})
+    end
+    compile_ahead(Perron, Float64)
+    for solver in (Auto, Chord)
+        compile_ahead(solver; max_iterations = Int, tol = Nothing)
+    end
+    compile_ahead(Picard; max_iterations = Int, tol = Nothing, damping = Float64)
+    compile_ahead(Implicit; max_iterations = Int, tol = Nothing, linear_solver = String)
+    return
+end
+
+function compile_passes_ahead(::Type{T}) where {T}
+    vector, matrix, columns = Vector{T}, Matrix{T}, typeof(view(zeros(T, 0, 0), :, 1:0))
+    net, problem, workspace, tile, weights = Network{T}, Problem{T}, CPUWorkspace{T}, Tile{T}, StageWeights{T}
+    for constraint in (Perron, Free)
+        compile_ahead(
+            net, Int, Vector{Layer}; feedback = Vector{Pair{Int, Int}}, skips = Vector{Pair{Int, Int}}, input_skips = Vector{Int},
+            outputs = Int, constraint
         )
-        adjoint = Implicit(; merge(limits, options(; linear_solver = "auto"))...)
-        problem = Problem(net; solver = solver(; merge(limits, options(; damping...))...), adjoint, loss = MSE(), jacobian_penalty = 0.0)
-        # Free networks neither repel nor need the last resorts here.
-        p, X, Y = map(k -> T(0.2 * sin(k^2)), 1:length(net)), ones(T, 2, samples), zeros(T, 1, samples)
-        equilibrium!(Solution(net, samples), Workspace(net), problem, p, X, nothing)
-        loss_and_gradient!(zeros(T, length(net)), Workspace(net), problem, p, X, Y; probe = 0, weights = nothing, report = nothing)
-        for start in (products ? (nothing, zeros(T, neurons, samples)) : ())
-            vjp!(zeros(T, length(net)), zero(X), Workspace(net), problem, p, X, Y; of = :outputs, start, probe = 0, report = nothing)
-            jvp!(zero(Y), Workspace(net), problem, p, X, p, X; of = :outputs, start, report = nothing)
-        end
-        order = collect(reshape(1:samples, :, 1))
-        function train(nets, size, warm_start)
-            trainer = Trainer(problem, OPTIMIZERS.adam(adam); guard = Guard(), clip = Inf, nets, batch_size = 2, warm_start)
-            train!(trainer, Replicas(repeat(p, 1, nets)), X, Y, order, size, fill(0.01, cld(samples, size)), zeros(1, nets), zeros(Int, 1, nets); weights = nothing)
-        end
-        train(1, 2, false)
-        products && foreach(size -> train(1, size, true), (2, samples))
-        nets > 1 && train(nets, 2, false)
-        return
+        compile_ahead(constrain!, weights, constraint, Vector{Float64})
+        compile_ahead(constrain_pullback!, weights, constraint, weights, Vector{Float64})
     end
-    @compile_workload begin
-        for T in (Float64, Float32)
-            exercise(T, 3, "tanh", Perron, Auto; products = true)
-            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Auto; samples = 200)
-            exercise(T, SMALL_LU + 1, "tanh", _ -> Free(), Chord)
-        end
-        exercise(Float64, 2, "tanh", Perron, Auto; nets = 2nets_side_by_side(Float64))
-        exercise(Float64, 3, "sigmoid", Perron, Auto)
-        exercise(Float64, 3, "tanh", Perron, Picard; damping = (; damping = 1.0))
+    compile_ahead(constrain!, StageWeights{Dual{Nothing, T, 1}}, Perron, Vector{Float64})
+    compile_ahead(amplification, Perron, weights, Vector{Float64})
+    for solver in (Auto, Chord, Picard)
+        compile_ahead(Problem, net; solver, adjoint = Implicit, loss = MSE, jacobian_penalty = Float64)
     end
+    compile_ahead(Workspace, net)
+
+    compile_ahead(slopes!, matrix, Tanh, matrix, matrix)
+    compile_ahead(repels, matrix, matrix)
+    compile_ahead(products, Float64, Float64)
+    stationary = Stationary{T, Tanh, typeof(view(zeros(T, 0, 0), 1:0, :))}
+    for solver in (Picard, Chord)
+        compile_ahead(tolerance, solver, Type{T})
+        compile_ahead(solve!, solver, Columns{T, Nothing}, stationary)
+    end
+    coarse = coarse_factor(T, max(COARSE_NEURONS, SINGLE_NEURONS))
+    if coarse !== nothing
+        A, buffers = typeof(coarse), typeof(coarse_buffers(coarse, 0, 0))
+        foreach(f -> compile_ahead(f, A, matrix, Int), (store!, store_transposed!))
+        compile_ahead(Corrections, A, Int, Int)
+        compile_ahead(solve_corrections!, Corrections, A, buffers, Int, Float32, Int)
+    end
+    compile_ahead(solve_stage!, tile, problem, UnitRange{Int}, Tanh, Int)
+    compile_ahead(backward_stage!, tile, problem, Stage, Tanh, Int, columns, JacobianPenalty, Int)
+    compile_ahead(push_forward_stage!, tile, problem, Stage, Tanh, Int, weights, columns, columns)
+
+    compile_ahead(equilibrium!, Solution{T, matrix}, workspace, problem, vector, matrix)
+    compile_ahead(loss_and_gradient!, vector, workspace, problem, vector, matrix, matrix; probe = Int, weights = Nothing, report = Nothing)
+    for start in (Nothing, matrix)
+        compile_ahead(vjp!, vector, matrix, workspace, problem, vector, matrix, matrix; of = Symbol, start, probe = Int, report = Nothing)
+        compile_ahead(jvp!, matrix, workspace, problem, vector, matrix, vector, matrix; of = Symbol, start, report = Nothing)
+    end
+    return
+end
+
+function compile_training_ahead(::Type{T}) where {T}
+    vector, matrix, rule = Vector{T}, Matrix{T}, typeof(Optimisers.Adam(0.01, (0.9, 0.999), 1.0e-8))
+    workspace, state = CPUWorkspace{T}, Tuple{vector, vector, Tuple{T, T}}
+    buffers = StepBuffers{T, rule, workspace, vector, matrix}
+    trainer = Trainer{T, rule, state, buffers}
+    nets, batches = Replicas{matrix, matrix}, Batches{matrix, matrix, Nothing, Matrix{Int}, Vector{Float64}}
+    compile_ahead(decaying, rule, Dict{Symbol, Any})
+    compile_ahead(
+        Trainer, Problem{T}, rule; workspace, guard = Guard, clip = Float64, nets = Int, batch_size = Int, warm_start = Bool
+    )
+    column(S) = typeof(view(zeros(S, 0, 1), :, 1))
+    for equilibria in (Nothing, matrix)
+        compile_ahead(train_net!, trainer, buffers, nets, Int, batches, equilibria, column(Float64), column(Int))
+    end
+    T === Float64 && compile_side_by_side_ahead(trainer, buffers, nets, batches, state)
+    compile_ahead(train!, trainer, nets, matrix, matrix, Matrix{Int}, Int, Vector{Float64}, Matrix{Float64}, Matrix{Int}; weights = Nothing)
+    compile_ahead(optimizer_state, trainer)
+    return
+end
+
+function compile_side_by_side_ahead(trainer, buffers, nets, batches, state)
+    lanes = SideBySide{Float64, nets_side_by_side(Float64), Tanh, Perron, MSE}
+    compile_ahead(SideBySide, Network{Float64}, Tanh, Perron, MSE, LaneCriterion{Float64, Tanh}, Float64)
+    foreach(entry -> compile_ahead(stacked, Vector{entry}, Int), fieldtypes(state))
+    compile_ahead(NetGroup, lanes, trainer, nets, typeof(view([1], 1:1)))
+    compile_ahead(train_group!, NetGroup{Float64, state}, lanes, buffers, trainer, nets, batches, Matrix{Float64}, Matrix{Int})
+    return
+end
+
+# A less common activation, in one precision.
+function compile_sigmoid_ahead()
+    matrix, columns = Matrix{Float64}, typeof(view(zeros(0, 0), :, 1:0))
+    tile, problem = Tile{Float64}, Problem{Float64}
+    compile_ahead(solve_stage!, tile, problem, UnitRange{Int}, Sigmoid, Int)
+    lanes = SampleLanes{Float64, lane_count(Float64, 1)}
+    compile_ahead(backward_stage!, tile, problem, Stage, Sigmoid, Int, columns, JacobianPenalty, Int)
+    for samples in (matrix, columns)
+        seed = LossSeed{samples, Nothing, Float64}
+        compile_ahead(gradient_in_lanes!, Vector{Float64}, CPUWorkspace{Float64}, lanes, problem, Sigmoid, samples, seed)
+    end
+    return
+end
+
+if PrecompileTools.workload_enabled(@__MODULE__)
+    compile_options_ahead()
+    foreach(compile_passes_ahead, (Float64, Float32))
+    foreach(compile_training_ahead, (Float64, Float32))
+    compile_sigmoid_ahead()
 end

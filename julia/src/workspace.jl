@@ -97,9 +97,9 @@ function vjp!(
     check_workspace(ws, problem.net)
     check_pullback(problem.net, dX, X, V, of, start)
     check_length(problem.net, g, "gradient")
-    seed = of === :outputs ? OutputSeed(V) : StateSeed(V)
     samples = Base.unalias(dX, X)             # the gradient still needs them after the derivatives are written
-    summary = exclusively(() -> pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report), ws)
+    back!(seed) = pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report)
+    summary = exclusively(() -> of === :outputs ? back!(OutputSeed(V)) : back!(StateSeed(V)), ws)
     return summary.loss, summary.quality
 end
 

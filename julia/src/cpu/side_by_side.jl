@@ -63,14 +63,15 @@ struct SideBySide{T, L, F <: Activation, C <: Constraint, E <: Loss}
 end
 
 function SideBySide(problem::Problem{T}) where {T}
-    (; net, loss) = problem
-    L, stage = nets_side_by_side(T), only(net.stages)
-    n, f, k = length(stage.rows), stage.activation, output_size(net)
-    criterion, adjoint_tol = lane_criteria(problem, f)
-    return SideBySide{T, L, typeof(f), typeof(net.constraint), typeof(loss)}(
-        net, f, net.constraint, loss, criterion, adjoint_tol,
-        zeros(T, L, length(net)), zeros(T, L, length(net)), (LaneWeights(net) for _ in 1:3)..., Lanes{T, L}(n),
-        zeros(T, L, k), zeros(T, L, k), zeros(L), zeros(L), zeros(Bool, L),
+    f = only(problem.net.stages).activation
+    return SideBySide(problem.net, f, problem.net.constraint, problem.loss, lane_criteria(problem, f)...)
+end
+function SideBySide(net::Network{T}, f::F, constraint::C, loss::E, criterion, adjoint_tol) where {T, F, C, E}
+    L, k = nets_side_by_side(T), output_size(net)
+    return SideBySide{T, L, F, C, E}(
+        net, f, constraint, loss, criterion, adjoint_tol, zeros(T, L, length(net)), zeros(T, L, length(net)),
+        ntuple(_ -> LaneWeights(net), Val(3))..., Lanes{T, L}(neurons(net)), zeros(T, L, k), zeros(T, L, k),
+        zeros(L), zeros(L), zeros(Bool, L),
     )
 end
 

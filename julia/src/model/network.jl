@@ -216,7 +216,10 @@ function strong_components(pairs_back, layers)
     while first_layer <= layers
         last_layer = first_layer
         while true
-            reach = maximum((j for (j, i) in pairs_back if i <= last_layer), init = last_layer)
+            reach = last_layer
+            for (j, i) in pairs_back
+                i <= last_layer && (reach = max(reach, j))
+            end
             reach > last_layer || break
             last_layer = reach
         end

@@ -10,7 +10,8 @@ function unpack_tangent(net::Network{T}, w::Weights{T}, v) where {T}
     for (stage, ws, ts) in zip(net.stages, w.stages, tangent.stages)
         stage.recurrent || continue
         dual = dual_stage(stage, net, ws, ts)
-        map_each!(only ∘ partials, ts.recurrent, constrain!(dual, net.constraint, stage.slopes).recurrent)
+        constrain!(dual, net.constraint, stage.slopes)
+        map_each!(only ∘ partials, ts.recurrent, dual.recurrent)
     end
     return tangent
 end
