@@ -24,13 +24,15 @@ def samples() -> np.ndarray:
 
 
 @pytest.mark.parametrize("loss", ["mse", "mae", "huber", "binary_cross_entropy"])
-def test_targets_of_one_axis_are_refused_since_they_would_broadcast_against_predictions(X, loss):
-    y = (X[:, 0] > 0).astype(float)
-    with pytest.raises(
-        ValueError, match=r"Y has shape \(8,\), but predictions have shape \(8, 1\).*pass np\.reshape\(Y, "
-    ):
-        net().fit(X, y, loss=loss, epochs=1)
-    assert np.isfinite(net().fit(X, y[:, None], loss=loss, epochs=1).loss).all()
+@pytest.mark.parametrize(
+    "kind", [np.asarray, list, lambda y: pytest.importorskip("pandas").Series(y)], ids=["array", "list", "series"]
+)
+def test_targets_of_one_axis_are_refused_since_they_would_broadcast_against_predictions(X, loss, kind):
+    Y = kind((X[:, 0] > 0).astype(float))
+    broadcasts = r"Y has shape \(8,\), but predictions have shape \(8, 1\).*pass np\.reshape\(Y, \(-1, 1\)\)$"
+    with pytest.raises(ValueError, match=broadcasts):
+        net().fit(X, Y, loss=loss, epochs=1)
+    assert np.isfinite(net().fit(X, np.reshape(Y, (-1, 1)), loss=loss, epochs=1).loss).all()
 
 
 def test_targets_of_one_axis_are_refused_in_validation_and_gradients_too(X):
