@@ -415,12 +415,6 @@ def settings(X, Y) -> dict[str, Any]:
     return {"epochs": 4, "batch_size": 5, "validation": (X, Y), "schedule": "cosine"}
 
 
-@pytest.fixture
-def checkpoint(settings, path, X, Y) -> Path:
-    make_net("numpy").fit(X, Y, checkpoint=path, **settings)
-    return path
-
-
 @pytest.fixture(params=["checkpoint", "run"])
 def resuming(request, settings, path, X, Y) -> dict[str, Any]:
     """The settings of a finished run, and its checkpoint or itself to go on from."""
@@ -610,11 +604,6 @@ def test_files_that_are_no_checkpoints_are_refused(path, X, Y):
         make_net("numpy").fit(X, Y, resume=path)
 
 
-def test_checkpoint_is_no_model(checkpoint):
-    with pytest.raises(irnn.ModelFileError, match="not a model"):
-        irnn.load(checkpoint)
-
-
 # --- disks and processes that fail ---------------------------------------------------------------------------
 
 
@@ -800,19 +789,14 @@ def test_bad_options_are_refused(options, error, message):
         irnn.Checkpoint(**options)
 
 
-def test_checkpoints_are_written_at_their_epochs_and_at_the_end(path, X, Y):
+@pytest.mark.parametrize(
+    ("rule", "epochs", "expected"),
+    [({"every_epochs": 3}, 8, [0, 0, 0, 3, 3, 3, 6, 6]), ({"every_minutes": 1e-9}, 3, [0, 1, 2])],
+    ids=str,
+)
+def test_checkpoints_are_written_when_they_are_due_and_at_the_end(rule, epochs, expected, path, X, Y):
     seen = []
-    watch = {"checkpoint": irnn.Checkpoint(path, every_epochs=3), "callbacks": lambda _: seen.append(epoch_of(path))}
-    make_net("numpy").fit(X, Y, epochs=8, **watch)
-    assert seen == [0, 0, 0, 3, 3, 3, 6, 6]
-    assert epoch_of(path) == 8
-
-
-def test_checkpoints_are_written_by_the_clock(path, X, Y):
-    seen = []
-    watch = {
-        "checkpoint": irnn.Checkpoint(path, every_minutes=1e-9),
-        "callbacks": lambda _: seen.append(epoch_of(path)),
-    }
-    make_net("numpy").fit(X, Y, epochs=3, **watch)
-    assert seen == [0, 1, 2]
+    watch = {"checkpoint": irnn.Checkpoint(path, **rule), "callbacks": lambda _: seen.append(epoch_of(path))}
+    make_net("numpy").fit(X, Y, epochs=epochs, **watch)
+    assert seen == expected
+    assert epoch_of(path) == epochs

@@ -35,27 +35,15 @@ def names(option: object) -> str:
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-class TestSolveAndGradient:
-    def test_equilibria_agree_to_1e_12(self, activation, constraint, X):
-        solver = irnn.Picard(tol=1e-14)
-        ours, theirs = (n.equilibrium(X, solver=solver).state for n in both(activation, constraint=constraint))
-        assert np.abs(ours - theirs).max() <= 1e-12
-
-    def test_gradients_agree_to_1e_9(self, activation, constraint, X, Y):
-        ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in both(activation, constraint=constraint))
-        assert np.abs(ours - theirs).max() <= 1e-9 * np.abs(ours).max()
-
-
-@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=names)
-class TestFloat32:
-    def test_equilibria_agree_to_1e_5(self, constraint, X):
-        ours, theirs = (n.equilibrium(X).state for n in both(constraint=constraint, dtype="float32"))
-        assert ours.dtype == theirs.dtype == np.float32
-        assert np.abs(ours - theirs).max() <= 1e-5
-
-    def test_gradients_agree_to_1e_4(self, constraint, X, Y):
-        ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in both(constraint=constraint, dtype="float32"))
-        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(ours).max()
+@pytest.mark.parametrize(("dtype", "of_states", "of_gradients"), [("float64", 1e-12, 1e-9), ("float32", 1e-5, 1e-4)])
+def test_equilibria_and_gradients_agree(activation, constraint, dtype, of_states, of_gradients, X, Y):
+    nets = both(activation, constraint=constraint, dtype=dtype)
+    solver = irnn.Picard(tol=1e-14) if dtype == "float64" else irnn.Auto()
+    ours, theirs = (n.equilibrium(X, solver=solver).state for n in nets)
+    assert ours.dtype == theirs.dtype == dtype
+    assert np.abs(ours - theirs).max() <= of_states
+    ours, theirs = (n.loss_and_gradient(X, Y)[1] for n in nets)
+    assert np.abs(ours - theirs).max() <= of_gradients * np.abs(ours).max()
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.7])
@@ -147,18 +135,19 @@ def train(trainer, net, X, Y, optimizer, epochs) -> None:
     trainer.train(nets, Samples(X, Y), order, len(X), rates, losses, unconverged)
 
 
-def test_clipped_training_agrees(X, Y):
-    nets = both()
+@pytest.mark.parametrize(
+    ("dtype", "settings", "tolerance"),
+    [
+        ("float64", {"optimizer": irnn.SGD(0.5), "clip": 0.1}, 1e-6),
+        ("float32", {"optimizer": irnn.Adam(0.01)}, 1e-3),
+    ],
+    ids=str,
+)
+def test_training_that_is_clipped_or_in_float32_agrees(dtype, settings, tolerance, X, Y):
+    nets = both(dtype=dtype)
     for net in nets:
-        net.fit(X, Y, optimizer=irnn.SGD(0.5), epochs=50, clip=0.1)
-    assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-6
-
-
-def test_float32_training_agrees_to_1e_3(X, Y):
-    nets = both(dtype="float32")
-    for net in nets:
-        net.fit(X, Y, optimizer=irnn.Adam(0.01), epochs=50)
-    assert np.abs(nets[0].parameters - nets[1].parameters).max() <= 1e-3
+        net.fit(X, Y, epochs=50, **settings)
+    assert np.abs(nets[0].parameters - nets[1].parameters).max() <= tolerance
 
 
 def test_many_nets_trained_side_by_side_agree(X, Y):

@@ -224,11 +224,6 @@ def test_bad_hooks_are_refused(case):
         fixed_point(lambda z, a: np.cos(a * z), [0.5, 0.2], args=([0.8, 0.9],), **hooks).vjp([1.0, 1.0])
 
 
-def test_hooks_are_for_python_functions():
-    with pytest.raises(ValueError, match="vjp is for Python functions"):
-        fixed_point(irnn.julia("z -> z"), [0.5], vjp=lambda v, z: (v,))
-
-
 def test_hooks_are_not_refused_for_the_rounding_of_f(rng):
     """Conditions that are small as the difference of large terms, and a slope that is small as one."""
 

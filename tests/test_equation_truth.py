@@ -28,20 +28,36 @@ FIXED_POINT_SOLVERS = [Auto(), Picard(), Anderson(), Newton()]
 ROOT_SOLVERS = [Auto(), Newton()]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_fixed_point_does_not_depend_on_the_unit(kind, dtype):
-    f = either(
-        kind,
+IN_UNITS = {
+    "fixed point": (
+        fixed_point,
+        FIXED_POINT_SOLVERS,
+        [0.5, 2.0],
         lambda z, u: u * np.cos(z[::-1] / u) / 2 + 0.3 * z,
         "(z, u) -> u .* cos.(reverse(z) ./ u) ./ 2 .+ oftype(u, 0.3) .* z",
-    )
+    ),
+    "root": (
+        root,
+        ROOT_SOLVERS,
+        [3.0],
+        lambda z, u: (z / u) ** 3 + z / u - 5,
+        "(z, u) -> (z ./ u) .^ 3 .+ z ./ u .- 5",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("name", IN_UNITS)
+def test_solution_does_not_depend_on_the_unit(kind, dtype, name):
+    solve, solvers, start, *f = IN_UNITS[name]
+    f, start = either(kind, *f), np.array(start, dtype)
     tolerance = 1e-8 if dtype == np.float64 else 2e-6
-    for solver in [*FIXED_POINT_SOLVERS, *([NLsolve()] if kind == "julia" else [])]:
-        expected = fixed_point(f, np.array([0.5, 2.0], dtype), args=(dtype(1),), solver=solver).value
+    for solver in [*solvers, *([NLsolve()] if kind == "julia" else [])]:
+        expected = solve(f, start, args=(dtype(1),), solver=solver).value
         for k in range(-18, 19, 4):
             unit = dtype(10.0) ** dtype(k)
-            sol = fixed_point(f, np.array([0.5, 2.0], dtype) * unit, args=(unit,), solver=solver)
+            sol = solve(f, start * unit, args=(unit,), solver=solver)
             np.testing.assert_allclose(sol.value / unit, expected, rtol=tolerance, err_msg=f"{solver} at 10^{k}")
 
 
@@ -163,19 +179,6 @@ def test_auto_gives_newtons_method_the_time_for_a_long_way(kind):
         "(z, k) -> [z[1] * z[2] - k, z[1] - z[2] - 1e-29]",
     )
     np.testing.assert_allclose(root(salt, [1.0, 1.0], args=(1e-52,)).value, [1.0005e-26, 0.9995e-26], rtol=1e-6)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_root_does_not_depend_on_the_unit(kind, dtype):
-    f = either(kind, lambda z, u: (z / u) ** 3 + z / u - 5, "(z, u) -> (z ./ u) .^ 3 .+ z ./ u .- 5")
-    tolerance = 1e-8 if dtype == np.float64 else 2e-6
-    for solver in [*ROOT_SOLVERS, *([NLsolve()] if kind == "julia" else [])]:
-        expected = root(f, np.array([3.0], dtype), args=(dtype(1),), solver=solver).value
-        for k in range(-18, 19, 4):
-            unit = dtype(10.0) ** dtype(k)
-            sol = root(f, np.array([3.0], dtype) * unit, args=(unit,), solver=solver)
-            np.testing.assert_allclose(sol.value / unit, expected, rtol=tolerance, err_msg=f"{solver} at 10^{k}")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -494,16 +497,14 @@ def test_pole_is_never_taken_for_a_root(kind, name, distance):
 @pytest.mark.parametrize("vectorized", [False, True])
 @pytest.mark.parametrize("hook", ["jac", "vjp"])
 def test_pole_is_never_taken_for_a_root_by_a_derivative_that_was_given(distance, vectorized, hook):
-    hooks = {"jac": lambda z: (-1 / (z - 1) ** 2)[..., None], "vjp": lambda v, z: (-v / (z - 1) ** 2,)}
-    given = {hook: hooks[hook], "vectorized": vectorized}
-    assert not root(lambda z: 1 / (z - 1), [1 + distance], on_failure="ignore", **given).converged.any()
-    assert root(
-        lambda z: 1 / z - 1, [1 + distance], on_failure="ignore", **{**given, hook: _inverse(hook)}
-    ).converged.all()
+    def converges(pole, f):
+        """A function whose derivative is -1 / (z - pole)²."""
+        hooks = {"jac": lambda z: (-1 / (z - pole) ** 2)[..., None], "vjp": lambda v, z: (-v / (z - pole) ** 2,)}
+        given = {hook: hooks[hook], "vectorized": vectorized}
+        return root(f, [1 + distance], on_failure="ignore", **given).converged.all()
 
-
-def _inverse(hook):
-    return (lambda z: (-1 / z**2)[..., None]) if hook == "jac" else (lambda v, z: (-v / z**2,))
+    assert not converges(1, lambda z: 1 / (z - 1))
+    assert converges(0, lambda z: 1 / z - 1)
 
 
 @pytest.mark.parametrize("kind", KINDS)

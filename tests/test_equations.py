@@ -739,9 +739,10 @@ def test_nlsolve_is_for_julia_code():
         fixed_point(np.cos, [0.5], solver=NLsolve())
 
 
-def test_vectorized_is_for_python_functions():
-    with pytest.raises(ValueError, match="vectorized=True is for Python functions"):
-        fixed_point(irnn.julia("z -> z"), [[0.5]], vectorized=True)
+@pytest.mark.parametrize("setting", [{"vectorized": True}, {"jac": lambda z: z}, {"vjp": lambda v, z: (v,)}], ids=list)
+def test_what_julia_code_has_no_use_for_is_for_python_functions(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}.* is for Python functions"):
+        fixed_point(irnn.julia("z -> z"), [[0.5]], **setting)
 
 
 @pytest.mark.parametrize(

@@ -268,11 +268,6 @@ def test_mirror_is_asked_instead_of_the_public_server(monkeypatch, server):
     assert not package_server.is_reachable()
 
 
-def test_no_package_server_at_all_leaves_it_to_julia(monkeypatch):
-    monkeypatch.setenv("JULIA_PKG_SERVER", "")
-    assert package_server.is_reachable()
-
-
 @pytest.mark.usefixtures("no_proxies")
 @pytest.mark.parametrize("variable", ["http_proxy", "ALL_PROXY"])
 def test_mirror_is_asked_through_the_proxy(monkeypatch, server, variable):
@@ -301,9 +296,10 @@ def test_mirror_within_the_house_is_not_asked_through_the_proxy(monkeypatch, ser
 
 
 @pytest.mark.usefixtures("no_proxies")
-def test_proxy_of_a_kind_that_python_does_not_know_leaves_it_to_julia(monkeypatch):
-    monkeypatch.setenv("JULIA_PKG_SERVER", "https://mirror.invalid")
-    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:9")
+@pytest.mark.parametrize(("server", "proxy"), [("", ""), ("https://mirror.invalid", "socks5h://127.0.0.1:9")])
+def test_no_server_at_all_and_a_proxy_that_python_does_not_know_are_left_to_julia(monkeypatch, server, proxy):
+    monkeypatch.setenv("JULIA_PKG_SERVER", server)
+    monkeypatch.setenv("ALL_PROXY", proxy)
     assert package_server.is_reachable()
 
 
@@ -334,19 +330,11 @@ def test_certificate_that_is_not_trusted_is_said_with_the_remedy(tmp_path, monke
 # --- several installations of one user -----------------------------------------------------------------------
 
 
-def test_what_setup_installed_in_one_virtual_environment_is_not_that_of_another(no_prepared_julia, monkeypatch):
-    monkeypatch.setattr(sys, "prefix", "/one")
-    environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
-    monkeypatch.setattr(sys, "prefix", "/two")
-    assert environments.prepared_environment() is None
-    monkeypatch.setattr(sys, "prefix", "/one")
-    assert environments.prepared_environment().project == "/project/of/one"
-
-
 def test_what_was_named_to_setup_is_shared_by_installations_without_their_own(no_prepared_julia, monkeypatch):
     monkeypatch.setattr(sys, "prefix", "/one")
     environments.remember(Environment("julia", "/project/of/one", "a test", ours=True))
     monkeypatch.setattr(sys, "prefix", "/two")
+    assert environments.prepared_environment() is None
     environments.remember(Environment("julia", "/named", "a test"))
     assert environments.prepared_environment().project == "/named"
     monkeypatch.setattr(sys, "prefix", "/three")
@@ -371,18 +359,6 @@ def test_remove_forgets_and_deletes(no_prepared_julia, monkeypatch):
     assert environments.prepared_environment() is None
     assert not project.exists()
     assert str(project) in deleted
-
-
-def test_prepared_environment_that_lacks_a_new_dependency_says_to_run_setup_again(fake_julia):
-    exe, project = fake_julia(without=("Optimisers",))
-    with pytest.raises(irnn.EngineError, match="lacks Optimisers; run `implicit-rnn setup` again"):
-        Environment(exe, project, "a test", ours=True).check()
-
-
-def test_prepared_environment_of_another_juliacall_says_to_run_setup_again(fake_julia):
-    exe, project = fake_julia("0.9.2")
-    with pytest.raises(irnn.EngineError, match=r"run `implicit-rnn setup` again, or pip install juliacall==0\.9\.2"):
-        Environment(exe, project, "a test", ours=True).check()
 
 
 def test_setup_tries_this_package_and_no_folder_of_its_name(no_prepared_julia, fake_julia, tmp_path, monkeypatch):

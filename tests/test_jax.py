@@ -520,48 +520,44 @@ def test_an_equation_may_be_of_another_precision_than_its_start(wrap):
         close(wrap(jax.grad(z))(a).astype("float64"), 0.125, rtol=1e-6)
 
 
+def minus(z, a):
+    return z - a
+
+
+@pytest.mark.parametrize("wrap", [lambda function: function, jax.jit], ids=["plain", "jit"])
+@pytest.mark.parametrize(
+    ("f", "z0", "settings", "error", "message"),
+    [
+        (lambda z: z[:1], np.ones(2), {}, ValueError, r"f returned an array of shape \(1,\); expected \(2,\)"),
+        (lambda z: z * jnp.ones(3), 1.0, {}, ValueError, r"of shape \(3,\); expected a number, as z is one"),
+        (lambda z: None, np.ones(2), {}, TypeError, "f returned None; expected an array of float64"),
+        (lambda z: z.astype(int), np.ones(2), {}, TypeError, r"f returned .*int.*; expected an array of float64"),
+        (jnp.sin, np.ones(2), {"solver": "picard"}, ValueError, "Picard iterates z = f"),
+        (jnp.sin, np.ones((0, 2)), {}, ValueError, r"z0 has shape \(0, 2\)"),
+        (jnp.sin, np.zeros(2, int), {}, TypeError, "z0 has shape"),
+        (jnp.sin, {"x": np.zeros(2)}, {}, TypeError, r"z0 is a dict; expected one array, \(n,\) or \(B, n\)"),
+        (3, np.zeros(2), {}, TypeError, "f is 3; expected a function"),
+        (minus, np.zeros(2), {}, ValueError, "f takes z and 1 argument"),
+        (minus, np.ones(2), {"args": 2.0}, TypeError, "args is a float; expected a tuple of arguments"),
+        (minus, np.ones(2), {"args": ("text",)}, TypeError, r"args\[0\] is a str; expected a number or an array"),
+        (minus, COUPLING, {"args": (np.ones(2),), "batched": "a"}, ValueError, r"\(2,\); expected \(3, .* 3 samples"),
+        (minus, COUPLING, {"args": (COUPLING[:, :1],)}, ValueError, "the 3 rows of a belong to .*, name a in batched"),
+        (minus, COUPLING[:, :2], {"args": (np.ones(3),)}, TypeError, "the 3 rows of a belong to .* name a in batched"),
+    ],
+)
+def test_bad_equations_are_refused_by_name(wrap, f, z0, settings, error, message):
+    with pytest.raises(error, match=message):
+        wrap(lambda: door.root(f, z0, **settings))()
+
+
 def branches(z, a):
     return z if z[0] > 0 else a
 
 
-def test_bad_equations_are_refused_by_name():
-    for wrap in (lambda g: g, jax.jit):
-        with pytest.raises(ValueError, match=r"f returned an array of shape \(1,\); expected \(2,\)"):
-            wrap(lambda: door.root(lambda z: z[:1], np.ones(2)))()
-        with pytest.raises(ValueError, match=r"f returned an array of shape \(3,\); expected a number, as z is one"):
-            wrap(lambda: door.root(lambda z: z * jnp.ones(3), 1.0))()
-        with pytest.raises(TypeError, match="f returned None; expected an array of float64"):
-            wrap(lambda: door.root(lambda z: None, np.ones(2)))()
-        with pytest.raises(TypeError, match=r"f returned .*int.*; expected an array of float64"):
-            wrap(lambda: door.root(lambda z: z.astype(int), np.ones(2)))()
-        with pytest.raises(
-            ValueError, match=r"args\[0\] has shape \(2,\); expected \(3, \.\.\.\), as z0 has 3 samples"
-        ):
-            wrap(lambda: door.root(lambda z, a: z - a, np.ones((3, 1)), args=(np.ones(2),), batched="a"))()
-        with pytest.raises(ValueError, match="Picard iterates z = f"):
-            wrap(lambda: door.root(lambda z: z, np.ones(2), solver="picard"))()
-        with pytest.raises(ValueError, match=r"z0 has shape \(0, 2\)"):
-            wrap(lambda: door.root(lambda z: z, np.ones((0, 2))))()
-    for rows in (np.ones((3, 1)), np.ones(3)):
-        with pytest.raises(
-            (TypeError, ValueError), match=r"the 3 rows of a belong to the samples, .*, name a in batched"
-        ):
-            door.root(lambda z, a: z - a, np.ones((3, 2)), args=(rows,))
+def test_a_function_that_jax_cannot_trace_is_told_so_in_the_words_of_jax():
     with pytest.raises(TypeError, match=r"tracing the function branches at .*test_jax\.py") as caught:
         door.root(branches, np.ones((3, 1)), args=(np.ones((3, 1)),))
     assert "batched" not in str(caught.value)
-    with pytest.raises(TypeError, match=r"args\[0\] is a str; expected a number or an array"):
-        door.root(lambda z, a: z, np.ones(2), args=("text",))
-    with pytest.raises(TypeError, match="args is a float; expected a tuple of arguments"):
-        door.root(lambda z, a: z, np.ones(2), args=2.0)
-    with pytest.raises(TypeError, match="f is 3; expected a function"):
-        door.root(3, np.zeros(2))
-    with pytest.raises(TypeError, match="z0 has shape"):
-        door.root(lambda z: z, np.zeros(2, int))
-    with pytest.raises(TypeError, match=r"z0 is a dict; expected one array, \(n,\) or \(B, n\)"):
-        door.root(lambda z: z, {"x": np.zeros(2)})
-    with pytest.raises(ValueError, match="f takes z and 1 argument"):
-        door.root(lambda z, a: z - a, np.zeros(2))
 
 
 # --- equations in Julia code ---------------------------------------------------------------------------------

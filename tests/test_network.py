@@ -241,26 +241,20 @@ def test_error_names_perron_as_a_remedy_for_free_nets(engine):
         make_oscillating(engine).predict([[0.5]], solver=irnn.Picard())
 
 
-def test_unconverged_sample_warns_if_asked_to(engine):
-    with pytest.warns(irnn.ConvergenceWarning, match="1 of 1 samples") as caught:
-        make_oscillating(engine).equilibrium([[0.5]], solver=irnn.Picard(), on_failure="warn")
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
-
-
 @pytest.mark.parametrize(
     "call",
     [
+        lambda net, **how: net.equilibrium([[0.5]], **how),
         lambda net, **how: net.predict([[0.5]], **how),
         lambda net, **how: net.fit([[0.5]], [[0.0]], epochs=1, **how),
         lambda net, **how: irnn.fit_many([net], [[0.5]], [[0.0]], epochs=1, **how),
     ],
-    ids=["predict", "fit", "fit_many"],
+    ids=["equilibrium", "predict", "fit", "fit_many"],
 )
-def test_every_call_warns_at_the_line_of_its_caller(engine, call):
-    with pytest.warns(irnn.ConvergenceWarning) as caught:
+def test_every_call_warns_if_asked_to_at_the_line_of_its_caller(engine, call):
+    with pytest.warns(irnn.ConvergenceWarning, match="1 of 1 samples") as caught:
         call(make_oscillating(engine), solver=irnn.Picard(), on_failure="warn")
-    assert caught[0].filename == __file__
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_unconverged_sample_is_only_marked_if_failures_are_ignored(engine):
@@ -383,19 +377,14 @@ def test_what_attracts_is_told_by_the_spectral_radius_however_large_the_norm(eng
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copy_predicts_the_same_and_is_independent(net, X, duplicate):
+def test_copy_predicts_the_same_and_is_independent_and_has_what_its_owner_has_put_there(net, X, duplicate):
     expected = net.predict(X)
+    net.mean_of_the_data = 3.0
     twin = duplicate(net)
     net.parameters[:] = 0
     np.testing.assert_array_equal(twin.predict(X), expected)
+    assert twin.mean_of_the_data == 3.0
     assert all(np.shares_memory(weight, twin.parameters) for weight in twin.weights.values())
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, copy.copy, lambda net: pickle.loads(pickle.dumps(net))])
-def test_copy_has_what_its_owner_has_put_there(duplicate):
-    net = make_net("numpy")
-    net.mean_of_the_data = 3.0
-    assert duplicate(net).mean_of_the_data == 3.0
 
 
 def test_topology_and_dtype_of_a_network_cannot_be_replaced(net, X):

@@ -172,14 +172,6 @@ def test_solver_adjoint_or_optimizer_that_the_engine_lacks_is_refused_by_name(en
 
 
 @pytest.mark.julia
-def test_loss_or_constraint_that_the_julia_engine_lacks_is_refused_by_name(X, Y):
-    with pytest.raises(irnn.EngineError, match="MyLoss"):
-        make_net("julia").loss_and_gradient(X, Y, loss=MyLoss())
-    with pytest.raises(irnn.EngineError, match="MyConstraint"):
-        make_net("julia", constraint=MyConstraint()).predict(X)
-
-
-@pytest.mark.julia
 @pytest.mark.parametrize(
     "base", [irnn.MSE, irnn.Perron, irnn.Picard, irnn.Implicit, irnn.SGD], ids=lambda b: b.__name__
 )

@@ -67,13 +67,9 @@ def test_processes_that_copy_at_once_find_the_same_whole_copy(shipped, depot):
     assert list(copy.parent.iterdir()) == [copy]
 
 
-def test_installation_goes_on_with_its_own_sources_where_they_cannot_be_copied(shipped, depot):
+def test_installation_goes_on_with_its_own_sources_where_they_cannot_be_copied_or_julia_has_no_depot(shipped, depot):
     depot.write_text("a file where a folder should be")
-    assert sources.locate([str(depot)]) == shipped
-
-
-def test_installation_goes_on_with_its_own_sources_where_julia_has_no_depot(shipped):
-    assert sources.locate([]) == shipped
+    assert sources.locate([str(depot)]) == sources.locate([]) == shipped
 
 
 def test_copy_that_may_not_be_read_is_not_used(shipped, depot, monkeypatch):

@@ -8,12 +8,13 @@ import re
 import shutil
 import socket
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import ENVIRONMENT, Finished, RunPython, run_process
+from conftest import ENVIRONMENT, RunPython, run_process
 
 import implicit_rnn as irnn
 from implicit_rnn.engines import check_engine
@@ -61,32 +62,19 @@ FALLBACK = """
 """
 
 
-class TestFreshMachineWithoutNetwork:
-    @pytest.fixture
-    def done(self, run_python: RunPython, fresh_machine) -> Finished:
-        done = run_python(FALLBACK, fresh_machine)
-        assert done.returncode == 0, str(done)
-        return done
-
-    def test_numpy_engine_is_used(self, done):
-        assert json.loads(done.stdout)["engine"] == "numpy"
-
-    def test_one_warning_names_the_reason_and_the_remedy(self, done):
-        ((category, message, _),) = json.loads(done.stdout)["warnings"]
-        assert category == "EngineWarning"
-        assert "no Julia environment is prepared and the Julia package server cannot be reached" in message
-        assert "run `implicit-rnn setup`" in message
-        assert "IMPLICIT_RNN_ENGINE=numpy" in message
-
-    def test_the_warning_points_at_the_line_of_the_user(self, done):
-        assert json.loads(done.stdout)["warnings"][0][2] == "<string>"
-
-    def test_it_takes_less_than_10_seconds(self, done):
-        assert done.seconds < 10
-
-    def test_nothing_is_installed_in_the_home_folder(self, done, fresh_machine):
-        files = [path for path in Path(fresh_machine["HOME"]).rglob("*") if path.is_file()]
-        assert sum(path.stat().st_size for path in files) < 100_000, files
+def test_machine_without_network_has_the_numpy_engine_and_one_warning_with_the_remedy(run_python, fresh_machine):
+    done = run_python(FALLBACK, fresh_machine)
+    assert done.returncode == 0, str(done)
+    assert done.seconds < 10
+    result = json.loads(done.stdout)
+    assert result["engine"] == "numpy"
+    ((category, message, place),) = result["warnings"]
+    assert (category, place) == ("EngineWarning", "<string>")  # which is the user's code
+    assert "no Julia environment is prepared and the Julia package server cannot be reached" in message
+    assert "run `implicit-rnn setup`" in message
+    assert "IMPLICIT_RNN_ENGINE=numpy" in message
+    files = [path for path in Path(fresh_machine["HOME"]).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 100_000, files
 
 
 def test_network_that_swallows_every_packet_delays_the_start_by_less_than_10_seconds(
@@ -214,22 +202,33 @@ def test_record_that_cannot_be_written_leaves_the_earlier_one(no_prepared_julia)
 # --- environments that cannot work ---------------------------------------------------------------------------
 
 
-def test_executable_that_does_not_exist_is_reported(fake_julia):
-    _, project = fake_julia()
-    with pytest.raises(irnn.EngineError, match=r"the Julia executable '/no/julia' \(a test\) does not exist"):
-        Environment("/no/julia", project, "a test").check()
-
-
-def test_project_that_does_not_exist_is_reported(fake_julia):
-    exe, _ = fake_julia()
-    with pytest.raises(irnn.EngineError, match=r"the Julia project '/no/project' \(a test\) is not a folder"):
-        Environment(exe, "/no/project", "a test").check()
-
-
-def test_project_that_lacks_packages_is_reported_with_the_command_that_adds_them(fake_julia):
-    exe, project = fake_julia(without=("NLsolve", "Optimisers"))
-    with pytest.raises(irnn.EngineError, match=r'lacks NLsolve, Optimisers; .*Pkg.add\(\["NLsolve", "Optimisers"\]\)'):
-        Environment(exe, project, "a test").check()
+@pytest.mark.parametrize(
+    ("made", "changes", "message"),
+    [
+        ({}, {"exe": "/no/julia"}, r"the Julia executable '/no/julia' \(a test\) does not exist"),
+        ({}, {"project": "/no/project"}, r"the Julia project '/no/project' \(a test\) is not a folder"),
+        (
+            {"without": ("NLsolve", "Optimisers")},
+            {},
+            r'lacks NLsolve, Optimisers; .*Pkg.add\(\["NLsolve", "Optimisers"\]\)',
+        ),
+        ({"without": ("Optimisers",)}, {"ours": True}, "lacks Optimisers; run `implicit-rnn setup` again"),
+        (
+            {"python_call": "0.9.2"},
+            {},
+            rf"juliacall {metadata.version('juliacall')} is .* has PythonCall 0.9.2; .* pip install juliacall==0.9.2",
+        ),
+        (
+            {"python_call": "0.9.2"},
+            {"ours": True},
+            r"run `implicit-rnn setup` again, or pip install juliacall==0\.9\.2",
+        ),
+    ],
+    ids=str,
+)
+def test_environment_that_cannot_work_is_reported_with_the_remedy(fake_julia, made, changes, message):
+    with pytest.raises(irnn.EngineError, match=message):
+        replace(Environment(*fake_julia(**made), "a test"), **changes).check()
 
 
 def test_project_without_a_manifest_is_reported(fake_julia):
@@ -270,19 +269,6 @@ def test_manifest_that_cannot_be_read_is_an_engine_error(fake_julia):
 def test_setting_that_juliapkg_refuses_is_an_engine_error(run_python: RunPython, fresh_machine, name, value):
     done = run_python(WHY_NO_ENGINE.format("julia"), fresh_machine | {f"PYTHON_JULIAPKG_{name}": value})
     assert done.stdout.startswith(f"juliapkg failed: PYTHON_JULIAPKG_{name} must be "), str(done)
-
-
-def test_python_call_of_another_version_is_reported_with_the_command_that_installs_the_right_one(fake_julia):
-    exe, project = fake_julia("0.9.2")
-    installed = metadata.version("juliacall")
-    expected = rf"juliacall {installed} is installed but .* has PythonCall 0.9.2; .* pip install juliacall==0.9.2"
-    with pytest.raises(irnn.EngineError, match=expected):
-        Environment(exe, project, "a test").check()
-
-
-def test_python_call_of_the_right_version_is_accepted(fake_julia):
-    exe, project = fake_julia()
-    Environment(exe, project, "a test").check()
 
 
 def test_julia_that_does_not_start_is_an_engine_error(run_python: RunPython, fresh_machine, fake_julia):

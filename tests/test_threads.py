@@ -208,13 +208,10 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_default_is_the_usable_cores(no_settings):
-    assert threads.setting() == f"{threads.usable_cores()} (usable cores)"
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
+        ({}, f"{threads.usable_cores()} (usable cores)"),
         ({"IMPLICIT_RNN_THREADS": "3", "JULIA_NUM_THREADS": "5"}, "3 (IMPLICIT_RNN_THREADS)"),
         ({"IMPLICIT_RNN_THREADS": "3", "PYTHON_JULIACALL_THREADS": "5"}, "5 (PYTHON_JULIACALL_THREADS)"),
         ({"IMPLICIT_RNN_THREADS": "", "JULIA_NUM_THREADS": "5"}, "5 (JULIA_NUM_THREADS)"),

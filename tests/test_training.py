@@ -120,6 +120,22 @@ def test_batch_size_from_the_number_of_samples_is_full_batch(engine, batch_size,
     np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda X, Y: {"validation": (X, Y), "validation_every": 2},
+        lambda X, Y: {"callbacks": lambda progress: None, "callback_every": 2},
+        lambda X, Y: {"clip": 1e6},
+    ],
+    ids=["validation", "callbacks", "clip of longer gradients"],
+)
+def test_what_only_watches_or_does_not_bind_leaves_the_training_as_it_is(engine, more, X, Y):
+    nets = [make_net(engine) for _ in range(2)]
+    nets[0].fit(X, Y, epochs=9, batch_size=5)
+    nets[1].fit(X, Y, epochs=9, batch_size=5, **more(X, Y))
+    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
+
+
 def test_seed_decides_the_order_of_the_minibatches(engine, X, Y):
     nets = [make_net(engine) for _ in range(2)]
     for seed, net in enumerate(nets):
@@ -149,13 +165,6 @@ def test_validation_loss_is_that_of_the_parameters_of_its_epoch(net, X, Y):
     assert run.validation_loss[-1] == pytest.approx(net.loss_and_gradient(X[:4], Y[:4])[0], rel=1e-10)
 
 
-def test_validation_does_not_change_the_training(engine, X, Y):
-    nets = [make_net(engine) for _ in range(2)]
-    nets[0].fit(X, Y, epochs=9, batch_size=5)
-    nets[1].fit(X, Y, epochs=9, batch_size=5, validation=(X, Y), validation_every=2)
-    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
-
-
 def test_run_without_validation_has_no_validation_losses(net, X, Y):
     run = net.fit(X, Y, epochs=2)
     assert run.validation_epochs.size == run.validation_loss.size == 0
@@ -171,13 +180,6 @@ def test_clip_scales_a_longer_gradient_down_to_it(net, X, Y):
     clip = 0.1 * np.linalg.norm(gradient)
     net.fit(X, Y, optimizer=irnn.SGD(1.0), epochs=1, clip=clip)
     np.testing.assert_allclose(before - net.parameters, 0.1 * gradient, rtol=1e-10, atol=1e-14)
-
-
-def test_clip_leaves_a_shorter_gradient_alone(engine, X, Y):
-    nets = [make_net(engine) for _ in range(2)]
-    nets[0].fit(X, Y, epochs=3)
-    nets[1].fit(X, Y, epochs=3, clip=1e6)
-    np.testing.assert_array_equal(nets[0].parameters, nets[1].parameters)
 
 
 # --- many nets -----------------------------------------------------------------------------------------------
@@ -233,12 +235,9 @@ def feed_forward(engine: str) -> irnn.Network:
     return irnn.Network(3, [irnn.Layer(5, "tanh", lateral=False)], outputs=2, seed=0, engine=engine)
 
 
-def test_exploding_training_warns_by_default_even_if_every_sample_has_its_equilibrium(engine, X, Y):
+def test_exploding_training_is_told_even_if_every_sample_has_its_equilibrium(engine, X, Y):
     with pytest.warns(irnn.ConvergenceWarning):
         explode(feed_forward(engine), X, Y)
-
-
-def test_exploding_training_raises_if_asked_to_even_if_every_sample_has_its_equilibrium(engine, X, Y):
     with pytest.raises(irnn.ConvergenceError):
         explode(feed_forward(engine), X, Y, on_failure="raise")
 

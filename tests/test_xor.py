@@ -27,12 +27,6 @@ def test_wilson_interval_has_its_known_values(successes, trials, low, high):
     assert wilson_interval(successes, trials) == pytest.approx((low, high), abs=2e-6)
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 3), (4, 3)])
-def test_wilson_interval_of_no_proportion_is_refused(successes, trials):
-    with pytest.raises(ValueError, match="is not a proportion"):
-        wilson_interval(successes, trials)
-
-
 def net_of(
     engine: str, W: list, b: list, R: list | None, constraint: irnn.model.constraints.Constraint
 ) -> irnn.Network:

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -199,12 +200,8 @@ def report_failure(message: str, on_failure: str, solution: Solution | None = No
         warn(message, ConvergenceWarning)
 
 
-@contextmanager
-def without_underflow() -> Iterator[None]:
-    """Let numbers too small for their type underflow to zero, even where the caller's ``np.seterr`` would raise."""
-    with np.errstate(under="ignore"):
-        yield
-
+without_underflow = partial(np.errstate, under="ignore")
+"""Lets numbers too small for their type underflow to zero, even where the caller's ``np.seterr`` would raise."""
 
 _counting, _filters, _silent = threading.Lock(), ExitStack(), 0
 

@@ -107,16 +107,7 @@ def load(path: str | Path, engine: str | None = None, device: str | None = None)
     try:
         topology = Topology.from_description(json.loads(metadata["topology"]))
         net = Network.from_topology(topology, metadata["dtype"], engine, device or metadata.get("device", "cpu"))
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        IndexError,
-        OverflowError,
-        MemoryError,
-        RecursionError,
-    ) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError, MemoryError, RecursionError) as error:
         raise ModelFileError(f"{source} describes no network that this version can read: {error}") from error
     expected = {name: weight.shape for name, weight in net.weights.items()}
     found = {name: tensor.shape for name, tensor in tensors.items()}

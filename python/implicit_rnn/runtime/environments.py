@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -202,7 +203,7 @@ def _from_juliapkg(may_install: bool) -> Environment | None:
 
 
 def _juliapkg_project() -> str:
-    with install.stdout_kept_clean():
+    with contextlib.redirect_stdout(sys.stderr):  # as stdout may be read by a program
         try:
             from juliapkg.state import STATE  # juliapkg.project() would install before it returns
         except Exception as error:  # a setting that it does not accept
@@ -213,7 +214,7 @@ def _juliapkg_project() -> str:
 
 def _is_resolved() -> bool:
     """Whether juliapkg considers its project up to date; to decide, it must write a lock to it."""
-    with install.stdout_kept_clean():
+    with contextlib.redirect_stdout(sys.stderr):
         import juliapkg
 
         try:

@@ -157,10 +157,3 @@ def cause(output: str | None = None) -> str:
         return (lines or ["it printed nothing"])[-1]
     entries = itertools.takewhile(lambda line: line.startswith("- "), lines[lines.index(errors[0]) + 1 :])
     return " ".join([errors[0], *entries])
-
-
-@contextlib.contextmanager
-def stdout_kept_clean() -> Iterator[None]:
-    """Redirect output to stderr meanwhile, since stdout may be read by a program."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield

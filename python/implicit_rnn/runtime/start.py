@@ -170,7 +170,7 @@ def _environment_restored(settings: Mapping[str, str]) -> Iterator[None]:
 
 def _import_juliacall() -> Any:
     try:
-        with install.stdout_kept_clean(), warnings.catch_warnings():
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
             # Where warnings are errors, as under python -W error, one of juliacall's would end it.
             warnings.filters = [
                 ("default" if action == "error" else action, text, category, module, line)
