@@ -367,6 +367,39 @@ def test_oldest_and_newest_juliacall_give_the_results_of_the_numpy_engine(
     assert done.stdout == f"{version} [True, True, True]\n", str(done)
 
 
+FIRST_USE = """
+import numpy as np
+import implicit_rnn as irnn
+
+for dtype in ("float64", "float32"):
+    X = np.random.default_rng(0).standard_normal((12, 2)).astype(dtype)
+    for neurons in (3, 30):
+        net = irnn.Network(2, [irnn.Layer(neurons)], outputs=1, dtype=dtype, seed=0, engine="julia")
+        net.equilibrium(X)
+        net.loss_and_gradient(X[:4], X[:4, :1])
+        net.loss_and_gradient(X, X[:, :1])
+        net.vjp(X, X[:, :1])
+        net.jvp(X, X)
+        for warm_start in (False, True):
+            net.fit(X, X[:, :1], epochs=2, batch_size=8, warm_start=warm_start, progress=False)
+nets = [irnn.Network(2, [irnn.Layer(2)], outputs=1, seed=seed, engine="julia") for seed in range(40)]
+irnn.fit_many(nets, X, X[:, :1], epochs=2, progress=False)
+sigmoid = irnn.Network(2, [irnn.Layer(3, activation="sigmoid")], outputs=1, seed=0, engine="julia")
+sigmoid.loss_and_gradient(X[:4], X[:4, :1])
+"""
+
+
+def test_first_use_of_a_network_compiles_nothing_of_the_julia_package(run_python: RunPython, given_julia, tmp_path):
+    """On one thread, and with too few samples for the matrix unit, the code for which is never compiled ahead."""
+    trace = tmp_path / "trace.jl"
+    env = given_julia | {"PYTHON_JULIACALL_TRACE_COMPILE": str(trace), "PYTHON_JULIACALL_THREADS": "1"}
+    done = run_python(FIRST_USE, env)
+    assert done.returncode == 0, str(done)
+    compiled = trace.read_text().splitlines()
+    assert len(compiled) > 0
+    assert [line for line in compiled if "ImplicitRNN" in line] == []
+
+
 def test_processes_started_from_one_with_julia_have_its_environment_without_what_julia_needs(
     run_python: RunPython, no_prepared_julia, julia_environment
 ):
