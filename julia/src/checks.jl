@@ -4,12 +4,14 @@
 
 check_option(name, option, kind, examples) = option isa kind ||
     throw(ArgumentError("$name is $(repr(option)); expected one made by its constructor, such as $examples"))
-check_number(name, x, holds, what, kind = Real) = x isa kind && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
+check_number(name, x, holds, what, kind = Real) =
+    x isa kind && !(x isa Bool) && holds(x) || throw(ArgumentError("$name must $what, got $(repr(x))"))
 function check_count(name, x)
     check_number(name, x, >(0), "be a positive whole number", Integer)
     check_number(name, x, <=(typemax(Int)), "be at most $(typemax(Int))")
     return
 end
+check_truth(name, x) = x isa Bool || throw(ArgumentError("$name must be true or false, got $(repr(x))"))
 check_fraction(name, x) = check_number(name, x, x -> 0 < x < 1, "lie strictly between 0 and 1")
 
 "An `ArgumentError` if a workspace was made for a network other than that of a problem."
@@ -19,11 +21,12 @@ check_workspace(ws, net) = ws.net === net || ws.net == net || refuse_workspace(w
 
 # --- arrays ----------------------------------------------------------------------------------------------------
 
-"An `ArgumentError` where parameters, samples or other arrays, pairs of a name and a matrix or nothing, are not arrays of real numbers."
-function check_arrays(p, X, others...)
+"An `ArgumentError` where parameters, samples, other arrays (pairs of a name and a matrix), or states if given, are not arrays of real numbers."
+function check_arrays(p, X, others...; start = nothing)
     check_host_array("the parameters", p, 1)
     check_host_array("the samples", X, 2)
-    foreach(((what, A),) -> A === nothing || check_host_array("the $what", A, 2), others)
+    foreach(((what, A),) -> check_host_array("the $what", A, 2), others)
+    start === nothing || check_host_array("the states", start, 2)
     return
 end
 
@@ -94,13 +97,15 @@ end
 check_start(net, X, start) = start === nothing || check_size("states", start, neurons(net), size(X, 2))
 
 function check_features(net, X)
+    check_shape("the samples", X, 2)
     size(X, 1) == net.inputs || throw(DimensionMismatch("the network takes $(net.inputs) features, the samples have $(size(X, 1))"))
-    return check_indices("the samples", X)
+    return
 end
 
 function check_size(what, A, rows, samples)
+    check_shape(what, A, 2)
     size(A) == (rows, samples) || throw(DimensionMismatch("$what are $(size(A)), but $rows rows for $samples samples were expected"))
-    return check_indices(what, A)
+    return
 end
 
 described(y::AbstractArray) = "an array of shape $(size(y))"

@@ -107,11 +107,19 @@ function sweep(net, θ, Z, samples)
         stage.has_input && (s .+= ws.input * X)
         stage.recurrent && (s .+= ws.recurrent * Z[rows, :])
         S[rows, :] = s
-        for j in 1:samples
-            activate!(view(F, rows, :), stage.activation, s, view(Z, rows, :), j)
-        end
+        activate!(view(F, rows, :), stage.activation, s)
     end
     return F, S, w
+end
+
+activate!(F, f::Activation, S) = foreach(j -> activate!(F, f, S, S, j), axes(S, 2))
+# By the slope that all other derivatives take, at a kink, too.
+function activate!(F, f::Activation, S::Matrix{<:Dual{G}}) where {G}
+    s = ForwardDiff.value.(S)
+    z = similar(s)
+    activate!(z, f, s)
+    map!((z, d, s) -> Dual{G}(z, d * partials(s)), F, z, slopes!(similar(s), f, s, z), S)
+    return
 end
 
 function ChainRulesCore.rrule(c::Conditions, θ, z, byproduct, samples)

@@ -60,7 +60,7 @@ for options out of range and for anything but arrays of real numbers.
 function fit!(
         p, net::Network{T}, X, Y; epochs = 100, batch_size = X isa AbstractMatrix ? size(X, 2) : 1,
         rule = Optimisers.Adam(), schedule = nothing, weights = nothing, rng::AbstractRNG = default_rng(), clip = Inf,
-        guard::Guard = Guard(), warm_start::Bool = false, solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0,
+        guard::Guard = Guard(), warm_start = false, solver = Auto(), adjoint = Implicit(), loss = MSE(), jacobian_penalty = 0.0,
     ) where {T}
     check_arrays(p, X, "targets" => Y)
     eltype(p) <: AbstractFloat || throw(ArgumentError("the parameters are of type $(eltype(p)), which cannot be trained; give them as $T.(p)"))

@@ -101,11 +101,12 @@ end
 
 function Trainer(
         problem::Problem{T}, rule; workspace::AbstractWorkspace{T} = Workspace(problem.net), nets = 1, clip = Inf,
-        guard::Guard = Guard(), batch_size = 0, warm_start::Bool = false,
+        guard::Guard = Guard(), batch_size = 0, warm_start = false,
     ) where {T}
     check_workspace(workspace, problem.net)
     check_option("rule", rule, Optimisers.AbstractRule, "Adam()")
     check_count("nets", nets)
+    check_truth("warm_start", warm_start)
     check_number("clip", clip, >(0), "be positive")
     check_number("batch_size", batch_size, x -> 0 <= x <= typemax(Int), "be a whole number, 0 where batches are all samples", Integer)
     warm_start && problem.adjoint isa Unrolled &&

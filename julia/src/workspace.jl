@@ -165,7 +165,7 @@ samples) is the initial guess, zero if absent. Nothing is thrown for unconverged
 anything but vectors and matrices of real numbers, and `DimensionMismatch` for arrays of the wrong size.
 """
 function equilibrium(net::Network, p, X; solver = Auto(), start = nothing)
-    check_arrays(p, X, "states" => start)
+    check_arrays(p, X; start)
     problem = Problem(net; solver)
     return equilibrium!(Solution(net, size(X, 2)), Workspace(net), problem, p, X, start)
 end
@@ -181,6 +181,7 @@ function loss_and_gradient(
         net::Network{T}, p, X, Y; loss = MSE(), weights = nothing, solver = Auto(), adjoint = Implicit(), jacobian_penalty = 0.0, probe = 0
     ) where {T}
     check_arrays(p, X, "targets" => Y)
+    check_number("probe", probe, _ -> true, "be a whole number", Integer)
     g = zeros(T, length(net))
     problem = Problem(net; solver, adjoint, loss, jacobian_penalty)
     value, quality = loss_and_gradient!(g, Workspace(net), problem, p, X, Y; probe, weights)
@@ -195,7 +196,7 @@ The derivatives of Σ ⟨V, outputs⟩ with respect to the parameters `p` and to
 [`vjp!`](@ref): the gradients of any loss L for V = ∂L/∂outputs (outputs × samples). Throws like [`loss_and_gradient`](@ref).
 """
 function vjp(net::Network{T}, p, X, V; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit()) where {T}
-    check_arrays(p, X, "cotangents" => V, "states" => start)
+    check_arrays(p, X, "cotangents" => V; start)
     g, dX = zeros(T, length(net)), zeros(T, size(X))
     _, quality = vjp!(g, dX, Workspace(net), Problem(net; solver, adjoint), p, X, V; of, start)
     check_converged(quality, size(X, 2))
@@ -209,7 +210,7 @@ The derivative of the outputs along the direction `dp` of the parameters and `dX
 [`loss_and_gradient`](@ref).
 """
 function jvp(net::Network{T}, p, X, dp, dX; of = :outputs, start = nothing, solver = Auto(), adjoint = Implicit()) where {T}
-    check_arrays(p, X, "directions" => dX, "states" => start)
+    check_arrays(p, X, "directions" => dX; start)
     check_array("the direction of the parameters", dp, 1)
     tangent = zeros(T, rows_of(net, of), size(X, 2))
     check_converged(jvp!(tangent, Workspace(net), Problem(net; solver, adjoint), p, X, dp, dX; of, start), size(X, 2))

@@ -24,6 +24,23 @@ for net in (one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.
     end
 end
 
+@testset "forward mode takes the derivatives of reverse mode at kinks, too: $(net.constraint)" for net in (
+        one_layer(; activation = :relu, constraint = InfNorm(0.5)), layered(; constraint = Perron(0.5)),
+        Network(3, [Layer(4; lateral = false), Layer(3, :relu; lateral = false)]; outputs = 2, constraint = Free()),
+    )
+    p, X = parameters(net; gain = 2.0), samples(net, 3)
+    w = named_weights(net, p)
+    fill!(w["b"], 0)
+    foreach(name -> startswith(name, "R") && (w[name][2:2:end] .= 0), keys(w))
+    X[:, 2] .= 0                # of which all pre-activations are 0
+    V = randn(Xoshiro(4), neurons(net), 3)
+    state = Equilibrium(net; solver = Newton(tol = 1.0e-13))
+    loss(p, X) = dot(V, state(p, X))
+    reverse = Zygote.gradient(loss, p, X)
+    @test ForwardDiff.gradient(p -> loss(p, X), p) ≈ reverse[1] rtol = 1.0e-9
+    @test ForwardDiff.gradient(X -> loss(p, X), X) ≈ reverse[2] rtol = 1.0e-9
+end
+
 @testset "parameters of another type have gradients of that type" begin
     net = one_layer(; constraint = Perron(0.9))
     p, X = big.(parameters(net)), samples(net, 3)

@@ -132,6 +132,15 @@ end
     end
 end
 
+@testset "products with the Hessian are symmetric where weights are zero: $constraint" for constraint in (Perron(0.5), InfNorm(0.5))
+    net = one_layer(; constraint)
+    p, X, Y = parameters(net; gain = 2.0), samples(net, 4), targets(net, 4)
+    named_weights(net, p)["R"][2:2:end] .= 0
+    product(v) = hessian_vector_product(net, p, X, Y, v; solver = Newton(tol = 1.0e-13))
+    v, w = parameters(net; seed = 5), parameters(net; seed = 6)
+    @test dot(w, product(v)) ≈ dot(v, product(w)) rtol = 1.0e-9
+end
+
 @testset "the factors of Newton's method serve the adjoint ($n neurons, $constraint)" for n in (5, 30), constraint in (Perron(0.9), Monotone(0.2))
     net = one_layer(; neurons = n, constraint)
     p, X, Y = parameters(net), samples(net, 40), targets(net, 40)

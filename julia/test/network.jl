@@ -232,7 +232,18 @@ end
     for delta in (0, "a")
         @test_throws "delta must be positive and finite, got $(repr(delta))" Huber(delta)
     end
+    for truth in (1, nothing)
+        @test_throws "lateral must be true or false, got $truth" Layer(3; lateral = truth)
+        @test_throws "warm_start must be true or false, got $truth" Trainer(Problem(one_layer()), ImplicitRNN.Optimisers.Adam(); warm_start = truth)
+    end
+    @test_throws "neurons must be a positive whole number, got true" Layer(true)
+    @test_throws "jacobian_penalty must be finite and not negative, got true" Problem(one_layer(); jacobian_penalty = true)
+    for outputs in (0, true)
+        @test_throws "outputs must be a positive whole number, got $outputs" Network(2, [Layer(3)]; outputs)
+    end
+    @test_throws "outputs must be at most" Network(2, [Layer(3)]; outputs = big(10)^30)
     net = one_layer()
+    @test_throws "probe must be a whole number, got 1.5" loss_and_gradient(net, parameters(net), samples(net, 4), targets(net, 4); probe = 1.5)
     @test_throws "rule is :adam; expected one made by its constructor" fit!(parameters(net), net, samples(net, 4), targets(net, 4); rule = :adam)
     @test_throws "layers is 3; expected a vector of layers" Network(2, 3; outputs = 1)
     @test_throws "layers is [3]; expected a vector of layers" Network(2, [3]; outputs = 1)
@@ -267,6 +278,11 @@ end
         @test_throws "the weights are a tuple of 4" call((1, 2, 3, 4))
         @test_throws "the weights have entries of type ComplexF64" call(ones(ComplexF64, 4))
     end
+    @test_throws "the targets are a Nothing; expected a matrix" loss_and_gradient(net, p, X, nothing)
+    @test_throws "the targets are a Nothing" hessian_vector_product(net, p, X, nothing, p)
+    @test_throws "the targets are a Nothing" fit!(p, net, X, nothing)
+    @test_throws "the cotangents are a Nothing" vjp(net, p, X, nothing)
+    @test_throws "the directions are a Nothing" jvp(net, p, X, p, nothing)
     @test_throws "the cotangents are an array of shape (2,)" vjp(net, p, X, Y[:, 1])
     @test_throws "the states are an array of shape (5,)" read_out(net, p, zeros(5))
     for of in (:states, "state")
@@ -277,4 +293,18 @@ end
     @test_throws "solver is :newton; expected one made by its constructor" Equilibrium(net; solver = :newton)
     @test_throws "loss is MSE" loss_and_gradient(net, p, X, Y; loss = MSE)
     @test predict(net, big.(p), X) ≈ predict(net, p, X)
+end
+
+@testset "what is no vector or matrix is refused by what writes to the caller's arrays, too" begin
+    net = one_layer()
+    p, X, Y, ws, problem = parameters(net), samples(net, 4), targets(net, 4), ImplicitRNN.Workspace(net), Problem(net)
+    solve(p, X, start = nothing) = ImplicitRNN.equilibrium!(Solution(net, 4), ws, problem, p, X, start)
+    gradient(g, p, X, Y) = ImplicitRNN.loss_and_gradient!(g, ws, problem, p, X, Y)
+    @test_throws "the vector is an array of shape ($(length(net)), 1); expected a vector of $(length(net)) numbers" solve(reshape(p, :, 1), X)
+    @test_throws "the samples are an array of shape (3, 4, 1); expected a matrix" solve(p, reshape(X, 3, 4, 1))
+    @test_throws "states are a tuple of 1" solve(p, X, (X,))
+    @test_throws "the gradient is a Nothing; expected a vector" gradient(nothing, p, X, Y)
+    @test_throws "targets are a Nothing; expected a matrix" gradient(copy(p), p, X, nothing)
+    @test_throws "derivatives are a Nothing" ImplicitRNN.vjp!(copy(p), nothing, ws, problem, p, X, Y)
+    @test_throws "the direction is an array of shape" ImplicitRNN.jvp!(copy(Y), ws, problem, p, X, reshape(p, 1, :), X)
 end

@@ -67,6 +67,13 @@ end
     end
 end
 
+@testset "jvp is the transpose of vjp where weights are zero: $constraint" for constraint in (Perron(0.5), InfNorm(0.5))
+    net = one_layer(; constraint)
+    p, X, V, v = parameters(net; gain = 2.0), samples(net, 4), seeded(net, 4), parameters(net; seed = 5)
+    named_weights(net, p)["R"][2:2:end] .= 0
+    @test dot(V, jvp(net, p, X, v, zero(X); solver = EXACT)) ≈ dot(vjp(net, p, X, V; solver = EXACT)[1], v) rtol = 1.0e-10
+end
+
 @testset "the way through tiles does not change the products ($neurons neurons)" for (neurons, count) in
     ((7, 1200), (24, 1200), (40, 1200), (209, 300))
 

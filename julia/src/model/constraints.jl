@@ -97,6 +97,10 @@ function constrain_pullback! end
 constrain!(w, ::Free, slopes) = (copyto!(w.recurrent, w.raw); w)
 constrain_pullback!(g, ::Free, w, slopes) = (copyto!(g.raw, g.recurrent); g)
 
+# |x| and the sign of x. For a dual number of value 0 the sign is 0, and the derivative of |x|; ForwardDiff.jl takes that of one side.
+@inline magnitude(x) = abs(x)
+@inline sign_of(x) = sign(x)
+
 # Rows: R_ij = c_i K_ij e^{a_j - a_i} with c_i = min(1, κ / (L_i Σ_j |K_ij|)).
 
 constrain!(w, c::InfNorm, slopes) = scale_rows!(w, c.kappa, slopes, fill!(w.scaling, 1))
@@ -121,7 +125,7 @@ function scale_rows!(w, kappa, slopes, scaling)
     fill!(row_sum, 0)
     for j in axes(raw, 2)
         @inbounds @simd for i in axes(raw, 1)
-            row_sum[i] += abs(raw[i, j])
+            row_sum[i] += magnitude(raw[i, j])
         end
     end
     for i in eachindex(row_sum)
@@ -161,7 +165,7 @@ function constrain_pullback!(g, c::Union{InfNorm, Perron}, w, slopes)
     for j in axes(raw, 2)
         @inbounds @simd for i in axes(raw, 1)
             h = g.recurrent[i, j] * row_factor[i] * (scaling[j] / scaling[i])
-            g.raw[i, j] = h - sign(raw[i, j]) * inner[i]
+            g.raw[i, j] = h - sign_of(raw[i, j]) * inner[i]
         end
     end
     return g

@@ -10,8 +10,9 @@ struct Layer
     neurons::Int
     activation::Activation
     lateral::Bool
-    function Layer(neurons, f = :tanh; lateral::Bool = true)
+    function Layer(neurons, f = :tanh; lateral = true)
         check_count("neurons", neurons)
+        check_truth("lateral", lateral)
         return new(neurons, activation(f), lateral)
     end
 end
@@ -96,6 +97,7 @@ Base.eltype(::Network{T}) where {T} = T
 output_size(net::Network) = net.outputs > 0 ? net.outputs : length(net.readout)
 
 function check_length(net::Network, p, what = "vector")
+    p isa AbstractVector || throw(ArgumentError("the $what is $(described(p)); expected a vector of $(length(net)) numbers"))
     length(p) == length(net) || throw(DimensionMismatch("the network has $(length(net)) parameters, the $what $(length(p))"))
     return check_indices("the $what", p)
 end
@@ -165,7 +167,7 @@ end
 
 # The neurons that the output reads, and the number of linear outputs, 0 where it is these neurons themselves.
 function read_neurons(outputs::Integer, last_layer)
-    outputs > 0 || throw(ArgumentError("a readout needs at least one output, got $outputs"))
+    check_count("outputs", outputs)
     return collect(last_layer), Int(outputs)
 end
 function read_neurons(outputs, last_layer)

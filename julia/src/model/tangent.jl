@@ -23,6 +23,9 @@ function dual_stage(stage, net, w::StageWeights{T}, t::StageWeights{T}) where {T
     return dual
 end
 
+magnitude(x::Dual) = sign_of(x) * x
+sign_of(x::Dual) = sign(ForwardDiff.value(x))
+
 # --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
 
 nan_size(K) = Dual{Nothing}(NaN, NaN), K .* NaN

@@ -58,7 +58,7 @@ end
 
 Fill `w` from the parameter vector `p` and apply the constraint.
 """
-function unpack!(w::Weights, net::Network, p::AbstractVector)
+function unpack!(w::Weights, net::Network, p)
     check_length(net, p)
     for (stage, ws) in zip(net.stages, w.stages)
         for c in stage.connections
