@@ -57,6 +57,11 @@ function compile_passes_ahead(::Type{T}) where {T}
         compile_ahead(solve_corrections!, Corrections, A, buffers, Int, Float32, Int)
     end
     compile_ahead(solve_stage!, tile, problem, UnitRange{Int}, Tanh, Int)
+    block = typeof(view(zeros(T, 0, 0), 1:0, 1:0))
+    compile_ahead(
+        solve_adjoint!, block, Implicit, Columns{T, matrix}, Recurrence{T}, block, block;
+        outcome = Outcome, factors = Nothing, latest = Bool, threads = Int
+    )
     compile_ahead(backward_stage!, tile, problem, Stage, Tanh, Int, columns, JacobianPenalty, Int)
     compile_ahead(push_forward_stage!, tile, problem, Stage, Tanh, Int, weights, columns, columns)
 
@@ -75,6 +80,7 @@ function compile_training_ahead(::Type{T}) where {T}
     buffers = StepBuffers{T, rule, workspace, vector, matrix}
     trainer = Trainer{T, rule, state, buffers}
     nets, batches = Replicas{matrix, matrix}, Batches{matrix, matrix, Nothing, Matrix{Int}, Vector{Float64}}
+    compile_ahead(OPTIMIZERS.adam, Dict{Symbol, Any})
     compile_ahead(decaying, rule, Dict{Symbol, Any})
     compile_ahead(
         Trainer, Problem{T}, rule; workspace, guard = Guard, clip = Float64, nets = Int, batch_size = Int, warm_start = Bool
@@ -85,6 +91,7 @@ function compile_training_ahead(::Type{T}) where {T}
     end
     T === Float64 && compile_side_by_side_ahead(trainer, buffers, nets, batches, state)
     compile_ahead(train!, trainer, nets, matrix, matrix, Matrix{Int}, Int, Vector{Float64}, Matrix{Float64}, Matrix{Int}; weights = Nothing)
+    foreach(entry -> compile_ahead(flatten!, Vector{Float64}, entry), (fieldtypes(state)..., state))
     compile_ahead(optimizer_state, trainer)
     return
 end
