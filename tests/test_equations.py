@@ -204,6 +204,13 @@ def test_a_start_near_a_repelling_fixed_point_leads_away_from_it(given):
     np.testing.assert_allclose(np.tanh(1.5 * (magnetisation + fields)), magnetisation, atol=1e-9)
 
 
+def test_a_warning_names_the_line_of_the_user():
+    at_a_kink = root(lambda z, a: np.maximum(z, a) + z - 2 * a, [1.0], args=(1.0,))
+    with pytest.warns(irnn.errors.DerivativeWarning) as caught:
+        at_a_kink.jacobian("a")
+    assert {each.filename for each in caught} == {__file__}
+
+
 def test_a_repelling_fixed_point_is_reported(given):
     with pytest.raises(ConvergenceError, match=r"1 unstable.*irnn\.root") as caught:
         fixed_point(given("poised"), [0.0], solver=Newton())

@@ -400,7 +400,7 @@ class Solve:
         self.outcome = outcome
 
     def persist(self, rows: Rows, limit: int) -> None:
-        """Picard iteration from ``rows`` again, for those that the faster methods have failed: it may be slow only for a while, as
+        """Picard iteration from ``rows`` again, for those the faster methods have failed: it may be slow only for a while, as
         where two equilibria have just vanished. Where it finds nothing, what those methods have found remains.
         """
         before = self.outcome
