@@ -204,6 +204,11 @@ def test_a_start_near_a_repelling_fixed_point_leads_away_from_it(given):
     np.testing.assert_allclose(np.tanh(1.5 * (magnetisation + fields)), magnetisation, atol=1e-9)
 
 
+def test_the_residual_of_a_fixed_point_at_zero_is_zero(given):
+    assert fixed_point(given("linear"), [0.0], args=(0.5, 0.0)).residual == 0
+    assert (fixed_point(given("linear"), np.zeros((3, 1)), args=(0.5, 0.0)).residual == 0).all()
+
+
 def test_a_warning_names_the_line_of_the_user():
     at_a_kink = root(lambda z, a: np.maximum(z, a) + z - 2 * a, [1.0], args=(1.0,))
     with pytest.warns(irnn.errors.DerivativeWarning) as caught:

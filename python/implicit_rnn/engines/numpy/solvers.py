@@ -177,7 +177,8 @@ class Solve:
                 again.Z, again.residual = self.restart(again), np.full_like(again.residual, np.inf)
                 self.rescued.append(again)
                 ended &= ~rescued
-        self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
+        relative = np.where(residual == 0, 0, residual / scale)  # the scale of a fixed point at zero is zero, too
+        self.finish(rows.take(ended), status[ended], relative[ended], rate[ended])
         self.rows = rows.take(left)
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
