@@ -49,10 +49,11 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     return iterate!(NLsolver(), c, p, 100)
 end
 
-# Picard iteration may be slow only for a while, as where two equilibria have just vanished; Newton's method finds nothing there.
+# Picard iteration may be slow only for a while, as where two equilibria have just vanished; Newton's method finds nothing there, and may
+# have left a sample where iteration would not lead: hence the check.
 function persist!(c::Columns{T}, p::Stationary{T}) where {T}
     for _ in 1:PERSISTENCE
-        evaluate_all!(c, p; rescue = true) && break
+        evaluate_all!(c, p; check = true, rescue = true) && break
         advance!(c, one(T))
     end
     return reclaim!(c) == 0
