@@ -42,6 +42,7 @@ FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "power": ("(z, a, k) -> z .^ k .- a", _power),
     "linear": ("(z, a, b) -> a .* z .+ b", lambda z, a, b: a * z + b),
     "poised": ("z -> tanh.(1.5 .* z .+ 0.05)", lambda z: np.tanh(1.5 * z + 0.05)),
+    "magnet": ("(z, b, h) -> tanh.(b .* (z .+ h))", lambda z, b, h: np.tanh(b * (z + h))),
     "poised root": ("z -> tanh.(1.5 .* z .+ 0.05) .- z", lambda z: np.tanh(1.5 * z + 0.05) - z),
     "no root": ("(z, a) -> z .^ 2 .+ a", lambda z, a: z**2 + a),
     "tensor": ("(z, A, T) -> (T[1, 3, 2] .* A) * z .+ T[2, 1, 2]", lambda z, A, T: (T[0, 2, 1] * A) @ z + T[1, 0, 1]),
@@ -188,6 +189,31 @@ def test_a_result_does_not_depend_on_batch_mates(given, samples, rng):
     some = fixed_point(given("net"), np.zeros((samples, 3)), args=(R, x[:samples]), batched="x")
     np.testing.assert_array_equal(some.value, all_of_them.value[:samples])
     np.testing.assert_array_equal(some.iterations, all_of_them.iterations[:samples])
+
+
+@pytest.mark.parametrize("field", [-0.139, -0.145, -0.16, -0.17])
+def test_a_fixed_point_is_found_where_two_others_have_just_vanished(given, field):
+    magnetisation = fixed_point(given("magnet"), [0.6], args=(1.5, field)).value
+    np.testing.assert_allclose(np.tanh(1.5 * (magnetisation + field)), magnetisation, atol=1e-9)
+
+
+def test_a_start_near_a_repelling_fixed_point_leads_away_from_it(given):
+    fields = np.array([[1e-3], [-1e-4]])
+    magnetisation = fixed_point(given("magnet"), np.zeros((2, 1)), args=(1.5, fields), batched=1).value
+    assert (magnetisation * fields > 0).all()
+    np.testing.assert_allclose(np.tanh(1.5 * (magnetisation + fields)), magnetisation, atol=1e-9)
+
+
+def test_the_residual_of_a_fixed_point_at_zero_is_zero(given):
+    assert fixed_point(given("linear"), [0.0], args=(0.5, 0.0)).residual == 0
+    assert (fixed_point(given("linear"), np.zeros((3, 1)), args=(0.5, 0.0)).residual == 0).all()
+
+
+def test_a_warning_names_the_line_of_the_user():
+    at_a_kink = root(lambda z, a: np.maximum(z, a) + z - 2 * a, [1.0], args=(1.0,))
+    with pytest.warns(irnn.errors.DerivativeWarning) as caught:
+        at_a_kink.jacobian("a")
+    assert {each.filename for each in caught} == {__file__}
 
 
 def test_a_repelling_fixed_point_is_reported(given):

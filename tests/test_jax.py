@@ -57,6 +57,18 @@ def with_parameters(net, p):
 # --- a network as a function ---------------------------------------------------------------------------------
 
 
+def test_the_engine_starts_where_code_is_compiled_and_not_in_a_thread_of_jax(monkeypatch, X):
+    net, asked = make_net("numpy"), []
+    f, p = door.function(net), door.parameters(net)
+    monkeypatch.setattr("implicit_rnn.network.get_engine", asked.append)
+    jax.jit(f).lower(p, X)  # without running it
+    assert asked == ["numpy"]
+    monkeypatch.delenv("IMPLICIT_RNN_ENGINE", raising=False)
+    monkeypatch.setattr("implicit_rnn.equations.solving.get_engine", asked.append)
+    jax.jit(lambda a: door.root(irnn.julia("(z, a) -> z .- a"), jnp.ones(1), args=(a,))).lower(1.0)
+    assert asked == ["numpy", "julia"]
+
+
 def test_function_gives_the_outputs_of_the_network_with_and_without_jit(net, f, p, X):
     expected = net.predict(X)
     close(f(p, X), expected)

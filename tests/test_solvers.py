@@ -160,3 +160,23 @@ def test_a_residual_just_above_the_tolerance_that_does_not_shrink_is_left_to_ano
         engine=engine,
     )
     assert (solution.status != irnn.Status.MAX_ITERATIONS).all()
+
+
+@pytest.mark.parametrize("neurons", [1, 100])
+def test_auto_passes_the_place_where_two_equilibria_have_just_vanished(engine, neurons):
+    net = irnn.Network(1, [irnn.Layer(neurons)], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.parameters[:] = 0
+    net.weights["R"][...], net.weights["W"][...] = 1.5 / neurons, 1.5  # a magnet below its critical temperature
+    fields, on_the_lost_branch = np.array([[-0.139], [-0.145], [-0.16], [-0.17]]), np.full((4, neurons), 0.6)
+    z = net.equilibrium(fields, z0=on_the_lost_branch).state
+    np.testing.assert_allclose(np.tanh(1.5 * (z + fields)), z, atol=1e-9)
+
+
+def test_auto_tells_what_newtons_method_found_where_nothing_attracts(engine):
+    net = irnn.Network(1, [irnn.Layer(1)], outputs=[0], constraint=irnn.Free(), engine=engine)
+    net.parameters[:] = 0
+    net.weights["R"][...], net.weights["b"][...] = -2, 0.5
+    solution = net.equilibrium([[0.0]], on_failure="ignore")
+    assert irnn.Status(solution.status[0]) == irnn.Status.UNSTABLE
+    np.testing.assert_allclose(np.tanh(0.5 - 2 * solution.state), solution.state, atol=1e-9)
+    assert solution.iterations[0] <= irnn.Auto().max_iterations

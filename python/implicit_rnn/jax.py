@@ -17,6 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from implicit_rnn import equations
+from implicit_rnn.engines import check_engine
 from implicit_rnn.engines.base import LARGEST_CHANGE, Of
 from implicit_rnn.engines.numpy.operators import SWEEPS
 from implicit_rnn.engines.numpy.roots import EQUAL_TERMS
@@ -25,7 +26,7 @@ from implicit_rnn.engines.numpy.solvers import decreases
 from implicit_rnn.equations import Function, JuliaFunction
 from implicit_rnn.equations.functions import argument_names
 from implicit_rnn.equations.posing import check_arguments, positions
-from implicit_rnn.equations.solving import check_device_for, choose_solver, suggest_batched
+from implicit_rnn.equations.solving import check_device_for, choose_solver, engine_for, suggest_batched
 from implicit_rnn.network import Network
 from implicit_rnn.options import OnFailure, check_choice, check_on_failure, choose
 from implicit_rnn.solvers import AdjointLike, Auto, Implicit, Solver, SolverLike, at_equilibrium, tolerance
@@ -155,6 +156,7 @@ def function(
             raise ValueError(f"X has shape {x.shape}; expected (..., {net.topology.inputs})")
         flat = jnp.concatenate([jnp.ravel(each.T) for each in weights.values()])  # blocks are stored column by column
         rows = x.reshape(-1, x.shape[-1])
+        _ = net.engine  # started here: compiled code may call from another thread, in which Julia cannot start
         y = call(flat, rows) if _are_traced(flat, rows) else host.outputs(flat, rows)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
@@ -431,6 +433,7 @@ def _solve(
                 f"{names[k]} has shape {arrays[k].shape}; expected ({len(batch)}, ...), as z0 has {len(batch)} samples"
             )
     if isinstance(f, JuliaFunction):
+        engine_for(f, check_engine(None))  # started here, too
         in_julia = _JuliaProblem(pose, f, sorted(per_sample), chosen, on_failure, device)
         return _julia_solution(in_julia, batch, arrays).reshape(start.shape)
     sample = [batch[0], *(array[0] if k in per_sample else array for k, array in enumerate(arrays))]

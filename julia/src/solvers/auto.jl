@@ -3,6 +3,9 @@
 "Picard iterations between two checks of the rate."
 const AUTO_BLOCK = 8
 
+"Picard iterations that a sample gets, where there may be several equilibria, after Newton's method has failed."
+const PERSISTENCE = 512
+
 """
     Auto(; tol = nothing, max_iterations = 1000)
 
@@ -42,7 +45,18 @@ function iterate!(::Auto, c::Columns{T}, p::Stationary{T}, ::Int) where {T}
     reclaim!(c) == 0 && return true
     n > SMALL_LU && iterate!(Anderson(), c, p, 60) && return true
     iterate!(Newton(), c, p, 50) && return true
+    p.unique || persist!(c, p) && return true
     return iterate!(NLsolver(), c, p, 100)
+end
+
+# Picard iteration may be slow only for a while, as where two equilibria have just vanished; Newton's method finds nothing there, and may
+# have left a sample where iteration would not lead: hence the check.
+function persist!(c::Columns{T}, p::Stationary{T}) where {T}
+    for _ in 1:PERSISTENCE
+        evaluate_all!(c, p; check = true, rescue = true) && break
+        advance!(c, one(T))
+    end
+    return reclaim!(c) == 0
 end
 
 """

@@ -188,7 +188,7 @@ def _solve(
     check_device_for(f, device, engine)
     equation = pose(f, z0, args, batched, vectorized, jac, vjp, scale, root, device)
     begin = time.perf_counter()
-    compiled = _engine(f, engine).compile_equation(equation)
+    compiled = engine_for(f, engine).compile_equation(equation)
     try:
         solution = ImplicitSolution.found_by(chosen, equation, compiled)
     except Exception as error:
@@ -233,7 +233,7 @@ def check_device_for(f: Function, device: str, engine: str | None = None) -> Non
         return
     if not isinstance(f, JuliaFunction):
         raise ValueError(f"a Python function cannot run on device={device!r}; write it as Julia code, irnn.julia(text)")
-    _engine(f, check_engine(engine))  # if it is not available, that is the error to raise for arrays on the device
+    engine_for(f, check_engine(engine))  # if it is not available, that is the error to raise for arrays on the device
 
 
 def choose_solver(solver: SolverLike, root: bool) -> Solver:
@@ -248,7 +248,8 @@ def choose_solver(solver: SolverLike, root: bool) -> Solver:
     return solver
 
 
-def _engine(f: Function, engine: str) -> Engine:
+def engine_for(f: Function, engine: str) -> Engine:
+    """The engine of that name that solves equations of f, started."""
     if not isinstance(f, JuliaFunction):
         return get_engine("numpy")
     if engine == "numpy":

@@ -40,8 +40,11 @@ class FixedPoint(Solve):
     def accept(self, rows: Rows) -> None:
         self.sizes.record(self.sizes(rows.F), rows.index)
 
-    def restart(self, rows: Rows) -> Array:
+    def forget(self, rows: Rows) -> None:
         self.sizes.begin(rows.index)
+
+    def restart(self, rows: Rows) -> Array:
+        self.forget(rows)
         return self.f.equation.start[rows.index]
 
     def settle(self, rows: Rows, scale: Array, spent: Array) -> Array:

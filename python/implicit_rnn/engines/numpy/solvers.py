@@ -26,7 +26,7 @@ _LEAST = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
 _TINY, _DENSE = 8, 64
 SMALLEST_STEP = 2.0**-6
-_ANDERSON_STEPS, _NEWTON_STEPS = 60, 100
+_ANDERSON_STEPS, _NEWTON_STEPS, _LAST_STEPS = 60, 100, 512
 """Evaluations of a sample by the later methods of Auto."""
 
 
@@ -45,13 +45,14 @@ class Outcome:
         shape = (nets, samples)
         return cls(np.zeros(shape, np.int8), np.zeros(shape, np.int32), np.zeros(shape), np.zeros(shape))
 
+    def flat(self) -> list[Array]:
+        """Status, iterations, residuals and rates, (S B,)."""
+        return [values.reshape(-1) for values in (self.status, self.iterations, self.residual, self.rate)]
+
     def merge(self, rows: Array, status: Array, iterations: Array, residual: Array, rate: Array) -> None:
         """Merge values for the flat indices ``rows`` of (S, B)."""
-        for merged, values in zip(
-            (self.status, self.iterations, self.residual, self.rate), (status, iterations, residual, rate), strict=True
-        ):
-            flat = merged.reshape(-1)
-            flat[rows] = np.maximum(flat[rows], values)
+        for merged, values in zip(self.flat(), (status, iterations, residual, rate), strict=True):
+            merged[rows] = np.maximum(merged[rows], values)
 
     def write(self, out: Solution) -> None:
         """Write how the samples of the one net ended to its solution."""
@@ -176,13 +177,17 @@ class Solve:
                 again.Z, again.residual = self.restart(again), np.full_like(again.residual, np.inf)
                 self.rescued.append(again)
                 ended &= ~rescued
-        self.finish(rows.take(ended), status[ended], (residual / scale)[ended], rate[ended])
+        relative = np.where(residual == 0, 0, residual / scale)  # the scale of a fixed point at zero is zero, too
+        self.finish(rows.take(ended), status[ended], relative[ended], rate[ended])
         self.rows = rows.take(left)
         self.rate = rate[left]
         return tuple(array[left] for array in extra)
 
     def accept(self, rows: Rows) -> None:
         """Record the iterates of ``rows``, from which a method continues; trial steps that it takes back do not count."""
+
+    def forget(self, rows: Rows) -> None:
+        """Forget the recorded iterates of ``rows``, which start again."""
 
     def restart(self, rows: Rows) -> Array:
         """The restart of rows that diverged."""
@@ -383,11 +388,43 @@ class Solve:
             return
         self.rows = _join(slow)
         self.rate = np.zeros(len(self.rows.index))
+        start = replace(self.rows, Z=self.rows.Z.copy())
+        outcome, self.outcome = self.outcome, Outcome.converged(*self.shape[:2])
         if self.shape[-1] > _DENSE:
             self.anderson(Anderson(), _ANDERSON_STEPS)
         rows = self.rows
         self.limit[rows.index] = np.minimum(self.limit[rows.index], rows.iterations + _NEWTON_STEPS)
         self.newton()
+        if self.equation.check_stability:
+            self.persist(start, solver.max_iterations)
+        outcome.merge(start.index, *(values[start.index] for values in self.outcome.flat()))
+        self.outcome = outcome
+
+    def persist(self, rows: Rows, limit: int) -> None:
+        """Picard iteration from ``rows`` again, for those the faster methods have failed: it may be slow only for a while, as
+        where two equilibria have just vanished. Where it finds nothing, what those methods have found remains.
+        """
+        before = self.outcome
+        status, iterations, *_ = before.flat()
+        rows = replace(rows.take(status[rows.index] != CONVERGED))
+        index, rows.iterations = rows.index, iterations[rows.index]
+        rows.residual = np.full_like(rows.residual, np.inf)
+        ends = [(array, array[index]) for array in (self.Z, self.S, self.F)]
+        budget = np.minimum(limit - rows.iterations, _LAST_STEPS)
+        self.limit[index] = rows.iterations + budget
+        self.forget(rows)
+        self.outcome, self.trial = Outcome.converged(*self.shape[:2]), None
+        for steps in np.unique(budget[budget > 0]):
+            self.rows = rows.take(budget == steps)
+            self.rate = np.zeros(len(self.rows.index))
+            self.picard(int(steps))
+        found = (budget > 0) & (self.outcome.flat()[0][index] == CONVERGED)
+        for array, end in ends:
+            array[index[~found]] = end[~found]
+        for kept, last in zip(before.flat(), self.outcome.flat(), strict=True):
+            kept[index[found]] = last[index[found]]
+        np.maximum(iterations, self.outcome.iterations.reshape(-1), out=iterations)
+        self.outcome = before
 
 
 METHODS: dict[type[Solver], Callable[[Solve, Any], None]] = {
