@@ -65,6 +65,7 @@ function compile_passes_ahead(::Type{T}) where {T}
     compile_ahead(backward_stage!, tile, problem, Stage, Tanh, Int, columns, JacobianPenalty, Int)
     compile_ahead(push_forward_stage!, tile, problem, Stage, Tanh, Int, weights, columns, columns)
 
+    compile_ahead(fill_arrays!, Tuple{Vector{Status}, Vector{Float64}, Vector{Float64}}, UnitRange{Int}, Outcome, Vector{Float64})
     compile_ahead(equilibrium!, Solution{T, matrix}, workspace, problem, vector, matrix)
     compile_ahead(loss_and_gradient!, vector, workspace, problem, vector, matrix, matrix; probe = Int, weights = Nothing, report = Nothing)
     for start in (Nothing, matrix)
@@ -113,7 +114,7 @@ function compile_sigmoid_ahead()
     lanes = SampleLanes{Float64, lane_count(Float64, 1)}
     compile_ahead(backward_stage!, tile, problem, Stage, Sigmoid, Int, columns, JacobianPenalty, Int)
     for samples in (matrix, columns)
-        seed = LossSeed{samples, Nothing, Float64}
+        seed = LossSeed{samples, Vector{Float64}, Float64}
         compile_ahead(gradient_in_lanes!, Vector{Float64}, CPUWorkspace{Float64}, lanes, problem, Sigmoid, samples, seed)
     end
     return

@@ -104,11 +104,18 @@ function Quality(outcome, adjoint_residual, adjoint::Adjoint, samples::Int = len
     return Quality(unconverged, forward, backward)
 end
 
-"Fill in a caller's report for the samples with these numbers, which are the first ones of `outcome` and `adjoint_residual`."
-report!(::Nothing, samples, outcome, adjoint_residual) = nothing
-function report!(report, samples, outcome, adjoint_residual)
+"The arrays (status, residual, adjoint residual) that a caller wants filled in, or nothing; of one type, so that all calls share their code."
+struct Report
+    arrays::Union{Nothing, NTuple{3, AbstractVector}}
+end
+is_wanted(report::Report) = report.arrays !== nothing
+
+"Fill in a report for the samples with these numbers, which are the first ones of `outcome` and `adjoint_residual`."
+report!(report::Report, samples, outcome, adjoint_residual) =
+    is_wanted(report) && fill_arrays!(report.arrays, samples, outcome, adjoint_residual)
+function fill_arrays!(arrays, samples, outcome, adjoint_residual)
     put!(to, from) = copyto!(view(to, samples), view(from, eachindex(samples)))
-    foreach(put!, report, (outcome.status, outcome.residual, adjoint_residual))
+    foreach(put!, arrays, (outcome.status, outcome.residual, adjoint_residual))
     return
 end
 

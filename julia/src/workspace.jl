@@ -79,7 +79,7 @@ function loss_and_gradient!(
     check_length(problem.net, g, "gradient")
     check_start(problem.net, X, states)
     seed = LossSeed(problem.loss, Y, weights, T(1 / size(X, 2)))
-    summary = exclusively(() -> pull_back!(g, ws, problem, p, X, seed; start = states, probe, report, states), ws)
+    summary = exclusively(() -> pull_back!(g, ws, problem, p, X, seed; start = states, probe, report = Report(report), states), ws)
     return summary.loss, summary.quality
 end
 
@@ -98,7 +98,7 @@ function vjp!(
     check_pullback(problem.net, dX, X, V, of, start)
     check_length(problem.net, g, "gradient")
     samples = Base.unalias(dX, X)             # the gradient still needs them after the derivatives are written
-    back!(seed) = pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report)
+    back!(seed) = pull_back!(g, ws, problem, p, samples, seed; dX, start, probe, report = Report(report))
     summary = exclusively(() -> of === :outputs ? back!(OutputSeed(V)) : back!(StateSeed(V)), ws)
     return summary.loss, summary.quality
 end
@@ -115,7 +115,7 @@ function jvp!(
     )
     check_workspace(ws, problem.net)
     check_pushforward(problem.net, tangent, X, dp, dX, of, start)
-    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, report), ws)
+    return exclusively(() -> push_forward!(tangent, ws, problem, p, X, dp, dX, of, start, Report(report)), ws)
 end
 
 # Where the backward pass begins.
@@ -124,8 +124,10 @@ end
 struct LossSeed{A, W, T}
     loss::Loss                   # left abstract, as in a problem
     targets::A
-    weights::W
+    weights::Union{Nothing, W}   # so that calls with and without weights share their code
     scale::T
+    LossSeed(loss, targets::A, weights, scale::T) where {A, T} =
+        new{A, weights === nothing ? Vector{T} : typeof(weights), T}(loss, targets, weights, scale)
 end
 
 "∂L/∂y is given."

@@ -82,7 +82,7 @@ ImplicitRNN.hessian_vector_product!(h, ::DeviceWorkspace, problem::Problem, p, X
 
 # The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
 function ImplicitRNN.pull_back!(
-        g, ws::DeviceWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
+        g, ws::DeviceWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report, states = nothing
     )
     check_options(problem)
     unpack!(ws, p)

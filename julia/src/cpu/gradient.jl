@@ -34,10 +34,10 @@ end
 
 # The gradient goes to `g`, that of the samples to `dX` and the states found to `states` if these are not nothing.
 function pull_back!(
-        g, ws::CPUWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report = nothing, states = nothing
+        g, ws::CPUWorkspace, problem::Problem, p, X, seed; dX = nothing, start = nothing, probe = 0, report, states = nothing
     )
     unpack!(ws, p)
-    if seed isa LossSeed && report === states === nothing
+    if seed isa LossSeed && !is_wanted(report) && states === nothing
         summary = gradient_in_lanes!(g, ws, problem, X, seed)
         summary === nothing || return summary
     end
