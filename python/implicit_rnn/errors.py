@@ -186,7 +186,7 @@ class CheckpointError(ValueError):
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line of the user's code that led here, however deep in the package this is, also through other libraries."""
     level, frame = 2, sys._getframe(1)
-    inside = ("implicit_rnn", "torch", "jax", "sklearn", "joblib", "contextlib")
+    inside = ("implicit_rnn", "numpy", "torch", "jax", "sklearn", "joblib", "contextlib")
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         level, frame = level + 1, frame.f_back
     warnings.warn(message, category, stacklevel=level)

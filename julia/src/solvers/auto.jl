@@ -4,7 +4,7 @@
 const AUTO_BLOCK = 8
 
 "Picard iterations that a sample gets, where there may be several equilibria, after Newton's method has failed."
-const PERSISTENCE = 512
+const PERSISTENCE = 256
 
 """
     Auto(; tol = nothing, max_iterations = 1000)

@@ -26,7 +26,7 @@ _LEAST = float(np.finfo(np.float64).tiny)
 _SQUARINGS = 10
 _TINY, _DENSE = 8, 64
 SMALLEST_STEP = 2.0**-6
-_ANDERSON_STEPS, _NEWTON_STEPS, _LAST_STEPS = 60, 100, 512
+_ANDERSON_STEPS, _NEWTON_STEPS, _LAST_STEPS = 60, 100, 256
 """Evaluations of a sample by the later methods of Auto."""
 
 
@@ -402,11 +402,16 @@ class Solve:
 
     def persist(self, rows: Rows, limit: int) -> None:
         """Picard iteration from ``rows`` again, for those the faster methods have failed: it may be slow only for a while, as
-        where two equilibria have just vanished. Where it finds nothing, what those methods have found remains.
+        where two equilibria have just vanished, unless it swings to and fro. Where it finds nothing, what those methods have
+        found remains.
         """
         before = self.outcome
         status, iterations, *_ = before.flat()
-        rows = replace(rows.take(status[rows.index] != CONVERGED))
+        rows = rows.take((status[rows.index] != CONVERGED) & (iterations[rows.index] <= limit - 2))
+        once = self.equation.f(self.product(rows, rows.Z) + rows.U)
+        twice = self.equation.f(self.product(rows, once) + rows.U)
+        iterations[rows.index] += 2
+        rows = replace(rows.take(((twice - once) * (once - rows.Z)).sum(axis=1) > 0))
         index, rows.iterations = rows.index, iterations[rows.index]
         rows.residual = np.full_like(rows.residual, np.inf)
         ends = [(array, array[index]) for array in (self.Z, self.S, self.F)]
