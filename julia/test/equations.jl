@@ -294,6 +294,32 @@ end
     @test isnan(vjp(root((x, a) -> x - sqrt(abs(a)), 0.0, 0.0), 1.0)[1])
 end
 
+@testset "by one argument there is none, by the others there are ($samples samples)" for samples in (1, 4096)
+    of_all(f, args...) = vjp(root(f, fill(3.0, 1, samples), (fill(x, samples) for x in args)...; batched = eachindex(args)), ones(1, samples))
+    for f in ((z, a, b) -> z .^ 2 .- sqrt.(a) .- b, (z, a, b) -> (try z .^ 2 .- sqrt.(a) .- b finally end))
+        a, b = of_all(f, 0.0, 1.0)
+        @test all(isnan, a) && b ≈ fill(0.5, samples)
+    end
+    # By the exponent of a negative number.
+    for f in ((z, a, b) -> z .^ 3 .+ z .- a .^ b, (z, a, b) -> (try z .^ 3 .+ z .- a .^ b finally end))
+        z = root(z -> z^3 + z - 4, 1.0).value
+        a, b = of_all(f, -2.0, 2.0)
+        @test a ≈ fill(-4 / (3z^2 + 1), samples) && all(isnan, b)
+        shared = root(f, fill(3.0, 1, samples), -2.0, 2.0)
+        a, b = vjp(shared, ones(1, samples))
+        @test a ≈ -4samples / (3z^2 + 1) && isnan(b)
+        J = zeros(1, 1, samples)
+        @test all(≈(-4 / (3z^2 + 1)), ImplicitRNN.jacobian!(J, shared.problem, shared.inverses, 1))
+        @test all(isnan, ImplicitRNN.jacobian!(J, shared.problem, shared.inverses, 2))
+    end
+end
+
+@testset "by many exponents of negative numbers there is none" begin
+    z = root((z, a, b) -> [z[1]^3 + z[1] - sum(a .^ b) / 100], [3.0], fill(-2.0, 100), fill(2.0, 100))
+    a, b = vjp(z, [1.0])
+    @test a ≈ fill(-0.04 / (3z.value[1]^2 + 1), 100) && all(isnan, b)
+end
+
 @testset "what does not converge is reported" begin
     @test fixed_point((z) -> cos.(z), [0.5]; solver = Picard(max_iterations = 3)).status == [Status(1)]
     solution = root(z -> z .^ 2 .+ 1, [0.5])

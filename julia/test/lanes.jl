@@ -1,6 +1,6 @@
 # Equations of many samples: numbers side by side, their functions, and that samples are solved and differentiated as one by one.
 
-using ImplicitRNN: SingularSolution, Jet, Vec, LANES, from_lanes, lane, runs_side_by_side, suited, variable
+using ImplicitRNN: SingularSolution, Jet, Vec, LANES, from_lanes, lane, partial_of, runs_side_by_side, suited, variable
 
 "f of all numbers, as many side by side as there are lanes."
 function in_lanes(f, x::Vector{Float64}...)
@@ -71,6 +71,12 @@ end
     @test worst_error(^, a, b) <= 1
     @test worst_error(hypot, a, b) <= 1
     @test worst_error(max, a, b) == worst_error(min, a, b) == 0
+end
+
+@testset "derivatives at ties are those of one sample" begin
+    for f in (x -> min(x, 1.0), x -> min(1.0, x), x -> max(x, 1.0), x -> max(1.0, x), x -> clamp(x, -1, 1)), x in (-1.0, 1.0)
+        @test lane(partial_of(f(variable(Vec(x), 1, Val(1))), 1), 1) == ForwardDiff.derivative(f, x)
+    end
 end
 
 @testset "derivatives of functions of numbers side by side" begin

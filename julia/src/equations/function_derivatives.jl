@@ -30,8 +30,8 @@ partial(y::Number, k) = zero(y)                 # y does not depend on what was 
 # `derivative_at_guard`.
 @inline function each_derivative(use::U, g::G, x, n::Int, ::Val{guards}) where {U, G, guards}
     for first in 1:width(x):length(x)
-        y = checked(g(seeded(x, first)), n)
-        missed = guards && !all(is_differentiated, y)
+        y = guards ? or_nothing(() -> checked(g(seeded(x, first)), n)) : checked(g(seeded(x, first)), n)
+        missed = y === nothing || guards && !all(is_differentiated, y)
         for l in 1:min(width(x), length(x) - first + 1)
             k = first + l - 1
             missed ? use(k, (@late derivative_at_guard(g, x, eachindex(x) .== k, n)), 1) : use(k, y, l)
@@ -66,11 +66,12 @@ is_differentiated(y::Number) = true
 
 g(x) with its derivative in the direction d. A guard such as `x == 0 ? 1 : x / expm1(x)` is not seen by dual numbers, which differ from
 0 by their derivatives: where g has a value, the derivative is then the mean of those on both sides, extrapolated from two distances. It
-is NaN if the means differ, or if the two sides or the values there do not approach each other, as at a kink or a jump.
+is NaN if the means differ, if the two sides or the values there do not approach each other, as at a kink or a jump, or outside the
+domain of the derivative.
 """
 function derivative_at_guard(g, x, d, n::Int)
-    y, T = checked(g(moved(x, d, 0)), n), eltype(x)
-    all(is_differentiated, y) && return y
+    y, T = or_nothing(() -> checked(g(moved(x, d, 0)), n)), eltype(x)
+    y !== nothing && all(is_differentiated, y) && return y
     step, largest = exp2(round(log2(eps(T)) / 5)), maximum(abs, x)
     tol = 4step^2
     unit(i) = iszero(x[i]) ? (iszero(largest) ? one(T) : largest) : abs(x[i])
@@ -98,6 +99,16 @@ is_smooth(far, near, tol, h) = abs(far.mean - near.mean) <= tol * near.size && n
 
 # Outside the domain of a function such as sqrt Julia throws; here that affects only this sample or this trial step.
 @noinline outside_domain(error) = error isa DomainError || rethrow()
+
+"`work()`, or nothing outside the domain of f or of its derivatives: that by an exponent is outside where the base is negative."
+@inline function or_nothing(work::F) where {F}
+    try
+        return work()
+    catch error
+        outside_domain(error)
+        return nothing
+    end
+end
 
 """
     call!(y, equation, z, sample)

@@ -93,6 +93,10 @@ end
 for f in (:<, :<=)
     @eval @inline Base.$f(a::J, b::J) where {J <: Jet} = $f(a.value, b.value)
 end
+# Where two are equal, the derivative is that of ForwardDiff.jl.
+@inline Base.min(a::J, b::J) where {J <: Jet} = ifelse((a <= b) | isnan(a), a, b)
+@inline Base.clamp(x::Jet, low::Real, high::Real) = ifelse(x >= high, high, ifelse(x < low, low, x))
+
 "How often values were equal and derivatives were not, as where `x == 0` guards a quotient: the derivative may be NaN there."
 const MISSED_GUARDS = Threads.Atomic{Int}(0)
 

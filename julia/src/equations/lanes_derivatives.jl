@@ -49,7 +49,8 @@ found; `inverse!` explains the failures. Samples known to be regular are not che
     known = all(j -> @inbounds(inverses.regular[j]), samples(b))
     size_of_A = known ? zero(Vec) : column_sum(w.J, Val(K))
     invert!(w.J, w.B, Val(K))
-    return y, known ? wanted : wanted & prove_regular!(w, p, inverses, z, args, b, y, size_of_A, root)
+    # Of an infinite derivative by an argument all others of a jet are NaN.
+    return y, known ? wanted & is_found(w.B, Val(K)) : wanted & prove_regular!(w, p, inverses, z, args, b, y, size_of_A, root)
 end
 
 @noinline function prove_regular!(w::LaneBuffers, p::Equation{T, K}, inverses, z, args, b::Block, y, size_of_A::Vec, root::Val{R}) where {T, K, R}
@@ -86,6 +87,8 @@ end
 @inline column_sum(A::Matrix{Vec}, ::Val) = largest_column_sum(A)
 @inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{1}) = @inbounds B[1] = inv(A[1])
 @inline invert!(A::Matrix{Vec}, B::Matrix{Vec}, ::Val{K}) where {K} = divide!(A, B, K)
+@inline is_found(B::Matrix{Vec}, ::Val{1}) = isfinite(@inbounds B[1])
+@inline is_found(B::Matrix{Vec}, ::Val) = mapreduce(isfinite, &, B)
 @inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val{1}) = @inbounds abs(B[1] * A[1] - 1.0)
 @inline deviation(B::Matrix{Vec}, A::Matrix{Vec}, ::Val) = largest_deviation(B, A)
 

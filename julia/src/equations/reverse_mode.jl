@@ -127,7 +127,7 @@ function recorded(g, x::AbstractArray{<:Base.IEEEFloat}, n::Int)
         y = checked(g(reshape([Traced(value, place) for (place, value) in enumerate(x)], size(x))), n)
         return Recorded(copy(TAPE), length(x), Int[place(y[i]) for i in 1:n])
     catch error
-        cause(error) isa Union{MethodError, NotRecorded, InexactError} || rethrow()
+        cause(error) isa Union{MethodError, NotRecorded, InexactError, DomainError} || rethrow()
         return nothing
     finally
         RECORDER[] = nothing

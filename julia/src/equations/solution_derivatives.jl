@@ -299,8 +299,8 @@ function vjp!(gradients, problem::EquationProblem{T}, inverses::Inverses{T}, v::
     @lock inverses.lock explaining_types(problem, inverses.Z) do
         if is_small(problem) && all(j -> has_cotangent(v, j), axes(v, 2))
             Base.invokelatest(find_inverses!, inverses, p)
-            Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v)
-            all(g -> all(isfinite, g), gradients) && return             # else f may have a guard there
+            found = or_nothing(() -> Base.invokelatest(vjp_by_implicit_function!, gradients, problem, inverses, v))
+            found !== nothing && all(g -> all(isfinite, g), gradients) && return             # else f may have a guard there
         end
         Base.invokelatest(vjp_by_samples!, gradients, p, inverses, v)
     end
@@ -377,8 +377,8 @@ function jacobian!(J::Array{T, 3}, problem::EquationProblem{T}, inverses::Invers
     @lock inverses.lock explaining_types(problem, inverses.Z) do
         if is_small(problem) && all(wanted)
             Base.invokelatest(find_inverses!, inverses, p)
-            Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index)
-            all(isfinite, J) && return
+            found = or_nothing(() -> Base.invokelatest(jacobian_by_implicit_function!, J, problem, inverses, index))
+            found !== nothing && all(isfinite, J) && return
         end
         Base.invokelatest(jacobian_by_samples!, J, p, inverses, Val(index), wanted)
     end
