@@ -1,10 +1,12 @@
 # Coarse products, and equilibria and adjoints found with them, which are as exact as others.
 
-using ImplicitRNN: accuracy_of, bfloat, BFloats, COARSE_EVALUATIONS, COARSE_SAMPLES, CoarseFactor, Corrections, has_matrix_unit, load_bfloats,
-    Singles, solve_corrections!, store!, store_bfloats!, store_transposed!
+using ImplicitRNN: accuracy_of, bfloat, BFloats, COARSE_EVALUATIONS, COARSE_SAMPLES, CoarseFactor, Corrections, DotProducts, has_dot_products,
+    has_matrix_unit, load_bfloats, MatrixUnit, Singles, solve_corrections!, store!, store_bfloats!, store_transposed!
 
-"The factors of coarse products that this machine has."
-coarse_factors(n) = has_matrix_unit() ? (Singles(n), BFloats(n)) : (Singles(n),)
+"The kinds of coarse products that this machine has for a type of columns."
+coarse_kinds(::Type{Float32}) = [BFloats{U} for (U, is_here) in (MatrixUnit => has_matrix_unit(), DotProducts => has_dot_products()) if is_here]
+coarse_kinds(::Type{Float64}) = [Singles; coarse_kinds(Float32)]
+coarse_factors(n) = [kind(n) for kind in coarse_kinds(Float64)]
 
 "Corrections of columns with these residuals and slopes, and the changes of their arguments."
 function corrected(A, residuals, slopes; width = size(residuals, 2), accuracy = accuracy_of(A), threads = 1)
@@ -63,8 +65,6 @@ function coarse_workspace(net, make)
     return ws
 end
 
-coarse_kinds(::Type{Float64}) = has_matrix_unit() ? [Singles, BFloats] : [Singles]
-coarse_kinds(::Type{Float32}) = has_matrix_unit() ? [BFloats] : []
 tight(::Type{Float64}) = 1.0e-12
 tight(::Type{Float32}) = 1.0e-6
 

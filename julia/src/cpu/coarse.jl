@@ -16,7 +16,9 @@ An n × n factor of coarse products for columns of `T`, or nothing where there a
 """
 function coarse_factor(::Type{T}, n::Int) where {T}
     T <: Hardware && n >= COARSE_NEURONS || return nothing
-    return has_matrix_unit() ? BFloats(n) : T === Float64 && n >= SINGLE_NEURONS ? Singles(n) : nothing
+    has_matrix_unit() && return BFloats{MatrixUnit}(n)
+    has_dot_products() && return BFloats{DotProducts}(n)
+    return T === Float64 && n >= SINGLE_NEURONS ? Singles(n) : nothing
 end
 
 "    accuracy_of(A)\n\nThe change of a correction below which another product is not worth its cost."
