@@ -58,14 +58,14 @@ function solve_corrections! end
 "A step of that iteration: without a look at the change, with, and the last one, which is written out."
 const NEXT, CHECKED, LAST = Val(:next), Val(:checked), Val(:last)
 
-"The largest number of steps, and the steps between two checks of the change."
-const MOST_SWEEPS, SWEEPS_UNSEEN = 128, 4
+"The largest number of steps."
+const MOST_SWEEPS = 128
 
-# The last step when the sum of the squares of the changes is as small as this.
-function sweep_to(sweep!::S, changes2::Float32) where {S}
+# The last step when the sum of the squares of the changes is as small as this; one step of `period` is checked.
+function sweep_to(sweep!::S, changes2::Float32, period::Int) where {S}
     number = 0
     while isfinite(changes2) && number < MOST_SWEEPS
-        for _ in 2:SWEEPS_UNSEEN
+        for _ in 2:period
             sweep!(NEXT, number += 1)
         end
         sweep!(CHECKED, number += 1) <= changes2 && break
@@ -95,7 +95,7 @@ size_of_columns(b::SingleBuffers) = size(b.iterate)
 
 function solve_corrections!(q::Corrections, A::Singles, b::SingleBuffers, m::Int, accuracy::Float32, threads::Int)
     copyto!(b.iterate, 1, q.residuals, 1, size(b.iterate, 1) * m)
-    sweep_to((step, _) -> sweep!(step, q, A, b, m, threads), accuracy^2 * m)
+    sweep_to((step, _) -> sweep!(step, q, A, b, m, threads), accuracy^2 * m, CHECK_PERIOD)
     return q
 end
 

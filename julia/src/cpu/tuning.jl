@@ -13,6 +13,9 @@ const BLOCK = 256
 "Neurons and samples in a batch from which on coarse products are used; neurons where these are of single precision for double."
 const COARSE_NEURONS, COARSE_SAMPLES, SINGLE_NEURONS = 25, 16, 128
 
+"One step of so many is checked in an iteration of coarse products, and of those of the matrix unit, which cost less than a look at them."
+const CHECK_PERIOD, UNIT_CHECK_PERIOD = 2, 4
+
 # --- factorisations ---------------------------------------------------------------------------------------------
 
 "Up to this many rows the LU factorisation is our own; LAPACK's above (`tune`)."
