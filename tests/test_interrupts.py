@@ -50,8 +50,10 @@ WORK = {
             raise KeyboardInterrupt
     """,
 }
+# The first call imports what is needed: Python itself ignores an interrupt in the callbacks of its imports.
 # The dot tells the parent that the next interrupt may come: it is caught wherever it arrives.
 LOOP = """
+work()
 while True:
     try:
         os.write(int(sys.argv[2]), b".")
