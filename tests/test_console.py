@@ -33,8 +33,9 @@ class Terminal(io.StringIO):
 def shown(monkeypatch, stderr: io.StringIO | None, progress: bool | None) -> bool:
     monkeypatch.setattr(sys, "stderr", stderr)
     with console.progress_bar(progress, total=3) as bar:
-        bar.update()
-        return not bar.disable
+        if bar is not None:
+            bar.update()
+        return bar is not None
 
 
 def test_bar_is_shown_on_a_terminal_or_when_asked_for(monkeypatch):
@@ -42,6 +43,7 @@ def test_bar_is_shown_on_a_terminal_or_when_asked_for(monkeypatch):
     assert not shown(monkeypatch, io.StringIO(), None)
     assert shown(monkeypatch, io.StringIO(), True)
     assert not shown(monkeypatch, Terminal(), False)
+    assert not shown(monkeypatch, SimpleNamespace(write=print), None)
 
 
 @pytest.mark.parametrize("progress", [None, True, False])
@@ -94,7 +96,19 @@ def test_what_a_callback_writes_stands_above_the_bar(monkeypatch):
     assert "here\n" in stream.getvalue()
 
 
-def test_bars_outside_of_notebooks_are_those_of_tqdm_itself():
+def test_training_without_a_bar_does_without_tqdm_and_its_thread(run_python: RunPython):
+    code = """
+        import sys, threading
+        import implicit_rnn as irnn
+
+        irnn.Network(1, [2], outputs=1, engine="numpy").fit([[1.0]], [[1.0]], epochs=2)
+        print("tqdm" in sys.modules, threading.active_count())
+    """
+    assert run_python(code).stdout == "False 1\n"
+
+
+def test_bars_outside_of_notebooks_are_those_of_tqdm_itself(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     with console.progress_bar(total=3) as bar:
         assert type(bar) is tqdm
 

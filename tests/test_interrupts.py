@@ -108,7 +108,7 @@ class Child:
         assert self._is_ready(60), "the process did not start"
         lost = 0
         for _ in range(times):
-            time.sleep(moments.uniform(0, 0.006))
+            time.sleep(moments.expovariate(1 / 0.004))
             if self.terminal is None:
                 self.process.send_signal(signal.SIGINT)
             else:

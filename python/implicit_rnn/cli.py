@@ -8,13 +8,16 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from implicit_rnn import __version__
 from implicit_rnn.console import abandon_unwritten_output, prepare_streams, progress_bar, say, warnings_in_one_line
 from implicit_rnn.engines import ENGINES
 from implicit_rnn.errors import ConvergenceError, EngineError, RunError
 from implicit_rnn.files import prepared_folder
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -274,8 +277,9 @@ def _publish(options: argparse.Namespace, data: dict[str, Any], text: str, save:
     say(f"wrote {', '.join(map(str, files))}")
 
 
-def _advance(bar: Any) -> None:
-    bar.update()
+def _advance(bar: tqdm[Any] | None) -> None:
+    if bar is not None:
+        bar.update()
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import sys
 import unicodedata
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,17 +30,20 @@ def say(message: str) -> None:
 # --- progress ------------------------------------------------------------------------------------------------
 
 
-def progress_bar(shown: bool | None = None, **settings: Any) -> tqdm[Any]:
-    """A tqdm bar on stderr or in a notebook; ``None`` shows it on a terminal and in a notebook."""
-    notebook = _in_notebook()
-    if notebook:
-        shown = True if shown is None else shown
-    elif getattr(sys.stderr, "closed", sys.stderr is None) or not _are_flushed(sys.stdout, sys.stderr):
-        shown = False
-    else:
-        settings["file"] = _Screen(sys.stderr)
-    hidden = None if shown is None else not shown
-    return _bar_type(notebook)(disable=hidden, **settings)
+def progress_bar(shown: bool | None = None, **settings: Any) -> AbstractContextManager[tqdm[Any] | None]:
+    """A tqdm bar on stderr or in a notebook, by default there and on a terminal; where none is shown, ``None``.
+
+    Hidden bars of tqdm have its thread and its ``__del__``, in which Python ignores Ctrl-C.
+    """
+    if _in_notebook():
+        return _notebook_bar_type()(**settings) if shown is not False else contextlib.nullcontext()
+    if getattr(sys.stderr, "closed", sys.stderr is None) or not _are_flushed(sys.stdout, sys.stderr):
+        return contextlib.nullcontext()
+    if shown or (shown is None and getattr(sys.stderr, "isatty", bool)()):
+        from tqdm import tqdm
+
+        return tqdm(file=_Screen(sys.stderr), **settings)
+    return contextlib.nullcontext()
 
 
 class _Screen:
@@ -75,16 +79,12 @@ def _are_flushed(*streams: Any) -> bool:
     return True
 
 
-def _bar_type(notebook: bool) -> type[tqdm[Any]]:
-    if not notebook:
-        from tqdm import tqdm
-
-        return tqdm
+def _notebook_bar_type() -> type[tqdm[Any]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that ipywidgets is missing, without which the bar is plain text
-        from tqdm.auto import tqdm as auto
+        from tqdm.auto import tqdm
 
-    return auto
+    return tqdm
 
 
 def _in_notebook() -> bool:

@@ -195,7 +195,8 @@ class Training:
                     self._validate()
                 elapsed = time.perf_counter() - begin
                 state.seconds += elapsed
-                self._show(bar, count)
+                if bar is not None:
+                    self._show(bar, count)
                 report(before, running)
                 self._call_back(watch)
                 if writer is not None:
