@@ -93,7 +93,7 @@ prepare(::MatrixUnit) =
     GC.@preserve AMX_TILES Base.llvmcall((AMX_CODE, "configure"), Cvoid, Tuple{Int64}, Int64(pointer(AMX_TILES)))
 release(::MatrixUnit) = Base.llvmcall((AMX_CODE, "release"), Cvoid, Tuple{})
 
-check_period(::MatrixUnit) = UNIT_CHECK_PERIOD
+check_period(::BFloats{MatrixUnit}) = UNIT_CHECK_PERIOD
 
 # All of the block.
 multiply_block!(::MatrixUnit, sums::Ptr, weights::Ptr, halves::Int, samples::Ptr, stride::Int, columns::Int, pairs::Int) = Base.llvmcall(

@@ -16,7 +16,6 @@ const BFLOAT_BLOCK = 32
 
 prepare(::BFloatUnit) = nothing
 release(::BFloatUnit) = nothing
-check_period(::BFloatUnit) = CHECK_PERIOD
 
 """
     BFloats{Unit}(n)
@@ -82,7 +81,7 @@ function solve_corrections!(q::Corrections, A::BFloats{U}, b::BFloatBuffers, m::
         samples, place = piece(k, width, m), pointer(sums, 1 + BFLOAT_BLOCK^2 * (thread - 1))
         prepare(U())
         round_columns!(iterates[1], residuals, samples)
-        sweep_to(accuracy^2 * length(samples), check_period(U())) do step, number
+        sweep_to(accuracy^2 * length(samples), check_period(A)) do step, number
             sweep!(step, iterates[1 + isodd(number)], q, A, iterates[1 + iseven(number)], samples, place)
         end
         release(U())

@@ -24,6 +24,9 @@ end
 "    accuracy_of(A)\n\nThe change of a correction below which another product is not worth its cost."
 function accuracy_of end
 
+"    check_period(A)\n\nThe number of steps of which one is checked in an iteration of products of A."
+check_period(::CoarseFactor) = CHECK_PERIOD
+
 "The buffers of coarse products besides their factors."
 abstract type CoarseBuffers end
 
@@ -95,7 +98,7 @@ size_of_columns(b::SingleBuffers) = size(b.iterate)
 
 function solve_corrections!(q::Corrections, A::Singles, b::SingleBuffers, m::Int, accuracy::Float32, threads::Int)
     copyto!(b.iterate, 1, q.residuals, 1, size(b.iterate, 1) * m)
-    sweep_to((step, _) -> sweep!(step, q, A, b, m, threads), accuracy^2 * m, CHECK_PERIOD)
+    sweep_to((step, _) -> sweep!(step, q, A, b, m, threads), accuracy^2 * m, check_period(A))
     return q
 end
 

@@ -69,14 +69,13 @@ const DOT_CODE_OF_HALF, DOT_CODE = dot_code(16, 1), dot_code(8, 2)
 struct DotProducts <: BFloatUnit end
 
 function multiply_block!(::DotProducts, sums::Ptr, weights::Ptr, halves::Int, samples::Ptr, stride::Int, columns::Int, pairs::Int)
-    to, from, w = Int64(sums), Int64(samples), Int64(weights)
-    if halves == 1
-        for j in 0:16:(columns - 1)
-            Base.llvmcall((DOT_CODE_OF_HALF, "multiply"), Cvoid, NTuple{5, Int64}, to + 128 * j, w, from + stride * j, stride, pairs)
-        end
-    else
-        for j in 0:8:(columns - 1)
-            Base.llvmcall((DOT_CODE, "multiply"), Cvoid, NTuple{5, Int64}, to + 128 * j, w, from + stride * j, stride, pairs)
+    from = Int64(weights)
+    for j in 0:(halves == 1 ? 16 : 8):(columns - 1)
+        to, x = Int64(sums) + 128 * j, Int64(samples) + stride * j
+        if halves == 1
+            Base.llvmcall((DOT_CODE_OF_HALF, "multiply"), Cvoid, NTuple{5, Int64}, to, from, x, stride, pairs)
+        else
+            Base.llvmcall((DOT_CODE, "multiply"), Cvoid, NTuple{5, Int64}, to, from, x, stride, pairs)
         end
     end
     return
