@@ -1,4 +1,5 @@
-using ImplicitRNN: Equation, Inverses, Outcome, Short, SingularSolution, compiled_function, find_inverses!, is_small, jacobian!,
+using ForwardDiff: Dual
+using ImplicitRNN: Equation, Inverses, Outcome, Short, SingularSolution, TotalFunctions, compiled_function, find_inverses!, is_small, jacobian!,
     jacobian_by_implicit_function!, jacobian_by_samples!, vjp_by_implicit_function!, vjp_by_samples!
 
 include("classical_systems.jl")
@@ -642,6 +643,52 @@ end
     written(z, a) = (b = copy(a); b[1] += 1; z[1] += 0; z .- sum(b))
     @test root(written, zeros(12), [NaN; ones(11)]).status == [ImplicitRNN.NON_FINITE]
     @test root(written, zeros(12), ones(12)).value ≈ fill(13, 12)
+end
+
+@testset "functions are NaN outside their domains in a text: $T" for T in (Float64, Float32, BigFloat, Dual{Nothing, Float64, 1})
+    numbers = T[-Inf, -3, -1.5, -1, -0.5, -0.0, 0, 0.5, 1, 1.5, 2, Inf, NaN]
+    or_nan(g, x...) = try
+        g(x...)
+    catch error
+        error isa DomainError ? NaN : rethrow()
+    end
+    same(a, b) = isequal(a, b) || isnan(a) && isnan(b)
+    same(a::Tuple, b::Tuple) = all(map(same, a, b))
+    for name in setdiff(TotalFunctions.NAMES, (:^, :sincos)), x in numbers
+        g = compiled_function("x -> $name(x)")
+        @test same(g(x), or_nan(getfield(Base, name), x))
+        @test @inferred(g(x)) isa T
+    end
+    power = compiled_function("(x, y) -> x^y")
+    for x in numbers[2:end], y in (T[-Inf, -2, -0.5, 0, 0.25, 2, 3, Inf, NaN]..., 2, -3, 1 // 3)
+        @test same(power(x, y), or_nan(^, x, y))
+    end
+    for x in numbers
+        @test same(compiled_function("x -> sincos(x)")(x), isinf(x) ? (NaN, NaN) : sincos(x))
+        @test same(compiled_function("x -> (x^-1, x^2, log(2, abs(x)))")(x), (x^-1, x^2, log(2, abs(x))))
+        @test same(compiled_function("x -> log(2, x)")(x), or_nan(x -> log(2, x), x))
+    end
+end
+
+@testset "functions in a text that are Julia's" begin
+    A = Diagonal([2.0, 3.0])
+    @test compiled_function("A -> (sqrt(A), log(A), A^2, A^0.5)")(A) == (sqrt(A), log(A), A^2, A^0.5)
+    @test compiled_function("z -> (sqrt(z), z^0.5, sin(z))")(-1.0 + 0im) == (im, (-1.0 + 0im)^0.5, sin(-1.0 + 0im))
+    @test compiled_function("x -> try sqrt(x) catch; 7.0 end")(-1.0) == 7          # it counts on the exception
+    @test Base.return_types(compiled_function("n -> (n^2, 2^n, n^-1)"), (Int,)) == [Tuple{Int, Int, Float64}]
+end
+
+@testset "leaving the domain of a text: $samples samples" for samples in (1, 4096)
+    for text in ("(z, a) -> sqrt.(z) .+ a", "(z, a) -> z .^ 1.5 .+ a", "(z, a) -> ifelse.(z .< 0.1, log(0.1) .+ 10 .* (z .- 0.1), log.(z)) .+ 1 .+ a")
+        f = compiled_function(text)
+        found = root(f, fill(2.0, 1, samples), ones(samples); batched = (1,), solver = Newton())
+        if contains(text, "ifelse")                                                # of functions that have a value there
+            @test all(==(CONVERGED), found.status) && all(≈(exp(-2)), found.value)
+            @test all(≈(-exp(-2)), vjp(found, ones(1, samples))[1])
+        else
+            @test !any(converged(found))
+        end
+    end
 end
 
 @testset "a text is compiled once" begin

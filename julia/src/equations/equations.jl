@@ -3,6 +3,7 @@
 
 include("short.jl")
 include("vectors.jl")
+include("total_functions.jl")
 include("elementary.jl")
 include("jets.jl")
 include("problem.jl")
@@ -38,6 +39,7 @@ lists the positions of the arguments whose last axis is that of the samples. `f`
 returns the same; up to $(MAX_SHORT) entries it is given a vector that it cannot write to. From $(MANY) samples on `f` is given $(LANES)
 samples at once if it can be evaluated that way, where each number stands for those of all these samples, and may be called from several
 threads. A broadcast formula is the fastest; one that branches on values or has a `try` is solved one sample after the other.
+Outside its domain `f` may throw a `DomainError`, or be NaN, which is much faster where iterations leave it often.
 
 A sample has converged when ‖f(z) - z‖₂ is at most `tol ⋅ ‖f(z)‖₂`, whatever the unit of z; or, at a solution that is zero to
 rounding, when it is below the round-off of the largest iterate so far. `scale`, a number or a vector, gives the typical sizes of

@@ -48,6 +48,8 @@ Base.one(::Type{Traced}) = Traced(1.0, 0)
 for f in (:eps, :floatmin, :floatmax, :typemin, :typemax)
     @eval Base.$f(::Type{Traced}) = Traced($f(Float64))
 end
+TotalFunctions.primal(x::Traced) = x.value
+TotalFunctions.undefined(::Traced) = Traced(NaN, 0)
 Base.hash(x::Traced, h::UInt) = hash(x.value, h)
 
 Base.:+(x::Traced, y::Traced) = record(x.value + y.value, x.place, 1.0, y.place, 1.0)

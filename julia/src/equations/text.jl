@@ -9,8 +9,8 @@ const PLACES = Module[]
 """
     compiled_function(text)
 
-The anonymous function that a string defines, evaluated in a module of its own with `using LinearAlgebra`. Throws
-`InvalidCode`, which says what is wrong with the string.
+The anonymous function that a string defines, evaluated in a module of its own with `using LinearAlgebra`, and with
+[`TotalFunctions`](@ref) unless it handles exceptions. Throws `InvalidCode`, which says what is wrong with the string.
 """
 compiled_function(text::String) = get!(() -> compile_text(text), COMPILED, text)
 
@@ -31,10 +31,13 @@ function compile_text(text)
     place = Module(gensym("equation"))
     push!(PLACES, place)
     Core.eval(place, :(const LinearAlgebra = $LinearAlgebra; using .LinearAlgebra))
+    handles_exceptions(code) || foreach(name -> Core.eval(place, :(const $name = $(getfield(TotalFunctions, name)))), TotalFunctions.NAMES)
     f = Core.eval(place, code)
     f isa Function || throw(InvalidCode("the Julia code $(repr(text)) gives a $(typeof(f)), not a function"))
     return f
 end
+
+handles_exceptions(code) = code isa Expr && (code.head === :try || any(handles_exceptions, code.args))
 
 # Julia draws an arrow with the message behind it, below the line in question.
 parse_message(error::Exception) = parse_message(sprint(showerror, error))

@@ -149,21 +149,14 @@ end
 # --- for one lane after the other ------------------------------------------------------------------------------
 
 "`f` of each lane: NaN outside its domain."
-@noinline each_lane(f::F, x::Vec...) where {F} = from_lanes(l -> in_domain(f, map(x -> lane(x, l), x)...))
-function in_domain(f::F, x::Float64...) where {F}
-    try
-        return Float64(f(x...))
-    catch error
-        outside_domain(error)
-        return NaN
-    end
-end
+@noinline each_lane(f::F, x::Vec...) where {F} = from_lanes(l -> of_lane(f, l, x...))
+of_lane(f::F, l, x::Vec...) where {F} = Float64(TotalFunctions.total(f)(map(x -> lane(x, l), x)...))
 
 "y with the lanes in question replaced by f(x)."
 @inline replaced_lanes(f::F, y::Vec, which::Mask, x::Vec...) where {F} =
     Vec(any(which) ? in_registers(replace_lanes(f, y, which, x...)) : in_registers(y))
 @noinline replace_lanes(f::F, y::Vec, which::Mask, x::Vec...) where {F} =
-    from_lanes(l -> lane(which, l) ? in_domain(f, map(x -> lane(x, l), x)...) : lane(y, l))
+    from_lanes(l -> lane(which, l) ? of_lane(f, l, x...) : lane(y, l))
 
 # --- in memory -------------------------------------------------------------------------------------------------
 

@@ -29,7 +29,8 @@ def julia(text: str) -> JuliaFunction:
     do not declare parameters as Float64. Broadcast formulas on vectors of up to 8 entries are the fastest; these
     vectors cannot be written to. From 4096 samples on such formulas are evaluated for many samples at once, in double
     precision, in vector registers and on all threads; code that branches on values (``if``, ``?:``; not ``ifelse``) runs
-    for one sample at a time.
+    for one sample at a time. Functions such as ``sqrt``, ``log`` and powers are NaN outside their domains instead of the
+    errors that Julia throws there, unless the code has a ``try``.
 
     Parameters
     ----------
