@@ -57,7 +57,7 @@ end
 
 "Functions of equations by their unknowns; each sample has a number `a` and as many numbers `b` as it has unknowns."
 const FUNCTIONS = (
-    1 => (z, a, b) -> z .- a .* exp.(.-z) .- b,
+    1 => ImplicitRNN.compiled_function("(z, a, b) -> sqrt.(z) .- a .* exp.(.-z) .- b"),
     5 => (z, a, b) -> [a * z[1] - z[2]^2 - b[1], exp(-z[1]) * z[2] - b[2], z[3] - a * z[4], z[4] * z[5] - b[4], z[1] - z[5]],
     8 => (z, a, b) -> a .* z .+ z .* z .- b,
 )
