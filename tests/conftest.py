@@ -30,8 +30,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# What Julia compiles in the tests it optimises less, in half the time; the package as its first use compiled it stays so.
+# What Julia and JAX compile in the tests they optimise less, in less time; the package as its first use compiled it stays so.
 os.environ.setdefault("PYTHON_JULIACALL_OPTIMIZE", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Before Julia is started here, which changes it.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "IMPLICIT_RNN_ENGINE"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pickle
 import sys
 import warnings
@@ -260,6 +261,35 @@ def test_what_does_not_converge_warns_if_asked_to(given):
 
 def test_leaving_the_domain_of_f_is_no_end(given):
     assert root(given("log"), [9.0], args=(0.0,)).value[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("f", "start", "solution"),
+    [
+        (lambda z: math.log(z), 9.0, 1.0),
+        (lambda z: [math.sqrt(z[0]) - 0.1], [4.0], [0.01]),
+        (lambda z: math.exp(z) - 2, -8.0, math.log(2)),
+        (lambda z: [math.acos(z[0]) - 0.1, z[1] - z[0]], [0.0, 0.0], [math.cos(0.1)] * 2),
+        (lambda z: z - 1 / (0.0 if z == 2 else 1.0), 4.0, 1.0),
+    ],
+    ids=["log", "sqrt", "exp", "acos", "division"],
+)
+def test_leaving_the_domain_of_functions_of_math_is_no_end(f, start, solution):
+    np.testing.assert_allclose(root(f, start, engine="numpy").value, solution, rtol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("f", "error"),
+    [
+        (lambda z: math.log(-1 - z * z), ValueError),  # nowhere
+        (lambda z: float(z) / 0, ZeroDivisionError),
+        (lambda z: z if z == 9 else int("three"), ValueError),
+        (lambda z: 2 + z if z == 9 else [1.0, 2.0], ValueError),
+    ],
+)
+def test_other_errors_of_f_are_raised(f, error):
+    with pytest.raises(error):
+        root(f, 9.0, engine="numpy")
 
 
 # --- derivatives ---------------------------------------------------------------------------------------------

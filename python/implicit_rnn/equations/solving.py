@@ -99,7 +99,8 @@ def fixed_point(
         For arguments out of range or of the wrong type, code that cannot be parsed, an f, jac or vjp that returns the wrong
         shape, and a jac or vjp that contradicts f.
     EngineError
-        If Julia code fails, or cannot be run. An exception of a Python f is passed on unchanged.
+        If Julia code fails, or cannot be run. An exception of a Python f is passed on unchanged, but for those of iterates
+        outside its domain, as of ``math.log(-1)`` and ``1 / 0``, where f counts as NaN.
     ConvergenceError
         See ``on_failure``.
 

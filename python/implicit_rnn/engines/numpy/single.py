@@ -203,7 +203,10 @@ class _Calls:
 
     def real(self, z: Numbers) -> Numbers:
         """f, which has to be real."""
-        y = self.f(self.posed(np.array(z)), *self.args)
+        try:
+            y = self.f(self.posed(np.array(z)), *self.args)
+        except (ArithmeticError, ValueError):  # perhaps outside the domain of f
+            raise UncertainError from None
         if type(y) is not np.ndarray:
             try:
                 y = np.asarray(None if isinstance(y, (tuple, np.ma.MaskedArray)) else y)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 from implicit_rnn.engines.base import Equation
 
 Array = np.ndarray
+
+_OUTSIDE = re.compile(r"math domain error$|expected a [^,]*, got -?[\d.einf+-]+$")
+"""What ``math.log(-1)`` says, before Python 3.14 and since."""
 
 STATE = -1
 """The variable z among the arguments 0, 1, …"""
@@ -24,6 +28,8 @@ class Values:
 
     def __init__(self, equation: Equation) -> None:
         self.equation = equation
+        self._found = False
+        """Whether f has had a value."""
 
     def __call__(self, Z: Array, rows: Array, variable: int = STATE, value: Array | None = None) -> Array:
         """f (m, n); the argument ``variable`` may have another ``value``."""
@@ -34,7 +40,7 @@ class Values:
         args = self.arguments(rows, variable, value)
         if self.takes_all:
             return self._of_many(equation.f, Z, args)
-        return np.stack([self._checked(equation.f(self.as_posed(z), *own), z.shape) for z, own in self.each(Z, args)])
+        return np.stack([self._of_one(equation.f, z, own) for z, own in self.each(Z, args)])
 
     def real(self, Z: Array, rows: Array) -> Array:
         """f for real z, where it must be real."""
@@ -119,6 +125,17 @@ class Values:
                     f"sample {rows[other]} and {alone[0, i]:.9g} alone; with vectorized=True a row of f may depend on the same "
                     "row of z and of batched arguments only. Solve what is coupled as one sample, z0 (n,)"
                 )
+
+    def _of_one(self, f: Callable[..., Any], z: Array, args: list[Array]) -> Array:
+        """NaN where the functions of ``math`` throw, unless they do so at once."""
+        try:
+            value = self._checked(f(self.as_posed(z), *args), z.shape)
+        except (ArithmeticError, ValueError) as error:
+            if self._found and (isinstance(error, ArithmeticError) or _OUTSIDE.match(str(error))):
+                return np.full_like(z, np.nan)
+            raise
+        self._found = True
+        return value
 
     def _of_many(self, f: Callable[..., Any], Z: Array, args: list[Array]) -> Array:
         samples = self.equation.samples
