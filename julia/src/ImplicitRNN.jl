@@ -15,7 +15,7 @@ using Base: tail
 using Base.Cartesian: @nexprs
 using LinearAlgebra
 using LinearAlgebra: BlasFloat
-using NLsolve: NLsolve, nlsolve
+using NLsolve: NLsolve, OnceDifferentiable, nlsolve
 using Optimisers: Optimisers
 using PrecompileTools: PrecompileTools, @compile_workload, @setup_workload
 using Random: AbstractRNG, default_rng, shuffle!

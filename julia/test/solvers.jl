@@ -267,3 +267,12 @@ end
     @test picard[7] && chord[7]
     @test count(chord[picard]) > 30
 end
+
+@testset "a singular Jacobian of NLsolve.jl is divided by without an exception" begin
+    for J in ([2.0 1; 1 3], [1.0 2; 2 4], [1.0 0; 0 0], zeros(1, 1), [0.0 1; 0 0])
+        r = collect(1.0:size(J, 1))
+        divided = ImplicitRNN.Jacobian(copy(J)) \ r
+        @test divided ≈ pinv(J) * r
+        @test copy(ImplicitRNN.Jacobian(J)) isa ImplicitRNN.Jacobian          # as NLsolve.jl keeps it
+    end
+end

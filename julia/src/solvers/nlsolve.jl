@@ -92,9 +92,28 @@ struct Stop <: Exception
     status::Status
 end
 
+"""
+The Jacobian of the trust region, in whose division nothing is thrown. Where it is singular NLsolve.jl takes the same least-squares step,
+but by an exception in each iteration, which takes as long as hundreds of steps.
+"""
+struct Jacobian <: AbstractMatrix{Float64}
+    entries::Matrix{Float64}
+end
+Base.size(J::Jacobian) = size(J.entries)
+Base.copy(J::Jacobian) = Jacobian(copy(J.entries))
+Base.IndexStyle(::Type{Jacobian}) = IndexLinear()
+Base.@propagate_inbounds Base.getindex(J::Jacobian, i::Int) = J.entries[i]
+Base.@propagate_inbounds Base.setindex!(J::Jacobian, x, i::Int) = J.entries[i] = x
+function Base.:\(J::Jacobian, r::Vector{Float64})
+    factors = lu(J.entries; check = false)
+    return issuccess(factors) ? factors \ r : pinv(J.entries; atol = eps()) * r
+end
+
 function call_nlsolve(conditions!::Opaque, jacobian!::Opaque, both!::Opaque, start, method, iterations)
     try
-        result = nlsolve(conditions!, jacobian!, both!, start; method, xtol = 0.0, ftol = 0.0, iterations, inplace = true)
+        J = zeros(length(start), length(start))
+        df = OnceDifferentiable(conditions!, jacobian!, both!, start, copy(start), method === :trust_region ? Jacobian(J) : J)
+        result = nlsolve(df, start; method, xtol = 0.0, ftol = 0.0, iterations)
         return all(isfinite, result.zero) ? SINGULAR : NON_FINITE
     catch error
         error isa Stop && return error.status
