@@ -71,6 +71,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "device: the test runs on the reference device arrays of Julia's GPU packages")
     config.addinivalue_line("markers", "cuda: the test runs on an NVIDIA card, where the machine has one and CUDA.jl")
     config.addinivalue_line("markers", "slow: the test takes minutes, and is run only with --slow")
+    if config.option.numprocesses:  # workers share the cores, on which threads that wait for each other would spin
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
