@@ -226,6 +226,7 @@ def test_adjoint_of_a_sample_that_is_not_finite_harms_no_other(rng):
     X, Y = rng.standard_normal((64, 3)), rng.standard_normal((64, 2))
     X[5] = 1e308
     report = irnn.GradientReport.empty(64)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="raise"):  # the report tells of numbers that overflow
         net.loss_and_gradient(X, Y, on_failure="ignore", report=report)
+        assert not net.equilibrium(X, on_failure="ignore").converged[5]
     assert (np.delete(report.adjoint_residual, 5) <= 1e-10).all()

@@ -14,7 +14,7 @@ from implicit_rnn.engines.numpy.solvers import METHODS, Outcome, Solve, StageEqu
 from implicit_rnn.engines.numpy.systems import solve_systems
 from implicit_rnn.engines.numpy.weights import StageWeights, Weights, shift
 from implicit_rnn.engines.steps import StepTrainer
-from implicit_rnn.errors import EngineError, without_underflow
+from implicit_rnn.errors import EngineError
 from implicit_rnn.model.activations import ACTIVATIONS
 from implicit_rnn.model.optimizers import GradientDescent
 from implicit_rnn.model.topology import Stage, Topology
@@ -76,8 +76,9 @@ class NumpyProgram:
         self.weights = Weights(topology, dtype)
 
     # --- protocol ----------------------------------------------------------------------------------------
+    # Statuses and residuals tell of numbers that overflow; NumPy's warnings would tell no more.
 
-    @without_underflow()
+    @np.errstate(all="ignore")
     def solve(self, p: Array, X: Array, z0: Array | None, out: Solution) -> None:
         weights = self.weights.unpack(p[None])
         found = self._forward(weights, X, None if z0 is None else z0[None])
@@ -88,7 +89,7 @@ class NumpyProgram:
     def read_out(self, p: Array, state: Array, out: Array) -> None:
         out[...] = self.topology.read_out(p, state)
 
-    @without_underflow()
+    @np.errstate(all="ignore")
     def gradient(
         self, p: Array, samples: Samples, g: Array, probe: int, report: GradientReport | None = None
     ) -> tuple[float, Quality]:
@@ -96,7 +97,7 @@ class NumpyProgram:
         g[...] = gradients[0]
         return float(loss[0]), self._quality(outcome, residual, report)
 
-    @without_underflow()
+    @np.errstate(all="ignore")
     def vjp(
         self,
         p: Array,
@@ -116,7 +117,7 @@ class NumpyProgram:
         _, residual = self._pullback(weights, X, found, dZ, G, dX=dX)
         return self._quality(found.outcome, residual, report)
 
-    @without_underflow()
+    @np.errstate(all="ignore")
     def jvp(
         self,
         p: Array,
@@ -158,7 +159,7 @@ class NumpyProgram:
     def hessian_vector_product(self, p: Array, samples: Samples, v: Array, h: Array) -> None:
         raise _unsupported("the Hessian-vector product")
 
-    @without_underflow()
+    @np.errstate(all="ignore")
     def spectral_radius(self, p: Array, X: Array, state: Array, out: Array) -> None:
         Z = state[None]
         out[...] = 0
