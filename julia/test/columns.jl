@@ -1,6 +1,6 @@
 # What belongs to a sample stays with it, whatever columns move.
 
-using ImplicitRNN: AndersonState, Columns, direction_lanes!, direction_of_many!, Lanes, NewtonState, RefinementState, SolverState, move_column!, per_column, reclaim!,
+using ImplicitRNN: AndersonState, Columns, Lanes, NewtonState, RefinementState, SolverState, bits_up_to, move_column!, per_column, reclaim!,
     defer!, swap_columns!
 
 mark(A::Array{Bool}, sample) = isodd(sample)
@@ -131,19 +131,43 @@ end
     @test issubset((:M, :tol, :floor, :Z, :outcome, :threads), fieldnames(Base.unwrap_unionall(P)))
 end
 
-@testset "the step of lanes solves their systems, that of few neurons to the last bit as that of many ($T, $n, $(ndims(M)) axes)" for
+# With numbers in them, and the second lane done.
+function lanes_at_work(T, n)
+    w = Lanes{T, 16}(n)
+    w.D .= rand(Xoshiro(1), T, 16, n) ./ T(2n)
+    foreach(k -> getfield(w, (:U, :Z, :step)[k]) .= randn(Xoshiro(k), T, 16, n), 1:3)
+    w.active = bits_up_to(16) - 2
+    return w
+end
+
+@testset "lanes in registers compute what passes through memory do, to the last bit ($T, $n, $(ndims(M)) axes, $f)" for
+    T in (Float32, Float64), n in 1:ImplicitRNN.FEW, M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n)), f in ACTIVATIONS
+
+    few, many = lanes_at_work(T, n), lanes_at_work(T, n)
+    same(fields...) = all(field -> isequal(getfield(few, field), getfield(many, field)), fields)
+    ImplicitRNN.evaluate_few!(few, M, f, Val(n))
+    ImplicitRNN.affine_lanes!(many, M, false)
+    ImplicitRNN.activate_lanes!(many, f)
+    @test same(:S, :F, :change2, :size2)
+    before = copy(few.Z)
+    ImplicitRNN.newton_step_few!(few, M, f, 4, Val(n))
+    ImplicitRNN.slopes_lanes!(many, f)
+    ImplicitRNN.direction_lanes!(many, M)
+    ImplicitRNN.prefer_picard!(many, 4, Val(16))
+    ImplicitRNN.step_lanes!(many, many.step, Val(16), false)
+    @test same(:Z) && few.Z[2, :] == before[2, :] && few.Z[3, :] ≈ few.F[3, :]
+    copyto!(few.D, many.D)
+    ImplicitRNN.adjoint_few!(few, M, Val(n))
+    ImplicitRNN.adjoint_of_many!(many, M)
+    @test same(:Z, :residual2, :size2)
+end
+
+@testset "the directions of lanes solve their systems ($T, $n, $(ndims(M)) axes)" for
     T in (Float32, Float64), n in (1:5..., 8, 13), M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n))
 
-    L = 16
-    few, many = Lanes{T, L}(n), Lanes{T, L}(n)
-    for w in (few, many)
-        w.D .= rand(Xoshiro(1), T, L, n) ./ T(2n)
-        w.step .= randn(Xoshiro(2), T, L, n)
-    end
-    step = copy(few.step)
-    direction_lanes!(few, M)
-    direction_of_many!(many, M)
-    @test few.step == many.step
+    w = lanes_at_work(T, n)
+    step = copy(w.step)
+    ImplicitRNN.direction_lanes!(w, M)
     of_lane(l) = M isa Matrix ? M : M[l, :, :]
-    @test all(l -> few.step[l, :] ≈ (I - Diagonal(few.D[l, :]) * of_lane(l)) \ step[l, :], 1:L)
+    @test all(l -> w.step[l, :] ≈ (I - Diagonal(w.D[l, :]) * of_lane(l)) \ step[l, :], 1:16)
 end

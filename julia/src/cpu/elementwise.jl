@@ -38,6 +38,14 @@ end
     return C
 end
 
+"    copy_run!(to, i, from, j, count)\n\n`to[i + k] = from[j + k]` for k < count. `copyto!` takes longer for few numbers, as it looks for common memory."
+@inline function copy_run!(to, i::Int, from, j::Int, count::Int)
+    @inbounds @simd ivdep for k in 0:(count - 1)
+        to[i + k] = from[j + k]
+    end
+    return to
+end
+
 "    add!(A, B)\n\n`A += B`"
 add!(A::AbstractArray, B::AbstractArray) = map_each!(+, A, A, B)
 

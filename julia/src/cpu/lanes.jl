@@ -129,18 +129,14 @@ function newton_lanes!(w::Lanes{T, L}, recurrence, p::LaneCriterion{T}, cold::Bo
     put_vector!(w.residual2, 1, same_in_all(T(Inf), lanes))
     put_vector!(w.last2, 1, same_in_all(T(Inf), lanes))
     for k in 1:evaluations
-        affine_lanes!(w, M, cold && k == 1)
-        activate_lanes!(w, p.f)
+        evaluate_lanes!(w, M, p.f, cold && k == 1)
         grown = check_convergence!(w, p, k, picard_steps)
         (w.active == 0 || k == evaluations) && break
         if k <= picard_steps
             step_lanes!(w, w.F, lanes, true)
             k == picard_steps && !p.unique && copyto!(w.anchor, w.Z)
         else
-            slopes_lanes!(w, p.f)
-            direction_lanes!(w, M)
-            grown == 0 || prefer_picard!(w, grown, lanes)
-            step_lanes!(w, w.step, lanes, false)
+            newton_step_lanes!(w, M, p.f, grown)
         end
     end
     w.failed |= w.active
@@ -320,6 +316,26 @@ end
 @inline matrix_entry(M::Matrix, i::Int, k::Int, lanes) = same_in_all(@inbounds(M[i, k]), lanes)
 @inline matrix_entry(M::Array{T, 3}, i::Int, k::Int, lanes) where {T} = vector(M, (k - 1) * size(M, 2) + i, lanes)
 
+# S = U + M Z, F = f(S), ‖F - Z‖² and ‖F‖²
+function evaluate_lanes!(w::Lanes, M, f::Activation, cold::Bool)
+    n = size(w.Z, 2)
+    is_few(n, f) && return for_few(N -> evaluate_few!(w, M, f, N), n)
+    affine_lanes!(w, M, cold)
+    activate_lanes!(w, f)
+    return
+end
+
+# Z ← Z + (I - D M)⁻¹ (F - Z), or F where the residual has grown, for the lanes at work
+function newton_step_lanes!(w::Lanes{T, L}, M, f::Activation, grown::Int) where {T, L}
+    n, lanes = size(w.Z, 2), Val(L)
+    is_few(n, f) && return for_few(N -> newton_step_few!(w, M, f, grown, N), n)
+    slopes_lanes!(w, f)
+    direction_lanes!(w, M)
+    grown == 0 || prefer_picard!(w, grown, lanes)
+    step_lanes!(w, w.step, lanes, false)
+    return
+end
+
 # S = U + M Z
 function affine_lanes!(w::Lanes{T, L}, M::Array{T}, cold::Bool) where {T, L}
     n, lanes = size(w.Z, 2), Val(L)
@@ -378,46 +394,10 @@ function slopes_lanes!(w::Lanes{T, L}, f::Activation) where {T, L}
     return
 end
 
-# step ← (I - D M)⁻¹ step by elimination without pivoting; the residual afterwards tells where that was not good enough.
-function direction_lanes!(w::Lanes, M::Array)
-    n = size(w.Z, 2)
-    n == 1 && return direction_of_few!(w, M, Val(1))
-    n == 2 && return direction_of_few!(w, M, Val(2))
-    n == 3 && return direction_of_few!(w, M, Val(3))
-    n == 4 && return direction_of_few!(w, M, Val(4))
-    return direction_of_many!(w, M)
-end
-
-# In registers, and the same to the last bit.
-function direction_of_few!(w::Lanes{T, L}, M::Array{T}, ::Val{N}) where {T, L, N}
-    lanes = Val(L)
-    D, step = ntuple(i -> vector(w.D, i, lanes), Val(N)), ntuple(i -> vector(w.step, i, lanes), Val(N))
-    A = ntuple(Val(N)) do i
-        ntuple(j -> muladd_lanes(negative(matrix_entry(M, i, j, lanes)), D[i], same_in_all(T(i == j), lanes)), Val(N))
-    end
-    x = negative_solution(A, step)
-    ntuple(i -> put_vector!(w.step, i, negative(x[i])), Val(N))
-    return
-end
-
-# -A⁻¹ b for the rows of A: the first unknown is eliminated from the rows below, and found by those of them.
-@inline negative_solution(::Tuple{}, ::Tuple{}) = ()
-@inline function negative_solution(rows::Tuple, b::Tuple)
-    top, below = tail(first(rows)), tail(rows)
-    pivot = negative_inverse(first(first(rows)))
-    factors = map(row -> times_lanes(first(row), pivot), below)
-    reduced = map((row, factor) -> map((x, t) -> muladd_lanes(factor, t, x), tail(row), top), below, factors)
-    x = negative_solution(reduced, map((y, factor) -> muladd_lanes(factor, first(b), y), tail(b), factors))
-    return (times_lanes(plus_products(first(b), top, x), pivot), x...)
-end
-
-# b + Σ a x, the last product first
-@inline plus_products(b, ::Tuple{}, ::Tuple{}) = b
-@inline plus_products(b, a::Tuple, x::Tuple) = muladd_lanes(first(a), first(x), plus_products(b, tail(a), tail(x)))
-
-# Two rows and two columns at a time: of what the four entries are sums of, each is read once for two. The factors by which rows are added
-# to those below lie below the diagonal of A, the negative inverses of the pivots on it.
-function direction_of_many!(w::Lanes{T, L}, M::Array{T}) where {T, L}
+# step ← (I - D M)⁻¹ step by elimination without pivoting; the residual afterwards tells where that was not good enough. Two rows and two
+# columns at a time: of what the four entries are sums of, each is read once for two. The factors by which rows are added to those below
+# lie below the diagonal of A, the negative inverses of the pivots on it.
+function direction_lanes!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     n, lanes = size(w.Z, 2), Val(L)
     (; A, D, step) = w
     GC.@preserve A D step M begin
@@ -549,15 +529,21 @@ end
 
 "Z = D λ with (I - M D) λ = U, and its residual relative to ‖Z‖; `failed` where that is above `tol`."
 function adjoint_lanes!(w::Lanes{T, L}, M::Array{T}, tol::T) where {T, L}
+    n = size(w.Z, 2)
+    is_few(n) ? for_few(N -> adjoint_few!(w, M, N), n) : adjoint_of_many!(w, M)
+    relate_residuals!(w, floatmin(T))
+    w.failed = ~at_most(vector(w.residual, 1, Val(L)), same_in_all(tol, Val(L)))
+    put_vector!(w.iterations, 1, same_in_all(one(T), Val(L)))
+    put_vector!(w.rate, 1, same_in_all(zero(T), Val(L)))
+    return
+end
+
+function adjoint_of_many!(w::Lanes{T, L}, M::Array{T}) where {T, L}
     multiply_lanes!(w.step, w.D, w.U, Val(L))
     direction_lanes!(w, M)
     copyto!(w.Z, w.step)
     affine_lanes!(w, M, false)
     residual_lanes!(w)
-    relate_residuals!(w, floatmin(T))
-    w.failed = ~at_most(vector(w.residual, 1, Val(L)), same_in_all(tol, Val(L)))
-    put_vector!(w.iterations, 1, same_in_all(one(T), Val(L)))
-    put_vector!(w.rate, 1, same_in_all(zero(T), Val(L)))
     return
 end
 
@@ -586,6 +572,93 @@ function residual_lanes!(w::Lanes{T, L}) where {T, L}
     put_vector!(w.size2, 1, size2)
     return
 end
+
+# --- few neurons ------------------------------------------------------------------------------------------------
+
+# What is above in passes through memory is here one loop over the lanes, in which all numbers of a lane stay in registers; the operations
+# are the same to the last bit. For an inline function that the compiler leaves out, loops are not vectorised: hence each is asked for.
+
+"Neurons that are few."
+const FEW = 4
+is_few(n::Int) = n <= FEW
+is_few(n::Int, ::Activation) = is_few(n)
+is_few(n::Int, ::Piecewise) = false
+
+# `work(Val(n))`, each compiled.
+@inline for_few(work::F, n::Int) where {F} =
+    n == 1 ? work(Val(1)) : n == 2 ? work(Val(2)) : n == 3 ? work(Val(3)) : work(Val(4))
+
+@inline lane_of(A::Matrix, l::Int, n::Val) = ntuple(i -> (@inline; @inbounds A[l, i]), n)
+@inline put_lane!(A::Matrix, l::Int, x::NTuple{N}) where {N} = ntuple(i -> (@inline; @inbounds A[l, i] = x[i]; nothing), Val(N))
+
+# The matrix of a lane, as a tuple of its rows.
+@inline lane_of_matrix(M::Array, l::Int, n::Val) = ntuple(i -> (@inline; ntuple(k -> (@inline; entry_of_lane(M, l, i, k)), n)), n)
+@inline entry_of_lane(M::Matrix, l::Int, i::Int, k::Int) = @inbounds M[i, k]
+@inline entry_of_lane(M::Array{<:Any, 3}, l::Int, i::Int, k::Int) = @inbounds M[l, i, k]
+
+# b + Σ a x, the first product first
+@inline add_products(b, ::Tuple{}, ::Tuple{}) = b
+@inline add_products(b, a::Tuple, x::Tuple) = add_products(multiply_add(first(a), first(x), b), tail(a), tail(x))
+@inline sum_of_squares(x::NTuple{N, T}) where {N, T} = add_products(zero(T), x, x)
+
+function evaluate_few!(w::Lanes{T, L}, M, f::Activation, n::Val) where {T, L}
+    (; U, Z, S, F, change2, size2) = w
+    @inbounds @lanes T for l in 1:L
+        z = lane_of(Z, l, n)
+        s = map((u, row) -> (@inline; add_products(u, row, z)), lane_of(U, l, n), lane_of_matrix(M, l, n))
+        y = map(s -> (@inline; value(f, s)), s)
+        put_lane!(S, l, s)
+        put_lane!(F, l, y)
+        change2[l], size2[l] = sum_of_squares(map(-, y, z)), sum_of_squares(y)
+    end
+    return
+end
+
+function newton_step_few!(w::Lanes{T, L}, M, f::Activation, grown::Int, n::Val) where {T, L}
+    (; Z, S, F, active) = w
+    @inbounds @lanes T for l in 1:L
+        z, s, y = lane_of(Z, l, n), lane_of(S, l, n), lane_of(F, l, n)
+        d, picard = map((s, y) -> (@inline; slope(f, s, y)), s, y), map(-, y, z)
+        newton = map(-, negative_solution(residual_matrix(lane_of_matrix(M, l, n), d), picard))
+        next = map((z, p, x) -> (@inline; z + ifelse(has_bit(grown, l), p, x)), z, picard, newton)
+        put_lane!(Z, l, map((z, next) -> (@inline; ifelse(has_bit(active, l), next, z)), z, next))
+    end
+    return
+end
+
+function adjoint_few!(w::Lanes{T, L}, M, n::Val) where {T, L}
+    (; U, Z, D, residual2, size2) = w
+    @inbounds @lanes T for l in 1:L
+        d, rows = lane_of(D, l, n), lane_of_matrix(M, l, n)
+        b = map(*, d, lane_of(U, l, n))
+        z = map(-, negative_solution(residual_matrix(rows, d), b))
+        s = map((u, row) -> (@inline; add_products(u, row, z)), lane_of(U, l, n), rows)
+        put_lane!(Z, l, z)
+        residual2[l], size2[l] = sum_of_squares(map((d, s, z) -> (@inline; multiply_add(d, s, -z)), d, s, z)), sum_of_squares(z)
+    end
+    return
+end
+
+# The rows of I - D M
+@inline residual_matrix(rows::NTuple{N}, d::NTuple{N, T}) where {N, T} =
+    ntuple(i -> (@inline; ntuple(k -> (@inline; multiply_add(-rows[i][k], d[i], T(i == k))), Val(N))), Val(N))
+
+# -A⁻¹ b for the rows of A: the first unknown is eliminated from the rows below, and found by those of them.
+@inline negative_solution(::Tuple{}, ::Tuple{}) = ()
+@inline function negative_solution(rows::Tuple, b::Tuple)
+    top, below = tail(first(rows)), tail(rows)
+    pivot = -one(first(b)) / first(first(rows))
+    factors = map(row -> (@inline; first(row) * pivot), below)
+    reduced = map((row, factor) -> (@inline; map((x, t) -> (@inline; multiply_add(factor, t, x)), tail(row), top)), below, factors)
+    x = negative_solution(reduced, map((y, factor) -> (@inline; multiply_add(factor, first(b), y)), tail(b), factors))
+    return (plus_products(first(b), top, x) * pivot, x...)
+end
+
+# b + Σ a x, the last product first
+@inline plus_products(b, ::Tuple{}, ::Tuple{}) = b
+@inline plus_products(b, a::Tuple, x::Tuple) = multiply_add(first(a), first(x), plus_products(b, tail(a), tail(x)))
+
+# --- to and from columns ----------------------------------------------------------------------------------------
 
 # Columns to lanes; the lanes for which there is no sample repeat the last.
 function load!(lanes::Matrix{T}, A, first_column::Int, count::Int) where {T}

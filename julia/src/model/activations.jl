@@ -50,6 +50,15 @@ name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 
 # --- exponential and tanh without branches ------------------------------------------------------------
 
+# a b + c, rounded once where the processor can. `muladd` leaves that to the optimisation, which also chooses where two products are added:
+# so that code compiled in other places, or with other options, would give other bits.
+@inline multiply_add(a::Float64, b::Float64, c::Float64) = ccall("llvm.fmuladd.f64", llvmcall, Float64, (Float64, Float64, Float64), a, b, c)
+@inline multiply_add(a::Float32, b::Float32, c::Float32) = ccall("llvm.fmuladd.f32", llvmcall, Float32, (Float32, Float32, Float32), a, b, c)
+
+"The polynomial with these coefficients, the constant one first."
+@generated horner(x::T, c::NTuple{N, T}) where {N, T} =
+    :($(Expr(:meta, :inline)); $(foldl((p, k) -> :(multiply_add(x, $p, c[$k])), (N - 1):-1:1; init = :(c[$N]))))
+
 "Constants of the exponential: magic rounding number, mantissa bits, ln 2 in two parts, largest tanh argument."
 @inline constants(::Type{Float64}) = (6.755399441055744e15, 52, 0.6931471803691238, 1.9082149292705877e-10, 20.0)
 @inline constants(::Type{Float32}) = (1.2582912f7, 23, 0.693145752f0, 1.42860677f-6, 10.0f0)
@@ -63,15 +72,15 @@ name_of(f::Activation) = something(findfirst(==(f), ACTIVATIONS), f)
 @inline expm1_taylor(r::Float32) = by_parity(r, (0.5f0, 0.041666668f0, 0.0013888889f0), (0.16666667f0, 0.008333334f0, 0.0001984127f0))
 @inline function by_parity(r, even::Tuple, odd::Tuple)
     r2 = r * r
-    return muladd(r2, muladd(r, evalpoly(r2, odd), evalpoly(r2, even)), r)
+    return multiply_add(r2, multiply_add(r, horner(r2, odd), horner(r2, even)), r)
 end
 
 # (2^k, exp(r) - 1) with y = k ln 2 + r; y must be within the exponent range of T.
 @inline function reduce_exponent(y::T) where {T <: Union{Float32, Float64}}
     magic, bits, ln2_high, ln2_low, _ = constants(T)
-    t = muladd(y, T(1.4426950408889634), magic)
+    t = multiply_add(y, T(1.4426950408889634), magic)
     k = t - magic
-    r = muladd(-k, ln2_low, muladd(-k, ln2_high, y))
+    r = multiply_add(-k, ln2_low, multiply_add(-k, ln2_high, y))
     I = T === Float64 ? Int64 : Int32
     power = reinterpret(T, (reinterpret(I, t) << bits) + reinterpret(I, one(T)))
     return power, expm1_taylor(r)
@@ -85,7 +94,7 @@ end
 @inline function exp_bounded(y::T) where {T <: Union{Float32, Float64}}
     largest = largest_exponent(T)
     power, m = reduce_exponent(clamp(y, -largest, largest))
-    return muladd(power, m, power)
+    return multiply_add(power, m, power)
 end
 @inline exp_bounded(y::Real) = exp(y)
 
@@ -93,7 +102,7 @@ end
 @inline function exp_nonpositive(y::T) where {T <: Union{Float32, Float64}}
     lowest = -largest_exponent(T)
     power, m = reduce_exponent(ifelse(y < lowest, lowest, y))
-    return muladd(power, m, power)
+    return multiply_add(power, m, power)
 end
 @inline exp_nonpositive(y::Real) = exp(y)
 
@@ -101,7 +110,7 @@ end
 @inline function expm1_nonpositive(y::T) where {T <: Union{Float32, Float64}}
     lowest = -largest_exponent(T)
     power, m = reduce_exponent(ifelse(y < lowest, lowest, y))
-    return muladd(power, m, power - one(T))
+    return multiply_add(power, m, power - one(T))
 end
 @inline expm1_nonpositive(y::Real) = expm1(y)
 
@@ -109,7 +118,7 @@ end
 # inlined only on request; loops that call it otherwise are not vectorised.
 @inline function log1p_unit(e::T) where {T <: Union{Float32, Float64}}
     t = e / (2 + e)
-    return 2 * t * @inline evalpoly(t * t, artanh_series(T))
+    return 2 * t * @inline horner(t * t, artanh_series(T))
 end
 @inline log1p_unit(e::Real) = log1p(e)
 const ARTANH = Tuple(1 ./ (1:2:33))
@@ -122,7 +131,7 @@ const ARTANH_32 = Tuple(1.0f0 ./ (1:2:15))
     a = abs(x)
     largest = constants(T)[5]
     power, m = reduce_exponent(2 * ifelse(a > largest, largest, a))
-    e = muladd(power, m, power - one(T))
+    e = multiply_add(power, m, power - one(T))
     return copysign(e / (e + 2), x)
 end
 @inline fast_tanh(x::Real) = tanh(x)

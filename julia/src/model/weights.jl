@@ -53,6 +53,26 @@ function target(w::StageWeights, stage::Stage, c::Connection)
     return w.raw, rows, (first(c.cols) - start + 1):(last(c.cols) - start + 1)
 end
 
+# Call `move(array, i, q, count)` for numbers that lie together in an array of weights, from its entry i on, and among the parameters, from q.
+@inline function each_run(move::F, w::Weights, net::Network) where {F}
+    for (stage, s) in zip(net.stages, w.stages)
+        for c in stage.connections
+            matrix, rows, cols = target(s, stage, c)
+            n, count = size(matrix, 1), length(rows)
+            if count == n
+                move(matrix, (first(cols) - 1) * n + 1, c.offset + 1, n * length(cols))
+            else
+                foreach(k -> move(matrix, (cols[k] - 1) * n + first(rows), c.offset + (k - 1) * count + 1, count), eachindex(cols))
+            end
+        end
+        move(s.bias, 1, net.bias + first(stage.rows), length(s.bias))
+        move(s.scales, 1, first(stage.scales), length(s.scales))
+    end
+    move(w.C, 1, net.weights_out + 1, length(w.C))
+    move(w.d, 1, net.weights_out + length(w.C) + 1, length(w.d))
+    return w
+end
+
 """
     unpack!(w::Weights, net, p)
 
@@ -60,23 +80,10 @@ Fill `w` from the parameter vector `p` and apply the constraint.
 """
 function unpack!(w::Weights, net::Network, p)
     check_length(net, p)
-    for (stage, ws) in zip(net.stages, w.stages)
-        for c in stage.connections
-            matrix, rows, cols = target(ws, stage, c)
-            offset = c.offset
-            for j in cols
-                @inbounds @simd for i in eachindex(rows)
-                    matrix[rows[i], j] = p[offset + i]
-                end
-                offset += length(rows)
-            end
-        end
-        copyto!(ws.bias, 1, p, net.bias + first(stage.rows), length(stage.rows))
-        copyto!(ws.scales, 1, p, first(stage.scales), length(stage.scales))
-        stage.recurrent && constrain!(ws, net.constraint, stage.slopes)
+    each_run((array, i, q, count) -> copy_run!(array, i, p, q, count), w, net)
+    for (stage, s) in zip(net.stages, w.stages)
+        stage.recurrent && constrain!(s, net.constraint, stage.slopes)
     end
-    copyto!(w.C, 1, p, net.weights_out + 1, length(w.C))
-    copyto!(w.d, 1, p, net.weights_out + length(w.C) + 1, length(w.d))
     return w
 end
 
@@ -94,22 +101,8 @@ end
 
 "The inverse of [`unpack!`](@ref): `g` from `G`, with its raw recurrent weights and scales."
 function pack!(g::AbstractVector, net::Network, G::Weights)
-    for (stage, Gs) in zip(net.stages, G.stages)
-        for c in stage.connections
-            matrix, rows, cols = target(Gs, stage, c)
-            offset = c.offset
-            for j in cols
-                @inbounds @simd for i in eachindex(rows)
-                    g[offset + i] = matrix[rows[i], j]
-                end
-                offset += length(rows)
-            end
-        end
-        copyto!(g, net.bias + first(stage.rows), Gs.bias, 1, length(Gs.bias))
-        copyto!(g, first(stage.scales), Gs.scales, 1, length(Gs.scales))
-    end
-    copyto!(g, net.weights_out + 1, G.C, 1, length(G.C))
-    copyto!(g, net.weights_out + length(G.C) + 1, G.d, 1, length(G.d))
+    check_length(net, g)
+    each_run((array, i, q, count) -> copy_run!(g, q, array, i, count), G, net)
     return g
 end
 
