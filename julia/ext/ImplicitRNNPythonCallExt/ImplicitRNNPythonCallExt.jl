@@ -5,7 +5,7 @@ module ImplicitRNNPythonCallExt
 using ImplicitRNN
 using ImplicitRNN: AbstractWorkspace, Optimisers, Outcome, PrecompileTools, Quality, Solver, Workspace, backend_of, equilibrium!,
     hessian_vector_product!, interrupt_address, jvp!, loss_and_gradient!, on_host, optimizer_state, output_size, restore_optimizer_state!, rows_of, vjp!
-using PythonCall: PythonCall, GIL, Py, getptr, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
+using PythonCall: PythonCall, GIL, Py, getptr, pybytes, pyconvert, pydel!, pydict, pyfunc, pyhasattr, pyimport, pyis, pyisinstance,
     pylist, pybuiltins
 
 # --- entry points -----------------------------------------------------------------------------------------------
@@ -376,8 +376,8 @@ function train(t::Trainer{T}, batch_size::Int, arrays::Py) where {T}
     return nothing
 end
 
-"`state(handle)`: the optimiser's state as a list of numbers."
-state(handle::Py) = Py(optimizer_state(lookup(handle)::Trainer)).to_numpy()
+"`state(handle)`: the optimiser's state, the bytes of its numbers in Float64."
+state(handle::Py) = pybytes(collect(reinterpret(UInt8, optimizer_state(lookup(handle)::Trainer))))
 
 "`restore(handle, numbers)`: the inverse of `state`."
 function restore(handle::Py, numbers::Py)

@@ -575,8 +575,8 @@ end
 
 # --- few neurons ------------------------------------------------------------------------------------------------
 
-# What is above in passes through memory is here one loop over the lanes, in which all numbers of a lane stay in registers; the operations
-# are the same to the last bit. For an inline function that the compiler leaves out, loops are not vectorised: hence each is asked for.
+# What is above in passes through memory is here one loop over the lanes, written out for each number of neurons, in which all numbers of a
+# lane stay in registers: the neurons i have z_i, s_i, …, the matrices a_i_k. The operations are the same to the last bit.
 
 "Neurons that are few."
 const FEW = 4
@@ -588,75 +588,86 @@ is_few(n::Int, ::Piecewise) = false
 @inline for_few(work::F, n::Int) where {F} =
     n == 1 ? work(Val(1)) : n == 2 ? work(Val(2)) : n == 3 ? work(Val(3)) : work(Val(4))
 
-@inline lane_of(A::Matrix, l::Int, n::Val) = ntuple(i -> (@inline; @inbounds A[l, i]), n)
-@inline put_lane!(A::Matrix, l::Int, x::NTuple{N}) where {N} = ntuple(i -> (@inline; @inbounds A[l, i] = x[i]; nothing), Val(N))
-
-# The matrix of a lane, as a tuple of its rows.
-@inline lane_of_matrix(M::Array, l::Int, n::Val) = ntuple(i -> (@inline; ntuple(k -> (@inline; entry_of_lane(M, l, i, k)), n)), n)
+# Entry (i, k) of the matrix of all lanes, or of lane l.
 @inline entry_of_lane(M::Matrix, l::Int, i::Int, k::Int) = @inbounds M[i, k]
 @inline entry_of_lane(M::Array{<:Any, 3}, l::Int, i::Int, k::Int) = @inbounds M[l, i, k]
 
-# b + Σ a x, the first product first
-@inline add_products(b, ::Tuple{}, ::Tuple{}) = b
-@inline add_products(b, a::Tuple, x::Tuple) = add_products(multiply_add(first(a), first(x), b), tail(a), tail(x))
-@inline sum_of_squares(x::NTuple{N, T}) where {N, T} = add_products(zero(T), x, x)
-
-function evaluate_few!(w::Lanes{T, L}, M, f::Activation, n::Val) where {T, L}
-    (; U, Z, S, F, change2, size2) = w
-    @inbounds @lanes T for l in 1:L
-        z = lane_of(Z, l, n)
-        s = map((u, row) -> (@inline; add_products(u, row, z)), lane_of(U, l, n), lane_of_matrix(M, l, n))
-        y = map(s -> (@inline; value(f, s)), s)
-        put_lane!(S, l, s)
-        put_lane!(F, l, y)
-        change2[l], size2[l] = sum_of_squares(map(-, y, z)), sum_of_squares(y)
+# Code for x = (I - D M)⁻¹ b by elimination without pivoting.
+function elimination(N::Int)
+    a(i, k) = Symbol(:a_, i, :_, k)
+    b(i) = Symbol(:b_, i)
+    x(i) = Symbol(:x_, i)
+    pivot(k) = Symbol(:pivot_, k)
+    code = [
+        :($(a(i, k)) = multiply_add(-entry_of_lane(M, l, $i, $k), $(Symbol(:d_, i)), $(i == k ? :one : :zero)(T))) for i in 1:N for k in 1:N
+    ]
+    for k in 1:N
+        push!(code, :($(pivot(k)) = -one(T) / $(a(k, k))))
+        for i in (k + 1):N
+            push!(code, :(factor = $(a(i, k)) * $(pivot(k))), :($(b(i)) = multiply_add(factor, $(b(k)), $(b(i)))))
+            append!(code, [:($(a(i, j)) = multiply_add(factor, $(a(k, j)), $(a(i, j)))) for j in (k + 1):N])
+        end
     end
-    return
-end
-
-function newton_step_few!(w::Lanes{T, L}, M, f::Activation, grown::Int, n::Val) where {T, L}
-    (; Z, S, F, active) = w
-    @inbounds @lanes T for l in 1:L
-        z, s, y = lane_of(Z, l, n), lane_of(S, l, n), lane_of(F, l, n)
-        d, picard = map((s, y) -> (@inline; slope(f, s, y)), s, y), map(-, y, z)
-        newton = map(-, negative_solution(residual_matrix(lane_of_matrix(M, l, n), d), picard))
-        next = map((z, p, x) -> (@inline; z + ifelse(has_bit(grown, l), p, x)), z, picard, newton)
-        put_lane!(Z, l, map((z, next) -> (@inline; ifelse(has_bit(active, l), next, z)), z, next))
+    for k in N:-1:1             # the negative solution, by the negative inverses of the pivots
+        append!(code, [:($(b(k)) = multiply_add($(a(k, j)), $(x(j)), $(b(k)))) for j in N:-1:(k + 1)])
+        push!(code, :($(x(k)) = $(b(k)) * $(pivot(k))))
     end
-    return
+    return Expr(:block, code..., [:($(x(k)) = -$(x(k))) for k in 1:N]...)
 end
 
-function adjoint_few!(w::Lanes{T, L}, M, n::Val) where {T, L}
-    (; U, Z, D, residual2, size2) = w
-    @inbounds @lanes T for l in 1:L
-        d, rows = lane_of(D, l, n), lane_of_matrix(M, l, n)
-        b = map(*, d, lane_of(U, l, n))
-        z = map(-, negative_solution(residual_matrix(rows, d), b))
-        s = map((u, row) -> (@inline; add_products(u, row, z)), lane_of(U, l, n), rows)
-        put_lane!(Z, l, z)
-        residual2[l], size2[l] = sum_of_squares(map((d, s, z) -> (@inline; multiply_add(d, s, -z)), d, s, z)), sum_of_squares(z)
+@generated function evaluate_few!(w::Lanes{T, L}, M, f::Activation, ::Val{N}) where {T, L, N}
+    return quote
+        (; U, Z, S, F, change2, size2) = w
+        @inbounds @lanes T for l in 1:L
+            @nexprs $N i -> z_i = Z[l, i]
+            change = size = zero(T)
+            @nexprs $N i -> begin
+                s_i = U[l, i]
+                @nexprs $N k -> s_i = multiply_add(entry_of_lane(M, l, i, k), z_k, s_i)
+                y_i = @inline value(f, s_i)
+                S[l, i], F[l, i] = s_i, y_i
+                change, size = multiply_add(y_i - z_i, y_i - z_i, change), multiply_add(y_i, y_i, size)
+            end
+            change2[l], size2[l] = change, size
+        end
     end
-    return
 end
 
-# The rows of I - D M
-@inline residual_matrix(rows::NTuple{N}, d::NTuple{N, T}) where {N, T} =
-    ntuple(i -> (@inline; ntuple(k -> (@inline; multiply_add(-rows[i][k], d[i], T(i == k))), Val(N))), Val(N))
-
-# -A⁻¹ b for the rows of A: the first unknown is eliminated from the rows below, and found by those of them.
-@inline negative_solution(::Tuple{}, ::Tuple{}) = ()
-@inline function negative_solution(rows::Tuple, b::Tuple)
-    top, below = tail(first(rows)), tail(rows)
-    pivot = -one(first(b)) / first(first(rows))
-    factors = map(row -> (@inline; first(row) * pivot), below)
-    reduced = map((row, factor) -> (@inline; map((x, t) -> (@inline; multiply_add(factor, t, x)), tail(row), top)), below, factors)
-    x = negative_solution(reduced, map((y, factor) -> (@inline; multiply_add(factor, first(b), y)), tail(b), factors))
-    return (plus_products(first(b), top, x) * pivot, x...)
+@generated function newton_step_few!(w::Lanes{T, L}, M, f::Activation, grown::Int, ::Val{N}) where {T, L, N}
+    return quote
+        (; Z, S, F, active) = w
+        @inbounds @lanes T for l in 1:L
+            @nexprs $N i -> begin
+                z_i = Z[l, i]
+                d_i = @inline slope(f, S[l, i], F[l, i])
+                b_i = picard_i = F[l, i] - z_i
+            end
+            $(elimination(N))
+            @nexprs $N i -> Z[l, i] = ifelse(has_bit(active, l), z_i + ifelse(has_bit(grown, l), picard_i, x_i), z_i)
+        end
+    end
 end
 
-# b + Σ a x, the last product first
-@inline plus_products(b, ::Tuple{}, ::Tuple{}) = b
-@inline plus_products(b, a::Tuple, x::Tuple) = multiply_add(first(a), first(x), plus_products(b, tail(a), tail(x)))
+@generated function adjoint_few!(w::Lanes{T, L}, M, ::Val{N}) where {T, L, N}
+    return quote
+        (; U, Z, D, residual2, size2) = w
+        @inbounds @lanes T for l in 1:L
+            @nexprs $N i -> begin
+                d_i = D[l, i]
+                b_i = d_i * U[l, i]
+            end
+            $(elimination(N))
+            residual = size = zero(T)
+            @nexprs $N i -> begin
+                s_i = U[l, i]
+                @nexprs $N k -> s_i = multiply_add(entry_of_lane(M, l, i, k), x_k, s_i)
+                Z[l, i], r_i = x_i, multiply_add(d_i, s_i, -x_i)
+                residual, size = multiply_add(r_i, r_i, residual), multiply_add(x_i, x_i, size)
+            end
+            residual2[l], size2[l] = residual, size
+        end
+    end
+end
 
 # --- to and from columns ----------------------------------------------------------------------------------------
 

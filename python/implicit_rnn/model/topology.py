@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -306,7 +306,7 @@ class Topology:
         """The topology as plain data, from which ``from_description`` makes an equal one."""
         return {
             "inputs": self.inputs,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [dict(vars(layer)) for layer in self.layers],
             "feedback": [list(pair) for pair in self.feedback],
             "skips": [list(pair) for pair in self.skips],
             "input_skips": list(self.input_skips),

@@ -403,9 +403,8 @@ def _check_rounded(clip: float, optimizer: Optimizer, dtype: np.dtype) -> None:
 
 
 def _orders(rng: np.random.Generator, epochs: int, samples: int, batch_size: int) -> Array:
-    if batch_size >= samples:
-        return np.tile(np.arange(samples), (epochs, 1))
-    return np.stack([rng.permutation(samples) for _ in range(epochs)])
+    order = np.tile(np.arange(samples), (epochs, 1))
+    return order if batch_size >= samples else rng.permuted(order, axis=1)  # each row as by rng.permutation
 
 
 def _median(losses: Array) -> float:

@@ -193,7 +193,7 @@ class JuliaTrainer:
         call("train", self._handle.number, batch_size, arrays)
 
     def state(self) -> Array:
-        numbers = np.array(call("state", self._handle.number))
+        numbers = np.frombuffer(call("state", self._handle.number))
         return np.column_stack([numbers[:-1].reshape(self._nets, -1), np.full(self._nets, numbers[-1])])
 
     def restore(self, state: Array) -> None:
