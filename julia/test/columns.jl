@@ -141,7 +141,7 @@ function lanes_at_work(T, n)
 end
 
 @testset "lanes in registers compute what passes through memory do, to the last bit ($T, $n, $(ndims(M)) axes, $f)" for
-    T in (Float32, Float64), n in 1:ImplicitRNN.FEW, M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n)), f in ACTIVATIONS
+    T in (Float32, Float64), n in 1:ImplicitRNN.FEW, M in (randn(Xoshiro(n), T, n, n), randn(Xoshiro(n), T, 16, n, n)), f in (ACTIVATIONS.tanh, ACTIVATIONS.softplus)
 
     few, many = lanes_at_work(T, n), lanes_at_work(T, n)
     same(fields...) = all(field -> isequal(getfield(few, field), getfield(many, field)), fields)
