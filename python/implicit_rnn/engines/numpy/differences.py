@@ -101,8 +101,9 @@ class Differences:
             with contextlib.suppress(Exception), silenced():  # of f where it was not to be looked at
                 distance = self._distances(Z[lost], rows[lost], found[lost])
                 distance = np.fmax(distance, self._sizes(Z[lost], rows[lost], variable, direction)[0])
-                was_flat = np.full(len(lost), True)
-                # Entries that are zero to rounding move too little: increase the step until f changes, and once more.
+                # Entries that are zero to rounding move too little: increase the step until f changes, and once more. Where f has
+                # changed, no farther: from afar any f looks like its steepest terms, as z - cos(|z|) like z.
+                was_flat = ~(D[lost].any(axis=1) & np.isfinite(doubt[lost]))
                 while len(lost):
                     again = self._difference(Z[lost], rows[lost], variable, direction, distance)
                     # One that comes no nearer to the complex step, but leaves more doubt, says nothing for it.
