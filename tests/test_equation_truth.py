@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -1038,3 +1039,62 @@ def test_infinite_argument_leaves_the_others_their_derivatives():
 def test_arguments_of_any_two_sizes_have_their_derivatives(small):
     solution = root(lambda z, a: z - a * np.array([1, 1 / small]), [1.0, 1.0], args=([1 / small, small],))
     np.testing.assert_allclose(solution.vjp([1.0, 1.0])["a"], [1, 1 / small])
+
+
+# --- Python functions that drop imaginary parts, or whose changes rounding hides -----------------------------------
+
+
+def occupied_density(density: np.ndarray, coupling: np.ndarray) -> np.ndarray:
+    """That of the three lowest states in the field of the density itself, less the density."""
+    chain = np.diag(np.linspace(0, 3, 6)) - np.eye(6, k=1) - np.eye(6, k=-1)
+    return (np.linalg.eigh(chain + coupling * np.diag(density))[1][:, :3] ** 2).sum(axis=1) - density
+
+
+@pytest.mark.parametrize(
+    ("f", "z0", "a"),
+    [
+        (lambda z, a: z - 0.5 * np.cos(a * np.abs(z)), [0.5], 1.0),
+        (lambda z, a: 3 * z + 0.1 * np.tanh(a * np.linalg.norm(z)) - 2, [0.5], 1.0),
+        (lambda z, a: z + 1e-3 * np.cos(a * z.real) - 0.3, [0.5], 2.0),
+        (occupied_density, np.full(6, 0.5), 2.0),
+    ],
+)
+def test_functions_that_drop_imaginary_parts_beside_others_have_right_derivatives(f, z0, a):
+    solution = irnn.root(f, z0, args=(a,))
+    assert solution.iterations[0] < 12
+    ends = [irnn.root(f, solution.value, args=(a + step,)).value for step in (1e-5, -1e-5)]
+    np.testing.assert_allclose(solution.jacobian(0)[:, 0], (ends[0] - ends[1]) / 2e-5, rtol=1e-5, atol=1e-9)
+
+
+def test_hooks_of_functions_that_drop_imaginary_parts_are_judged_by_values():
+    def f(z, a):
+        return z - 0.5 * np.cos(a * np.abs(z))
+
+    def right(z, a):
+        return np.diag(1 + 0.5 * a * np.sin(a * np.abs(z)) * np.sign(z))
+
+    product = irnn.root(f, [0.5], args=(1.0,), jac=right).vjp([1.0])["a"]
+    assert product == pytest.approx(-0.0804428, rel=1e-5)
+    with pytest.raises(ValueError, match="jac contradicts f"):
+        irnn.root(f, [0.5], args=(1.0,), jac=lambda z, a: np.eye(1)).vjp([1.0])
+
+
+@pytest.mark.parametrize("start", [0.2, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("f", [lambda z: math.exp(z) - 1, lambda z: math.erf(z - 1) + math.erf(1)])
+def test_roots_at_zero_of_functions_of_real_numbers_are_found(f, start):
+    assert irnn.root(f, start).value == pytest.approx(0, abs=1e-12)
+
+
+def test_solutions_at_zero_of_functions_of_real_numbers_have_derivatives():
+    solution = irnn.fixed_point(lambda z, a: 0.5 * math.sin(z + a) - 0.5 * math.sin(1), 0.5, args=(1.0,))
+    slope = 0.5 * math.cos(1)
+    assert solution.vjp(1.0)["a"] == pytest.approx(slope / (1 - slope), rel=1e-6)
+
+
+@pytest.mark.parametrize("a", [9.0, 12.0, 13.5, 15.0, 17.0, 19.0, 25.0])
+@pytest.mark.parametrize(
+    ("f", "slope"),
+    [(np.tanh, lambda a: np.cosh(a) ** -2), (lambda a: 1 / (1 + np.exp(-2 * a)), lambda a: 2 * np.exp(-2 * a))],
+)
+def test_derivatives_of_saturated_functions_are_not_lost(f, slope, a):
+    assert irnn.root(lambda z, a: f(a) - z, [0.5], args=(a,)).vjp([1.0])["a"] == pytest.approx(slope(a), rel=1e-6)

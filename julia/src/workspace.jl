@@ -61,6 +61,10 @@ function equilibrium!(solution::Solution, ws::AbstractWorkspace, problem::Proble
     check_features(problem.net, X)
     check_start(problem.net, X, start)
     check_size("states of the solution", solution.state, neurons(problem.net), size(X, 2))
+    (; status, iterations, residual, rate) = solution.outcome
+    lengths = map(length, (status, iterations, residual, rate, solution.bound))
+    all(==(size(X, 2)), lengths) ||
+        throw(DimensionMismatch("the vectors of the solution have the lengths $lengths, but there are $(size(X, 2)) samples"))
     return exclusively(() -> solve_batch!(solution, ws, problem, p, X, start), ws)
 end
 

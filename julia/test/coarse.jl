@@ -124,6 +124,18 @@ end
     @test findall(!=(CONVERGED), spoilt.status) ⊆ [7, 50] && 7 in findall(!=(CONVERGED), spoilt.status)
 end
 
+@testset "saturated samples, whose residual vanishes, leave nothing in a workspace ($make)" for T in (Float64, Float32), make in coarse_kinds(T)
+    net = one_layer(; T, neurons = 31, constraint = Perron(0.9))
+    p, X, Y = parameters(net; gain = 0.05), samples(net, 70), targets(net, 70)
+    saturated = copy(X)
+    saturated[:, 1:2:end] .*= 1000
+    results(ws) = gradient_in(ws, net, p, X, Y, tight(T))
+    used = coarse_workspace(net, make)
+    @test gradient_in(used, net, p, saturated, Y, tight(T)).quality.unconverged == 0
+    @test all(tile -> all(all(isfinite, q.residuals) for c in tile.columns for q in c.buffers if q isa Corrections), used.tiles)
+    @test isequal(results(used), results(coarse_workspace(net, make)))
+end
+
 @testset "few evaluations are no more with coarse products, and what they leave is said ($make)" for T in (Float64, Float32), make in coarse_kinds(T),
         max_iterations in (1, 3, COARSE_EVALUATIONS - 1, COARSE_EVALUATIONS)
 

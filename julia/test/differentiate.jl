@@ -24,6 +24,16 @@ for net in (one_layer(; constraint = Free()), one_layer(; constraint = Perron(0.
     end
 end
 
+@testset "forward mode agrees with reverse mode, through $constraint" for constraint in CONSTRAINED[2:end]
+    net = one_layer(; constraint)
+    p, X = parameters(net; gain = 2.0), samples(net, 4)
+    state = Equilibrium(net; solver = Newton(tol = 1.0e-13))
+    loss(p, X) = sum(abs2, state(p, X))
+    reverse = Zygote.gradient(loss, p, X)
+    @test ForwardDiff.gradient(p -> loss(p, X), p) ≈ reverse[1] rtol = 1.0e-9
+    @test ForwardDiff.gradient(X -> loss(p, X), X) ≈ reverse[2] rtol = 1.0e-9
+end
+
 @testset "forward mode takes the derivatives of reverse mode at kinks, too: $(net.constraint)" for net in (
         one_layer(; activation = :relu, constraint = InfNorm(0.5)), layered(; constraint = Perron(0.5)),
         Network(3, [Layer(4; lateral = false), Layer(3, :relu; lateral = false)]; outputs = 2, constraint = Free()),

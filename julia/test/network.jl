@@ -128,6 +128,10 @@ end
     for samples in (3, 5)
         @test_throws "states of the solution are (5, $samples)" ImplicitRNN.equilibrium!(Solution(net, samples), like, problem, p, X)
     end
+    for (outcome, bound) in ((1, 4), (4, 1))
+        short = Solution(zero(equilibrium(net, p, X).state), ImplicitRNN.Outcome(outcome), zeros(bound))
+        @test_throws "the vectors of the solution have the lengths" ImplicitRNN.equilibrium!(short, like, problem, p, X)
+    end
 end
 
 # An array whose indices begin at 0.

@@ -132,6 +132,9 @@ end
     nets(count) = Replicas(zeros(length(tiny), count))
     @test goes_side_by_side(Trainer(Problem(tiny), Optimisers.Adam(); nets = 40), nets(40), batches)
     @test !goes_side_by_side(Trainer(Problem(tiny), Optimisers.ClipNorm(1.0); nets = 40), nets(40), batches)
+    halves = Trainer(Problem(tiny), Optimisers.Adam(); nets = 40)
+    train_each!(halves, nets(20), batches, zeros(1, 20), zeros(Int, 1, 20))
+    @test goes_side_by_side(halves, nets(20), batches) && !goes_side_by_side(halves, nets(40), batches)         # of other steps
     single = Network{Float32}(2, [Layer(3)]; outputs = 1)
     @test !goes_side_by_side(Trainer(Problem(single), Optimisers.Adam(); nets = 40), Replicas(zeros(Float32, length(single), 40)), batches)
 end

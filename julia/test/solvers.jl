@@ -47,12 +47,12 @@ end
     @test solution.residual[1] > 0.1
 end
 
-@testset "a NaN sample harms nobody else" begin
+@testset "a NaN sample harms nobody else ($Solver)" for Solver in (Auto, Picard, Anderson, Newton, Chord, NLsolver)
     net = one_layer()
     p, X = parameters(net), samples(net, 5)
-    alone = equilibrium(net, p, X[:, [1, 2, 4, 5]])
+    alone = equilibrium(net, p, X[:, [1, 2, 4, 5]]; solver = Solver())
     X[1, 3] = NaN
-    solution = equilibrium(net, p, X)
+    solution = equilibrium(net, p, X; solver = Solver())
     @test Int.(solution.status) == [0, 0, 3, 0, 0]
     @test solution.state[:, [1, 2, 4, 5]] == alone.state
 end
@@ -111,6 +111,7 @@ function ImplicitRNN.activate!(F, ::Counted, S, Z, j::Int)
 end
 ImplicitRNN.pieces(::Counted, n::Int) = ((1:n, ACTIVATIONS.tanh),)
 ImplicitRNN.slope_bound(::Counted) = 1.0
+ImplicitRNN.is_few(::Int, ::Counted) = false
 
 @testset "$Solver never evaluates f more often than allowed ($neurons neurons, $constraint)" for Solver in EVERY_SOLVER,
         neurons in (2, 8, 16, 30), constraint in (Free(), Perron(0.95))

@@ -77,14 +77,17 @@ function begin_correction!(q::Corrections, c::Columns{T}, p::FixedPoint{T}, stat
     return ifelse(isnan(relative), zero(T), relative)
 end
 
-# The residual of column j, made to have norm 1; returns ‖F‖.
+# The residual of column j, made to have norm 1, or zero where it has none; returns ‖F‖. Rows beyond the neurons are zero.
 function take_residual!(q::Corrections, c::Columns{T}, j::Int) where {T}
-    inverse, size2 = inv(c.residual[j]), zero(T)
+    residual, size2 = c.residual[j], zero(T)
+    usual = floatmin(T) <= residual < T(Inf)
+    inverse = usual ? inv(residual) : zero(T)
     @inbounds @vectors for i in axes(c.F, 1)
         z = c.F[i, j]
-        q.residuals[i, j] = inverse * (z - c.Z[i, j])
+        q.residuals[i, j] = ifelse(usual, inverse * (z - c.Z[i, j]), zero(T))
         size2 = muladd(z, z, size2)
     end
+    fill!(view(q.residuals, (size(c.F, 1) + 1):size(q.residuals, 1), j), 0)
     return sqrt(size2)
 end
 

@@ -277,6 +277,7 @@ function goes_side_by_side(trainer::Trainer, nets::Replicas, batches::Batches)
     runs_in_lanes(trainer, nets, batches) || return false
     net, samples, count = trainer.problem.net, min(batches.size, samples_of(batches)), size(nets.parameters, 2)
     cld(samples, tile_width(net, samples)) <= shares_of(net) || return false
+    allequal(map(in_common, trainer.states[findall(==(Int8(RUNNING)), nets.halted)])) || return false
     threads, groups = Threads.nthreads(), cld(count, nets_side_by_side(eltype(net)))
     return cld(groups, threads) * GROUP_SAMPLE * samples < cld(count, threads) * (samples + STEP_OVERHEAD)
 end
@@ -310,6 +311,10 @@ end
 stacked(states::AbstractVector{<:AbstractArray}, L) = [states[min(l, end)][q] for q in eachindex(first(states)) for l in 1:L]
 stacked(states::AbstractVector{<:Tuple}, L) = ntuple(i -> stacked(map(state -> state[i], states), L), fieldcount(eltype(states)))
 stacked(states::AbstractVector, L) = first(states)
+
+in_common(state::AbstractArray) = ()
+in_common(state::Tuple) = map(in_common, state)
+in_common(state) = state
 
 # That of the net in lane l; `state`, what it was before, is overwritten.
 unstacked!(state::AbstractArray, all, l::Int, L::Int) = copyto!(state, view(all, l:L:length(all)))

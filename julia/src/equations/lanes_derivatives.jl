@@ -130,7 +130,7 @@ function vjp_side_by_side!(gradients::Tuple, p::Equation{T, K}, inverses::Invers
 end
 
 own_gradient(g, ::PerSample) = g
-own_gradient(g, ::Shared) = zero(g)
+own_gradient(g, ::Shared) = eltype(g) <: AbstractFloat ? zero(g) : g
 
 # `work` on all pieces, in order, until enough samples are known to be singular for an error to name; they are the first.
 function find_pieces(work, pieces::Int, threads::Int)

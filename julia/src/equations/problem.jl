@@ -168,7 +168,7 @@ Base.showerror(io::IO, e::WrongShape) =
 
 # For one unknown f may return a number.
 @inline function checked(y::AbstractVector, n::Int)
-    length(y) == n && return y
+    axes(y, 1) == Base.OneTo(n) && return y
     throw(WrongShape(n, described(y)))
 end
 @inline function checked(y::Number, n::Int)

@@ -28,10 +28,10 @@ sign_of(x::Dual) = sign(ForwardDiff.value(x))
 
 # --- derivatives of the size of a matrix, for dual numbers --------------------------------------------------------
 
-nan_size(K) = Dual{Nothing}(NaN, NaN), K .* NaN
+nan_size(K::AbstractMatrix{<:Dual{G}}) where {G} = Dual{G}(NaN, NaN), K .* NaN
 
 # First-order perturbation of the largest eigenvalue λ₁ and its eigenvector: v₁′ = Σₖ (vₖᵀM′v₁)/(λ₁ - λₖ) vₖ.
-function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
+function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual{G}}, slopes) where {G}
     M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
     all(isfinite, M) && all(isfinite, dM) || return nan_size(K)
     values, vectors = eigen(Symmetric((M .+ M') ./ 2))
@@ -41,12 +41,12 @@ function matrix_size(c::Monotone, K::AbstractMatrix{<:Dual}, slopes)
     for k in 1:(n - 1)
         dv .+= (dot(vectors[:, k], S, v) / (values[n] - values[k])) .* vectors[:, k]
     end
-    dual_v = Dual{Nothing}.(v, dv)
-    return Dual{Nothing}(max(values[n], floatmin()), dot(v, S, v)), (slopes .* dual_v) * dual_v'
+    dual_v = Dual{G}.(v, dv)
+    return Dual{G}(max(values[n], floatmin()), dot(v, S, v)), (slopes .* dual_v) * dual_v'
 end
 
 # The same for singular values, from MᵀM and MMᵀ.
-function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
+function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual{G}}, slopes) where {G}
     M, dM = slopes .* ForwardDiff.value.(K), slopes .* only.(partials.(K))
     all(isfinite, M) && all(isfinite, dM) || return nan_size(K)
     U, s, V = svd(M)
@@ -57,6 +57,6 @@ function matrix_size(c::Spectral, K::AbstractMatrix{<:Dual}, slopes)
         du .+= ((s[1] * a + s[k] * b) / gap) .* U[:, k]
         dv .+= ((s[1] * b + s[k] * a) / gap) .* V[:, k]
     end
-    return Dual{Nothing}(max(s[1], floatmin()), dot(u, dM, v)),
-        (slopes .* Dual{Nothing}.(u, du)) * Dual{Nothing}.(v, dv)'
+    return Dual{G}(max(s[1], floatmin()), dot(u, dM, v)),
+        (slopes .* Dual{G}.(u, du)) * Dual{G}.(v, dv)'
 end

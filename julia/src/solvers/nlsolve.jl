@@ -146,10 +146,13 @@ function StageEquation(p::Stationary)
 end
 
 # The interface to NLsolve.jl: the value, and the Jacobian at little extra cost.
-function call!(y::Vector{Float64}, J::Matrix{Float64}, p::StageEquation, z, ::Int)
+function call!(y::Vector{Float64}, p::StageEquation, z, ::Int)
     check_interrupt()
     gemv!('N', true, p.R, z, true, copyto!(p.s, p.u))
-    activate!(y, p.f, p.s, z, 1)
+    return activate!(y, p.f, p.s, z, 1)
+end
+function call!(y::Vector{Float64}, J::Matrix{Float64}, p::StageEquation, z, sample::Int)
+    call!(y, p, z, sample)
     rmul!(residual_jacobian!(J, slopes!(p.slopes, p.f, p.s, y), p.R), -1)
     return true
 end

@@ -27,6 +27,8 @@ FEW = 128
 """Number of entries of a variable up to which each is perturbed on its own."""
 _LARGEST_DOUBT = 0.1
 """The uncertainty, relative to the largest derivative, up to which a quotient is trusted in any precision."""
+_FAINT = 1e-6
+"""Faint is a derivative by which f changes less than so, relative to its terms, when the variable doubles."""
 _FLAT_STEP = 0.06
 """The relative step at which an f that does not change is accepted as flat."""
 
@@ -113,7 +115,21 @@ class Differences:
                     flat = (again[0] == 0).all(axis=1)
                     going = ~analytic[lost] & (flat | was_flat) & (distance < np.inf)
                     lost, distance, was_flat = lost[going], distance[going] * 1e8, flat[going]
+        if len(faint := np.flatnonzero(~analytic & ~np.isfinite(doubt) & np.isfinite(found).all(axis=1))):
+            analytic[faint] = self._confirm(Z[faint], rows[faint], variable, direction, found[faint])
         return np.where(analytic[:, None], found, D), analytic, np.where(analytic, 0, doubt)
+
+    def _confirm(self, Z: Array, rows: Array, variable: int, direction: Array, found: Array) -> Array:
+        """Whether derivatives (m, n) faint beside f, as of tanh(15), are those of larger steps to a tenth or to rounding."""
+        eps, center = float(np.finfo(Z.dtype).eps), self._f(Z, rows).astype(np.float64)
+        size, terms = self._sizes(Z, rows, variable, direction)[0], self._f.terms(Z, rows, center)
+        largest, confirmed = np.abs(found).max(axis=1).astype(np.float64), np.full(len(rows), False)
+        for part in (1e2 * eps ** (1 / 3), _FLAT_STEP):
+            step = 2.0 ** np.round(np.log2(part * size))
+            quotient = self._quotients(Z, rows, variable, direction, step, center, terms).extrapolated
+            off, noise = np.abs(found - quotient).max(axis=1), eps * terms / (step / 2)
+            confirmed |= off <= 0.1 * largest + 4 * noise
+        return confirmed & (largest > 0) & (largest * size <= _FAINT * terms)
 
     def direction(self, Z: Array, rows: Array, variable: int) -> Array:
         """A direction in which each entry of a variable moves in proportion to its size, more or less, up to 1."""
@@ -273,6 +289,14 @@ class Differences:
                 found = self._quotients(Z[lost], rows[lost], variable, direction, step, center[lost], terms[lost])
             good = found.good & ~found.flat & (always_flat[lost] | (found.doubt < doubt[lost]))
             best[lost[good]], doubt[lost[good]] = found.extrapolated[good], found.doubt[good]
+        # A z that has come close to zero is no measure of steps, about which f may be flat, or rough, because of rounding only.
+        if variable == STATE and size is own:
+            start = np.abs(self._f.equation.start[rows]).max(axis=1).astype(np.float64)
+            lost = np.flatnonzero((always_flat | (doubt == np.inf)) & (size < eps**0.5 * start))
+            if len(lost):
+                again, doubt_again = self._difference(Z[lost], rows[lost], variable, direction, start[lost])
+                better = np.isfinite(doubt_again) & again.any(axis=1)
+                best[lost[better]], doubt[lost[better]] = again[better], doubt_again[better]
         return best.astype(Z.dtype), doubt
 
     @staticmethod
