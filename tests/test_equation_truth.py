@@ -1098,3 +1098,14 @@ def test_solutions_at_zero_of_functions_of_real_numbers_have_derivatives():
 )
 def test_derivatives_of_saturated_functions_are_not_lost(f, slope, a):
     assert irnn.root(lambda z, a: f(a) - z, [0.5], args=(a,)).vjp([1.0])["a"] == pytest.approx(slope(a), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("nodes", [3, 5, 8, 9])
+def test_averages_of_neighbours_go_where_iteration_goes_if_anywhere(kind, nodes):
+    lateral = np.eye(nodes, k=1) + np.eye(nodes, k=-1)
+    W, start = np.eye(nodes) - 0.3 * (np.diag(lateral.sum(axis=0)) - lateral), np.arange(nodes) ** 2.0
+    solution = fixed_point(either(kind, lambda z, W: W @ z, "(z, W) -> W * z"), start, args=(W,), on_failure="ignore")
+    assert solution.converged[0] or nodes > 5
+    if solution.converged[0]:
+        np.testing.assert_allclose(solution.value, start.mean(), rtol=1e-6)

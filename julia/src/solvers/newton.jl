@@ -341,9 +341,11 @@ function repels!(s::Iteration{T}, p::AbstractEquation{T}) where {T}
     return (@late repels(J, ones(T, p.n, 1)))::Bool
 end
 
+# With rounding errors of z: where there is a line of fixed points, as of averages, Newton's method finds any of them, and exactly.
 "Whether the Newton step from a fixed point, which estimates its error, is one that leads to it."
-function is_located!(s::Iteration, p::AbstractEquation, tol)
-    s.merit == 0 && return true
+function is_located!(s::Iteration{T}, p::AbstractEquation, tol) where {T}
+    s.merit == 0 && iszero(s.z) && return true
     l = linearization!(s)
-    return newton_step!(s, l, p) && measure(l.step, p.weights) <= far_step(tol) * s.largest
+    near(c) = solve_step!(l, c) && measure(l.step, p.weights) <= far_step(tol) * s.largest
+    return newton_step!(s, l, p) && near(s.c) && near(s.c .+ eps(T) .* abs.(s.z) .* direction(s.z))
 end

@@ -77,6 +77,9 @@ class FixedPoint(Solve):
         There may be no fixed point however small f(z) - z is, as for z = z + 1/z.
         """
         r = rows.F - rows.Z
+        if self.trial is not None:  # Newton's method finds any point of a line of fixed points, and exactly
+            uneven = np.random.default_rng(0).uniform(0.5, 1, r.shape[1]).astype(r.dtype)
+            r += np.copysign(np.finfo(r.dtype).eps * uneven * rows.F, r)
         located = ~r.any(axis=1)
         if not self.f.is_large and len(left := np.flatnonzero(~located)):
             index = rows.index[left]
