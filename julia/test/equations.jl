@@ -621,17 +621,17 @@ end
 end
 
 # A vector whose indices are 0 and 1.
-struct FromZero <: AbstractVector{Float64}
+struct CountedFromZero <: AbstractVector{Float64}
     z::Any
 end
-Base.axes(::FromZero) = (Base.IdentityUnitRange(0:1),)
-Base.size(::FromZero) = (2,)
-Base.getindex(y::FromZero, i::Int) = Float64(i)
+Base.axes(::CountedFromZero) = (Base.IdentityUnitRange(0:1),)
+Base.size(::CountedFromZero) = (2,)
+Base.getindex(y::CountedFromZero, i::Int) = Float64(i)
 
 @testset "a function that is at fault is told so" begin
     @test_throws "f returned an array of shape (2,); expected a vector of 1 entry" fixed_point(z -> [1.0, 2.0], [0.5])
     @test_throws "f returned a Float64" fixed_point(z -> 1.0, [0.5, 0.5])
-    @test_throws "expected a vector of 2 entries" fixed_point(FromZero, [0.5, 0.5])
+    @test_throws "expected a vector of 2 entries" fixed_point(CountedFromZero, [0.5, 0.5])
     @test_throws "f returned a tuple of 1; expected a vector of 1 entry, or a number" fixed_point(z -> (1.0,), [0.5])
     @test_throws "f returned complex numbers" root(z -> sqrt.(complex.(z)), [0.5])
     @test_throws "f returned complex numbers" root(z -> z + 1im, 0.5)
